@@ -1,0 +1,280 @@
+"""A folder on disk -> the list of its clips and their classes; sorted, so every machine numbers them alike.
+
+What each data set expects on disk, and what is done with its clips, is one line of `RECIPES`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+if TYPE_CHECKING:
+    from .clips import DataConfig
+
+VIDEOS, FRAMES = "video files", "folders of frames"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one data set is read: what its clips are, where labels come from, how pixels are treated."""
+
+    clips: tuple[str, ...]
+    labels: str
+    transform: str
+    horizontal_flip: bool
+
+
+RECIPES: dict[str, Recipe] = {
+    "ffs": Recipe((VIDEOS,), "none", "resize_then_center_crop", True),
+    "sky": Recipe((FRAMES,), "none", "center_crop_then_resize", True),
+    "taichi": Recipe((FRAMES,), "none", "resize_then_center_crop", True),
+    "ucf101": Recipe((VIDEOS,), "class_folders", "resize_then_center_crop", True),
+    "folder": Recipe((VIDEOS, FRAMES), "auto", "resize_then_center_crop", False),
+    # No flip: mirrored, "moves right" would carry the label "moves left".
+    "demo": Recipe((VIDEOS,), "class_folders", "resize_then_center_crop", False),
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip: where it is, its name below the root ('/' between folders), its label.
+
+    `size` is the bytes of a video file or the frames of a folder; `num_frames` of a video is known only when
+    it is opened, and None here.
+    """
+
+    path: str
+    name: str
+    size: int
+    num_frames: int | None = None
+    label: int = 0
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Clips in the order of their names; `class_names[label]`; `digest` names the content, not the place.
+
+    `skipped` counts what was left out, by reason. Without labels `class_names` is empty and labels are 0.
+    """
+
+    root: str
+    clips: list[Clip]
+    class_names: list[str]
+    digest: str
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def window_span(num_frames: int, frame_interval: int) -> int:
+    """Frames from the first to the last of a clip of `num_frames`, every `frame_interval`-th."""
+    return (num_frames - 1) * frame_interval + 1
+
+
+def build_catalog(config: DataConfig) -> Catalog:
+    """Find, sort, label and count the clips of `config.path`.
+
+    FileNotFoundError where there is no such folder; ValueError where it holds nothing of the kind asked for,
+    or a clip has no class although classes are asked for.
+    """
+    root = _root(config.path)
+    recipe = RECIPES[config.name]
+    skipped: Counter[str] = Counter()
+    found = sorted(_find_clips(root, recipe.clips, skipped), key=lambda clip: clip.name)
+    if not found:
+        raise ValueError(_nothing_found(config, recipe, skipped))
+    found = _long_enough(found, config, skipped)
+    names = class_names_of(found, recipe.labels if config.labels == "auto" else config.labels)
+    classes = sorted({name for name in names if name is not None})
+    numbers = {name: label for label, name in enumerate(classes)}
+    labelled = [
+        Clip(clip.path, clip.name, clip.size, clip.num_frames, numbers[name] if name is not None else 0)
+        for clip, name in zip(found, names)
+    ]
+    clips = labelled[: config.max_clips]
+    return Catalog(str(root), clips, classes, _digest(clips, classes), dict(sorted(skipped.items())))
+
+
+def _root(path: str) -> Path:
+    if not path:
+        raise ValueError("data.path is empty: give the folder of the data set")
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise FileNotFoundError(f"data.path: there is no folder '{path}'")
+    if not root.is_dir():
+        raise ValueError(f"data.path: '{path}' is a file, not a folder of clips")
+    return root
+
+
+# ------------------------------------------------------------------------------------------- finding clips
+
+
+def _find_clips(root: Path, kinds: Sequence[str], skipped: Counter[str]) -> Iterator[Clip]:
+    """All clips below `root`. A folder with videos in it is no folder of frames: its images are strays."""
+    for folder, files in _walk(root, skipped):
+        videos = [f for f in files if VIDEOS in kinds and Path(f).suffix.lower() in VIDEO_SUFFIXES]
+        frames = [f for f in files if FRAMES in kinds and Path(f).suffix.lower() in IMAGE_SUFFIXES]
+        taken = set(videos or frames)
+        skipped.update(f"*{Path(f).suffix.lower()}" for f in files if f not in taken)
+        for file in videos:
+            yield Clip(str(folder / file), _name(folder / file, root), (folder / file).stat().st_size)
+        if frames and not videos:
+            yield Clip(str(folder), _name(folder, root), len(frames), num_frames=len(frames))
+
+
+def _walk(root: Path, skipped: Counter[str]) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, its visible files), links followed, each real folder once; hidden entries are counted."""
+    pending, seen = [root], {os.path.realpath(root)}
+    while pending:
+        folder = pending.pop()
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+        visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+        skipped.update({"hidden": len(entries) - len(visible)} if len(visible) < len(entries) else {})
+        for entry in visible:
+            if entry.is_dir() and os.path.realpath(entry.path) not in seen:
+                seen.add(os.path.realpath(entry.path))
+                pending.append(Path(entry.path))
+            elif not entry.is_dir() and not entry.is_file():
+                skipped["not a file (a broken link, a device)"] += 1
+        yield folder, [entry.name for entry in visible if entry.is_file()]
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def _long_enough(clips: list[Clip], config: DataConfig, skipped: Counter[str]) -> list[Clip]:
+    """Drop folders of frames that hold no window; the length of a video is known when it is opened."""
+    span = window_span(config.num_frames, config.frame_interval)
+    kept = [clip for clip in clips if clip.num_frames is None or clip.num_frames >= span]
+    if len(kept) < len(clips):
+        skipped[f"fewer than {span} frames"] = len(clips) - len(kept)
+    if not kept:
+        raise ValueError(
+            f"data.path: none of the {len(clips)} clips in '{config.path}' has the {span} frames that "
+            f"data.num_frames={config.num_frames} and data.frame_interval={config.frame_interval} need "
+            f"(the longest has {max(clip.num_frames or 0 for clip in clips)})"
+        )
+    return kept
+
+
+def _nothing_found(config: DataConfig, recipe: Recipe, skipped: Counter[str]) -> str:
+    wanted = " or ".join(recipe.clips)
+    seen = ", ".join(f"{count} {what}" for what, count in sorted(skipped.items())) or "nothing at all"
+    return (
+        f"data.path: data.name={config.name} needs {wanted}, but '{config.path}' holds none (found: {seen})"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ classes
+
+
+def _class_of_folder(clip: Clip) -> str:
+    """The first folder below the root."""
+    first, *rest = clip.name.split("/")
+    if not rest:
+        raise ValueError(f"data.labels=class_folders: {clip.path!r} lies in no class folder")
+    return first
+
+
+def _class_of_file_name(clip: Clip) -> str:
+    """What follows the last '__' of the file's own name, without its extension."""
+    name = Path(clip.name).name
+    stem = Path(name).stem if clip.num_frames is None else name
+    *before, after = stem.rsplit("__", maxsplit=1)
+    if not before or not after:
+        raise ValueError(f"data.labels=file_name: the name of {clip.path!r} has no '__' before its class")
+    return after
+
+
+LABEL_RULES: dict[str, Callable[[Clip], str | None]] = {
+    "class_folders": _class_of_folder,
+    "file_name": _class_of_file_name,
+    "none": lambda clip: None,
+}
+
+
+def class_names_of(clips: Sequence[Clip], rule: str) -> list[str | None]:
+    """The class of each clip; `auto`: the first rule that fits all clips and gives two classes or more."""
+    if rule != "auto":
+        return [LABEL_RULES[rule](clip) for clip in clips]
+    for name in ("class_folders", "file_name"):
+        try:
+            names = [LABEL_RULES[name](clip) for clip in clips]
+        except ValueError:
+            continue
+        if len(set(names)) > 1:
+            return names
+    return [None] * len(clips)
+
+
+def _digest(clips: Sequence[Clip], classes: Sequence[str]) -> str:
+    """SHA-256 over names, sizes and classes: equal on two machines exactly if their catalogs are."""
+    digest = hashlib.sha256()
+    for clip in clips:
+        label = classes[clip.label] if classes else ""
+        digest.update(f"{clip.name}\0{clip.size}\0{label}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------- frame lists
+
+
+def read_frame_list(config: DataConfig, catalog: Catalog) -> list[Clip]:
+    """The images of `data.frame_list`, one a line: `path` or `path class`, relative to `data.path`.
+
+    The class may be a name or a number. Without it, it is the folder of the path, or the `v_<Class>_` of the
+    file name, that is a class of the catalog. A line that leaves the folder is refused with its number.
+    """
+    path = Path(config.frame_list or "").expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"data.frame_list: there is no file '{config.frame_list}'")
+    root = Path(catalog.root).resolve()
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+        numbered = [(number, line.rstrip("\r\n")) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"data.frame_list: '{path}' is empty")
+    return [
+        _listed_frame(line, f"{path}, line {number}", root, catalog.class_names) for number, line in numbered
+    ]
+
+
+def _listed_frame(line: str, where: str, root: Path, classes: list[str]) -> Clip:
+    name, given = line.strip(), None
+    if Path(name).suffix.lower() not in IMAGE_SUFFIXES and " " in name:
+        name, given = name.rsplit(maxsplit=1)
+    if any(ord(character) < 32 for character in name) or "://" in name or ":" in name.split("/")[0]:
+        raise ValueError(f"{where}: {name!r} is not a plain path")
+    if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"{where}: {name!r} is no image ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where}: {name!r} must be a path below data.path")
+    try:
+        target = (root / name).resolve(strict=True)
+    except OSError as error:
+        raise FileNotFoundError(f"{where}: there is no file {name!r} in data.path") from error
+    if not target.is_relative_to(root):
+        raise ValueError(f"{where}: {name!r} leads out of data.path")
+    return Clip(str(target), name, target.stat().st_size, 1, _listed_label(name, given, where, classes))
+
+
+def _listed_label(name: str, given: str | None, where: str, classes: list[str]) -> int:
+    if not classes:
+        return 0
+    if given is not None and given.isdecimal() and given not in classes and int(given) < len(classes):
+        return int(given)
+    file_class = Path(name).name.removeprefix("v_").split("_")[0]
+    for candidate in [given] if given is not None else [*Path(name).parts[:-1], file_class]:
+        if candidate in classes:
+            return classes.index(candidate)
+    raise ValueError(f"{where}: {given or name!r} names none of the {len(classes)} classes of the data set")

@@ -1,0 +1,234 @@
+"""Clips for training: which frames of which video, as a pure function of (seed, epoch, index).
+
+Nothing here depends on the worker, the process, or what was read before; so a run can stop, resume and change
+its number of workers, and still see the same clips.
+
+Letters: F frames, I images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .catalog import LABEL_RULES, RECIPES, Catalog, Clip, build_catalog, read_frame_list, window_span
+from .readers import READERS, Reader, VideoError, open_video
+from .transforms import TRANSFORMS, horizontal_flip, to_signed_range
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 20  # unreadable clips in a row after which something is wrong with the set, not with a clip
+PURPOSES = {"window": 1, "flip": 2, "replacement": 3, "image": 4, "frame": 5, "image_flip": 6}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The `data` section of a configuration."""
+
+    name: str = "folder"  # ffs | sky | taichi | ucf101 | folder | demo: a line of catalog.RECIPES
+    path: str = ""  # the folder of the data set
+    labels: str = (
+        "auto"  # auto (as the data set says; `folder`: by its layout) | class_folders | file_name | none
+    )
+    frame_list: str | None = None  # joint training: images from this list instead of the set's own videos
+    num_frames: int = 16  # F
+    frame_interval: int = 3  # every n-th frame of the video
+    image_size: int = 256  # side of the square, pixels
+    num_images: int = 0  # I, extra images per clip (joint image-video training)
+    num_workers: int = 4  # loader processes per rank
+    reader: str = "auto"  # auto | pyav | decord
+    horizontal_flip: bool | None = None  # mirror half of the clips; null = as the data set's recipe says
+    strict: bool = False  # stop at the first clip that cannot be used, instead of replacing it
+    max_clips: int | None = None  # use only the first n clips
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, RECIPES)
+        _one_of("labels", self.labels, ("auto", *LABEL_RULES))
+        _one_of("reader", self.reader, READERS)
+        for key in ("num_frames", "frame_interval", "image_size", "max_clips"):
+            _at_least(key, getattr(self, key), 1)
+        for key in ("num_images", "num_workers"):
+            _at_least(key, getattr(self, key), 0)
+        if self.frame_list is not None and not self.num_images:
+            raise ValueError(
+                "data.frame_list is read only in joint training: set data.num_images, or drop it"
+            )
+
+
+def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
+    names = list(choices)
+    if value not in names:
+        near = get_close_matches(str(value), names, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"data.{key}: '{value}' is unknown, use one of {', '.join(names)}{hint}")
+
+
+def _at_least(key: str, value: int | None, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f"data.{key}: {value!r} must be a whole number of at least {least}")
+
+
+class Sample(TypedDict):
+    """`video (F+I, 3, H, W)` float32 in [-1, 1]; `labels (1+I,)` int64; `index` of the clip that is shown."""
+
+    video: Tensor
+    labels: Tensor
+    index: int
+
+
+class ClipDataset(Dataset[Sample]):
+    """`dataset[epoch, index]`: one clip of video `index`, drawn anew in every epoch, and I extra images.
+
+    A clip that cannot be used (broken, too short) is replaced by another, drawn from (seed, epoch, index);
+    it is named in a warning once and kept in `skipped` (path -> reason; each loader worker has its own).
+    `cut_off` likewise names files whose end is missing though a window fits. With `strict` both raise
+    VideoError.
+    """
+
+    def __init__(self, config: DataConfig, catalog: Catalog, seed: int) -> None:
+        self.config, self.catalog, self.seed = config, catalog, seed
+        recipe = RECIPES[config.name]
+        self.transform_name = recipe.transform
+        self.flips = recipe.horizontal_flip if config.horizontal_flip is None else config.horizontal_flip
+        self.span = window_span(config.num_frames, config.frame_interval)
+        self.images = read_frame_list(config, catalog) if config.frame_list else None
+        self.skipped: dict[str, str] = {}
+        self.cut_off: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.catalog.clips)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.catalog.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return self.catalog.num_classes
+
+    def describe(self) -> dict[str, object]:
+        """What a run's log should say about its data."""
+        return {
+            "name": self.config.name,
+            "path": self.catalog.root,
+            "clips": len(self),
+            "classes": self.num_classes,
+            "skipped": self.catalog.skipped,
+            "listed_images": len(self.images) if self.images is not None else None,
+            "frames_per_window": self.span,
+            "transform": self.transform_name,
+            "horizontal_flip": self.flips,
+            "digest": self.catalog.digest,
+        }
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        used, video = self._first_usable(
+            self._clip_candidates(epoch, index), lambda i: self._window(self.catalog.clips[i], epoch, index)
+        )
+        shown = [video]
+        labels = [self.catalog.clips[used].label]
+        for place in range(self.config.num_images):
+            image, label = self._image(epoch, index, place)
+            shown.append(image)
+            labels.append(label)
+        return {"video": torch.cat(shown), "labels": torch.tensor(labels), "index": used}  # (F+I, C, H, W)
+
+    def _random(self, purpose: str, *place: int) -> np.random.Generator:
+        """A generator of its own for every purpose and place: the order of calls never matters."""
+        entropy = [self.seed % 2**64, PURPOSES[purpose], *place]
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+    def _clip_candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """The clip itself, then its replacements."""
+        yield index
+        draw = self._random("replacement", epoch, index)
+        while True:
+            yield int(draw.integers(len(self)))
+
+    def _image_candidates(self, epoch: int, index: int, place: int) -> Iterator[int]:
+        """Places in the frame list; or other videos of the set (the same one where there is no other)."""
+        draw = self._random("image", epoch, index, place)
+        while True:
+            if self.images is not None:
+                yield int(draw.integers(len(self.images)))
+            else:
+                yield (index + 1 + int(draw.integers(max(1, len(self) - 1)))) % len(self)
+
+    def _first_usable(self, candidates: Iterator[int], load: Callable[[int], Tensor]) -> tuple[int, Tensor]:
+        """The first candidate that loads, and what it gave; VideoError after MAX_ATTEMPTS failures."""
+        failures: list[str] = []
+        for index in islice(candidates, MAX_ATTEMPTS):
+            try:
+                return index, load(index)
+            except VideoError as error:
+                if self.config.strict:
+                    raise
+                self._note(self.skipped, error, "is skipped")
+                failures.append(str(error))
+        reasons = "; ".join(dict.fromkeys(failures))
+        raise VideoError(self.catalog.root, f"{MAX_ATTEMPTS} clips in a row cannot be used: {reasons}")
+
+    def _note(self, notes: dict[str, str], error: VideoError, fate: str) -> None:
+        if error.path not in notes:
+            notes[error.path] = error.reason
+            log.warning("%r %s: %s", error.path, fate, error.reason)
+
+    def _open(self, clip: Clip) -> Reader:
+        reader = open_video(clip.path, self.config.reader)
+        if reader.cut_off:
+            error = VideoError(clip.path, reader.cut_off)
+            if self.config.strict:
+                raise error
+            self._note(self.cut_off, error, "is used as far as it goes")
+        return reader
+
+    def _window(self, clip: Clip, epoch: int, index: int) -> Tensor:
+        """F frames at the exact stride, from a start drawn among all that fit: (F, C, H, W) in [-1, 1]."""
+        reader = self._open(clip)
+        if len(reader) < self.span:
+            raise VideoError(clip.path, f"has {len(reader)} frames, a window needs {self.span}")
+        start = int(self._random("window", epoch, index).integers(len(reader) - self.span + 1))
+        frames = _read_undamaged(reader, clip, range(start, start + self.span, self.config.frame_interval))
+        return self._finish(frames, self._random("flip", epoch, index))
+
+    def _image(self, epoch: int, index: int, place: int) -> tuple[Tensor, int]:
+        """One random frame of another video, or one image of the list: (1, C, H, W) and its label."""
+        source = self.images if self.images is not None else self.catalog.clips
+
+        def load(candidate: int) -> Tensor:
+            reader = self._open(source[candidate])
+            number = int(self._random("frame", epoch, index, place).integers(len(reader)))
+            frame = _read_undamaged(reader, source[candidate], [number])
+            return self._finish(frame, self._random("image_flip", epoch, index, place))
+
+        used, image = self._first_usable(self._image_candidates(epoch, index, place), load)
+        return image, source[used].label
+
+    def _finish(self, frames: Tensor, draw: np.random.Generator) -> Tensor:
+        """uint8 (T, C, H, W) -> float (T, C, size, size) in [-1, 1]; all frames mirrored, or none."""
+        if self.flips and draw.random() < 0.5:
+            frames = horizontal_flip(frames)
+        return to_signed_range(TRANSFORMS[self.transform_name](frames, self.config.image_size))
+
+
+def _read_undamaged(reader: Reader, clip: Clip, indices: range | list[int]) -> Tensor:
+    """The frames, or VideoError where undecodable parts make their distances or pixels doubtful."""
+    frames = reader.read(indices)
+    if reader.damage:
+        raise VideoError(clip.path, reader.damage)
+    return frames
+
+
+def build_dataset(config: DataConfig, *, seed: int) -> ClipDataset:
+    """Catalog the folder and make the data set. ValueError or FileNotFoundError where the folder is wrong."""
+    return ClipDataset(config, build_catalog(config), seed)

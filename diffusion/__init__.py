@@ -1,0 +1,56 @@
+"""The mathematics of noising and denoising clips (B, F, C, H, W); knows no network and no data."""
+
+from __future__ import annotations
+
+from .config import DiffusionConfig
+from .flow import RectifiedFlow
+from .gaussian import GaussianDiffusion, PMeanVariance
+from .guidance import ConditionalDenoiser, Denoiser, guided
+from .losses import LossTerms
+from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, sample
+from .timestep_sampler import (
+    LossAwareTimestepSampler,
+    TimestepSampler,
+    UniformTimestepSampler,
+    build_timestep_sampler,
+)
+
+__all__ = [
+    "BitsPerDim",
+    "ConditionalDenoiser",
+    "Denoiser",
+    "DiffusionConfig",
+    "GaussianDiffusion",
+    "LossAwareTimestepSampler",
+    "LossTerms",
+    "PMeanVariance",
+    "RectifiedFlow",
+    "StepOptions",
+    "TimestepSampler",
+    "UniformTimestepSampler",
+    "build_diffusion",
+    "build_timestep_sampler",
+    "calc_bpd_loop",
+    "guided",
+    "sample",
+]
+
+
+def build_diffusion(
+    config: DiffusionConfig, *, learn_sigma: bool, respacing: str = ""
+) -> GaussianDiffusion | RectifiedFlow:
+    """The process that `config` describes.
+
+    Args:
+        config: the `diffusion` section.
+        learn_sigma: whether the network's output has 2C channels (`model.learn_sigma`).
+        respacing: steps to keep for sampling: "" all, "250", "10,15,20", "ddim50"; for a flow a number.
+
+    Raises:
+        ValueError: a flow with learned sigma, or a respacing string that is impossible.
+    """
+    if config.prediction != "flow":
+        return GaussianDiffusion(config, learn_sigma=learn_sigma, respacing=respacing)
+    if learn_sigma:
+        raise ValueError("diffusion.prediction=flow has no variance to learn: set model.learn_sigma=false.")
+    return RectifiedFlow(config, respacing=respacing)

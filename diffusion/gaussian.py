@@ -1,0 +1,254 @@
+"""Gaussian diffusion (Ho et al. 2020; Nichol & Dhariwal 2021): noising, prediction, losses.
+
+Letters: B clips, F frames, C channels, H W, T steps of this (perhaps respaced) process.
+x_0 is a clip of latents, x_t the same after step t; `timesteps` are indices of this process, in [0, T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import DiffusionConfig
+from .guidance import Denoiser
+from .losses import (
+    NATS_PER_BIT,
+    LossTerms,
+    discretized_gaussian_log_likelihood,
+    frame_mean,
+    normal_kl,
+)
+from .schedule import BETAS, gaussian_tables, respaced_betas, respaced_timesteps
+from .timestep_sampler import steps_from_uniform
+
+CHANNEL_DIM = 2
+Refine = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class PMeanVariance:
+    """p(x_{t-1} | x_t) and the clean clip it rests on; each (B, F, C, H, W)."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    pred_x_start: Tensor
+
+
+def prediction_tables(tables: dict[str, Tensor], prediction: str) -> dict[str, Tensor]:
+    """What the network predicts, as coefficients: the only place that tells the predictions apart.
+
+    target = target_x_start * x_0 + target_noise * noise, and
+    x_0 = x_start_input * x_t + x_start_output * target.
+    Velocity is Salimans & Ho 2022, appendix D.
+    """
+    signal, noise = tables["sqrt_alphas_cumprod"], tables["sqrt_one_minus_alphas_cumprod"]
+    zero, one = torch.zeros_like(signal), torch.ones_like(signal)
+    reciprocal, reciprocal_m1 = tables["sqrt_recip_alphas_cumprod"], tables["sqrt_recipm1_alphas_cumprod"]
+    names = ("target_x_start", "target_noise", "x_start_input", "x_start_output")
+    coefficients = {
+        "epsilon": (zero, one, reciprocal, -reciprocal_m1),
+        "x_start": (one, zero, zero, one),
+        "velocity": (-noise, signal, signal, -noise),
+    }[prediction]
+    return dict(zip(names, coefficients, strict=True))
+
+
+class GaussianDiffusion:
+    """A diffusion process of T steps: those of `config`, or the ones that `respacing` keeps.
+
+    Tables are float64 tensors that move with `.to(device)`; entries are cast where they are used, to
+    the dtype of the clip and at least float32.
+
+    Args:
+        config: the `diffusion` section; its prediction is not "flow".
+        learn_sigma: the network's output has 2C channels, the latter half interpolating the variance.
+        respacing: see `schedule.respaced_timesteps`.
+    """
+
+    def __init__(self, config: DiffusionConfig, *, learn_sigma: bool = True, respacing: str = "") -> None:
+        self.config = config
+        self.learn_sigma = learn_sigma
+        kept = respaced_timesteps(config.num_steps, respacing)
+        tables = gaussian_tables(respaced_betas(BETAS[config.schedule](config.num_steps), kept))
+        self.tables = tables | prediction_tables(tables, config.prediction)
+        self.timestep_map = torch.tensor(kept)
+        self.num_timesteps = len(kept)
+
+    def to(self, device: torch.device | str) -> GaussianDiffusion:
+        """Move the tables to `device`, once; returns self."""
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64  # mps has no float64
+        self.tables = {name: table.to(device, dtype) for name, table in self.tables.items()}
+        self.timestep_map = self.timestep_map.to(device)
+        return self
+
+    def table(self, name: str, timesteps: Tensor, x: Tensor) -> Tensor:
+        """Entries of table `name` at `timesteps` (B,), shaped (B, 1, ...) to broadcast over `x`."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return self.tables[name][timesteps].to(dtype).view(-1, *[1] * (x.ndim - 1))
+
+    def network_timesteps(self, timesteps: Tensor) -> Tensor:
+        """(B,) in [0, T) -> (B,) int64 in [0, config.num_steps): what the network was trained on."""
+        return self.timestep_map[timesteps]
+
+    def timesteps_from_uniform(self, uniform: Tensor) -> Tensor:
+        """(B,) in [0, 1) -> (B,) int64 in [0, T) of the configured density."""
+        return steps_from_uniform(uniform, self.config, self.num_timesteps)
+
+    # ---- the noising process -------------------------------------------------------------------
+
+    def q_mean_variance(self, x_start: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(x_t | x_0); the latter two (B, 1, ...)."""
+        mean = self.table("sqrt_alphas_cumprod", timesteps, x_start) * x_start
+        variance = 1 - self.table("alphas_cumprod", timesteps, x_start)
+        return mean, variance, self.table("log_one_minus_alphas_cumprod", timesteps, x_start)
+
+    def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """x_t of `x_start` and unit `noise`, all (B, F, C, H, W)."""
+        signal = self.table("sqrt_alphas_cumprod", timesteps, x_start)
+        return signal * x_start + self.table("sqrt_one_minus_alphas_cumprod", timesteps, x_start) * noise
+
+    def q_posterior_mean(self, x_start: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0)."""
+        return (
+            self.table("posterior_mean_coef1", timesteps, x) * x_start
+            + self.table("posterior_mean_coef2", timesteps, x) * x
+        )
+
+    # ---- what the network says -----------------------------------------------------------------
+
+    def target(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network is to predict."""
+        return (
+            self.table("target_x_start", timesteps, x_start) * x_start
+            + self.table("target_noise", timesteps, x_start) * noise
+        )
+
+    def x_start_from_prediction(self, prediction: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean clip that a prediction at x_t amounts to."""
+        return (
+            self.table("x_start_input", timesteps, x) * x
+            + self.table("x_start_output", timesteps, x) * prediction
+        )
+
+    def noise_from_x_start(self, x_start: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise that leads from x_0 to x_t."""
+        reciprocal = self.table("sqrt_recip_alphas_cumprod", timesteps, x)
+        return (reciprocal * x - x_start) / self.table("sqrt_recipm1_alphas_cumprod", timesteps, x)
+
+    def split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, F, C or 2C, H, W) -> prediction (B, F, C, H, W) and variance values alike or None.
+
+        Raises:
+            ValueError: the output has another shape than `learn_sigma` promises.
+        """
+        channels = x.shape[CHANNEL_DIM]
+        promised = list(x.shape)
+        promised[CHANNEL_DIM] *= 2 if self.learn_sigma else 1
+        if list(model_output.shape) != promised:
+            raise ValueError(
+                f"The network's output is {tuple(model_output.shape)}, but with model.learn_sigma="
+                f"{str(self.learn_sigma).lower()} the diffusion needs {tuple(promised)}."
+            )
+        model_output = model_output.to(torch.promote_types(x.dtype, torch.float32))
+        if not self.learn_sigma:
+            return model_output, None
+        prediction, variance_values = model_output.split(channels, CHANNEL_DIM)
+        return prediction, variance_values
+
+    def p_mean_variance(
+        self, model_output: Tensor, x: Tensor, timesteps: Tensor, *, refine: Refine | None = None
+    ) -> PMeanVariance:
+        """p(x_{t-1} | x_t) from the network's output at x_t.
+
+        Args:
+            model_output: (B, F, C or 2C, H, W).
+            x: x_t, (B, F, C, H, W).
+            timesteps: (B,).
+            refine: applied to the predicted clean clip, such as clamping it to [-1, 1].
+        """
+        prediction, variance_values = self.split_output(model_output, x)
+        pred_x_start = self.x_start_from_prediction(prediction, x, timesteps)
+        if refine is not None:
+            pred_x_start = refine(pred_x_start)
+        variance, log_variance = self.p_variance(variance_values, x, timesteps)
+        mean = self.q_posterior_mean(pred_x_start, x, timesteps)
+        return PMeanVariance(mean, variance.expand_as(mean), log_variance.expand_as(mean), pred_x_start)
+
+    def p_variance(
+        self, variance_values: Tensor | None, x: Tensor, timesteps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Variance and log variance of p(x_{t-1} | x_t), that broadcast over x (B, F, C, H, W).
+
+        Learned: values in [-1, 1] go from the smallest to the largest sensible log variance
+        (Nichol & Dhariwal 2021, eq. 15).
+        """
+        if variance_values is None:
+            kind = self.config.fixed_variance
+            variance = self.table(f"{kind}_variance", timesteps, x)
+            return variance, self.table(f"{kind}_log_variance", timesteps, x)
+        smallest = self.table("posterior_log_variance_clipped", timesteps, x)
+        largest = self.table("log_betas", timesteps, x)
+        share = (variance_values + 1) / 2
+        log_variance = share * largest + (1 - share) * smallest
+        return log_variance.exp(), log_variance
+
+    # ---- losses --------------------------------------------------------------------------------
+
+    def variational_bound(
+        self,
+        model_output: Tensor,
+        x_start: Tensor,
+        x: Tensor,
+        timesteps: Tensor,
+        *,
+        refine: Refine | None = None,
+    ) -> Tensor:
+        """(B, F) term t of the variational bound, in bits per dimension; at t = 0 the decoder's."""
+        p = self.p_mean_variance(model_output, x, timesteps, refine=refine)
+        q_mean = self.q_posterior_mean(x_start, x, timesteps)
+        q_log_variance = self.table("posterior_log_variance_clipped", timesteps, x)
+        divergence = frame_mean(normal_kl(q_mean, q_log_variance, p.mean, p.log_variance))
+        decoder = -frame_mean(discretized_gaussian_log_likelihood(x_start, p.mean, 0.5 * p.log_variance))
+        return torch.where((timesteps == 0)[:, None], decoder, divergence) / NATS_PER_BIT
+
+    def training_losses(
+        self, denoiser: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> LossTerms:
+        """The configured loss of one noised batch.
+
+        Args:
+            denoiser: the network.
+            x_start: clean clips (B, F, C, H, W).
+            timesteps: (B,) int64 in [0, T).
+            noise: unit noise like `x_start`.
+        """
+        x = self.q_sample(x_start, timesteps, noise)
+        model_output = denoiser(x, self.network_timesteps(timesteps))
+        weight = {
+            "kl": 1.0,
+            "rescaled_kl": float(self.num_timesteps),
+            "mse": 1.0,
+            "rescaled_mse": self.num_timesteps / 1000,
+        }[self.config.loss]
+        if self.config.loss in ("kl", "rescaled_kl"):
+            bound = self.variational_bound(model_output, x_start, x, timesteps)
+            return LossTerms.from_frames(vb=weight * bound)
+        prediction, variance_values = self.split_output(model_output, x)
+        mse = frame_mean((self.target(x_start, noise, timesteps) - prediction) ** 2)
+        if variance_values is None:
+            return LossTerms.from_frames(mse)
+        # the bound teaches the variance only; the mean learns from the squared error
+        frozen_mean = torch.cat([prediction.detach(), variance_values], CHANNEL_DIM)
+        bound = self.variational_bound(frozen_mean, x_start, x, timesteps)
+        return LossTerms.from_frames(mse, weight * bound)
+
+    def prior_bits(self, x_start: Tensor) -> Tensor:
+        """(B,) KL of q(x_T | x_0) from unit noise, in bits per dimension: the bound's constant term."""
+        last = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
+        mean, _, log_variance = self.q_mean_variance(x_start, last)
+        zero = torch.zeros_like(mean)
+        return normal_kl(mean, log_variance, zero, zero).flatten(1).mean(1) / NATS_PER_BIT

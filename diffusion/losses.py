@@ -1,0 +1,76 @@
+"""Loss terms and the likelihoods behind them.
+
+Letters: B clips, F frames. Terms are averaged over everything but these two, in nats unless named bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NATS_PER_BIT = math.log(2.0)
+MIN_PROBABILITY = 1e-12
+
+
+@dataclass
+class LossTerms:
+    """Training loss, by clip and by frame.
+
+    Attributes:
+        loss: (B,) the value to minimise, mean over the frames of the sum of the terms.
+        mse: (B, F) squared error of the prediction; None if the loss is the variational bound alone.
+        vb: (B, F) variational bound in bits per dimension, as weighted in the loss; None if not part of it.
+    """
+
+    loss: Tensor
+    mse: Tensor | None
+    vb: Tensor | None
+
+    @classmethod
+    def from_frames(cls, mse: Tensor | None = None, vb: Tensor | None = None) -> LossTerms:
+        """The terms whose loss is the mean over frames of `mse` + `vb`, each (B, F) or None."""
+        terms = cls(torch.empty(0), mse, vb)
+        terms.loss = terms.per_frame().mean(1)
+        return terms
+
+    def per_frame(self) -> Tensor:
+        """(B, F) loss of every frame."""
+        present = [term for term in (self.mse, self.vb) if term is not None]
+        return torch.stack(present).sum(0)
+
+
+def frame_mean(values: Tensor) -> Tensor:
+    """(B, F, ...) -> (B, F)."""
+    return values.flatten(2).mean(2)
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL divergence KL(N1 || N2) of diagonal Gaussians, elementwise, in nats; shapes broadcast."""
+    return 0.5 * (
+        -1.0
+        + log_variance2
+        - log_variance1
+        + torch.exp(log_variance1 - log_variance2)
+        + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
+    )
+
+
+def approx_normal_cdf(x: Tensor) -> Tensor:
+    """Page's tanh approximation of the standard normal distribution function; error below 4e-4."""
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log probability, elementwise in nats, of the 8-bit level that `x` in [-1, 1] stands for.
+
+    Each of the 256 levels owns the interval of width 2/255 around it; the outermost two reach to
+    infinity (Ho et al. 2020, eq. 13). `log_scale` is the logarithm of the standard deviation.
+    """
+    centered, inverse_scale = x - mean, torch.exp(-log_scale)
+    upper = approx_normal_cdf(inverse_scale * (centered + 1 / 255))
+    lower = approx_normal_cdf(inverse_scale * (centered - 1 / 255))
+    inside = torch.where(x > 0.999, 1 - lower, upper - lower)
+    return torch.where(x < -0.999, upper, inside).clamp(min=MIN_PROBABILITY).log()

@@ -1,0 +1,307 @@
+"""From noise to clips: single steps, whole loops, and the bits-per-dimension loop.
+
+Letters: B clips, F frames, C channels, H W, T steps of the process. Every step function has the same
+form, `step(diffusion, denoiser, x, timesteps, options) -> Step`, with timesteps (B,) in [0, T) on
+x's device; nothing in it waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flow import RectifiedFlow, velocity
+from .gaussian import GaussianDiffusion, PMeanVariance
+from .guidance import Denoiser
+from .losses import frame_mean
+
+Callback = Callable[[int, int, Tensor, Tensor], None]  # (steps done, T, x, pred_x_start)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a step may vary.
+
+    Attributes:
+        eta: DDIM's noise, from 0 (none) to 1 (as much as DDPM).
+        clip_denoised: clamp the predicted clean clip to [-1, 1].
+        noise_fn: draws unit noise like its argument.
+        x_start_fn: applied to the predicted clean clip before it is clamped.
+        gradient_fn: (x, network timesteps) -> gradient of log p(y | x): classifier guidance
+            (Dhariwal & Nichol 2021, algorithms 1 and 2). Gaussian diffusion only.
+    """
+
+    eta: float = 0.0
+    clip_denoised: bool = False
+    noise_fn: Callable[[Tensor], Tensor] = torch.randn_like
+    x_start_fn: Callable[[Tensor], Tensor] | None = None
+    gradient_fn: Denoiser | None = None
+
+    def refine(self, x_start: Tensor) -> Tensor:
+        """The predicted clean clip as the options want it."""
+        if self.x_start_fn is not None:
+            x_start = self.x_start_fn(x_start)
+        return x_start.clamp(-1, 1) if self.clip_denoised else x_start
+
+
+@dataclass
+class Step:
+    """The next x and the clean clip predicted on the way, both (B, F, C, H, W)."""
+
+    x: Tensor
+    pred_x_start: Tensor
+
+
+DEFAULT = StepOptions()
+
+
+# ---- Gaussian diffusion ------------------------------------------------------------------------
+
+
+def p_mean_variance(
+    diffusion: GaussianDiffusion,
+    denoiser: Denoiser,
+    x: Tensor,
+    timesteps: Tensor,
+    options: StepOptions = DEFAULT,
+) -> PMeanVariance:
+    """p(x_{t-1} | x_t) of the denoiser, with `options.x_start_fn` and clamping applied."""
+    output = denoiser(x, diffusion.network_timesteps(timesteps))
+    return diffusion.p_mean_variance(output, x, timesteps, refine=options.refine)
+
+
+def _unless_first(timesteps: Tensor, x: Tensor) -> Tensor:
+    """1 where timesteps > 0, else 0: the step to t = -1 adds no noise. Broadcasts over x."""
+    return (timesteps != 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def ddpm_step(
+    diffusion: GaussianDiffusion,
+    denoiser: Denoiser,
+    x: Tensor,
+    timesteps: Tensor,
+    options: StepOptions = DEFAULT,
+) -> Step:
+    """One ancestral step x_t -> x_{t-1} (Ho et al. 2020, algorithm 2)."""
+    p = p_mean_variance(diffusion, denoiser, x, timesteps, options)
+    noise = options.noise_fn(x)
+    if options.gradient_fn is not None:
+        gradient = options.gradient_fn(x, diffusion.network_timesteps(timesteps))
+        p.mean = p.mean + p.variance * gradient
+    deviation = _unless_first(timesteps, x) * torch.exp(0.5 * p.log_variance)
+    return Step(p.mean + deviation * noise, p.pred_x_start)
+
+
+def _ddim_prediction(
+    diffusion: GaussianDiffusion, denoiser: Denoiser, x: Tensor, timesteps: Tensor, options: StepOptions
+) -> tuple[Tensor, Tensor]:
+    """The predicted clean clip and noise at x_t, classifier guidance included."""
+    pred_x_start = p_mean_variance(diffusion, denoiser, x, timesteps, options).pred_x_start
+    noise = diffusion.noise_from_x_start(pred_x_start, x, timesteps)
+    if options.gradient_fn is None:
+        return pred_x_start, noise
+    gradient = options.gradient_fn(x, diffusion.network_timesteps(timesteps))
+    noise = noise - (1 - diffusion.table("alphas_cumprod", timesteps, x)).sqrt() * gradient
+    pred_x_start = (
+        diffusion.table("sqrt_recip_alphas_cumprod", timesteps, x) * x
+        - diffusion.table("sqrt_recipm1_alphas_cumprod", timesteps, x) * noise
+    )
+    return pred_x_start, noise
+
+
+def ddim_step(
+    diffusion: GaussianDiffusion,
+    denoiser: Denoiser,
+    x: Tensor,
+    timesteps: Tensor,
+    options: StepOptions = DEFAULT,
+) -> Step:
+    """One DDIM step x_t -> x_{t-1} (Song et al. 2020, eq. 12); `options.eta` sets its noise (eq. 16)."""
+    pred_x_start, noise = _ddim_prediction(diffusion, denoiser, x, timesteps, options)
+    now = diffusion.table("alphas_cumprod", timesteps, x)
+    previous = diffusion.table("alphas_cumprod_prev", timesteps, x)
+    sigma = options.eta * ((1 - previous) / (1 - now)).sqrt() * (1 - now / previous).sqrt()
+    mean = pred_x_start * previous.sqrt() + (1 - previous - sigma**2).sqrt() * noise
+    if options.eta == 0:
+        return Step(mean, pred_x_start)
+    return Step(mean + _unless_first(timesteps, x) * sigma * options.noise_fn(x), pred_x_start)
+
+
+def ddim_reverse_step(
+    diffusion: GaussianDiffusion,
+    denoiser: Denoiser,
+    x: Tensor,
+    timesteps: Tensor,
+    options: StepOptions = DEFAULT,
+) -> Step:
+    """One step x_t -> x_{t+1} of the same ordinary differential equation, towards noise (no randomness)."""
+    pred_x_start, noise = _ddim_prediction(diffusion, denoiser, x, timesteps, options)
+    following = diffusion.table("alphas_cumprod_next", timesteps, x)
+    return Step(pred_x_start * following.sqrt() + (1 - following).sqrt() * noise, pred_x_start)
+
+
+# ---- rectified flow ----------------------------------------------------------------------------
+
+
+def _flow_velocity(
+    flow: RectifiedFlow, denoiser: Denoiser, x: Tensor, time: Tensor, options: StepOptions
+) -> Step:
+    """Velocity at `time` (B, 1, ...) > 0, held in `.x`, and the clean clip it points to."""
+    speed = velocity(denoiser(x, flow.network_timesteps(time)), x)
+    pred_x_start = x - time * speed
+    refined = options.refine(pred_x_start)
+    return Step(speed if refined is pred_x_start else (x - refined) / time, refined)
+
+
+def euler_step(
+    flow: RectifiedFlow,
+    denoiser: Denoiser,
+    x: Tensor,
+    timesteps: Tensor,
+    options: StepOptions = DEFAULT,
+) -> Step:
+    """One step over interval `timesteps` of the grid, towards data, along the velocity at its noisy end."""
+    time, target = flow.time(timesteps + 1, x), flow.time(timesteps, x)
+    here = _flow_velocity(flow, denoiser, x, time, options)
+    return Step(x + (target - time) * here.x, here.pred_x_start)
+
+
+def heun_step(
+    flow: RectifiedFlow,
+    denoiser: Denoiser,
+    x: Tensor,
+    timesteps: Tensor,
+    options: StepOptions = DEFAULT,
+) -> Step:
+    """The same along the mean of the velocities at both ends (two evaluations); timesteps >= 1."""
+    time, target = flow.time(timesteps + 1, x), flow.time(timesteps, x)
+    here = _flow_velocity(flow, denoiser, x, time, options)
+    there = _flow_velocity(flow, denoiser, x + (target - time) * here.x, target, options)
+    return Step(x + (target - time) * (here.x + there.x) / 2, there.pred_x_start)
+
+
+# ---- loops -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS: the process it needs, its step, the step at t = 0, and its direction."""
+
+    process: type
+    step: Callable[..., Step]
+    step_at_zero: Callable[..., Step]
+    ascending: bool = False
+
+
+METHODS = {
+    "ddpm": Method(GaussianDiffusion, ddpm_step, ddpm_step),
+    "ddim": Method(GaussianDiffusion, ddim_step, ddim_step),
+    "ddim_reverse": Method(GaussianDiffusion, ddim_reverse_step, ddim_reverse_step, ascending=True),
+    "euler": Method(RectifiedFlow, euler_step, euler_step),
+    # at data the velocity is that of clips no longer noisy, which networks know least: end with Euler
+    "heun": Method(RectifiedFlow, heun_step, euler_step),
+}
+
+
+def _method(name: str, process: GaussianDiffusion | RectifiedFlow, options: StepOptions) -> Method:
+    fitting = [key for key, method in METHODS.items() if isinstance(process, method.process)]
+    if name not in fitting:
+        raise ValueError(
+            f"Sampling method {name!r} does not fit diffusion.prediction={process.config.prediction}; "
+            f"choose {' | '.join(fitting)}."
+        )
+    if options.eta and name != "ddim":
+        raise ValueError(f"eta={options.eta} belongs to method ddim; use eta=0 with {name}.")
+    if options.gradient_fn is not None and isinstance(process, RectifiedFlow):
+        raise ValueError("gradient_fn (classifier guidance) needs Gaussian diffusion, not a flow.")
+    return METHODS[name]
+
+
+@torch.no_grad()
+def sample(
+    diffusion: GaussianDiffusion | RectifiedFlow,
+    denoiser: Denoiser,
+    noise: Tensor,
+    *,
+    method: str = "ddpm",
+    callback: Callback | None = None,
+    **options: Any,
+) -> Tensor:
+    """Walk all T steps of `diffusion` from `noise` (B, F, C, H, W) to clean clips alike.
+
+    Args:
+        diffusion: on the device of `noise`; its respacing sets T.
+        denoiser: the network, perhaps wrapped in guidance.
+        noise: unit noise; for `ddim_reverse` clean clips, which become noise.
+        method: ddpm | ddim | ddim_reverse, or euler | heun for a flow.
+        callback: called after every step with (steps done, T, x, pred_x_start).
+        options: fields of `StepOptions` (eta, clip_denoised, noise_fn, x_start_fn, gradient_fn).
+
+    Raises:
+        ValueError: the method does not fit the process, or an option does not fit the method.
+    """
+    settings = StepOptions(**options)
+    chosen = _method(method, diffusion, settings)
+    total = diffusion.num_timesteps
+    x = noise
+    for done, index in enumerate(range(total) if chosen.ascending else reversed(range(total)), start=1):
+        timesteps = torch.full((len(x),), index, device=x.device)
+        take_step = chosen.step_at_zero if index == 0 else chosen.step
+        step = take_step(diffusion, denoiser, x, timesteps, settings)
+        x = step.x
+        if callback is not None:
+            callback(done, total, x, step.pred_x_start)
+    return x
+
+
+@dataclass
+class BitsPerDim:
+    """The variational bound of clips, in bits per dimension; column t of the (B, T) parts is step t.
+
+    Attributes:
+        total: (B,) sum of `vb` over t, plus `prior`.
+        prior: (B,) the constant term at t = T.
+        vb: (B, T) the terms.
+        x_start_mse: (B, T) squared error of the predicted clean clip.
+        mse: (B, T) squared error of the predicted noise.
+    """
+
+    total: Tensor
+    prior: Tensor
+    vb: Tensor
+    x_start_mse: Tensor
+    mse: Tensor
+
+
+@torch.no_grad()
+def calc_bpd_loop(
+    diffusion: GaussianDiffusion,
+    denoiser: Denoiser,
+    x_start: Tensor,
+    *,
+    clip_denoised: bool = True,
+    noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> BitsPerDim:
+    """All terms of the variational bound of `x_start` (B, F, C, H, W), each from its own noise draw.
+
+    `x_start` in [-1, 1] is taken for 8-bit data in the last term (t = 0). T network calls.
+    """
+    refine = StepOptions(clip_denoised=clip_denoised).refine
+    columns: list[tuple[Tensor, Tensor, Tensor]] = []
+    for index in reversed(range(diffusion.num_timesteps)):
+        timesteps = torch.full((len(x_start),), index, device=x_start.device)
+        noise = noise_fn(x_start)
+        x = diffusion.q_sample(x_start, timesteps, noise)
+        output = denoiser(x, diffusion.network_timesteps(timesteps))
+        p = diffusion.p_mean_variance(output, x, timesteps, refine=refine)
+        vb = diffusion.variational_bound(output, x_start, x, timesteps, refine=refine)
+        pred_noise = diffusion.noise_from_x_start(p.pred_x_start, x, timesteps)
+        errors = ((p.pred_x_start - x_start) ** 2, (pred_noise - noise) ** 2)
+        columns.insert(0, (vb.mean(1), frame_mean(errors[0]).mean(1), frame_mean(errors[1]).mean(1)))
+    vb, x_start_mse, mse = (torch.stack(column, 1) for column in zip(*columns, strict=True))
+    prior = diffusion.prior_bits(x_start)
+    return BitsPerDim(vb.sum(1) + prior, prior, vb, x_start_mse, mse)

@@ -1,0 +1,147 @@
+"""Noise schedules, respacing, and the tables that follow from them; all in float64.
+
+T is the number of steps. Step t, 0 <= t < T, adds noise of variance beta_t; alphas_cumprod_t is the
+share of the signal's variance left after it (Ho et al. 2020; Nichol & Dhariwal 2021).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_BETA = 0.999  # of the cosine schedule, against a singularity at t = T - 1
+
+
+def linear_betas(num_steps: int) -> Tensor:
+    """(T,) betas from 1e-4 to 0.02 for 1000 steps, scaled for other numbers so the end noise is alike.
+
+    Ho et al. 2020, section 4. With 20 steps or fewer no such schedule exists: ValueError.
+    """
+    scale = 1000 / num_steps
+    if scale * 0.02 >= 1:
+        raise ValueError(
+            f"diffusion.num_steps={num_steps} is too small for the linear schedule (at least 21): "
+            "train with more steps and shorten sampling by respacing."
+        )
+    return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
+
+
+def cosine_betas(num_steps: int) -> Tensor:
+    """(T,) betas for which alphas_cumprod falls as a squared cosine (Nichol & Dhariwal 2021, eq. 17)."""
+
+    def signal_share(time: Tensor) -> Tensor:
+        return torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    step = torch.arange(num_steps, dtype=torch.float64)
+    return (1 - signal_share((step + 1) / num_steps) / signal_share(step / num_steps)).clamp(max=MAX_BETA)
+
+
+BETAS = {"linear": linear_betas, "cosine": cosine_betas}
+
+
+def respaced_timesteps(num_steps: int, respacing: str) -> list[int]:
+    """The timesteps that a shortened process keeps, ascending.
+
+    Args:
+        num_steps: T of the full process.
+        respacing: "" keeps all; "250" that many, evenly spread with both ends; "10,15,20" that many in
+            each of as many equal sections; "ddim50" every k-th from 0, for the integer k that gives 50.
+
+    Raises:
+        ValueError: the string is none of these, or asks for what `num_steps` cannot give.
+    """
+    respacing = respacing.strip()
+    if not respacing:
+        return list(range(num_steps))
+    if respacing.startswith("ddim"):
+        return _strided(num_steps, _count(respacing.removeprefix("ddim"), respacing))
+    counts = [_count(part, respacing) for part in respacing.split(",")]
+    kept: list[int] = []
+    start = 0
+    for section, count in enumerate(counts):
+        size = num_steps // len(counts) + (section < num_steps % len(counts))
+        if count > size:
+            raise ValueError(
+                f"Respacing {respacing!r} asks for {count} of the {size} steps in section {section + 1} of "
+                f"{len(counts)} (the process has {num_steps} steps); ask for at most {size}."
+            )
+        kept += [start + offset for offset in _spread(size, count)]
+        start += size
+    return kept
+
+
+def _count(text: str, respacing: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"Respacing {respacing!r} is not understood: give a number of steps ('250'), "
+            "numbers by section ('10,15,20'), or 'ddim50'."
+        )
+    return int(text)
+
+
+def _strided(num_steps: int, count: int) -> list[int]:
+    for stride in range(1, num_steps + 1):
+        kept = range(0, num_steps, stride)
+        if len(kept) == count:
+            return list(kept)
+    raise ValueError(
+        f"Respacing 'ddim{count}' is impossible: no integer stride takes {count} of {num_steps} steps; "
+        f"use a number such as a divisor of {num_steps}, or plain '{count}'."
+    )
+
+
+def _spread(size: int, count: int) -> list[int]:
+    """`count` whole numbers from 0 to `size` - 1, ends included (only 0 if `count` is 1)."""
+    stride = (size - 1) / (count - 1) if count > 1 else 1.0
+    position, spread = 0.0, []
+    for _ in range(count):
+        spread.append(round(position))
+        position += stride  # summed, not multiplied: the same rounding as the official code
+    return spread
+
+
+def respaced_betas(betas: Tensor, kept: list[int]) -> Tensor:
+    """Betas (len(kept),) of the process that visits only the `kept` steps of the one with `betas` (T,)."""
+    alphas_cumprod = torch.cumprod(1 - betas, 0)[kept]
+    return 1 - alphas_cumprod / _shifted_right(alphas_cumprod, 1.0)
+
+
+def _shifted_right(table: Tensor, first: float) -> Tensor:
+    return torch.cat([table.new_tensor([first]), table[:-1]])
+
+
+def gaussian_tables(betas: Tensor) -> dict[str, Tensor]:
+    """Everything that follows from `betas` (T,): name -> (T,) float64.
+
+    Posterior q(x_{t-1} | x_t, x_0): Ho et al. 2020, eq. 6 and 7. Its variance is 0 at t = 0, so its
+    logarithm takes the value of t = 1 there ("clipped").
+    """
+    alphas_cumprod = torch.cumprod(1 - betas, 0)
+    previous = _shifted_right(alphas_cumprod, 1.0)
+    posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+    # a process of one step has no step 1 to take the first value from
+    first = posterior_variance[1:2] if len(betas) > 1 else betas
+    positive_variance = torch.cat([first, posterior_variance[1:]])
+    large_variance = torch.cat([positive_variance[:1], betas[1:]])
+    return {
+        "betas": betas,
+        "log_betas": betas.log(),
+        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod_prev": previous,
+        "alphas_cumprod_next": torch.cat([alphas_cumprod[1:], betas.new_zeros(1)]),
+        "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),
+        "sqrt_recip_alphas_cumprod": (1 / alphas_cumprod).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / alphas_cumprod - 1).sqrt(),
+        "posterior_variance": posterior_variance,
+        "posterior_log_variance_clipped": positive_variance.log(),
+        "posterior_mean_coef1": betas * previous.sqrt() / (1 - alphas_cumprod),
+        "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod),
+        "small_variance": posterior_variance,
+        "small_log_variance": positive_variance.log(),
+        "large_variance": large_variance,
+        "large_log_variance": large_variance.log(),
+    }

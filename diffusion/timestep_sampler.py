@@ -1,0 +1,159 @@
+"""Which timesteps a training step looks at: functions of uniform numbers that the caller draws.
+
+T is the number of steps, B the batch. A sampler turns u (B,) in [0, 1) into timesteps and loss weights (B,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import DiffusionConfig
+
+# density name -> inverse distribution function, on [0, 1]
+INVERSE_CDFS: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda u: u,
+    "linear": torch.sqrt,  # density 2t
+    "logit_normal": lambda u: torch.sigmoid(torch.special.ndtri(u)),  # logit(t) is standard normal
+}
+
+
+def shifted(time: Tensor, shift: float) -> Tensor:
+    """Times in [0, 1] moved towards noise (shift above 1) or data (below 1), the ends kept in place.
+
+    Esser et al. 2024, eq. 23: t -> s t / (1 + (s - 1) t).
+    """
+    return shift * time / (1 + (shift - 1) * time)
+
+
+def times_from_uniform(uniform: Tensor, config: DiffusionConfig) -> Tensor:
+    """`uniform` (B,) in [0, 1) -> times (B,) in [0, 1] of the configured density, then shifted."""
+    return shifted(INVERSE_CDFS[config.timestep_density](uniform), config.timestep_shift)
+
+
+def steps_from_uniform(uniform: Tensor, config: DiffusionConfig, num_steps: int) -> Tensor:
+    """The same as whole steps: (B,) in [0, 1) -> (B,) int64 in [0, T)."""
+    steps = (times_from_uniform(uniform, config) * num_steps).long()
+    return steps.clamp(max=num_steps - 1)
+
+
+class TimestepSampler(Protocol):
+    """What the training loop needs of a sampler."""
+
+    def timesteps_from_uniform(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) in [0, 1) -> timesteps (B,) and weights (B,) of their losses."""
+
+    def update(self, timesteps: Tensor, losses: Tensor) -> None:
+        """Learn from the losses (B,) that the timesteps (B,) had."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`."""
+
+
+class UniformTimestepSampler:
+    """Timesteps of the configured density, all losses weighted alike; nothing to learn."""
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        self.config = config
+
+    def timesteps_from_uniform(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) in [0, 1) -> timesteps (B,), int64 or (flow) float in [0, T], and ones (B,)."""
+        if self.config.prediction == "flow":
+            timesteps = times_from_uniform(uniform, self.config) * self.config.num_steps
+        else:
+            timesteps = steps_from_uniform(uniform, self.config, self.config.num_steps)
+        return timesteps, torch.ones_like(uniform)
+
+    def update(self, timesteps: Tensor, losses: Tensor) -> None:
+        """Nothing to learn."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing to load."""
+
+
+class LossAwareTimestepSampler:
+    """Timesteps in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, 3.3).
+
+    Uniform until every timestep has `history` losses. Weights undo the density, so the expected loss stays
+    that of uniform timesteps. In a process group every rank keeps the history of all ranks.
+    """
+
+    def __init__(self, num_steps: int, history: int = 10, uniform_share: float = 1e-3) -> None:
+        self.num_steps = num_steps
+        self.history = history
+        self.uniform_share = uniform_share
+        # one row more than timesteps: losses that a later one of the same batch displaces go there
+        self.losses = torch.zeros(num_steps + 1, history, dtype=torch.float64)
+        self.counts = torch.zeros(num_steps, dtype=torch.int64)
+
+    def probabilities(self) -> Tensor:
+        """(T,) float64, sum 1."""
+        root_mean_square = self.losses[:-1].square().mean(1).sqrt()
+        learned = root_mean_square / root_mean_square.sum()
+        learned = learned * (1 - self.uniform_share) + self.uniform_share / self.num_steps
+        uniform = torch.full_like(learned, 1 / self.num_steps)
+        return torch.where((self.counts >= self.history).all(), learned, uniform)
+
+    def timesteps_from_uniform(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) in [0, 1) -> timesteps (B,) int64, and weights (B,) = 1 / (T p(t))."""
+        self._to(uniform.device)
+        probabilities = self.probabilities()
+        steps = torch.searchsorted(probabilities.cumsum(0), uniform.double(), right=True)
+        steps = steps.clamp(max=self.num_steps - 1)
+        return steps, (1 / (self.num_steps * probabilities[steps])).to(uniform.dtype)
+
+    @torch.no_grad()
+    def update(self, timesteps: Tensor, losses: Tensor) -> None:
+        """Remember losses (B,) of timesteps (B,), of all ranks (B alike on each) in rank order."""
+        self._to(timesteps.device)
+        timesteps, losses = _from_all_ranks(timesteps), _from_all_ranks(losses.double())
+        same = timesteps[:, None] == timesteps
+        earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)
+        slots = (self.counts[timesteps] + earlier) % self.history  # oldest first
+        rows = torch.where(later < self.history, timesteps, self.num_steps)
+        self.losses[rows, slots] = torch.where(losses.isfinite(), losses, self.losses[rows, slots])
+        self.counts.index_add_(0, timesteps, torch.ones_like(timesteps))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Losses remembered and their counts."""
+        return {"losses": self.losses[:-1].clone(), "counts": self.counts.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()` of a sampler of the same size; ValueError for another size."""
+        if state["losses"].shape != self.losses[:-1].shape:
+            raise ValueError(
+                f"The loss-aware timestep sampler remembers {tuple(self.losses[:-1].shape)} losses, the "
+                f"checkpoint holds {tuple(state['losses'].shape)}: keep diffusion.num_steps as it was."
+            )
+        self.losses[:-1] = state["losses"].to(self.losses)
+        self.counts.copy_(state["counts"])
+
+    def _to(self, device: torch.device) -> None:
+        self.losses, self.counts = self.losses.to(device), self.counts.to(device)
+
+
+def _from_all_ranks(values: Tensor) -> Tensor:
+    """(B,) of this rank -> (ranks * B,) of all ranks, in rank order."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, values.contiguous())
+    return torch.cat(gathered)
+
+
+def build_timestep_sampler(config: DiffusionConfig) -> TimestepSampler:
+    """The sampler that `diffusion.timestep_sampler` names."""
+    if config.timestep_sampler == "loss_aware":
+        return LossAwareTimestepSampler(config.num_steps)
+    return UniformTimestepSampler(config)

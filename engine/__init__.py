@@ -1,0 +1,1 @@
+"""The only glue: knows models, diffusion and datasets; none of them knows it."""

@@ -1,0 +1,54 @@
+"""A Config made real: the network, the diffusion, the codec; and what a config amounts to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion import GaussianDiffusion, RectifiedFlow, build_diffusion
+from models.latte import Latte
+
+from .config import Config
+
+
+def build_model(config: Config, device: torch.device | str = "cpu") -> Latte:
+    """The network for the latents that `config` describes, with its initial weights, on `device`."""
+    with torch.device(device):
+        return Latte(
+            config.model,
+            in_channels=config.codec.latent_channels,
+            latent_size=config.latent_size,
+            num_frames=config.data.num_frames,
+        )
+
+
+def build_process(config: Config, respacing: str = "") -> GaussianDiffusion | RectifiedFlow:
+    """The diffusion process; `respacing` ("250", "ddim50", ...) shortens it for sampling."""
+    return build_diffusion(config.diffusion, learn_sigma=config.model.learn_sigma, respacing=respacing)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def macs_per_clip(config: Config) -> int:
+    """Multiply-adds of one forward of one clip, attention included, counted on the meta device."""
+    model = build_model(config, "meta").eval()
+    size = config.latent_size
+    x = torch.empty(1, config.data.num_frames, config.codec.latent_channels, size, size, device="meta")
+    labels = torch.empty(1, dtype=torch.long, device="meta") if config.model.num_classes else None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x, torch.empty(1, dtype=torch.long, device="meta"), labels)
+    return counter.get_total_flops() // 2
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """What `--dry-run` prints: the resolved config, its parameter count and its cost. Opens no data."""
+    return {
+        "config": config.to_dict(),
+        "trainable_parameters": count_parameters(build_model(config, "meta")),
+        "macs_per_clip": macs_per_clip(config),
+    }

@@ -1,0 +1,272 @@
+"""Checkpoints: folders of safetensors and JSON, hashed, written aside and renamed into place. No pickle.
+
+    step-0000012/
+        model.safetensors   weights after the step
+        ema.safetensors     their running average
+        optim.safetensors   AdamW moments, as `<moment>/<parameter>`
+        rng.safetensors     generator states of every rank, and the timestep sampler's history
+        state.json          step, samples_seen and everything else that is a number or a name
+        config.yaml         the whole configuration
+        manifest.json       sizes and SHA-256 of the above; written last
+
+A folder with fewer of the weight files (an export) is the same format: see `export_weights`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.convert import read_state_dict
+
+from .config import Config, load_config, require
+
+FORMAT = "latte-checkpoint-1"
+MANIFEST = "manifest.json"
+STEP_NAME = re.compile(r"step-(\d{7,})")
+
+
+@dataclass
+class Checkpoint:
+    """What a training run needs to continue. Tensors are on the CPU."""
+
+    step: int
+    samples_seen: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optim: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    state: dict[str, Any] = field(default_factory=dict)  # further JSON-able facts
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is absent, damaged or of another kind; the message names the file."""
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """`root/step-0000012` for step 12."""
+    return root / f"step-{step:07d}"
+
+
+def save_checkpoint(checkpoint: Checkpoint, config: Config, root: Path, keep_last: int = 2) -> Path:
+    """Write `checkpoint` as `root/step-...`, verify it, point `root/latest` to it, prune older ones.
+
+    Nothing under the final name is ever incomplete: files are written and synced in a temporary folder
+    beside it, renamed, and read back before any older checkpoint goes.
+    """
+    tensors = {name: getattr(checkpoint, name) for name in ("model", "ema", "optim", "rng")}
+    for name, group in tensors.items():
+        bad = [key for key, value in group.items() if value.is_floating_point() and not value.isfinite().all()]
+        if bad:
+            raise CheckpointError(f"refusing to save step {checkpoint.step}: {name} has non-finite values in {bad[0]}.")
+    state = {"step": checkpoint.step, "samples_seen": checkpoint.samples_seen, **checkpoint.state}
+    folder = _write_folder(step_folder(root, checkpoint.step), tensors, state, config)
+    verify(folder)
+    _write_synced(root / "latest.tmp", folder.name.encode())
+    (root / "latest.tmp").replace(root / "latest")
+    _prune(root, keep_last)
+    return folder
+
+
+def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
+    """Copy one set of weights of checkpoint `source` with its config: what sampling needs, and no more."""
+    folder = find_checkpoint(source)
+    config = load_config(folder / "config.yaml")
+    state = json.loads((folder / "state.json").read_text())
+    file = "ema" if weights == "ema" else "model"
+    return _write_folder(target, {file: load_weights_file(folder, weights)}, state, config)
+
+
+def _write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: Config) -> Path:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.parent / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
+    aside.mkdir()
+    try:
+        for name, group in tensors.items():
+            save_file({key: value.contiguous() for key, value in group.items()}, aside / f"{name}.safetensors")
+            _sync(aside / f"{name}.safetensors")
+        _write_synced(aside / "state.json", json.dumps(state, indent=2).encode())
+        _write_synced(aside / "config.yaml", config.to_yaml().encode())
+        _write_synced(aside / MANIFEST, json.dumps(_manifest(aside, state), indent=2).encode())
+        _sync(aside)
+        if final.exists():  # an earlier, discarded attempt at the same step
+            shutil.rmtree(final)
+        aside.rename(final)
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _sync(final.parent)
+    return final
+
+
+def _manifest(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+    return {"format": FORMAT, "step": state["step"], "torch": torch.__version__, "files": files}
+
+
+def verify(folder: Path) -> None:
+    """Check every file of `folder` against its manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, cut or changed.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{folder} is not a checkpoint of this project: it has no readable {MANIFEST}.") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} is of format {manifest.get('format')!r}; this version reads {FORMAT!r}.")
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing.")
+        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} does not match its SHA-256.")
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Step folders under `root`, oldest first; foreign names and links are not ours."""
+    if not root.is_dir():
+        return []
+    found = [entry for entry in root.iterdir() if STEP_NAME.fullmatch(entry.name) and not entry.is_symlink()]
+    return sorted((entry for entry in found if entry.is_dir()), key=lambda entry: int(entry.name[5:]))
+
+
+def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint under `root` that verifies, and a sentence for each newer one that does not."""
+    complaints: list[str] = []
+    for folder in reversed(list_checkpoints(root)):
+        try:
+            verify(folder)
+            return folder, complaints
+        except CheckpointError as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest verified one of a run."""
+    if (path / MANIFEST).is_file():
+        verify(path)
+        return path
+    for root in (path / "checkpoints", path):
+        folder, complaints = newest_verified(root)
+        if folder is not None:
+            return folder
+        if complaints:
+            raise CheckpointError(complaints[0])
+    if not path.exists():
+        raise CheckpointError(f"checkpoint {path} does not exist.")
+    raise CheckpointError(f"{path} holds no checkpoint: expected a step-... folder, a run folder or a .pt file.")
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify a training checkpoint, whole."""
+    verify(folder)
+    state = _read_json(folder / "state.json")
+    tensors = {name: _read_tensors(folder / f"{name}.safetensors") for name in ("model", "ema", "optim", "rng")}
+    return Checkpoint(step=state.pop("step"), samples_seen=state.pop("samples_seen"), state=state, **tensors)
+
+
+def load_checkpoint_config(path: str | Path) -> Config | None:
+    """The configuration that a checkpoint of ours holds; None for a single file (.pt), which holds none."""
+    if Path(path).is_file():
+        return None
+    return load_config(find_checkpoint(Path(path)) / "config.yaml")
+
+
+def load_model_weights(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
+    """Network weights from a checkpoint folder or run of ours, or from an official file.
+
+    Args:
+        weights: "ema" for the running average, "raw" for the last step's weights.
+    """
+    if Path(path).is_file():
+        return read_state_dict(path, prefer="ema" if weights == "ema" else "model")
+    return load_weights_file(find_checkpoint(Path(path)), weights)
+
+
+def load_weights_file(folder: Path, weights: str) -> dict[str, Tensor]:
+    """`ema` or `raw` weights of one verified checkpoint folder."""
+    file = folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
+    return _read_tensors(file)
+
+
+def _prune(root: Path, keep_last: int) -> None:
+    folders = list_checkpoints(root)
+    for folder in folders[: len(folders) - keep_last] if keep_last else []:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(root: Path) -> list[str]:
+    """Delete temporary folders that a killed writer left; returns their names."""
+    left = [entry for entry in root.glob("step-*.tmp-*") if entry.is_dir()] if root.is_dir() else []
+    for entry in left:
+        shutil.rmtree(entry, ignore_errors=True)
+    return [entry.name for entry in left]
+
+
+def config_changes(old: Config, new: Config, free: Iterable[str]) -> list[str]:
+    """Lines `key: old -> new` for every key that differs, but for those that may (`free`, prefixes)."""
+    before, after = _flat(old.to_dict()), _flat(new.to_dict())
+    allowed = tuple(free)
+    return [
+        f"{key}: {before.get(key)} -> {after[key]}"
+        for key in after
+        if before.get(key) != after[key] and not key.startswith(allowed)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{file} is missing or not JSON.") from None
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    require(file.is_file(), f"{file.parent} is not a training checkpoint: {file.name} is missing.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_synced(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    _sync(file)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

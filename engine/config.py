@@ -1,0 +1,230 @@
+"""The typed configuration: defaults, then YAML, then `key=value`; unknown keys are refused with a hint."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets.clips import DataConfig
+from diffusion import DiffusionConfig
+from models.autoencoder import CodecConfig
+from models.latte import LatteConfig
+
+from .official_keys import DROPPED, RENAMED
+from .optim import OptimConfig
+
+METHODS = ("auto", "ddpm", "ddim", "euler", "heun")
+TRAIN_PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
+SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The `train` section. Steps are optimiser steps; batch_size is per process and micro-step."""
+
+    output_dir: str = "results/run"  # config.yaml, metrics.jsonl, checkpoints/ are written into it
+    max_steps: int = 1_000_000
+    batch_size: int = 5
+    grad_accum_steps: int = 1
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    log_every: int = 100
+    checkpoint_every: int = 10_000  # and always at max_steps
+    keep_last: int = 2  # checkpoints kept; 0 keeps all
+    resume: str = "auto"  # auto: the newest checkpoint in output_dir; never; or a checkpoint folder
+    init_from: str | None = None  # weights only: our checkpoint, an official .pt, or an image DiT's
+    seed: int = 0
+    precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
+    compile: bool = False  # torch.compile each block in place
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every"):
+            require(getattr(self, key) >= 1, f"train.{key} must be at least 1, not {getattr(self, key)}.")
+        for key in ("keep_last", "seed"):
+            require(getattr(self, key) >= 0, f"train.{key} must be zero or more, not {getattr(self, key)}.")
+        require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}.")
+        require(
+            self.precision in TRAIN_PRECISIONS,
+            f"train.precision must be one of {', '.join(TRAIN_PRECISIONS)}, not {self.precision!r}.",
+        )
+        require(bool(self.output_dir), "train.output_dir must name a folder.")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The `sample` section: what sample/sample.py does where its flags are silent."""
+
+    ckpt: str | None = None  # our checkpoint or run folder, or an official .pt
+    save_video_path: str = "results/samples"
+    num_videos: int = 4
+    labels: list[str] | None = None  # class numbers or names, used in turn; null: all classes in turn
+    seed: int = 0
+    steps: int = 250
+    method: str = "auto"  # ddpm | ddim for Gaussian diffusion, euler | heun for flow; auto: the first
+    eta: float = 0.0  # DDIM only: 0 deterministic, 1 as noisy as DDPM
+    guidance_scale: float = 1.0  # 1: no guidance
+    weights: str = "ema"  # ema | raw
+    precision: str = "fp32"  # fp32 | bf16 | fp16
+    batch_size: int = 4
+    fps: int = 8
+
+    def __post_init__(self) -> None:
+        for key in ("num_videos", "steps", "batch_size", "fps"):
+            require(getattr(self, key) >= 1, f"sample.{key} must be at least 1, not {getattr(self, key)}.")
+        require(self.seed >= 0, f"sample.seed must be zero or more, not {self.seed}.")
+        require(0 <= self.eta <= 1, f"sample.eta must be in [0, 1], not {self.eta}.")
+        require(
+            0 <= self.guidance_scale < float("inf"),
+            f"sample.guidance_scale must be zero or more and finite, not {self.guidance_scale}.",
+        )
+        for key, choices in {"method": METHODS, "weights": ("ema", "raw"), "precision": SAMPLE_PRECISIONS}.items():
+            value = getattr(self, key)
+            require(value in choices, f"sample.{key} must be one of {', '.join(choices)}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Sections stand beside their owners."""
+
+    model: LatteConfig = field(default_factory=LatteConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        """Check the pairs of keys that live in different sections."""
+        grid = self.codec.downsample_factor * self.model.size.patch_size
+        require(
+            self.data.image_size % grid == 0,
+            f"data.image_size={self.data.image_size} must be a multiple of {grid} "
+            "(codec.downsample_factor x the patch size of model.name).",
+        )
+        tubelet = self.model.frames_per_token
+        require(
+            self.data.num_frames % tubelet == 0,
+            f"data.num_frames={self.data.num_frames} must be a multiple of model.tubelet_size={tubelet}.",
+        )
+        require(
+            not (self.diffusion.prediction == "flow" and self.model.learn_sigma),
+            "diffusion.prediction=flow has no variance to learn: set model.learn_sigma=false.",
+        )
+        require(
+            self.sample.guidance_scale == 1 or (self.model.num_classes > 0 and self.model.label_dropout > 0),
+            f"sample.guidance_scale={self.sample.guidance_scale} needs a class-conditional network with a null "
+            "label: set model.num_classes and a model.label_dropout above 0, or sample.guidance_scale=1.",
+        )
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of the latents, in latent pixels."""
+        return self.data.image_size // self.codec.downsample_factor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, JSON-able."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """Every key, resolved; `load_config` reads it back to an equal Config."""
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise ValueError(sentence) unless `condition`."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Defaults, then the YAML at `path`, then `key=value` overrides, checked.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence that names the file or key and what to do.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    layers = [] if path is None else [(str(path), _read_yaml(Path(path)))]
+    for override in overrides or []:
+        key, equals, _ = override.partition("=")
+        require(bool(equals and key.strip()), f"{override!r} is not an override: write section.key=value.")
+        try:
+            layers.append(("the command line", OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ValueError(f"{override!r} cannot be read as section.key=value: {_one_line(error)}") from None
+    merged = OmegaConf.structured(Config)
+    for source, values in layers:
+        require(isinstance(values, dict), f"{source} must hold sections like `model:` and `data:`.")
+        _check_keys(values, Config, source)
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or "a key"
+            raise ValueError(f"{source}: {key}: {_one_line(error)}") from None
+    try:
+        return typing.cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from None
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not path.is_file():
+        raise FileNotFoundError(f"config file {path} does not exist; the shipped ones are under configs/.")
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path} is not valid YAML: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())
+
+
+def _check_keys(values: Mapping[str, Any], owner: type, source: str, prefix: str = "") -> None:
+    """Refuse keys that `owner` lacks, with the new name of an official one or the nearest of ours."""
+    known = {item.name: item for item in fields(owner)}
+    hints = typing.get_type_hints(owner)
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            raise ValueError(f"{source}: unknown key {name!r}.{_hint(str(key), name)}")
+        if is_dataclass(hints[key]):
+            require(isinstance(value, Mapping), f"{source}: {name} is a section and needs keys, not {value!r}.")
+            _check_keys(value, typing.cast(type, hints[key]), source, f"{name}.")
+        require("${" not in str(value), f"{source}: {name}={value!r}: interpolation is not supported; write the value.")
+
+
+def _hint(key: str, name: str) -> str:
+    if key in RENAMED:
+        return f" It is called {RENAMED[key]} here (tools.convert_config turns a whole official file)."
+    if key in DROPPED:
+        return f" It has no counterpart: {DROPPED[key]}"
+    known = list(all_keys())
+    leaves = {full.rpartition(".")[2]: full for full in known}
+    near = difflib.get_close_matches(name, known, 1, 0.7) or [
+        leaves[leaf] for leaf in difflib.get_close_matches(key, list(leaves), 1, 0.75)
+    ]
+    return f" Did you mean {near[0]!r}?" if near else " `python train.py --dry-run` prints all keys."
+
+
+def all_keys(owner: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the configuration."""
+    hints = typing.get_type_hints(owner)
+    for item in fields(owner):
+        if is_dataclass(hints[item.name]):
+            yield from all_keys(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}"

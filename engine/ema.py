@@ -1,0 +1,49 @@
+"""Exponential moving average of a network's parameters."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """`average <- decay * average + (1 - decay) * parameter`, once per optimiser step.
+
+    Only trainable parameters are averaged; buffers (position tables) are constant and stay as copied.
+
+    Args:
+        model: the network; its present weights are the first average.
+        decay: weight of the old average, in [0, 1).
+        warmup: lower the decay at first, to min(decay, (1 + n) / (10 + n)) at update n.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: bool = False) -> None:
+        self.model = deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
+        self._averages: list[Tensor] = list(self.model.parameters())
+
+    def current_decay(self) -> float:
+        """The decay of the next update."""
+        if not self.warmup:
+            return self.decay
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take one optimiser step's new parameters into the average."""
+        # lerp in fp32: 1 - decay = 1e-4 would be lost in half precision
+        torch._foreach_lerp_(self._averages, list(model.parameters()), 1 - self.current_decay())
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights under the network's own keys."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor], updates: int = 0) -> None:
+        """Continue from averaged weights after `updates` optimiser steps."""
+        self.model.load_state_dict(state)
+        self.updates = updates

@@ -1,0 +1,38 @@
+"""What train.py and train_with_img.py do: read the config, check it, train."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+from .cli import config_parser
+
+
+def train(argv: list[str], description: str, check: Callable[[int], str | None]) -> int:
+    """Train as the command line says.
+
+    Args:
+        check: given `data.num_images`, the sentence that refuses it for this script, or None.
+    """
+    parser = config_parser(description, "%(prog)s --config FILE [--dry-run] [key=value ...]")
+    parser.add_argument("--dry-run", action="store_true", help="print config, parameters and cost as JSON, and exit")
+    arguments = parser.parse_intermixed_args(argv)
+
+    from .config import load_config, require  # torch is imported here, so that --help is quick
+
+    config = load_config(arguments.config, arguments.overrides)
+    refusal = check(config.data.num_images)
+    require(refusal is None, refusal or "")
+    if arguments.dry_run:
+        from .build import describe
+
+        sys.stdout.write(json.dumps(describe(config), indent=2) + "\n")
+        return 0
+
+    from .distributed import close_world, init_world
+    from .trainer import Trainer
+
+    Trainer(config, init_world()).fit()
+    close_world()
+    return 0

@@ -1,0 +1,140 @@
+"""From a batch of clips to a loss: the one place that knows codec, diffusion and network together.
+
+Letters: B clips, F frames, I images, C latent channels, H W pixels, h w latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusion import GaussianDiffusion, LossTerms, RectifiedFlow, TimestepSampler
+from models.autoencoder import LatentCodec
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random in one micro-batch: functions of (seed, position) alone."""
+
+    uniform: Tensor  # (B,) in [0, 1): the timestep, before the density
+    label_uniform: Tensor  # (B, 1+I) in [0, 1): label dropout
+    noise: Tensor  # (B, F+I, C, h, w)
+    codec_noise: Tensor | None  # like noise: the codec's posterior sample
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss to differentiate, and detached parts of it for the log. Scalars on the device."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+def sample_generator(seed: int, position: int, device: torch.device) -> torch.Generator:
+    """The generator of the sample at `position`: same draws on every rank, after every resume."""
+    state = np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) >> 1)
+
+
+class Objective:
+    """`objective(model, batch) -> StepLoss`.
+
+    Args:
+        codec: video (B, F+I, 3, H, W) to latents (B, F+I, C, h, w).
+        null_label: the network's label for "none", or None; labels are dropped to it at `label_dropout`.
+        num_images: I, trailing frames that are single images (joint image-video training).
+        conditional: whether the network takes labels.
+        dtype: of latents, noise and loss.
+        autocast_dtype: the network computes in it; the loss stays in `dtype`.
+    """
+
+    def __init__(
+        self,
+        codec: LatentCodec,
+        diffusion: GaussianDiffusion | RectifiedFlow,
+        timestep_sampler: TimestepSampler,
+        *,
+        conditional: bool,
+        null_label: int | None,
+        label_dropout: float,
+        num_images: int,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.codec = codec
+        self.diffusion = diffusion
+        self.timestep_sampler = timestep_sampler
+        self.conditional = conditional
+        self.null_label = null_label
+        self.label_dropout = label_dropout
+        self.num_images = num_images
+        self.seed = seed
+        self.device = device
+        self.dtype = dtype
+        self.autocast_dtype = autocast_dtype
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepLoss:
+        """Mean loss of one micro-batch {"video", "labels", "position"} as the data loader gives it."""
+        video = batch["video"].to(self.device, non_blocking=True)
+        labels = batch["labels"].to(self.device, non_blocking=True)
+        draws = self.draw(batch["position"].tolist(), self.codec.latent_shape(video.shape), labels.shape[1])
+        latents = self.codec.encode(video, draws.codec_noise).to(self.dtype)
+        return self.loss(model, latents, labels, draws)
+
+    def loss(self, model: nn.Module, latents: Tensor, labels: Tensor, draws: Draws) -> StepLoss:
+        """Loss of given latents (B, F+I, C, h, w), labels (B, 1+I) and draws."""
+        timesteps, weights = self.timestep_sampler.timesteps_from_uniform(draws.uniform)
+        condition = self.drop_labels(labels, draws.label_uniform) if self.conditional else None
+
+        def denoiser(noisy_latents: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                output = model(noisy_latents, t, condition, num_images=self.num_images)
+            return output.to(noisy_latents.dtype)
+
+        terms = self.diffusion.training_losses(denoiser, latents, timesteps, draws.noise.to(latents.dtype))
+        self.timestep_sampler.update(timesteps, terms.loss.detach())
+        return StepLoss((weights * terms.loss).mean(), self.parts(terms))
+
+    def draw(self, positions: list[int], latent_shape: torch.Size, num_labels: int) -> Draws:
+        """All random numbers of the samples at `positions`, each from its own generator, in a fixed order."""
+        rows = []
+        for position in positions:
+            generator = sample_generator(self.seed, position, self.device)
+            uniform = torch.rand(1 + num_labels, generator=generator, device=self.device)
+            noise = torch.randn(latent_shape[1:], generator=generator, device=self.device)
+            codec_noise = (
+                torch.randn(latent_shape[1:], generator=generator, device=self.device)
+                if self.codec.stochastic
+                else None
+            )
+            rows.append((uniform, noise, codec_noise))
+        uniforms = torch.stack([uniform for uniform, _, _ in rows])
+        return Draws(
+            uniform=uniforms[:, 0],
+            label_uniform=uniforms[:, 1:],
+            noise=torch.stack([noise for _, noise, _ in rows]),
+            codec_noise=torch.stack([noise for _, _, noise in rows]) if self.codec.stochastic else None,  # type: ignore[misc]
+        )
+
+    def drop_labels(self, labels: Tensor, uniform: Tensor) -> Tensor:
+        """`labels` with the null label where `uniform` < label_dropout, each clip and image by itself."""
+        if self.null_label is None or self.label_dropout == 0:
+            return labels
+        return torch.where(uniform < self.label_dropout, self.null_label, labels)
+
+    def parts(self, terms: LossTerms) -> dict[str, Tensor]:
+        """Means to log: loss, mse, vb, and video and image frames apart in joint training."""
+        parts = {"loss": terms.loss, "mse": terms.mse, "vb": terms.vb}
+        if self.num_images:
+            per_frame = terms.per_frame()  # (B, F+I)
+            parts |= {
+                "video_loss": per_frame[:, : -self.num_images],
+                "image_loss": per_frame[:, -self.num_images :],
+            }
+        return {name: value.detach().mean() for name, value in parts.items() if value is not None}

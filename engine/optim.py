@@ -1,0 +1,77 @@
+"""Optimiser, learning-rate schedule and gradient clipping. All count optimiser steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The `optim` section. Defaults are the official recipe."""
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    schedule: str = "constant"  # constant | cosine (to min_learning_rate at train.max_steps)
+    warmup_steps: int = 0  # linear from learning_rate / warmup_steps, under either schedule
+    min_learning_rate: float = 0.0
+    max_grad_norm: float = 0.1  # of the whole gradient, after accumulation
+    clip_start_step: int = 20_000  # before it the norm is measured and not clipped
+
+    def __post_init__(self) -> None:
+        positive = {"learning_rate": self.learning_rate, "eps": self.eps, "max_grad_norm": self.max_grad_norm}
+        for key, value in positive.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"optim.{key} must be a positive finite number, not {value}.")
+        counted = {
+            "weight_decay": self.weight_decay,
+            "warmup_steps": self.warmup_steps,
+            "min_learning_rate": self.min_learning_rate,
+            "clip_start_step": self.clip_start_step,
+        }
+        for key, value in counted.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"optim.{key} must be zero or more, not {value}.")
+        for key, value in {"beta1": self.beta1, "beta2": self.beta2}.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"optim.{key} must be in [0, 1), not {value}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}.")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters of `model`; fused where the device has the kernel."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=next(model.parameters()).device.type == "cuda",
+    )
+
+
+def learning_rate_at(step: int, config: OptimConfig, max_steps: int) -> float:
+    """Learning rate of the update from `step` to `step + 1`: linear warm-up, then constant or cosine."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    span = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], step: int, config: OptimConfig) -> Tensor:
+    """Total gradient norm before clipping, a scalar on the device; clips from `clip_start_step` on."""
+    max_norm = config.max_grad_norm if step >= config.clip_start_step else math.inf
+    return nn.utils.clip_grad_norm_(parameters, max_norm)

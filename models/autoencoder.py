@@ -1,0 +1,305 @@
+"""LatentCodec: video to latents and back, over frozen autoencoders of several makes, or in pixel space.
+
+The YAML's `codec` section names the autoencoder and states its scale, shift, latent channels and
+down-sampling: they are never read silently from the weights, and the last two are checked when it loads.
+
+Letters: B batch, F frames, C channels of the latents, H W pixels, h w latent pixels; N frames of all clips.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .taef2 import DECODER_FILE, ENCODER_FILE, Taef2
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROBE_SIZE = 64  # pixels of the empty frame that tells channels and down-sampling apart
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """The `codec` section: which autoencoder, and how its latents are scaled.
+
+    path: a folder in the diffusers format (its `config.json` names the class: AutoencoderKL, AutoencoderTiny
+        or AutoencoderKLTemporalDecoder), a hub name of such a one, a folder with `taef2_encoder.pth` and
+        `taef2_decoder.pth`, or null for pixel space (`latent_channels: 3`, `downsample_factor: 1`).
+    scale, shift: latents = (z - shift) * scale.
+    chunk_size: frames per call of encoder and decoder.
+
+    Raises: ValueError naming the key of a value out of range.
+    """
+
+    path: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    latent_channels: int = 4
+    downsample_factor: int = 8
+    scale: float = 0.18215
+    shift: float = 0.0
+    dtype: str = "fp32"
+    chunk_size: int = 16
+
+    def __post_init__(self) -> None:
+        for key in ("latent_channels", "downsample_factor", "chunk_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"codec.{key} is {getattr(self, key)}, but must be at least 1")
+        if self.scale <= 0.0:
+            raise ValueError(f"codec.scale is {self.scale}, but must be positive")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"codec.dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}")
+
+
+# ------------------------------------------------------------------------------------------- kinds
+
+
+class Kind(NamedTuple):
+    """How one make of autoencoder is called. Images are (N, 3, H, W) in [-1, 1], latents (N, C, h, w)."""
+
+    encode: Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]  # -> mean and, if stochastic, std
+    decode: Callable[[Any, Tensor, int], Tensor]  # (network, latents, frames per clip) -> images
+    stochastic: bool = False
+    temporal: bool = False  # the decoder mixes the frames of a clip, so a clip is never split
+
+
+def _encode_gaussian(network: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    posterior = network.encode(images).latent_dist
+    return posterior.mean, posterior.std
+
+
+def _decode_frames(network: Any, latents: Tensor, num_frames: int) -> Tensor:
+    return network.decode(latents).sample
+
+
+def _decode_clips(network: Any, latents: Tensor, num_frames: int) -> Tensor:
+    return network.decode(latents, num_frames=num_frames).sample
+
+
+# Keys are the `_class_name` of the diffusers format, then our own two.
+KINDS: dict[str, Kind] = {
+    "AutoencoderKL": Kind(_encode_gaussian, _decode_frames, stochastic=True),
+    "AutoencoderKLTemporalDecoder": Kind(_encode_gaussian, _decode_clips, stochastic=True, temporal=True),
+    "AutoencoderTiny": Kind(lambda network, x: (network.encode(x).latents, None), _decode_frames),
+    "Taef2": Kind(lambda network, x: (network.encode(x), None), lambda network, z, _: network.decode(z)),
+    "pixels": Kind(lambda network, x: (x, None), lambda network, z, _: z),
+}
+
+
+# ----------------------------------------------------------------------------------------- loading
+
+
+def _local_folder(config: CodecConfig) -> Path | None:
+    """The folder that `config.path` names, or None for what can only be a hub name.
+
+    Raises: FileNotFoundError for a path that looks like a folder (hub names are `name` or `owner/name`) but
+        is none.
+    """
+    path = str(config.path)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise FileNotFoundError(
+            f"codec.path={path} is not a folder; give one in the diffusers format, or the owner/name of a hub"
+        )
+    return None
+
+
+def _config_file(config: CodecConfig, folder: Path | None) -> Path:
+    """The autoencoder's `config.json`, in a folder or from the hub.
+
+    Raises: FileNotFoundError where there is none.
+    """
+    if folder is None:
+        return _download_config(config)
+    file = folder / (config.subfolder or "") / "config.json"
+    if not file.is_file():
+        name = file.relative_to(folder)
+        raise FileNotFoundError(
+            f"codec.path={config.path} holds neither {name} nor {ENCODER_FILE} and {DECODER_FILE}"
+        )
+    return file
+
+
+def _class_name(config: CodecConfig, file: Path) -> str:
+    """The `_class_name` of a `config.json`.
+
+    Raises: ValueError if it is not one of `KINDS`.
+    """
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"codec.path={config.path}: {file.name} does not describe an autoencoder") from error
+    known = [kind for kind in KINDS if kind.startswith("Autoencoder")]
+    if name not in known:
+        raise ValueError(
+            f"codec.path={config.path} holds a {name}, but a codec must be one of {', '.join(known)}"
+        )
+    return str(name)
+
+
+def _download_config(config: CodecConfig) -> Path:
+    """`config.json` of a hub name.
+
+    Raises: FileNotFoundError, one sentence, where it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(
+            str(config.path), "config.json", subfolder=config.subfolder, revision=config.revision
+        )
+    except (OSError, ValueError) as error:  # no network, no such name, or a name the hub would not have
+        raise FileNotFoundError(
+            f"codec.path={config.path} is not a folder here, and could not be had from the hub"
+            f" ({type(error).__name__})"
+        ) from error
+    return Path(file)
+
+
+def _load_diffusers(config: CodecConfig, folder: Path | None, class_name: str) -> nn.Module:
+    """The autoencoder through `from_pretrained`, refusing weights that do not fill it exactly."""
+    import diffusers  # slow to import: only runs with such a codec pay for it
+
+    try:
+        network, report = getattr(diffusers, class_name).from_pretrained(
+            config.path if folder is None else str(folder),
+            subfolder=config.subfolder,
+            revision=config.revision,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"codec.path={config.path} could not be loaded as {class_name}: {reason}") from error
+    bad = [key for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in report[kind]]
+    if bad:
+        raise ValueError(
+            f"codec.path={config.path}: {len(bad)} tensors are missing, misshapen or not of {class_name},"
+            f" {bad[0]} the first"
+        )
+    return cast(nn.Module, network)
+
+
+def _load(config: CodecConfig) -> tuple[Kind, nn.Module]:
+    """The network that `config.path` names, on the CPU, and how to call it."""
+    if config.path is None:
+        return KINDS["pixels"], nn.Identity()
+    folder = _local_folder(config)
+    if folder is not None:
+        inner = folder / (config.subfolder or "")
+        if (inner / ENCODER_FILE).is_file() and (inner / DECODER_FILE).is_file():
+            return KINDS["Taef2"], Taef2.from_folder(inner)
+    class_name = _class_name(config, _config_file(config, folder))
+    return KINDS[class_name], _load_diffusers(config, folder, class_name)
+
+
+# ------------------------------------------------------------------------------------------- codec
+
+
+class LatentCodec(nn.Module):
+    """A frozen autoencoder over clips, always in evaluation mode and without gradients.
+
+    Attributes:
+        config: its `CodecConfig`.
+        stochastic: whether the encoder gives a distribution, so that `encode` can sample from it.
+    """
+
+    def __init__(self, config: CodecConfig, kind: Kind, network: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.kind = kind
+        self.stochastic = kind.stochastic
+        self.network = network.requires_grad_(False).eval()
+
+    @classmethod
+    def from_config(cls, config: CodecConfig, device: str | torch.device = "cpu") -> LatentCodec:
+        """Load the autoencoder that `config` names onto `device`.
+
+        Raises: FileNotFoundError for a folder or hub name that is not there; ValueError for weights that do
+            not fit, or a `codec.latent_channels` or `codec.downsample_factor` that is not the autoencoder's.
+        """
+        kind, network = _load(config)
+        # channels_last halves the time of small convolutions on a CPU and suits tensor cores
+        network.to(device=device, dtype=DTYPES[config.dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
+        codec = cls(config, kind, network)
+        codec._check_against_config(torch.device(device))
+        return codec
+
+    def train(self, mode: bool = True) -> LatentCodec:
+        """Stays in evaluation mode, also inside a module that is set to train."""
+        return super().train(False)
+
+    def latent_shape(self, video_shape: Iterable[int]) -> torch.Size:
+        """The shape of the latents of a video of that shape: (B, F, 3, H, W) -> (B, F, C, h, w).
+
+        Raises: ValueError if it is not such a shape, or H or W is no multiple of `codec.downsample_factor`.
+        """
+        shape, factor = tuple(video_shape), self.config.downsample_factor
+        if len(shape) != 5 or shape[2] != 3:
+            raise ValueError(f"a video must be (batch, frames, 3, height, width), got {shape}")
+        batch, frames, _, height, width = shape
+        if height % factor or width % factor:
+            raise ValueError(
+                f"a video of {height}x{width} pixels cannot be encoded: codec.downsample_factor is {factor}"
+            )
+        return torch.Size((batch, frames, self.config.latent_channels, height // factor, width // factor))
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, F, 3, H, W) in [-1, 1] -> latents (B, F, C, h, w), fp32.
+
+        noise: None for the mean of the encoder's distribution, else unit noise of the latents' shape for a
+            sample from it (`noise` is refused where there is no distribution, see `stochastic`).
+        """
+        shape = self.latent_shape(video.shape)
+        if noise is not None and not self.stochastic:
+            raise ValueError("this codec is not stochastic: encode takes no noise")
+        if noise is not None and noise.shape != shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, but the latents have {shape}")
+        images = rearrange(video, "b f c h w -> (b f) c h w").to(DTYPES[self.config.dtype])
+        parts = [self.kind.encode(self.network, chunk) for chunk in images.split(self.config.chunk_size)]
+        latents = torch.cat([mean.float() for mean, _ in parts]).view(shape)
+        if noise is not None:
+            std = torch.cat([std.float() for _, std in parts if std is not None]).view(shape)
+            latents = latents + std * noise.float()
+        return (latents - self.config.shift) * self.config.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, F, C, h, w) -> (B, F, 3, H, W) in [-1, 1], fp32, clamped.
+
+        A decoder that mixes the frames of a clip gets whole clips, however small `codec.chunk_size` is, so
+        that the result never depends on it.
+        """
+        batch, frames = latents.shape[:2]
+        raw = latents.float() / self.config.scale + self.config.shift
+        z = rearrange(raw, "b f c h w -> (b f) c h w").to(DTYPES[self.config.dtype])
+        size = self.config.chunk_size
+        if self.kind.temporal:
+            size = max(1, size // frames) * frames
+        images = torch.cat([self.kind.decode(self.network, chunk, frames).float() for chunk in z.split(size)])
+        return rearrange(images, "(b f) c h w -> b f c h w", b=batch).clamp(-1.0, 1.0)
+
+    @torch.no_grad()
+    def _check_against_config(self, device: torch.device) -> None:
+        """Encode an empty frame and compare what comes out with the YAML.
+
+        Raises: ValueError naming `codec.latent_channels` or `codec.downsample_factor`.
+        """
+        empty = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=DTYPES[self.config.dtype])
+        mean, _ = self.kind.encode(self.network, empty)
+        found = {"latent_channels": mean.shape[1], "downsample_factor": PROBE_SIZE // mean.shape[2]}
+        where = "pixel space" if self.config.path is None else self.config.path
+        for key, value in found.items():
+            given = getattr(self.config, key)
+            if given != value:
+                raise ValueError(
+                    f"codec.{key} is {given}, but that of {where} is {value}; set codec.{key}={value}"
+                )

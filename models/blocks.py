@@ -1,0 +1,196 @@
+"""The parts of a Latte layer: attention over space or time, the block, the final layer, the layer plans.
+
+Letters: B batch, F frames (tubelets count as frames here), I images, N tokens per frame, D width. Tokens are
+`(B, F+I, N, D)` everywhere; only attention views them differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from .embeddings import Rotation, rotate
+
+Axis = Literal["spatial", "temporal"]
+Layer = tuple[tuple[Axis, ...], ...]
+
+# A layer is a row of residual branches, followed by the MLP; the attentions of one branch are added.
+SPATIAL: Layer = (("spatial",),)
+TEMPORAL: Layer = (("temporal",),)
+SPATIAL_THEN_TEMPORAL: Layer = (("spatial",), ("temporal",))
+SPATIAL_AND_TEMPORAL: Layer = (("spatial", "temporal"),)
+
+# Paper section 3.2, variants 1 to 4: how many of `depth` layers attend over what, in which order.
+LAYER_PLANS: dict[str, Callable[[int], list[Layer]]] = {
+    "interleaved": lambda depth: [SPATIAL, TEMPORAL] * (depth // 2),
+    "late_fusion": lambda depth: [SPATIAL] * (depth // 2) + [TEMPORAL] * (depth // 2),
+    "sequential": lambda depth: [SPATIAL_THEN_TEMPORAL] * depth,
+    "parallel": lambda depth: [SPATIAL_AND_TEMPORAL] * depth,
+}
+
+
+GELU_TANH = partial(nn.GELU, approximate="tanh")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention along one axis of the tokens; a subclass says which."""
+
+    fold: ClassVar[str]
+    unfold: ClassVar[str]
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, hidden_size * 3)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def attend(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """`(B, F, N, D)` -> the same, folded to 4-D in between: fused attention takes nothing else."""
+        q, k, v = rearrange(self.qkv(x), self.fold, three=3, heads=self.num_heads)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        out = functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(out, self.unfold, batch=x.shape[0]))
+
+
+class SpatialAttention(Attention):
+    """Among the N tokens of each frame."""
+
+    fold = "batch frames tokens (three heads dim) -> three (batch frames) heads tokens dim"
+    unfold = "(batch frames) heads tokens dim -> batch frames tokens (heads dim)"
+
+    def forward(self, x: Tensor, num_frames: int, rotation: Rotation | None = None) -> Tensor:
+        """`(B, F+I, N, D)` -> `(B, F+I, N, D)`; images are frames like any other."""
+        return self.attend(x)
+
+
+class TemporalAttention(Attention):
+    """Among the F frames of the clip, for each token position."""
+
+    fold = "batch frames tokens (three heads dim) -> three (batch tokens) heads frames dim"
+    unfold = "(batch tokens) heads frames dim -> batch frames tokens (heads dim)"
+
+    def forward(self, x: Tensor, num_frames: int, rotation: Rotation | None = None) -> Tensor:
+        """`(B, F+I, N, D)` -> `(B, F+I, N, D)`; the images have no time: they get zero."""
+        num_images = x.shape[1] - num_frames
+        out = self.attend(x[:, :num_frames], rotation)  # (B, F, N, D)
+        return functional.pad(out, (0, 0, 0, 0, 0, num_images)) if num_images else out
+
+
+MIXERS: dict[Axis, type[Attention]] = {"spatial": SpatialAttention, "temporal": TemporalAttention}
+
+
+class Modulation(NamedTuple):
+    """What the condition does to one residual branch; each broadcasts over tokens `(B, F+I, N, D)`."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shift and scale normalised tokens."""
+    return x * (1 + scale) + shift
+
+
+def per_frame(rows: Tensor, num_frames: int) -> Tensor:
+    """`(B, 1 or 1+I, 1, D)` -> `(B, 1 or F+I, 1, D)`: the clip's row for its F frames, then one per image.
+
+    A single row is left to broadcast.
+    """
+    if rows.shape[1] == 1:
+        return rows
+    return torch.cat([rows[:, :1].expand(-1, num_frames, -1, -1), rows[:, 1:]], dim=1)
+
+
+def conditioner(hidden_size: int, num_outputs: int) -> nn.Sequential:
+    """The adaLN head: condition `(..., D)` -> `num_outputs` vectors of width D, side by side."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, num_outputs * hidden_size))
+
+
+class Block(nn.Module):
+    """One layer: the residual branches of its plan, then an MLP.
+
+    With `adaln` each branch is shifted, scaled and gated by the condition (DiT's adaLN-zero), and the
+    attention branches of a layer share one modulation. Without, it is a plain pre-norm transformer block,
+    for conditions that are given as tokens (paper section 3.3.2).
+    """
+
+    def __init__(
+        self, layer: Layer, hidden_size: int, num_heads: int, mlp_ratio: float, *, adaln: bool
+    ) -> None:
+        super().__init__()
+        names = iter(("attn", "temporal_attn"))
+        self.branches = [[(next(names), axis) for axis in branch] for branch in layer]
+        self.temporal_only = layer == TEMPORAL
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not adaln)
+        for branch in self.branches:
+            for name, axis in branch:
+                self.add_module(name, MIXERS[axis](hidden_size, num_heads // len(branch)))
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not adaln)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELU_TANH)
+        self.adaLN_modulation = conditioner(hidden_size, 6) if adaln else None
+
+    def forward(
+        self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None = None
+    ) -> Tensor:
+        """`(B, F+I, N, D)` -> the same; `condition (B, 1 or 1+I, 1, D)`: the clip's row, then the images'.
+
+        `rotation` turns queries and keys of temporal attention. A layer over time only lets images pass.
+        """
+        if not self.temporal_only or x.shape[1] == num_frames:
+            return self._transform(x, condition, num_frames, rotation)
+        clip_condition = None if condition is None else condition[:, :1]
+        clip = self._transform(x[:, :num_frames], clip_condition, num_frames, rotation)
+        return torch.cat([clip, x[:, num_frames:]], dim=1)
+
+    def _transform(
+        self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None
+    ) -> Tensor:
+        attention, mlp = self._modulations(condition, num_frames)
+        for branch in self.branches:
+            h = _enter(self.norm1(x), attention)
+            mixed = [getattr(self, name)(h, num_frames, rotation) for name, _ in branch]
+            x = x + _leave(sum(mixed[1:], start=mixed[0]), attention)
+        return x + _leave(self.mlp(_enter(self.norm2(x), mlp)), mlp)
+
+    def _modulations(
+        self, condition: Tensor | None, num_frames: int
+    ) -> tuple[Modulation | None, Modulation | None]:
+        if self.adaLN_modulation is None:
+            return None, None
+        parts = per_frame(self.adaLN_modulation(condition), num_frames).chunk(6, dim=-1)
+        return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+
+class FinalLayer(nn.Module):
+    """Normalise, modulate (with `adaln`) and map each token to its patch of `patch_dim` values."""
+
+    def __init__(self, hidden_size: int, patch_dim: int, *, adaln: bool) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not adaln)
+        self.linear = nn.Linear(hidden_size, patch_dim)
+        self.adaLN_modulation = conditioner(hidden_size, 2) if adaln else None
+
+    def forward(self, x: Tensor, condition: Tensor | None, num_frames: int) -> Tensor:
+        """`(B, F+I, N, D)` -> `(B, F+I, N, patch_dim)`; `condition` as in `Block`."""
+        x = self.norm_final(x)
+        if self.adaLN_modulation is not None:
+            shift, scale = per_frame(self.adaLN_modulation(condition), num_frames).chunk(2, dim=-1)
+            x = modulate(x, shift, scale)
+        return self.linear(x)
+
+
+def _enter(x: Tensor, modulation: Modulation | None) -> Tensor:
+    return x if modulation is None else modulate(x, modulation.shift, modulation.scale)
+
+
+def _leave(x: Tensor, modulation: Modulation | None) -> Tensor:
+    return x if modulation is None else modulation.gate * x

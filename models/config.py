@@ -1,0 +1,177 @@
+"""Size and kind of a Latte: the `model` section of a configuration, and the table of official sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from .blocks import LAYER_PLANS
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise ValueError with `sentence` unless `condition` holds."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+def official_name(name: str) -> str:
+    """The joint image-video networks of the official code are the same networks."""
+    return name.replace("LatteIMG-", "Latte-", 1)
+
+
+class Preset(NamedTuple):
+    """One row of the size table (paper table 1)."""
+
+    hidden_size: int
+    num_heads: int
+    depth: int  # of one attention per layer: `interleaved`, `late_fusion`
+    joint_depth: int  # of two attentions per layer: `sequential`, `parallel`; nearest in parameters
+
+
+# fmt: off
+PRESETS = {  #         width  heads  depth  joint
+    "S":  Preset(       384,     6,    12,    10),
+    "B":  Preset(       768,    12,    12,    10),
+    "L":  Preset(      1024,    16,    24,    20),
+    "XL": Preset(      1152,    16,    28,    23),
+}
+# fmt: on
+PATCH_SIZES = (2, 4, 8)
+NAMES = [f"Latte-{size}/{patch}" for size in PRESETS for patch in PATCH_SIZES]
+SIZE_KEYS = ("hidden_size", "depth", "num_heads", "patch_size")
+CHOICES: dict[str, Iterable[str]] = {
+    "variant": tuple(LAYER_PLANS),
+    "patch_embedding": ("uniform", "tubelet"),
+    "injection": ("adaln", "tokens"),
+    "temporal_position": ("absolute", "rope"),
+}
+
+
+class ModelSize(NamedTuple):
+    """The four numbers that a name stands for."""
+
+    hidden_size: int
+    depth: int
+    num_heads: int
+    patch_size: int
+
+
+@dataclass(frozen=True)
+class LatteConfig:
+    """The `model` section of a configuration.
+
+    A wrong value raises ValueError with a sentence that names the key.
+    """
+
+    name: str = "Latte-XL/2"  # Latte-{S,B,L,XL}/{2,4,8}, LatteIMG-* for the same network, or custom
+    hidden_size: int | None = None  # this and the next three: only with `name: custom`
+    depth: int | None = None
+    num_heads: int | None = None
+    patch_size: int | None = None
+    mlp_ratio: float = 4.0
+    variant: str = "interleaved"  # paper variants 1 to 4: interleaved | late_fusion | sequential | parallel
+    patch_embedding: str = "uniform"  # uniform | tubelet
+    tubelet_size: int = 2  # frames in a tubelet
+    injection: str = "adaln"  # how timestep and label enter: adaln | tokens
+    temporal_position: str = "absolute"  # absolute | rope
+    position_interpolation: bool = False  # other sizes: count on, or stretch the trained range
+    num_classes: int = 0  # 0 = unconditional
+    label_dropout: float = 0.1  # 0 = no null label, so no classifier-free guidance
+    label_init_std: float = 0.02
+    learn_sigma: bool = True  # twice the channels come out: noise and variance
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_name()
+        self._check_size()
+        require(self.mlp_ratio > 0, f"model.mlp_ratio must be positive, not {self.mlp_ratio}")
+        require(
+            self.patch_embedding != "tubelet" or self.tubelet_size >= 2,
+            f"model.tubelet_size must be at least 2, not {self.tubelet_size}; "
+            "single frames are model.patch_embedding uniform",
+        )
+        require(self.num_classes >= 0, f"model.num_classes must be 0 or more, not {self.num_classes}")
+        require(
+            0 <= self.label_dropout < 1, f"model.label_dropout must be in [0, 1), not {self.label_dropout}"
+        )
+        require(
+            self.label_init_std >= 0, f"model.label_init_std must be 0 or more, not {self.label_init_std}"
+        )
+
+    @property
+    def size(self) -> ModelSize:
+        """Width, depth, heads and patch size, from the name or as given."""
+        if self.name == "custom":
+            return ModelSize(*(getattr(self, key) for key in SIZE_KEYS))
+        letters, patch_size = official_name(self.name).removeprefix("Latte-").split("/")
+        preset = PRESETS[letters]
+        depth = preset.joint_depth if self._has_joint_layers else preset.depth
+        return ModelSize(preset.hidden_size, depth, preset.num_heads, int(patch_size))
+
+    @property
+    def frames_per_token(self) -> int:
+        """Frames that one token spans: 1, or the tubelet size."""
+        return self.tubelet_size if self.patch_embedding == "tubelet" else 1
+
+    @property
+    def has_null_label(self) -> bool:
+        """Whether the label table ends with a row for "no label"."""
+        return self.num_classes > 0 and self.label_dropout > 0
+
+    @property
+    def _has_joint_layers(self) -> bool:
+        return self.variant in ("sequential", "parallel")
+
+    def _check_choices(self) -> None:
+        for key, choices in CHOICES.items():
+            value = getattr(self, key)
+            require(value in choices, f"model.{key} must be one of {', '.join(choices)}, not {value!r}")
+
+    def _check_name(self) -> None:
+        given = [key for key in SIZE_KEYS if getattr(self, key) is not None]
+        if self.name == "custom":
+            missing = [f"model.{key}" for key in SIZE_KEYS if key not in given]
+            require(not missing, f"model.name custom needs {', '.join(missing)} as well")
+            return
+        close = get_close_matches(str(self.name), [*NAMES, "custom"], n=1)
+        hint = f"; did you mean {close[0]}?" if close else f": one of {', '.join(NAMES)}, custom"
+        require(official_name(self.name) in NAMES, f"model.name {self.name!r} is unknown{hint}")
+        require(
+            not given,
+            f"model.name {self.name} fixes {', '.join(f'model.{key}' for key in given)}: "
+            "leave them null, or set model.name to custom",
+        )
+
+    def _check_size(self) -> None:
+        width, depth, heads, _ = self.size
+        for key, value in zip(SIZE_KEYS, self.size):
+            require(value >= 1, f"model.{key} must be at least 1, not {value}")
+        require(width % 4 == 0, f"model.hidden_size must be divisible by 4 (sin-cos positions), not {width}")
+        require(
+            width % heads == 0,
+            f"model.hidden_size ({width}) is not divisible by model.num_heads ({heads})",
+        )
+        require(
+            self._has_joint_layers or depth % 2 == 0,
+            f"model.depth must be even with model.variant {self.variant}, which has as many spatial "
+            f"as temporal layers, not {depth}",
+        )
+        require(
+            self.variant != "parallel" or heads % 2 == 0,
+            f"model.num_heads must be even with model.variant parallel, which gives half to each attention, "
+            f"not {heads}",
+        )
+        require(
+            self.temporal_position != "rope" or self.head_width % 2 == 0,
+            f"model.temporal_position rope turns pairs of values, so the width of a head must be even, "
+            f"not {self.head_width} (model.hidden_size {width}, model.num_heads {heads})",
+        )
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head of temporal attention."""
+        width, _, heads, _ = self.size
+        return width // heads * (2 if self.variant == "parallel" else 1)

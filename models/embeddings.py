@@ -1,0 +1,161 @@
+"""Embeddings: patches and tubelets, timesteps, labels, positions.
+
+Letters: B batch, F frames, I images, C channels, H W height and width, N tokens per frame, D width;
+p is the patch size, s the number of frames in a tubelet.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+MAX_PERIOD = 10_000
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (F, head width / 2)
+
+
+class UniformPatchEmbed(nn.Module):
+    """Every frame by itself, in p x p patches (paper section 3.3.1, "uniform frame patch embedding")."""
+
+    def __init__(self, in_channels: int, hidden_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor, num_images: int) -> Tensor:
+        """`(B, F+I, C, H, W)` -> `(B, F+I, N, D)`; an image is a frame like any other."""
+        batch = x.shape[0]
+        x = self.proj(x.flatten(0, 1))  # (B*(F+I), D, H/p, W/p)
+        return rearrange(x, "(batch frames) dim rows columns -> batch frames (rows columns) dim", batch=batch)
+
+
+class TubeletPatchEmbed(nn.Module):
+    """s frames at a time, in s x p x p tubelets (section 3.3.1, "compression frame patch embedding")."""
+
+    def __init__(self, in_channels: int, hidden_size: int, patch_size: int, tubelet_size: int) -> None:
+        super().__init__()
+        self.tubelet_size = tubelet_size
+        kernel = (tubelet_size, patch_size, patch_size)
+        self.proj = nn.Conv3d(in_channels, hidden_size, kernel, stride=kernel)
+
+    def forward(self, x: Tensor, num_images: int) -> Tensor:
+        """`(B, F+I, C, H, W)` -> `(B, F/s+I, N, D)`; an image is a clip of itself repeated s times."""
+        num_frames = x.shape[1] - num_images
+        if num_images:
+            images = x[:, num_frames:].repeat_interleave(self.tubelet_size, dim=1)
+            x = torch.cat([x[:, :num_frames], images], dim=1)  # (B, F+I*s, C, H, W)
+        x = self.proj(x.transpose(1, 2))  # (B, D, F/s+I, H/p, W/p)
+        return rearrange(x, "batch dim frames rows columns -> batch frames (rows columns) dim")
+
+
+class FrameUpsampler(nn.Module):
+    """From tubelets back to frames: a transposed convolution in time after the linear decoder.
+
+    It starts as a copy: each of the s frames is its tubelet.
+    """
+
+    def __init__(self, channels: int, tubelet_size: int) -> None:
+        super().__init__()
+        self.tubelet_size = tubelet_size
+        kernel = (tubelet_size, 1, 1)
+        self.proj = nn.ConvTranspose3d(channels, channels, kernel, stride=kernel)
+
+    def reset_parameters(self) -> None:
+        """Make every frame a copy of its tubelet."""
+        with torch.no_grad():
+            self.proj.weight.zero_()
+            self.proj.weight.diagonal(dim1=0, dim2=1).fill_(1.0)
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, num_images: int) -> Tensor:
+        """`(B, F/s+I, C, H, W)` -> `(B, F+I, C, H, W)`; an image is the mean over its s frames."""
+        x = self.proj(x.transpose(1, 2)).transpose(1, 2)  # (B, F+I*s, C, H, W)
+        if not num_images:
+            return x
+        num_frames = x.shape[1] - num_images * self.tubelet_size
+        images = reduce(
+            x[:, num_frames:],
+            "batch (images tubelet) channels height width -> batch images channels height width",
+            "mean",
+            tubelet=self.tubelet_size,
+        )
+        return torch.cat([x[:, :num_frames], images], dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """256 sinusoids of the timestep, then an MLP."""
+
+    num_features = 256
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.num_features, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """`(B,)`, whole or fractional -> `(B, D)`."""
+        dtype = self.mlp[0].get_parameter("weight").dtype
+        features = timestep_features(timesteps, self.num_features, torch.promote_types(dtype, torch.float32))
+        return self.mlp(features.to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A table with one row per class and, for classifier-free guidance, a last row for "no label"."""
+
+    def __init__(self, num_classes: int, hidden_size: int, *, null_row: bool) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + int(null_row), hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """`(B, ...)` long -> `(B, ..., D)`."""
+        return self.embedding_table(labels)
+
+
+def timestep_features(timesteps: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """`(B,)` -> `(B, count)`: cosines, then sines, of periods from 2 pi to 2 pi x 10000."""
+    half = count // 2
+    steps = torch.arange(half, dtype=dtype, device=timesteps.device)
+    angles = timesteps[:, None].to(dtype) * torch.exp(-math.log(MAX_PERIOD) * steps / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def axis_positions(count: int, trained: int, *, stretch: bool, device: torch.device | None = None) -> Tensor:
+    """`(count,)` positions in float64: 0, 1, 2, ..., or with `stretch` spread over 0 to `trained`."""
+    spacing = trained / count if stretch else 1.0
+    return torch.arange(count, dtype=torch.float64, device=device) * spacing
+
+
+def sincos_table(positions: Tensor, dim: int) -> Tensor:
+    """`(L,)` -> `(L, dim)`: sines, then cosines; `dim` is even."""
+    angles = _angles(positions, dim)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def sincos_grid(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
+    """`(H,)` and `(W,)` -> `(H*W, dim)`, row by row: half for the column, half for the row (as MAE)."""
+    across = sincos_table(columns, dim // 2)[None].expand(len(rows), -1, -1)
+    down = sincos_table(rows, dim // 2)[:, None].expand(-1, len(columns), -1)
+    return torch.cat([across, down], dim=-1).flatten(0, 1)
+
+
+def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Rotation:
+    """Cosines and sines `(F, head_dim / 2)` that turn queries and keys by their position (RoFormer)."""
+    angles = _angles(positions, head_dim)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair (i, i + width/2) of `(..., F, width)` by its frame's angle."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _angles(positions: Tensor, dim: int) -> Tensor:
+    half = dim // 2
+    steps = torch.arange(half, dtype=positions.dtype, device=positions.device)
+    return positions[:, None] * MAX_PERIOD ** (-steps / half)

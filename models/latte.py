@@ -1,0 +1,270 @@
+"""Latte: a diffusion transformer for video (arXiv 2401.03048), all four variants in one class.
+
+Letters: B batch, F frames, I images of joint image-video training, C channels, H W latent height and width,
+N tokens per frame, D width. Between patch embedding and final layer F counts tubelets where those are used.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import LAYER_PLANS, Block, FinalLayer, Layer, per_frame
+from .config import LatteConfig
+from .embeddings import (
+    FrameUpsampler,
+    LabelEmbedder,
+    Rotation,
+    TimestepEmbedder,
+    TubeletPatchEmbed,
+    UniformPatchEmbed,
+    axis_positions,
+    rotary_table,
+    sincos_grid,
+    sincos_table,
+)
+
+
+class Latte(nn.Module):
+    """The network: patches -> layers of spatial and temporal attention -> patches.
+
+    `num_frames` and `latent_size` are those of training; others work in `forward`, with positions computed
+    for them. The network draws no random numbers: label dropout is to replace labels by `null_label`.
+
+    Args:
+        config: the `model` section.
+        in_channels: channels C of the latents.
+        latent_size: height and width of the latents, in latent pixels; one number for a square.
+        num_frames: frames F of a clip.
+    """
+
+    def __init__(
+        self,
+        config: LatteConfig,
+        *,
+        in_channels: int = 4,
+        latent_size: int | tuple[int, int] = 32,
+        num_frames: int = 16,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.in_channels = in_channels
+        self.out_channels = in_channels * 2 if config.learn_sigma else in_channels
+        self.num_frames = num_frames
+        self.latent_size = (latent_size, latent_size) if isinstance(latent_size, int) else tuple(latent_size)
+        width, depth, num_heads, self.patch_size = config.size
+        self._check_clip(num_frames, *self.latent_size)
+
+        adaln = config.injection == "adaln"
+        layers = LAYER_PLANS[config.variant](depth)
+        self.first_temporal_layer = next(i for i, layer in enumerate(layers) if _attends_over_time(layer))
+        self.x_embedder = self._patch_embedder()
+        self.t_embedder = TimestepEmbedder(width)
+        if config.num_classes:
+            self.y_embedder = LabelEmbedder(config.num_classes, width, null_row=config.has_null_label)
+        self.blocks = nn.ModuleList(
+            Block(layer, width, num_heads, config.mlp_ratio, adaln=adaln) for layer in layers
+        )
+        self.final_layer = FinalLayer(width, self.patch_size**2 * self.out_channels, adaln=adaln)
+        if config.patch_embedding == "tubelet":
+            self.frame_upsampler = FrameUpsampler(self.out_channels, config.tubelet_size)
+        self.pos_embed: Tensor
+        self.temp_embed: Tensor | None
+        self.register_buffer("pos_embed", self._space_table(self.grid).float())
+        absolute = config.temporal_position == "absolute"
+        self.register_buffer(
+            "temp_embed", self._time_table(self.temporal_length).float() if absolute else None
+        )
+        self.initialize_weights()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens per frame at the trained size."""
+        height, width = self.latent_size
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def temporal_length(self) -> int:
+        """Tokens of a trained clip along time: its frames, or its tubelets."""
+        return self.num_frames // self.config.frames_per_token
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no label", or None where there is no such row."""
+        return self.config.num_classes if self.config.has_null_label else None
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, *, num_images: int = 0
+    ) -> Tensor:
+        """Predict noise (or what else the diffusion asks for), and with `learn_sigma` its variance.
+
+        Args:
+            x: noisy latents `(B, F+I, C, H, W)`: a clip, then `num_images` independent images.
+            timesteps: `(B,)`, whole or fractional.
+            labels: `(B,)` or `(B, 1+I)` in [0, num_classes], the clip's label first; None if unconditional.
+                The range is the caller's to check: that would be a wait for the device.
+            num_images: I, the number of frames at the end that are images.
+
+        Returns:
+            `(B, F+I, C, H, W)`, or 2C channels with `learn_sigma`.
+
+        Raises:
+            ValueError: shapes that do not fit each other or the network.
+        """
+        self._check_input(x, timesteps, labels, num_images)
+        grid = x.shape[3] // self.patch_size, x.shape[4] // self.patch_size
+        x = self.x_embedder(x, num_images) + self._space_positions(grid)  # (B, F+I, N, D)
+        num_frames = x.shape[1] - num_images
+        x, condition = self._inject(x, timesteps, labels, num_frames)  # N+1 or N+2 tokens with `tokens`
+        rotation = self._rotation(num_frames, x)
+        for index, block in enumerate(self.blocks):
+            if index == self.first_temporal_layer:
+                x = self._add_time_positions(x, num_frames)
+            x = self._run(block, x, condition, num_frames, rotation)
+        x = self.final_layer(x[:, :, : grid[0] * grid[1]], condition, num_frames)  # (B, F+I, N, p*p*C)
+        x = self._unpatchify(x, grid)  # (B, F+I, C, H, W)
+        return self.frame_upsampler(x, num_images) if self.config.patch_embedding == "tubelet" else x
+
+    def initialize_weights(self) -> None:
+        """DiT's initialisation: layers start as the identity (`adaln`) and the network's output as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, FrameUpsampler):
+                module.reset_parameters()
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a linear map of the patch
+        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
+        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(linear.get_parameter("weight"), std=0.02)
+        if self.config.num_classes:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.config.label_init_std)
+        heads = [layer.adaLN_modulation for layer in (*self.blocks, self.final_layer)]
+        for linear in [self.final_layer.linear, *(head[1] for head in heads if head is not None)]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def _patch_embedder(self) -> UniformPatchEmbed | TubeletPatchEmbed:
+        sizes = self.in_channels, self.config.size.hidden_size, self.patch_size
+        if self.config.patch_embedding == "tubelet":
+            return TubeletPatchEmbed(*sizes, self.config.tubelet_size)
+        return UniformPatchEmbed(*sizes)
+
+    def _inject(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_frames: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Timestep and label as a condition `(B, 1 or 1+I, 1, D)`, or as tokens at the end of every frame."""
+        parts = [self.t_embedder(timesteps)[:, None, None]]  # (B, 1, 1, D)
+        if labels is not None:
+            parts.append(self.y_embedder(labels.reshape(len(labels), -1))[:, :, None])  # (B, 1 or 1+I, 1, D)
+        if self.config.injection == "adaln":
+            return x, sum(parts[1:], start=parts[0])
+        tokens = [per_frame(part, num_frames).expand(-1, x.shape[1], -1, -1) for part in parts]
+        return torch.cat([x, *tokens], dim=2), None
+
+    def _run(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        condition: Tensor | None,
+        num_frames: int,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(x, condition, num_frames, rotation)
+        return checkpoint(
+            block, x, condition, num_frames, rotation, use_reentrant=False, preserve_rng_state=False
+        )
+
+    def _unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return rearrange(
+            x,
+            "batch frames (rows columns) (p q channels) -> batch frames channels (rows p) (columns q)",
+            rows=grid[0],
+            p=self.patch_size,
+            q=self.patch_size,
+        )
+
+    def _space_positions(self, grid: tuple[int, int]) -> Tensor:
+        """`(1, N, D)` for any grid; the trained one is kept."""
+        if grid == self.grid:
+            return self.pos_embed
+        return self._space_table(grid, self.pos_embed.device).to(self.pos_embed.dtype)
+
+    def _add_time_positions(self, x: Tensor, num_frames: int) -> Tensor:
+        """Add the temporal table to the clip's frames; images have no place in time."""
+        if self.temp_embed is None:
+            return x
+        table = self.temp_embed
+        if num_frames != self.temporal_length:
+            table = self._time_table(num_frames, table.device).to(table.dtype)
+        clip = x[:, :num_frames] + table[:, :, None]  # (1, F, 1, D)
+        return torch.cat([clip, x[:, num_frames:]], dim=1) if x.shape[1] > num_frames else clip
+
+    def _rotation(self, num_frames: int, x: Tensor) -> Rotation | None:
+        if self.config.temporal_position != "rope":
+            return None
+        positions = self._positions(num_frames, self.temporal_length, x.device)
+        return rotary_table(positions, self.config.head_width, torch.promote_types(x.dtype, torch.float32))
+
+    def _space_table(self, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+        rows, columns = (self._positions(*counts, device) for counts in zip(grid, self.grid))
+        return sincos_grid(rows, columns, self.config.size.hidden_size)[None]  # (1, N, D)
+
+    def _time_table(self, count: int, device: torch.device | None = None) -> Tensor:
+        positions = self._positions(count, self.temporal_length, device)
+        return sincos_table(positions, self.config.size.hidden_size)[None]  # (1, F, D)
+
+    def _positions(self, count: int, trained: int, device: torch.device | None) -> Tensor:
+        return axis_positions(count, trained, stretch=self.config.position_interpolation, device=device)
+
+    def _check_clip(self, num_frames: int, height: int, width: int) -> None:
+        span, patch = self.config.frames_per_token, self.patch_size
+        if num_frames < 1:
+            raise ValueError(f"a clip needs at least one frame, not {num_frames}")
+        if num_frames % span:
+            raise ValueError(
+                f"{num_frames} frames are not divisible by model.tubelet_size ({span}); change one of the two"
+            )
+        if min(height, width) < patch or height % patch or width % patch:
+            raise ValueError(
+                f"latents of {height} x {width} are not divisible into patches of {patch} x {patch}; "
+                "change data.image_size or the patch size in model.name"
+            )
+
+    def _check_input(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_images: int) -> None:
+        if x.ndim != 5 or x.shape[2] != self.in_channels:
+            raise ValueError(
+                f"the network takes latents (B, F+I, {self.in_channels}, H, W), not {tuple(x.shape)}"
+            )
+        if timesteps.shape != x.shape[:1]:
+            raise ValueError(
+                f"timesteps must be of shape ({len(x)},), one per clip, not {tuple(timesteps.shape)}"
+            )
+        if num_images < 0:
+            raise ValueError(f"num_images must be 0 or more, not {num_images}")
+        self._check_clip(x.shape[1] - num_images, x.shape[3], x.shape[4])
+        self._check_labels(labels, x.shape[0], num_images)
+
+    def _check_labels(self, labels: Tensor | None, batch: int, num_images: int) -> None:
+        if not self.config.num_classes:
+            if labels is not None:
+                raise ValueError("labels were given to an unconditional network (model.num_classes is 0)")
+            return
+        if labels is None:
+            raise ValueError(
+                f"a network of {self.config.num_classes} classes (model.num_classes) needs labels; "
+                f"the label for none is {self.null_label}"
+            )
+        shapes = [(batch, 1 + num_images)] if num_images else [(batch,), (batch, 1)]
+        if tuple(labels.shape) not in shapes:
+            raise ValueError(
+                f"labels must be of shape {' or '.join(map(str, shapes))} for {batch} clips with "
+                f"{num_images} images each, not {tuple(labels.shape)}"
+            )
+
+
+def _attends_over_time(layer: Layer) -> bool:
+    return any("temporal" in branch for branch in layer)

@@ -1,0 +1,116 @@
+"""TAEF2, a tiny autoencoder distilled from the FLUX.2 VAE (madebyollin/taesd, MIT): 32 channels, f8.
+
+Its two files, `taef2_encoder.pth` and `taef2_decoder.pth`, hold TAESD's stacks (convolutions and residual
+blocks) with twelve more tensors each: the blocks at the coarsest resolution first add a pooled branch. The
+layers below carry the indices of the files, so the weights load strictly.
+
+Letters: B images, C latent channels, H W pixels, h w latent pixels (H / 8, W / 8).
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ENCODER_FILE, DECODER_FILE = "taef2_encoder.pth", "taef2_decoder.pth"
+WIDTH = 64
+LATENT_CHANNELS = 32
+
+
+def _conv(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, stride=stride, bias=bias)
+
+
+class Block(nn.Module):
+    """relu(x + conv(x)), three 3x3 convolutions; with `pooled`, x + pool(x) comes first."""
+
+    def __init__(self, *, pooled: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            _conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH)
+        )
+        self.pool = None
+        if pooled:
+            self.pool = nn.Sequential(
+                nn.Conv2d(WIDTH, 4 * WIDTH, kernel_size=1, bias=False),
+                nn.GroupNorm(4, 4 * WIDTH),
+                nn.ReLU(),
+                nn.Conv2d(4 * WIDTH, WIDTH, kernel_size=1, bias=False),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return torch.relu(x + self.conv(x))
+
+
+class SoftClamp(nn.Module):
+    """3 tanh(z / 3): keeps wild latents within what the decoder has seen."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 3.0 * torch.tanh(z / 3.0)
+
+
+def _halve() -> nn.Conv2d:
+    return _conv(WIDTH, WIDTH, stride=2, bias=False)
+
+
+def _double() -> list[nn.Module]:
+    return [nn.Upsample(scale_factor=2), _conv(WIDTH, WIDTH, bias=False)]
+
+
+def _blocks(count: int, *, pooled: bool = False) -> list[nn.Module]:
+    return [Block(pooled=pooled) for _ in range(count)]
+
+
+def build_encoder() -> nn.Sequential:
+    """RGB in [0, 1] (B, 3, H, W) -> latents (B, 32, h, w)."""
+    return nn.Sequential(
+        *(_conv(3, WIDTH), *_blocks(1)),
+        *(_halve(), *_blocks(3)),
+        *(_halve(), *_blocks(3)),
+        *(_halve(), *_blocks(3, pooled=True)),
+        _conv(WIDTH, LATENT_CHANNELS),
+    )
+
+
+def build_decoder() -> nn.Sequential:
+    """Latents (B, 32, h, w) -> RGB in about [0, 1] (B, 3, H, W)."""
+    return nn.Sequential(
+        *(SoftClamp(), _conv(LATENT_CHANNELS, WIDTH), nn.ReLU()),
+        *(*_blocks(3, pooled=True), *_double()),
+        *(*_blocks(3), *_double()),
+        *(*_blocks(3), *_double()),
+        *(*_blocks(1), _conv(WIDTH, 3)),
+    )
+
+
+class Taef2(nn.Module):
+    """TAEF2's encoder and decoder over RGB in [-1, 1], the range of every codec here (its files use [0, 1])."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = build_encoder(), build_decoder()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Taef2:
+        """Load both files of `folder`, strictly.
+
+        Raises: ValueError naming the file that does not hold these weights.
+        """
+        net = cls()
+        for part, name in ((net.encoder, ENCODER_FILE), (net.decoder, DECODER_FILE)):
+            try:
+                part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
+            except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+                raise ValueError(f"{folder / name} does not hold TAEF2 weights") from error
+        return net
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder((images + 1.0) / 2.0)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents) * 2.0 - 1.0

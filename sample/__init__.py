@@ -1,0 +1,1 @@
+"""Sampling: `generate.Generator`, the command sample/sample.py and the writers of videos."""

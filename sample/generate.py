@@ -1,0 +1,329 @@
+"""Videos from a checkpoint: noise -> sampler(guided denoiser) -> codec -> uint8.
+
+A video is a function of (seed, index): its initial noise and the noise of every step come from its own
+generator on the CPU, so neither the batch size nor the device nor the number of processes changes the draw.
+
+Letters: B videos of a batch, n videos in all, F frames, C latent channels, h w latent pixels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import Denoiser, guided
+from diffusion import sample as run_sampler
+from diffusion.samplers import Callback
+from engine.build import build_model, build_process
+from engine.checkpoint import find_checkpoint, load_model_weights, load_weights_file
+from engine.config import Config, load_config
+from engine.objective import sample_generator
+from models.autoencoder import LatentCodec
+from models.convert import load_weights
+from models.latte import Latte
+
+from .class_names import UCF101_CLASSES
+
+AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+Progress = Callable[[int, int], None]  # (sampler steps done, sampler steps in all)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to sample from: a folder of ours, with its config, or an official file, without."""
+
+    path: Path
+    config: Config | None
+    class_names: list[str] | None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Source:
+        """Find and verify what `path` means: a checkpoint or run folder of ours, or a .pt/.safetensors file.
+
+        Raises:
+            ValueError: there is no sound checkpoint; the message names the file.
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls(path, None, None)
+        folder = find_checkpoint(path)
+        state = json.loads((folder / "state.json").read_text())
+        return cls(folder, load_config(folder / "config.yaml"), state.get("class_names"))
+
+    def weights(self, kind: str) -> dict[str, Tensor]:
+        """The `ema` or the `raw` weights."""
+        if self.config is None:
+            return load_model_weights(self.path, kind)
+        return load_weights_file(self.path, kind)
+
+
+def sampling_config(
+    source: Source, yaml: str | Path | None, settings: Mapping[str, Any], overrides: list[str]
+) -> Config:
+    """What to sample with, from the checkpoint, a YAML file and the command line.
+
+    A checkpoint of ours brings its own `model`, `diffusion`, `data` and `codec`; of a YAML beside it the
+    `sample` section and `codec.path` count. An official file brings nothing: the YAML says it all.
+
+    Args:
+        settings: keys of the `sample` section that stand above the YAML.
+        overrides: `section.key=value`, above everything.
+    """
+    given = load_config(yaml) if yaml else None
+    base = source.config or given
+    if base is None:
+        raise ValueError(f"{source.path} holds weights only: name the config of its network with --config.")
+    tree = base.to_dict()
+    if source.config and given:
+        tree["sample"] = given.to_dict()["sample"]
+        if given.codec.path:
+            tree["codec"] |= {key: getattr(given.codec, key) for key in ("path", "subfolder", "revision")}
+    tree["sample"] |= settings
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(tree))  # JSON is YAML
+        return load_config(file, overrides)
+
+
+def resolve_labels(
+    labels: Sequence[int | str], num_classes: int, class_names: Sequence[str] | None
+) -> list[int]:
+    """Class numbers of `labels`, which may be numbers, their spelling, or class names.
+
+    Raises:
+        ValueError: an unknown name, a number out of range, or labels for a network without classes.
+    """
+    if labels and not num_classes:
+        raise ValueError(
+            "sample.labels: this network is unconditional (model.num_classes is 0); leave labels out."
+        )
+    return [_resolve_label(str(label).strip(), num_classes, class_names or []) for label in labels]
+
+
+def _resolve_label(label: str, num_classes: int, class_names: Sequence[str]) -> int:
+    if label in class_names:
+        return list(class_names).index(label)
+    if not label.lstrip("-").isdigit():
+        known = (
+            f"its classes are {', '.join(class_names)}" if class_names else "its class names are not known"
+        )
+        raise ValueError(f"sample.labels: {label!r} is no class of this network; {known}; numbers work too.")
+    if not 0 <= int(label) < num_classes:
+        raise ValueError(
+            f"sample.labels: label {label} is out of range; the network has {num_classes} classes, "
+            f"0 to {num_classes - 1}."
+        )
+    return int(label)
+
+
+class Generator:
+    """A network with its codec, ready to sample.
+
+    Args:
+        config: the configuration the network was trained with.
+        class_names: of the labels in order, where known.
+        precision: fp32, or bf16 or fp16 for the network under autocast (norms, softmax and the sampler's
+            arithmetic stay in fp32). The codec has its own, `codec.dtype`.
+    """
+
+    def __init__(
+        self,
+        model: Latte,
+        codec: LatentCodec,
+        config: Config,
+        *,
+        class_names: Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+    ) -> None:
+        if precision not in AUTOCAST:
+            raise ValueError(f"sample.precision must be one of {', '.join(AUTOCAST)}, not {precision!r}.")
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.codec = codec
+        self.config = config
+        self.class_names = list(class_names) if class_names else None
+        self.autocast_dtype = AUTOCAST[precision]
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        config: Config | None = None,
+        weights: str = "ema",
+        device: torch.device | str | None = None,
+        precision: str = "fp32",
+    ) -> Generator:
+        """Load a checkpoint or run folder of ours, or an official .pt file.
+
+        Args:
+            config: needed for an official file; None takes the one in our checkpoint.
+            weights: "ema" or "raw".
+            device: None is CUDA where there is one.
+        """
+        return cls.from_source(
+            Source.open(path), config=config, weights=weights, device=device, precision=precision
+        )
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Source,
+        *,
+        config: Config | None = None,
+        weights: str = "ema",
+        device: torch.device | str | None = None,
+        precision: str = "fp32",
+    ) -> Generator:
+        """`from_checkpoint` of an opened one."""
+        config = config or source.config
+        if config is None:
+            raise ValueError(f"{source.path} holds weights only: give the config of its network.")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = build_model(config, device)
+        load_weights(model, source.weights(weights), str(source.path))
+        names = source.class_names or _known_class_names(config)
+        codec = LatentCodec.from_config(config.codec, device=device)
+        return cls(model, codec, config, class_names=names, device=device, precision=precision)
+
+    def sample(self, labels: Sequence[int | str] | None = None, num: int = 4, **settings: Any) -> np.ndarray:
+        """`num` videos as uint8 (n, F, H, W, 3); `settings` as for `batches`."""
+        return np.concatenate([videos for _, videos in self.batches(labels, num, **settings)])
+
+    def batches(
+        self,
+        labels: Sequence[int | str] | None = None,
+        num: int = 4,
+        *,
+        seed: int = 0,
+        steps: int = 250,
+        method: str = "auto",
+        eta: float = 0.0,
+        guidance_scale: float = 1.0,
+        batch_size: int = 4,
+        num_frames: int | None = None,
+        image_size: int | None = None,
+        indices: Sequence[int] | None = None,
+        callback: Progress | None = None,
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Sample in batches of at most `batch_size`.
+
+        Args:
+            labels: used in turn by index; None: all classes in turn.
+            num: videos 0 to num - 1; `indices` picks others, e.g. one process's share.
+            seed: any whole number from 0.
+            steps: of the sampler, at most `diffusion.num_steps` for Gaussian diffusion.
+            method: ddpm or ddim for Gaussian diffusion, euler or heun for flow; auto is the first.
+            eta: of DDIM, 0 (deterministic) to 1 (as noisy as DDPM).
+            guidance_scale: 1 is the plain conditional network.
+            num_frames, image_size: of the videos; None is what the network was trained on.
+
+        Yields:
+            (indices, videos): videos are uint8 (B, F, H, W, 3).
+
+        Raises:
+            ValueError: settings that the network or its diffusion cannot follow, in one sentence.
+        """
+        label_of = self.labels_for(labels)
+        shape = self._latent_shape(num_frames, image_size)
+        process = build_process(self.config, respacing=str(steps)).to(self.device)
+        method = self._method(method)
+        indices = list(range(num)) if indices is None else list(indices)
+        chunks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        for number, chunk in enumerate(chunks):
+            noise = VideoNoise(seed, chunk, self.device)
+            latents = run_sampler(
+                process,
+                self._denoiser([label_of(index) for index in chunk], guidance_scale),
+                noise.draw(shape),
+                method=method,
+                eta=eta,
+                noise_fn=noise.like,
+                callback=_progress(callback, number, len(chunks)),
+            )
+            yield chunk, self.decode(latents)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents (B, F, C, h, w) -> uint8 (B, F, H, W, 3)."""
+        return to_uint8(self.codec.decode(latents))
+
+    def labels_for(self, labels: Sequence[int | str] | None = None) -> Callable[[int], int | None]:
+        """The label of each video index: the given ones, or all classes, in turn; None if unconditional."""
+        num_classes = self.config.model.num_classes
+        chosen = resolve_labels(labels or [], num_classes, self.class_names) or list(range(num_classes))
+        return lambda index: chosen[index % len(chosen)] if chosen else None
+
+    def class_name(self, label: int | None) -> str | None:
+        """The name of a class, `class-012` where names are not known, None for no label."""
+        if label is None:
+            return None
+        return self.class_names[label] if self.class_names else f"class-{label:03d}"
+
+    def _method(self, method: str) -> str:
+        if method != "auto":
+            return method
+        return "euler" if self.config.diffusion.prediction == "flow" else "ddpm"
+
+    def _latent_shape(self, num_frames: int | None, image_size: int | None) -> tuple[int, int, int, int]:
+        """(F, C, h, w) of one video's latents."""
+        size, factor = image_size or self.config.data.image_size, self.config.codec.downsample_factor
+        if size % factor:
+            raise ValueError(
+                f"data.image_size={size} must be a multiple of codec.downsample_factor={factor}."
+            )
+        side = size // factor
+        return num_frames or self.config.data.num_frames, self.config.codec.latent_channels, side, side
+
+    def _denoiser(self, labels: list[int | None], guidance_scale: float) -> Denoiser:
+        dtype = self.autocast_dtype
+
+        def network(x: Tensor, timesteps: Tensor, y: Tensor | None) -> Tensor:
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                return self.model(x, timesteps, y).float()
+
+        y = torch.tensor(labels, device=self.device) if self.config.model.num_classes else None
+        return guided(network, y, self.model.null_label, guidance_scale, channels=self.model.in_channels)
+
+
+class VideoNoise:
+    """Unit noise of a batch of videos, each drawn from its own generator seeded with (seed, index)."""
+
+    def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
+        self.generators = [sample_generator(seed, index, torch.device("cpu")) for index in indices]
+        self.device = device
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        """The next noise (B, *shape)."""
+        return torch.stack([torch.randn(*shape, generator=each) for each in self.generators]).to(self.device)
+
+    def like(self, x: Tensor) -> Tensor:
+        """The next noise in the shape of x (B, ...)."""
+        return self.draw(x.shape[1:])
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """(B, F, 3, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3), rounded to the nearest."""
+    levels = (video.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()
+
+
+def _progress(callback: Progress | None, chunk: int, chunks: int) -> Callback | None:
+    if callback is None:
+        return None
+    return lambda done, total, x, pred_x_start: callback(chunk * total + done, chunks * total)
+
+
+def _known_class_names(config: Config) -> list[str] | None:
+    """Names of a set whose classes are fixed, for files that do not say."""
+    ucf101 = config.data.name == "ucf101" and config.model.num_classes == len(UCF101_CLASSES)
+    return UCF101_CLASSES if ucf101 else None

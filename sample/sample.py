@@ -1,0 +1,196 @@
+"""Sample videos from a checkpoint.
+
+    python sample/sample.py --ckpt results/run                                   our run or checkpoint folder
+    python sample/sample.py --config configs/ucf101/ucf101_sample.yaml --ckpt ucf101.pt --labels HorseRiding,3
+
+Flags stand above the `sample` section of --config, and that above the defaults; trailing
+`section.key=value` override anything. A checkpoint of ours brings its own network, diffusion and codec; an
+official .pt file needs --config to say them.
+
+Writes into --save_video_path: 0000_<class>.mp4, ..., samples.gif, samples.png (one row per video) and
+samples.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if __package__ in (None, ""):
+    sys.path[0] = str(ROOT)
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from engine.cli import run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from engine.config import Config
+    from sample.generate import Generator
+
+SHOWN = 16  # videos in the GIF and on the contact sheet
+SIZE_KEYS = ("data.num_frames=", "data.image_size=")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; flags that are absent stay out of the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        usage="%(prog)s [--config FILE] [--ckpt PATH] [flags] [section.key=value ...]",
+    )
+    add = parser.add_argument
+    add("--config", default=None, metavar="FILE", help="YAML file; our checkpoints need none")
+    add("--ckpt", metavar="PATH", help="our run or checkpoint folder, or an official .pt")
+    add("--save_video_path", metavar="DIR", help="folder to write into")
+    add(
+        "--labels",
+        type=lambda text: text.split(","),
+        metavar="L,L,...",
+        help="classes by number or name, in turn",
+    )
+    add("--num_videos", type=int, metavar="N")
+    add("--seed", type=int, metavar="N")
+    add("--steps", type=int, metavar="N", help="sampler steps")
+    add("--method", metavar="NAME", help="ddpm, ddim; of flow networks euler, heun; auto")
+    add("--eta", type=float, metavar="X", help="of ddim: 0 deterministic, 1 as noisy as ddpm")
+    add("--guidance_scale", type=float, metavar="X", help="1 is no guidance")
+    add("--weights", metavar="KIND", help="ema or raw")
+    add("--precision", metavar="KIND", help="fp32, bf16 or fp16")
+    add("--batch_size", type=int, metavar="N", help="videos at a time; changes the memory, not the videos")
+    add("--fps", type=int, metavar="N", help="frames per second of the files")
+    add(
+        "--device",
+        default=None,
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ...; by default CUDA where there is one",
+    )
+    add("overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.num_frames=32")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Sample as the command line says."""
+    settings = vars(build_parser().parse_intermixed_args(argv))
+    yaml, device, overrides = (settings.pop(key) for key in ("config", "device", "overrides"))
+
+    from sample.generate import Generator, Source, sampling_config  # torch is imported here: --help is quick
+
+    source = Source.open(checkpoint_path(yaml, settings, overrides))
+    config = sampling_config(source, yaml, settings, overrides)
+    trained = sampling_config(
+        source, yaml, settings, [each for each in overrides if not each.startswith(SIZE_KEYS)]
+    )
+    generator = Generator.from_source(
+        source,
+        config=trained,
+        weights=config.sample.weights,
+        device=device,
+        precision=config.sample.precision,
+    )
+    folder = Path(config.sample.save_video_path)
+    files = write_samples(generator, config, folder, checkpoint=str(source.path))
+    print(
+        f"{len(files)} videos in {folder}: samples.png and samples.gif show {min(SHOWN, len(files))} of them"
+    )
+    return 0
+
+
+def checkpoint_path(yaml: str | None, settings: dict[str, Any], overrides: list[str]) -> str:
+    """--ckpt, or `sample.ckpt` of the overrides or of the YAML file."""
+    from engine.config import load_config
+
+    named = [each.partition("=")[2] for each in overrides if each.startswith("sample.ckpt=")]
+    path = (
+        settings.get("ckpt")
+        or (named[-1] if named else None)
+        or (load_config(yaml).sample.ckpt if yaml else None)
+    )
+    if not path:
+        raise ValueError(
+            "no checkpoint: name one with --ckpt PATH (a run folder of ours, or an official .pt)."
+        )
+    return path
+
+
+def write_samples(
+    generator: Generator, config: Config, folder: Path, checkpoint: str
+) -> list[dict[str, Any]]:
+    """Sample what `config.sample` asks for, write each batch as it comes, then the overview.
+
+    Returns:
+        for each video its file name, index, label and class name: the `videos` of samples.json.
+    """
+    from sample.video_io import slug, write_mp4
+
+    wanted = config.sample
+    label_of = generator.labels_for(wanted.labels)
+    shown: list[np.ndarray] = []
+    files: list[dict[str, Any]] = []
+    for indices, videos in batches_with_progress(generator, config):
+        for index, video in zip(indices, videos, strict=True):
+            label = label_of(index)
+            name = generator.class_name(label)
+            file = f"{index:04d}_{slug(name)}.mp4" if name else f"{index:04d}.mp4"
+            write_mp4(folder / file, video, wanted.fps)
+            files.append({"file": file, "index": index, "label": label, "class_name": name})
+        shown += list(videos[: SHOWN - len(shown)]) if len(shown) < SHOWN else []
+    write_overview(folder, shown, files, config, checkpoint)
+    return files
+
+
+def batches_with_progress(generator: Generator, config: Config) -> Any:
+    """`generator.batches` for `config`, under a progress bar of sampler steps."""
+    from tqdm import tqdm
+
+    wanted = config.sample
+    interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file gets a line now and then
+    with tqdm(unit="step", dynamic_ncols=True, mininterval=interval) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield from generator.batches(
+            wanted.labels,
+            wanted.num_videos,
+            seed=wanted.seed,
+            steps=wanted.steps,
+            method=wanted.method,
+            eta=wanted.eta,
+            guidance_scale=wanted.guidance_scale,
+            batch_size=wanted.batch_size,
+            num_frames=config.data.num_frames,
+            image_size=config.data.image_size,
+            callback=show,
+        )
+
+
+def write_overview(
+    folder: Path, shown: list[np.ndarray], files: list[dict[str, Any]], config: Config, checkpoint: str
+) -> None:
+    """The GIF and contact sheet of the videos `shown`, and samples.json with what made all of them."""
+    import json
+
+    import numpy as np
+
+    from sample.video_io import write_atomically, write_contact_sheet, write_gif
+
+    videos = np.stack(shown)
+    captions = [each["class_name"] or f"{each['index']:04d}" for each in files[: len(shown)]]
+    write_gif(folder / "samples.gif", videos, config.sample.fps, scale=None)
+    write_contact_sheet(folder / "samples.png", videos, captions)
+    settings = config.to_dict()["sample"] | {"ckpt": checkpoint, "save_video_path": str(folder)}
+    size = {"num_frames": videos.shape[1], "height": videos.shape[2], "width": videos.shape[3]}
+    text = (
+        json.dumps({"checkpoint": checkpoint, **size, "sample": settings, "videos": files}, indent=2) + "\n"
+    )
+    write_atomically(folder / "samples.json", lambda temporary: temporary.write_text(text))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,12 @@
+#!/bin/bash
+# Sample SkyTimelapse from a checkpoint: an official .pt, or a checkpoint or run folder of ours.
+#   CKPT=path/to/checkpoint OUT=folder bash sample/sky.sh [further flags of sample.py]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH" # what `make setup` made, where it did
+
+python sample/sample.py \
+    --config configs/sky/sky_sample.yaml \
+    --ckpt "${CKPT:-share_ckpts/sky.pt}" \
+    --save_video_path "${OUT:-results/sky_samples}" \
+    "$@"

@@ -1,0 +1,12 @@
+#!/bin/bash
+# Sample UCF101 from a checkpoint: an official .pt, or a checkpoint or run folder of ours.
+#   CKPT=path/to/checkpoint OUT=folder bash sample/ucf101.sh [further flags of sample.py]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH" # what `make setup` made, where it did
+
+python sample/sample.py \
+    --config configs/ucf101/ucf101_sample.yaml \
+    --ckpt "${CKPT:-share_ckpts/ucf101.pt}" \
+    --save_video_path "${OUT:-results/ucf101_samples}" \
+    "$@"

@@ -1,0 +1,197 @@
+"""Writing generated videos: mp4, GIF, contact sheet. Same frames, same bytes; files appear whole or not.
+
+Videos are uint8 RGB, (n, F, H, W, 3) for several of one size and (F, H, W, 3) for one.
+Letters: n videos, F frames, H W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 4  # pixels between the tiles of a contact sheet
+GIF_GAP = 2  # pixels between the tiles of a GIF
+BACKGROUND = 255
+# One thread and bit-exact muxing: the bytes depend on the frames alone, not on the machine's core count.
+X264_OPTIONS = [
+    "-crf",
+    "10",
+    "-preset",
+    "medium",
+    "-threads",
+    "1",
+    "-fflags",
+    "+bitexact",
+    "-flags:v",
+    "+bitexact",
+]
+
+
+def slug(name: str, max_length: int = 80) -> str:
+    """`name` as a safe part of a file name: letters, digits, `.`, `-`, `_`; never empty, never hidden."""
+    safe = re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("._-")
+    return safe[:max_length] or "unnamed"
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary file beside `path`, then rename it into place; returns `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(
+        f".{path.stem}.{os.getpid()}{path.suffix}"
+    )  # the suffix tells writers the format
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8) -> Path:
+    """Write one video (F, H, W, 3) as H.264 in yuv420p, which every player and browser shows.
+
+    The format needs even sizes: of an odd height or width the last row or column is repeated once.
+    """
+    import imageio.v3 as iio
+
+    frames = as_frames(video, ndim=4)
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+    def write(temporary: Path) -> None:
+        iio.imwrite(
+            temporary,
+            frames,
+            plugin="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            pixelformat="yuv420p",
+            macro_block_size=1,  # no resizing to a multiple of 16
+            quality=None,  # the constant rate factor of X264_OPTIONS instead
+            output_params=X264_OPTIONS,
+        )
+
+    return write_atomically(path, write)
+
+
+def write_gif(path: str | Path, videos: np.ndarray, fps: float = 8, scale: int | None = 1) -> Path:
+    """Write the videos (n, F, H, W, 3) playing side by side in a near-square grid, as one looping GIF.
+
+    All frames share one palette, so still parts do not flicker. `scale` enlarges by whole pixels; None as
+    much as brings tiny videos to about 64 pixels.
+    """
+    tiles = enlarge(as_frames(videos, ndim=5), scale)
+    frames = [Image.fromarray(frame) for frame in grid(tiles)]
+    palette = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames])).quantize(256)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+
+    def write(temporary: Path) -> None:
+        first, *rest = frames
+        first.save(
+            temporary, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=False
+        )
+
+    return write_atomically(path, write)
+
+
+def write_contact_sheet(
+    path: str | Path,
+    videos: np.ndarray,
+    captions: Sequence[str] | None = None,
+    scale: int | None = None,
+    max_frames: int = 16,
+) -> Path:
+    """Write `contact_sheet` of the videos as a PNG."""
+    sheet = Image.fromarray(contact_sheet(videos, captions, scale, max_frames))
+    return write_atomically(path, lambda temporary: sheet.save(temporary))
+
+
+def contact_sheet(
+    videos: np.ndarray, captions: Sequence[str] | None = None, scale: int | None = None, max_frames: int = 16
+) -> np.ndarray:
+    """One picture of the videos (n, F, H, W, 3): a row per video, a column per frame, captions on the left.
+
+    Args:
+        captions: one per video, or None for no caption column.
+        scale: whole-number enlargement without smoothing; None brings tiny videos to about 64 pixels.
+        max_frames: of longer videos so many evenly spaced frames are shown, the first and last among them.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    videos = as_frames(videos, ndim=5)
+    if captions is not None and len(captions) != len(videos):
+        raise ValueError(f"{len(captions)} captions for {len(videos)} videos: give one caption per video.")
+    shown = np.linspace(0, videos.shape[1] - 1, min(max_frames, videos.shape[1])).round().astype(int)
+    tiles = enlarge(videos[:, shown], scale)
+    rows, columns, height, width, _ = tiles.shape
+    gutter = caption_width(captions or [])
+    sheet = np.full(
+        (MARGIN + rows * (height + MARGIN), gutter + MARGIN + columns * (width + MARGIN), 3),
+        BACKGROUND,
+        np.uint8,
+    )
+    for row, column in np.ndindex(rows, columns):
+        top, left = MARGIN + row * (height + MARGIN), gutter + MARGIN + column * (width + MARGIN)
+        sheet[top : top + height, left : left + width] = tiles[row, column]
+    return draw_captions(sheet, captions, height + MARGIN) if captions else sheet
+
+
+def draw_captions(sheet: np.ndarray, captions: Sequence[str], row_height: int) -> np.ndarray:
+    """The sheet with each caption at the left of its row, centred in height."""
+    image = Image.fromarray(sheet)
+    draw, font = ImageDraw.Draw(image), caption_font()
+    for row, caption in enumerate(captions):
+        middle = MARGIN + row * row_height + (row_height - MARGIN) // 2
+        draw.text((MARGIN, middle), caption, fill=(0, 0, 0), font=font, anchor="lm")
+    return np.asarray(image)
+
+
+def caption_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's built-in font: no font file of the machine is needed."""
+    return ImageFont.load_default(13)
+
+
+def caption_width(captions: Sequence[str]) -> int:
+    """Pixels that the caption column needs."""
+    return max((math.ceil(caption_font().getlength(caption)) + MARGIN for caption in captions), default=0)
+
+
+def enlarge(videos: np.ndarray, scale: int | None) -> np.ndarray:
+    """(n, F, H, W, 3) with every pixel repeated `scale` times each way; None: up to about 64 pixels."""
+    if scale is None:
+        scale = max(1, round(64 / max(videos.shape[2:4])))
+    return videos.repeat(scale, axis=2).repeat(scale, axis=3) if scale > 1 else videos
+
+
+def grid(videos: np.ndarray) -> np.ndarray:
+    """(n, F, H, W, 3) -> (F, height, width, 3): the videos side by side in a near-square grid."""
+    count, frames, height, width, _ = videos.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    step_y, step_x = height + GIF_GAP, width + GIF_GAP
+    canvas = np.full((frames, rows * step_y - GIF_GAP, columns * step_x - GIF_GAP, 3), BACKGROUND, np.uint8)
+    for index, video in enumerate(videos):
+        top, left = index // columns * step_y, index % columns * step_x
+        canvas[:, top : top + height, left : left + width] = video
+    return canvas
+
+
+def as_frames(videos: np.ndarray, ndim: int) -> np.ndarray:
+    """The videos as a uint8 array, checked (CPU tensors are taken too).
+
+    Raises:
+        ValueError: other type or shape than uint8 with `ndim` axes, the last of size 3; or nothing in it.
+    """
+    array = np.asarray(videos)
+    if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or array.size == 0:
+        wanted = "(n, F, H, W, 3)" if ndim == 5 else "(F, H, W, 3)"
+        raise ValueError(f"videos must be uint8 of shape {wanted}, not {array.dtype} of shape {array.shape}.")
+    return array

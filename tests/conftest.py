@@ -1,0 +1,56 @@
+"""Fixtures shared by the engine's tests: a small set of real frame folders, and a tiny run on it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# a tiny network in pixel space: depth 2, width 16, 4 frames of 8x8
+TINY = [
+    "model.name=custom",
+    "model.hidden_size=16",
+    "model.depth=2",
+    "model.num_heads=2",
+    "model.patch_size=2",
+    "model.num_classes=2",
+    "codec.latent_channels=3",
+    "codec.downsample_factor=1",
+    "codec.scale=1.0",
+    "data.name=folder",
+    "data.num_frames=4",
+    "data.frame_interval=1",
+    "data.image_size=8",
+    "data.num_workers=0",
+    "optim.learning_rate=1e-3",
+    "optim.clip_start_step=0",
+    "train.batch_size=2",
+    "train.log_every=1",
+    "train.checkpoint_every=100",
+]
+
+
+@pytest.fixture(scope="session")
+def frame_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of three clips, each a folder of seven 12x10 PNG frames."""
+    root = tmp_path_factory.mktemp("frames")
+    rng = np.random.default_rng(0)
+    for label in ("falls", "rises"):
+        for clip in range(3):
+            folder = root / label / f"clip{clip}"
+            folder.mkdir(parents=True)
+            for frame in range(7):
+                pixels = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{frame:03d}.png")
+    return root
+
+
+@pytest.fixture
+def tiny(frame_folders: Path, tmp_path: Path) -> list[str]:
+    """Overrides that make a run of the tiny network on the frame folders, writing into tmp_path/run."""
+    return [*TINY, f"data.path={frame_folders}", f"train.output_dir={tmp_path / 'run'}"]

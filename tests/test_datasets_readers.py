@@ -1,0 +1,351 @@
+"""Readers against an independent decoder (the FFmpeg program), decord, and 64 real clips."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import readers
+from datasets.readers import VideoError, open_video
+
+MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
+LISTED = json.loads((MEDIA / "clips.json").read_text()) if MEDIA.is_dir() else []
+FRAMES = {entry["file"]: entry["ff_frames"] for entry in LISTED}
+needs_media = pytest.mark.skipif(not LISTED, reason="the sample clips of ../shared/media are not here")
+
+# What is wrong with each clip that holds no readable video, and with each that is damaged but readable.
+UNREADABLE = {
+    "odd/torchcodec__nasa_13013.mp4.audio.mp3": "is an audio file (mp3), not a video",
+    "odd/ExoPlayer__invalid-bitstream.webm": "none of its frames can be decoded",
+    "odd/moviepy__result.webm": "the file is empty",
+    "odd/derived_truncated_bikes.mp4": "cannot be read as mov: incomplete or damaged",
+}
+DAMAGED = {"odd/decord__corrupted.mp4"}
+CUT_OFF = {"odd/derived_truncated_again.mkv", "open/nestegg__dancer1.webm"}
+# Two test patterns (10 bit; odd height and width) take slower paths of the colour converter, where each
+# generation of FFmpeg interpolates chroma in its own way: colours differ at sharp edges, brightness does not.
+LOOSE = {"odd/torchcodec__h264_10bits.mp4", "odd/torchcodec__testsrc2_odd_height_and_width_mpeg2.mp4"}
+# decord is no default: it counts a frame too many on three clips, and cannot open three others.
+DECORD_COUNTS_ONE_MORE = {
+    "action/vision__RATRACE_wave_f_nm_np1_fr_goo_37.avi",
+    "action/vision__SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi",
+    "odd/decord__corrupted.mp4",
+}
+DECORD_CANNOT_OPEN = {
+    "odd/imageio-binaries__newtonscradle.gif",
+    "odd/torchcodec__av1_video.mkv",
+    "odd/moviepy__no_duration.webm",
+}
+READABLE = sorted(set(FRAMES) - set(UNREADABLE))
+
+
+def ffmpeg_frames(path: Path, indices: list[int], height: int, width: int) -> torch.Tensor:
+    """Frames (T, C, H, W) that the FFmpeg program decodes, one after the other, from the start."""
+    select = "+".join(f"eq(n\\,{index})" for index in indices)
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-v",
+        "quiet",
+        "-threads",
+        "1",
+        "-i",
+        str(path),
+        "-map",
+        "0:v:0",
+    ]
+    command += [
+        "-vf",
+        f"select={select}",
+        "-fps_mode",
+        "passthrough",
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-",
+    ]
+    out = subprocess.run(command, capture_output=True, timeout=60).stdout
+    frames = np.frombuffer(out, np.uint8).reshape(-1, height, width, 3)
+    return torch.from_numpy(frames.copy()).permute(0, 3, 1, 2)
+
+
+def telling_indices(reader: readers.PyAVReader) -> list[int]:
+    """First, last, around key frames, and two between: where random access goes wrong if it does."""
+    last = len(reader) - 1
+    keys = np.searchsorted(reader.index.pts, reader.index.keys).tolist()
+    around = [key + step for key in keys[1:3] for step in (-1, 0, 1)]
+    return sorted(
+        {min(max(index, 0), last) for index in [0, 1, last // 3, 2 * last // 3, last - 1, last, *around]}
+    )
+
+
+def brightness_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean absolute difference of luma (BT.601), which 4:2:0 video stores at full resolution."""
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return float(((a.float() - b.float()) * weights).sum(1).abs().mean())
+
+
+@needs_media
+def test_all_sample_clips_are_listed_here() -> None:
+    assert len(FRAMES) == 64
+    assert {name for name, frames in FRAMES.items() if not frames} == set(UNREADABLE)
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_sample_clip_has_the_true_frames(name: str) -> None:
+    """Count as listed; each frame, fetched alone, is what the FFmpeg program decodes at that place."""
+    path = MEDIA / "clips" / name
+    reader = open_video(path)
+    assert isinstance(reader, readers.PyAVReader)
+    assert len(reader) == FRAMES[name]
+    assert bool(reader.damage) == (name in DAMAGED)
+    assert bool(reader.cut_off) == (name in CUT_OFF)
+    indices = telling_indices(reader)
+    ours = torch.cat([reader.read([index]) for index in indices])
+    assert bool(reader.damage) == (name in DAMAGED)  # nor does starting at a key frame look like damage
+    theirs = ffmpeg_frames(path, indices, *ours.shape[-2:])
+    assert theirs.shape == ours.shape
+    if name in LOOSE:
+        assert brightness_difference(ours, theirs) < 1
+    else:
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_sample_clip_reads_the_same_with_decord(name: str) -> None:
+    """Where decord can read. It converts colours with an FFmpeg of 2018: up to 2 grey levels of rounding."""
+    path = MEDIA / "clips" / name
+    if name in DECORD_CANNOT_OPEN:
+        with pytest.raises(VideoError, match="decord cannot open it"):
+            open_video(path, "decord")
+        return
+    theirs = open_video(path, "decord")
+    assert len(theirs) == FRAMES[name] + (name in DECORD_COUNTS_ONE_MORE)
+    indices = [0, min(3, FRAMES[name] - 1)]
+    ours, decords = open_video(path).read(indices), theirs.read(indices)
+    assert ours.shape == decords.shape
+    if name in LOOSE:
+        assert brightness_difference(ours, decords) < 1
+    else:
+        assert (ours.int() - decords.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("name", sorted(UNREADABLE) if LISTED else [])
+@pytest.mark.parametrize("reader", ["auto", "decord"])
+def test_unreadable_sample_clip_is_named_with_the_reason(name: str, reader: str) -> None:
+    path = MEDIA / "clips" / name
+    with pytest.raises(VideoError) as caught:
+        open_video(path, reader)
+    assert caught.value.path == str(path)
+    if reader == "auto":
+        assert caught.value.reason == UNREADABLE[name]
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for every frame that is decoded."""
+    count: list[int] = []
+    original = readers._decoded
+
+    def counting(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:
+        for frames in original(packets):
+            count.extend(frame.pts or 0 for frame in frames or [])
+            yield frames
+
+    monkeypatch.setattr(readers, "_decoded", counting)
+    return count
+
+
+@needs_media
+def test_only_what_is_needed_is_decoded(decoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 of 240 frames, a key frame every 12: the frames of a window and at most one group before it."""
+    readers._frame_index.cache_clear()
+    reader = open_video(MEDIA / "clips/action/vision__v_SoccerJuggling_g23_c01.avi")
+    assert len(decoded) <= readers.PROBE_FRAMES
+    del decoded[:]
+    packets = readers._packets
+    fetched: list[int] = []
+
+    def counting(container: Any, stream: Any) -> Iterator[av.Packet]:
+        for packet in packets(container, stream):
+            fetched.append(packet.size)
+            yield packet
+
+    monkeypatch.setattr(readers, "_packets", counting)
+    reader.read(range(200, 216))
+    assert 16 <= len(decoded) <= 40
+    assert 16 <= len(fetched) <= 60  # it seeks: what lies before is not even read
+
+
+@needs_media
+def test_false_key_frames_are_not_trusted(decoded: list[int]) -> None:
+    """This 3gp marks frame 50 as a key frame although it is none: it must be decoded from the start."""
+    reader = open_video(MEDIA / "clips/odd/mp4parser__MOV00006.3gp")
+    reader.read([60])
+    assert len(decoded) > 60
+
+
+# ------------------------------------------------------------------------------- without the sample clips
+
+
+def write_video(path: Path, levels: range, movflags: str = "", **options: str) -> Path:
+    """An h264 file with B-frames, 10 frames a second, whose frame i is of grey level `levels[i]`."""
+    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        stream.options = {"g": "10", "bf": "2", **options}
+        for level in levels:
+            frame = av.VideoFrame.from_ndarray(np.full((16, 32, 3), level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 frames, frame i of grey level 20 + 2 i."""
+    return write_video(tmp_path_factory.mktemp("video") / "ramp.mp4", range(20, 180, 2))
+
+
+@pytest.mark.parametrize("reader", ["auto", "pyav", "decord"])
+def test_frames_come_in_the_order_asked(video: Path, reader: str) -> None:
+    opened = open_video(video, reader)
+    wanted = [79, 0, 41, 41, 10, 9]
+    frames = opened.read(wanted)
+    assert len(opened) == 80
+    assert opened.fps == pytest.approx(10)
+    assert frames.dtype == torch.uint8 and frames.shape == (6, 3, 16, 32)
+    levels = frames.float().mean((1, 2, 3))
+    assert torch.allclose(levels, torch.tensor([20.0 + 2 * index for index in wanted]), atol=1)
+
+
+@pytest.mark.parametrize("reader", ["auto", "decord"])
+@pytest.mark.parametrize("indices", [[], [-1], [80], [0, 80]])
+def test_indices_outside_are_refused(video: Path, reader: str, indices: list[int]) -> None:
+    with pytest.raises(IndexError):
+        open_video(video, reader).read(indices)
+
+
+def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", range(20, 60))
+    assert len(open_video(path)) == 40
+    write_video(path, range(20, 50))
+    assert len(open_video(path)) == 30
+
+
+def test_missing_tail_is_told(tmp_path: Path) -> None:
+    """An mp4 with its index in front opens although its end is gone; what is there is counted, no more."""
+    whole = write_video(tmp_path / "whole.mp4", range(20, 220), "faststart", crf="0").read_bytes()
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole[: len(whole) * 3 // 4])
+    reader = open_video(cut)
+    assert 0 < len(reader) < 200
+    assert reader.cut_off and "of 200 frames" in reader.cut_off
+    levels = reader.read(range(len(reader))).float().mean((1, 2, 3))
+    assert torch.allclose(
+        levels, 20.0 + torch.arange(len(reader)), atol=3
+    )  # none stands in for a missing one
+
+
+@pytest.mark.parametrize("length", [40, 200])
+@pytest.mark.parametrize("wiped", [10, 200])
+def test_wiped_bytes_are_noticed(tmp_path: Path, length: int, wiped: int) -> None:
+    """A frame is what it should be, or the reader says that it is not: `damage` or VideoError."""
+    clip = write_video(tmp_path / "clip.mp4", range(20, 20 + length), crf="0", sc_threshold="0")
+    data = bytearray(clip.read_bytes())
+    middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
+    data[middle : middle + wiped] = bytes(wiped)
+    (tmp_path / "broken.mp4").write_bytes(bytes(data))
+    short = length <= readers.PROVEN_UP_TO
+    outcomes = []
+    for index in range(len(open_video(tmp_path / "broken.mp4"))):
+        reader = open_video(tmp_path / "broken.mp4")
+        assert bool(reader.damage) == short  # short clips are proven when they are opened
+        try:
+            level = float(reader.read([index]).float().mean())
+            assert reader.damage or level == pytest.approx(20 + index, abs=2)
+            outcomes.append("damaged" if reader.damage else "good")
+        except VideoError:
+            outcomes.append("refused")
+    assert outcomes.count("good") > 0.9 * len(outcomes) or short
+    assert "damaged" in outcomes
+
+
+@pytest.mark.parametrize("reader", ["auto", "decord"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"#EXTM3U\n#EXTINF:1,\nhttp://localhost/a.ts\n", "is an HLS playlist, not a video"),
+        (b"\xef\xbb\xbf#EXTM3U\n", "is an HLS playlist, not a video"),
+        (b"ffconcat version 1.0\nfile 'ramp.mp4'\n", "is an ffconcat playlist, not a video"),
+        (b"just some text, long enough to hold any magic bytes there might be", "is not a video"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0isomiso2mdat nothing follows", "cannot"),
+        (b"\x1a\x45\xdf\xa3" + b"\xff" * 300, "cannot"),
+        (b"GIF89a" + b"\0" * 40, "cannot|no video|no frames|none"),
+    ],
+)
+def test_what_is_no_video_is_refused(tmp_path: Path, content: bytes, reason: str, reader: str) -> None:
+    """The name says mp4; the first bytes decide. A playlist beside a good video must not lead to it."""
+    write_video(tmp_path / "ramp.mp4", range(20, 40))
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match=reason) as caught:
+        open_video(path, reader)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file_and_empty_folder_are_video_errors(tmp_path: Path) -> None:
+    for path in (tmp_path / "gone.mp4", tmp_path / "gone.png", tmp_path):
+        with pytest.raises(VideoError, match=str(path)):
+            open_video(path).read([0])
+
+
+def test_video_error_crosses_processes() -> None:
+    error = pickle.loads(pickle.dumps(VideoError("a.mp4", "is broken")))  # noqa: S301 our own bytes
+    assert (error.path, error.reason, str(error)) == ("a.mp4", "is broken", "a.mp4: is broken")
+    assert isinstance(error, ValueError)
+
+
+def test_unknown_reader_is_named(video: Path) -> None:
+    with pytest.raises(ValueError, match="reader 'cv2' is unknown"):
+        open_video(video, "cv2")
+
+
+def test_frame_folder_is_numerically_sorted(tmp_path: Path) -> None:
+    for number in (1, 2, 10, 11, 100):
+        Image.new("RGB", (6, 4), (number, 0, 0)).save(tmp_path / f"clip_frames_{number}.png")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("stray")
+    reader = open_video(tmp_path)
+    assert len(reader) == 5
+    assert reader.read(range(5))[:, 0, 0, 0].tolist() == [1, 2, 10, 11, 100]
+    assert reader.read([4]).shape == (1, 3, 4, 6)
+
+
+def test_frames_of_different_size_or_broken_frames_are_named(tmp_path: Path) -> None:
+    Image.new("RGB", (6, 4)).save(tmp_path / "1.png")
+    Image.new("RGB", (8, 4)).save(tmp_path / "2.png")
+    (tmp_path / "3.png").write_bytes(b"no image")
+    with pytest.raises(VideoError, match=r"differ in size \(6x4, 8x4\)"):
+        open_video(tmp_path).read([0, 1])
+    with pytest.raises(VideoError, match=r"3\.png: is not a readable image"):
+        open_video(tmp_path).read([2])
+
+
+def test_single_image_is_a_clip_of_one_frame(tmp_path: Path) -> None:
+    Image.new("L", (6, 4), 7).save(tmp_path / "a.png")
+    reader = open_video(tmp_path / "a.png")
+    assert len(reader) == 1
+    assert torch.equal(reader.read([0, 0]), torch.full((2, 3, 4, 6), 7, dtype=torch.uint8))

@@ -1,0 +1,75 @@
+"""Classifier-free guidance: its formula, its neutral scale, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion import guided
+
+CHANNELS, NULL = 3, 9
+
+
+class Network:
+    """Output (B, F, 2C, H, W) that depends on every input; counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, Tensor | None]] = []
+
+    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        self.calls.append((len(x), labels))
+        value = timesteps.double().view(-1, 1, 1, 1, 1) / 100
+        if labels is not None:
+            value = value + labels.double().flatten(1).sum(-1).view(-1, 1, 1, 1, 1)
+        return torch.cat([x * value, x + value], 2)
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(2, 4, CHANNELS, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return x, torch.tensor([10, 700]), torch.tensor([[1], [5]])
+
+
+def test_guided_noise_is_the_formula_and_sigma_is_conditional() -> None:
+    x, timesteps, labels = inputs()
+    conditional = Network()(x, timesteps, labels)
+    unconditional = Network()(x, timesteps, torch.full_like(labels, NULL))
+    found = guided(Network(), labels, NULL, 7.0, channels=CHANNELS)(x, timesteps)
+    expected = unconditional + 7.0 * (conditional - unconditional)
+    torch.testing.assert_close(found[:, :, :CHANNELS], expected[:, :, :CHANNELS])
+    assert torch.equal(found[:, :, CHANNELS:], conditional[:, :, CHANNELS:])
+
+
+def test_both_halves_run_as_one_batch_with_null_labels_second() -> None:
+    x, timesteps, labels = inputs()
+    network = Network()
+    guided(network, labels, NULL, 2.0, channels=CHANNELS)(x, timesteps)
+    ((size, seen),) = network.calls
+    assert size == 4
+    assert seen is not None
+    assert seen.tolist() == [[1], [5], [NULL], [NULL]]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1])
+def test_scale_one_is_one_plain_conditional_call(scale: float) -> None:
+    x, timesteps, labels = inputs()
+    network = Network()
+    found = guided(network, labels, None, scale, channels=CHANNELS)(x, timesteps)
+    assert torch.equal(found, Network()(x, timesteps, labels))
+    assert [size for size, _ in network.calls] == [2]
+
+
+def test_scale_zero_is_unconditional_noise() -> None:
+    x, timesteps, labels = inputs()
+    found = guided(Network(), labels, NULL, 0.0, channels=CHANNELS)(x, timesteps)
+    unconditional = Network()(x, timesteps, torch.full_like(labels, NULL))
+    torch.testing.assert_close(found[:, :, :CHANNELS], unconditional[:, :, :CHANNELS])
+
+
+def test_unconditional_network_needs_scale_one() -> None:
+    x, timesteps, labels = inputs()
+    assert guided(Network(), None, None, 1.0, channels=CHANNELS)(x, timesteps).shape[2] == 2 * CHANNELS
+    with pytest.raises(ValueError, match=r"Guidance scale 4\.0 needs a network with labels"):
+        guided(Network(), None, None, 4.0, channels=CHANNELS)
+    with pytest.raises(ValueError, match=r"model\.label_dropout=0"):
+        guided(Network(), labels, None, 4.0, channels=CHANNELS)

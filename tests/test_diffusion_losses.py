@@ -1,0 +1,226 @@
+"""Losses and likelihoods, against torch.distributions, brute force in float64 and autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from diffusion import DiffusionConfig, GaussianDiffusion, LossTerms, RectifiedFlow, calc_bpd_loop
+from diffusion.losses import approx_normal_cdf, discretized_gaussian_log_likelihood, normal_kl
+
+SHAPE = (3, 4, 2, 3, 5)  # B F C H W
+LEVELS = torch.linspace(-1, 1, 256, dtype=torch.float64)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def double_output(seed: int = 5) -> Tensor:
+    b, f, c, h, w = SHAPE
+    return randn(b, f, 2 * c, h, w, seed=seed)
+
+
+def test_normal_kl_is_torchs() -> None:
+    mean1, mean2, log1, log2 = (randn(7, seed=seed) for seed in range(4))
+    expected = kl_divergence(Normal(mean1, (0.5 * log1).exp()), Normal(mean2, (0.5 * log2).exp()))
+    torch.testing.assert_close(normal_kl(mean1, log1, mean2, log2), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_approximate_cdf_is_close_to_the_normal_one() -> None:
+    x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
+    assert (approx_normal_cdf(x) - torch.special.ndtr(x)).abs().max() < 4e-4
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.1, 0.05), (-1.0, 0.3), (0.97, 0.02)])
+def test_discretized_likelihood_is_a_distribution_over_256_levels(mean: float, deviation: float) -> None:
+    log_scale = torch.full_like(LEVELS, math.log(deviation))
+    probability = discretized_gaussian_log_likelihood(LEVELS, torch.full_like(LEVELS, mean), log_scale).exp()
+    assert probability.sum().item() == pytest.approx(1.0, abs=1e-6)  # 256 floors of 1e-12
+    edges = torch.cat([torch.tensor([-torch.inf]), (LEVELS[1:] + LEVELS[:-1]) / 2, torch.tensor([torch.inf])])
+    exact = torch.special.ndtr((edges - mean) / deviation).diff()
+    assert (probability - exact).abs().max() < 8e-4  # twice the error of the approximate CDF
+
+
+def bound_by_hand(
+    diffusion: GaussianDiffusion, output: Tensor, x_start: Tensor, x: Tensor, step: int
+) -> Tensor:
+    """(F,) term `step` of the bound of one clip, from definitions, in bits."""
+    betas = diffusion.tables["betas"]
+    signal = torch.cumprod(1 - betas, 0)
+    before = signal[step - 1] if step else torch.tensor(1.0, dtype=torch.float64)
+    posterior_variance = betas * (1 - torch.cat([torch.ones(1), signal[:-1]])) / (1 - signal)
+    least = posterior_variance[max(step, 1)].log()
+    noise, values = output.chunk(2, dim=1)
+    share = (values + 1) / 2
+    log_variance = share * betas[step].log() + (1 - share) * least
+    predicted = (x - (1 - signal[step]).sqrt() * noise) / signal[step].sqrt()
+
+    def mean(clean: Tensor) -> Tensor:
+        first = before.sqrt() * betas[step] * clean + (1 - betas[step]).sqrt() * (1 - before) * x
+        return first / (1 - signal[step])
+
+    p = Normal(mean(predicted), (0.5 * log_variance).exp())
+    if step:
+        nats = kl_divergence(Normal(mean(x_start), least.mul(0.5).exp().expand_as(x)), p)
+    else:
+        nats = -discretized_gaussian_log_likelihood(x_start, p.loc, p.scale.log())
+    return nats.mean((1, 2, 3)) / math.log(2)
+
+
+@pytest.mark.parametrize("loss", ["mse", "rescaled_mse", "kl", "rescaled_kl"])
+def test_losses_are_their_definitions(loss: str) -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(num_steps=50, loss=loss))
+    x_start, noise, output = randn(*SHAPE).clamp(-1, 1), randn(*SHAPE, seed=1), double_output()
+    timesteps = torch.tensor([0, 20, 49])
+    x = diffusion.q_sample(x_start, timesteps, noise)
+    terms = diffusion.training_losses(lambda *_: output, x_start, timesteps, noise)
+    bound = torch.stack(
+        [bound_by_hand(diffusion, output[i], x_start[i], x[i], int(timesteps[i])) for i in range(3)]
+    )
+    weight = {"mse": 1, "rescaled_mse": 50 / 1000, "kl": 1, "rescaled_kl": 50}[loss]
+    mse = (output[:, :, :2] - noise).square().mean((2, 3, 4))
+    expected = weight * bound if "kl" in loss else mse + weight * bound
+    assert terms.vb is not None
+    torch.testing.assert_close(terms.vb, weight * bound, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(terms.per_frame(), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(terms.loss, expected.mean(1), rtol=1e-9, atol=1e-12)
+    assert (terms.mse is None) == ("kl" in loss)
+
+
+def gradients(loss: str) -> tuple[Tensor, Tensor]:
+    """Gradient by the prediction's and by the variance's channels."""
+    diffusion = GaussianDiffusion(DiffusionConfig(loss=loss))
+    output = double_output().requires_grad_()
+    terms = diffusion.training_losses(
+        lambda *_: output, randn(*SHAPE), torch.tensor([3, 400, 900]), randn(*SHAPE, seed=1)
+    )
+    terms.loss.sum().backward()
+    assert output.grad is not None
+    first, second = output.grad.chunk(2, dim=2)
+    return first, second
+
+
+def test_bound_teaches_only_the_variance_beside_the_squared_error() -> None:
+    prediction, variance = gradients("mse")
+    by_hand = 2 * (double_output()[:, :, :2] - randn(*SHAPE, seed=1)) / randn(*SHAPE)[0].numel()
+    torch.testing.assert_close(prediction, by_hand, rtol=1e-10, atol=1e-14)
+    assert (variance != 0).all()
+    prediction, variance = gradients("kl")
+    assert (prediction - by_hand).abs().max() > 1e-4
+    assert (variance != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target"),
+    [
+        ("epsilon", lambda signal, x_start, noise: noise),
+        ("x_start", lambda signal, x_start, noise: x_start),
+        ("velocity", lambda signal, x_start, noise: signal.sqrt() * noise - (1 - signal).sqrt() * x_start),
+    ],
+)
+def test_prediction_targets(prediction: str, target) -> None:  # type: ignore[no-untyped-def]
+    diffusion = GaussianDiffusion(DiffusionConfig(prediction=prediction), learn_sigma=False)
+    x_start, noise, timesteps = randn(*SHAPE), randn(*SHAPE, seed=1), torch.tensor([0, 500, 999])
+    signal = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[timesteps]
+    expected = target(signal.view(3, 1, 1, 1, 1), x_start, noise)
+    x = diffusion.q_sample(x_start, timesteps, noise)
+    torch.testing.assert_close(diffusion.target(x_start, noise, timesteps), expected, rtol=1e-10, atol=1e-10)
+    # the right answer has loss 0 and gives back the clean clip
+    loss = diffusion.training_losses(lambda *_: expected, x_start, timesteps, noise).loss
+    assert loss.max() < 1e-18
+    clean = diffusion.p_mean_variance(expected, x, timesteps).pred_x_start
+    torch.testing.assert_close(clean, x_start, rtol=1e-9, atol=1e-9)
+
+
+def test_q_sample_has_the_moments_of_the_process() -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(), learn_sigma=False)
+    x_start = torch.full((2, 1, 1, 200, 200), 0.8, dtype=torch.float64)
+    timesteps = torch.tensor([100, 800])
+    x = diffusion.q_sample(x_start, timesteps, randn(*x_start.shape))
+    mean, variance, log_variance = diffusion.q_mean_variance(x_start, timesteps)
+    signal = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[timesteps]
+    torch.testing.assert_close(mean[:, 0, 0, 0, 0], signal.sqrt() * 0.8)
+    torch.testing.assert_close(log_variance.exp(), variance)
+    torch.testing.assert_close(x.mean((1, 2, 3, 4)), signal.sqrt() * 0.8, atol=0.02, rtol=0)
+    torch.testing.assert_close(x.var((1, 2, 3, 4)), 1 - signal, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(("learn_sigma", "channels"), [(True, 2), (False, 4)])
+def test_output_of_the_wrong_width_is_a_sentence(learn_sigma: bool, channels: int) -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(), learn_sigma=learn_sigma)
+    output = torch.zeros(SHAPE[0], SHAPE[1], channels, *SHAPE[3:])
+    with pytest.raises(ValueError, match=r"model\.learn_sigma"):
+        diffusion.training_losses(lambda *_: output, randn(*SHAPE), torch.zeros(3).long(), randn(*SHAPE))
+
+
+def test_half_precision_output_is_lossless_in_the_loss_dtype() -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig())
+    output = double_output().to(torch.bfloat16)
+    inputs = (randn(*SHAPE).float(), torch.tensor([0, 10, 999]), randn(*SHAPE, seed=1).float())
+    half = diffusion.training_losses(lambda *_: output, *inputs).loss
+    assert half.dtype == torch.float32
+    assert torch.equal(half, diffusion.training_losses(lambda *_: output.float(), *inputs).loss)
+
+
+def test_flow_loss_and_path() -> None:
+    flow = RectifiedFlow(DiffusionConfig(prediction="flow"))
+    x_start, noise, output = randn(*SHAPE), randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)
+    timesteps = torch.tensor([0.0, 250.0, 1000.0])
+    seen = {}
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        seen.update(x=x, t=t)
+        return output
+
+    terms = flow.training_losses(denoiser, x_start, timesteps, noise)
+    torch.testing.assert_close(seen["x"][0], x_start[0])
+    torch.testing.assert_close(seen["x"][1], 0.75 * x_start[1] + 0.25 * noise[1])
+    torch.testing.assert_close(seen["x"][2], noise[2])
+    assert torch.equal(seen["t"], timesteps)
+    torch.testing.assert_close(terms.loss, (noise - x_start - output).square().mean((1, 2, 3, 4)))
+    assert terms.vb is None
+    with pytest.raises(ValueError, match=r"model\.learn_sigma=false"):
+        flow.training_losses(lambda *_: double_output(), x_start, timesteps, noise)
+
+
+def test_loss_terms_add_up_by_frame() -> None:
+    mse, vb = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[0.5, 0.5, 2.0]])
+    terms = LossTerms.from_frames(mse, vb)
+    assert terms.per_frame().tolist() == [[1.5, 2.5, 8.0]]
+    assert terms.loss.tolist() == [4.0]
+
+
+def test_bits_per_dimension_are_the_sum_of_the_terms() -> None:
+    diffusion = GaussianDiffusion(DiffusionConfig(num_steps=30))
+    x_start, output = randn(*SHAPE).clamp(-1, 1), double_output()
+    noises = iter([randn(*SHAPE, seed=step) for step in reversed(range(30))])
+    bits = calc_bpd_loop(
+        diffusion, lambda *_: output, x_start, clip_denoised=False, noise_fn=lambda _: next(noises)
+    )
+    signal = torch.cumprod(1 - diffusion.tables["betas"], 0)
+    for step in (0, 1, 17, 29):
+        x = signal[step].sqrt() * x_start + (1 - signal[step]).sqrt() * randn(*SHAPE, seed=step)
+        by_hand = [bound_by_hand(diffusion, output[i], x_start[i], x[i], step).mean() for i in range(3)]
+        torch.testing.assert_close(bits.vb[:, step], torch.stack(by_hand), rtol=1e-9, atol=1e-12)
+        error = (output[:, :, :2] - randn(*SHAPE, seed=step)).square().mean((1, 2, 3, 4))
+        torch.testing.assert_close(bits.mse[:, step], error, rtol=1e-9, atol=1e-12)
+    last = Normal(signal[-1].sqrt() * x_start, (1 - signal[-1]).sqrt())
+    prior = kl_divergence(last, Normal(0.0, 1.0)).mean((1, 2, 3, 4)) / math.log(2)
+    torch.testing.assert_close(bits.prior, prior, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(bits.total, bits.vb.sum(1) + prior, rtol=1e-12, atol=1e-12)
+
+
+def test_true_posterior_has_no_bits_beyond_prior_and_decoder() -> None:
+    """A network that knows clip and smallest variance leaves a KL of 0 at every step above 0."""
+    config = DiffusionConfig(num_steps=40, prediction="x_start", fixed_variance="small")
+    diffusion = GaussianDiffusion(config, learn_sigma=False)
+    x_start = LEVELS[torch.arange(math.prod(SHAPE)) % 256].view(SHAPE)
+    bits = calc_bpd_loop(diffusion, lambda *_: x_start, x_start)
+    assert bits.vb[:, 1:].abs().max() < 1e-12
+    assert bits.x_start_mse.max() == 0
+    assert (bits.vb[:, 0] > 0).all()

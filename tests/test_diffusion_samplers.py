@@ -1,0 +1,324 @@
+"""Samplers, against Gaussian data (whose perfect denoiser and flow are known) and diffusers' schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion import DiffusionConfig, GaussianDiffusion, RectifiedFlow, StepOptions, build_diffusion, sample
+from diffusion.samplers import METHODS, ddim_step, ddpm_step, p_mean_variance
+
+SHAPE = (2, 3, 2, 4, 5)  # B F C H W
+MEAN, DEVIATION = 0.3, 0.5  # of the Gaussian data
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gaussian(respacing: str = "", learn_sigma: bool = False, **fields: Any) -> GaussianDiffusion:
+    return GaussianDiffusion(DiffusionConfig(**fields), learn_sigma=learn_sigma, respacing=respacing)
+
+
+def flow(respacing: str, shift: float = 1.0) -> RectifiedFlow:
+    return RectifiedFlow(DiffusionConfig(prediction="flow", timestep_shift=shift), respacing=respacing)
+
+
+FULL_SIGNAL = gaussian().tables["alphas_cumprod"]
+
+
+def perfect_parts(x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """E[x_0 | x_t] and E[noise | x_t] for data N(MEAN, DEVIATION^2), at original timesteps."""
+    signal = FULL_SIGNAL[timesteps].view(-1, 1, 1, 1, 1)
+    gain = signal.sqrt() * DEVIATION**2 / (signal * DEVIATION**2 + 1 - signal)
+    clean = MEAN + gain * (x - signal.sqrt() * MEAN)
+    return clean, (x - signal.sqrt() * clean) / (1 - signal).sqrt()
+
+
+def perfect_denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
+    return perfect_parts(x, timesteps)[1]
+
+
+def perfect_velocity(x: Tensor, timesteps: Tensor) -> Tensor:
+    time = (timesteps / 1000).view(-1, 1, 1, 1, 1)
+    variance = (1 - time) ** 2 * DEVIATION**2 + time**2
+    centred = x - (1 - time) * MEAN
+    return (time - (1 - time) * DEVIATION**2) / variance * centred - MEAN
+
+
+def solution_error(method: str, steps: int) -> float:
+    """Distance from the exact end of the probability flow, on Gaussian data."""
+    noise = randn(*SHAPE)
+    if method == "ddim":
+        signal = FULL_SIGNAL[-1]
+        deviation = (signal * DEVIATION**2 + 1 - signal).sqrt()
+        exact = MEAN + DEVIATION * (noise - signal.sqrt() * MEAN) / deviation
+        found = sample(gaussian(str(steps)), perfect_denoiser, noise, method="ddim")
+    else:
+        exact = MEAN + DEVIATION * noise
+        found = sample(flow(str(steps)), perfect_velocity, noise, method=method)
+    return (found - exact).abs().max().item()
+
+
+@pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("euler", 1), ("heun", 2)])
+def test_solvers_reach_the_exact_solution_at_their_order(method: str, order: int) -> None:
+    coarse, fine = solution_error(method, 50), solution_error(method, 200)
+    assert fine < 0.03 / 10 ** (order - 1)
+    assert 0.7 * 4**order < coarse / fine < 1.5 * 4**order
+
+
+@pytest.mark.parametrize("shift", [0.3, 3.0])
+def test_shifted_grid_still_ends_at_the_solution(shift: float) -> None:
+    noise = randn(*SHAPE)
+    found = sample(flow("400", shift), perfect_velocity, noise, method="heun")
+    torch.testing.assert_close(found, MEAN + DEVIATION * noise, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"method": "ddpm"}, {"method": "ddim", "eta": 1.0}])
+def test_ancestral_sampling_draws_the_data_distribution(options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    found = sample(
+        gaussian("200", fixed_variance="small"),
+        perfect_denoiser,
+        randn(1, 1, 1, 200, 100),
+        noise_fn=lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype),
+        **options,
+    )
+    assert found.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert found.std().item() == pytest.approx(DEVIATION, abs=0.03)
+
+
+def test_full_eta_ddim_is_ddpm_with_the_small_variance() -> None:
+    diffusion, x, noise = gaussian("20", fixed_variance="small"), randn(*SHAPE), randn(*SHAPE, seed=1)
+    timesteps = torch.tensor([0, 13])
+    options = StepOptions(eta=1.0, noise_fn=lambda _: noise)
+    ddim = ddim_step(diffusion, perfect_denoiser, x, timesteps, options)
+    ddpm = ddpm_step(diffusion, perfect_denoiser, x, timesteps, options)
+    torch.testing.assert_close(ddim.x, ddpm.x, rtol=1e-9, atol=1e-9)
+    # the last step adds no noise
+    quiet = ddpm_step(diffusion, perfect_denoiser, x, timesteps, StepOptions(noise_fn=torch.zeros_like))
+    assert torch.equal(ddpm.x[0], quiet.x[0])
+    assert not torch.equal(ddpm.x[1], quiet.x[1])
+
+
+def test_reverse_ddim_leads_back_to_the_noise_that_ddim_came_from() -> None:
+    # the last reverse step goes to pure noise, where ddim starts from alphas_cumprod = 4e-5: 1 % apart
+    diffusion, noise = gaussian(), randn(*SHAPE)
+    clean = sample(diffusion, perfect_denoiser, noise, method="ddim")
+    found = sample(diffusion, perfect_denoiser, clean, method="ddim_reverse")
+    torch.testing.assert_close(found, noise, atol=0.05, rtol=0)
+
+
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "epsilon": lambda signal, clean, noise: noise,
+    "x_start": lambda signal, clean, noise: clean,
+    "velocity": lambda signal, clean, noise: signal.sqrt() * noise - (1 - signal).sqrt() * clean,
+}
+
+
+@pytest.mark.parametrize("options", [{"method": "ddim"}, {"method": "ddpm"}, {"method": "ddim", "eta": 0.7}])
+@pytest.mark.parametrize("prediction", ["x_start", "velocity"])
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_predictions_are_equivalent(prediction: str, options: dict[str, Any], learn_sigma: bool) -> None:
+    def run(prediction: str) -> Tensor:
+        def denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
+            signal = FULL_SIGNAL[timesteps].view(-1, 1, 1, 1, 1)
+            output = PREDICTIONS[prediction](signal, *perfect_parts(x, timesteps))
+            return torch.cat([output, 0.4 * torch.ones_like(x)], 2) if learn_sigma else output
+
+        generator = torch.Generator().manual_seed(3)
+        return sample(
+            gaussian("ddim25", learn_sigma, prediction=prediction),
+            denoiser,
+            randn(*SHAPE),
+            noise_fn=lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype),
+            **options,
+        )
+
+    torch.testing.assert_close(run(prediction), run("epsilon"), rtol=1e-7, atol=1e-7)
+
+
+# ---- diffusers ---------------------------------------------------------------------------------
+
+
+def network(channels: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """An arbitrary smooth function of x and t with `channels` outputs."""
+    weight = randn(channels, SHAPE[2], seed=9) / 2
+
+    def call(x: Tensor, timesteps: Tensor) -> Tensor:
+        time = timesteps.to(x.dtype).view(-1, 1, 1, 1, 1) / 1000
+        return torch.tanh(torch.einsum("oc,bfchw->bfohw", weight, x) + time)
+
+    return call
+
+
+def walk_diffusers(scheduler: Any, denoiser: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Tensor:
+    """A loop of a diffusers scheduler, frames folded into the batch."""
+    generator = torch.Generator().manual_seed(7)
+    x = randn(*SHAPE)
+    for t in scheduler.timesteps:
+        output = denoiser(x, torch.full((SHAPE[0],), t.item(), dtype=t.dtype))
+        # flat: diffusers splits learned variance at dimension 1
+        step = scheduler.step(output.flatten(0, 1), t, x.flatten(0, 1), **options, generator=generator)
+        x = step.prev_sample.unflatten(0, SHAPE[:2])
+    return x
+
+
+def walk_ours(diffusion: Any, denoiser: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+
+    def noise_fn(x: Tensor) -> Tensor:
+        return torch.randn(x.flatten(0, 1).shape, generator=generator, dtype=x.dtype).view_as(x)
+
+    return sample(diffusion, denoiser, randn(*SHAPE), noise_fn=noise_fn, **options)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("epsilon", "epsilon"), ("sample", "x_start"), ("v_prediction", "velocity")],
+)
+def test_ddpm_is_diffusers_ddpm(theirs: str, ours: str, clip: bool) -> None:
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(
+        variance_type="learned_range", clip_sample=clip, prediction_type=theirs, timestep_spacing="leading"
+    )
+    scheduler.set_timesteps(25)
+    expected = walk_diffusers(scheduler, network(4))
+    diffusion = gaussian("ddim25", learn_sigma=True, prediction=ours)
+    found = walk_ours(diffusion, network(4), clip_denoised=clip)
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)  # their tables are float32
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+@pytest.mark.parametrize(("theirs", "ours"), [("epsilon", "epsilon"), ("v_prediction", "velocity")])
+def test_ddim_is_diffusers_ddim(theirs: str, ours: str, eta: float) -> None:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type=theirs)
+    scheduler.set_timesteps(50)
+    expected = walk_diffusers(scheduler, network(2), eta=eta)
+    found = walk_ours(gaussian("ddim50", prediction=ours), network(2), method="ddim", eta=eta)
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("shift", [1.0, 4.0])
+def test_euler_is_diffusers_flow_matching(shift: float) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[i / 12 for i in range(12, 0, -1)])
+    expected = walk_diffusers(scheduler, network(2))
+    found = walk_ours(flow("12", shift), network(2), method="euler")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+# ---- the loop ----------------------------------------------------------------------------------
+
+
+def test_clipping_holds_for_every_method() -> None:
+    for method in ("ddpm", "ddim", "euler", "heun"):
+        process = flow("8") if METHODS[method].process is RectifiedFlow else gaussian("8")
+        predictions = []
+        found = sample(
+            process,
+            lambda x, t: -3 * x,
+            randn(*SHAPE),
+            method=method,
+            clip_denoised=True,
+            callback=lambda step, total, x, clean, seen=predictions: seen.append(clean),
+        )
+        assert all(clean.abs().max() <= 1 for clean in predictions), method
+        torch.testing.assert_close(found, predictions[-1], rtol=1e-9, atol=1e-9)  # t = 0 gives the clean clip
+
+
+def test_callback_sees_every_step_and_x_start_fn_is_applied() -> None:
+    seen = []
+    found = sample(
+        gaussian("6"),
+        perfect_denoiser,
+        randn(*SHAPE),
+        method="ddim",
+        x_start_fn=lambda clean: torch.full_like(clean, 0.25),
+        callback=lambda step, total, x, clean: seen.append((step, total, x.shape, clean.unique().item())),
+    )
+    assert seen == [(step, 6, torch.Size(SHAPE), 0.25) for step in range(1, 7)]
+    torch.testing.assert_close(found, torch.full_like(found, 0.25))
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+def test_gradient_guidance_samples_the_posterior(method: str) -> None:
+    """Data N(0.3, 0.5^2) times a likelihood exp(a x_0): the mean moves by a * 0.5^2, the deviation stays."""
+    strength, generator = 0.8, torch.Generator().manual_seed(3)
+
+    def gradient(x: Tensor, timesteps: Tensor) -> Tensor:
+        # log E[exp(a x_0) | x_t] is linear in x_t with slope a dE[x_0 | x_t]/dx_t
+        signal = FULL_SIGNAL[timesteps].view(-1, 1, 1, 1, 1)
+        return (
+            strength
+            * signal.sqrt()
+            * DEVIATION**2
+            / (signal * DEVIATION**2 + 1 - signal)
+            * torch.ones_like(x)
+        )
+
+    found = sample(
+        gaussian("200", fixed_variance="small"),
+        perfect_denoiser,
+        randn(1, 1, 1, 100, 100),
+        method=method,
+        gradient_fn=gradient,
+        noise_fn=lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype),
+    )
+    assert found.mean().item() == pytest.approx(MEAN + strength * DEVIATION**2, abs=0.02)
+    assert found.std().item() == pytest.approx(DEVIATION, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("process", "options", "message"),
+    [
+        (gaussian("4"), {"method": "euler"}, "'euler' does not fit diffusion.prediction=epsilon"),
+        (flow("4"), {"method": "ddpm"}, "choose euler | heun"),
+        (gaussian("4"), {"method": "plms"}, "choose ddpm | ddim | ddim_reverse"),
+        (gaussian("4"), {"method": "ddpm", "eta": 0.5}, "eta=0.5 belongs to method ddim"),
+        (flow("4"), {"method": "euler", "gradient_fn": perfect_denoiser}, "gradient_fn"),
+    ],
+)
+def test_options_that_do_not_fit_are_a_sentence(process: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        sample(process, perfect_denoiser, randn(*SHAPE), **options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "velocity", "flow"])
+def test_nothing_waits_for_the_device(prediction: str) -> None:
+    """On the meta device, where reading a value fails: no table is left behind and no number is read back."""
+    process = build_diffusion(
+        DiffusionConfig(prediction=prediction), learn_sigma=prediction != "flow", respacing="3"
+    ).to("meta")
+    x = torch.zeros(SHAPE, device="meta")
+
+    def denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
+        assert timesteps.device.type == "meta"
+        return x if prediction == "flow" else torch.cat([x, x], 2)
+
+    for method, row in METHODS.items():
+        if isinstance(process, row.process):
+            assert sample(process, denoiser, x, method=method).shape == x.shape
+    timesteps = process.timesteps_from_uniform(torch.zeros(SHAPE[0], device="meta"))
+    assert process.training_losses(denoiser, x, timesteps, x).loss.shape == (SHAPE[0],)
+
+
+def test_p_mean_variance_applies_the_options() -> None:
+    p = p_mean_variance(
+        gaussian(), lambda x, t: 5 * x, randn(*SHAPE), torch.tensor([3, 900]), StepOptions(clip_denoised=True)
+    )
+    assert p.pred_x_start.abs().max() <= 1
+    assert p.variance.shape == p.mean.shape == torch.Size(SHAPE)

@@ -1,0 +1,80 @@
+"""The arrows between folders, read off the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {"models", "diffusion", "datasets", "engine", "sample", "tools"}
+ALLOWED = {
+    "models": set(),
+    "diffusion": set(),
+    "datasets": set(),
+    "engine": {"models", "diffusion", "datasets"},
+    "sample": OURS,
+    "tools": OURS,
+}
+
+
+def imported(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("folder", sorted(ALLOWED))
+def test_folder_imports_only_what_the_design_allows(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for file in files:
+        strangers = (imported(file) & OURS) - ALLOWED[folder] - {folder}
+        assert not strangers, f"{file.relative_to(ROOT)} imports {strangers}"
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_training_and_sampling_import_no_text_encoder() -> None:
+    """A class-conditional run pays for neither T5 nor a pipeline."""
+    code = (
+        "import sys, engine.trainer, sample.generate\n"
+        "heavy = ['transformers', 'diffusers', 'accelerate', 'sentencepiece', 'tensorboard', 'matplotlib', 'decord']\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    assert run_python(code).strip() == "[]"
+
+
+def test_our_datasets_folder_is_the_one_imported() -> None:
+    code = "import datasets, diffusers, transformers; print(datasets.__file__)"
+    assert Path(run_python(code).strip()).parent == ROOT / "datasets"
+
+
+SCRIPTS = sorted(
+    str(file.relative_to(ROOT))
+    for folder in (ROOT, ROOT / "sample", ROOT / "tools")
+    for file in folder.glob("*.py")
+    if 'if __name__ == "__main__"' in file.read_text()
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_needs_no_torch(script: str) -> None:
+    """`--help` answers without loading torch, which is what makes it quick."""
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "usage" in result.stdout.lower()
+    assert not any(line.rstrip().endswith("| torch") for line in result.stderr.splitlines())

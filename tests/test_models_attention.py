@@ -1,0 +1,167 @@
+"""Attention over space and over time: against plain softmax, against timm, and what it may not mix."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from timm.layers import Attention as TimmAttention
+from torch import Tensor
+
+from models.blocks import LAYER_PLANS, MIXERS, Block
+from models.embeddings import axis_positions, rotary_table, rotate
+
+B, F, N, D, HEADS = 2, 5, 6, 12, 3
+AXES = {"spatial": "bfnhd,bfmhd->bfhnm", "temporal": "bfnhd,bgnhd->bnhfg"}
+BACK = {"spatial": "bfhnm,bfmhd->bfnhd", "temporal": "bnhfg,bgnhd->bfnhd"}
+
+
+def tokens(frames: int = F) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(B, frames, N, D, dtype=torch.float64, generator=generator, requires_grad=True)
+
+
+def mixer(axis: str) -> torch.nn.Module:
+    torch.manual_seed(1)
+    return MIXERS[axis](D, HEADS).double()
+
+
+def plain_softmax(module: torch.nn.Module, x: Tensor, axis: str) -> Tensor:
+    q, k, v = module.qkv(x).reshape(B, -1, N, 3, HEADS, D // HEADS).unbind(3)
+    scores = torch.einsum(AXES[axis], q, k) / math.sqrt(D // HEADS)
+    return module.proj(torch.einsum(BACK[axis], scores.softmax(-1), v).reshape(x.shape))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_equals_plain_softmax_forward_and_backward(axis: str) -> None:
+    module, x = mixer(axis), tokens()
+    ours, plain = module(x, F), plain_softmax(module, x, axis)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(2))
+    leaves = [x, *module.parameters()]
+    first = torch.autograd.grad((ours * weights).sum(), leaves)
+    second = torch.autograd.grad((plain * weights).sum(), leaves)
+    torch.testing.assert_close(first, second, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_equals_the_attention_of_timm_with_the_same_weights(axis: str) -> None:
+    module, x = mixer(axis), tokens()
+    theirs = TimmAttention(D, num_heads=HEADS, qkv_bias=True).double()
+    theirs.load_state_dict(module.state_dict())
+    if axis == "spatial":
+        expected = torch.stack([theirs(x[:, frame]) for frame in range(F)], dim=1)
+    else:
+        expected = torch.stack([theirs(x[:, :, token]) for token in range(N)], dim=2)
+    torch.testing.assert_close(module(x, F), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_fused_attention_gets_four_dimensions(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused kernels take 4-D tensors only; 5-D ones fall back to the slow path without a word."""
+    seen = []
+    original = functional.scaled_dot_product_attention
+
+    def spy(*args: Tensor, **options: object) -> Tensor:
+        seen.append([tuple(tensor.shape) for tensor in args])
+        return original(*args, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    mixer(axis)(tokens(), F)
+    shape = (B * F, HEADS, N, D // HEADS) if axis == "spatial" else (B * N, HEADS, F, D // HEADS)
+    assert seen == [[shape] * 3]
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_reaches_its_own_axis_and_nothing_else(axis: str) -> None:
+    """Spatial attention mixes no frames, temporal attention no positions: by the support of the gradient."""
+    module, x = mixer(axis), tokens()
+    module(x, F)[0, 2, 3].sum().backward()
+    reached = x.grad.abs().amax(-1) > 0  # (B, F, N)
+    expected = torch.zeros(B, F, N, dtype=torch.bool)
+    expected[0, 2, :] = axis == "spatial"
+    expected[0, :, 3] |= axis == "temporal"
+    expected[0, 2, 3] = True
+    assert torch.equal(reached, expected)
+
+
+def test_images_get_nothing_from_time_and_give_nothing() -> None:
+    module, x = mixer("temporal"), tokens(F + 2)
+    out = module(x, F)
+    assert torch.equal(out[:, F:], torch.zeros_like(out[:, F:]))
+    torch.testing.assert_close(out[:, :F], module(x[:, :F], F))
+
+
+@pytest.mark.parametrize("adaln", [True, False], ids=["adaln", "plain"])
+@pytest.mark.parametrize("variant", LAYER_PLANS)
+def test_layers_reach_what_their_plan_says(variant: str, adaln: bool) -> None:
+    """One layer of each kind, with images: the receptive field of a clip token and of an image token."""
+    torch.manual_seed(0)
+    images = 2
+    for layer in set(LAYER_PLANS[variant](2)):
+        block = Block(layer, D, 2, 2.0, adaln=adaln).double()
+        x = tokens(F + images)
+        condition = torch.randn(B, 1 + images, 1, D, dtype=torch.float64) if adaln else None
+        axes = {axis for branch in layer for axis in branch}
+
+        clip = field(block, x, condition, frame=1)
+        expected = torch.zeros(F + images, N, dtype=torch.bool)
+        expected[1, 3] = True
+        expected[1, :] |= "spatial" in axes
+        expected[:F, 3] |= "temporal" in axes
+        if layer == (("spatial",), ("temporal",)):
+            expected[:F] = True  # other frames' tokens arrive through the first attention
+        assert torch.equal(clip, expected), layer
+
+        image = field(block, x, condition, frame=F + 1)
+        expected = torch.zeros(F + images, N, dtype=torch.bool)
+        expected[F + 1, 3] = True
+        expected[F + 1, :] |= "spatial" in axes
+        assert torch.equal(image, expected), layer
+
+
+def field(block: Block, x: Tensor, condition: Tensor | None, frame: int) -> Tensor:
+    """Which tokens (F+I, N) of sample 0 the output token (frame, 3) depends on."""
+    (gradient,) = torch.autograd.grad(block(x, condition, F)[0, frame, 3].sum(), x)
+    assert not gradient[1].any(), "samples are mixed"
+    return gradient[0].abs().amax(-1) > 0
+
+
+def test_layers_over_time_leave_images_untouched() -> None:
+    block = Block((("temporal",),), D, 2, 2.0, adaln=True).double()
+    x = tokens(F + 2)
+    out = block(x, torch.randn(B, 3, 1, D, dtype=torch.float64), F)
+    assert torch.equal(out[:, F:], x[:, F:])
+    assert not torch.allclose(out[:, :F], x[:, :F])
+
+
+def test_modulation_is_computed_once_per_sample() -> None:
+    """The adaLN head sees one row per clip and per image, never one per frame or token."""
+    block = Block((("spatial",),), D, 2, 2.0, adaln=True).double()
+    rows = []
+    block.adaLN_modulation.register_forward_hook(lambda module, inputs, output: rows.append(output.shape))
+    block(tokens(), torch.randn(B, 1, 1, D, dtype=torch.float64), F)
+    block(tokens(F + 2), torch.randn(B, 3, 1, D, dtype=torch.float64), F)
+    assert rows == [(B, 1, 1, 6 * D), (B, 3, 1, 6 * D)]
+
+
+def test_half_the_heads_means_twice_the_width_of_a_head() -> None:
+    block = Block((("spatial", "temporal"),), D, 4, 2.0, adaln=True)
+    assert block.attn.num_heads == block.temporal_attn.num_heads == 2
+    assert block.attn.qkv.weight.shape == block.temporal_attn.qkv.weight.shape == (3 * D, D)
+
+
+def test_rotary_scores_depend_on_distance_only() -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k = torch.randn(2, 8, dtype=torch.float64, generator=generator)
+    rotation = rotary_table(axis_positions(9, 9, stretch=False), 8, torch.float64)
+    turned_q, turned_k = rotate(q.expand(9, 8), rotation), rotate(k.expand(9, 8), rotation)
+    scores = turned_q @ turned_k.T  # (9, 9)
+    for distance in range(-8, 9):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-12, atol=1e-12)
+    assert scores[0, 1] != scores[0, 2]
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(9), rtol=1e-12, atol=1e-12)
+    assert torch.equal(turned_q[0], q)

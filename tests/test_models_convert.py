@@ -1,0 +1,220 @@
+"""Weights from files: all or nothing, with a report; an image DiT as a start."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models import Latte, LatteConfig
+from models.convert import init_from_dit, load_weights, read_state_dict
+
+TINY = LatteConfig(name="custom", hidden_size=16, depth=4, num_heads=4, patch_size=2, num_classes=3)
+
+
+def network(seed: int = 0, size: int = 8, frames: int = 4, **changes: Any) -> Latte:
+    torch.manual_seed(seed)
+    model = Latte(replace(TINY, **changes), latent_size=size, num_frames=frames)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_official_files_ema_first_then_model_then_bare(tmp_path: Path, legacy: bool) -> None:
+    ema, raw = network(1).state_dict(), network(2).state_dict()
+    wrapped = {f"module.{key}": value for key, value in raw.items()}
+    compiled = {key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in raw.items()}
+    both = {f"_orig_mod.module.{key}": value for key, value in raw.items()}
+    cases = [
+        ({"model": raw, "ema": ema}, ema),
+        ({"model": raw, "ema": None}, raw),
+        ({"model": wrapped}, raw),
+        (raw, raw),
+        (compiled, raw),
+        (both, raw),
+    ]
+    for content, expected in cases:
+        path = tmp_path / "0000100.pt"
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        assert same(read_state_dict(path), expected)
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    weights = network().state_dict()
+    save_file({f"module.{key}": value for key, value in weights.items()}, tmp_path / "model.safetensors")
+    assert same(read_state_dict(str(tmp_path / "model.safetensors")), weights)
+
+
+class Payload:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("thing", "name"),
+    [(argparse.Namespace(x=1), "argparse.Namespace"), (Payload(), r"posix\.mkdir|nt\.mkdir")],
+)
+def test_pickled_objects_are_named_and_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thing: Any, name: str, legacy: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = {"ema": network().state_dict(), "args": thing}
+    torch.save(content, "bad.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=name) as raised:
+        read_state_dict("bad.pt")
+    assert "bad.pt" in str(raised.value)
+    assert "alone" in str(raised.value)
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_broken_files(tmp_path: Path, name: str) -> None:
+    path, weights = tmp_path / name, network().state_dict()
+    with pytest.raises(FileNotFoundError, match=name):
+        read_state_dict(path)
+    save_file(weights, path) if path.suffix == ".safetensors" else torch.save(weights, path)
+    whole = path.read_bytes()
+    for broken in (b"", b"hello world " * 20, whole[: len(whole) // 2], whole[:-40]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{name} is not a whole") as raised:
+            read_state_dict(path)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(FileNotFoundError):
+        read_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"step": 3}, {}, {"ema": {"step": 3}}, {"ema": {}}])
+def test_files_without_weights(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other.pt holds no network weights"):
+        read_state_dict(tmp_path / "other.pt")
+
+
+def test_a_key_given_twice(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.ones(1), "module.a.weight": torch.zeros(1)}, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match="twice"):
+        read_state_dict(tmp_path / "twice.pt")
+
+
+# --- loading
+
+
+def test_fitting_weights_are_loaded() -> None:
+    model, other = network(1), network(2)
+    load_weights(model, other.state_dict(), "other.pt")
+    assert same(model.state_dict(), other.state_dict())
+
+
+def test_all_differences_are_listed_and_nothing_is_loaded() -> None:
+    model = network(1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    weights = dict(network(2).state_dict())
+    del weights["blocks.1.mlp.fc1.bias"], weights["blocks.2.mlp.fc1.bias"]
+    weights["blocks.0.extra"] = torch.ones(1)
+    weights["final_layer.linear.bias"] = torch.ones(7)
+    with pytest.raises(ValueError) as raised:
+        load_weights(model, weights, "run/0000100.pt")
+    report = str(raised.value)
+    assert report.startswith("run/0000100.pt does not fit the network: ")
+    assert "missing blocks.{1-2}.mlp.fc1.bias" in report
+    assert "unexpected blocks.0.extra" in report
+    assert "misshapen final_layer.linear.bias: (7,) in the checkpoint, (32,) in the network" in report
+    assert same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"size": 16}, ["pos_embed: (1, 64, 16)", "another latent size", "data.image_size"]),
+        ({"frames": 8}, ["temp_embed: (1, 8, 16)", "another frame count", "data.num_frames"]),
+        ({"num_classes": 5}, ["embedding_table.weight: (6, 16)", "(4, 16) in the network"]),
+        ({"num_classes": 0}, ["missing y_embedder.embedding_table.weight"]),
+        ({"temporal_position": "rope"}, ["missing temp_embed"]),
+        ({"variant": "sequential"}, ["unexpected blocks.{0-3}.temporal_attn.qkv.weight"]),
+        ({"depth": 2}, ["missing blocks.{2-3}.attn.qkv.weight"]),
+    ],
+)
+def test_weights_of_another_network(sizes: dict, words: list[str]) -> None:
+    with pytest.raises(ValueError) as raised:
+        load_weights(network(), network(**sizes).state_dict(), "other.pt")
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+# --- initialisation from an image DiT
+
+
+def dit(**changes: Any) -> dict[str, Tensor]:
+    """Weights under DiT's official key names: ours, but for time."""
+    return {key: value for key, value in network(7, **changes).state_dict().items() if key != "temp_embed"}
+
+
+def test_everything_but_time_is_taken() -> None:
+    model, theirs = network(1), dit()
+    time = model.temp_embed.clone()
+    report = init_from_dit(model, theirs)
+    assert set(report.taken) == set(theirs)
+    assert not report.left_theirs
+    assert list(report.left_ours) == ["temp_embed"]
+    assert "no frames" in report.left_ours["temp_embed"]
+    assert same(dict(model.state_dict()), {**theirs, "temp_embed": time})
+
+
+def test_labels_of_other_classes_are_left() -> None:
+    model = network(1)
+    own = model.y_embedder.embedding_table.weight.clone()
+    report = init_from_dit(model, dit(num_classes=1000))
+    key = "y_embedder.embedding_table.weight"
+    assert report.left_theirs[key] == "(1001, 16) in the checkpoint, (4, 16) in the network"
+    assert key in report.left_ours
+    assert torch.equal(model.y_embedder.embedding_table.weight, own)
+
+    report = init_from_dit(network(num_classes=0), dit(num_classes=1000))
+    assert "no labels" in report.left_theirs[key]
+
+
+def test_second_attentions_fewer_layers_and_tubelets_keep_ours() -> None:
+    model, theirs = network(1, variant="parallel", depth=3, patch_embedding="tubelet"), dit(size=16)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    report = init_from_dit(model, theirs)
+    after = model.state_dict()
+    assert torch.equal(after["blocks.2.attn.qkv.weight"], theirs["blocks.2.attn.qkv.weight"])
+    assert all(torch.equal(after[key], own[key]) for key in report.left_ours)
+    assert report.left_ours["blocks.0.temporal_attn.qkv.weight"].startswith("an image model has no second")
+    assert report.left_theirs["blocks.3.attn.qkv.weight"] == "the network has 3 layers"
+    assert "ours is computed" in report.left_theirs["pos_embed"]
+    assert "(16, 4, 2, 2, 2) in the network" in report.left_theirs["x_embedder.proj.weight"]
+    assert set(report.taken) | set(report.left_theirs) == set(theirs)
+    assert set(report.taken) | set(report.left_ours) == set(own)
+
+
+def test_report_is_readable() -> None:
+    text = str(init_from_dit(network(variant="sequential", depth=2), dit()))
+    assert text.splitlines()[0] == "taken from the checkpoint: 32"  # 2 + 4 + 1 + 1, 2 x 10, 4
+    assert "  blocks.{0-1}.attn.qkv.weight" in text
+    assert "  blocks.{2-3}.attn.qkv.weight: the network has 2 layers" in text
+    assert "  blocks.{0-1}.temporal_attn.proj.bias: an image model has no second attention" in text
+
+
+def test_a_network_of_another_width_is_refused() -> None:
+    model = network(1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"width 16 .*custom"):
+        init_from_dit(model, dit(hidden_size=32))
+    assert same(model.state_dict(), before)

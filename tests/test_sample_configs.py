@@ -1,0 +1,106 @@
+"""The shipped configs and shell scripts: official file names, official recipes, nothing superfluous."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.config import Config, load_config
+from sample.class_names import UCF101_CLASSES
+
+ROOT = Path(__file__).resolve().parents[1]
+SETS = ("ffs", "sky", "taichi", "ucf101")
+# what the official files say: clip start of training and of joint training, log interval
+RECIPES = {
+    "ffs": (20_000, 500_000, 100),
+    "sky": (20_000, 20_000, 50),
+    "taichi": (500_000, 500_000, 50),
+    "ucf101": (100_000, 100_000, 50),
+}
+SCRIPTS = sorted([*(ROOT / "sample").glob("*.sh"), *(ROOT / "train_scripts").glob("*.sh")])
+
+
+def config_of(name: str, kind: str) -> Config:
+    return load_config(ROOT / "configs" / name / f"{name}_{kind}.yaml")
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("joint", [False, True])
+def test_training_recipe(name: str, joint: bool) -> None:
+    config = config_of(name, "img_train" if joint else "train")
+    clip_start, joint_clip_start, log_every = RECIPES[name]
+    data, optim, train = config.data, config.optim, config.train
+    assert (config.model.name, config.model.num_classes) == ("Latte-XL/2", 101 if name == "ucf101" else 0)
+    assert (config.model.variant, config.model.learn_sigma) == ("interleaved", True)
+    assert (data.name, data.num_frames, data.frame_interval, data.image_size) == (name, 16, 3, 256)
+    assert data.num_images == (8 if joint else 0)
+    assert (optim.learning_rate, optim.schedule, optim.weight_decay) == (1e-4, "constant", 0.0)
+    assert (optim.max_grad_norm, optim.clip_start_step) == (0.1, joint_clip_start if joint else clip_start)
+    assert (train.max_steps, train.checkpoint_every, train.log_every) == (1_000_000, 10_000, log_every)
+    assert (train.batch_size, train.grad_accum_steps, train.ema_decay) == (4 if joint else 5, 1, 0.9999)
+    assert (train.seed, train.precision, train.ema_warmup) == (3407, "tf32", False)
+    assert (config.codec.path, config.codec.scale) == ("stabilityai/sd-vae-ft-ema", 0.18215)
+    assert (config.diffusion.num_steps, config.diffusion.schedule) == (1000, "linear")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_sampling_recipe(name: str) -> None:
+    config = config_of(name, "sample")
+    assert (config.sample.method, config.sample.steps) == ("ddpm", 250)
+    assert config.sample.guidance_scale == (7.0 if name == "ucf101" else 1.0)
+    trained = config_of(name, "train")
+    assert (config.model, config.diffusion, config.codec) == (trained.model, trained.diffusion, trained.codec)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("kind", ["train", "img_train", "sample"])
+def test_a_config_says_its_command_and_only_what_differs_from_the_defaults(name: str, kind: str) -> None:
+    text = (ROOT / "configs" / name / f"{name}_{kind}.yaml").read_text()
+    script = {"train": "train.py", "img_train": "train_with_img.py", "sample": "sample/sample.py"}[kind]
+    assert re.search(rf"^#   .*{script} --config configs/{name}/{name}_{kind}\.yaml", text, re.MULTILINE)
+    defaults = Config().to_dict()
+    for section, values in yaml.safe_load(text).items():
+        same = [f"{section}.{key}" for key, value in values.items() if defaults[section][key] == value]
+        assert set(same) <= {"model.name"}, same  # the name of the network always stands
+
+
+def test_ucf101_classes_are_numbered_as_folders_are_sorted() -> None:
+    assert len(set(UCF101_CLASSES)) == 101 == config_of("ucf101", "train").model.num_classes
+    assert sorted(UCF101_CLASSES) == UCF101_CLASSES
+    assert UCF101_CLASSES.index("HammerThrow") == 34  # by code point: before Hammering
+
+
+def test_every_official_script_is_there() -> None:
+    names = {script.relative_to(ROOT).as_posix() for script in SCRIPTS}
+    assert {f"sample/{name}.sh" for name in (*SETS, "demo")} <= names
+    assert {f"train_scripts/{name}{kind}.sh" for name in SETS for kind in ("_train", "_img_train")} <= names
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_shell_script_parses_and_names_what_exists(script: Path) -> None:
+    checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    assert script.stat().st_mode & 0o111
+    for path in re.findall(r"(?:configs/[\w/]+\.yaml|[\w/]+\.py)\b", script.read_text()):
+        # sample.py in a comment is the script beside it
+        assert (ROOT / path).exists() or (script.parent / path).exists(), path
+
+
+def test_the_launcher_passes_on_its_arguments(tmp_path: Path) -> None:
+    """With a torchrun of our own in PATH: the processes it asks for and the command it starts."""
+    (tmp_path / "torchrun").write_text('#!/bin/bash\nprintf "%s|" "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    project = tmp_path / "project"  # a copy without .venv, whose torchrun would come first
+    (project / "train_scripts").mkdir(parents=True)
+    for name in ("launch.sh", "sky_img_train.sh"):
+        (project / "train_scripts" / name).write_bytes((ROOT / "train_scripts" / name).read_bytes())
+    for gpus, processes in (("3", "3"), (None, r"[1-9]\d*")):
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({"GPUS": gpus} if gpus else {})
+        command = ["bash", str(project / "train_scripts" / "sky_img_train.sh"), "data.path=/a b"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        wanted = rf"--standalone\|--nproc_per_node={processes}\|train_with_img.py\|--config\|\S+\|data.path=/a b\|"
+        assert re.fullmatch(wanted, done.stdout), done

@@ -1,0 +1,138 @@
+"""The writers of videos, read back with libraries we did not write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from sample.video_io import MARGIN, contact_sheet, slug, write_contact_sheet, write_gif, write_mp4
+
+
+def smooth_videos(count: int, frames: int, height: int, width: int) -> np.ndarray:
+    """Colour ramps that differ by video and frame: what H.264 keeps well."""
+    n, f, y, x = np.meshgrid(*(np.arange(size) for size in (count, frames, height, width)), indexing="ij")
+    red = 40 + 150 * x // width
+    green = 60 + 120 * y // height
+    blue = 50 + 10 * f + 40 * n
+    return np.stack([red, green, blue], -1).astype(np.uint8)
+
+
+def decode(path: Path) -> tuple[np.ndarray, float, str]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        return np.stack(frames), float(stream.average_rate), stream.codec_context.pix_fmt
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 24), (33, 47)])
+def test_mp4_round_trip(tmp_path: Path, height: int, width: int) -> None:
+    video = smooth_videos(1, 16, height, width)[0]
+    frames, fps, pixel_format = decode(write_mp4(tmp_path / "a.mp4", video, fps=8))
+    assert frames.shape == (16, height + height % 2, width + width % 2, 3)  # no padding to multiples of 16
+    assert fps == 8
+    assert pixel_format == "yuv420p"
+    assert abs(frames[:, :height, :width].astype(int) - video).mean() < 3
+    if height % 2:  # the repeated row
+        assert abs(frames[:, -1].astype(int) - frames[:, -2]).mean() < 3
+
+
+def test_same_frames_same_bytes(tmp_path: Path) -> None:
+    videos = smooth_videos(3, 6, 24, 32)
+    for name, write in {
+        "a.mp4": lambda path: write_mp4(path, videos[0]),
+        "a.gif": lambda path: write_gif(path, videos),
+        "a.png": lambda path: write_contact_sheet(path, videos, ["x", "y", "z"]),
+    }.items():
+        first = write(tmp_path / "one" / name).read_bytes()
+        assert write(tmp_path / "two" / name).read_bytes() == first, name
+
+
+def test_gif_is_a_grid_that_plays_all_frames(tmp_path: Path) -> None:
+    videos = smooth_videos(3, 5, 20, 30)
+    with Image.open(write_gif(tmp_path / "a.gif", videos, fps=10, scale=2)) as gif:
+        frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(gif)]
+        assert gif.info["duration"] == 100
+        assert gif.info["loop"] == 0
+    assert len(frames) == 5
+    assert frames[0].shape == (2 * 40 + 2, 2 * 60 + 2, 3)  # 2 x 2 tiles of 40 x 60, a gap of 2
+    enlarged = videos.repeat(2, 2).repeat(2, 3).astype(int)
+    assert abs(frames[3][:40, :60] - enlarged[0, 3]).mean() < 8
+    assert abs(frames[4][:40, 62:] - enlarged[1, 4]).mean() < 8
+    assert abs(frames[2][42:, :60] - enlarged[2, 2]).mean() < 8
+
+
+def test_contact_sheet_has_a_row_per_video_and_a_column_per_frame() -> None:
+    videos = smooth_videos(2, 3, 10, 12)
+    sheet = contact_sheet(videos, scale=3)
+    assert sheet.shape == (MARGIN + 2 * (30 + MARGIN), MARGIN + 3 * (36 + MARGIN), 3)
+    for row, column in np.ndindex(2, 3):
+        top, left = MARGIN + row * (30 + MARGIN), MARGIN + column * (36 + MARGIN)
+        tile = sheet[top : top + 30, left : left + 36]
+        np.testing.assert_array_equal(tile[1::3, 1::3], videos[row, column])
+
+
+def test_contact_sheet_captions_stand_left_of_the_frames() -> None:
+    videos = smooth_videos(2, 3, 40, 40)
+    bare, captioned = contact_sheet(videos, scale=1), contact_sheet(videos, ["Aa", "HorseRiding"], scale=1)
+    gutter = captioned.shape[1] - bare.shape[1]
+    np.testing.assert_array_equal(captioned[:, gutter:], bare)
+    ink = (captioned[:, :gutter] < 128).any(axis=(1, 2))
+    assert ink[MARGIN : MARGIN + 40].any()
+    assert ink[2 * MARGIN + 40 :].any()
+    widths = [
+        (captioned[rows, :gutter] < 128).any(axis=(0, 2)).nonzero()[0].max() for rows in (slice(0, 44), slice(44, 88))
+    ]
+    assert widths[0] < widths[1] < gutter
+
+
+def test_contact_sheet_of_long_and_tiny_videos() -> None:
+    sheet = contact_sheet(smooth_videos(1, 40, 32, 32), max_frames=4)
+    assert sheet.shape == (64 + 2 * MARGIN, MARGIN + 4 * (64 + MARGIN), 3)  # enlarged to 64 pixels
+    blues = [int(sheet[MARGIN, MARGIN + i * (64 + MARGIN), 2]) for i in range(4)]
+    assert blues == [50 + 10 * f - 256 * ((50 + 10 * f) // 256) for f in (0, 13, 26, 39)]  # first to last
+
+
+def test_wrong_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"uint8 of shape \(F, H, W, 3\), not float32"):
+        write_mp4(tmp_path / "a.mp4", np.zeros((2, 8, 8, 3), np.float32))
+    with pytest.raises(ValueError, match=r"\(n, F, H, W, 3\)"):
+        write_gif(tmp_path / "a.gif", np.zeros((2, 3, 8, 8), np.uint8))
+    with pytest.raises(ValueError, match="1 captions for 2 videos"):
+        contact_sheet(smooth_videos(2, 1, 8, 8), ["a"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import imageio.v3
+
+    path = write_mp4(tmp_path / "a.mp4", smooth_videos(1, 2, 8, 8)[0])
+    before = path.read_bytes()
+
+    def fail(file: Path, *arguments: object, **options: object) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(imageio.v3, "imwrite", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_mp4(path, smooth_videos(1, 2, 16, 16)[0])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("HorseRiding", "HorseRiding"),
+        ("../../etc/passwd", "etc_passwd"),
+        ("a b/c:d", "a_b_c_d"),
+        (".hidden", "hidden"),
+        ("日本", "unnamed"),
+        ("x" * 300, "x" * 80),
+    ],
+)
+def test_slug(name: str, safe: str) -> None:
+    assert slug(name) == safe

@@ -1,0 +1,34 @@
+"""Copy one set of weights of a training checkpoint, with its config: what sampling needs, and no more.
+
+python -m tools.export_weights results/demo/train assets/demo/latte
+python -m tools.export_weights results/ffs/checkpoints/step-0150000 pretrained/my-ffs --weights raw
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from engine import cli
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a step-... folder, or a run folder: its newest checkpoint")
+    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="which weights (default: ema)")
+    arguments = parser.parse_args(argv)
+
+    from engine.checkpoint import export_weights
+
+    print(export_weights(arguments.checkpoint, arguments.target, arguments.weights))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

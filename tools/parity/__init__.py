@@ -1,0 +1,1 @@
+"""The comparisons behind `tools.check_parity`."""

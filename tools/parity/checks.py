@@ -1,0 +1,361 @@
+"""What there is to compare, one function per golden file: each yields quantities.
+
+Letters: B clips, F frames, I images, C channels, H W.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datasets import transforms
+from diffusion import DiffusionConfig, GaussianDiffusion, StepOptions, guided, sample
+from diffusion.samplers import ddim_reverse_step, ddim_step, ddpm_step
+from engine.ema import EMA
+from models.convert import load_weights
+from models.latte import Latte, LatteConfig
+from tools.metrics.frechet import frechet_distance
+
+from .goldens import Goldens, Mismatch, Quantity, Setting
+
+# golden loss kind -> fields of DiffusionConfig, and whether sigma is learned
+KINDS: dict[str, tuple[dict[str, str], bool]] = {
+    "default": ({}, True),
+    "kl": ({"loss": "rescaled_kl"}, True),
+    "fixed_small": ({"fixed_variance": "small"}, False),
+    "fixed_large": ({"fixed_variance": "large"}, False),
+    "xstart": ({"prediction": "x_start"}, True),
+    "rescaled": ({"loss": "rescaled_mse"}, True),
+}
+# golden name -> our field of PMeanVariance
+P_PARTS = {name: name for name in ("mean", "variance", "log_variance")} | {"pred_xstart": "pred_x_start"}
+TABLES = (
+    "betas",
+    "alphas_cumprod",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+)
+SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}  # official name -> ours
+SINGLE_STEP_RESPACING = "10"
+LOOP_SEED = 7
+TRANSFORMS = ("resize_then_center_crop", "center_crop_then_resize")
+
+
+# ---- networks ----------------------------------------------------------------------------------
+
+
+def latte_config(config: dict[str, Any]) -> LatteConfig:
+    """Our `model` section for an official configuration."""
+    if config["extras"] not in (1, 2):
+        raise Mismatch(f"extras={config['extras']} is neither unconditional (1) nor class-conditional (2)")
+    size = {key: config[key] for key in ("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio")}
+    return LatteConfig(
+        name="custom",
+        num_classes=config["num_classes"] if config["extras"] == 2 else 0,
+        label_dropout=config["class_dropout_prob"],
+        learn_sigma=config["learn_sigma"],
+        **size,
+    )
+
+
+def empty_network(config: dict[str, Any]) -> Latte:
+    """The network of an official configuration, with weights of its own."""
+    size = config["input_size"]
+    return Latte(
+        latte_config(config),
+        in_channels=config["in_channels"],
+        latent_size=size if isinstance(size, int) else (size[0], size[1]),
+        num_frames=config["num_frames"],
+    )
+
+
+def golden_network(golden: Goldens, setting: Setting) -> Latte:
+    """The same with the golden weights, loaded strictly."""
+    model = empty_network(golden.config).to(setting.device).eval()
+    load_weights(model, golden.group("state/"), "the golden state")
+    return model
+
+
+def in_precision(model: Latte, setting: Setting) -> Callable[..., Tensor]:
+    """`model` as a function that computes in the wanted precision and answers in fp32."""
+
+    def call(*inputs: Any, **options: Any) -> Tensor:
+        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16"):
+            return model(*inputs, **options).float()
+
+    return call
+
+
+def check_network(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
+    """Position tables, and a forward pass (with independent images, if any)."""
+    for name in ("pos_embed", "temp_embed"):
+        yield Quantity(f"state/{name}", partial(position_table, golden, name))
+    yield Quantity(
+        "out", lambda: forward(golden, in_precision(golden_network(golden, setting), setting)), network=True
+    )
+
+
+def check_guided_network(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
+    """The same, and classifier-free guidance."""
+    yield from check_network(golden, setting)
+    yield Quantity(
+        "cfg_out",
+        lambda: guidance(golden, in_precision(golden_network(golden, setting), setting)),
+        network=True,
+    )
+
+
+def position_table(golden: Goldens, name: str) -> Tensor:
+    """A position table as we compute it."""
+    return empty_network(golden.config).state_dict()[name].to(golden["x"].device)
+
+
+def forward(golden: Goldens, network: Callable[..., Tensor]) -> Tensor:
+    """One forward pass of the golden inputs."""
+    labels, num_images = None, golden.config["use_image_num"]
+    if golden.config["extras"] == 2:
+        labels = golden["y"]
+        if num_images:
+            labels = torch.cat([labels[:, None], golden["y_image"]], dim=1)  # (B, 1+I)
+    with torch.no_grad():
+        return network(golden["x"], golden["t"], labels, num_images=num_images)
+
+
+def guidance(golden: Goldens, network: Callable[..., Tensor]) -> Tensor:
+    """Guidance as the official network method answers it.
+
+    Both halves of the batch hold the guided noise, and each its own remaining channels.
+    """
+    channels = golden.config["in_channels"]
+    x, _ = golden["cfg_x"].chunk(2)  # the official code ignores the second half
+    (timesteps, null_timesteps), (labels, null_labels) = golden["cfg_t"].chunk(2), golden["cfg_y"].chunk(2)
+    null_label = golden.config["num_classes"]
+    if not (null_labels == null_label).all():
+        raise Mismatch(f"the second half of cfg_y is not the null label {null_label}")
+    with torch.no_grad():
+        conditional = guided(network, labels, null_label, golden.config["cfg_scale"], channels=channels)(
+            x, timesteps
+        )
+        unconditional = network(x, null_timesteps, null_labels)
+    rest = unconditional[:, :, channels:]
+    return torch.cat([conditional, torch.cat([conditional[:, :, :channels], rest], dim=2)])
+
+
+# ---- diffusion ---------------------------------------------------------------------------------
+
+
+def process(
+    golden: Goldens, respacing: str = "", learn_sigma: bool = True, **fields: Any
+) -> GaussianDiffusion:
+    """A diffusion process as long as the golden tables."""
+    x = golden["table/betas"]
+    config = DiffusionConfig(num_steps=len(x), **fields)
+    return GaussianDiffusion(config, learn_sigma=learn_sigma, respacing=respacing).to(x.device)
+
+
+def process_table(golden: Goldens, name: str, **arguments: Any) -> Tensor:
+    """A table of such a process."""
+    return process(golden, **arguments).tables[name]
+
+
+def kept_timesteps(golden: Goldens, respacing: str) -> Tensor:
+    """The timesteps that respacing keeps."""
+    return process(golden, respacing).timestep_map
+
+
+def check_diffusion(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
+    """Tables, schedules, respacing, noising, losses, posteriors, single steps and whole loops."""
+    for name in TABLES:
+        yield Quantity(f"table/{name}", partial(process_table, golden, name))
+    for official, schedule in SCHEDULES.items():
+        yield Quantity(f"schedule/{official}", partial(process_table, golden, "betas", schedule=schedule))
+    for spec in dict.fromkeys(match[1] for match in golden.matches(r"respaced/(.+)/(?:timesteps|betas)")):
+        yield Quantity(f"respaced/{spec}/timesteps", partial(kept_timesteps, golden, spec))
+        yield Quantity(f"respaced/{spec}/betas", partial(process_table, golden, "betas", respacing=spec))
+    yield Quantity("x_t", lambda: process(golden).q_sample(golden["x0"], golden["t"], golden["noise"]))
+    for kind in KINDS:
+        yield from check_kind(golden, kind)
+    yield from check_single_steps(golden)
+    yield from check_loops(golden, setting)
+
+
+def check_kind(golden: Goldens, kind: str) -> Iterator[Quantity]:
+    """Loss terms and posterior of one combination of prediction, variance and loss."""
+    fields, learn_sigma = KINDS[kind]
+    diffusion = process(golden, learn_sigma=learn_sigma, **fields)
+
+    def output(*_: Any) -> Tensor:
+        """The fixed network output, without sigma where it is not learned."""
+        channels = golden["x0"].shape[2]
+        return golden["model_output"] if learn_sigma else golden["model_output"][:, :, :channels]
+
+    def loss_term(term: str) -> Tensor:
+        terms = diffusion.training_losses(output, golden["x0"], golden["t"], golden["noise"])
+        value: Tensor = getattr(terms, term)
+        return value if term == "loss" else value.mean(1)  # the golden terms are means over frames too
+
+    def posterior(part: str) -> Tensor:
+        p = diffusion.p_mean_variance(output(), golden["x_t"], golden["t"])
+        value: Tensor = getattr(p, part)
+        return value
+
+    terms = ["loss"] + ["mse"] * (kind != "kl") + ["vb"] * (learn_sigma and kind != "kl")
+    for term in terms:
+        yield Quantity(f"loss/{kind}/{term}", partial(loss_term, term))
+    for golden_part, part in P_PARTS.items():
+        yield Quantity(f"p/{kind}/{golden_part}", partial(posterior, part))
+
+
+def check_single_steps(golden: Goldens) -> Iterator[Quantity]:
+    """One DDPM, DDIM (every eta) and reverse DDIM step of the fixed network output."""
+
+    def step(function: Callable[..., Any], eta: float = 0.0) -> Tensor:
+        options = StepOptions(eta=eta, noise_fn=lambda _: golden["step_noise"])
+        diffusion = process(golden, SINGLE_STEP_RESPACING)
+        result: Tensor = function(
+            diffusion, lambda *_: golden["model_output"], golden["x_t"], golden["step_t"], options
+        ).x
+        return result
+
+    yield Quantity("ddpm/sample", lambda: step(ddpm_step))
+    for pattern in (r"ddim/eta(0+\.?0*)/sample", r"ddim/eta(0*\.?0*[1-9][\d.]*)/sample"):
+        for match in golden.matches(pattern):
+            yield Quantity(match[0], partial(step, ddim_step, float(match[1])))
+    yield Quantity("ddim_reverse", lambda: step(ddim_reverse_step))
+
+
+def check_loops(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
+    """Whole sampling loops through the unconditional network of the same folder."""
+    weights = cache(lambda: Goldens(setting.folder / "latte_uncond.safetensors", setting.device))
+    network = cache(lambda: golden_network(weights(), setting))
+    stated = re.search(r"manual_seed\((\d+)\) right before the loop", golden.config["note"])
+    seed = int(stated[1]) if stated else LOOP_SEED
+
+    def loop(method: str, steps: str) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return sample(
+            process(golden, steps, learn_sigma=network().config.learn_sigma),
+            in_precision(network(), setting),
+            golden["loop/z"],
+            method=method,
+            noise_fn=lambda x: torch.randn(x.shape, generator=generator).to(x),
+        )
+
+    for method in ("ddpm", "ddim"):
+        for match in golden.matches(rf"loop/{method}(\d+)"):
+            yield Quantity(match[0], partial(loop, method, match[1]), network=True)
+
+
+# ---- the rest ----------------------------------------------------------------------------------
+
+
+def check_transforms(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
+    """Both geometries of every clip."""
+    names = "|".join(TRANSFORMS)
+    sized = golden.matches(rf"(.+)/(?:{names})_(\d+)")
+
+    def transformed(clip: str, name: str, size: str) -> Tensor:
+        function: Callable[[Tensor, int], Tensor] = getattr(transforms, name)
+        return function(golden[f"{clip}/clip"], int(size))
+
+    for clip in dict.fromkeys(match[1] for match in golden.matches(rf"(.+)/(?:clip|(?:{names})_\d+)")):
+        sizes = {match[2] for match in sized if match[1] == clip} or {sized[0][2]}
+        for size in sorted(sizes):
+            for name in TRANSFORMS:
+                yield Quantity(f"{clip}/{name}_{size}", partial(transformed, clip, name, size))
+
+
+def check_frechet(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
+    """The distance between two sets of features."""
+    yield Quantity(
+        "distance",
+        lambda: torch.tensor([frechet_distance(golden["real"], golden["fake"])], device=setting.device),
+    )
+
+
+@dataclass
+class Trajectory:
+    """What a training run left behind."""
+
+    loss: Tensor  # (steps,)
+    grad_norm: Tensor  # (steps,)
+    weights: dict[str, Tensor]
+    averages: dict[str, Tensor]
+
+
+def train(golden: Goldens, setting: Setting) -> Trajectory:
+    """AdamW steps from the golden state on the golden batches, as the official loop takes them."""
+    config = golden.config
+    model = golden_network(golden, setting).train()
+    diffusion = GaussianDiffusion(DiffusionConfig(), learn_sigma=config["learn_sigma"]).to(setting.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], weight_decay=0.0)
+    ema = EMA(model, config["ema_decay"])
+    losses, norms = [], []
+    for x_start, noise, timesteps in zip(golden["x0"], golden["noise"], golden["t"]):
+        terms = diffusion.training_losses(in_precision(model, setting), x_start, timesteps, noise)
+        loss = terms.loss.mean()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip_max_norm"]))
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model)
+        losses.append(loss.detach())
+    return Trajectory(torch.stack(losses), torch.stack(norms), model.state_dict(), ema.state_dict())
+
+
+def check_trajectory(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
+    """Loss and gradient norm of every step; weights and averages after the last."""
+    trained = cache(lambda: train(golden, setting))
+    yield Quantity("loss", lambda: trained().loss, network=True)
+    yield Quantity("grad_norm", lambda: trained().grad_norm, network=True)
+    yield Quantity("final/*", lambda: trained().weights, network=True)
+    yield Quantity("ema/*", lambda: trained().averages, network=True)
+
+
+def key_list_problem(name: str, official: dict[str, Any]) -> str:
+    """What differs between our keys, shapes and parameter count and the official ones; "" if nothing.
+
+    Args:
+        name: such as "Latte-XL/2 extras=2".
+        official: key -> shape, and `__params__`, the count with the frozen position tables.
+    """
+    shapes = {key: tuple(shape) for key, shape in official.items() if key != "__params__"}
+    config = LatteConfig(
+        name=name.split()[0],
+        num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1 if "extras=2" in name else 0,
+    )
+    _, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+    with torch.device("meta"):
+        model = Latte(
+            config,
+            in_channels=in_channels,
+            latent_size=math.isqrt(shapes["pos_embed"][1]) * patch_size,
+            num_frames=shapes["temp_embed"][1],
+        )
+    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    differing = sorted(key for key in shapes.keys() | ours.keys() if shapes.get(key) != ours.get(key))
+    if differing:
+        return f"{len(differing)} keys differ, the first is {differing[0]}"
+    count = sum(math.prod(shape) for shape in ours.values())
+    return "" if count == official["__params__"] else f"{count} parameters, not {official['__params__']}"
+
+
+CHECKS: dict[str, Callable[[Goldens, Setting], Iterator[Quantity]]] = {
+    "latte_uncond": check_network,
+    "latte_class": check_guided_network,
+    "latte_img_class": check_network,
+    "latte_img_uncond": check_network,
+    "diffusion": check_diffusion,
+    "transforms": check_transforms,
+    "frechet": check_frechet,
+    "train_trajectory": check_trajectory,
+}

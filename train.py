@@ -1,0 +1,28 @@
+"""Train Latte on the latents of video clips.
+
+    torchrun --nproc_per_node=8 train.py --config configs/ffs/ffs_train.yaml data.path=data/ffs
+    python train.py --config configs/demo/demo_train.yaml train.max_steps=100    # one process
+    python train.py --config configs/ffs/ffs_train.yaml --dry-run                # config, parameters, cost
+
+Run the same command again to continue an interrupted run.
+"""
+
+from __future__ import annotations
+
+from engine import cli, launch
+
+
+def refuse_images(num_images: int) -> str | None:
+    """Joint image-video configs have their own script, as in the official repository."""
+    if num_images:
+        return f"data.num_images={num_images} is joint image-video training: run train_with_img.py, or set it to 0."
+    return None
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    return launch.train(argv, __doc__ or "", refuse_images)
+
+
+if __name__ == "__main__":
+    cli.run(main)
