@@ -171,9 +171,7 @@ def _long_enough(clips: list[Clip], config: DataConfig, skipped: Counter[str]) -
 def _nothing_found(config: DataConfig, recipe: Recipe, skipped: Counter[str]) -> str:
     wanted = " or ".join(recipe.clips)
     seen = ", ".join(f"{count} {what}" for what, count in sorted(skipped.items())) or "nothing at all"
-    return (
-        f"data.path: data.name={config.name} needs {wanted}, but '{config.path}' holds none (found: {seen})"
-    )
+    return f"data.path: data.name={config.name} needs {wanted}, but '{config.path}' holds none (found: {seen})"
 
 
 # ------------------------------------------------------------------------------------------------ classes
@@ -244,9 +242,7 @@ def read_frame_list(config: DataConfig, catalog: Catalog) -> list[Clip]:
         numbered = [(number, line.rstrip("\r\n")) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise ValueError(f"data.frame_list: '{path}' is empty")
-    return [
-        _listed_frame(line, f"{path}, line {number}", root, catalog.class_names) for number, line in numbered
-    ]
+    return [_listed_frame(line, f"{path}, line {number}", root, catalog.class_names) for number, line in numbered]
 
 
 def _listed_frame(line: str, where: str, root: Path, classes: list[str]) -> Clip:

@@ -36,9 +36,7 @@ class DataConfig:
 
     name: str = "folder"  # ffs | sky | taichi | ucf101 | folder | demo: a line of catalog.RECIPES
     path: str = ""  # the folder of the data set
-    labels: str = (
-        "auto"  # auto (as the data set says; `folder`: by its layout) | class_folders | file_name | none
-    )
+    labels: str = "auto"  # auto (as the data set says; `folder`: by its layout) | class_folders | file_name | none
     frame_list: str | None = None  # joint training: images from this list instead of the set's own videos
     num_frames: int = 16  # F
     frame_interval: int = 3  # every n-th frame of the video
@@ -59,9 +57,7 @@ class DataConfig:
         for key in ("num_images", "num_workers"):
             _at_least(key, getattr(self, key), 0)
         if self.frame_list is not None and not self.num_images:
-            raise ValueError(
-                "data.frame_list is read only in joint training: set data.num_images, or drop it"
-            )
+            raise ValueError("data.frame_list is read only in joint training: set data.num_images, or drop it")
 
 
 def _one_of(key: str, value: str, choices: Iterable[str]) -> None:

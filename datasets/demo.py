@@ -1,8 +1,9 @@
-"""The demo set: eight classes, each a colour, a shape and a motion, drawn with numpy; and a tracker that names them.
+"""The demo set: eight classes, each a colour, a shape and a motion; and a tracker that names them.
 
-`draw_clip` draws one clip (`tools/make_demo_data.py` writes many as mp4 files in the UCF101 layout); `track` reads
-colour and motion back from the pixels of any clip, knowing nothing of its label, and answers None where there is no
-single coloured body that moves in one of the eight ways; `accuracy` counts how often it agrees with the labels.
+`draw_clip` draws one clip (`tools/make_demo_data.py` writes many as mp4 files in the UCF101 layout); `track`
+reads colour and motion back from the pixels of any clip, knowing nothing of its label, and answers None where
+there is no single coloured body that moves in one of the eight ways; `accuracy` counts how often it agrees
+with the labels.
 
 Letters: T frames of a clip, H W height and width. Lengths are in units of the frame's side, y points down.
 """
@@ -27,7 +28,7 @@ Array = NDArray[np.float64]
 COLOURS = ("red", "amber", "lime", "green", "cyan", "blue", "violet", "pink")
 PALETTE = np.array([colorsys.hsv_to_rgb(i / len(COLOURS), 0.9, 0.95) for i in range(len(COLOURS))])  # (8, 3)
 
-# Inside of a body: (u, v) are lengths from its centre in units of its radius. All fit into a circle of REACH radii.
+# Inside of a body: (u, v) from its centre in units of its radius. All fit into a circle of REACH radii.
 REACH = 1.25
 SHAPES: dict[str, Callable[[Array, Array], NDArray[np.bool_]]] = {
     "disc": lambda u, v: u * u + v * v < 1.0,
@@ -128,8 +129,8 @@ def _coverage(shape: str, trajectory: Trajectory, size: int) -> Array:
 def draw_clip(label: int, rng: np.random.Generator, *, size: int = 32, frames: int = 20) -> NDArray[np.uint8]:
     """One anti-aliased clip of class `CLASSES[label]`, (frames, 3, size, size) uint8 RGB.
 
-    Position, size and speed of the body and the grey of the ground (dark or light) are drawn from `rng`; the body
-    never leaves the frame and moves visibly in every window of 16 consecutive frames.
+    Position, size and speed of the body and the grey of the ground (dark or light) are drawn from `rng`; the
+    body never leaves the frame and moves visibly in every window of 16 consecutive frames.
 
     Raises: ValueError if `frames` is outside 16 to 32, or `size` below 16.
     """
@@ -150,7 +151,7 @@ def draw_clip(label: int, rng: np.random.Generator, *, size: int = 32, frames: i
 
 @dataclass(frozen=True)
 class Track:
-    """What `track` saw. `colour` and `motion` are None where it saw no single body, or none of the motions."""
+    """What `track` saw; `colour` and `motion` are None where it saw no single body, no known motion."""
 
     colour: str | None
     motion: str | None
@@ -177,17 +178,15 @@ MAX_WOBBLE = 0.25  # deviation (root mean square) from the fitted path over that
 
 def _chroma(video: Array) -> Array:
     """Colour less its grey part, relative to that of the ground, (T, 3, H, W); the ground's is about 0."""
-    border = np.concatenate(
-        [video[..., :2, :].reshape(*video.shape[:2], -1), video[..., -2:, :].reshape(*video.shape[:2], -1)],
-        axis=-1,
-    )
+    edges = [video[..., :2, :], video[..., -2:, :]]  # the top and bottom rows, which bodies hardly touch
+    border = np.concatenate([edge.reshape(*video.shape[:2], -1) for edge in edges], axis=-1)
     ground = np.median(border, axis=(0, 2))[:, None, None]
     difference = video - ground
     return difference - difference.mean(axis=1, keepdims=True)
 
 
 def _body_colour(chroma: Array) -> Array | None:
-    """The mean chroma vector (3,) of the body's most saturated pixels, or None where they share no one hue."""
+    """The mean chroma vector (3,) of the most saturated pixels, or None where they share no hue."""
     strength = np.linalg.norm(chroma, axis=1)
     count = max(1, int(MIN_AREA * strength[0].size))
     core = np.partition(strength.reshape(len(strength), -1), -count, axis=1)[:, -count]  # of every frame
@@ -239,7 +238,7 @@ def _wobble(values: Array, times: Array, slope: float) -> float:
 
 
 def _orbit(x: Array, y: Array) -> tuple[float, float, float]:
-    """Radius, swept angle (clockwise on the screen is positive) and relative wobble of the best circle (Kasa fit)."""
+    """Radius, swept angle (clockwise is positive) and relative wobble of the best circle (Kasa fit)."""
     design = np.stack([x, y, np.ones_like(x)], axis=1)
     (a, b, c), *_ = np.linalg.lstsq(design, x * x + y * y, rcond=None)
     centre_x, centre_y = a / 2.0, b / 2.0
@@ -250,7 +249,7 @@ def _orbit(x: Array, y: Array) -> tuple[float, float, float]:
 
 
 def _name_motion(x: Array, y: Array, radius: Array, times: Array) -> str | None:
-    """The one motion that explains the path, or None. `times` (T,) are the frames in which the body was found."""
+    """The one motion that explains the path, or None; `times` (T,) are the frames with a body."""
     duration = float(times[-1] - times[0])
     orbit, swept, orbit_wobble = _orbit(x, y)
     if MIN_ORBIT < orbit < MAX_ORBIT and abs(swept) > MIN_TURN and orbit_wobble < MAX_WOBBLE:
@@ -279,9 +278,9 @@ def _name_motion(x: Array, y: Array, radius: Array, times: Array) -> str | None:
 def track(video: Any) -> Track:
     """Name colour and motion of the body in a clip, from its pixels alone.
 
-    `video` is uint8 RGB, (T, 3, H, W), T at least 4, a numpy array or a tensor on the CPU. A clip without a single
-    compact, saturated body (noise, grey blobs, an empty ground) gives no colour and no motion; a body that stands
-    still or moves in no one of the eight ways gives a colour and no motion.
+    `video` is uint8 RGB, (T, 3, H, W), T at least 4, a numpy array or a tensor on the CPU. A clip without a
+    single compact, saturated body (noise, grey blobs, an empty ground) gives no colour and no motion; a body
+    that stands still or moves in no one of the eight ways gives a colour and no motion.
 
     Raises: ValueError if `video` is not uint8 of that shape.
     """
@@ -303,8 +302,8 @@ def track(video: Any) -> Track:
 def accuracy(videos: Iterable[Any], labels: Iterable[int]) -> dict[str, float]:
     """The shares of clips whose colour and whose motion the tracker names as the label says.
 
-    `videos` as for `track`; `labels` are positions in `CLASSES`. A clip in which the tracker sees nothing counts as
-    wrong. Returns `{"appearance_accuracy": ..., "motion_accuracy": ...}` in [0, 1].
+    `videos` as for `track`; `labels` are positions in `CLASSES`. A clip in which the tracker sees nothing
+    counts as wrong. Returns `{"appearance_accuracy": ..., "motion_accuracy": ...}` in [0, 1].
 
     Raises: ValueError without any clip, for a label out of range, or for unequal numbers of clips and labels.
     """

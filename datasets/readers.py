@@ -106,9 +106,7 @@ def frame_number(name: str) -> tuple[list[int], str]:
 
 def list_frames(folder: Path) -> list[Path]:
     """The images that lie directly in `folder`, in numerical order; hidden files are left out."""
-    images = (
-        p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-    )
+    images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     return sorted(images, key=lambda p: frame_number(p.name))
 
 
@@ -128,9 +126,7 @@ def container_format(path: str | Path) -> str:
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(magic):
             raise VideoError(path, f"is {kind}")
     for offset, magic, name in CONTAINERS:
-        if head[offset : offset + len(magic)] == magic and (
-            name != "mpegts" or b"G" in (head[:1], head[4:5])
-        ):
+        if head[offset : offset + len(magic)] == magic and (name != "mpegts" or b"G" in (head[:1], head[4:5])):
             return name
     raise VideoError(path, "is not a video: its first bytes belong to no video container")
 

@@ -122,9 +122,7 @@ def _config_file(config: CodecConfig, folder: Path | None) -> Path:
     file = folder / (config.subfolder or "") / "config.json"
     if not file.is_file():
         name = file.relative_to(folder)
-        raise FileNotFoundError(
-            f"codec.path={config.path} holds neither {name} nor {ENCODER_FILE} and {DECODER_FILE}"
-        )
+        raise FileNotFoundError(f"codec.path={config.path} holds neither {name} nor {ENCODER_FILE} and {DECODER_FILE}")
     return file
 
 
@@ -139,9 +137,7 @@ def _class_name(config: CodecConfig, file: Path) -> str:
         raise ValueError(f"codec.path={config.path}: {file.name} does not describe an autoencoder") from error
     known = [kind for kind in KINDS if kind.startswith("Autoencoder")]
     if name not in known:
-        raise ValueError(
-            f"codec.path={config.path} holds a {name}, but a codec must be one of {', '.join(known)}"
-        )
+        raise ValueError(f"codec.path={config.path} holds a {name}, but a codec must be one of {', '.join(known)}")
     return str(name)
 
 
@@ -153,13 +149,10 @@ def _download_config(config: CodecConfig) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        file = hf_hub_download(
-            str(config.path), "config.json", subfolder=config.subfolder, revision=config.revision
-        )
+        file = hf_hub_download(str(config.path), "config.json", subfolder=config.subfolder, revision=config.revision)
     except (OSError, ValueError) as error:  # no network, no such name, or a name the hub would not have
         raise FileNotFoundError(
-            f"codec.path={config.path} is not a folder here, and could not be had from the hub"
-            f" ({type(error).__name__})"
+            f"codec.path={config.path} is not a folder here, and could not be had from the hub ({type(error).__name__})"
         ) from error
     return Path(file)
 
@@ -300,6 +293,4 @@ class LatentCodec(nn.Module):
         for key, value in found.items():
             given = getattr(self.config, key)
             if given != value:
-                raise ValueError(
-                    f"codec.{key} is {given}, but that of {where} is {value}; set codec.{key}={value}"
-                )
+                raise ValueError(f"codec.{key} is {given}, but that of {where} is {value}; set codec.{key}={value}")

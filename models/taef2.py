@@ -29,9 +29,7 @@ class Block(nn.Module):
 
     def __init__(self, *, pooled: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Sequential(
-            _conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH)
-        )
+        self.conv = nn.Sequential(_conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH))
         self.pool = None
         if pooled:
             self.pool = nn.Sequential(
@@ -89,7 +87,7 @@ def build_decoder() -> nn.Sequential:
 
 
 class Taef2(nn.Module):
-    """TAEF2's encoder and decoder over RGB in [-1, 1], the range of every codec here (its files use [0, 1])."""
+    """TAEF2 over RGB in [-1, 1], the range of every codec here (its own is [0, 1])."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -93,18 +93,14 @@ def sampling_config(
         return load_config(file, overrides)
 
 
-def resolve_labels(
-    labels: Sequence[int | str], num_classes: int, class_names: Sequence[str] | None
-) -> list[int]:
+def resolve_labels(labels: Sequence[int | str], num_classes: int, class_names: Sequence[str] | None) -> list[int]:
     """Class numbers of `labels`, which may be numbers, their spelling, or class names.
 
     Raises:
         ValueError: an unknown name, a number out of range, or labels for a network without classes.
     """
     if labels and not num_classes:
-        raise ValueError(
-            "sample.labels: this network is unconditional (model.num_classes is 0); leave labels out."
-        )
+        raise ValueError("sample.labels: this network is unconditional (model.num_classes is 0); leave labels out.")
     return [_resolve_label(str(label).strip(), num_classes, class_names or []) for label in labels]
 
 
@@ -112,9 +108,7 @@ def _resolve_label(label: str, num_classes: int, class_names: Sequence[str]) -> 
     if label in class_names:
         return list(class_names).index(label)
     if not label.lstrip("-").isdigit():
-        known = (
-            f"its classes are {', '.join(class_names)}" if class_names else "its class names are not known"
-        )
+        known = f"its classes are {', '.join(class_names)}" if class_names else "its class names are not known"
         raise ValueError(f"sample.labels: {label!r} is no class of this network; {known}; numbers work too.")
     if not 0 <= int(label) < num_classes:
         raise ValueError(
@@ -170,9 +164,7 @@ class Generator:
             weights: "ema" or "raw".
             device: None is CUDA where there is one.
         """
-        return cls.from_source(
-            Source.open(path), config=config, weights=weights, device=device, precision=precision
-        )
+        return cls.from_source(Source.open(path), config=config, weights=weights, device=device, precision=precision)
 
     @classmethod
     def from_source(
@@ -278,9 +270,7 @@ class Generator:
         """(F, C, h, w) of one video's latents."""
         size, factor = image_size or self.config.data.image_size, self.config.codec.downsample_factor
         if size % factor:
-            raise ValueError(
-                f"data.image_size={size} must be a multiple of codec.downsample_factor={factor}."
-            )
+            raise ValueError(f"data.image_size={size} must be a multiple of codec.downsample_factor={factor}.")
         side = size // factor
         return num_frames or self.config.data.num_frames, self.config.codec.latent_channels, side, side
 

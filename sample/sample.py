@@ -82,9 +82,7 @@ def main(argv: list[str]) -> int:
 
     source = Source.open(checkpoint_path(yaml, settings, overrides))
     config = sampling_config(source, yaml, settings, overrides)
-    trained = sampling_config(
-        source, yaml, settings, [each for each in overrides if not each.startswith(SIZE_KEYS)]
-    )
+    trained = sampling_config(source, yaml, settings, [each for each in overrides if not each.startswith(SIZE_KEYS)])
     generator = Generator.from_source(
         source,
         config=trained,
@@ -94,9 +92,7 @@ def main(argv: list[str]) -> int:
     )
     folder = Path(config.sample.save_video_path)
     files = write_samples(generator, config, folder, checkpoint=str(source.path))
-    print(
-        f"{len(files)} videos in {folder}: samples.png and samples.gif show {min(SHOWN, len(files))} of them"
-    )
+    print(f"{len(files)} videos in {folder}: samples.png and samples.gif show {min(SHOWN, len(files))} of them")
     return 0
 
 
@@ -105,21 +101,13 @@ def checkpoint_path(yaml: str | None, settings: dict[str, Any], overrides: list[
     from engine.config import load_config
 
     named = [each.partition("=")[2] for each in overrides if each.startswith("sample.ckpt=")]
-    path = (
-        settings.get("ckpt")
-        or (named[-1] if named else None)
-        or (load_config(yaml).sample.ckpt if yaml else None)
-    )
+    path = settings.get("ckpt") or (named[-1] if named else None) or (load_config(yaml).sample.ckpt if yaml else None)
     if not path:
-        raise ValueError(
-            "no checkpoint: name one with --ckpt PATH (a run folder of ours, or an official .pt)."
-        )
+        raise ValueError("no checkpoint: name one with --ckpt PATH (a run folder of ours, or an official .pt).")
     return path
 
 
-def write_samples(
-    generator: Generator, config: Config, folder: Path, checkpoint: str
-) -> list[dict[str, Any]]:
+def write_samples(generator: Generator, config: Config, folder: Path, checkpoint: str) -> list[dict[str, Any]]:
     """Sample what `config.sample` asks for, write each batch as it comes, then the overview.
 
     Returns:
@@ -186,9 +174,7 @@ def write_overview(
     write_contact_sheet(folder / "samples.png", videos, captions)
     settings = config.to_dict()["sample"] | {"ckpt": checkpoint, "save_video_path": str(folder)}
     size = {"num_frames": videos.shape[1], "height": videos.shape[2], "width": videos.shape[3]}
-    text = (
-        json.dumps({"checkpoint": checkpoint, **size, "sample": settings, "videos": files}, indent=2) + "\n"
-    )
+    text = json.dumps({"checkpoint": checkpoint, **size, "sample": settings, "videos": files}, indent=2) + "\n"
     write_atomically(folder / "samples.json", lambda temporary: temporary.write_text(text))
 
 

@@ -43,9 +43,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, then rename it into place; returns `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{path.stem}.{os.getpid()}{path.suffix}"
-    )  # the suffix tells writers the format
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix tells writers the format
     try:
         write(temporary)
         temporary.replace(path)
@@ -94,9 +92,7 @@ def write_gif(path: str | Path, videos: np.ndarray, fps: float = 8, scale: int |
 
     def write(temporary: Path) -> None:
         first, *rest = frames
-        first.save(
-            temporary, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=False
-        )
+        first.save(temporary, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=False)
 
     return write_atomically(path, write)
 

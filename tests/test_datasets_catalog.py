@@ -170,9 +170,7 @@ def test_missing_and_empty_folders_are_sentences(tmp_path: Path, name: str) -> N
     with pytest.raises(ValueError, match=r"holds none \(found: nothing at all\)"):
         build_catalog(config(tmp_path, name))
     touch(tmp_path, "a.txt", "b.txt", ".hidden")
-    with pytest.raises(
-        ValueError, match=rf"data\.name={name} needs .* holds none \(found: 2 \*\.txt, 1 hidden\)"
-    ):
+    with pytest.raises(ValueError, match=rf"data\.name={name} needs .* holds none \(found: 2 \*\.txt, 1 hidden\)"):
         build_catalog(config(tmp_path, name))
     with pytest.raises(ValueError, match="is a file, not a folder"):
         build_catalog(config(tmp_path / "a.txt", name))
@@ -217,9 +215,7 @@ def listed(root: Path, text: str, **keys: object) -> list[tuple[str, int]]:
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    return touch(
-        tmp_path, "A/v_A_g01_c01.avi", "B/v_B_g01_c01.avi", "B/b 1.jpg", "f/v_B_g01_c01_7.jpg", "f/x.jpg"
-    )
+    return touch(tmp_path, "A/v_A_g01_c01.avi", "B/v_B_g01_c01.avi", "B/b 1.jpg", "f/v_B_g01_c01_7.jpg", "f/x.jpg")
 
 
 def test_frame_list_labels(classes: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import imageio
@@ -18,9 +19,7 @@ from datasets import ClipDataset, DataConfig, VideoError, build_dataset
 from datasets.clips import MAX_ATTEMPTS, Sample
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
-needs_media = pytest.mark.skipif(
-    not CLIPS.is_dir(), reason="the sample clips of ../shared/media are not here"
-)
+needs_media = pytest.mark.skipif(not CLIPS.is_dir(), reason="the sample clips of ../shared/media are not here")
 LENGTHS = {"A/0": 9, "A/1": 11, "B/2": 7, "B/3": 10, "C/4": 12}
 SPAN = 7  # 4 frames, every second
 
@@ -149,6 +148,7 @@ def test_recipes(tmp_path: Path, root: Path, name: str, flips: bool, transform: 
 def test_extra_images_come_from_other_videos_with_their_labels(root: Path) -> None:
     data = dataset(root, num_images=3)
     shown: set[tuple[int, int]] = set()
+    places: list[list[int]] = []
     for epoch in range(100):
         sample = data[epoch, 1]
         assert sample["video"].shape == (7, 3, 8, 8) and sample["labels"].shape == (4,)
@@ -156,12 +156,9 @@ def test_extra_images_come_from_other_videos_with_their_labels(root: Path) -> No
         assert clips[:4] == [1] * 4 and 1 not in clips[4:]
         assert sample["labels"].tolist() == [data.catalog.clips[clip].label for clip in [1, *clips[4:]]]
         shown |= set(zip(clips[4:], numbers(sample, 0)[4:]))
-    frames = {
-        (clip, number)
-        for clip, length in enumerate(LENGTHS.values())
-        for number in range(length)
-        if clip != 1
-    }
+        places.append(clips[4:])
+    assert all(a != b for a, b in combinations(zip(*places), 2))  # each place draws for itself
+    frames = {(clip, number) for clip, length in enumerate(LENGTHS.values()) for number in range(length) if clip != 1}
     assert len(shown & frames) == len(shown) > 0.9 * len(frames)
 
 
@@ -200,9 +197,7 @@ def partly_broken(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_unusable_clips_are_replaced_named_and_counted(
-    partly_broken: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unusable_clips_are_replaced_named_and_counted(partly_broken: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = dataset(partly_broken)
     names = [clip.name for clip in data.catalog.clips]
     with caplog.at_level(logging.WARNING):
@@ -219,7 +214,10 @@ def test_unusable_clips_are_replaced_named_and_counted(
         assert sample["index"] == index or "good" not in names[index]
         fresh = dataset(partly_broken)  # nothing learned before: the same replacement
         assert equal(fresh[epoch, index], sample)
-    assert len({sample["index"] for (_, index), sample in samples.items() if "text" in names[index]}) > 1
+    bad = [index for index, name in enumerate(names) if "good" not in name]
+    drawn = [[data[epoch, index]["index"] for epoch in range(20)] for index in bad]
+    assert all(len(set(replacements)) > 1 for replacements in drawn)  # anew in every epoch
+    assert drawn[0] != drawn[1] != drawn[2]  # and for every clip
 
 
 def test_extra_images_skip_broken_videos_too(partly_broken: Path) -> None:

@@ -85,9 +85,7 @@ def telling_indices(reader: readers.PyAVReader) -> list[int]:
     last = len(reader) - 1
     keys = np.searchsorted(reader.index.pts, reader.index.keys).tolist()
     around = [key + step for key in keys[1:3] for step in (-1, 0, 1)]
-    return sorted(
-        {min(max(index, 0), last) for index in [0, 1, last // 3, 2 * last // 3, last - 1, last, *around]}
-    )
+    return sorted({min(max(index, 0), last) for index in [0, 1, last // 3, 2 * last // 3, last - 1, last, *around]})
 
 
 def brightness_difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -102,6 +100,7 @@ def test_all_sample_clips_are_listed_here() -> None:
     assert {name for name, frames in FRAMES.items() if not frames} == set(UNREADABLE)
 
 
+@needs_media
 @pytest.mark.parametrize("name", READABLE)
 def test_sample_clip_has_the_true_frames(name: str) -> None:
     """Count as listed; each frame, fetched alone, is what the FFmpeg program decodes at that place."""
@@ -122,6 +121,7 @@ def test_sample_clip_has_the_true_frames(name: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@needs_media
 @pytest.mark.parametrize("name", READABLE)
 def test_sample_clip_reads_the_same_with_decord(name: str) -> None:
     """Where decord can read. It converts colours with an FFmpeg of 2018: up to 2 grey levels of rounding."""
@@ -141,7 +141,8 @@ def test_sample_clip_reads_the_same_with_decord(name: str) -> None:
         assert (ours.int() - decords.int()).abs().max() <= 2
 
 
-@pytest.mark.parametrize("name", sorted(UNREADABLE) if LISTED else [])
+@needs_media
+@pytest.mark.parametrize("name", sorted(UNREADABLE))
 @pytest.mark.parametrize("reader", ["auto", "decord"])
 def test_unreadable_sample_clip_is_named_with_the_reason(name: str, reader: str) -> None:
     path = MEDIA / "clips" / name
@@ -253,9 +254,7 @@ def test_missing_tail_is_told(tmp_path: Path) -> None:
     assert 0 < len(reader) < 200
     assert reader.cut_off and "of 200 frames" in reader.cut_off
     levels = reader.read(range(len(reader))).float().mean((1, 2, 3))
-    assert torch.allclose(
-        levels, 20.0 + torch.arange(len(reader)), atol=3
-    )  # none stands in for a missing one
+    assert torch.allclose(levels, 20.0 + torch.arange(len(reader)), atol=3)  # none stands in for a missing one
 
 
 @pytest.mark.parametrize("length", [40, 200])

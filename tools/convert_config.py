@@ -68,10 +68,7 @@ def convert(official: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], lis
             account.append(f"empty     {key}: {RENAMED[key]} keeps its default.")
         else:
             account.append(_take(sections, key, value))
-    if (
-        official.get("extras") == UNCONDITIONAL
-        and sections.get("model", {}).pop("num_classes", None) is not None
-    ):
+    if official.get("extras") == UNCONDITIONAL and sections.get("model", {}).pop("num_classes", None) is not None:
         account.append("note      num_classes: left out, since extras is 1 (unconditional).")
     if "path" in sections.get("codec", {}):
         sections["codec"]["subfolder"] = "vae"
@@ -103,9 +100,7 @@ def read_official(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not values:
-        raise ValueError(
-            f"config file {path} holds no keys; an official config is a list of `key: value` lines."
-        )
+        raise ValueError(f"config file {path} holds no keys; an official config is a list of `key: value` lines.")
     if isinstance(values.get("model"), dict):
         raise ValueError(f"config file {path} has sections: it is one of ours already.")
     return {str(key): value for key, value in values.items()}
@@ -113,9 +108,7 @@ def read_official(path: Path) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Convert, check that the result loads, write it, and give the account."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("official", type=Path, metavar="OFFICIAL.yaml")
     parser.add_argument("-o", "--output", type=Path, metavar="OURS.yaml", help="default: standard output")
     arguments = parser.parse_args(argv)
@@ -146,9 +139,7 @@ def to_checked_yaml(sections: Mapping[str, Any]) -> str:
         try:
             load_config(file)
         except ValueError as error:
-            raise ValueError(
-                f"the converted config is refused: {str(error).replace(f'{file}: ', '')}"
-            ) from None
+            raise ValueError(f"the converted config is refused: {str(error).replace(f'{file}: ', '')}") from None
     return text
 
 

@@ -1,15 +1,16 @@
 """Draw the demo set: real mp4 files of eight classes in the UCF101 layout.
 
-    python -m tools.make_demo_data                       # fills data/demo, the folder that the demo configs read
+    python -m tools.make_demo_data               # fills data/demo, the folder that the demo configs read
     python -m tools.make_demo_data --out data/demo64 --size 64
 
-writes OUT/RedDiscRight/v_RedDiscRight_g01_c01.mp4 and so on, 25 groups a class as in UCF101. The same parameters give
-the same files. A set that is already there is left alone; one made with other parameters is replaced. The set is drawn
-beside OUT and moved into place when complete, so OUT never holds half a set; OUT/.complete.json says how it was made.
+writes OUT/RedDiscRight/v_RedDiscRight_g01_c01.mp4 and so on, 25 groups a class as in UCF101. The same
+parameters give the same files. A set that is already there is left alone; one made with other parameters is
+replaced. The set is drawn beside OUT and moved into place when complete, so OUT never holds half a set;
+OUT/.complete.json says how it was made.
 
-The files are H.264 in yuv444p at a constant rate factor of 6. Bodies are a few pixels wide and known by their hue:
-the usual half-resolution chroma (yuv420p) smears them to a round trip of 31 dB, 4:4:4 keeps 51 dB at 32 pixels. PyAV,
-decord and imageio-ffmpeg read the same pixels from it, and browsers built on Chromium play it.
+The files are H.264 in yuv444p at a constant rate factor of 6. Bodies are a few pixels wide and known by their
+hue: the usual half-resolution chroma (yuv420p) smears them to a round trip of 31 dB, 4:4:4 keeps 51 dB at 32
+pixels. PyAV, decord and imageio-ffmpeg read the same pixels from it, and browsers built on Chromium play it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def clip_path(root: Path, class_name: str, index: int) -> Path:
 
 
 def write_mp4(path: Path, video: Any, fps: int = FPS) -> None:
-    """Write a uint8 (T, 3, H, W) RGB array as H.264, yuv444p, on one thread (so that the bytes are the same)."""
+    """Write a uint8 (T, 3, H, W) RGB array as H.264 on one thread, so that the bytes are the same."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -119,13 +120,9 @@ def make_set(out: Path, parameters: dict[str, int], workers: int) -> bool:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder of the set (data/demo)")
-    parser.add_argument(
-        "--clips-per-class", type=int, default=200, help="clips of each of the 8 classes (200)"
-    )
+    parser.add_argument("--clips-per-class", type=int, default=200, help="clips of each of the 8 classes (200)")
     parser.add_argument("--size", type=int, default=32, help="height and width in pixels (32)")
     parser.add_argument("--frames", type=int, default=20, help="frames per clip, 16 to 32 (20)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other clips (0)")
@@ -140,9 +137,7 @@ def main(argv: list[str]) -> None:
             flag = f"--{key.replace('_', '-')}"
             raise ValueError(f"{flag} is {getattr(arguments, key)}, but must be at least {least}")
     if arguments.size % 2 or arguments.frames > 32:
-        raise ValueError(
-            f"--size must be even and --frames at most 32, got {arguments.size} and {arguments.frames}"
-        )
+        raise ValueError(f"--size must be even and --frames at most 32, got {arguments.size} and {arguments.frames}")
     parameters = {
         "format": FORMAT,
         "clips_per_class": arguments.clips_per_class,
@@ -151,9 +146,7 @@ def main(argv: list[str]) -> None:
         "seed": arguments.seed,
     }
     drawn = make_set(arguments.out, parameters, arguments.workers)
-    print(
-        f"{arguments.out}: 8 classes of {arguments.clips_per_class} clips, {'drawn' if drawn else 'already there'}"
-    )
+    print(f"{arguments.out}: 8 classes of {arguments.clips_per_class} clips, {'drawn' if drawn else 'already there'}")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@
     python -m tools.make_demo_data --out data/demo64 --size 64 --clips-per-class 50
     python -m tools.train_codec --data data/demo data/demo64
 
-An AutoencoderTiny: 8-fold down-sampling, 16 latent channels, convolutions only, small enough that a training run
-encodes its clips online on a CPU. Several --data folders may hold clips of several sizes; every step takes the
-same number of pixels from each. Clips of group 25 are kept out, to measure with.
+An AutoencoderTiny: 8-fold down-sampling, 16 latent channels, convolutions only, small enough that a
+training run encodes its clips online on a CPU. Several --data folders may hold clips of several sizes; every
+step takes the same number of pixels from each. Clips of group 25 are kept out, to measure with.
 
-The latents are standardised, each channel by its mean and variance in the batch, and noise of a random strength is
-added before they are decoded. So the decoder learns to draw clean pictures from slightly wrong latents, as a
-diffusion model makes them, and no channel is wasted or louder than another. At the end the statistics of the whole
-set are folded into the encoder's last convolution: latents come out with mean about 0 and deviation about 1.
+The latents are standardised, each channel by its mean and variance in the batch, and noise of a random
+strength is added before they are decoded. So the decoder learns to draw clean pictures from slightly wrong
+latents, as a diffusion model makes them, and no channel is wasted or louder than another. At the end the
+statistics of many frames are folded into the encoder's last convolution: latents come out with mean about 0
+and deviation about 1.
 
 A run writes its state into --work; --resume continues it, with the same arguments.
 """
@@ -43,7 +44,7 @@ ARCHITECTURE = {
     "encoder_block_out_channels": (32, 32, 32, 32),
     "decoder_block_out_channels": (32, 32, 32, 32),
     "num_encoder_blocks": (0, 1, 1, 2),  # none at full resolution, which would cost more than all others
-    "num_decoder_blocks": (2, 2, 1, 1),
+    "num_decoder_blocks": (2, 2, 2, 0),
 }
 HELD_OUT = "_g25_"  # in the file names of the clips to measure with
 PIXELS_PER_STEP = 64 * 32 * 32
@@ -56,7 +57,7 @@ LOG_EVERY, SAVE_EVERY = 100, 250
 
 @dataclass(frozen=True)
 class Clips:
-    """The clips of one folder: frames (clips, T, 3, H, W) uint8 with their class names, for training and apart."""
+    """The clips of one folder, (clips, T, 3, H, W) uint8: to train on, and kept out with their classes."""
 
     train: Tensor
     held_out: Tensor
@@ -74,9 +75,7 @@ def read_clips(root: Path) -> Clips:
 
     paths = sorted(root.glob("*/*.mp4"))
     if not paths:
-        raise FileNotFoundError(
-            f"{root} holds no CLASS/*.mp4; make a demo set there: python -m tools.make_demo_data"
-        )
+        raise FileNotFoundError(f"{root} holds no CLASS/*.mp4; make a demo set there: python -m tools.make_demo_data")
     apart = [path for path in paths if HELD_OUT in path.name]
     rest = [path for path in paths if HELD_OUT not in path.name]
     if not apart or not rest:
@@ -140,9 +139,7 @@ def step_loss(network: Any, batches: list[Tensor], step: int, seed: int) -> Tens
 
 def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine to zero at `steps`."""
-    return (
-        LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-    )
+    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
 def new_network() -> nn.Module:
@@ -150,7 +147,7 @@ def new_network() -> nn.Module:
     import torch
     from diffusers import AutoencoderTiny
 
-    return AutoencoderTiny(**ARCHITECTURE).to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
+    return AutoencoderTiny(**ARCHITECTURE).to(memory_format=torch.channels_last)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -178,9 +175,7 @@ def load_state(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def train(
-    folders: list[Clips], steps: int, seed: int, state_path: Path, resume: bool, recipe: dict[str, Any]
-) -> Any:
+def train(folders: list[Clips], steps: int, seed: int, state_path: Path, resume: bool, recipe: dict[str, Any]) -> Any:
     """Train for `steps` steps in all, saving the state on the way; returns the network."""
     import torch
 
@@ -281,22 +276,21 @@ def readme(report: dict[str, Any]) -> str:
         [
             "# The demo's autoencoder",
             "",
-            "A diffusers AutoencoderTiny (8-fold down-sampling, 16 latent channels), trained by this repository on its",
-            f"own demo set with `{report['command']}`. On clips that it was not trained on:",
+            "A diffusers AutoencoderTiny (8-fold down-sampling, 16 latent channels), trained by this repository",
+            f"on its own demo set with `{report['command']}`. On clips that it was not trained on:",
             "",
             *lines,
             "",
-            "Its latents have mean about 0 and deviation about 1: in a config `codec.scale: 1.0`, `codec.shift: 0.0`,",
-            "`codec.latent_channels: 16`, `codec.downsample_factor: 8`. `recipe.json` holds the figures in full.",
+            "Its latents have mean about 0 and deviation about 1: in a config `codec.scale: 1.0`,",
+            "`codec.shift: 0.0`, `codec.latent_channels: 16`, `codec.downsample_factor: 8`. `recipe.json` holds",
+            "the figures in full.",
             "Licence: that of the repository.",
             "",
         ]
     )
 
 
-def export(
-    network: Any, folders: dict[str, Clips], out: Path, work: Path, recipe: dict[str, Any]
-) -> dict[str, Any]:
+def export(network: Any, folders: dict[str, Clips], out: Path, work: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """Write the folder `out`, complete or not at all, measured on the clips kept out; returns the report."""
     from models.autoencoder import CodecConfig, LatentCodec
 
@@ -317,15 +311,11 @@ def export(
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["data/demo"], help="folders of demo clips (data/demo)")
     parser.add_argument("--out", type=Path, default=Path("assets/demo/codec"), help="where the codec goes")
-    parser.add_argument(
-        "--work", type=Path, default=Path("results/train_codec"), help="state and contact sheets"
-    )
-    parser.add_argument("--steps", type=int, default=6000, help="optimiser steps in all (6000)")
+    parser.add_argument("--work", type=Path, default=Path("results/train_codec"), help="state and contact sheets")
+    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps in all (4000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (0)")
     parser.add_argument("--resume", action="store_true", help="continue the run whose state lies in --work")
     return parser.parse_args(argv)

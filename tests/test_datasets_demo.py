@@ -1,0 +1,271 @@
+"""The demo set and its tracker: real clips are named right, and nothing else is given a name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets import demo
+from datasets.readers import open_video
+from tools import make_demo_data
+
+WINDOW = 16
+
+
+def windows(count: int, size: int, seed: int = 0, frames: int = 20) -> tuple[list[np.ndarray], list[int]]:
+    """`count` random windows of 16 frames, the classes in turn."""
+    rng = np.random.default_rng(seed)
+    labels = [i % len(demo.CLASSES) for i in range(count)]
+    starts = rng.integers(0, frames - WINDOW + 1, count)
+    clips = [demo.draw_clip(label, rng, size=size, frames=frames) for label in labels]
+    return [clip[start : start + WINDOW] for clip, start in zip(clips, starts)], labels
+
+
+def names(track: demo.Track) -> tuple[str | None, str | None]:
+    return track.colour, track.motion
+
+
+def moving_patch(colour: tuple[int, int, int], place: np.ndarray, side: int = 7) -> np.ndarray:
+    """A square of that colour on grey with its corner at `place` (T, 2), drawn without the module's own code."""
+    video = np.full((len(place), 3, 32, 32), 60, np.uint8)
+    for frame, (x, y) in zip(video, place):
+        frame[:, y : y + side, x : x + side] = np.array(colour)[:, None, None]
+    return video
+
+
+# ------------------------------------------------------------------------------------------- classes
+
+
+def test_eight_classes_each_with_colour_shape_and_motion() -> None:
+    assert [kind.name for kind in demo.CLASSES] == sorted(kind.name for kind in demo.CLASSES)
+    assert len({kind.name for kind in demo.CLASSES}) == 8
+    assert {kind.colour for kind in demo.CLASSES} == set(demo.COLOURS)
+    assert {kind.motion for kind in demo.CLASSES} == set(demo.MOTIONS) == set(demo.TRAJECTORIES)
+    assert {kind.shape for kind in demo.CLASSES} <= set(demo.SHAPES)
+
+
+@pytest.mark.parametrize("label", range(8))
+def test_body_stays_in_view_and_moves(label: int) -> None:
+    rng = np.random.default_rng(label)
+    for _ in range(20):
+        clip = demo.draw_clip(label, rng, size=32).astype(int)
+        border = np.concatenate(
+            [clip[..., 0, :], clip[..., -1, :], clip[..., :, 0], clip[..., :, -1]], axis=-1
+        )
+        assert np.ptp(border) <= 30  # ground all round, but for a faint anti-aliased touch
+        moved = np.abs(clip[: -WINDOW + 1] - clip[WINDOW - 1 :]).max(axis=1) > 60
+        assert moved.mean(axis=(1, 2)).min() > 0.01
+
+
+def test_clips_vary_and_the_seed_decides() -> None:
+    def draw(seed: int) -> np.ndarray:
+        return demo.draw_clip(0, np.random.default_rng(seed))
+
+    assert np.array_equal(draw(1), draw(1))
+    assert len({draw(seed)[0, 0, 0, 0] for seed in range(20)}) > 8  # grounds
+
+
+@pytest.mark.parametrize(("shape", "area"), [("disc", np.pi), ("square", 1.76**2), ("diamond", 2 * 1.25**2)])
+def test_coverage_is_the_area_of_the_shape(shape: str, area: float) -> None:
+    """Anti-aliasing: the sum of the coverage is the analytic area, at any place between the pixels."""
+    for offset in (0.0, 0.003, 0.011):
+        trajectory = (np.array([0.5 + offset]), np.array([0.5 - offset]), np.array([0.25]))
+        cover = demo._coverage(shape, trajectory, 32)
+        assert cover.mean() == pytest.approx(area * 0.25**2, rel=0.02)
+        assert ((cover > 0) & (cover < 1)).any()
+
+
+@pytest.mark.parametrize(("frames", "size"), [(15, 32), (33, 32), (20, 8)])
+def test_a_clip_that_would_not_show_its_motion_is_refused(frames: int, size: int) -> None:
+    with pytest.raises(ValueError, match="a demo clip"):
+        demo.draw_clip(0, np.random.default_rng(0), size=size, frames=frames)
+
+
+# ------------------------------------------------------------------------------------------- tracker
+
+
+@pytest.mark.parametrize(("size", "count", "frames"), [(32, 400, 20), (64, 80, 20), (32, 80, 32), (48, 80, 16)])
+def test_tracker_names_real_clips(size: int, count: int, frames: int) -> None:
+    figures = demo.accuracy(*windows(count, size, seed=size + frames, frames=frames))
+    assert figures["appearance_accuracy"] >= 0.99
+    assert figures["motion_accuracy"] >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("step", "motion"), [((1, 0), "right"), ((-1, 0), "left"), ((0, 1), "down"), ((0, -1), "up")]
+)
+def test_directions_as_an_independent_drawing_has_them(step: tuple[int, int], motion: str) -> None:
+    place = 12 + np.outer(np.arange(16) - 7, step)
+    assert names(demo.track(moving_patch((230, 20, 20), place))) == ("red", motion)
+
+
+def test_senses_and_scaling_as_an_independent_drawing_has_them() -> None:
+    angle = 2 * np.pi * np.arange(16) / 16
+    place = np.round(12 + 7 * np.stack([np.cos(angle), np.sin(angle)], axis=1)).astype(int)
+    video = moving_patch((20, 20, 230), place)  # y points down: cos, sin goes clockwise
+    assert names(demo.track(video)) == ("blue", "clockwise")
+    assert demo.track(video[::-1]).motion == "anticlockwise"
+    assert demo.track(video[..., ::-1]).motion == "anticlockwise"
+
+    sides = np.linspace(4, 16, 16).astype(int)
+    frames = [moving_patch((20, 230, 230), np.array([[16 - s // 2] * 2]), side=s) for s in sides]
+    growing = np.concatenate(frames)
+    assert names(demo.track(growing)) == ("cyan", "grow")
+    assert demo.track(growing[::-1]).motion == "shrink"
+
+
+def test_the_track_is_in_units_of_the_side() -> None:
+    place = np.stack([np.arange(16) + 2, np.full(16, 9)], axis=1)
+    track = demo.track(moving_patch((230, 20, 20), place, side=8))
+    np.testing.assert_allclose(track.x, (place[:, 0] + 4) / 32, atol=1e-6)
+    np.testing.assert_allclose(track.y, 13 / 32, atol=1e-6)
+    np.testing.assert_allclose(track.radius, np.sqrt(64 / np.pi) / 32, rtol=1e-6)
+
+
+def test_a_few_broken_frames_do_not_matter() -> None:
+    clips, labels = windows(40, 32, seed=3)
+    for clip in clips:
+        clip[5] = clip[0, :, 0, 0][:, None, None]  # the body gone from one frame
+    figures = demo.accuracy(clips, labels)
+    assert min(figures.values()) >= 0.95
+
+
+def test_noise_has_no_name() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        white = rng.integers(0, 256, (16, 3, 32, 32), dtype=np.uint8)
+        blobs = rng.uniform(0, 1, (16, 3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
+        for video in (white, (255 * blobs).astype(np.uint8)):
+            assert names(demo.track(video)) == (None, None)
+
+
+@pytest.mark.parametrize("level", [10, 200, 250])
+def test_a_grey_body_has_no_name(level: int) -> None:
+    place = 12 + np.outer(np.arange(16) - 7, (1, 0))
+    assert names(demo.track(moving_patch((level, level, level), place))) == (None, None)
+
+
+def test_an_empty_ground_has_no_name() -> None:
+    assert names(demo.track(np.full((16, 3, 32, 32), 90, np.uint8))) == (None, None)
+
+
+def test_two_bodies_have_no_name() -> None:
+    place = 12 + np.outer(np.arange(16) - 7, (0, 1))
+    one, other = moving_patch((230, 20, 20), place - (8, 0)), moving_patch((20, 20, 230), place + (8, 0))
+    assert names(demo.track(np.where(other != 60, other, one))) == (None, None)
+    same = moving_patch((230, 20, 20), place + (10, 0))
+    assert demo.track(np.where(same != 60, same, one)).motion is None
+
+
+@pytest.mark.parametrize("label", range(8))
+def test_a_body_without_its_motion_has_a_colour_and_no_motion(label: int) -> None:
+    """Standing still, or the frames in a random order."""
+    rng = np.random.default_rng(label)
+    for _ in range(10):
+        clip = demo.draw_clip(label, rng)[:WINDOW]
+        still = np.repeat(clip[:1], WINDOW, axis=0)
+        assert names(demo.track(still)) == (demo.CLASSES[label].colour, None)
+        assert demo.track(clip[rng.permutation(WINDOW)]).motion is None
+
+
+def test_a_diagonal_and_a_there_and_back_are_no_known_motion() -> None:
+    steps = np.arange(16)
+    there_and_back = np.stack([2 + 2 * np.minimum(steps, 15 - steps), np.full(16, 12)], axis=1)
+    assert demo.track(moving_patch((230, 20, 20), np.stack([steps + 4, steps + 4], axis=1))).motion is None
+    assert demo.track(moving_patch((230, 20, 20), there_and_back)).motion is None
+
+
+def test_accuracy_counts() -> None:
+    clips, labels = windows(8, 32)
+    wrong = [labels[0] + 1, *labels[1:]]
+    assert demo.accuracy(clips, wrong) == {"appearance_accuracy": 0.875, "motion_accuracy": 0.875}
+    with pytest.raises(ValueError, match="at least one clip"):
+        demo.accuracy([], [])
+    with pytest.raises(ValueError, match="label 8 is not"):
+        demo.accuracy(clips[:1], [8])
+    with pytest.raises(ValueError, match="uint8"):
+        demo.track(np.zeros((16, 3, 32, 32)))
+
+
+# ---------------------------------------------------------------------------------------- files on disk
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("set") / "demo"
+    make_demo_data.main(["--out", str(out), "--clips-per-class", "26", "--workers", "1"])
+    return out
+
+
+def test_the_layout_is_that_of_ucf101(small_set: Path) -> None:
+    folders = sorted(path.name for path in small_set.iterdir() if path.is_dir())
+    assert folders == [kind.name for kind in demo.CLASSES]
+    files = sorted(path.name for path in (small_set / "RedDiscRight").iterdir())
+    assert len(files) == 26
+    assert files[:2] == ["v_RedDiscRight_g01_c01.mp4", "v_RedDiscRight_g01_c02.mp4"]
+    assert files[-1] == "v_RedDiscRight_g25_c01.mp4"
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_files_hold_the_drawn_clips(small_set: Path, reader: str) -> None:
+    if reader == "decord":
+        pytest.importorskip("decord", reason="decord is not installed on this platform")
+    videos, labels = [], []
+    for label, kind in enumerate(demo.CLASSES):
+        for index in range(4):
+            video = open_video(make_demo_data.clip_path(small_set, kind.name, index), reader)
+            pixels = video.read(range(len(video))).numpy()
+            drawn = demo.draw_clip(label, np.random.default_rng([0, label, index]))
+            error = np.square(pixels.astype(float) - drawn).mean()
+            assert 10 * np.log10(255**2 / error) > 45
+            videos.append(pixels[:WINDOW])
+            labels.append(label)
+    assert demo.accuracy(videos, labels) == {"appearance_accuracy": 1.0, "motion_accuracy": 1.0}
+
+
+def test_a_complete_set_is_left_alone_and_another_replaces_it(tmp_path: Path) -> None:
+    def make(*extra: str) -> None:
+        make_demo_data.main(["--out", str(tmp_path / "demo"), "--clips-per-class", "1", "--workers", "1", *extra])
+
+    make()
+    clip = tmp_path / "demo" / "RedDiscRight" / "v_RedDiscRight_g01_c01.mp4"
+    first, inode = clip.read_bytes(), clip.stat().st_ino
+    make()
+    assert clip.stat().st_ino == inode
+    make("--seed", "1")
+    assert clip.read_bytes() != first
+    make("--seed", "0")
+    assert clip.read_bytes() == first
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]  # no scratch left behind
+
+
+def test_a_failed_run_leaves_no_half_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(root: Path, parameters: dict[str, int], workers: int) -> None:
+        (root / "RedDiscRight").mkdir()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(make_demo_data, "draw_set", fail)
+    with pytest.raises(OSError, match="disk full"):
+        make_demo_data.main(["--out", str(tmp_path / "demo")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_tool_did_not_make_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not a demo set"):
+        make_demo_data.main(["--out", str(tmp_path)])
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", [["--frames", "40"], ["--size", "33"], ["--clips-per-class", "0"]])
+def test_bad_arguments_are_named(tmp_path: Path, flag: list[str]) -> None:
+    with pytest.raises(ValueError, match=flag[0]):
+        make_demo_data.main(["--out", str(tmp_path / "demo"), *flag])
+
+
+def test_the_marker_tells_the_parameters(small_set: Path) -> None:
+    marker = json.loads((small_set / make_demo_data.MARKER).read_text())
+    assert (marker["size"], marker["frames"], marker["clips_per_class"], marker["seed"]) == (32, 20, 26, 0)
