@@ -173,7 +173,8 @@ MIN_TRAVEL = 0.20  # translations: net way, in units of the frame's side
 MIN_TURN = math.pi  # orbits: angle swept about the fitted centre
 MIN_ORBIT, MAX_ORBIT = 0.08, 0.40  # orbits: radius of the fitted circle
 MIN_GROWTH = math.log(1.35)  # grow and shrink: |log| of the ratio of the last to the first radius
-MAX_WOBBLE = 0.25  # deviation (root mean square) from the fitted path over that path's extent
+MAX_WOBBLE = 0.15  # deviation (root mean square) from the fitted path, over that path's extent
+MAX_DRIFT = 0.10  # grow and shrink: deviation of the centre from its line, in units of the side
 
 
 def _chroma(video: Array) -> Array:
@@ -237,41 +238,39 @@ def _wobble(values: Array, times: Array, slope: float) -> float:
     return float(np.sqrt(np.mean((rest - np.median(rest)) ** 2)))
 
 
-def _orbit(x: Array, y: Array) -> tuple[float, float, float]:
-    """Radius, swept angle (clockwise is positive) and relative wobble of the best circle (Kasa fit)."""
+def _name_orbit(x: Array, y: Array, times: Array) -> str | None:
+    """The sense in which the body goes round the best circle (Kasa fit), or None where it does not."""
     design = np.stack([x, y, np.ones_like(x)], axis=1)
     (a, b, c), *_ = np.linalg.lstsq(design, x * x + y * y, rcond=None)
     centre_x, centre_y = a / 2.0, b / 2.0
     radius = math.sqrt(max(c + centre_x**2 + centre_y**2, 1e-12))
     angle = np.unwrap(np.arctan2(y - centre_y, x - centre_x))
-    wobble = np.sqrt(np.mean((np.hypot(x - centre_x, y - centre_y) - radius) ** 2)) / radius
-    return radius, float(angle[-1] - angle[0]), float(wobble)
-
-
-def _name_motion(x: Array, y: Array, radius: Array, times: Array) -> str | None:
-    """The one motion that explains the path, or None; `times` (T,) are the frames with a body."""
-    duration = float(times[-1] - times[0])
-    orbit, swept, orbit_wobble = _orbit(x, y)
-    if MIN_ORBIT < orbit < MAX_ORBIT and abs(swept) > MIN_TURN and orbit_wobble < MAX_WOBBLE:
+    slope = _slope(angle, times)
+    swept = slope * float(times[-1] - times[0])
+    off_circle = float(np.sqrt(np.mean((np.hypot(x - centre_x, y - centre_y) - radius) ** 2)))
+    round_ = MIN_ORBIT < radius < MAX_ORBIT and off_circle < MAX_WOBBLE * radius
+    if round_ and abs(swept) > MIN_TURN and _wobble(angle, times, slope) < MAX_WOBBLE * abs(swept):
         return "clockwise" if swept > 0 else "anticlockwise"
+    return None
 
-    slope_x, slope_y = _slope(x, times), _slope(y, times)
-    way_x, way_y = slope_x * duration, slope_y * duration
-    wobble = math.hypot(_wobble(x, times, slope_x), _wobble(y, times, slope_y))
+
+def _name_line(x: Array, y: Array, radius: Array, times: Array) -> str | None:
+    """The direction of a straight way, or the sense of a change of size; None where there is neither or both."""
+    duration = float(times[-1] - times[0])
     size = np.log(radius)
-    slope_size = _slope(size, times)
-    growth = slope_size * duration
+    slopes = [_slope(values, times) for values in (x, y, size)]
+    way_x, way_y, growth = (slope * duration for slope in slopes)
+    off_line = math.hypot(_wobble(x, times, slopes[0]), _wobble(y, times, slopes[1]))
 
-    travel = max(abs(way_x), abs(way_y))
-    straight = travel > 2.0 * min(abs(way_x), abs(way_y)) and wobble < MAX_WOBBLE * travel
-    if travel > MIN_TRAVEL and straight and abs(growth) < MIN_GROWTH:
+    travel, sideways = max(abs(way_x), abs(way_y)), min(abs(way_x), abs(way_y))
+    travels, grows = travel > MIN_TRAVEL, abs(growth) > MIN_GROWTH
+    if travels and not grows and travel > 2.0 * sideways and off_line < MAX_WOBBLE * travel:
         if abs(way_x) > abs(way_y):
             return "right" if way_x > 0 else "left"
         return "down" if way_y > 0 else "up"
-
-    steady = _wobble(size, times, slope_size) < MAX_WOBBLE * abs(growth)
-    if abs(growth) > MIN_GROWTH and steady and travel < MIN_TRAVEL and wobble < 0.1:
-        return "grow" if growth > 0 else "shrink"
+    if grows and not travels and off_line < MAX_DRIFT:
+        steady = _wobble(size, times, slopes[2]) < MAX_WOBBLE * abs(growth)
+        return ("grow" if growth > 0 else "shrink") if steady else None
     return None
 
 
@@ -296,7 +295,8 @@ def track(video: Any) -> Track:
         return _NOTHING
     times = np.flatnonzero(present).astype(float)
     x, y, radius = x[present], y[present], radius[present]
-    return Track(_name_colour(colour), _name_motion(x, y, radius, times), x, y, radius)
+    motion = _name_orbit(x, y, times) or _name_line(x, y, radius, times)
+    return Track(_name_colour(colour), motion, x, y, radius)
 
 
 def accuracy(videos: Iterable[Any], labels: Iterable[int]) -> dict[str, float]:

@@ -143,8 +143,10 @@ def require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Defaults, then the YAML at `path`, then `key=value` overrides, checked.
+def load_config(
+    path: str | Path | None = None, overrides: list[str] | None = None, base: dict[str, Any] | None = None
+) -> Config:
+    """Defaults, then the nested values `base`, then the YAML at `path`, then `key=value` overrides, checked.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names the file or key and what to do.
@@ -153,7 +155,9 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    layers = [] if path is None else [(str(path), _read_yaml(Path(path)))]
+    layers: list[tuple[str, Any]] = [("the base configuration", base or {})]
+    if path is not None:
+        layers.append((str(path), _read_yaml(Path(path))))
     for override in overrides or []:
         key, equals, _ = override.partition("=")
         require(bool(equals and key.strip()), f"{override!r} is not an override: write section.key=value.")

@@ -106,7 +106,7 @@ class Trainer:
         if self.world.is_main:
             self.log = RunLogger(self.folder, start=self.step, total=self.config.train.max_steps)
             (self.folder / "config.yaml").write_text(self.config.to_yaml())
-        for note in [*notes, self.headline()]:
+        for note in [*notes, self.headline(), self.data_line()]:
             self.log.say(note)
         if self.config.train.compile:
             for block in self.model.blocks:
@@ -278,10 +278,15 @@ class Trainer:
         millions = count_parameters(self.model) / 1e6
         return (
             f"{self.config.model.name} {self.config.model.variant}, {millions:.2f} M parameters, "
-            f"{len(self.clips)} clips, global batch {self.global_batch_size} on {self.world.size} process(es), "
+            f"global batch {self.global_batch_size} on {self.world.size} process(es), "
             f"{self.world.device.type} {self.config.train.precision}, steps {self.step} to "
             f"{self.config.train.max_steps}, into {self.folder}"
         )
+
+    def data_line(self) -> str:
+        """What it is trained on, in one line."""
+        facts = {key: value for key, value in self.clips.describe().items() if value}
+        return "data: " + ", ".join(f"{key} {value}" for key, value in facts.items())
 
     def log_metrics(self, meter: Meter) -> None:
         """One row: means over the steps since the last row and over ranks."""

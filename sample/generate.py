@@ -9,7 +9,6 @@ Letters: B videos of a batch, n videos in all, F frames, C latent channels, h w 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +86,7 @@ def sampling_config(
         if given.codec.path:
             tree["codec"] |= {key: getattr(given.codec, key) for key in ("path", "subfolder", "revision")}
     tree["sample"] |= settings
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.json"
-        file.write_text(json.dumps(tree))  # JSON is YAML
-        return load_config(file, overrides)
+    return load_config(None, overrides, base=tree)
 
 
 def resolve_labels(labels: Sequence[int | str], num_classes: int, class_names: Sequence[str] | None) -> list[int]:
