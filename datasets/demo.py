@@ -171,6 +171,7 @@ MIN_PRESENT = 0.9  # share of the frames in which the body must be found
 
 MIN_TRAVEL = 0.20  # translations: net way, in units of the frame's side
 MIN_TURN = math.pi  # orbits: angle swept about the fitted centre
+MIN_ONWARD = 0.8  # orbits: share of the steps that go on in that sense, by less than a quarter turn
 MIN_ORBIT, MAX_ORBIT = 0.08, 0.40  # orbits: radius of the fitted circle
 MIN_GROWTH = math.log(1.35)  # grow and shrink: |log| of the ratio of the last to the first radius
 MAX_WOBBLE = 0.15  # deviation (root mean square) from the fitted path, over that path's extent
@@ -238,18 +239,19 @@ def _wobble(values: Array, times: Array, slope: float) -> float:
     return float(np.sqrt(np.mean((rest - np.median(rest)) ** 2)))
 
 
-def _name_orbit(x: Array, y: Array, times: Array) -> str | None:
+def _name_orbit(x: Array, y: Array) -> str | None:
     """The sense in which the body goes round the best circle (Kasa fit), or None where it does not."""
     design = np.stack([x, y, np.ones_like(x)], axis=1)
     (a, b, c), *_ = np.linalg.lstsq(design, x * x + y * y, rcond=None)
     centre_x, centre_y = a / 2.0, b / 2.0
     radius = math.sqrt(max(c + centre_x**2 + centre_y**2, 1e-12))
     angle = np.unwrap(np.arctan2(y - centre_y, x - centre_x))
-    slope = _slope(angle, times)
-    swept = slope * float(times[-1] - times[0])
+    swept = float(angle[-1] - angle[0])
+    steps = np.diff(angle) * np.sign(swept)
+    onward = np.mean((steps > 0.0) & (steps < math.pi / 2.0))
     off_circle = float(np.sqrt(np.mean((np.hypot(x - centre_x, y - centre_y) - radius) ** 2)))
     round_ = MIN_ORBIT < radius < MAX_ORBIT and off_circle < MAX_WOBBLE * radius
-    if round_ and abs(swept) > MIN_TURN and _wobble(angle, times, slope) < MAX_WOBBLE * abs(swept):
+    if round_ and abs(swept) > MIN_TURN and onward >= MIN_ONWARD:
         return "clockwise" if swept > 0 else "anticlockwise"
     return None
 
@@ -295,7 +297,7 @@ def track(video: Any) -> Track:
         return _NOTHING
     times = np.flatnonzero(present).astype(float)
     x, y, radius = x[present], y[present], radius[present]
-    motion = _name_orbit(x, y, times) or _name_line(x, y, radius, times)
+    motion = _name_orbit(x, y) or _name_line(x, y, radius, times)
     return Track(_name_colour(colour), motion, x, y, radius)
 
 

@@ -56,6 +56,5 @@ class DiffusionConfig:
         for key in keys:
             if getattr(self, key) != defaults[key]:
                 raise ValueError(
-                    f"diffusion.{key}={getattr(self, key)} has no meaning with {owner}: "
-                    f"leave it at {defaults[key]}."
+                    f"diffusion.{key}={getattr(self, key)} has no meaning with {owner}: leave it at {defaults[key]}."
                 )

@@ -64,9 +64,7 @@ class RectifiedFlow:
         time = (timesteps.to(dtype) / self.config.num_steps).view(-1, *[1] * (x_start.ndim - 1))
         return (1 - time) * x_start + time * noise
 
-    def training_losses(
-        self, denoiser: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> LossTerms:
+    def training_losses(self, denoiser: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> LossTerms:
         """Squared error of the velocity `noise` - `x_start` at `timesteps` (B,) in [0, config.num_steps]."""
         output = denoiser(self.q_sample(x_start, timesteps, noise), timesteps)
         return LossTerms.from_frames(frame_mean((noise - x_start - velocity(output, x_start)) ** 2))

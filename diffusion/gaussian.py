@@ -129,10 +129,7 @@ class GaussianDiffusion:
 
     def x_start_from_prediction(self, prediction: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
         """The clean clip that a prediction at x_t amounts to."""
-        return (
-            self.table("x_start_input", timesteps, x) * x
-            + self.table("x_start_output", timesteps, x) * prediction
-        )
+        return self.table("x_start_input", timesteps, x) * x + self.table("x_start_output", timesteps, x) * prediction
 
     def noise_from_x_start(self, x_start: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
         """The noise that leads from x_0 to x_t."""
@@ -178,9 +175,7 @@ class GaussianDiffusion:
         mean = self.q_posterior_mean(pred_x_start, x, timesteps)
         return PMeanVariance(mean, variance.expand_as(mean), log_variance.expand_as(mean), pred_x_start)
 
-    def p_variance(
-        self, variance_values: Tensor | None, x: Tensor, timesteps: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def p_variance(self, variance_values: Tensor | None, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Variance and log variance of p(x_{t-1} | x_t), that broadcast over x (B, F, C, H, W).
 
         Learned: values in [-1, 1] go from the smallest to the largest sensible log variance
@@ -215,9 +210,7 @@ class GaussianDiffusion:
         decoder = -frame_mean(discretized_gaussian_log_likelihood(x_start, p.mean, 0.5 * p.log_variance))
         return torch.where((timesteps == 0)[:, None], decoder, divergence) / NATS_PER_BIT
 
-    def training_losses(
-        self, denoiser: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> LossTerms:
+    def training_losses(self, denoiser: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> LossTerms:
         """The configured loss of one noised batch.
 
         Args:

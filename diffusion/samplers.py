@@ -147,9 +147,7 @@ def ddim_reverse_step(
 # ---- rectified flow ----------------------------------------------------------------------------
 
 
-def _flow_velocity(
-    flow: RectifiedFlow, denoiser: Denoiser, x: Tensor, time: Tensor, options: StepOptions
-) -> Step:
+def _flow_velocity(flow: RectifiedFlow, denoiser: Denoiser, x: Tensor, time: Tensor, options: StepOptions) -> Step:
     """Velocity at `time` (B, 1, ...) > 0, held in `.x`, and the clean clip it points to."""
     speed = velocity(denoiser(x, flow.network_timesteps(time)), x)
     pred_x_start = x - time * speed

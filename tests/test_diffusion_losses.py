@@ -46,9 +46,7 @@ def test_discretized_likelihood_is_a_distribution_over_256_levels(mean: float, d
     assert (probability - exact).abs().max() < 8e-4  # twice the error of the approximate CDF
 
 
-def bound_by_hand(
-    diffusion: GaussianDiffusion, output: Tensor, x_start: Tensor, x: Tensor, step: int
-) -> Tensor:
+def bound_by_hand(diffusion: GaussianDiffusion, output: Tensor, x_start: Tensor, x: Tensor, step: int) -> Tensor:
     """(F,) term `step` of the bound of one clip, from definitions, in bits."""
     betas = diffusion.tables["betas"]
     signal = torch.cumprod(1 - betas, 0)
@@ -79,9 +77,7 @@ def test_losses_are_their_definitions(loss: str) -> None:
     timesteps = torch.tensor([0, 20, 49])
     x = diffusion.q_sample(x_start, timesteps, noise)
     terms = diffusion.training_losses(lambda *_: output, x_start, timesteps, noise)
-    bound = torch.stack(
-        [bound_by_hand(diffusion, output[i], x_start[i], x[i], int(timesteps[i])) for i in range(3)]
-    )
+    bound = torch.stack([bound_by_hand(diffusion, output[i], x_start[i], x[i], int(timesteps[i])) for i in range(3)])
     weight = {"mse": 1, "rescaled_mse": 50 / 1000, "kl": 1, "rescaled_kl": 50}[loss]
     mse = (output[:, :, :2] - noise).square().mean((2, 3, 4))
     expected = weight * bound if "kl" in loss else mse + weight * bound
@@ -199,9 +195,7 @@ def test_bits_per_dimension_are_the_sum_of_the_terms() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(num_steps=30))
     x_start, output = randn(*SHAPE).clamp(-1, 1), double_output()
     noises = iter([randn(*SHAPE, seed=step) for step in reversed(range(30))])
-    bits = calc_bpd_loop(
-        diffusion, lambda *_: output, x_start, clip_denoised=False, noise_fn=lambda _: next(noises)
-    )
+    bits = calc_bpd_loop(diffusion, lambda *_: output, x_start, clip_denoised=False, noise_fn=lambda _: next(noises))
     signal = torch.cumprod(1 - diffusion.tables["betas"], 0)
     for step in (0, 1, 17, 29):
         x = signal[step].sqrt() * x_start + (1 - signal[step]).sqrt() * randn(*SHAPE, seed=step)

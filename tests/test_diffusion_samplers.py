@@ -261,13 +261,7 @@ def test_gradient_guidance_samples_the_posterior(method: str) -> None:
     def gradient(x: Tensor, timesteps: Tensor) -> Tensor:
         # log E[exp(a x_0) | x_t] is linear in x_t with slope a dE[x_0 | x_t]/dx_t
         signal = FULL_SIGNAL[timesteps].view(-1, 1, 1, 1, 1)
-        return (
-            strength
-            * signal.sqrt()
-            * DEVIATION**2
-            / (signal * DEVIATION**2 + 1 - signal)
-            * torch.ones_like(x)
-        )
+        return strength * signal.sqrt() * DEVIATION**2 / (signal * DEVIATION**2 + 1 - signal) * torch.ones_like(x)
 
     found = sample(
         gaussian("200", fixed_variance="small"),

@@ -56,9 +56,7 @@ def test_respacing_with_uneven_sections_gives_the_surplus_to_the_first() -> None
     assert respaced_timesteps(11, "6,5") == list(range(11))
 
 
-@pytest.mark.parametrize(
-    "respacing", ["13", "0", "-3", "ddim", "ddim13", "ddim7", "ten", "2,,3", "1.5", "7,1"]
-)
+@pytest.mark.parametrize("respacing", ["13", "0", "-3", "ddim", "ddim13", "ddim7", "ten", "2,,3", "1.5", "7,1"])
 def test_impossible_respacing_is_a_sentence_that_repeats_it(respacing: str) -> None:
     with pytest.raises(ValueError, match=f"[Rr]espacing '{respacing}'"):
         respaced_timesteps(12, respacing)
@@ -87,9 +85,7 @@ def test_posterior_is_bayes_rule(step: int) -> None:
     ours = tables["posterior_mean_coef1"][step] * x_start + tables["posterior_mean_coef2"][step] * x
     assert ours.item() == pytest.approx(mean.item(), abs=1e-9)
     assert tables["posterior_variance"][step].item() == pytest.approx(variance.item(), rel=1e-9)
-    assert tables["posterior_log_variance_clipped"][step].exp().item() == pytest.approx(
-        variance.item(), rel=1e-9
-    )
+    assert tables["posterior_log_variance_clipped"][step].exp().item() == pytest.approx(variance.item(), rel=1e-9)
 
 
 def test_one_step_process_has_finite_tables() -> None:

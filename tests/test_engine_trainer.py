@@ -80,8 +80,6 @@ def test_resume_continues_bit_for_bit(tiny: list[str], tmp_path: Path, extra: li
     timing = {"videos_per_second", "seconds_per_step"}
     names = ("whole", "parts")
     logs = [[{k: v for k, v in row.items() if k not in timing} for row in rows(tmp_path / name)] for name in names]
-        [{k: v for k, v in row.items() if k not in timing} for row in rows(tmp_path / n)] for n in ("whole", "parts")
-    ]
     assert logs[0] == logs[1]
 
 

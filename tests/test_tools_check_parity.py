@@ -63,9 +63,7 @@ def test_bad_use_exits_with_2() -> None:
     command = [sys.executable, "-m", "tools.check_parity", "no/such/folder"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert (
-        done.stderr.strip() == "error: no/such/folder is not a folder; give the one that holds the goldens."
-    )
+    assert done.stderr.strip() == "error: no/such/folder is not a folder; give the one that holds the goldens."
 
 
 def test_shared_goldens_pass_and_ours_are_their_copy() -> None:
@@ -120,9 +118,7 @@ def test_one_changed_number_fails(tmp_path: Path, file: str, tensor: str, quanti
 
 def test_nan_fails(tmp_path: Path) -> None:
     folder = copy(tmp_path, "latte_uncond.safetensors")
-    rewrite(
-        folder / "latte_uncond.safetensors", lambda tensors: tensors["out"].view(-1)[0].fill_(float("nan"))
-    )
+    rewrite(folder / "latte_uncond.safetensors", lambda tensors: tensors["out"].view(-1)[0].fill_(float("nan")))
     assert set(failures(folder)) == {"latte_uncond/out"}
 
 

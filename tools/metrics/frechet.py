@@ -32,9 +32,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 def _check(real: Tensor, fake: Tensor) -> None:
     for name, features in (("real", real), ("fake", fake)):
         if features.ndim != 2 or len(features) == 0:
-            raise ValueError(
-                f"The {name} features are {tuple(features.shape)}; they must be (number, dimensions)."
-            )
+            raise ValueError(f"The {name} features are {tuple(features.shape)}; they must be (number, dimensions).")
         if not features.isfinite().all():
             raise ValueError(f"The {name} features hold NaN or infinity: look at the detector or its input.")
     if real.shape[1] != fake.shape[1]:

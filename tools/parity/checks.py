@@ -99,9 +99,7 @@ def check_network(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
     """Position tables, and a forward pass (with independent images, if any)."""
     for name in ("pos_embed", "temp_embed"):
         yield Quantity(f"state/{name}", partial(position_table, golden, name))
-    yield Quantity(
-        "out", lambda: forward(golden, in_precision(golden_network(golden, setting), setting)), network=True
-    )
+    yield Quantity("out", lambda: forward(golden, in_precision(golden_network(golden, setting), setting)), network=True)
 
 
 def check_guided_network(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
@@ -142,9 +140,7 @@ def guidance(golden: Goldens, network: Callable[..., Tensor]) -> Tensor:
     if not (null_labels == null_label).all():
         raise Mismatch(f"the second half of cfg_y is not the null label {null_label}")
     with torch.no_grad():
-        conditional = guided(network, labels, null_label, golden.config["cfg_scale"], channels=channels)(
-            x, timesteps
-        )
+        conditional = guided(network, labels, null_label, golden.config["cfg_scale"], channels=channels)(x, timesteps)
         unconditional = network(x, null_timesteps, null_labels)
     rest = unconditional[:, :, channels:]
     return torch.cat([conditional, torch.cat([conditional[:, :, :channels], rest], dim=2)])
@@ -153,9 +149,7 @@ def guidance(golden: Goldens, network: Callable[..., Tensor]) -> Tensor:
 # ---- diffusion ---------------------------------------------------------------------------------
 
 
-def process(
-    golden: Goldens, respacing: str = "", learn_sigma: bool = True, **fields: Any
-) -> GaussianDiffusion:
+def process(golden: Goldens, respacing: str = "", learn_sigma: bool = True, **fields: Any) -> GaussianDiffusion:
     """A diffusion process as long as the golden tables."""
     x = golden["table/betas"]
     config = DiffusionConfig(num_steps=len(x), **fields)
