@@ -55,6 +55,12 @@ def test_official_files_ema_first_then_model_then_bare(tmp_path: Path, legacy: b
         assert same(read_state_dict(path), expected)
 
 
+def test_the_other_weights_of_an_official_file(tmp_path: Path) -> None:
+    ema, raw = network(1).state_dict(), network(2).state_dict()
+    torch.save({"model": raw, "ema": ema}, tmp_path / "both.pt")
+    assert same(read_state_dict(tmp_path / "both.pt", prefer="model"), raw)
+
+
 def test_safetensors(tmp_path: Path) -> None:
     weights = network().state_dict()
     save_file({f"module.{key}": value for key, value in weights.items()}, tmp_path / "model.safetensors")

@@ -1,0 +1,368 @@
+"""LatentCodec against diffusers' own classes on tiny random models in the real format, and on real weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.autoencoder import CodecConfig, LatentCodec
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+CHANNELS = 5  # of the tiny models' latents: nothing may assume 4
+BLOCKS = {"block_out_channels": (8, 8), "layers_per_block": 1, "latent_channels": CHANNELS}
+TINY_BLOCKS = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+    "latent_channels": CHANNELS,
+}
+
+
+def build(class_name: str) -> Any:
+    """A random model of that class with 2-fold down-sampling, its latents far from zero mean and unit scale."""
+    import diffusers
+
+    torch.manual_seed(0)
+    down = ("DownEncoderBlock2D",) * 2
+    if class_name == "AutoencoderKL":
+        up = ("UpDecoderBlock2D",) * 2
+        return diffusers.AutoencoderKL(**BLOCKS, down_block_types=down, up_block_types=up, norm_num_groups=4).eval()
+    if class_name == "AutoencoderKLTemporalDecoder":  # its group norms have 32 groups
+        blocks = {**BLOCKS, "block_out_channels": (32, 32)}
+        return diffusers.AutoencoderKLTemporalDecoder(**blocks, down_block_types=down).eval()
+    return diffusers.AutoencoderTiny(**TINY_BLOCKS).eval()
+
+
+CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLTemporalDecoder")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
+    """Each class: the model, and the folder that `save_pretrained` made of it."""
+    models = {}
+    for class_name in CLASSES:
+        folder = tmp_path_factory.mktemp(class_name)
+        model = build(class_name)
+        model.save_pretrained(folder)
+        models[class_name] = (model, folder)
+    return models
+
+
+def config(folder: Path, **changes: Any) -> CodecConfig:
+    values = {"path": str(folder), "latent_channels": CHANNELS, "downsample_factor": 2, "scale": 0.7, "shift": 0.2}
+    return CodecConfig(**(values | changes))
+
+
+def clips(batch: int = 2, frames: int = 3, size: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(batch, frames, 3, size, size, generator=generator) * 2 - 1
+
+
+# ----------------------------------------------------------------------------------- against diffusers
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+@torch.no_grad()
+def test_encode_and_decode_are_those_of_diffusers(saved: dict[str, tuple[Any, Path]], class_name: str) -> None:
+    model, folder = saved[class_name]
+    codec, video = LatentCodec.from_config(config(folder)), clips()
+    encoded = model.encode(video.flatten(0, 1))
+    raw = encoded.latents if class_name == "AutoencoderTiny" else encoded.latent_dist.mode()
+    expected = ((raw - 0.2) * 0.7).view(2, 3, CHANNELS, 8, 8)
+    latents = codec.encode(video)
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
+    assert codec.latent_shape(video.shape) == latents.shape
+
+    extra = {"num_frames": 3} if class_name == "AutoencoderKLTemporalDecoder" else {}
+    pictures = model.decode(raw, **extra).sample.view(video.shape)
+    torch.testing.assert_close(codec.decode(latents), pictures.clamp(-1, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("class_name", ["AutoencoderKL", "AutoencoderKLTemporalDecoder"])
+@torch.no_grad()
+def test_noise_samples_the_posterior(saved: dict[str, tuple[Any, Path]], class_name: str) -> None:
+    model, folder = saved[class_name]
+    codec, video = LatentCodec.from_config(config(folder)), clips()
+    assert codec.stochastic
+    noise = torch.randn(codec.latent_shape(video.shape), generator=torch.Generator().manual_seed(2))
+    posterior = model.encode(video.flatten(0, 1)).latent_dist
+    sample = (posterior.mean + torch.exp(0.5 * posterior.logvar) * noise.flatten(0, 1)).view(noise.shape)
+    torch.testing.assert_close(codec.encode(video, noise), (sample - 0.2) * 0.7, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(codec.encode(video, noise), codec.encode(video))
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+@pytest.mark.parametrize("chunk_size", [1, 2, 4, 7])
+def test_chunks_change_nothing(saved: dict[str, tuple[Any, Path]], class_name: str, chunk_size: int) -> None:
+    """Also where the decoder mixes frames: a clip of 3 frames is never split, whatever the chunk."""
+    _, folder = saved[class_name]
+    video = clips(batch=3)
+    whole = LatentCodec.from_config(config(folder, chunk_size=100))
+    parts = LatentCodec.from_config(config(folder, chunk_size=chunk_size))
+    noise = torch.randn(whole.latent_shape(video.shape)) if whole.stochastic else None
+    latents = whole.encode(video, noise)
+    torch.testing.assert_close(parts.encode(video, noise), latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts.decode(latents), whole.decode(latents), rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_bound_the_calls(saved: dict[str, tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = LatentCodec.from_config(config(saved["AutoencoderTiny"][1], chunk_size=4))
+    sizes: list[int] = []
+    codec.network.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    codec.network.decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    codec.decode(codec.encode(clips(batch=3)))
+    assert sizes == [4, 4, 1, 4, 4, 1]
+
+
+def test_the_temporal_decoder_does_mix_frames(saved: dict[str, tuple[Any, Path]]) -> None:
+    """Otherwise the test of its chunks would prove nothing."""
+    _, folder = saved["AutoencoderKLTemporalDecoder"]
+    codec = LatentCodec.from_config(config(folder))
+    with torch.no_grad():  # a random time mixer that counts (a new one starts nearly switched off)
+        for name, parameter in codec.network.decoder.named_parameters():
+            if "time_conv_out" in name:
+                parameter.normal_(std=0.3)
+    latents = torch.randn(1, 3, CHANNELS, 8, 8)
+    other = latents.clone()
+    other[:, 2] = 0
+    assert (codec.decode(latents)[:, 1] - codec.decode(other)[:, 1]).abs().max() > 1e-3
+
+
+# -------------------------------------------------------------------------------------- frozen, exact
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_frozen_and_always_in_evaluation(saved: dict[str, tuple[Any, Path]], class_name: str) -> None:
+    codec = LatentCodec.from_config(config(saved[class_name][1]))
+    torch.nn.ModuleList([codec]).train()
+    assert not any(module.training for module in codec.modules())
+    assert not any(parameter.requires_grad for parameter in codec.parameters())
+    video = clips().requires_grad_()
+    latents = codec.encode(video)
+    assert not latents.requires_grad
+    assert not codec.decode(latents.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_low_precision_stays_inside(saved: dict[str, tuple[Any, Path]], dtype: str) -> None:
+    _, folder = saved["AutoencoderTiny"]
+    exact, low = (LatentCodec.from_config(config(folder, dtype=kind)) for kind in ("fp32", dtype))
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16 if dtype == "bf16" else torch.float16}
+    latents = low.encode(clips())
+    assert latents.dtype == low.decode(latents).dtype == torch.float32
+    torch.testing.assert_close(latents, exact.encode(clips()), rtol=0.1, atol=0.02)
+    assert not torch.equal(latents, exact.encode(clips()))
+
+
+def test_decoded_video_is_clamped(saved: dict[str, tuple[Any, Path]]) -> None:
+    codec = LatentCodec.from_config(config(saved["AutoencoderKL"][1]))
+    video = codec.decode(1e4 * torch.randn(1, 2, CHANNELS, 8, 8))
+    assert video.min() >= -1 and video.max() <= 1
+
+
+def test_scale_comes_from_the_config_alone(saved: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+    """A `scaling_factor` in the autoencoder's own config is not read."""
+    model, _ = saved["AutoencoderTiny"]
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 99.0, "shift_factor": 7.0}))
+    plain = LatentCodec.from_config(config(tmp_path, scale=1.0, shift=0.0))
+    torch.testing.assert_close(
+        plain.encode(clips())[0], model.encode(clips()[0]).latents.detach(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_subfolder(saved: dict[str, tuple[Any, Path]], tmp_path: Path) -> None:
+    model, folder = saved["AutoencoderKL"]
+    model.save_pretrained(tmp_path / "vae")
+    nested = LatentCodec.from_config(config(tmp_path, subfolder="vae"))
+    direct = LatentCodec.from_config(config(folder))
+    assert torch.equal(nested.encode(clips()), direct.encode(clips()))
+
+
+# ---------------------------------------------------------------------------------------- pixel space
+
+
+def test_pixel_space_is_the_identity() -> None:
+    codec = LatentCodec.from_config(CodecConfig(latent_channels=3, downsample_factor=1, scale=0.5, shift=0.1))
+    video = clips(size=10)
+    assert not codec.stochastic
+    assert codec.latent_shape(video.shape) == video.shape
+    torch.testing.assert_close(codec.encode(video), (video - 0.1) * 0.5)
+    torch.testing.assert_close(codec.decode(codec.encode(video)), video)
+
+
+def test_pixel_space_never_imports_diffusers() -> None:
+    code = (
+        "import sys; from models.autoencoder import CodecConfig, LatentCodec;"
+        "LatentCodec.from_config(CodecConfig(latent_channels=3, downsample_factor=1));"
+        "assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# ------------------------------------------------------------------------------------- user's mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"latent_channels": 4}, "codec.latent_channels is 4, but .* is 5; set codec.latent_channels=5"),
+        ({"downsample_factor": 8}, "codec.downsample_factor is 8, but .* is 2; set codec.downsample_factor=2"),
+    ],
+)
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_yaml_values_that_are_not_the_autoencoders(
+    saved: dict[str, tuple[Any, Path]], class_name: str, changes: dict[str, int], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        LatentCodec.from_config(config(saved[class_name][1], **changes))
+
+
+def test_pixel_space_with_the_channels_of_a_codec() -> None:
+    with pytest.raises(ValueError, match=r"codec\.latent_channels is 4, but that of pixel space is 3"):
+        LatentCodec.from_config(CodecConfig())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("latent_channels", 0), ("downsample_factor", 0), ("chunk_size", 0), ("scale", 0.0), ("dtype", "fp8")],
+)
+def test_values_out_of_range_are_named(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"codec\.{key} is"):
+        CodecConfig(**{key: value})
+
+
+def test_a_missing_folder_and_an_empty_one(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", "./nowhere", "assets/demo/nowhere", "vae"):
+        with pytest.raises(FileNotFoundError, match=r"codec\.path=.* is not a folder"):
+            LatentCodec.from_config(config(Path(path)))
+    with pytest.raises(FileNotFoundError, match=r"holds neither config\.json nor taef2_encoder\.pth"):
+        LatentCodec.from_config(config(tmp_path))
+
+
+def test_a_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"codec\.path=nobody/nothing .*could not be had from the hub") as error:
+        LatentCodec.from_config(CodecConfig(path="nobody/nothing"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(ValueError, match="holds a UNet2DModel, but a codec must be one of AutoencoderKL"):
+        LatentCodec.from_config(config(tmp_path))
+    (tmp_path / "config.json").write_text("not json")
+    with pytest.raises(ValueError, match="does not describe an autoencoder"):
+        LatentCodec.from_config(config(tmp_path))
+
+
+@pytest.mark.parametrize("fault", ["no weights", "a tensor missing", "cut short"])
+def test_weights_that_do_not_fill_the_autoencoder(
+    saved: dict[str, tuple[Any, Path]], tmp_path: Path, fault: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved["AutoencoderTiny"][0].save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    if fault == "no weights":
+        file.unlink()
+    elif fault == "cut short":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        weights = load_file(file)
+        weights.pop("encoder.layers.0.bias")
+        save_file(weights, file)
+    with pytest.raises(ValueError, match=r"codec\.path=") as error:
+        LatentCodec.from_config(config(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_videos_that_do_not_fit(saved: dict[str, tuple[Any, Path]]) -> None:
+    codec = LatentCodec.from_config(config(saved["AutoencoderTiny"][1]))
+    with pytest.raises(ValueError, match=r"15x15 pixels .* codec\.downsample_factor is 2"):
+        codec.encode(clips(size=15))
+    with pytest.raises(ValueError, match="a video must be"):
+        codec.encode(clips()[0])
+    with pytest.raises(ValueError, match="not stochastic"):
+        codec.encode(clips(), torch.zeros(2, 3, CHANNELS, 8, 8))
+    gaussian = LatentCodec.from_config(config(saved["AutoencoderKL"][1]))
+    with pytest.raises(ValueError, match="noise has shape"):
+        gaussian.encode(clips(), torch.zeros(2, 3, CHANNELS, 4, 4))
+
+
+# ---------------------------------------------------------------------------------------- real weights
+
+
+def taef2_config(**changes: Any) -> CodecConfig:
+    if not (SHARED / "weights" / "taef2_encoder.pth").is_file():
+        pytest.skip("the TAEF2 weights of ../shared/weights are absent")
+    return CodecConfig(**({"path": str(SHARED / "weights"), "latent_channels": 32, "scale": 1.0} | changes))
+
+
+@pytest.mark.parametrize("clip", ["asl/sample-videos__again.mkv", "asl/sample-videos__bird.mkv"])
+def test_taef2_round_trip_on_real_clips(clip: str) -> None:
+    """Above 35 dB at 256 px; the latents have mean about 0 and deviation about 0.8."""
+    file = SHARED / "media" / "clips" / clip
+    codec_config = taef2_config()
+    if not file.is_file():
+        pytest.skip(f"{clip} of ../shared/media is absent")
+    from datasets.readers import open_video
+
+    codec, frames = LatentCodec.from_config(codec_config), open_video(file).read([0, 20, 40])
+    side = min(frames.shape[-2:])
+    top, left = (frames.shape[-2] - side) // 2, (frames.shape[-1] - side) // 2
+    square = frames[..., top : top + side, left : left + side].float() / 127.5 - 1
+    video = torch.nn.functional.interpolate(square, (256, 256), mode="bilinear", antialias=True)[None]
+    latents = codec.encode(video)
+    assert latents.shape == (1, 3, 32, 32, 32)
+    assert abs(latents.mean()) < 0.1
+    assert 0.7 < latents.std() < 0.95
+    error = (codec.decode(latents) - video).square().mean()
+    assert 10 * torch.log10(4 / error) > 35
+
+
+def test_taef2_files_load_strictly(tmp_path: Path) -> None:
+    source = Path(str(taef2_config().path))
+    weights = torch.load(source / "taef2_decoder.pth", weights_only=True)
+    for name in ("taef2_encoder.pth", "taef2_decoder.pth"):
+        torch.save(weights, tmp_path / name)
+    with pytest.raises(ValueError, match=r"taef2_encoder\.pth does not hold TAEF2 weights"):
+        LatentCodec.from_config(taef2_config(path=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"codec\.latent_channels is 16, but .* is 32"):
+        LatentCodec.from_config(taef2_config(latent_channels=16))
+
+
+def test_the_shipped_codec_is_what_its_recipe_says() -> None:
+    """Round trip of freshly drawn clips through assets/demo/codec, at both sizes."""
+    import numpy as np
+
+    from datasets.demo import accuracy, draw_clip
+
+    folder = ROOT / "assets" / "demo" / "codec"
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 3e6
+    codec = LatentCodec.from_config(CodecConfig(path=str(folder), latent_channels=16, scale=1.0, chunk_size=64))
+    for (_, figures), size in zip(recipe["held_out"].items(), (32, 64)):
+        rng = np.random.default_rng(size)
+        drawn = np.stack([draw_clip(label % 8, rng, size=size)[:16] for label in range(16)])
+        video = torch.from_numpy(drawn).float() / 127.5 - 1
+        latents = codec.encode(video)
+        decoded = ((codec.decode(latents) + 1) * 127.5).round().to(torch.uint8)
+        psnr = 10 * np.log10(255**2 / np.square(decoded.numpy().astype(float) - drawn).mean())
+        assert psnr == pytest.approx(figures["psnr"], abs=1.5)
+        assert latents.mean().item() == pytest.approx(0, abs=0.2)
+        assert latents.std().item() == pytest.approx(1, abs=0.2)
+        assert min(accuracy(decoded, [label % 8 for label in range(16)]).values()) == 1.0
