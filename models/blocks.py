@@ -123,9 +123,7 @@ class Block(nn.Module):
     for conditions that are given as tokens (paper section 3.3.2).
     """
 
-    def __init__(
-        self, layer: Layer, hidden_size: int, num_heads: int, mlp_ratio: float, *, adaln: bool
-    ) -> None:
+    def __init__(self, layer: Layer, hidden_size: int, num_heads: int, mlp_ratio: float, *, adaln: bool) -> None:
         super().__init__()
         names = iter(("attn", "temporal_attn"))
         self.branches = [[(next(names), axis) for axis in branch] for branch in layer]
@@ -138,9 +136,7 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELU_TANH)
         self.adaLN_modulation = conditioner(hidden_size, 6) if adaln else None
 
-    def forward(
-        self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None = None) -> Tensor:
         """`(B, F+I, N, D)` -> the same; `condition (B, 1 or 1+I, 1, D)`: the clip's row, then the images'.
 
         `rotation` turns queries and keys of temporal attention. A layer over time only lets images pass.
@@ -151,9 +147,7 @@ class Block(nn.Module):
         clip = self._transform(x[:, :num_frames], clip_condition, num_frames, rotation)
         return torch.cat([clip, x[:, num_frames:]], dim=1)
 
-    def _transform(
-        self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None
-    ) -> Tensor:
+    def _transform(self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None) -> Tensor:
         attention, mlp = self._modulations(condition, num_frames)
         for branch in self.branches:
             h = _enter(self.norm1(x), attention)
@@ -161,9 +155,7 @@ class Block(nn.Module):
             x = x + _leave(sum(mixed[1:], start=mixed[0]), attention)
         return x + _leave(self.mlp(_enter(self.norm2(x), mlp)), mlp)
 
-    def _modulations(
-        self, condition: Tensor | None, num_frames: int
-    ) -> tuple[Modulation | None, Modulation | None]:
+    def _modulations(self, condition: Tensor | None, num_frames: int) -> tuple[Modulation | None, Modulation | None]:
         if self.adaLN_modulation is None:
             return None, None
         parts = per_frame(self.adaLN_modulation(condition), num_frames).chunk(6, dim=-1)

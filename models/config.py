@@ -94,12 +94,8 @@ class LatteConfig:
             "single frames are model.patch_embedding uniform",
         )
         require(self.num_classes >= 0, f"model.num_classes must be 0 or more, not {self.num_classes}")
-        require(
-            0 <= self.label_dropout < 1, f"model.label_dropout must be in [0, 1), not {self.label_dropout}"
-        )
-        require(
-            self.label_init_std >= 0, f"model.label_init_std must be 0 or more, not {self.label_init_std}"
-        )
+        require(0 <= self.label_dropout < 1, f"model.label_dropout must be in [0, 1), not {self.label_dropout}")
+        require(self.label_init_std >= 0, f"model.label_init_std must be 0 or more, not {self.label_init_std}")
 
     @property
     def size(self) -> ModelSize:

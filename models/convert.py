@@ -45,9 +45,7 @@ class InitReport:
             ("kept as they were in the network", len(self.left_ours), _fold(self.left_ours.items())),
         ]
         return "\n".join(
-            line
-            for title, count, lines in sections
-            for line in (f"{title}: {count}", *(f"  {line}" for line in lines))
+            line for title, count, lines in sections for line in (f"{title}: {count}", *(f"  {line}" for line in lines))
         )
 
 
@@ -153,10 +151,7 @@ def _select_weights(content: Any, prefer: str) -> dict[str, Any]:
 
 
 def _unwrap(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    bare = {
-        ".".join(part for part in key.split(".") if part not in WRAPPERS): value
-        for key, value in weights.items()
-    }
+    bare = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in weights.items()}
     if len(bare) < len(weights):
         raise ValueError(f"{path} holds the same weights twice, with and without the prefix of a wrapper")
     return bare

@@ -64,9 +64,7 @@ class Latte(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         if config.num_classes:
             self.y_embedder = LabelEmbedder(config.num_classes, width, null_row=config.has_null_label)
-        self.blocks = nn.ModuleList(
-            Block(layer, width, num_heads, config.mlp_ratio, adaln=adaln) for layer in layers
-        )
+        self.blocks = nn.ModuleList(Block(layer, width, num_heads, config.mlp_ratio, adaln=adaln) for layer in layers)
         self.final_layer = FinalLayer(width, self.patch_size**2 * self.out_channels, adaln=adaln)
         if config.patch_embedding == "tubelet":
             self.frame_upsampler = FrameUpsampler(self.out_channels, config.tubelet_size)
@@ -74,9 +72,7 @@ class Latte(nn.Module):
         self.temp_embed: Tensor | None
         self.register_buffer("pos_embed", self._space_table(self.grid).float())
         absolute = config.temporal_position == "absolute"
-        self.register_buffer(
-            "temp_embed", self._time_table(self.temporal_length).float() if absolute else None
-        )
+        self.register_buffer("temp_embed", self._time_table(self.temporal_length).float() if absolute else None)
         self.initialize_weights()
 
     @property
@@ -95,9 +91,7 @@ class Latte(nn.Module):
         """The label that means "no label", or None where there is no such row."""
         return self.config.num_classes if self.config.has_null_label else None
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, *, num_images: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, *, num_images: int = 0) -> Tensor:
         """Predict noise (or what else the diffusion asks for), and with `learn_sigma` its variance.
 
         Args:
@@ -174,9 +168,7 @@ class Latte(nn.Module):
     ) -> Tensor:
         if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
             return block(x, condition, num_frames, rotation)
-        return checkpoint(
-            block, x, condition, num_frames, rotation, use_reentrant=False, preserve_rng_state=False
-        )
+        return checkpoint(block, x, condition, num_frames, rotation, use_reentrant=False, preserve_rng_state=False)
 
     def _unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return rearrange(
@@ -236,13 +228,9 @@ class Latte(nn.Module):
 
     def _check_input(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_images: int) -> None:
         if x.ndim != 5 or x.shape[2] != self.in_channels:
-            raise ValueError(
-                f"the network takes latents (B, F+I, {self.in_channels}, H, W), not {tuple(x.shape)}"
-            )
+            raise ValueError(f"the network takes latents (B, F+I, {self.in_channels}, H, W), not {tuple(x.shape)}")
         if timesteps.shape != x.shape[:1]:
-            raise ValueError(
-                f"timesteps must be of shape ({len(x)},), one per clip, not {tuple(timesteps.shape)}"
-            )
+            raise ValueError(f"timesteps must be of shape ({len(x)},), one per clip, not {tuple(timesteps.shape)}")
         if num_images < 0:
             raise ValueError(f"num_images must be 0 or more, not {num_images}")
         self._check_clip(x.shape[1] - num_images, x.shape[3], x.shape[4])

@@ -249,9 +249,7 @@ class Reference:
             shift, scale, gate = modulation[key][3:]
             hidden = self.linear(f"{name}.mlp.fc1", self.norm(f"{name}.norm2", value) * (1 + scale) + shift)
             inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
-            tokens[key] = value + gate * self.linear(
-                f"{name}.mlp.fc2", 0.5 * hidden * (1 + torch.tanh(inner))
-            )
+            tokens[key] = value + gate * self.linear(f"{name}.mlp.fc2", 0.5 * hidden * (1 + torch.tanh(inner)))
         return {**tokens, **passing}
 
     def attend(self, name: str, layer: str, kind: str, tokens: Vectors, heads: int) -> Vectors:
@@ -264,11 +262,7 @@ class Reference:
             elif frame < self.clip:
                 groups.setdefault((sample, token), []).append((sample, frame, token))
         turn = kind == "t" and self.case.temporal_position == "rope"
-        return {
-            key: value
-            for keys in groups.values()
-            for key, value in self.group(name, keys, tokens, heads, turn)
-        }
+        return {key: value for keys in groups.values() for key, value in self.group(name, keys, tokens, heads, turn)}
 
     def group(self, name: str, keys: list, tokens: Vectors, heads: int, turn: bool) -> list:
         size = WIDTH // heads
@@ -306,9 +300,7 @@ class Reference:
             if token >= self.rows * self.columns:
                 continue
             shift, scale = self.modulation("final_layer", (sample, frame, token), 2)[:2]
-            values = self.linear(
-                "final_layer.linear", self.norm("final_layer.norm_final", value) * (1 + scale) + shift
-            )
+            values = self.linear("final_layer.linear", self.norm("final_layer.norm_final", value) * (1 + scale) + shift)
             row, column = divmod(token, self.columns)
             for down in range(PATCH):
                 for right in range(PATCH):
@@ -346,9 +338,7 @@ class Reference:
 
 def sum_channels(weight: Tensor, frame: Tensor) -> Tensor:
     """`(C_in, C_out)` and `(C_in, H, W)` -> `(C_out, H, W)`."""
-    return torch.stack(
-        [sum(weight[i, o] * frame[i] for i in range(len(frame))) for o in range(weight.shape[1])]
-    )
+    return torch.stack([sum(weight[i, o] * frame[i] for i in range(len(frame))) for o in range(weight.shape[1])])
 
 
 def sines(position: float, dim: int) -> list[float]:
