@@ -1,6 +1,6 @@
 """`make demo`: the main job on the demo set, end to end, and a page that shows it.
 
-    python -m tools.demo [--out results/demo] [--videos 64] [--processes 2]
+    python -m tools.demo [--out results/demo] [--videos 96] [--processes 2]
 
 Draws the data, trains a small class-conditional Latte from scratch through torchrun, samples it and the
 shipped weights, names what the samples show with the tracker of datasets/demo.py, and writes mp4s, contact
@@ -71,7 +71,7 @@ class Clock:
         """One command of the repository, from its root; stops the demo if it fails."""
         with self.phase(name):
             print("$ " + " ".join(["python" if part == sys.executable else part for part in command]), flush=True)
-            result = subprocess.run(command, cwd=ROOT, env=thread_environment())
+            result = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         if result.returncode:
             raise ValueError(f"the demo's {name} failed with exit code {result.returncode}; see the lines above.")
 
@@ -98,11 +98,6 @@ class Phase:
 def torchrun(processes: int) -> list[str]:
     """The launcher, without relying on PATH."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-
-
-def thread_environment() -> dict[str, str]:
-    """torchrun would say one thread per process; share the cores instead where there are more."""
-    return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def train_arguments(out: Path, processes: int) -> list[str]:
