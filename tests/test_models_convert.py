@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models import Latte, LatteConfig
-from models.convert import init_from_dit, load_weights, read_state_dict
+from models.convert import init_from_dit, is_image_checkpoint, load_weights, read_state_dict
 
 TINY = LatteConfig(name="custom", hidden_size=16, depth=4, num_heads=4, patch_size=2, num_classes=3)
 
@@ -59,6 +59,12 @@ def test_the_other_weights_of_an_official_file(tmp_path: Path) -> None:
     ema, raw = network(1).state_dict(), network(2).state_dict()
     torch.save({"model": raw, "ema": ema}, tmp_path / "both.pt")
     assert same(read_state_dict(tmp_path / "both.pt", prefer="model"), raw)
+
+
+def test_an_image_network_is_told_by_its_tables() -> None:
+    video = network().state_dict()
+    assert not is_image_checkpoint(video)
+    assert is_image_checkpoint({key: value for key, value in video.items() if key != "temp_embed"})
 
 
 def test_safetensors(tmp_path: Path) -> None:
