@@ -2,7 +2,7 @@
 
 `draw_clip` draws one clip (`tools/make_demo_data.py` writes many as mp4 files in the UCF101 layout); `track`
 reads colour and motion back from the pixels of any clip, knowing nothing of its label, and answers None where
-there is no single coloured body that moves in one of the eight ways; `accuracy` counts how often it agrees
+there is no single coloured body that moves in one of the six ways; `accuracy` counts how often it agrees
 with the labels.
 
 Letters: T frames of a clip, H W height and width. Lengths are in units of the frame's side, y points down.
@@ -59,8 +59,8 @@ CLASSES = (
     DemoClass("amber", "square", "left"),
     DemoClass("blue", "diamond", "down"),
     DemoClass("cyan", "triangle", "up"),
-    DemoClass("green", "cross", "clockwise"),
-    DemoClass("lime", "ring", "anticlockwise"),
+    DemoClass("green", "cross", "grow"),
+    DemoClass("lime", "ring", "shrink"),
     DemoClass("pink", "disc", "grow"),
     DemoClass("red", "disc", "right"),
     DemoClass("violet", "square", "shrink"),
@@ -78,9 +78,9 @@ Trajectory = tuple[Array, Array, Array]
 
 
 def _draw_translation(rng: np.random.Generator, frames: int, direction: tuple[int, int]) -> Trajectory:
-    radius = rng.uniform(0.10, 0.15)
+    radius = rng.uniform(0.13, 0.17)
     reach = REACH * radius
-    travel = rng.uniform(0.46, 1.0 - 2.0 * reach)
+    travel = rng.uniform(0.42, 1.0 - 2.0 * reach)
     start = rng.uniform(reach, 1.0 - reach - travel)  # where the body's way begins, from the low end
     along = start + travel * np.linspace(0.0, 1.0, frames)
     across = np.full(frames, rng.uniform(reach, 1.0 - reach))
@@ -90,18 +90,9 @@ def _draw_translation(rng: np.random.Generator, frames: int, direction: tuple[in
     return x, y, np.full(frames, radius)
 
 
-def _draw_orbit(rng: np.random.Generator, frames: int, sense: int) -> Trajectory:
-    radius, orbit = rng.uniform(0.10, 0.13), rng.uniform(0.20, 0.26)
-    slack = 0.5 - orbit - REACH * radius
-    centre_x, centre_y = 0.5 + rng.uniform(-slack, slack, size=2)
-    turns_per_frame = rng.uniform(0.05, 0.07)  # 0.75 to 1.05 turns in a window of 16 frames
-    angle = 2.0 * math.pi * (rng.uniform() + sense * turns_per_frame * np.arange(frames))
-    return centre_x + orbit * np.cos(angle), centre_y + orbit * np.sin(angle), np.full(frames, radius)
-
-
 def _draw_scaling(rng: np.random.Generator, frames: int, sense: int) -> Trajectory:
-    small, large = rng.uniform(0.09, 0.12), rng.uniform(0.27, 0.34)
-    x, y = rng.uniform(large + 0.01, 0.99 - large, size=2)
+    small, large = rng.uniform(0.09, 0.12), rng.uniform(0.26, 0.32)
+    x, y = rng.uniform(REACH * large, 1.0 - REACH * large, size=2)
     radius = np.linspace(small, large, frames)[::sense]
     return np.full(frames, x), np.full(frames, y), radius
 
@@ -111,8 +102,6 @@ TRAJECTORIES: dict[str, Callable[[np.random.Generator, int], Trajectory]] = {
     "left": lambda rng, frames: _draw_translation(rng, frames, (-1, 0)),
     "down": lambda rng, frames: _draw_translation(rng, frames, (0, 1)),
     "up": lambda rng, frames: _draw_translation(rng, frames, (0, -1)),
-    "clockwise": lambda rng, frames: _draw_orbit(rng, frames, 1),
-    "anticlockwise": lambda rng, frames: _draw_orbit(rng, frames, -1),
     "grow": lambda rng, frames: _draw_scaling(rng, frames, 1),
     "shrink": lambda rng, frames: _draw_scaling(rng, frames, -1),
 }
@@ -169,10 +158,7 @@ MIN_AREA, MAX_AREA = 0.008, 0.60  # of the frame
 MAX_SPREAD = 2.2  # second moment over that of a disc of the same area: square 1.05, cross 1.3, ring 1.5
 MIN_PRESENT = 0.9  # share of the frames in which the body must be found
 
-MIN_TRAVEL = 0.20  # translations: net way, in units of the frame's side
-MIN_TURN = math.pi  # orbits: angle swept about the fitted centre
-MIN_ONWARD = 0.8  # orbits: share of the steps that go on in that sense, by less than a quarter turn
-MIN_ORBIT, MAX_ORBIT = 0.08, 0.40  # orbits: radius of the fitted circle
+MIN_TRAVEL = 0.15  # translations: net way, in units of the frame's side
 MIN_GROWTH = math.log(1.35)  # grow and shrink: |log| of the ratio of the last to the first radius
 MAX_WOBBLE = 0.15  # deviation (root mean square) from the fitted path, over that path's extent
 MAX_DRIFT = 0.10  # grow and shrink: deviation of the centre from its line, in units of the side
@@ -239,23 +225,6 @@ def _wobble(values: Array, times: Array, slope: float) -> float:
     return float(np.sqrt(np.mean((rest - np.median(rest)) ** 2)))
 
 
-def _name_orbit(x: Array, y: Array) -> str | None:
-    """The sense in which the body goes round the best circle (Kasa fit), or None where it does not."""
-    design = np.stack([x, y, np.ones_like(x)], axis=1)
-    (a, b, c), *_ = np.linalg.lstsq(design, x * x + y * y, rcond=None)
-    centre_x, centre_y = a / 2.0, b / 2.0
-    radius = math.sqrt(max(c + centre_x**2 + centre_y**2, 1e-12))
-    angle = np.unwrap(np.arctan2(y - centre_y, x - centre_x))
-    swept = float(angle[-1] - angle[0])
-    steps = np.diff(angle) * np.sign(swept)
-    onward = np.mean((steps > 0.0) & (steps < math.pi / 2.0))
-    off_circle = float(np.sqrt(np.mean((np.hypot(x - centre_x, y - centre_y) - radius) ** 2)))
-    round_ = MIN_ORBIT < radius < MAX_ORBIT and off_circle < MAX_WOBBLE * radius
-    if round_ and abs(swept) > MIN_TURN and onward >= MIN_ONWARD:
-        return "clockwise" if swept > 0 else "anticlockwise"
-    return None
-
-
 def _name_line(x: Array, y: Array, radius: Array, times: Array) -> str | None:
     """The direction of a straight way, or the sense of a change of size; None where there is neither or both."""
     duration = float(times[-1] - times[0])
@@ -281,7 +250,7 @@ def track(video: Any) -> Track:
 
     `video` is uint8 RGB, (T, 3, H, W), T at least 4, a numpy array or a tensor on the CPU. A clip without a
     single compact, saturated body (noise, grey blobs, an empty ground) gives no colour and no motion; a body
-    that stands still or moves in no one of the eight ways gives a colour and no motion.
+    that stands still or moves in no one of the six ways gives a colour and no motion.
 
     Raises: ValueError if `video` is not uint8 of that shape.
     """
@@ -297,7 +266,7 @@ def track(video: Any) -> Track:
         return _NOTHING
     times = np.flatnonzero(present).astype(float)
     x, y, radius = x[present], y[present], radius[present]
-    motion = _name_orbit(x, y) or _name_line(x, y, radius, times)
+    motion = _name_line(x, y, radius, times)
     return Track(_name_colour(colour), motion, x, y, radius)
 
 

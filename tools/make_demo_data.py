@@ -32,7 +32,7 @@ from typing import Any
 
 from engine import cli
 
-FORMAT = 1  # raised when the drawing or the encoding changes, so that old sets are made anew
+FORMAT = 2  # raised when the drawing or the encoding changes, so that old sets are made anew
 GROUPS = 25
 FPS = 8
 MARKER = ".complete.json"
