@@ -43,6 +43,7 @@ class DataConfig:
     image_size: int = 256  # side of the square, pixels
     num_images: int = 0  # I, extra images per clip (joint image-video training)
     num_workers: int = 4  # loader processes per rank
+    worker_timeout_s: float = 600.0  # a loader process that gives nothing for so long ends the run
     reader: str = "auto"  # auto | pyav | decord
     horizontal_flip: bool | None = None  # mirror half of the clips; null = as the data set's recipe says
     strict: bool = False  # stop at the first clip that cannot be used, instead of replacing it
@@ -56,6 +57,8 @@ class DataConfig:
             _at_least(key, getattr(self, key), 1)
         for key in ("num_images", "num_workers"):
             _at_least(key, getattr(self, key), 0)
+        if not 0 < self.worker_timeout_s < float("inf"):
+            raise ValueError(f"data.worker_timeout_s: {self.worker_timeout_s} must be positive and finite")
         if self.frame_list is not None and not self.num_images:
             raise ValueError("data.frame_list is read only in joint training: set data.num_images, or drop it")
 
@@ -99,6 +102,7 @@ class ClipDataset(Dataset[Sample]):
         self.images = read_frame_list(config, catalog) if config.frame_list else None
         self.skipped: dict[str, str] = {}
         self.cut_off: dict[str, str] = {}
+        self.on_open: Callable[[str], None] | None = None  # told the path of each video before it is read
 
     def __len__(self) -> int:
         return len(self.catalog.clips)
@@ -180,6 +184,8 @@ class ClipDataset(Dataset[Sample]):
             log.warning("%r %s: %s", error.path, fate, error.reason)
 
     def _open(self, clip: Clip) -> Reader:
+        if self.on_open is not None:
+            self.on_open(clip.path)
         reader = open_video(clip.path, self.config.reader)
         if reader.cut_off:
             error = VideoError(clip.path, reader.cut_off)

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -33,6 +35,8 @@ from torch import Tensor
 from models.convert import read_state_dict
 
 from .config import Config, load_config, require
+
+log = logging.getLogger(__name__)
 
 FORMAT = "latte-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -61,11 +65,17 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:07d}"
 
 
-def save_checkpoint(checkpoint: Checkpoint, config: Config, root: Path, keep_last: int = 2) -> Path:
+def save_checkpoint(
+    checkpoint: Checkpoint, config: Config, root: Path, keep_last: int = 2, keep_every: int = 0
+) -> Path:
     """Write `checkpoint` as `root/step-...`, verify it, point `root/latest` to it, prune older ones.
 
     Nothing under the final name is ever incomplete: files are written and synced in a temporary folder
     beside it, renamed, and read back before any older checkpoint goes.
+
+    Args:
+        keep_last: checkpoints kept beside those of `keep_every`; 0 keeps all.
+        keep_every: checkpoints whose step is a multiple of it are never pruned; 0: none of them.
     """
     tensors = {name: getattr(checkpoint, name) for name in ("model", "ema", "optim", "rng")}
     for name, group in tensors.items():
@@ -77,7 +87,8 @@ def save_checkpoint(checkpoint: Checkpoint, config: Config, root: Path, keep_las
     verify(folder)
     _write_synced(root / "latest.tmp", folder.name.encode())
     (root / "latest.tmp").replace(root / "latest")
-    _prune(root, keep_last)
+    _sync(root)
+    _prune(root, keep_last, keep_every)
     return folder
 
 
@@ -103,8 +114,12 @@ def _write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dic
         _write_synced(aside / MANIFEST, json.dumps(_manifest(aside, state), indent=2).encode())
         _sync(aside)
         if final.exists():  # an earlier, discarded attempt at the same step
-            shutil.rmtree(final)
-        aside.rename(final)
+            discarded = final.parent / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
+            final.rename(discarded)
+            aside.rename(final)
+            shutil.rmtree(discarded, ignore_errors=True)
+        else:
+            aside.rename(final)
     except Exception:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -178,7 +193,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     verify(folder)
     state = _read_json(folder / "state.json")
     tensors = {name: _read_tensors(folder / f"{name}.safetensors") for name in ("model", "ema", "optim", "rng")}
-    return Checkpoint(step=state.pop("step"), samples_seen=state.pop("samples_seen"), state=state, **tensors)
+    try:
+        return Checkpoint(step=state.pop("step"), samples_seen=state.pop("samples_seen"), state=state, **tensors)
+    except KeyError as error:
+        raise CheckpointError(f"{folder / 'state.json'} lacks {error}; the checkpoint cannot be continued.") from None
 
 
 def load_checkpoint_config(path: str | Path) -> Config | None:
@@ -207,10 +225,74 @@ def load_weights_file(folder: Path, weights: str) -> dict[str, Tensor]:
     return _read_tensors(file)
 
 
-def _prune(root: Path, keep_last: int) -> None:
-    folders = list_checkpoints(root)
-    for folder in folders[: len(folders) - keep_last] if keep_last else []:
-        shutil.rmtree(folder, ignore_errors=True)
+def _prune(root: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all but the newest `keep_last` and every `keep_every`-th; one that cannot go is named and stays."""
+    if not keep_last:
+        return
+    for folder in list_checkpoints(root)[:-keep_last]:
+        if keep_every and int(folder.name[5:]) % keep_every == 0:
+            continue
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            log.warning("old checkpoint %s cannot be deleted: %s", folder, error.strerror or error)
+
+
+def space_warning(root: Path, needed: int) -> str | None:
+    """A sentence if the file system of `root` has less than 1.1 x `needed` bytes free, or None."""
+    place = next(folder for folder in (root, *root.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free >= 1.1 * needed:
+        return None
+    return f"{place} has {free / 1e9:.2f} GB free, but a checkpoint takes {needed / 1e9:.2f} GB: make room."
+
+
+class CheckpointWriter:
+    """Rank 0's writer of a run's checkpoints, in the calling thread or (`asynchronous`) beside the training.
+
+    A failed write is kept in `failure`, as a sentence, until the run asks for it; the last good checkpoint and
+    `latest` stay as they are.
+    """
+
+    def __init__(self, root: Path, config: Config) -> None:
+        self.root = root
+        self.config = config
+        self.failure: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write `checkpoint`, whose tensors nobody changes any more; waits for the one before it."""
+        self.wait()
+        if not self.config.train.async_checkpoint:
+            self._write(checkpoint)
+            return
+        self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint writer")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        train = self.config.train
+        needed = _size_of(checkpoint)
+        warning = space_warning(self.root, needed)
+        if warning:
+            log.warning(warning)
+        try:
+            save_checkpoint(checkpoint, self.config, self.root, train.keep_last, train.keep_every)
+        except Exception as error:  # safetensors and torch raise their own kinds on a full disk
+            room = f" ({warning})" if warning else f" ({shutil.disk_usage(self.root.parent).free / 1e9:.2f} GB free)"
+            self.failure = (
+                f"the checkpoint of step {checkpoint.step} in {self.root} could not be written: {error}{room}"
+            )
+
+
+def _size_of(checkpoint: Checkpoint) -> int:
+    groups = (checkpoint.model, checkpoint.ema, checkpoint.optim, checkpoint.rng)
+    return sum(value.numel() * value.element_size() for group in groups for value in group.values())
 
 
 def remove_unfinished(root: Path) -> list[str]:

@@ -9,23 +9,25 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from .errors import TrainingAborted
+
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main(argv)` and exit with its code; a user's mistake ends in one sentence and exit code 2.
 
-    ValueError and OSError are what the project raises for bad keys, files and values. Set
-    LATTE_TRACEBACK=1 to see where one came from.
+    ValueError and OSError are what the project raises for bad keys, files and values; TrainingAborted (exit
+    code 3) is a run that cannot go on. Set LATTE_TRACEBACK=1 to see where one came from.
     """
     try:
         code = main(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TrainingAborted) as error:
         if os.environ.get("LATTE_TRACEBACK"):
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
         sys.stdout.flush()
         sys.stderr.write(f"error{where}: {error}\n")
-        code = 2
+        code = getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         code = 130

@@ -34,23 +34,30 @@ class TrainConfig:
     ema_warmup: bool = False
     log_every: int = 100
     checkpoint_every: int = 10_000  # and always at max_steps
-    keep_last: int = 2  # checkpoints kept; 0 keeps all
+    keep_last: int = 2  # newest checkpoints kept; 0 keeps all
+    keep_every: int = 0  # and those at multiples of this step; 0: none
+    async_checkpoint: bool = False  # write them in a thread beside the training
     resume: str = "auto"  # auto: the newest checkpoint in output_dir; never; or a checkpoint folder
     init_from: str | None = None  # weights only: our checkpoint, an official .pt, or an image DiT's
     seed: int = 0
     precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
     compile: bool = False  # torch.compile each block in place
+    parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
+    drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
+    timeout_s: float = 1800.0  # a collective that takes longer ends the run
+    hang_timeout_s: float = 900.0  # a step that takes longer has its stacks written to errors/; 0: never
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"train.{key} must be at least 1, not {getattr(self, key)}.")
-        for key in ("keep_last", "seed"):
-            require(getattr(self, key) >= 0, f"train.{key} must be zero or more, not {getattr(self, key)}.")
+        for key in ("keep_last", "keep_every", "seed", "drift_check_every", "hang_timeout_s"):
+            value = getattr(self, key)
+            require(0 <= value < float("inf"), f"train.{key} must be zero or more and finite, not {value}.")
+        require(0 < self.timeout_s < float("inf"), f"train.timeout_s must be positive, not {self.timeout_s}.")
         require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}.")
-        require(
-            self.precision in TRAIN_PRECISIONS,
-            f"train.precision must be one of {', '.join(TRAIN_PRECISIONS)}, not {self.precision!r}.",
-        )
+        for key, choices in {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp")}.items():
+            value = getattr(self, key)
+            require(value in choices, f"train.{key} must be one of {', '.join(choices)}, not {value!r}.")
         require(bool(self.output_dir), "train.output_dir must name a folder.")
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .signals import die_with_parent
 
 CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ def init_world(device: str | None = None, timeout_s: float = 1800.0) -> World:
 
     `device` is "cpu", "cuda" or None for CUDA where there is one.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
@@ -61,6 +69,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def max_over_ranks(values: Tensor) -> Tensor:
+    """The maximum of `values` over all ranks, on all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, in rank order, on every rank."""
     if not dist.is_initialized():
@@ -68,6 +83,21 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """The result of `action`, done by rank 0 alone, on every rank; its OSError or ValueError likewise."""
+    result: T | None = None
+    failure: Exception | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = action()
+        except (OSError, ValueError) as error:
+            failure = error
+    result, failure = broadcast_object((result, failure))
+    if failure is not None:
+        raise failure
+    return cast(T, result)
 
 
 def broadcast_object(value: Any) -> Any:
@@ -79,15 +109,6 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def gather_rows(values: Tensor) -> Tensor:
-    """Concatenate equally shaped `values` (B, ...) of all ranks in rank order."""
-    if not dist.is_initialized():
-        return values
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
-
-
 def data_parallel(model: nn.Module, world: World) -> nn.Module:
     """`model` under DistributedDataParallel where there are several ranks, else itself."""
     if world.size == 1:
@@ -96,3 +117,43 @@ def data_parallel(model: nn.Module, world: World) -> nn.Module:
     return nn.parallel.DistributedDataParallel(
         model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
     )
+
+
+# ---- shards: FSDP2 ---------------------------------------------------------------------------------
+
+
+def shard(model: nn.Module, world: World) -> None:
+    """Shard the parameters of `model`, which has `blocks`, over all ranks in place: FSDP2, block by block.
+
+    They stay in their own dtype, and so do the sums of gradients; what the network computes in is autocast's
+    business, as it is without shards.
+    """
+    mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor on the CPU with all its shards put together. Collective where there are any."""
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+        for name, value in tensors.items()
+    }
+
+
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's shard of the whole `value`, cut as `like` is; `value` on its device where `like` is whole."""
+    if not isinstance(like, DTensor):
+        return value.to(like.device)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def local(value: Tensor) -> Tensor:
+    """The part of `value` that this rank holds."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def replicated(value: Tensor) -> Tensor:
+    """`value` as every rank must see it: a norm over shards is summed up."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

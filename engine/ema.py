@@ -7,6 +7,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from .distributed import local
+
 
 class EMA:
     """`average <- decay * average + (1 - decay) * parameter`, once per optimiser step.
@@ -24,7 +26,6 @@ class EMA:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self._averages: list[Tensor] = list(self.model.parameters())
 
     def current_decay(self) -> float:
         """The decay of the next update."""
@@ -36,7 +37,8 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Take one optimiser step's new parameters into the average."""
         # lerp in fp32: 1 - decay = 1e-4 would be lost in half precision
-        torch._foreach_lerp_(self._averages, list(model.parameters()), 1 - self.current_decay())
+        averages, parameters = ([local(value) for value in net.parameters()] for net in (self.model, model))
+        torch._foreach_lerp_(averages, parameters, 1 - self.current_decay())
         self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from .cli import config_parser
+from .errors import PREEMPTED_EXIT
 
 
 def train(argv: list[str], description: str, check: Callable[[int], str | None]) -> int:
@@ -17,6 +18,16 @@ def train(argv: list[str], description: str, check: Callable[[int], str | None])
     """
     parser = config_parser(description, "%(prog)s --config FILE [--dry-run] [key=value ...]")
     parser.add_argument("--dry-run", action="store_true", help="print config, parameters and cost as JSON, and exit")
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="continue a checkpoint although KEY (optim.learning_rate, data_digest, ...) has changed; repeatable",
+    )
+    parser.add_argument(
+        "--allow-inexact-resume", action="store_true", help="continue a checkpoint that lacks generator states"
+    )
     arguments = parser.parse_intermixed_args(argv)
 
     from .config import load_config, require  # torch is imported here, so that --help is quick
@@ -33,6 +44,12 @@ def train(argv: list[str], description: str, check: Callable[[int], str | None])
     from .distributed import close_world, init_world
     from .trainer import Trainer
 
-    Trainer(config, init_world()).fit()
-    close_world()
-    return 0
+    trainer = Trainer(
+        config,
+        init_world(timeout_s=config.train.timeout_s),
+        override=arguments.override,
+        allow_inexact_resume=arguments.allow_inexact_resume,
+    )
+    reached = trainer.fit()
+    close_world()  # after a clean end only
+    return 0 if reached else PREEMPTED_EXIT

@@ -28,10 +28,12 @@ class Draws:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The loss to differentiate, and detached parts of it for the log. Scalars on the device."""
+    """The loss to differentiate, and detached parts of it for the log: scalars on the device."""
 
     loss: Tensor
     parts: dict[str, Tensor]
+    timesteps: Tensor  # (B,)
+    per_clip: Tensor  # (B,) detached losses, for the timestep sampler
 
 
 def sample_generator(seed: int, position: int, device: torch.device) -> torch.Generator:
@@ -98,8 +100,7 @@ class Objective:
             return output.to(noisy_latents.dtype)
 
         terms = self.diffusion.training_losses(denoiser, latents, timesteps, draws.noise.to(latents.dtype))
-        self.timestep_sampler.update(timesteps, terms.loss.detach())
-        return StepLoss((weights * terms.loss).mean(), self.parts(terms))
+        return StepLoss((weights * terms.loss).mean(), self.parts(terms), timesteps, terms.loss.detach())
 
     def draw(self, positions: list[int], latent_shape: torch.Size, num_labels: int) -> Draws:
         """All random numbers of the samples at `positions`, each from its own generator, in a fixed order."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 SCHEDULES = ("constant", "cosine")
+SPIKE_POLICIES = ("skip", "clip")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class OptimConfig:
     min_learning_rate: float = 0.0
     max_grad_norm: float = 0.1  # of the whole gradient, after accumulation
     clip_start_step: int = 20_000  # before it the norm is measured and not clipped
+    spike_factor: float = 0.0  # a norm above this x the running median is a spike; 0: none is
+    spike_policy: str = "skip"  # skip | clip (to the median)
+    max_skips: int = 20  # skipped steps in a row (spikes, non-finite) that end the run
 
     def __post_init__(self) -> None:
         positive = {"learning_rate": self.learning_rate, "eps": self.eps, "max_grad_norm": self.max_grad_norm}
@@ -37,6 +41,7 @@ class OptimConfig:
             "warmup_steps": self.warmup_steps,
             "min_learning_rate": self.min_learning_rate,
             "clip_start_step": self.clip_start_step,
+            "spike_factor": self.spike_factor,
         }
         for key, value in counted.items():
             if not 0 <= value < math.inf:
@@ -44,8 +49,13 @@ class OptimConfig:
         for key, value in {"beta1": self.beta1, "beta2": self.beta2}.items():
             if not 0 <= value < 1:
                 raise ValueError(f"optim.{key} must be in [0, 1), not {value}.")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"optim.schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}.")
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(f"optim.spike_factor must be above 1, or 0 for none, not {self.spike_factor}.")
+        if self.max_skips < 1:
+            raise ValueError(f"optim.max_skips must be at least 1, not {self.max_skips}.")
+        for key, choices in {"schedule": SCHEDULES, "spike_policy": SPIKE_POLICIES}.items():
+            if getattr(self, key) not in choices:
+                raise ValueError(f"optim.{key} must be one of {', '.join(choices)}, not {getattr(self, key)!r}.")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -71,7 +81,17 @@ def learning_rate_at(step: int, config: OptimConfig, max_steps: int) -> float:
     return config.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], step: int, config: OptimConfig) -> Tensor:
-    """Total gradient norm before clipping, a scalar on the device; clips from `clip_start_step` on."""
-    max_norm = config.max_grad_norm if step >= config.clip_start_step else math.inf
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Total norm of all gradients, a scalar on the device."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_limit(step: int, config: OptimConfig) -> float:
+    """The norm that the gradient of the update from `step` is clipped to."""
+    return config.max_grad_norm if step >= config.clip_start_step else math.inf
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
+    """Scale gradients of total `norm` down to `limit`, in place."""
+    if limit < math.inf:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.clips import ClipDataset
+
+from .watch import prepare_worker
 
 
 @lru_cache(maxsize=4)
@@ -43,40 +46,36 @@ class ClipStream(Dataset):
 
 
 class PositionBatches:
-    """Positions of each micro-batch of one rank, from `samples_seen` on, `num_steps` optimiser steps long.
+    """Positions of each micro-batch of one rank, from `samples_seen` on, without end.
 
     Of a global batch of G = batch_size x world_size x grad_accum_steps positions, micro-step j of rank r
     takes the block j * world_size + r: more ranks or more micro-steps of the same G see the same clips.
     """
 
-    def __init__(
-        self, samples_seen: int, num_steps: int, *, batch_size: int, grad_accum_steps: int, rank: int, world_size: int
-    ) -> None:
+    def __init__(self, samples_seen: int, *, batch_size: int, rank: int, world_size: int) -> None:
         self.samples_seen = samples_seen
-        self.num_steps = num_steps
         self.batch_size = batch_size
-        self.grad_accum_steps = grad_accum_steps
         self.rank = rank
         self.world_size = world_size
 
-    def __len__(self) -> int:
-        return self.num_steps * self.grad_accum_steps
-
     def __iter__(self) -> Iterator[list[int]]:
         stride = self.batch_size * self.world_size
-        for micro_step in range(len(self)):
-            start = self.samples_seen + micro_step * stride + self.rank * self.batch_size
+        for start in count(self.samples_seen + self.rank * self.batch_size, stride):
             yield list(range(start, start + self.batch_size))
 
 
-def build_loader(stream: ClipStream, batches: PositionBatches, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Loader of micro-batches {"video", "labels", "index", "position"}."""
+def build_loader(
+    stream: ClipStream, batches: PositionBatches, num_workers: int, pin_memory: bool, timeout_s: float
+) -> DataLoader:
+    """Loader of micro-batches {"video", "labels", "index", "position"}; RuntimeError where a worker dies or hangs."""
     return DataLoader(
         stream,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        timeout=timeout_s if num_workers else 0,
+        worker_init_fn=prepare_worker if num_workers else None,
         # without an explicit context a loader in a threaded parent may fork into a held lock
         multiprocessing_context="forkserver" if num_workers else None,
         generator=torch.Generator(),  # the loader's own seed draw must not touch the global generator

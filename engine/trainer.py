@@ -1,15 +1,21 @@
-"""The training loop: resume, step, log, checkpoint. Progress is optimiser steps and samples seen."""
+"""The training loop: resume, step, log, checkpoint. Progress is optimiser steps and samples seen.
+
+At every step boundary the ranks agree (one collective) on whether the gradient is finite, whether a signal asks
+to stop, and whether a checkpoint failed to be written; so they always take the same branch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
@@ -19,12 +25,29 @@ from models.convert import init_from_dit, is_image_checkpoint, load_weights
 from . import checkpoint as ckpt
 from .build import build_model, build_process, count_parameters
 from .config import Config, require
-from .distributed import World, broadcast_object, data_parallel, gather_objects, mean_over_ranks
+from .distributed import (
+    World,
+    broadcast_object,
+    data_parallel,
+    gather_objects,
+    max_over_ranks,
+    mean_over_ranks,
+    on_main,
+    replicated,
+    shard,
+    shard_like,
+    whole,
+)
 from .ema import EMA
+from .errors import TrainingAborted
+from .guard import StepGuard, check_replicas
 from .logging import Logger, NullLogger, RunLogger
-from .objective import Objective
-from .optim import build_optimizer, clip_gradients, learning_rate_at
+from .objective import Objective, StepLoss
+from .optim import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from .run_folder import COMPLETED, PREEMPTED, RunFolder
+from .signals import StopSignals, ignored_by_children
 from .stream import ClipStream, PositionBatches, build_loader
+from .watch import Breadcrumbs, HangWatch
 
 # what may change between a checkpoint and its continuation; everything else is the experiment itself
 FREE_ON_RESUME = (
@@ -33,6 +56,7 @@ FREE_ON_RESUME = (
     "codec.chunk_size",
     "data.path",
     "data.num_workers",
+    "data.worker_timeout_s",
     "data.reader",
     "data.strict",
     "model.gradient_checkpointing",
@@ -43,10 +67,19 @@ FREE_ON_RESUME = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",
+    "train.keep_every",
+    "train.async_checkpoint",
+    "train.parallel",
+    "train.drift_check_every",
+    "train.timeout_s",
+    "train.hang_timeout_s",
     "train.resume",
     "train.init_from",
     "train.compile",
+    "optim.max_skips",
 )
+# what a checkpoint's state.json must hold, beside step and samples_seen
+STATE_KEYS = ("ema_updates", "guard", "global_batch_size", "world_size", "data_digest", "num_clips", "class_names")
 # train.precision -> (dtype of weights, latents and loss; dtype the network computes in under autocast)
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "fp32": (torch.float32, None),
@@ -62,17 +95,29 @@ class Trainer:
     Args:
         config: the whole configuration.
         world: this process's rank, world size and device.
+        override: keys whose change since the checkpoint is accepted (`optim.learning_rate`, `data_digest`, ...).
+        allow_inexact_resume: go on without the generator states that a checkpoint should hold.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(
+        self, config: Config, world: World, *, override: Iterable[str] = (), allow_inexact_resume: bool = False
+    ) -> None:
         train = config.train
         self.config = config
         self.world = world
-        self.folder = Path(train.output_dir)
+        self.override = frozenset(override)
+        self.allow_inexact_resume = allow_inexact_resume
+        self.folder = RunFolder(Path(train.output_dir))
+        self.checkpoints = self.folder.path / "checkpoints"
+        self.writer = ckpt.CheckpointWriter(self.checkpoints, config)
         self.global_batch_size = train.batch_size * train.grad_accum_steps * world.size
         self.step = 0
         self.samples_seen = 0
+        self.guard = StepGuard(config.optim)
+        self.signals = StopSignals()
         self.log: Logger = NullLogger()
+        self.crumbs = Breadcrumbs(self.folder.path, world.rank)
+        self.batch_files: list[str] = []
         if train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -82,6 +127,9 @@ class Trainer:
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
         self.model = build_model(config).to(world.device, dtype)
         self.ema = EMA(self.model, train.ema_decay, train.ema_warmup)
+        if self.sharded:
+            shard(self.model, world)
+            shard(self.ema.model, world)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.timestep_sampler = build_timestep_sampler(config.diffusion)
         self.objective = Objective(
@@ -97,99 +145,212 @@ class Trainer:
             dtype=dtype,
             autocast_dtype=autocast_dtype,
         )
+        self.parallel_model: nn.Module = self.model
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, moments and average are spread over the ranks."""
+        return self.config.train.parallel == "fsdp" and self.world.size > 1
 
     # ---- the run -------------------------------------------------------------------------------
 
-    def fit(self) -> None:
-        """Train from the newest checkpoint, or from the start, to `train.max_steps`."""
+    def fit(self) -> bool:
+        """Train from the newest checkpoint, or from the start; returns whether `train.max_steps` was reached.
+
+        False: a signal stopped the run, with everything saved.
+        """
+        on_main(self.folder.open)
+        try:
+            with self.signals:
+                reached = self._fit()
+        except Exception as error:
+            self.folder.report_failure(self.world.rank, self.step, error, files=self.batch_files)
+            raise
+        finally:
+            self.writer.wait()
+            self.crumbs.clear()
+            self.folder.close()
+        return reached
+
+    def _fit(self) -> bool:
+        train = self.config.train
+        self._check_ranks_agree()
         notes = self.restore()
         if self.world.is_main:
-            self.log = RunLogger(self.folder, start=self.step, total=self.config.train.max_steps)
-            (self.folder / "config.yaml").write_text(self.config.to_yaml())
+            self.log = RunLogger(self.folder.path, start=self.step, total=train.max_steps)
+            (self.folder.path / "config.yaml").write_text(self.config.to_yaml())
+            self.folder.event("start", self.step, world_size=self.world.size)
+            notes += filter(None, [self._space_note()])
         for note in [*notes, self.headline(), self.data_line()]:
             self.log.say(note)
-        if self.config.train.compile:
+        if train.compile:
             for block in self.model.blocks:
                 block.compile()
-        self.parallel_model = data_parallel(self.model, self.world)
-        meter = Meter()
-        for micro_batches in self.batches():
-            meter.add(self.train_step(micro_batches))
-            self.log.advance(self.step)
-            if self.step % self.config.train.log_every == 0 or self.step == self.config.train.max_steps:
-                self.log_metrics(meter)
-                meter = Meter()
-            if self.step % self.config.train.checkpoint_every == 0 or self.step == self.config.train.max_steps:
-                self.save()
+        self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
+        watch = HangWatch(self.folder.path / "errors" / f"rank{self.world.rank}.stacks.txt", train.hang_timeout_s)
+        stopped = self._loop(watch)
+        watch.stop()
         self.log.close()
+        self.writer.wait()
+        self._raise_failed_write(broadcast_object(self.writer.failure))
+        if self.world.is_main and not stopped:
+            self.folder.mark(COMPLETED, self.step, **self._last_hashes())
+        return not stopped
 
-    def train_step(self, micro_batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One optimiser step over `grad_accum_steps` micro-batches; returns device scalars to log."""
+    def _loop(self, watch: HangWatch) -> bool:
+        """Steps until `train.max_steps`; returns whether a signal stopped it earlier."""
+        train = self.config.train
+        batches = self.batches()
+        meter = Meter()
+        while self.step < train.max_steps:
+            watch.tick()
+            with meter.waiting():
+                micro_batches = next(batches)
+            before = self.step
+            parts, stop = self.train_step(micro_batches)
+            if self.step > before:
+                meter.add(parts)
+                self.log.advance(self.step)
+                self._at_step(meter)
+            if stop:
+                self._stop_early(stop)
+                return True
+        return False
+
+    def _at_step(self, meter: Meter) -> None:
+        """What a new step is due: a row of the log, a comparison of the replicas, a checkpoint."""
+        train = self.config.train
+        last = self.step == train.max_steps
+        if self.step % train.log_every == 0 or last:
+            self.log_metrics(meter)
+            meter.clear()
+        if train.drift_check_every and self.step % train.drift_check_every == 0 and not self.sharded:
+            check_replicas(self.model.state_dict(), self.step)
+        if self.step % train.checkpoint_every == 0 or last:
+            self.save()
+
+    def train_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], int]:
+        """One optimiser step over `grad_accum_steps` micro-batches, applied unless the guard refuses it.
+
+        Returns:
+            device scalars to log, and the signal that asks to stop (0: none).
+        """
         train, optim = self.config.train, self.config.optim
+        self.batch_files = self._files_of(micro_batches)
         learning_rate = learning_rate_at(self.step, optim, train.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         parts: dict[str, Tensor] = {}
+        results = []
         for index, batch in enumerate(micro_batches):
             with self.gradient_sync(index + 1 == len(micro_batches)):
                 result = self.objective(self.parallel_model, batch)
                 (result.loss / len(micro_batches)).backward()
+            results.append(result)
             for name, value in result.parts.items():
                 parts[name] = parts.get(name, 0.0) + value / len(micro_batches)
-        parts["grad_norm"] = clip_gradients(self.model.parameters(), self.step, optim).detach()
+        norm = replicated(gradient_norm(self.model.parameters())).detach()
+        parts["grad_norm"] = norm
+        bad, stop, failed = self._agree(parts["loss"], norm)
+        self._raise_failed_write(broadcast_object(self.writer.failure) if failed else None)
+        verdict = self.guard.judge(not bad, float(norm), self.step)
+        self.samples_seen += self.global_batch_size
+        if verdict.skip:
+            self._report_skip(verdict.skip, results)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.guard.check_streak()
+            return parts, stop
+        clip_gradients(self.model.parameters(), norm, verdict.limit)
         self.optimizer.step()
         self.ema.update(self.model)
+        for result in results:
+            self.timestep_sampler.update(result.timesteps, result.per_clip)
         self.step += 1
-        self.samples_seen += self.global_batch_size
-        return parts
+        return parts, stop
+
+    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[bool, int, bool]:
+        """Over all ranks: is anything not finite, which signal asks to stop, has a checkpoint failed."""
+        bad = ~(loss.isfinite() & norm.isfinite())
+        asked = torch.tensor([self.signals.received, self.writer.failure is not None], dtype=norm.dtype)
+        flags = torch.cat([bad.to(norm.dtype).view(1), asked.to(norm.device)])
+        not_finite, signal, failed = max_over_ranks(flags).tolist()
+        return bool(not_finite), int(signal), bool(failed)
+
+    def _report_skip(self, reason: str, results: list[StepLoss]) -> None:
+        """Say which files and timesteps a step was skipped over; collective."""
+        timesteps = torch.cat([result.timesteps for result in results]).tolist()
+        losses = [float(result.loss.detach()) for result in results]
+        facts = gather_objects({"files": self.batch_files, "timesteps": timesteps, "losses": losses})
+        self.log.say(f"step {self.step} skipped ({self.guard.skipped} so far): {reason}")
+        if self.world.is_main:
+            text = [str(loss) for rank in facts for loss in rank["losses"]]  # JSON has no NaN
+            merged = {key: [value for rank in facts for value in rank[key]] for key in ("files", "timesteps")}
+            self.folder.event("skip", self.step, reason=reason, samples_seen=self.samples_seen, losses=text, **merged)
+
+    def _stop_early(self, signal_number: int) -> None:
+        """Save everything and leave the marker that asks to be started again."""
+        if self.step and self.step % self.config.train.checkpoint_every and self.step < self.config.train.max_steps:
+            self.save()
+        self.writer.wait()
+        self._raise_failed_write(broadcast_object(self.writer.failure))
+        self.log.say(f"stopped by signal {signal_number} at step {self.step}, saved; run the same command to go on")
+        if self.world.is_main:
+            self.folder.event("preempted", self.step, signal=signal_number)
+            self.folder.mark(PREEMPTED, self.step, signal=signal_number)
 
     def batches(self) -> Iterator[list[dict[str, Tensor]]]:
-        """The micro-batches of each remaining optimiser step."""
+        """The micro-batches of each optimiser step to come, without end."""
         train = self.config.train
         positions = PositionBatches(
-            self.samples_seen,
-            train.max_steps - self.step,
-            batch_size=train.batch_size,
-            grad_accum_steps=train.grad_accum_steps,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            self.samples_seen, batch_size=train.batch_size, rank=self.world.rank, world_size=self.world.size
         )
+        if self.config.data.num_workers:
+            self.crumbs.clear()
+            self.clips.on_open = self.crumbs
         loader = build_loader(
             ClipStream(self.clips, train.seed),
             positions,
             self.config.data.num_workers,
             pin_memory=self.world.device.type == "cuda",
+            timeout_s=self.config.data.worker_timeout_s,
         )
-        micro_batches = []
-        for batch in loader:
-            micro_batches.append(batch)
-            if len(micro_batches) == train.grad_accum_steps:
-                yield micro_batches
-                micro_batches = []
+        with ignored_by_children():
+            stream = iter(loader)
+        while True:
+            try:
+                yield [next(stream) for _ in range(train.grad_accum_steps)]
+            except RuntimeError as error:
+                explained = self.crumbs.explain(error)
+                if explained is None:
+                    raise
+                raise TrainingAborted(explained) from error
 
     def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Ranks exchange gradients in the last micro-step only."""
-        if last or self.world.size == 1:
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        if last or self.world.size == 1 or self.sharded:
             return contextlib.nullcontext()
         return self.parallel_model.no_sync()  # type: ignore[operator]
 
     # ---- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> ckpt.Checkpoint:
-        """Everything that a continuation needs, on the CPU."""
+        """Everything that a continuation needs, on the CPU, independent of the number of ranks. Collective."""
         names = [name for name, _ in self.model.named_parameters()]
         moments = self.optimizer.state_dict()["state"]
         optim = {f"{key}/{names[i]}": value for i, state in moments.items() for key, value in state.items()}
-        return ckpt.Checkpoint(
+        saved = ckpt.Checkpoint(
             step=self.step,
             samples_seen=self.samples_seen,
-            model=_to_cpu(self.model.state_dict()),
-            ema=_to_cpu(self.ema.state_dict()),
-            optim=_to_cpu(optim),
+            model=whole(self.model.state_dict()),
+            ema=whole(self.ema.state_dict()),
+            optim=whole(optim),
             rng=self._rng_state(),
             state={
                 "ema_updates": self.ema.updates,
+                "guard": self.guard.state_dict(),
                 "global_batch_size": self.global_batch_size,
                 "world_size": self.world.size,
                 "data_digest": self.clips.catalog.digest,
@@ -197,34 +358,51 @@ class Trainer:
                 "class_names": self.clips.catalog.class_names,
             },
         )
+        if self.config.train.async_checkpoint and self.world.device.type == "cpu":
+            for group in (saved.model, saved.ema, saved.optim):  # the training goes on in these very tensors
+                group.update({name: value.clone() for name, value in group.items()})
+        return saved
 
     def load_state_dict(self, saved: ckpt.Checkpoint) -> None:
         """Continue exactly where `saved` stood."""
-        load_weights(self.model, saved.model, "the checkpoint's model")
-        self.ema.load_state_dict(saved.ema, saved.state["ema_updates"])
+        self._load_weights(saved.model, "the checkpoint's model")
+        self.ema.load_state_dict(self._sharded_as_model(saved.ema), saved.state["ema_updates"])
         state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, _) in enumerate(self.model.named_parameters()):
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            state[index] = {key: saved.optim[f"{key}/{name}"] for key in keys}
+        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+            moments = {key: saved.optim[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
+            state[index] = {key: shard_like(value, parameter) for key, value in moments.items()}
+            state[index]["step"] = saved.optim[f"step/{name}"]
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         history = {key: value for key, value in saved.rng.items() if key.startswith("timestep_sampler/")}
         self.timestep_sampler.load_state_dict({key.partition("/")[2]: value for key, value in history.items()})
         if f"cpu/{self.world.rank}" in saved.rng:
             torch.set_rng_state(saved.rng[f"cpu/{self.world.rank}"])
+        self.guard.load_state_dict(saved.state["guard"])
         self.step, self.samples_seen = saved.step, saved.samples_seen
+
+    def _load_weights(self, weights: dict[str, Tensor], source: str) -> None:
+        load_weights(self.model, self._sharded_as_model(weights), source)
+
+    def _sharded_as_model(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`weights` cut as the network's own are; what has another name or shape stays for the loader to refuse."""
+        own = self.model.state_dict()
+        return {
+            name: shard_like(value, own[name]) if name in own and own[name].shape == value.shape else value
+            for name, value in weights.items()
+        }
 
     def save(self) -> None:
         """Rank 0 writes the checkpoint; all ranks learn of its outcome and take the same branch."""
-        saved = self.state_dict()  # collective: gathers the ranks' generators
-        failure = None
+        saved = self.state_dict()
         if self.world.is_main:
-            try:
-                ckpt.save_checkpoint(saved, self.config, self.folder / "checkpoints", self.config.train.keep_last)
-            except Exception as error:  # safetensors and torch raise their own kinds on a full disk
-                failure = f"checkpoint of step {self.step} in {self.folder} could not be written: {error}"
-        failure = broadcast_object(failure)
+            self.writer.save(saved)
+        if not self.config.train.async_checkpoint:  # else the next step boundary tells
+            self._raise_failed_write(broadcast_object(self.writer.failure))
+
+    def _raise_failed_write(self, failure: str | None) -> None:
         if failure:
+            self.writer.failure = None
             raise OSError(failure)
 
     def restore(self) -> list[str]:
@@ -233,29 +411,55 @@ class Trainer:
         if resume == "never":
             return self.initialise()
         if resume != "auto":
-            return self._resume(ckpt.find_checkpoint(Path(resume)))
-        root = self.folder / "checkpoints"
-        found = ckpt.newest_verified(root) if self.world.is_main else (None, [])
-        folder, complaints = broadcast_object(found)
+            return self._resume(on_main(lambda: ckpt.find_checkpoint(Path(resume))))
+        folder, complaints = on_main(lambda: self._find_newest(self.checkpoints))
         if folder is None:
-            require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {root}.")
+            require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {self.checkpoints}.")
             return self.initialise()
         return [f"warning: {text}" for text in complaints] + self._resume(folder)
 
+    @staticmethod
+    def _find_newest(root: Path) -> tuple[Path | None, list[str]]:
+        ckpt.remove_unfinished(root)
+        return ckpt.newest_verified(root)
+
     def _resume(self, folder: Path) -> list[str]:
         saved = ckpt.load_checkpoint(folder)
+        lacking = [key for key in STATE_KEYS if key not in saved.state]
+        require(not lacking, f"{folder / 'state.json'} lacks {', '.join(lacking)}; it cannot be continued.")
         before = ckpt.load_checkpoint_config(folder)
         changes = ckpt.config_changes(before, self.config, FREE_ON_RESUME) if before else []
         for key, now in (("global_batch_size", self.global_batch_size), ("data_digest", self.clips.catalog.digest)):
             if saved.state[key] != now:
                 changes.append(f"{key}: {saved.state[key]} -> {now}")
+        refused = [change for change in changes if change.partition(":")[0] not in self.override]
         require(
-            not changes,
-            f"cannot continue {folder}, this is another experiment: {'; '.join(changes)}. Restore these, or start "
-            "anew with another train.output_dir (train.init_from takes weights only).",
+            not refused,
+            f"cannot continue {folder}, this is another experiment: {'; '.join(refused)}. Restore these, name them "
+            "with --override, or start anew with another train.output_dir (train.init_from takes weights only).",
         )
-        self.load_state_dict(saved)
-        return [f"continuing {folder} at step {self.step}"]
+        notes = [f"warning: accepted by --override: {change}" for change in changes]
+        world_size = saved.state["world_size"]
+        missing = [f"cpu/{rank}" for rank in range(world_size) if f"cpu/{rank}" not in saved.rng]
+        require(
+            not missing or self.allow_inexact_resume,
+            f"{folder / 'rng.safetensors'} lacks {', '.join(missing)}: the run would not continue exactly. Use an "
+            "older checkpoint, or accept that with --allow-inexact-resume.",
+        )
+        if missing:
+            notes.append(f"warning: generator states are missing ({', '.join(missing)}): this resume is not exact")
+        if world_size != self.world.size:
+            notes.append(
+                f"warning: saved by {world_size} process(es), continued on {self.world.size}: the same samples and "
+                "noise at every step, added up in another order"
+            )
+        try:
+            self.load_state_dict(saved)
+        except KeyError as error:
+            raise ckpt.CheckpointError(f"checkpoint {folder} lacks {error}; it cannot be continued.") from None
+        if self.world.is_main:
+            self.folder.event("resume", self.step, checkpoint=folder.name, world_size=self.world.size)
+        return [*notes, f"continuing {folder} at step {self.step}"]
 
     def initialise(self) -> list[str]:
         """Take `train.init_from`'s weights into the network and its average."""
@@ -264,11 +468,11 @@ class Trainer:
             return []
         weights = ckpt.load_model_weights(source)
         if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
-            note = str(init_from_dit(self.model, weights))
+            note = str(init_from_dit(self.model, self._sharded_as_model(weights)))
         else:
-            load_weights(self.model, weights, source)
+            self._load_weights(weights, source)
             note = f"initial weights: {source}"
-        self.ema = EMA(self.model, self.config.train.ema_decay, self.config.train.ema_warmup)
+        self.ema.load_state_dict(self.model.state_dict())
         return [note]
 
     # ---- words and numbers ---------------------------------------------------------------------
@@ -280,7 +484,7 @@ class Trainer:
             f"{self.config.model.name} {self.config.model.variant}, {millions:.2f} M parameters, "
             f"global batch {self.global_batch_size} on {self.world.size} process(es), "
             f"{self.world.device.type} {self.config.train.precision}, steps {self.step} to "
-            f"{self.config.train.max_steps}, into {self.folder}"
+            f"{self.config.train.max_steps}, into {self.folder.path}"
         )
 
     def data_line(self) -> str:
@@ -290,13 +494,16 @@ class Trainer:
 
     def log_metrics(self, meter: Meter) -> None:
         """One row: means over the steps since the last row and over ranks."""
-        values, seconds = meter.means()
+        values, seconds, waiting = meter.means()
         means = mean_over_ranks(torch.stack(list(values.values()))).tolist()
         row: dict[str, Any] = {"samples_seen": self.samples_seen, **dict(zip(values, means, strict=True))}
         row |= {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "videos_per_second": self.global_batch_size / seconds,
             "seconds_per_step": seconds,
+            "data_wait_share": waiting,
+            "memory_gib": _peak_memory_gib(self.world.device),
+            "skipped_steps": self.guard.skipped,
         }
         self.log.metrics(self.step, row)
 
@@ -316,13 +523,47 @@ class Trainer:
             f"the data has {self.clips.num_classes} classes.",
         )
 
+    def _check_ranks_agree(self) -> None:
+        """Every rank must see the same data, or they would wait for each other for ever."""
+        seen = gather_objects((len(self.clips), self.clips.catalog.digest))
+        for rank, (length, digest) in enumerate(seen):
+            require(
+                (length, digest) == seen[0],
+                f"rank {rank} finds {length} clips (list {digest[:12]}) under {self.config.data.path}, rank 0 "
+                f"{seen[0][0]} (list {seen[0][1][:12]}): every machine must hold the same files.",
+            )
+
+    def _files_of(self, micro_batches: list[dict[str, Tensor]]) -> list[str]:
+        clips = self.clips.catalog.clips
+        return [str(clips[index].path) for batch in micro_batches for index in batch["index"].tolist()]
+
+    def _space_note(self) -> str | None:
+        """A warning where the next checkpoint will hardly fit: weights, average and two moments."""
+        state = self.model.state_dict().values()
+        needed = 4 * sum(value.numel() * value.element_size() for value in state)
+        warning = ckpt.space_warning(self.checkpoints, needed)
+        return f"warning: {warning}" if warning else None
+
+    def _last_hashes(self) -> dict[str, Any]:
+        """Name and file hashes of the newest checkpoint."""
+        newest = ckpt.list_checkpoints(self.checkpoints)[-1:]
+        if not newest:
+            return {}
+        files = json.loads((newest[0] / ckpt.MANIFEST).read_text())["files"]
+        return {"checkpoint": newest[0].name, "sha256": {name: facts["sha256"] for name, facts in files.items()}}
+
 
 class Meter:
-    """Means of device scalars over steps, without a synchronisation until they are asked for."""
+    """Means of device scalars over steps, without a synchronisation until they are asked for; and the clock."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
+        self._waited = 0.0
         self._started = time.perf_counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
@@ -331,11 +572,22 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._steps += 1
 
-    def means(self) -> tuple[dict[str, Tensor], float]:
-        """Mean of each value, and seconds per step."""
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in here is spent waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def means(self) -> tuple[dict[str, Tensor], float, float]:
+        """Mean of each value, seconds per step, and the share of them that was spent waiting for data."""
         means = {name: total / self._steps for name, total in self._sums.items()}
-        return means, (time.perf_counter() - self._started) / self._steps
+        passed = time.perf_counter() - self._started
+        return means, passed / self._steps, self._waited / passed
 
 
-def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in tensors.items()}
+def _peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: on the GPU what torch allocated, on the CPU this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -8,12 +8,14 @@ from collections import Counter
 from engine.stream import PositionBatches, clip_at
 
 
+def batches(count: int, *, seen: int = 0, batch: int, rank: int, world: int) -> list[list[int]]:
+    endless = PositionBatches(seen, batch_size=batch, rank=rank, world_size=world)
+    return list(itertools.islice(endless, count))
+
+
 def positions(seen: int, steps: int, batch: int, accum: int, world: int) -> list[list[int]]:
     """Per optimiser step, the sorted positions over all ranks."""
-    ranks = [
-        list(PositionBatches(seen, steps, batch_size=batch, grad_accum_steps=accum, rank=rank, world_size=world))
-        for rank in range(world)
-    ]
+    ranks = [batches(steps * accum, seen=seen, batch=batch, rank=rank, world=world) for rank in range(world)]
     return [
         sorted(itertools.chain.from_iterable(m for rank in ranks for m in rank[step * accum : (step + 1) * accum]))
         for step in range(steps)
@@ -28,10 +30,8 @@ def test_a_global_batch_is_the_same_positions_however_it_is_split() -> None:
 
 
 def test_micro_batches_do_not_depend_on_ranks_or_accumulation() -> None:
-    accumulated = list(PositionBatches(0, 3, batch_size=2, grad_accum_steps=2, rank=0, world_size=1))
-    parallel = [
-        list(PositionBatches(0, 3, batch_size=2, grad_accum_steps=1, rank=rank, world_size=2)) for rank in range(2)
-    ]
+    accumulated = batches(6, batch=2, rank=0, world=1)
+    parallel = [batches(3, batch=2, rank=rank, world=2) for rank in range(2)]
     assert accumulated == [batch for step in zip(*parallel) for batch in step]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_resume_continues_bit_for_bit(tiny: list[str], tmp_path: Path, extra: li
     same(continued.model.state_dict(), whole.model.state_dict())
     same(continued.ema.state_dict(), whole.ema.state_dict())
     same(continued.state_dict().optim, whole.state_dict().optim)
-    timing = {"videos_per_second", "seconds_per_step"}
+    timing = {"videos_per_second", "seconds_per_step", "data_wait_share", "memory_gib"}
     names = ("whole", "parts")
     logs = [[{k: v for k, v in row.items() if k not in timing} for row in rows(tmp_path / name)] for name in names]
     assert logs[0] == logs[1]
@@ -139,7 +140,7 @@ def test_every_kind_of_run_trains(tiny: list[str], tmp_path: Path, extra: list[s
     trainer = Trainer(load_config(None, [*tiny, *extra, *steps]), World())
     trainer.parallel_model = trainer.model
     batch = next(trainer.batches())
-    losses = [float(trainer.train_step(batch)["loss"]) for _ in range(12)]
+    losses = [float(trainer.train_step(batch)[0]["loss"]) for _ in range(12)]
     assert losses[-1] < 0.9 * losses[0], losses
 
 
@@ -189,7 +190,7 @@ def test_ema_is_the_closed_form(tiny: list[str]) -> None:
     key = "blocks.0.mlp.fc1.weight"
     trajectory = [trainer.model.state_dict()[key].clone()]
     trainer.parallel_model = trainer.model
-    for batch in trainer.batches():
+    for batch in islice(trainer.batches(), 5):
         trainer.train_step(batch)
         trajectory.append(trainer.model.state_dict()[key].clone())
     expected = 0.7**5 * trajectory[0] + sum(0.3 * 0.7 ** (5 - n) * trajectory[n] for n in range(1, 6))

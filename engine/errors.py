@@ -1,0 +1,11 @@
+"""Errors that end a program with a code of their own. Imports nothing, so that `--help` stays quick."""
+
+from __future__ import annotations
+
+PREEMPTED_EXIT = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; start it again
+
+
+class TrainingAborted(RuntimeError):
+    """The run cannot go on by itself; the message says why and what to do."""
+
+    exit_code = 3

@@ -1,0 +1,101 @@
+"""What a run's folder tells others: who is writing it, how the last session ended, what happened on the way.
+
+.lock            held while a run writes here; names its host and process
+events.jsonl     starts, resumes, skipped steps, spikes, stops: one object a line
+errors/rank1.json  what ended rank 1: step, batch, error, traceback
+PREEMPTED        a signal stopped the run at this step; start it again to go on
+COMPLETED        the run reached train.max_steps; hashes of the last checkpoint
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+import traceback
+from pathlib import Path
+from typing import IO, Any
+
+PREEMPTED, COMPLETED = "PREEMPTED", "COMPLETED"
+
+
+class RunFolder:
+    """The folder of one run. Only rank 0 opens and marks it; every rank may `report_failure`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    def open(self) -> None:
+        """Take the folder for this process and clear what the last session left.
+
+        Raises: OSError if it cannot be written, or another live process writes into it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        except (FileExistsError, NotADirectoryError):
+            raise OSError(f"train.output_dir={self.path} is a file; name a folder.") from None
+        except PermissionError:
+            raise OSError(f"train.output_dir={self.path} cannot be written: permission denied.") from None
+        for marker in (PREEMPTED, COMPLETED):
+            (self.path / marker).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "errors", ignore_errors=True)
+
+    def _take_lock(self) -> None:
+        lock = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of a dead process's lock
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise OSError(
+                f"train.output_dir={self.path} is being written by {owner}; stop that run or name another folder."
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()}:{os.getpid()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    def event(self, kind: str, step: int, **facts: Any) -> None:
+        """Append one event."""
+        row = {"time": round(time.time(), 3), "step": step, "event": kind, **facts}
+        with (self.path / "events.jsonl").open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def mark(self, marker: str, step: int, **facts: Any) -> None:
+        """Leave `marker`, complete or not at all."""
+        aside = self.path / f".{marker}.tmp"
+        with aside.open("w") as stream:
+            json.dump({"step": step, "time": round(time.time(), 3), **facts}, stream, indent=2)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(self.path / marker)
+
+    def report_failure(self, rank: int, step: int, error: BaseException, **facts: Any) -> None:
+        """Say what ended this rank, in a file of its own that no other rank's error overwrites."""
+        report = {
+            "rank": rank,
+            "host": socket.gethostname(),
+            "step": step,
+            "time": round(time.time(), 3),
+            "error": f"{type(error).__name__}: {error}",
+            **facts,
+            "traceback": traceback.format_exception(error),
+        }
+        try:
+            (self.path / "errors").mkdir(parents=True, exist_ok=True)
+            (self.path / "errors" / f"rank{rank}.json").write_text(json.dumps(report, indent=2) + "\n")
+        except OSError:  # the error itself matters more than its file
+            return

@@ -1,0 +1,86 @@
+"""Seeing where a run is slow or stuck: what each loader worker reads, and every stack of a step that hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from .signals import die_with_parent
+
+
+class Breadcrumbs:
+    """The file that each loader worker of this rank opened last, kept where a dead worker cannot take it along.
+
+    Called with a path in the worker, before it is opened.
+    """
+
+    def __init__(self, run: Path, rank: int) -> None:
+        name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
+        self.folder = Path(tempfile.gettempdir()) / f"latte-{os.getuid()}-{name}-rank{rank}"
+
+    def clear(self) -> None:
+        """Begin or end with none."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __call__(self, path: str) -> None:
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / str(os.getpid())).write_text(path)
+
+    def read(self, pids: list[int] | None = None) -> list[str]:
+        """What the workers of these process ids (all: None) read last."""
+        if not self.folder.is_dir():
+            return []
+        crumbs = {int(file.name): file.read_text() for file in self.folder.iterdir()}
+        return sorted({path for pid, path in crumbs.items() if pids is None or pid in pids})
+
+    def explain(self, error: RuntimeError) -> str | None:
+        """A sentence on a loader worker that died or hung; None for any other error."""
+        text = str(error)
+        if "DataLoader worker" not in text and "DataLoader timed out" not in text:
+            return None
+        dead = [int(number) for number in re.findall(r"\d+", text.partition("DataLoader worker")[2].partition(")")[0])]
+        files = self.read(dead) or self.read()
+        what = "did not answer in time" if "timed out" in text else "died"
+        return (
+            f"a data loader worker {what} while it read {', '.join(files) or 'its first file'}: {text.splitlines()[0]}"
+        )
+
+
+def prepare_worker(worker_id: int) -> None:
+    """What every loader worker does first."""
+    die_with_parent()
+
+
+class HangWatch:
+    """Writes the stack of every thread of this process into `file` when no step ended for `seconds` (0: never)."""
+
+    def __init__(self, file: Path, seconds: float) -> None:
+        self.seconds = seconds
+        self._stream: IO[str] | None = None
+        self._file = file
+
+    def tick(self) -> None:
+        """A step has ended: count anew."""
+        if not self.seconds:
+            return
+        if self._stream is None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._file.open("w")
+        faulthandler.dump_traceback_later(self.seconds, file=self._stream)
+
+    def stop(self) -> None:
+        """Watch no longer; an empty file is not left behind."""
+        if self._stream is None:
+            return
+        faulthandler.cancel_dump_traceback_later()
+        empty = self._stream.tell() == 0 and not self._file.stat().st_size
+        self._stream.close()
+        self._stream = None
+        if empty:
+            self._file.unlink(missing_ok=True)
