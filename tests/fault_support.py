@@ -1,0 +1,278 @@
+"""Faults on purpose, and small runs of several ranks to inject them into. Never imported by the project itself.
+
+`LATTE_FAULT=kind@rank:step` (several, comma-separated) makes a run that calls `arm()` fail in that way at that rank,
+before the update from that step. `python tests/fault_support.py ARGS` is train.py with the faults armed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+import numpy as np
+import psutil
+import torch
+from torch.utils._pytree import tree_map
+
+from engine.config import load_config
+from engine.distributed import World
+from engine.trainer import Trainer
+
+# ---- injection -------------------------------------------------------------------------------------
+
+
+def _non_finite_gradient(trainer: Trainer) -> None:
+    """An infinite gradient with a finite loss, in this step only."""
+    hook = next(trainer.model.parameters()).register_hook(lambda gradient: (hook.remove(), gradient + torch.inf)[1])
+
+
+def _non_finite_loss(trainer: Trainer) -> None:
+    """A loss that is not a number, in this step's last micro-batch only."""
+    objective = trainer.objective
+    inner = objective.loss
+
+    def spoiled(*arguments: Any) -> Any:
+        objective.loss = inner  # type: ignore[method-assign]
+        result = inner(*arguments)
+        return type(result)(result.loss * torch.nan, {**result.parts, "loss": result.loss.detach() * torch.nan},
+                            result.timesteps, result.per_clip * torch.nan)  # fmt: skip
+
+    objective.loss = spoiled  # type: ignore[method-assign]
+
+
+def _large_gradient(trainer: Trainer) -> None:
+    for parameter in trainer.model.parameters():
+        hooks: list[Any] = []
+        hooks.append(parameter.register_hook(lambda g, hooks=hooks: (hooks[0].remove(), g * 1000)[1]))
+
+
+def _one_ulp(trainer: Trainer) -> None:
+    with torch.no_grad():
+        weight = trainer.model.blocks[0].mlp.fc1.weight
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
+
+
+def _raise(trainer: Trainer) -> None:
+    raise ValueError("injected fault")
+
+
+def _kill_loader_worker(trainer: Trainer, number: signal.Signals = signal.SIGKILL) -> None:
+    workers = [p for p in psutil.Process().children(recursive=True) if "multiprocessing" in " ".join(p.cmdline())]
+    loaders = [p for p in workers if p.ppid() != os.getpid()]  # the children of the fork server
+    for worker in loaders:
+        worker.send_signal(number)
+
+
+def _signal_self(number: signal.Signals) -> Callable[[Trainer], None]:
+    return lambda trainer: os.kill(os.getpid(), number)
+
+
+FAULTS: dict[str, Callable[[Trainer], None]] = {
+    "kill": _signal_self(signal.SIGKILL),
+    "stop": _signal_self(signal.SIGSTOP),
+    "term": _signal_self(signal.SIGTERM),
+    "usr1": _signal_self(signal.SIGUSR1),
+    "raise": _raise,
+    "nan": _non_finite_loss,
+    "inf": _non_finite_gradient,
+    "spike": _large_gradient,
+    "ulp": _one_ulp,
+    "loader": _kill_loader_worker,
+    "sleep": lambda trainer: time.sleep(0.3),
+}
+
+
+# (files, loss) of every step that this process made while armed
+TRACE: list[tuple[list[str], float]] = []
+
+
+def parse(text: str) -> list[tuple[str, int, int]]:
+    """`kind@rank:step,...` -> [(kind, rank, step)]; step -1 is every step."""
+    parts = [part.replace(":", "@").split("@") for part in text.split(",") if part]
+    return [(kind, int(rank), int(step)) for kind, rank, step in parts]
+
+
+def arm(text: str | None = None) -> None:
+    """Have every Trainer of this process fail as `text` (by default LATTE_FAULT) says."""
+    faults = parse(text if text is not None else os.environ.get("LATTE_FAULT", ""))
+    honest = Trainer.train_step
+
+    def faulty(self: Trainer, micro_batches: Any) -> Any:
+        self.batch_files = self._files_of(micro_batches)
+        for fault in list(faults):
+            kind, rank, step = fault
+            if rank == self.world.rank and step in (-1, self.step):
+                if step != -1:
+                    faults.remove(fault)
+                FAULTS[kind](self)
+                break  # one fault a step
+        parts, stop = honest(self, micro_batches)
+        TRACE.append((self.batch_files, float(parts["loss"])))
+        return parts, stop
+
+    Trainer.train_step = faulty  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def armed(text: str) -> Iterator[None]:
+    """`arm`, within this block only."""
+    honest = Trainer.train_step
+    TRACE.clear()
+    arm(text)
+    try:
+        yield
+    finally:
+        Trainer.train_step = honest  # type: ignore[method-assign]
+
+
+# ---- runs ------------------------------------------------------------------------------------------
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl (or events.jsonl)."""
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def run(overrides: list[str], world: World | None = None, **options: Any) -> Trainer:
+    """A run in this process; the trainer it leaves."""
+    trainer = Trainer(load_config(None, overrides), world or World(), **options)
+    trainer.fit()
+    return trainer
+
+
+class Torchrun:
+    """torchrun on two gloo ranks in the background. As a context it leaves no process behind."""
+
+    def __init__(self, overrides: list[str], fault: str = "", flags: tuple[str, ...] = ()) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*launcher, "--shutdown-timeout=5", *flags, "tests/fault_support.py", *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "LATTE_FAULT": fault, "CUDA_VISIBLE_DEVICES": ""}
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def __enter__(self) -> Torchrun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        left = self.family()
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def family(self) -> list[psutil.Process]:
+        """torchrun and all that it started and that still lives."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.process.pid)
+            return [parent, *parent.children(recursive=True)]
+        return []
+
+    def wait(self, timeout: float = 90.0) -> tuple[int, str]:
+        """(exit code, output)."""
+        output, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, output
+
+    def wait_for_step(self, folder: Path, step: int, timeout: float = 60.0) -> None:
+        """Return once the run has logged `step`."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                if any(row["step"] >= step for row in rows(folder)):
+                    return
+            assert self.process.poll() is None, self.process.communicate()[0][-3000:]
+            time.sleep(0.05)
+        raise AssertionError(f"step {step} was not reached in {timeout} s")
+
+
+def all_gone(processes: list[psutil.Process], timeout: float) -> bool:
+    """Whether all `processes` end within `timeout` seconds."""
+    _, alive = psutil.wait_procs(processes, timeout)
+    return not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def _rank_main(rank: int, size: int, rendezvous: str, function: Callable[..., Any], arguments: tuple, out: Any) -> None:
+    """One rank: join, call `function(world, *arguments)`, send what it returns or raised."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=20)
+        )
+        result = function(World(rank, size, rank), *arguments)
+        # tensors would travel as shared memory, which goes with this process
+        plain = tree_map(lambda leaf: leaf.numpy() if isinstance(leaf, torch.Tensor) else leaf, result)
+        out.put((rank, plain, None))
+    except Exception as error:
+        out.put((rank, None, f"{type(error).__name__}: {error}"))
+
+
+def run_ranks(
+    size: int, rendezvous: Path, function: Callable[..., Any], *arguments: Any
+) -> list[tuple[Any, str | None]]:
+    """`function(world, *arguments)` on `size` gloo ranks, forked from a warm server: (result, error) of each."""
+    from multiprocessing import get_context
+
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "engine.trainer", "tests.fault_support"])
+    out = context.Queue()
+    ranks = [
+        context.Process(target=_rank_main, args=(rank, size, str(rendezvous), function, arguments, out))
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        found = sorted((out.get(timeout=90) for _ in ranks), key=lambda item: item[0])
+    finally:
+        for process in ranks:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+    return [(tree_map(_as_tensor, result), error) for _, result, error in found]
+
+
+def _as_tensor(leaf: Any) -> Any:
+    return torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def fit_rank(
+    world: World, overrides: list[str], fault: str = "", options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a rank of `run_ranks` does most often: train, and report what it ended with."""
+    with armed(fault):
+        trainer = run(overrides, world, **(options or {}))
+        trace = list(TRACE)
+    saved = trainer.state_dict()
+    return {
+        "step": trainer.step,
+        "samples_seen": trainer.samples_seen,
+        "skipped": trainer.guard.skipped,
+        "trace": trace,
+        "model": saved.model,
+        "ema": saved.ema,
+        "optim": saved.optim,
+    }
+
+
+if __name__ == "__main__":
+    import train
+    from engine import cli
+
+    arm()
+    cli.run(train.main)

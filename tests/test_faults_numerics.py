@@ -1,0 +1,121 @@
+"""Faults F: numbers that are not finite, gradients that leap, replicas that drift."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import checkpoint as ckpt
+from engine.errors import TrainingAborted
+from engine.guard import StepGuard, fingerprint
+from engine.optim import OptimConfig
+from engine.trainer import Trainer
+from tests.fault_support import armed, fit_rank, rows, run, run_ranks
+
+STEPS = ["train.max_steps=6", "train.checkpoint_every=3"]
+
+
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
+    saved = trainer.state_dict()
+    groups = {"model": saved.model, "ema": saved.ema, "optim": saved.optim}
+    return {f"{kind}/{name}": value.clone() for kind, group in groups.items() for name, value in group.items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["nan", "inf"], ids=["F1", "F2"])
+def test_F1_F2_one_rank_not_finite(tiny: list[str], tmp_path: Path, kind: str) -> None:
+    """All ranks skip the same step, go on with the next clips, and the log names files and timesteps."""
+    results = run_ranks(2, tmp_path / "rendezvous", fit_rank, [*tiny, *STEPS], f"{kind}@1:3")
+    assert [error for _, error in results] == [None, None]
+    first, second = (result for result, _ in results)
+    for result in (first, second):
+        assert (result["step"], result["skipped"], result["samples_seen"]) == (6, 1, 7 * 4)
+    for kind_of in ("model", "ema", "optim"):
+        assert_same(first[kind_of], second[kind_of])
+        assert all(value.isfinite().all() for value in first[kind_of].values())
+    (skip,) = [row for row in rows(tmp_path / "run", "events.jsonl") if row["event"] == "skip"]
+    assert skip["step"] == 3 and len(skip["files"]) == 4 and len(skip["timesteps"]) == 4
+    assert all(Path(file).exists() for file in skip["files"])
+    assert rows(tmp_path / "run")[-1]["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"], ids=["F1", "F2"])
+def test_F1_F2_a_skipped_step_changes_nothing(tiny: list[str], kind: str) -> None:
+    trainer = run([*tiny, "train.max_steps=2", "diffusion.timestep_sampler=loss_aware"])
+    before = everything(trainer) | trainer.timestep_sampler.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    rate, updates = trainer.optimizer.param_groups[0]["lr"], trainer.ema.updates
+    batches = trainer.batches()
+    with armed(f"{kind}@0:2"):
+        trainer.train_step(next(batches))
+    assert_same(before, everything(trainer) | trainer.timestep_sampler.state_dict())
+    assert (trainer.step, trainer.ema.updates, trainer.optimizer.param_groups[0]["lr"]) == (2, updates, rate)
+    trainer.train_step(next(batches))
+    assert trainer.step == 3
+
+
+def test_F3_a_streak_aborts_with_a_code_and_a_dump(tiny: list[str], tmp_path: Path) -> None:
+    faults = ",".join(["nan@0:2"] * 9)
+    with armed(faults), pytest.raises(TrainingAborted, match=r"3 steps in a row were skipped \(optim\.max_skips\)"):
+        run([*tiny, *STEPS, "optim.max_skips=3"])
+    assert TrainingAborted.exit_code == 3
+    report = (tmp_path / "run" / "errors" / "rank0.json").read_text()
+    assert '"step": 2' in report and "TrainingAborted" in report and ".png" not in report and "clip" in report
+    assert [row["event"] for row in rows(tmp_path / "run", "events.jsonl")] == ["start", "skip", "skip", "skip"]
+
+
+@pytest.mark.parametrize("policy", ["skip", "clip"])
+def test_F4_spikes_by_policy(tiny: list[str], policy: str) -> None:
+    extra = ["optim.spike_factor=10", f"optim.spike_policy={policy}", "train.max_steps=24", "train.log_every=24"]
+    with armed("spike@0:22"):
+        trainer = run([*tiny, *extra])
+    assert trainer.guard.spikes == 1
+    assert trainer.guard.skipped == (policy == "skip")
+    assert trainer.samples_seen == 2 * (24 + (policy == "skip"))
+    saved = trainer.state_dict().state["guard"]
+    again = StepGuard(trainer.config.optim)
+    again.load_state_dict(saved)
+    assert again.state_dict() == saved and len(saved["norms"]) == 24
+
+
+def test_F4_a_clipped_spike_is_scaled_to_the_median() -> None:
+    guard = StepGuard(OptimConfig(spike_factor=5.0, spike_policy="clip"))
+    for _ in range(StepGuard.MINIMUM):
+        assert guard.judge(True, 2.0, 0).limit == float("inf")
+    verdict = guard.judge(True, 10.1, 0)
+    assert verdict.spike and verdict.skip is None and verdict.limit == 2.0
+    assert not guard.judge(True, 9.9, 0).spike
+
+
+def test_F5_not_finite_in_an_accumulation_micro_step(tiny: list[str], tmp_path: Path) -> None:
+    """In a step that writes no log row, and only in one of its micro-batches."""
+    extra = ["train.grad_accum_steps=3", "train.batch_size=1", "train.log_every=6"]
+    with armed("nan@0:3"):
+        trainer = run([*tiny, *STEPS, *extra])
+    assert trainer.guard.skipped == 1
+    assert all(value.isfinite().all() for value in everything(trainer).values())
+    assert ckpt.newest_verified(tmp_path / "run" / "checkpoints")[0] is not None
+
+
+def test_F6_one_ulp_changes_the_fingerprint() -> None:
+    tensors = {"a": torch.randn(7, 5), "b": torch.arange(3), "c": torch.ones(3, dtype=torch.bfloat16)}
+    before = fingerprint(tensors)
+    tensors["a"][3, 2] = torch.nextafter(tensors["a"][3, 2], torch.tensor(10.0))
+    after = fingerprint(tensors)
+    assert [name for name in tensors if before[name] != after[name]] == ["a"]
+
+
+@pytest.mark.dist
+def test_F6_drift_names_rank_and_tensor(tiny: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny, *STEPS, "train.drift_check_every=2", "optim.learning_rate=1e-30"]
+    results = run_ranks(2, tmp_path / "rendezvous", fit_rank, overrides, "ulp@1:3")
+    for _, error in results:
+        assert error is not None
+        assert "drifted apart at step 4: rank 1 differs from rank 0 in blocks.0.mlp.fc1.weight" in error
