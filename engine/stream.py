@@ -7,6 +7,8 @@ number of workers or processes changes nothing.
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count
@@ -14,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets.clips import ClipDataset
+from datasets.readers import VideoError
 
+from .signals import ignored_by_children
 from .watch import prepare_worker
 
 
@@ -40,9 +44,22 @@ class ClipStream(Dataset):
         self.clips = clips
         self.seed = seed
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        item = self.clips[clip_at(position, len(self.clips), self.seed)]
-        return {**item, "position": position}
+    def __getitem__(self, position: int) -> dict[str, Any] | VideoError:
+        epoch, index = clip_at(position, len(self.clips), self.seed)
+        try:
+            item = self.clips[epoch, index]
+        except VideoError as error:
+            return error
+        return {**item, "position": position, "replaced": item["index"] != index}
+
+
+def collate(items: list[dict[str, Any] | VideoError]) -> dict[str, torch.Tensor] | VideoError:
+    """A micro-batch; or the first error, as a value: torch would make a text of it on its way out of a worker."""
+    return next((item for item in items if isinstance(item, VideoError)), None) or default_collate(items)
+
+
+# the workers are the fork server's children, so no signal tells of their death: torch looks when a wait times out
+POLL_S = 5.0
 
 
 class PositionBatches:
@@ -64,19 +81,40 @@ class PositionBatches:
             yield list(range(start, start + self.batch_size))
 
 
-def build_loader(
+def load_micro_batches(
     stream: ClipStream, batches: PositionBatches, num_workers: int, pin_memory: bool, timeout_s: float
-) -> DataLoader:
-    """Loader of micro-batches {"video", "labels", "index", "position"}; RuntimeError where a worker dies or hangs."""
-    return DataLoader(
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches {"video", "labels", "index", "position", "replaced"} without end.
+
+    Raises: VideoError where a clip ends the run (see ClipDataset).
+    RuntimeError, torch's own, when a worker has died or has given nothing for `timeout_s`.
+    """
+    poll = min(POLL_S, timeout_s)
+    loader = DataLoader(
         stream,
         batch_sampler=batches,
+        collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        timeout=timeout_s if num_workers else 0,
+        timeout=poll if num_workers else 0,
         worker_init_fn=prepare_worker if num_workers else None,
         # without an explicit context a loader in a threaded parent may fork into a held lock
         multiprocessing_context="forkserver" if num_workers else None,
         generator=torch.Generator(),  # the loader's own seed draw must not touch the global generator
     )
+    multiprocessing.set_forkserver_preload(["engine.loader_server"])
+    with ignored_by_children():
+        loaded = iter(loader)
+    while True:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                batch = next(loaded)
+                break
+            except RuntimeError as error:
+                if "timed out" not in str(error) or time.monotonic() + poll > deadline:
+                    raise
+        if isinstance(batch, VideoError):
+            raise batch
+        yield batch

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +35,27 @@ TINY = [
     "train.log_every=1",
     "train.checkpoint_every=100",
 ]
+
+
+FAULT_TEST = re.compile(r"test_((?:[A-G]\d+_)+)")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line per fault test, by the ids of docs/reliability.md: `C6 passed 1.2 s test_C6_flipped_byte`."""
+    lines = []
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            name = report.nodeid.partition("::")[2]
+            match = FAULT_TEST.match(name)
+            if match and (report.when == "call" or outcome != "passed"):
+                ids = match[1].strip("_").split("_")
+                # parameters named by an id tell which of a shared test's ids this is
+                shown = [one for one in ids if f"[{one}]" in name] or ids
+                lines += [(one[0], int(one[1:]), f"{one} {outcome} {report.duration:.1f} s {name}") for one in shown]
+    if lines:
+        terminalreporter.section("fault tests")
+        for _, _, line in sorted(lines):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -137,6 +137,37 @@ def armed(text: str) -> Iterator[None]:
         Trainer.train_step = honest  # type: ignore[method-assign]
 
 
+class BadWorker:
+    """A ClipDataset whose loader worker does `what` while it reads clip `victim`."""
+
+    def __init__(self, clips: Any, victim: int, what: str) -> None:
+        self.__dict__.update(inner=clips, victim=victim, what=what)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "inner" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.inner, name, value)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        if key[1] == self.victim:
+            self.inner.on_open(self.inner.catalog.clips[self.victim].path)
+            WORKER_FAULTS[self.what]()
+        return self.inner[key]
+
+
+WORKER_FAULTS: dict[str, Callable[[], None]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "segv": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "exit": lambda: os._exit(3),
+    "hang": lambda: time.sleep(600),
+}
+
 # ---- runs ------------------------------------------------------------------------------------------
 
 
@@ -156,7 +187,7 @@ class Torchrun:
     """torchrun on two gloo ranks in the background. As a context it leaves no process behind."""
 
     def __init__(self, overrides: list[str], fault: str = "", flags: tuple[str, ...] = ()) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        launcher = [sys.executable, "-m", "engine.elastic", "--standalone", "--nproc_per_node=2"]
         command = [*launcher, "--shutdown-timeout=5", *flags, "tests/fault_support.py", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "LATTE_FAULT": fault, "CUDA_VISIBLE_DEVICES": ""}
         self.started = time.monotonic()

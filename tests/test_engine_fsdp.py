@@ -1,0 +1,76 @@
+"""FSDP2 beside DDP: the same losses, and checkpoints that any of them, or one process, continues."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import load_config
+from engine.distributed import World, local
+from engine.trainer import Trainer
+from tests.fault_support import fit_rank, rows, run, run_ranks
+
+pytestmark = pytest.mark.dist
+FP64 = ["train.precision=fp64", "optim.max_grad_norm=0.05", "train.checkpoint_every=100"]
+
+
+def two(folder: Path, name: str, overrides: list[str]) -> list[dict[str, Any]]:
+    found = run_ranks(2, folder / f"rendezvous-{name}", fit_rank, [*overrides, f"train.output_dir={folder / name}"])
+    assert [error for _, error in found] == [None, None]
+    return [result for result, _ in found]
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("extra", [[], ["train.grad_accum_steps=2", "train.batch_size=1"]], ids=["plain", "accumulate"])
+def test_losses_and_weights_are_those_of_ddp(tiny: list[str], tmp_path: Path, extra: list[str]) -> None:
+    """float64, with clipping: 1e-12."""
+    common = [*tiny, *FP64, *extra, "train.max_steps=4"]
+    ddp, fsdp = (two(tmp_path, kind, [*common, f"train.parallel={kind}"]) for kind in ("ddp", "fsdp"))
+    for rank in (0, 1):
+        losses = [[loss for _, loss in result[rank]["trace"]] for result in (ddp, fsdp)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-12)
+        for kind in ("model", "ema", "optim"):
+            assert_close(fsdp[rank][kind], ddp[rank][kind], 1e-12)
+    norms = [[row["grad_norm"] for row in rows(tmp_path / kind)] for kind in ("ddp", "fsdp")]
+    assert norms[0] == pytest.approx(norms[1], abs=1e-12)
+
+
+def test_checkpoints_interchange(tiny: list[str], tmp_path: Path) -> None:
+    """FSDP, then DDP, then one process, then FSDP: as if one process had trained all along."""
+    common = [*tiny, *FP64]
+    stages = [("fsdp", 2), ("ddp", 4), ("alone", 6), ("fsdp", 8)]
+    for place, (kind, steps) in enumerate(stages):
+        overrides = [*common, f"train.max_steps={steps}", f"train.output_dir={tmp_path / 'run'}"]
+        if kind == "alone":
+            run([*overrides, "train.batch_size=4"])
+            continue
+        found = run_ranks(2, tmp_path / f"rendezvous{place}", fit_rank, [*overrides, f"train.parallel={kind}"])
+        assert [error for _, error in found] == [None, None]
+    whole = run([*common, "train.max_steps=8", "train.batch_size=4", f"train.output_dir={tmp_path / 'whole'}"])
+    last = found[0][0]
+    assert last["step"] == 8
+    assert_close(last["model"], whole.model.state_dict(), 1e-10)
+    assert_close(last["ema"], whole.ema.state_dict(), 1e-10)
+
+
+def shard_sizes(world: World, overrides: list[str]) -> list[tuple[int, int, int]]:
+    """Elements that this rank holds of (weights, average, all)."""
+    trainer = Trainer(load_config(None, overrides), world)
+    held = [sum(local(p).numel() for p in net.parameters()) for net in (trainer.model, trainer.ema.model)]
+    return [(*held, sum(p.numel() for p in trainer.model.parameters()))]
+
+
+def test_each_rank_holds_half(tiny: list[str], tmp_path: Path) -> None:
+    found = run_ranks(2, tmp_path / "rendezvous", shard_sizes, [*tiny, "train.parallel=fsdp"])
+    for sizes, error in found:
+        assert error is None
+        ((weights, average, total),) = sizes
+        assert weights == average and 0.45 < weights / total < 0.55

@@ -1,0 +1,233 @@
+"""Faults A: death, hangs and signals. Each ends soon, says why, and leaves a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import signal
+import subprocess
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from engine import checkpoint as ckpt
+from engine import launch, signals, trainer
+from engine.config import load_config
+from engine.distributed import World
+from engine.errors import TrainingAborted
+from engine.trainer import Trainer
+from tests.fault_support import ROOT, BadWorker, Torchrun, all_gone, fit_rank, rows, run, run_ranks
+
+pytestmark = pytest.mark.timeout(150)
+
+FOREVER = ["train.max_steps=100000", "train.checkpoint_every=100000", "train.log_every=1"]
+TWELVE = ["train.max_steps=12", "train.checkpoint_every=4", "train.timeout_s=10"]
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint of a run, which verifies."""
+    found, complaints = ckpt.newest_verified(folder / "checkpoints")
+    assert found is not None and not complaints
+    return found
+
+
+def report(folder: Path, rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "errors" / f"rank{rank}.json").read_text())
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_A1_sigkill_of_one_rank(tiny: list[str], tmp_path: Path) -> None:
+    with Torchrun([*tiny, *TWELVE], "kill@1:7") as job:
+        code, _ = job.wait()
+        assert code != 0 and time.monotonic() - job.started < 60
+        assert all_gone(job.family(), 5)
+    assert newest(tmp_path / "run").name == "step-0000004"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_A2_one_rank_raises(tiny: list[str], tmp_path: Path) -> None:
+    with Torchrun([*tiny, *TWELVE], "raise@1:7") as job:
+        code, output = job.wait()
+    assert code != 0 and "error (rank 1): injected fault" in output
+    found = report(tmp_path / "run", 1)
+    assert (found["rank"], found["step"], found["error"]) == (1, 7, "ValueError: injected fault")
+    assert len(found["files"]) == 2 and all(Path(file).exists() for file in found["files"])
+    other = tmp_path / "run" / "errors" / "rank0.json"
+    assert not other.exists() or "injected" not in other.read_text()
+    assert newest(tmp_path / "run").name == "step-0000004"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_A3_a_rank_hangs(tiny: list[str], tmp_path: Path) -> None:
+    with Torchrun([*tiny, *TWELVE, "train.hang_timeout_s=4"], "stop@1:7") as job:
+        job.wait_for_step(tmp_path / "run", 7)
+        hung, family = time.monotonic(), job.family()
+        code, _ = job.wait()
+        assert code != 0 and time.monotonic() - hung < 60
+        assert all_gone(family, 5)
+    assert "imed out" in report(tmp_path / "run", 0)["error"]
+    stacks = (tmp_path / "run" / "errors" / "rank0.stacks.txt").read_text()
+    assert "train_step" in stacks  # where rank 0 waited
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["A4", "A5"])
+def test_A4_A5_a_signal_to_the_launcher(tiny: list[str], tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM and SIGUSR1 to torchrun as train_scripts/launch.sh starts it."""
+    command = ["bash", "train_scripts/launch.sh", "train.py", "configs/folder/folder_train.yaml"]
+    environment = {**os.environ, "GPUS": "2", "OMP_NUM_THREADS": "1"}
+    extra = ["codec.path=null", "data.labels=auto", "train.precision=fp32", *tiny, *FOREVER]
+    job = subprocess.Popen([*command, *extra], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for_step(job, tmp_path / "run", 3)
+        family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+        job.send_signal(number)
+        asked = time.monotonic()
+        job.communicate(timeout=30)
+        assert time.monotonic() - asked < 10
+        assert all_gone(family, 5)
+    finally:
+        job.kill()
+    marker = json.loads((tmp_path / "run" / "PREEMPTED").read_text())
+    # torchrun may pass another signal on than it was sent
+    assert signal.Signals(marker["signal"]) in (signal.SIGTERM, signal.SIGUSR1)
+    assert newest(tmp_path / "run").name == f"step-{marker['step']:07d}"
+    assert "--signals-to-handle" in (ROOT / "train_scripts" / "launch.sh").read_text()
+
+
+def wait_for_step(job: subprocess.Popen[str], folder: Path, step: int, timeout: float = 90.0) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        file = folder / "metrics.jsonl"
+        if file.exists() and len(file.read_text().splitlines()) >= step:
+            return
+        assert job.poll() is None, job.communicate()[1][-3000:]
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in {timeout} s")
+
+
+@pytest.mark.dist
+def test_A6_a_signal_to_one_worker_only(tiny: list[str], tmp_path: Path) -> None:
+    found = run_ranks(2, tmp_path / "rendezvous", fit_rank, [*tiny, *FOREVER], "usr1@1:4")
+    assert [error for _, error in found] == [None, None]
+    assert [result["step"] for result, _ in found] == [5, 5]
+    assert newest(tmp_path / "run").name == "step-0000005"
+    assert json.loads((tmp_path / "run" / "PREEMPTED").read_text())["signal"] == signal.SIGUSR1
+
+
+def test_A7_a_second_signal_during_the_save(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves: list[int] = []
+    inner = ckpt.save_checkpoint
+
+    def interrupted(checkpoint: ckpt.Checkpoint, *arguments: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGTERM)
+        saves.append(checkpoint.step)
+        folder = inner(checkpoint, *arguments)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return folder
+
+    monkeypatch.setattr(ckpt, "save_checkpoint", interrupted)
+    stopped = Trainer(load_config(None, [*tiny, *FOREVER, "train.checkpoint_every=3"]), World())
+    assert not stopped.fit()
+    assert saves == [3, 4]  # the first, which a signal hit; and that of the stop: neither nested
+    assert newest(tmp_path / "run").name == "step-0000004"
+    assert (tmp_path / "run" / "PREEMPTED").exists()
+
+
+def test_A8_the_handler_only_sets_a_flag() -> None:
+    source = inspect.getsource(signals.StopSignals._remember)
+    (function,) = ast.parse(textwrap.dedent(source)).body
+    assert isinstance(function, ast.FunctionDef)
+    (statement,) = function.body
+    assert isinstance(statement, ast.Assign) and ast.unparse(statement) == "self.received = number"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_A9_sigkill_of_torchrun(tiny: list[str], tmp_path: Path) -> None:
+    with Torchrun([*tiny, *FOREVER, "data.num_workers=1"]) as job:
+        job.wait_for_step(tmp_path / "run", 3)
+        children = job.family()[1:]
+        assert len(children) >= 4
+        job.process.kill()
+        try:
+            assert all_gone(children, 5)
+        finally:
+            for child in children:
+                if child.is_running():
+                    child.kill()
+
+
+@pytest.mark.parametrize("what", ["kill", "segv", "exit"])
+def test_A10_a_loader_worker_dies(tiny: list[str], what: str) -> None:
+    subject = Trainer(load_config(None, [*tiny, *FOREVER, "data.num_workers=1"]), World())
+    victim = subject.clips.catalog.clips[4]
+    subject.clips = BadWorker(subject.clips, 4, what)  # type: ignore[assignment]
+    start = time.monotonic()
+    with pytest.raises(TrainingAborted, match=r"worker died while it read .*") as death:
+        subject.fit()
+    assert str(victim.path) in str(death.value)
+    assert time.monotonic() - start < 20  # 10 s, and the start of a worker on a busy machine
+
+
+def test_A11_a_loader_worker_hangs(tiny: list[str]) -> None:
+    config = load_config(None, [*tiny, *FOREVER, "data.num_workers=1", "data.worker_timeout_s=8"])
+    subject = Trainer(config, World())
+    victim = subject.clips.catalog.clips[4]
+    subject.clips = BadWorker(subject.clips, 4, "hang")  # type: ignore[assignment]
+    with pytest.raises(TrainingAborted, match="did not answer in time while it read") as death:
+        subject.fit()
+    assert str(victim.path) in str(death.value)
+
+
+def other_data(world: World, overrides: list[str]) -> None:
+    """Each rank finds another number of clips."""
+    run([*overrides, f"data.max_clips={5 + world.rank}"], world)
+
+
+@pytest.mark.dist
+def test_A12_ranks_that_see_other_data(tiny: list[str], tmp_path: Path) -> None:
+    found = run_ranks(2, tmp_path / "rendezvous", other_data, [*tiny, *TWELVE])
+    for _, error in found:
+        assert error is not None and "rank 1 finds 6 clips" in error and "rank 0 5 (list" in error
+
+
+def test_A13_a_clean_finish_leaves_a_record(tiny: list[str], tmp_path: Path) -> None:
+    run([*tiny, "train.max_steps=3"])
+    record = json.loads((tmp_path / "run" / "COMPLETED").read_text())
+    folder = newest(tmp_path / "run")
+    assert (record["step"], record["checkpoint"]) == (3, folder.name)
+    assert record["sha256"]["model.safetensors"] == ckpt._sha256(folder / "model.safetensors")
+    assert not (tmp_path / "run" / "PREEMPTED").exists()
+    lines = inspect.getsource(launch.train)  # the record is written before anything is torn down
+    assert lines.index(".fit()") < lines.index("close_world()")
+
+
+@pytest.mark.dist
+def test_A14_rank_0_raises_between_collectives(tiny: list[str], tmp_path: Path) -> None:
+    start = time.monotonic()
+    found = run_ranks(2, tmp_path / "rendezvous", fit_rank, [*tiny, *TWELVE], "raise@0:3")
+    assert found[0][1] == "ValueError: injected fault"
+    assert found[1][1] is not None  # the connection to rank 0 broke
+    assert time.monotonic() - start < 40
+    for module in (trainer, launch):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            final = ast.unparse(ast.Module(node.finalbody, [])) if isinstance(node, ast.Try) else ""
+            assert "destroy_process_group" not in final and "close_world" not in final
+
+
+def test_rows_of_events_tell_the_story(tiny: list[str], tmp_path: Path) -> None:
+    run([*tiny, "train.max_steps=1"])
+    run([*tiny, "train.max_steps=2"])
+    assert [row["event"] for row in rows(tmp_path / "run", "events.jsonl")] == ["start", "resume", "start"]
