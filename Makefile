@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format lock clean
+.PHONY: help setup demo test test-faults test-slow lint format lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ demo: setup  ## the main job: data -> training -> samples -> results/demo/index.
 
 test: setup lint  ## lint, types and the test suite
 	$(BIN)/python -m pytest -m "not slow"
+
+test-faults: setup  ## the 86 fault tests of docs/reliability.md, a line each at the end
+	$(BIN)/python -m pytest -q tests/test_faults_*.py
 
 test-slow: setup  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

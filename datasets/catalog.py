@@ -9,11 +9,12 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from .readers import HIDDEN, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
     from .clips import DataConfig
@@ -101,13 +102,15 @@ def build_catalog(config: DataConfig) -> Catalog:
         for clip, name in zip(found, names)
     ]
     clips = labelled[: config.max_clips]
-    return Catalog(str(root), clips, classes, _digest(clips, classes), dict(sorted(skipped.items())))
+    return Catalog(str(root), clips, classes, digest_of(clips, classes), dict(sorted(skipped.items())))
 
 
 def _root(path: str) -> Path:
     if not path:
         raise ValueError("data.path is empty: give the folder of the data set")
-    root = Path(path).expanduser()
+    root = Path(path)
+    with suppress(RuntimeError):  # the home of a user that there is not
+        root = root.expanduser()
     if not root.exists():
         raise FileNotFoundError(f"data.path: there is no folder '{path}'")
     if not root.is_dir():
@@ -138,7 +141,7 @@ def _walk(root: Path, skipped: Counter[str]) -> Iterator[tuple[Path, list[str]]]
         folder = pending.pop()
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
-        visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+        visible = [entry for entry in entries if not entry.name.startswith(HIDDEN)]
         skipped.update({"hidden": len(entries) - len(visible)} if len(visible) < len(entries) else {})
         for entry in visible:
             if entry.is_dir() and os.path.realpath(entry.path) not in seen:
@@ -155,6 +158,8 @@ def _name(path: Path, root: Path) -> str:
 
 def _long_enough(clips: list[Clip], config: DataConfig, skipped: Counter[str]) -> list[Clip]:
     """Drop folders of frames that hold no window; the length of a video is known when it is opened."""
+    if config.short_clips == "loop":
+        return clips
     span = window_span(config.num_frames, config.frame_interval)
     kept = [clip for clip in clips if clip.num_frames is None or clip.num_frames >= span]
     if len(kept) < len(clips):
@@ -216,7 +221,7 @@ def class_names_of(clips: Sequence[Clip], rule: str) -> list[str | None]:
     return [None] * len(clips)
 
 
-def _digest(clips: Sequence[Clip], classes: Sequence[str]) -> str:
+def digest_of(clips: Sequence[Clip], classes: Sequence[str]) -> str:
     """SHA-256 over names, sizes and classes: equal on two machines exactly if their catalogs are."""
     digest = hashlib.sha256()
     for clip in clips:

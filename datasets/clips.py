@@ -9,7 +9,7 @@ Letters: F frames, I images, C channels, H height, W width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .catalog import LABEL_RULES, RECIPES, Catalog, Clip, build_catalog, read_frame_list, window_span
-from .readers import READERS, Reader, VideoError, open_video
+from .catalog import LABEL_RULES, RECIPES, Catalog, Clip, build_catalog, digest_of, read_frame_list, window_span
+from .readers import MAX_PIXELS, READERS, Reader, VideoError, check_installed, file_identity, open_video
 from .transforms import TRANSFORMS, horizontal_flip, to_signed_range
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 20  # unreadable clips in a row after which something is wrong with the set, not with a clip
+MAX_ATTEMPTS = 20  # unusable clips in a row after which something is wrong with the set, not with a clip
+SHORT_CLIPS = ("skip", "loop")
 PURPOSES = {"window": 1, "flip": 2, "replacement": 3, "image": 4, "frame": 5, "image_flip": 6}
 
 
@@ -46,6 +47,9 @@ class DataConfig:
     worker_timeout_s: float = 600.0  # a loader process that gives nothing for so long ends the run
     reader: str = "auto"  # auto | pyav | decord
     horizontal_flip: bool | None = None  # mirror half of the clips; null = as the data set's recipe says
+    max_pixels: int = MAX_PIXELS  # a clip with larger frames is unusable; it is refused before they are decoded
+    short_clips: str = "skip"  # skip: a clip shorter than a window is unusable; loop: it begins anew at its end
+    max_unusable: float = 0.5  # share of the clips that may turn out unusable; more end the run
     strict: bool = False  # stop at the first clip that cannot be used, instead of replacing it
     max_clips: int | None = None  # use only the first n clips
 
@@ -53,12 +57,15 @@ class DataConfig:
         _one_of("name", self.name, RECIPES)
         _one_of("labels", self.labels, ("auto", *LABEL_RULES))
         _one_of("reader", self.reader, READERS)
-        for key in ("num_frames", "frame_interval", "image_size", "max_clips"):
+        _one_of("short_clips", self.short_clips, SHORT_CLIPS)
+        for key in ("num_frames", "frame_interval", "image_size", "max_clips", "max_pixels"):
             _at_least(key, getattr(self, key), 1)
         for key in ("num_images", "num_workers"):
             _at_least(key, getattr(self, key), 0)
         if not 0 < self.worker_timeout_s < float("inf"):
             raise ValueError(f"data.worker_timeout_s: {self.worker_timeout_s} must be positive and finite")
+        if not 0 <= self.max_unusable <= 1:
+            raise ValueError(f"data.max_unusable: {self.max_unusable} must be a share, from 0 to 1")
         if self.frame_list is not None and not self.num_images:
             raise ValueError("data.frame_list is read only in joint training: set data.num_images, or drop it")
 
@@ -87,10 +94,13 @@ class Sample(TypedDict):
 class ClipDataset(Dataset[Sample]):
     """`dataset[epoch, index]`: one clip of video `index`, drawn anew in every epoch, and I extra images.
 
-    A clip that cannot be used (broken, too short) is replaced by another, drawn from (seed, epoch, index);
-    it is named in a warning once and kept in `skipped` (path -> reason; each loader worker has its own).
-    `cut_off` likewise names files whose end is missing though a window fits. With `strict` both raise
-    VideoError.
+    A clip that cannot be used (broken, too large, too short) is replaced by another, drawn from (seed, epoch,
+    index); it is named in a warning once and kept in `skipped` (path -> reason; each loader worker has its own).
+    `cut_off` likewise names files whose end is missing though a window fits; with `strict` both raise
+    VideoError. `looped` names the short ones that `data.short_clips=loop` repeats. Without `strict`, VideoError
+    comes after MAX_ATTEMPTS unusable clips in a row, or with more than `data.max_unusable` of all in `skipped`.
+
+    `digest` names the content: of the catalog, and of the frame list where there is one.
     """
 
     def __init__(self, config: DataConfig, catalog: Catalog, seed: int) -> None:
@@ -102,6 +112,8 @@ class ClipDataset(Dataset[Sample]):
         self.images = read_frame_list(config, catalog) if config.frame_list else None
         self.skipped: dict[str, str] = {}
         self.cut_off: dict[str, str] = {}
+        self.looped: dict[str, str] = {}
+        self.digest = digest_of([*catalog.clips, *(self.images or [])], catalog.class_names)
         self.on_open: Callable[[str], None] | None = None  # told the path of each video before it is read
 
     def __len__(self) -> int:
@@ -127,13 +139,13 @@ class ClipDataset(Dataset[Sample]):
             "frames_per_window": self.span,
             "transform": self.transform_name,
             "horizontal_flip": self.flips,
-            "digest": self.catalog.digest,
+            "digest": self.digest,
         }
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         used, video = self._first_usable(
-            self._clip_candidates(epoch, index), lambda i: self._window(self.catalog.clips[i], epoch, index)
+            self.catalog.clips, self._clip_candidates(epoch, index), lambda clip: self._window(clip, epoch, index)
         )
         shown = [video]
         labels = [self.catalog.clips[used].label]
@@ -164,56 +176,79 @@ class ClipDataset(Dataset[Sample]):
             else:
                 yield (index + 1 + int(draw.integers(max(1, len(self) - 1)))) % len(self)
 
-    def _first_usable(self, candidates: Iterator[int], load: Callable[[int], Tensor]) -> tuple[int, Tensor]:
-        """The first candidate that loads, and what it gave; VideoError after MAX_ATTEMPTS failures."""
-        failures: list[str] = []
+    def _first_usable(
+        self, clips: Sequence[Clip], candidates: Iterator[int], load: Callable[[Clip], Tensor]
+    ) -> tuple[int, Tensor]:
+        """The first of the candidates among `clips` that loads, and what it gave; VideoError as the class says."""
+        failures: dict[str, str] = {}
         for index in islice(candidates, MAX_ATTEMPTS):
             try:
-                return index, load(index)
+                return index, load(clips[index])
             except VideoError as error:
                 if self.config.strict:
                     raise
-                self._note(self.skipped, error, "is skipped")
-                failures.append(str(error))
-        reasons = "; ".join(dict.fromkeys(failures))
-        raise VideoError(self.catalog.root, f"{MAX_ATTEMPTS} clips in a row cannot be used: {reasons}")
+                failures[clips[index].path] = self._note(self.skipped, clips[index], error, "is skipped")
+                self._check_share()
+        raise VideoError(self.catalog.root, f"{MAX_ATTEMPTS} clips in a row cannot be used: {_listed(failures)}")
 
-    def _note(self, notes: dict[str, str], error: VideoError, fate: str) -> None:
-        if error.path not in notes:
-            notes[error.path] = error.reason
-            log.warning("%r %s: %s", error.path, fate, error.reason)
+    def _check_share(self) -> None:
+        total = len(self) + len(self.images or [])
+        if len(self.skipped) > self.config.max_unusable * total:
+            raise VideoError(
+                self.catalog.root,
+                f"{len(self.skipped)} of {total} clips cannot be used, more than data.max_unusable="
+                f"{self.config.max_unusable} allows: {_listed(self.skipped)}",
+            )
+
+    def _note(self, notes: dict[str, str], clip: Clip, error: VideoError, fate: str) -> str:
+        """The reason, remembered; and said once for each clip."""
+        reason = error.reason if error.path == clip.path else f"{error.path!r}: {error.reason}"  # one frame of a folder
+        if clip.path not in notes:
+            notes[clip.path] = reason
+            log.warning("%r %s: %s", clip.path, fate, reason)
+        return reason
 
     def _open(self, clip: Clip) -> Reader:
         if self.on_open is not None:
             self.on_open(clip.path)
-        reader = open_video(clip.path, self.config.reader)
+        reader = open_video(clip.path, self.config.reader, self.config.max_pixels)
+        _check_unchanged(clip, reader)
         if reader.cut_off:
             error = VideoError(clip.path, reader.cut_off)
             if self.config.strict:
                 raise error
-            self._note(self.cut_off, error, "is used as far as it goes")
+            self._note(self.cut_off, clip, error, "is used as far as it goes")
         return reader
 
     def _window(self, clip: Clip, epoch: int, index: int) -> Tensor:
-        """F frames at the exact stride, from a start drawn among all that fit: (F, C, H, W) in [-1, 1]."""
+        """F frames at the exact stride, from a start drawn among all that fit: (F, C, H, W) in [-1, 1].
+
+        A clip that is looped may start at any of its frames. One whose end is missing is never looped.
+        """
         reader = self._open(clip)
-        if len(reader) < self.span:
-            raise VideoError(clip.path, f"has {len(reader)} frames, a window needs {self.span}")
-        start = int(self._random("window", epoch, index).integers(len(reader) - self.span + 1))
-        frames = _read_undamaged(reader, clip, range(start, start + self.span, self.config.frame_interval))
+        length, starts = len(reader), len(reader) - self.span + 1
+        if length < self.span:
+            error = VideoError(clip.path, f"has {length} frames, a window needs {self.span}")
+            if self.config.short_clips == "skip" or reader.cut_off:
+                raise error
+            self._note(self.looped, clip, error, "is looped")
+            starts = length
+        start = int(self._random("window", epoch, index).integers(starts))
+        window = range(start, start + self.span, self.config.frame_interval)
+        frames = _read_undamaged(reader, clip, [place % length for place in window])
         return self._finish(frames, self._random("flip", epoch, index))
 
     def _image(self, epoch: int, index: int, place: int) -> tuple[Tensor, int]:
         """One random frame of another video, or one image of the list: (1, C, H, W) and its label."""
         source = self.images if self.images is not None else self.catalog.clips
 
-        def load(candidate: int) -> Tensor:
-            reader = self._open(source[candidate])
+        def load(clip: Clip) -> Tensor:
+            reader = self._open(clip)
             number = int(self._random("frame", epoch, index, place).integers(len(reader)))
-            frame = _read_undamaged(reader, source[candidate], [number])
+            frame = _read_undamaged(reader, clip, [number])
             return self._finish(frame, self._random("image_flip", epoch, index, place))
 
-        used, image = self._first_usable(self._image_candidates(epoch, index, place), load)
+        used, image = self._first_usable(source, self._image_candidates(epoch, index, place), load)
         return image, source[used].label
 
     def _finish(self, frames: Tensor, draw: np.random.Generator) -> Tensor:
@@ -223,7 +258,24 @@ class ClipDataset(Dataset[Sample]):
         return to_signed_range(TRANSFORMS[self.transform_name](frames, self.config.image_size))
 
 
-def _read_undamaged(reader: Reader, clip: Clip, indices: range | list[int]) -> Tensor:
+def _listed(failures: dict[str, str]) -> str:
+    """The first MAX_ATTEMPTS of path -> reason, in words."""
+    rest = len(failures) - MAX_ATTEMPTS
+    named = "; ".join(f"{path}: {reason}" for path, reason in islice(failures.items(), MAX_ATTEMPTS))
+    return f"{named}; and {rest} more" if rest > 0 else named
+
+
+def _check_unchanged(clip: Clip, reader: Reader) -> None:
+    """VideoError where this is not what the catalog found, whose digest a run's checkpoints hold."""
+    if clip.num_frames is None:
+        found, before, unit = file_identity(clip.path)[0], clip.size, "bytes"
+    else:
+        found, before, unit = len(reader), clip.num_frames, "frames"
+    if found != before:
+        raise VideoError(clip.path, f"has changed since the run began: {before} {unit} then, {found} now")
+
+
+def _read_undamaged(reader: Reader, clip: Clip, indices: list[int]) -> Tensor:
     """The frames, or VideoError where undecodable parts make their distances or pixels doubtful."""
     frames = reader.read(indices)
     if reader.damage:
@@ -233,4 +285,5 @@ def _read_undamaged(reader: Reader, clip: Clip, indices: range | list[int]) -> T
 
 def build_dataset(config: DataConfig, *, seed: int) -> ClipDataset:
     """Catalog the folder and make the data set. ValueError or FileNotFoundError where the folder is wrong."""
+    check_installed(config.reader)
     return ClipDataset(config, build_catalog(config), seed)

@@ -9,10 +9,12 @@ Letters: T frames, C channels, H height, W width.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import chain, dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -28,6 +30,7 @@ _VIDEOS = ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .o
 _IMAGES = ".bmp .jpeg .jpg .png .ppm .tif .tiff .webp"
 VIDEO_SUFFIXES = frozenset(_VIDEOS.split())
 IMAGE_SUFFIXES = frozenset(_IMAGES.split())
+HIDDEN = (".", "__MACOSX")  # names that begin so are left out
 
 # First bytes -> the one demuxer that may open the file: (offset, bytes, FFmpeg's format name).
 CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
@@ -50,6 +53,9 @@ REFUSED: tuple[tuple[bytes, str], ...] = (
     (b"ID3", "an audio file (mp3), not a video"),
 )
 
+# Larger frames are refused before they are decoded: 8192x4320 is the largest that cameras have a standard for.
+MAX_PIXELS = 8192 * 4320
+MAX_FRAMES = 2**22  # 38 hours at 30 frames a second; a file that claims more is broken, or meant to exhaust memory
 PROBE_FRAMES = 6  # frames decoded to see whether the timestamps of packets name frames
 PROVEN_UP_TO = 64  # clips with no more packets are decoded whole once: about one training window
 NO_STAMP = -(2**63)  # stands for a frame without a timestamp
@@ -85,8 +91,10 @@ class Reader(Protocol):
         ...
 
 
-def open_video(path: str | Path, reader: str = "auto") -> Reader:
+def open_video(path: str | Path, reader: str = "auto", max_pixels: int = MAX_PIXELS) -> Reader:
     """Open a video file, a folder of frames or a single image with the backend named `reader`.
+
+    Frames of more than `max_pixels` pixels are refused from their header, before memory is taken for them.
 
     `auto` is PyAV: the one backend exact, in count and pixels, on every sample clip (docs/datasets.md).
     A folder or an image is read with PIL whatever the backend. Raises VideoError where there is no video.
@@ -94,9 +102,11 @@ def open_video(path: str | Path, reader: str = "auto") -> Reader:
     if reader not in READERS:
         raise ValueError(f"reader '{reader}' is unknown: use one of {', '.join(READERS)}")
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES:
-        return FrameReader(path)
-    return READERS[reader](path)
+    try:
+        pictures = path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
+    except OSError as error:  # a stale network file, a folder above it that is closed to us
+        raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
+    return FrameReader(path, max_pixels) if pictures else READERS[reader](path, max_pixels)
 
 
 def frame_number(name: str) -> tuple[list[int], str]:
@@ -106,7 +116,7 @@ def frame_number(name: str) -> tuple[list[int], str]:
 
 def list_frames(folder: Path) -> list[Path]:
     """The images that lie directly in `folder`, in numerical order; hidden files are left out."""
-    images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(HIDDEN))
     return sorted(images, key=lambda p: frame_number(p.name))
 
 
@@ -169,17 +179,25 @@ class FrameIndex:
     cut_off: str | None
 
 
+@dataclass(frozen=True)
+class Source:
+    """A video file, the one demuxer that may open it, and the largest frames that may be decoded."""
+
+    path: str
+    format: str
+    max_pixels: int
+
+
 class PyAVReader:
     """PyAV (FFmpeg): seeks to the key frame before the first wanted frame and decodes to the last wanted one.
 
     The file is opened by us and its container is forced, so no playlist or address inside it is followed.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         self.path = str(path)
-        self.format = container_format(path)
-        size, modified_ns = _identity(path)
-        self.index = _frame_index(self.path, self.format, size, modified_ns)
+        self.source = Source(self.path, container_format(path), max_pixels)
+        self.index = _frame_index(self.source, *file_identity(path))
         self.fps = self.index.fps
         self.damage = self.index.damage
         self.cut_off = self.index.cut_off
@@ -211,7 +229,7 @@ class PyAVReader:
         reformatter = VideoReformatter()
         images: dict[int, np.ndarray] = {}
         numbers = {int(self.index.pts[index]): index for index in targets}
-        with _opened(self.path, self.format) as (container, stream):
+        with _opened(self.source) as (container, stream):
             frames = self._frames(_packets_from(container, stream, key))
             first = next((frame for frame in frames if key is None or _stamp(frame) >= key), None)
             if key is not None and not (first and first.pts == key and first.key_frame):
@@ -251,7 +269,7 @@ def _to_rgb(frame: av.VideoFrame, reformatter: Any) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(image, k=round(frame.rotation / 90) % 4))
 
 
-def _identity(path: str | Path) -> tuple[int, int]:
+def file_identity(path: str | Path) -> tuple[int, int]:
     """Size and time of change: a replaced file is another file."""
     try:
         stat = Path(path).stat()
@@ -261,21 +279,38 @@ def _identity(path: str | Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: str, format_name: str) -> Iterator[tuple[Any, Any]]:
-    """(container, first video stream) of a file, or VideoError."""
+def _opened(source: Source) -> Iterator[tuple[Any, Any]]:
+    """(container, first video stream) of a file; VideoError where it, or a read in the block, fails."""
     import av
 
+    path = source.path
+    limit = {"max_pixels": str(4 * source.max_pixels + 2**16)}  # with the borders that decoders add
     with ExitStack() as stack:
         try:
             file = stack.enter_context(Path(path).open("rb"))
-            container = stack.enter_context(av.open(file, mode="r", format=format_name))
+            container = stack.enter_context(
+                av.open(file, mode="r", format=source.format, options=limit, metadata_errors="replace")
+            )
         except (OSError, av.FFmpegError) as error:
-            raise VideoError(path, f"cannot be read as {format_name}: incomplete or damaged") from error
+            raise VideoError(path, f"cannot be read as {source.format}: incomplete or damaged") from error
         if not container.streams.video:
             raise VideoError(path, "holds no video stream")
         stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # loader workers are the parallelism
-        yield container, stream
+        decoder = stream.codec_context
+        if decoder is None:
+            raise VideoError(path, "its video codec is unknown")
+        if decoder.width * decoder.height > source.max_pixels:
+            raise VideoError(path, _too_large(decoder.width, decoder.height, source.max_pixels))
+        decoder.options = limit
+        decoder.thread_count = 1  # loader workers are the parallelism
+        try:
+            yield container, stream
+        except OSError as error:  # the disk or network, not the file's content
+            raise VideoError(path, f"cannot be read to its end ({error.__class__.__name__})") from error
+
+
+def _too_large(width: int, height: int, max_pixels: int) -> str:
+    return f"its frames of {width}x{height} are larger than data.max_pixels={max_pixels} allows"
 
 
 def _packets(container: Any, stream: Any) -> Iterator[av.Packet]:
@@ -316,63 +351,72 @@ def _decoded(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | Non
 
 
 @lru_cache(maxsize=16384)
-def _frame_index(path: str, format_name: str, size: int, modified_ns: int) -> FrameIndex:
+def _frame_index(source: Source, size: int, modified_ns: int) -> FrameIndex:
     """Index of one file. `size` and `modified_ns` make a replaced file a new entry of the cache."""
-    stamps: list[int | None] = []
+    stamps = array("q")  # a list of Python's integers takes five times the memory
     keys: list[int] = []
-    with _opened(path, format_name) as (container, stream):
+    with _opened(source) as (container, stream):
+        if source.format == "mov":  # a table; in others a remark, often wrong
+            _check_count(source, stream.frames)
         for packet in _packets(container, stream):
             if packet.size and not packet.is_discard:
-                stamps.append(packet.pts)
+                stamps.append(NO_STAMP if packet.pts is None else packet.pts)
                 keys += [packet.pts] if packet.is_keyframe and packet.pts is not None else []
+                _check_count(source, len(stamps))
         declared, rate = stream.frames, float(stream.average_rate or stream.guessed_rate or 0)
-        time_base = float(stream.time_base)
+        time_base = float(stream.time_base or 0)
     if not stamps:
-        raise VideoError(path, "its video stream holds no frames")
-    times = sorted({stamp for stamp in stamps if stamp is not None})
-    timed = len(times) == len(stamps)
+        raise VideoError(source.path, "its video stream holds no frames")
+    times = np.unique(np.frombuffer(stamps, dtype=np.int64))
+    timed = len(times) == len(stamps) and times[0] != NO_STAMP
     index = FrameIndex(
-        pts=np.array(times if timed else range(len(stamps)), dtype=np.int64),
+        pts=times if timed else np.arange(len(stamps), dtype=np.int64),
         keys=np.array(sorted(keys), dtype=np.int64),
         timed=timed,
         fps=_frame_rate(rate, times, time_base) if timed else rate,
         damage=None,
-        cut_off=_missing_tail(path, format_name, size, declared, len(stamps)),
+        cut_off=_missing_tail(source, size, declared, len(stamps)),
     )
-    return _proven(path, format_name, index)
+    return _proven(source, index)
 
 
-def _frame_rate(stated: float, times: list[int], time_base: float) -> float:
+def _check_count(source: Source, frames: int) -> None:
+    if frames > MAX_FRAMES:
+        raise VideoError(source.path, f"states more frames ({frames}) than a clip may have ({MAX_FRAMES})")
+
+
+def _frame_rate(stated: float, times: np.ndarray, time_base: float) -> float:
     """The stated rate, unless the timestamps contradict it by more than 5 % (FLV states 1000, TS nothing)."""
-    if len(times) < 2:
+    seconds = float(times[-1] - times[0]) * time_base
+    if seconds <= 0:
         return stated
-    measured = (len(times) - 1) / ((times[-1] - times[0]) * time_base)
+    measured = (len(times) - 1) / seconds
     return stated if abs(stated - measured) <= 0.05 * measured else measured
 
 
-def _proven(path: str, format_name: str, index: FrameIndex) -> FrameIndex:
+def _proven(source: Source, index: FrameIndex) -> FrameIndex:
     """Compare the index with what the decoder says: on the first frames, or on all of them where needed.
 
     All are decoded where the clip is short, its end is missing, or its timestamps do not name frames.
     """
     if index.timed and not index.cut_off and len(index.pts) > PROVEN_UP_TO:
-        seen, _ = _decode_stamps(path, format_name, PROBE_FRAMES)
+        seen, _ = _decode_stamps(source, PROBE_FRAMES)
         if seen == index.pts[:PROBE_FRAMES].tolist():
             return index
-    seen, damage = _decode_stamps(path, format_name, None)
+    seen, damage = _decode_stamps(source, None)
     if not seen:
-        raise VideoError(path, "none of its frames can be decoded")
+        raise VideoError(source.path, "none of its frames can be decoded")
     if index.timed and seen == sorted(set(seen)) and set(seen) <= set(index.pts.tolist()):
         return replace(index, pts=np.array(seen, dtype=np.int64), damage=damage)
     counted = np.arange(len(seen), dtype=np.int64)
     return replace(index, pts=counted, keys=counted[:1], timed=False, damage=damage)
 
 
-def _decode_stamps(path: str, format_name: str, limit: int | None) -> tuple[list[int], str | None]:
+def _decode_stamps(source: Source, limit: int | None) -> tuple[list[int], str | None]:
     """Timestamps of the first `limit` frames (None: all) as they leave the decoder; and the damage met."""
     stamps: list[int] = []
     broken = 0
-    with _opened(path, format_name) as (container, stream):
+    with _opened(source) as (container, stream):
         for frames in _decoded(_packets(container, stream)):
             broken += _is_broken(frames)
             stamps += [_stamp(frame) for frame in frames or []]
@@ -381,11 +425,14 @@ def _decode_stamps(path: str, format_name: str, limit: int | None) -> tuple[list
     return stamps[:limit], f"{broken} of its packets cannot be decoded" if broken else None
 
 
-def _missing_tail(path: str, format_name: str, size: int, declared: int, found: int) -> str | None:
+def _missing_tail(source: Source, size: int, declared: int, found: int) -> str | None:
     """Tell a file whose end is missing, by what its container promises; None where nothing is promised."""
-    if format_name == "mov" and found < declared:
+    if source.format == "mov" and found < declared:
         return f"the file is cut off: {found} of {declared} frames are there"
-    promised = _promised_bytes(path, format_name)
+    try:
+        promised = _promised_bytes(source.path, source.format)
+    except OSError as error:
+        raise VideoError(source.path, f"cannot be read to its end ({error.__class__.__name__})") from error
     if promised > size:
         return f"the file is cut off: {size} of {promised} bytes are there"
     return None
@@ -422,17 +469,24 @@ def _ebml_size(file: BinaryIO) -> int:
 class DecordReader:
     """decord 0.6: kept for its users. It counts a frame too many on some files and lacks newer codecs."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         import decord
 
         self.path = str(path)
         self.damage: str | None = None
         self.cut_off: str | None = None
-        container_format(path)
+        self.failures = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, UnicodeError)
+        with _opened(Source(self.path, container_format(path), max_pixels)):  # decord has no limits of its own
+            pass
         try:
-            self.video = decord.VideoReader(str(Path(path).absolute()), ctx=decord.cpu(0), num_threads=1)
+            self.video = decord.VideoReader(
+                str(Path(path).absolute()),
+                ctx=decord.cpu(0),
+                num_threads=1,
+                fault_tol=1e-9,  # else it fills what it cannot decode with copies of the nearest frame
+            )
             self.fps = float(self.video.get_avg_fps())
-        except (decord.DECORDError, RuntimeError) as error:
+        except self.failures as error:
             raise VideoError(path, "decord cannot open it") from error
 
     def __len__(self) -> int:
@@ -440,12 +494,10 @@ class DecordReader:
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Frames in the order asked, uint8 (T, C, H, W) RGB, rotation applied (by decord)."""
-        import decord
-
         wanted = _check_indices(indices, len(self))
         try:
             frames = self.video.get_batch(wanted).asnumpy()  # (T, H, W, C)
-        except (decord.DECORDError, RuntimeError) as error:
+        except self.failures as error:
             raise VideoError(self.path, f"decord cannot read frames {wanted[0]} to {wanted[-1]}") from error
         return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()  # (T, C, H, W)
 
@@ -456,8 +508,9 @@ class DecordReader:
 class FrameReader:
     """A folder of images, in numerical order, or one image: a clip of one frame. No frame rate is known."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         self.path = str(path)
+        self.max_pixels = max_pixels
         self.fps = 0.0
         self.damage: str | None = None
         self.cut_off: str | None = None
@@ -474,18 +527,22 @@ class FrameReader:
     def read(self, indices: Sequence[int]) -> Tensor:
         """Frames in the order asked, uint8 (T, C, H, W) RGB."""
         wanted = _check_indices(indices, len(self))
-        images = {index: read_image(self.frames[index]) for index in sorted(set(wanted))}
+        images = {index: read_image(self.frames[index], self.max_pixels) for index in sorted(set(wanted))}
         return _stack(self.path, [images[index] for index in wanted])
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """One image file -> (H, W, C) uint8 RGB, upright (EXIF). VideoError where PIL cannot read it."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as image:  # reads the header only
+            if image.width * image.height > max_pixels:
+                raise VideoError(path, _too_large(image.width, image.height, max_pixels))
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except VideoError:
+        raise
+    except Exception as error:  # a damaged image makes PIL's readers fail in any way
         raise VideoError(path, f"is not a readable image ({error.__class__.__name__})") from error
 
 
@@ -494,3 +551,14 @@ READERS: dict[str, type[PyAVReader] | type[DecordReader]] = {
     "pyav": PyAVReader,
     "decord": DecordReader,
 }
+PACKAGES = {PyAVReader: "av", DecordReader: "decord"}
+
+
+def check_installed(reader: str) -> None:
+    """ValueError if the package behind the backend named `reader` is not installed."""
+    package = PACKAGES[READERS[reader]]
+    if find_spec(package) is None:
+        raise ValueError(
+            f"data.reader={reader} needs the Python package {package!r}, which is not installed: "
+            f"pip install {package}, or choose another reader"
+        )

@@ -9,6 +9,9 @@
         config.yaml         the whole configuration
         manifest.json       sizes and SHA-256 of the above; written last
 
+`latest` beside them names the newest. `NAME.tmp-01234567` is being written or deleted, and is cleared at the next
+start; `NAME.damaged-01234567` gave way to an older one when a run was continued.
+
 A folder with fewer of the weight files (an export) is the same format: see `export_weights`.
 """
 
@@ -41,6 +44,7 @@ log = logging.getLogger(__name__)
 FORMAT = "latte-checkpoint-1"
 MANIFEST = "manifest.json"
 STEP_NAME = re.compile(r"step-(\d{7,})")
+UNFINISHED_NAME = re.compile(r"(step-\d{7,}|latest)\.tmp-[0-9a-f]{8}")  # see `_aside`
 
 
 @dataclass
@@ -85,25 +89,29 @@ def save_checkpoint(
     state = {"step": checkpoint.step, "samples_seen": checkpoint.samples_seen, **checkpoint.state}
     folder = _write_folder(step_folder(root, checkpoint.step), tensors, state, config)
     verify(folder)
-    _write_synced(root / "latest.tmp", folder.name.encode())
-    (root / "latest.tmp").replace(root / "latest")
-    _sync(root)
-    _prune(root, keep_last, keep_every)
+    _point_to(folder)
+    _prune(folder, keep_last, keep_every)
     return folder
 
 
 def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
     """Copy one set of weights of checkpoint `source` with its config: what sampling needs, and no more."""
     folder = find_checkpoint(source)
+    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    require(
+        not taken or ((target / MANIFEST).is_file() and not (target / "optim.safetensors").exists()),
+        f"{target} is there already and is no export of weights; name a new folder.",
+    )
     config = load_config(folder / "config.yaml")
-    state = json.loads((folder / "state.json").read_text())
+    state = _read_json(folder / "state.json")
+    state.pop("guard", None)  # of the training alone
     file = "ema" if weights == "ema" else "model"
     return _write_folder(target, {file: load_weights_file(folder, weights)}, state, config)
 
 
 def _write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: Config) -> Path:
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.parent / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
+    aside = _aside(final)
     aside.mkdir()
     try:
         for name, group in tensors.items():
@@ -114,8 +122,7 @@ def _write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dic
         _write_synced(aside / MANIFEST, json.dumps(_manifest(aside, state), indent=2).encode())
         _sync(aside)
         if final.exists():  # an earlier, discarded attempt at the same step
-            discarded = final.parent / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
-            final.rename(discarded)
+            discarded = final.rename(_aside(final))
             aside.rename(final)
             shutil.rmtree(discarded, ignore_errors=True)
         else:
@@ -125,6 +132,24 @@ def _write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dic
         raise
     _sync(final.parent)
     return final
+
+
+def _aside(final: Path) -> Path:
+    """A name beside `final` for what is not yet, or no longer, whole; the next start deletes such."""
+    return final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
+
+
+def _point_to(folder: Path) -> None:
+    """Let `latest`, beside it, name `folder`."""
+    latest = folder.with_name("latest")
+    aside = _aside(latest)
+    try:
+        _write_synced(aside, folder.name.encode())
+        aside.replace(latest)
+    except Exception:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync(folder.parent)
 
 
 def _manifest(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -140,11 +165,16 @@ def verify(folder: Path) -> None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+        kind = manifest["format"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
         raise CheckpointError(f"{folder} is not a checkpoint of this project: it has no readable {MANIFEST}.") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} is of format {manifest.get('format')!r}; this version reads {FORMAT!r}.")
-    for name, expected in manifest["files"].items():
+    if kind != FORMAT:
+        raise CheckpointError(f"{folder} is of format {kind!r}; this version reads {FORMAT!r}.")
+    files = manifest.get("files") or {}
+    unlisted = [file.name for file in sorted(folder.glob("*.safetensors")) if file.name not in files]
+    if unlisted:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not list {', '.join(unlisted)}.")
+    for name, expected in files.items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing.")
@@ -174,12 +204,19 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest verified one of a run."""
-    if (path / MANIFEST).is_file():
+    if (path / ".metadata").exists():
+        raise CheckpointError(
+            f"{path} is a torch.distributed.checkpoint folder, which is not opened: its .metadata is a pickle and can "
+            "run any code. Name a checkpoint folder of ours, a .safetensors file or a .pt file."
+        )
+    if (path / MANIFEST).is_file() or (STEP_NAME.fullmatch(path.name) and path.is_dir()):
         verify(path)
         return path
     for root in (path / "checkpoints", path):
         folder, complaints = newest_verified(root)
         if folder is not None:
+            for text in complaints:
+                log.warning("%s Taking %s instead.", text, folder.name)
             return folder
         if complaints:
             raise CheckpointError(complaints[0])
@@ -225,26 +262,39 @@ def load_weights_file(folder: Path, weights: str) -> dict[str, Tensor]:
     return _read_tensors(file)
 
 
-def _prune(root: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` and every `keep_every`-th; one that cannot go is named and stays."""
+def _prune(newest: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all but `newest`, the `keep_last - 1` before it and every `keep_every`-th.
+
+    One that cannot be deleted is named and the rest go on. A folder is renamed first, so that a kill leaves no
+    half of it under its name.
+    """
     if not keep_last:
         return
-    for folder in list_checkpoints(root)[:-keep_last]:
+    folders = list_checkpoints(newest.parent)
+    for folder in folders[: max(0, folders.index(newest) + 1 - keep_last)]:
         if keep_every and int(folder.name[5:]) % keep_every == 0:
             continue
         try:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder.rename(_aside(folder)))
         except OSError as error:
             log.warning("old checkpoint %s cannot be deleted: %s", folder, error.strerror or error)
 
 
 def space_warning(root: Path, needed: int) -> str | None:
     """A sentence if the file system of `root` has less than 1.1 x `needed` bytes free, or None."""
-    place = next(folder for folder in (root, *root.parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    free = _free_bytes(root)
     if free >= 1.1 * needed:
         return None
-    return f"{place} has {free / 1e9:.2f} GB free, but a checkpoint takes {needed / 1e9:.2f} GB: make room."
+    return f"{root} has {_gigabytes(free)} free, and a checkpoint takes {_gigabytes(needed)}: make room."
+
+
+def _free_bytes(root: Path) -> int:
+    """Bytes that can still be written where `root` is, or will be."""
+    return shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3f} GB"
 
 
 class CheckpointWriter:
@@ -277,17 +327,26 @@ class CheckpointWriter:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         train = self.config.train
-        needed = _size_of(checkpoint)
-        warning = space_warning(self.root, needed)
-        if warning:
-            log.warning(warning)
         try:
+            warning = space_warning(self.root, _size_of(checkpoint))
+            if warning:
+                log.warning(warning)
             save_checkpoint(checkpoint, self.config, self.root, train.keep_last, train.keep_every)
+        except CheckpointError as error:  # not for lack of room
+            self.failure = str(error)
         except Exception as error:  # safetensors and torch raise their own kinds on a full disk
-            room = f" ({warning})" if warning else f" ({shutil.disk_usage(self.root.parent).free / 1e9:.2f} GB free)"
             self.failure = (
-                f"the checkpoint of step {checkpoint.step} in {self.root} could not be written: {error}{room}"
+                f"the checkpoint of step {checkpoint.step} in {self.root} could not be written: {error} "
+                f"({self._room(checkpoint)})"
             )
+
+    def _room(self, checkpoint: Checkpoint) -> str:
+        """Bytes needed and bytes free, in words."""
+        try:
+            free = _gigabytes(_free_bytes(self.root))
+        except OSError as error:
+            free = f"an unknown amount ({error})"
+        return f"it takes {_gigabytes(_size_of(checkpoint))}, {free} free"
 
 
 def _size_of(checkpoint: Checkpoint) -> int:
@@ -296,11 +355,22 @@ def _size_of(checkpoint: Checkpoint) -> int:
 
 
 def remove_unfinished(root: Path) -> list[str]:
-    """Delete temporary folders that a killed writer left; returns their names."""
-    left = [entry for entry in root.glob("step-*.tmp-*") if entry.is_dir()] if root.is_dir() else []
+    """Delete what a killed writer left under temporary names; returns those names. Links are not ours."""
+    entries = sorted(root.iterdir()) if root.is_dir() else []
+    left = [entry for entry in entries if UNFINISHED_NAME.fullmatch(entry.name) and not entry.is_symlink()]
     for entry in left:
-        shutil.rmtree(entry, ignore_errors=True)
+        try:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except OSError as error:
+            log.warning("unfinished %s cannot be deleted: %s", entry, error.strerror or error)
     return [entry.name for entry in left]
+
+
+def set_damaged_aside(folder: Path) -> None:
+    """Rename the newer checkpoints that gave way to `folder`, so that they no longer count among those kept."""
+    folders = list_checkpoints(folder.parent)
+    for damaged in folders[folders.index(folder) + 1 :]:
+        damaged.rename(damaged.with_name(f"{damaged.name}.damaged-{uuid.uuid4().hex[:8]}"))
 
 
 def config_changes(old: Config, new: Config, free: Iterable[str]) -> list[str]:
@@ -323,9 +393,12 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        content = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
         raise CheckpointError(f"{file} is missing or not JSON.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no names and values.")
+    return content
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

@@ -3,35 +3,81 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from .errors import TrainingAborted
+from .errors import MISTAKE_EXIT, TrainingAborted
+from .text import printable
+
+PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main(argv)` and exit with its code; a user's mistake ends in one sentence and exit code 2.
 
-    ValueError and OSError are what the project raises for bad keys, files and values; TrainingAborted (exit
-    code 3) is a run that cannot go on. Set LATTE_TRACEBACK=1 to see where one came from.
+    ValueError and OSError are what the project raises for bad keys, files and values; ModuleNotFoundError is a
+    package that is not installed; TrainingAborted (exit code 3) is a run that cannot go on. Set LATTE_TRACEBACK=1
+    to see where one came from.
     """
     try:
         code = main(sys.argv[1:])
-    except (ValueError, OSError, TrainingAborted) as error:
+    except (ValueError, OSError, ModuleNotFoundError, TrainingAborted) as error:
         if os.environ.get("LATTE_TRACEBACK"):
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
+        if rank != "0":  # what ails all ranks is said once: torchrun stops the others when rank 0 ends
+            time.sleep(2)
         sys.stdout.flush()
-        sys.stderr.write(f"error{where}: {error}\n")
-        code = getattr(error, "exit_code", 2)
+        sys.stderr.write(f"error{where}: {printable(_sentence(error))}\n")
+        code = leave(getattr(error, "exit_code", MISTAKE_EXIT))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        code = 130
-    sys.exit(code or 0)
+        code = leave(130)
+    except Exception:
+        traceback.print_exc()
+        code = leave(1)
+    sys.exit(leave(code or 0))
+
+
+def leave(code: int) -> int:
+    """`code`; but a worker of torchrun ends with it here and now, while all that it used still exists.
+
+    The thread of a gloo process group may need the interpreter's lock to let go of its last tensor while the
+    interpreter, holding it, waits for that thread: 2 of 12 runs of two ranks hung so after their last line.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _sentence(error: Exception) -> str:
+    """What to tell of `error`; of a missing package, how to install it."""
+    if not isinstance(error, ModuleNotFoundError):
+        return str(error)
+    package = (error.name or "").partition(".")[0]
+    extra = _extra_with(package)
+    alone = f", `pip install '.[{extra}]'` the extra that it belongs to" if extra else ""
+    return f"the Python package {package!r} is not installed: `make setup` installs everything{alone}."
+
+
+def _extra_with(package: str) -> str | None:
+    """The optional extra of pyproject.toml that brings `package`."""
+    import re
+    import tomllib
+
+    extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
+    names = {extra: [re.match(r"[\w.-]+", each)[0] for each in needs] for extra, needs in extras.items()}  # type: ignore[index]
+    return next((extra for extra, needs in names.items() if package.replace("_", "-") in needs), None)
 
 
 def config_parser(description: str, usage: str) -> argparse.ArgumentParser:

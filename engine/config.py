@@ -17,9 +17,15 @@ from models.latte import LatteConfig
 from .official_keys import DROPPED, RENAMED
 from .optim import OptimConfig
 
-METHODS = ("auto", "ddpm", "ddim", "euler", "heun")
+GAUSSIAN_METHODS = ("auto", "ddpm", "ddim")
+FLOW_METHODS = ("auto", "euler", "heun")
+METHODS = (*GAUSSIAN_METHODS, *FLOW_METHODS[1:])
 TRAIN_PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
 SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
+MAX_YAML_CHARACTERS = 65_536  # a config with every key takes 4,000
+MAX_YAML_EVENTS = 10_000  # of the parser: two for each section and list, one for each key and value
+MAX_YAML_DEPTH = 8  # file, section, list: 3
+MAX_SEED = 2**63  # what a torch.Generator takes
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class TrainConfig:
     keep_last: int = 2  # newest checkpoints kept; 0 keeps all
     keep_every: int = 0  # and those at multiples of this step; 0: none
     async_checkpoint: bool = False  # write them in a thread beside the training
-    resume: str = "auto"  # auto: the newest checkpoint in output_dir; never; or a checkpoint folder
+    resume: str = "auto"  # auto: the newest checkpoint in output_dir; never; or one to start from where it has none
     init_from: str | None = None  # weights only: our checkpoint, an official .pt, or an image DiT's
     seed: int = 0
     precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
@@ -50,9 +56,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("max_steps", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"train.{key} must be at least 1, not {getattr(self, key)}.")
-        for key in ("keep_last", "keep_every", "seed", "drift_check_every", "hang_timeout_s"):
+        for key in ("keep_last", "keep_every", "drift_check_every", "hang_timeout_s"):
             value = getattr(self, key)
             require(0 <= value < float("inf"), f"train.{key} must be zero or more and finite, not {value}.")
+        require(0 <= self.seed < MAX_SEED, f"train.seed must be zero or more and below 2**63, not {self.seed}.")
         require(0 < self.timeout_s < float("inf"), f"train.timeout_s must be positive, not {self.timeout_s}.")
         require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}.")
         for key, choices in {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp")}.items():
@@ -82,7 +89,8 @@ class SampleConfig:
     def __post_init__(self) -> None:
         for key in ("num_videos", "steps", "batch_size", "fps"):
             require(getattr(self, key) >= 1, f"sample.{key} must be at least 1, not {getattr(self, key)}.")
-        require(self.seed >= 0, f"sample.seed must be zero or more, not {self.seed}.")
+        require(bool(self.save_video_path), "sample.save_video_path must name a folder.")
+        require(0 <= self.seed < MAX_SEED, f"sample.seed must be zero or more and below 2**63, not {self.seed}.")
         require(0 <= self.eta <= 1, f"sample.eta must be in [0, 1], not {self.eta}.")
         require(
             0 <= self.guidance_scale < float("inf"),
@@ -121,6 +129,31 @@ class Config:
         require(
             not (self.diffusion.prediction == "flow" and self.model.learn_sigma),
             "diffusion.prediction=flow has no variance to learn: set model.learn_sigma=false.",
+        )
+        require(
+            not (self.model.learn_sigma and self.diffusion.fixed_variance != "large"),
+            "diffusion.fixed_variance is that of networks without a learned one: set model.learn_sigma=false, or "
+            "leave it out.",
+        )
+        require(
+            self.model.num_classes > 0 or not self.sample.labels,
+            "sample.labels: this network is unconditional (model.num_classes is 0); leave labels out.",
+        )
+        flow = self.diffusion.prediction == "flow"
+        methods = FLOW_METHODS if flow else GAUSSIAN_METHODS
+        require(
+            self.sample.method in methods,
+            f"sample.method={self.sample.method} does not belong to diffusion.prediction={self.diffusion.prediction}: "
+            f"use {', '.join(methods)}.",
+        )
+        require(
+            flow or self.sample.steps <= self.diffusion.num_steps,
+            f"sample.steps={self.sample.steps} is more than the {self.diffusion.num_steps} steps of the diffusion "
+            "(diffusion.num_steps).",
+        )
+        require(
+            self.sample.eta == 0 or self.sample.method == "ddim",
+            f"sample.eta={self.sample.eta} is read only with sample.method=ddim.",
         )
         require(
             self.sample.guidance_scale == 1 or (self.model.num_classes > 0 and self.model.label_dropout > 0),
@@ -164,11 +197,12 @@ def load_config(
 
     layers: list[tuple[str, Any]] = [("the base configuration", base or {})]
     if path is not None:
-        layers.append((str(path), _read_yaml(Path(path))))
+        layers.append((str(path), read_yaml(Path(path))))
     for override in overrides or []:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         require(bool(equals and key.strip()), f"{override!r} is not an override: write section.key=value.")
         try:
+            _check_yaml(value, f"the value of {key}")
             layers.append(("the command line", OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"{override!r} cannot be read as section.key=value: {_one_line(error)}") from None
@@ -181,13 +215,22 @@ def load_config(
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None) or "a key"
             raise ValueError(f"{source}: {key}: {_one_line(error)}") from None
+        except TypeError:  # OmegaConf's own, for a mapping where a list belongs
+            raise ValueError(f"{source}: a value is of the wrong kind (a mapping where a list belongs?).") from None
     try:
         return typing.cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from None
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """The values of a YAML file, for `load_config` and for converting official files: plain and unresolved.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence.
+    """
+    import io
+
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -195,9 +238,31 @@ def _read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist; the shipped ones are under configs/.")
     try:
-        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(MAX_YAML_CHARACTERS + 1)
+        _check_yaml(text, f"config file {path}")
+        return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path} is not valid YAML: {_one_line(error)}") from None
+
+
+def _check_yaml(text: str, source: str) -> None:
+    """Refuse YAML that only an attack or an accident writes, before anything is built from it.
+
+    The parser's events are walked, which neither nest nor expand: building deep nesting recurses until the
+    process dies, and aliases of aliases grow without bound.
+    """
+    import yaml
+
+    require(len(text) <= MAX_YAML_CHARACTERS, f"{source} is too long for a config ({MAX_YAML_CHARACTERS} characters).")
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
+        require(number < MAX_YAML_EVENTS, f"{source} holds too many values for a config.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        require(depth <= MAX_YAML_DEPTH, f"{source} nests more than {MAX_YAML_DEPTH} levels deep; sections have keys.")
+        require(not isinstance(event, yaml.AliasEvent), f"{source} uses a YAML alias (*name): write the value itself.")
+        tag = getattr(event, "tag", None)
+        require(tag is None, f"{source} uses a YAML tag ({tag}): write the plain value.")
 
 
 def _one_line(error: Exception) -> str:
@@ -215,7 +280,17 @@ def _check_keys(values: Mapping[str, Any], owner: type, source: str, prefix: str
         if is_dataclass(hints[key]):
             require(isinstance(value, Mapping), f"{source}: {name} is a section and needs keys, not {value!r}.")
             _check_keys(value, typing.cast(type, hints[key]), source, f"{name}.")
+        require(
+            not (isinstance(value, bool) and hints[key] in (str, str | None)),
+            f"{source}: {name} takes a word, and {str(value).lower()!r} is none: YAML reads yes, no, on and off as "
+            "true and false; put it in quotes.",
+        )
         require("${" not in str(value), f"{source}: {name}={value!r}: interpolation is not supported; write the value.")
+        require(
+            not (type(value) is int and value not in (0, 1) and hints[key] in (bool, bool | None)),
+            f"{source}: {name} must be true or false, not {value}.",
+        )
+        require(value != "???", f"{source}: {name}=???: a value that is to be filled in later; write it.")
 
 
 def _hint(key: str, name: str) -> str:

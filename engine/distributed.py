@@ -134,10 +134,14 @@ def shard(model: nn.Module, world: World) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor on the CPU with all its shards put together. Collective where there are any."""
+def whole(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
+    """Each tensor on the CPU with all its shards put together. Collective where there are any.
+
+    Args:
+        copy: what is on the CPU already is copied too, so that the training may go on in it.
+    """
     return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().to(CPU, copy=copy)
         for name, value in tensors.items()
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+MISTAKE_EXIT = 2  # a user's mistake, told in one sentence
 PREEMPTED_EXIT = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; start it again
 
 
@@ -9,3 +10,9 @@ class TrainingAborted(RuntimeError):
     """The run cannot go on by itself; the message says why and what to do."""
 
     exit_code = 3
+
+
+class CheckpointNotWritten(OSError):
+    """A checkpoint could not be written; the one before it is whole, and continuing from there may go better."""
+
+    exit_code = 1

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from .cli import config_parser
+from .cli import config_parser, leave
 from .errors import PREEMPTED_EXIT
 
 
@@ -52,4 +52,4 @@ def train(argv: list[str], description: str, check: Callable[[int], str | None])
     )
     reached = trainer.fit()
     close_world()  # after a clean end only
-    return 0 if reached else PREEMPTED_EXIT
+    return leave(0 if reached else PREEMPTED_EXIT)

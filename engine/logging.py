@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from .text import printable
+
 
 class Logger(Protocol):
     """What the trainer needs of a log."""
@@ -56,8 +58,8 @@ class RunLogger:
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=not self._terminal)
 
     def say(self, text: str) -> None:
-        """One line for people, above the bar."""
-        tqdm.write(text, file=sys.stderr)
+        """One line for people, above the bar; what a file or class name brings in stays on it."""
+        tqdm.write(printable(text), file=sys.stderr)
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""

@@ -62,6 +62,7 @@ DROPPED: dict[str, str] = {
     "attention_mode": "attention is always the fused kernel of PyTorch, equal to the plain one.",
     "enable_xformers_memory_efficient_attention": "attention always takes PyTorch's fused kernel.",
     "frame_data_path": "joint training draws its images from the videos themselves (data.num_images).",
+    "sequence_parallel_size": "a clip is never cut over GPUs; train.parallel=fsdp spreads the weights.",
     "save_ceph": "no program read it; checkpoints go to train.output_dir.",
     "load_from_ceph": "data is read from data.path.",
     "negative_name": "the null label is the model's own.",

@@ -46,6 +46,11 @@ class OptimConfig:
         for key, value in counted.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"optim.{key} must be zero or more, not {value}.")
+        if self.min_learning_rate > (self.learning_rate if self.schedule == "cosine" else 0.0):
+            raise ValueError(
+                f"optim.min_learning_rate={self.min_learning_rate} is where optim.schedule=cosine ends: set that "
+                "schedule, and a value up to optim.learning_rate."
+            )
         for key, value in {"beta1": self.beta1, "beta2": self.beta2}.items():
             if not 0 <= value < 1:
                 raise ValueError(f"optim.{key} must be in [0, 1), not {value}.")

@@ -9,15 +9,20 @@ COMPLETED        the run reached train.max_steps; hashes of the last checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
+import tempfile
 import time
 import traceback
 from pathlib import Path
 from typing import IO, Any
+
+log = logging.getLogger(__name__)
 
 PREEMPTED, COMPLETED = "PREEMPTED", "COMPLETED"
 
@@ -27,35 +32,53 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.checkpoints = path / "checkpoints"
         self._lock: IO[str] | None = None
 
     def open(self) -> None:
         """Take the folder for this process and clear what the last session left.
 
-        Raises: OSError if it cannot be written, or another live process writes into it.
+        Raises: OSError if it or its checkpoints/ cannot be written, or another live process writes into it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-        except (FileExistsError, NotADirectoryError):
-            raise OSError(f"train.output_dir={self.path} is a file; name a folder.") from None
-        except PermissionError:
-            raise OSError(f"train.output_dir={self.path} cannot be written: permission denied.") from None
+            self.checkpoints.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.checkpoints):  # now, and not after hours at the first checkpoint
+                pass
+        except OSError as error:
+            self.close()
+            if error.errno is None:  # a sentence of ours
+                raise
+            raise OSError(f"train.output_dir={self.path} cannot be written: {self._obstacle(error)}.") from None
         for marker in (PREEMPTED, COMPLETED):
             (self.path / marker).unlink(missing_ok=True)
+            (self.path / f".{marker}.tmp").unlink(missing_ok=True)
         shutil.rmtree(self.path / "errors", ignore_errors=True)
 
+    def _obstacle(self, error: OSError) -> str:
+        """What was in the way, in words."""
+        files = [place for place in (self.checkpoints, self.path, *self.path.parents) if place.is_file()]
+        return f"{files[0]} is a file; name a folder" if files else error.strerror or str(error)
+
     def _take_lock(self) -> None:
-        lock = (self.path / ".lock").open("a+")
+        file = self.path / ".lock"
+        lock = file.open("a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of a dead process's lock
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
             lock.close()
             raise OSError(
                 f"train.output_dir={self.path} is being written by {owner}; stop that run or name another folder."
             ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): see to it that only one run writes there", self.path, error.strerror)
+        if not _is_same_file(lock, file):  # its last holder deleted it meanwhile
+            lock.close()
+            self._take_lock()
+            return
         lock.truncate(0)
         lock.write(f"{socket.gethostname()}:{os.getpid()}\n")
         lock.flush()
@@ -99,3 +122,10 @@ class RunFolder:
             (self.path / "errors" / f"rank{rank}.json").write_text(json.dumps(report, indent=2) + "\n")
         except OSError:  # the error itself matters more than its file
             return
+
+
+def _is_same_file(stream: IO[str], path: Path) -> bool:
+    """Whether `path` still names the open file."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    return False

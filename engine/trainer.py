@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from datasets import build_dataset
 from diffusion import build_timestep_sampler
 from models.autoencoder import LatentCodec
 from models.convert import init_from_dit, is_image_checkpoint, load_weights
+from models.latte import Latte
 
 from . import checkpoint as ckpt
 from .build import build_model, build_process, count_parameters
@@ -39,14 +40,14 @@ from .distributed import (
     whole,
 )
 from .ema import EMA
-from .errors import TrainingAborted
+from .errors import CheckpointNotWritten, TrainingAborted
 from .guard import StepGuard, check_replicas
 from .logging import Logger, NullLogger, RunLogger
 from .objective import Objective, StepLoss
 from .optim import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from .run_folder import COMPLETED, PREEMPTED, RunFolder
-from .signals import StopSignals, ignored_by_children
-from .stream import ClipStream, PositionBatches, build_loader
+from .signals import StopSignals
+from .stream import ClipStream, PositionBatches, load_micro_batches
 from .watch import Breadcrumbs, HangWatch
 
 # what may change between a checkpoint and its continuation; everything else is the experiment itself
@@ -108,7 +109,7 @@ class Trainer:
         self.override = frozenset(override)
         self.allow_inexact_resume = allow_inexact_resume
         self.folder = RunFolder(Path(train.output_dir))
-        self.checkpoints = self.folder.path / "checkpoints"
+        self.checkpoints = self.folder.checkpoints
         self.writer = ckpt.CheckpointWriter(self.checkpoints, config)
         self.global_batch_size = train.batch_size * train.grad_accum_steps * world.size
         self.step = 0
@@ -124,6 +125,7 @@ class Trainer:
         dtype, autocast_dtype = DTYPES[train.precision]
         self.clips = build_dataset(config.data, seed=train.seed)
         self._check_labels()
+        self._check_number()
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
         self.model = build_model(config).to(world.device, dtype)
         self.ema = EMA(self.model, train.ema_decay, train.ema_warmup)
@@ -168,6 +170,8 @@ class Trainer:
             raise
         finally:
             self.writer.wait()
+            if self.writer.failure:  # another error came first
+                self.log.say(f"warning: {self.writer.failure}")
             self.crumbs.clear()
             self.folder.close()
         return reached
@@ -209,7 +213,8 @@ class Trainer:
             before = self.step
             parts, stop = self.train_step(micro_batches)
             if self.step > before:
-                meter.add(parts)
+                replaced = torch.cat([batch["replaced"] for batch in micro_batches]).float().mean()
+                meter.add({**parts, "replaced_share": replaced.to(parts["loss"])})
                 self.log.advance(self.step)
                 self._at_step(meter)
             if stop:
@@ -308,15 +313,13 @@ class Trainer:
         if self.config.data.num_workers:
             self.crumbs.clear()
             self.clips.on_open = self.crumbs
-        loader = build_loader(
+        stream = load_micro_batches(
             ClipStream(self.clips, train.seed),
             positions,
             self.config.data.num_workers,
             pin_memory=self.world.device.type == "cuda",
             timeout_s=self.config.data.worker_timeout_s,
         )
-        with ignored_by_children():
-            stream = iter(loader)
         while True:
             try:
                 yield [next(stream) for _ in range(train.grad_accum_steps)]
@@ -341,34 +344,32 @@ class Trainer:
         names = [name for name, _ in self.model.named_parameters()]
         moments = self.optimizer.state_dict()["state"]
         optim = {f"{key}/{names[i]}": value for i, state in moments.items() for key, value in state.items()}
-        saved = ckpt.Checkpoint(
+        copy = self.config.train.async_checkpoint  # the training goes on in these very tensors
+        return ckpt.Checkpoint(
             step=self.step,
             samples_seen=self.samples_seen,
-            model=whole(self.model.state_dict()),
-            ema=whole(self.ema.state_dict()),
-            optim=whole(optim),
+            model=whole(self.model.state_dict(), copy=copy),
+            ema=whole(self.ema.state_dict(), copy=copy),
+            optim=whole(optim, copy=copy),  # with AdamW's step counts, which are on the CPU even beside a GPU
             rng=self._rng_state(),
             state={
                 "ema_updates": self.ema.updates,
                 "guard": self.guard.state_dict(),
                 "global_batch_size": self.global_batch_size,
                 "world_size": self.world.size,
-                "data_digest": self.clips.catalog.digest,
+                "data_digest": self.clips.digest,
                 "num_clips": len(self.clips),
                 "class_names": self.clips.catalog.class_names,
             },
         )
-        if self.config.train.async_checkpoint and self.world.device.type == "cpu":
-            for group in (saved.model, saved.ema, saved.optim):  # the training goes on in these very tensors
-                group.update({name: value.clone() for name, value in group.items()})
-        return saved
 
     def load_state_dict(self, saved: ckpt.Checkpoint) -> None:
         """Continue exactly where `saved` stood."""
-        self._load_weights(saved.model, "the checkpoint's model")
-        self.ema.load_state_dict(self._sharded_as_model(saved.ema), saved.state["ema_updates"])
+        self._load_weights(self.model, saved.model, "the checkpoint's model")
+        self._load_weights(self.ema.model, saved.ema, "the checkpoint's running average")
+        self.ema.updates = saved.state["ema_updates"]
         state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+        for index, (name, parameter) in enumerate(self.model.named_parameters() if saved.step else ()):
             moments = {key: saved.optim[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
             state[index] = {key: shard_like(value, parameter) for key, value in moments.items()}
             state[index]["step"] = saved.optim[f"step/{name}"]
@@ -381,8 +382,8 @@ class Trainer:
         self.guard.load_state_dict(saved.state["guard"])
         self.step, self.samples_seen = saved.step, saved.samples_seen
 
-    def _load_weights(self, weights: dict[str, Tensor], source: str) -> None:
-        load_weights(self.model, self._sharded_as_model(weights), source)
+    def _load_weights(self, model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+        load_weights(cast(Latte, model), self._sharded_as_model(weights), source)
 
     def _sharded_as_model(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """`weights` cut as the network's own are; what has another name or shape stays for the loader to refuse."""
@@ -403,16 +404,22 @@ class Trainer:
     def _raise_failed_write(self, failure: str | None) -> None:
         if failure:
             self.writer.failure = None
-            raise OSError(failure)
+            raise CheckpointNotWritten(failure)
 
     def restore(self) -> list[str]:
         """Continue a checkpoint or take initial weights, as the config says; returns what to tell."""
         resume = self.config.train.resume
         if resume == "never":
+            held = ckpt.list_checkpoints(self.checkpoints)
+            require(
+                not held,
+                f"train.resume=never, but {self.checkpoints} holds {len(held)} checkpoint(s) of an earlier run: name "
+                "another train.output_dir, or move them away.",
+            )
             return self.initialise()
-        if resume != "auto":
-            return self._resume(on_main(lambda: ckpt.find_checkpoint(Path(resume))))
         folder, complaints = on_main(lambda: self._find_newest(self.checkpoints))
+        if folder is None and resume != "auto":  # where the run has nothing of its own yet
+            folder = on_main(lambda: ckpt.find_checkpoint(Path(resume)))
         if folder is None:
             require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {self.checkpoints}.")
             return self.initialise()
@@ -421,7 +428,11 @@ class Trainer:
     @staticmethod
     def _find_newest(root: Path) -> tuple[Path | None, list[str]]:
         ckpt.remove_unfinished(root)
-        return ckpt.newest_verified(root)
+        folder, complaints = ckpt.newest_verified(root)
+        if folder is not None:
+            ckpt.set_damaged_aside(folder)
+            complaints = [f"{text} It is set aside." for text in complaints]
+        return folder, complaints
 
     def _resume(self, folder: Path) -> list[str]:
         saved = ckpt.load_checkpoint(folder)
@@ -429,9 +440,12 @@ class Trainer:
         require(not lacking, f"{folder / 'state.json'} lacks {', '.join(lacking)}; it cannot be continued.")
         before = ckpt.load_checkpoint_config(folder)
         changes = ckpt.config_changes(before, self.config, FREE_ON_RESUME) if before else []
-        for key, now in (("global_batch_size", self.global_batch_size), ("data_digest", self.clips.catalog.digest)):
+        for key, now in (("global_batch_size", self.global_batch_size), ("data_digest", self.clips.digest)):
             if saved.state[key] != now:
                 changes.append(f"{key}: {saved.state[key]} -> {now}")
+        classes = [set(names) for names in (saved.state["class_names"], self.clips.class_names)]
+        if classes[0] != classes[1]:  # else another folder would move the labels of those after it
+            changes.append(f"class_names: {sorted(classes[0] - classes[1])} -> {sorted(classes[1] - classes[0])}")
         refused = [change for change in changes if change.partition(":")[0] not in self.override]
         require(
             not refused,
@@ -468,12 +482,12 @@ class Trainer:
             return []
         weights = ckpt.load_model_weights(source)
         if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
-            note = str(init_from_dit(self.model, self._sharded_as_model(weights)))
+            notes = str(init_from_dit(self.model, self._sharded_as_model(weights))).splitlines()
         else:
-            self._load_weights(weights, source)
-            note = f"initial weights: {source}"
+            self._load_weights(self.model, weights, source)
+            notes = [f"initial weights: {source}"]
         self.ema.load_state_dict(self.model.state_dict())
-        return [note]
+        return notes
 
     # ---- words and numbers ---------------------------------------------------------------------
 
@@ -516,16 +530,32 @@ class Trainer:
         classes = self.config.model.num_classes
         if not classes:
             return
+        require(
+            self.clips.num_classes > 0,
+            f"model.num_classes={classes}, but the clips of {self.config.data.path} have no classes: set "
+            "model.num_classes=0, or data.labels to where the classes are written.",
+        )
         worst = max(self.clips.catalog.clips, key=lambda clip: clip.label)
         require(
             worst.label < classes,
-            f"{worst.path} has label {worst.label}, but model.num_classes={classes} allows 0 to {classes - 1}; "
+            f"{worst.path} is of class {self.clips.class_names[worst.label]!r}, "
+            f"label {worst.label}, but model.num_classes={classes} allows 0 to {classes - 1}; "
             f"the data has {self.clips.num_classes} classes.",
+        )
+
+    def _check_number(self) -> None:
+        """A step never holds a clip twice."""
+        train = self.config.train
+        require(
+            len(self.clips) >= self.global_batch_size,
+            f"{self.config.data.path} has {len(self.clips)} clips, fewer than the global batch of "
+            f"{self.global_batch_size} (train.batch_size={train.batch_size} x train.grad_accum_steps="
+            f"{train.grad_accum_steps} x {self.world.size} processes): lower these, or add clips.",
         )
 
     def _check_ranks_agree(self) -> None:
         """Every rank must see the same data, or they would wait for each other for ever."""
-        seen = gather_objects((len(self.clips), self.clips.catalog.digest))
+        seen = gather_objects((len(self.clips), self.clips.digest))
         for rank, (length, digest) in enumerate(seen):
             require(
                 (length, digest) == seen[0],

@@ -30,18 +30,20 @@ class Breadcrumbs:
 
     def __call__(self, path: str) -> None:
         self.folder.mkdir(exist_ok=True)
-        (self.folder / str(os.getpid())).write_text(path)
+        (self.folder / str(os.getpid())).write_bytes(os.fsencode(path))
 
     def read(self, pids: list[int] | None = None) -> list[str]:
         """What the workers of these process ids (all: None) read last."""
         if not self.folder.is_dir():
             return []
-        crumbs = {int(file.name): file.read_text() for file in self.folder.iterdir()}
+        crumbs = {int(file.name): os.fsdecode(file.read_bytes()) for file in self.folder.iterdir()}
         return sorted({path for pid, path in crumbs.items() if pids is None or pid in pids})
 
     def explain(self, error: RuntimeError) -> str | None:
         """A sentence on a loader worker that died or hung; None for any other error."""
         text = str(error)
+        if text.startswith("Caught "):  # an error in a worker that lives
+            return None
         if "DataLoader worker" not in text and "DataLoader timed out" not in text:
             return None
         dead = [int(number) for number in re.findall(r"\d+", text.partition("DataLoader worker")[2].partition(")")[0])]

@@ -9,7 +9,9 @@ Letters: B batch, F frames, C channels of the latents, H W pixels, h w latent pi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -51,8 +53,12 @@ class CodecConfig:
         for key in ("latent_channels", "downsample_factor", "chunk_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"codec.{key} is {getattr(self, key)}, but must be at least 1")
-        if self.scale <= 0.0:
-            raise ValueError(f"codec.scale is {self.scale}, but must be positive")
+        if not 0.0 < self.scale < math.inf:
+            raise ValueError(f"codec.scale is {self.scale}, but must be positive and finite")
+        if not math.isfinite(self.shift):
+            raise ValueError(f"codec.shift is {self.shift}, but must be finite")
+        if self.path is None and (self.subfolder or self.revision):
+            raise ValueError("codec.subfolder and codec.revision are parts of a codec.path: name that too")
         if self.dtype not in DTYPES:
             raise ValueError(f"codec.dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}")
 
@@ -102,7 +108,9 @@ def _local_folder(config: CodecConfig) -> Path | None:
         is none.
     """
     path = str(config.path)
-    folder = Path(path).expanduser()
+    folder = Path(path)
+    with suppress(RuntimeError):  # the home of a user that there is not
+        folder = folder.expanduser()
     if folder.is_dir():
         return folder
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
@@ -133,7 +141,7 @@ def _class_name(config: CodecConfig, file: Path) -> str:
     """
     try:
         name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"codec.path={config.path}: {file.name} does not describe an autoencoder") from error
     known = [kind for kind in KINDS if kind.startswith("Autoencoder")]
     if name not in known:

@@ -87,7 +87,7 @@ class LatteConfig:
         self._check_choices()
         self._check_name()
         self._check_size()
-        require(self.mlp_ratio > 0, f"model.mlp_ratio must be positive, not {self.mlp_ratio}")
+        require(0 < self.mlp_ratio <= 64, f"model.mlp_ratio must be above 0 and at most 64, not {self.mlp_ratio}")
         require(
             self.patch_embedding != "tubelet" or self.tubelet_size >= 2,
             f"model.tubelet_size must be at least 2, not {self.tubelet_size}; "
@@ -95,7 +95,14 @@ class LatteConfig:
         )
         require(self.num_classes >= 0, f"model.num_classes must be 0 or more, not {self.num_classes}")
         require(0 <= self.label_dropout < 1, f"model.label_dropout must be in [0, 1), not {self.label_dropout}")
-        require(self.label_init_std >= 0, f"model.label_init_std must be 0 or more, not {self.label_init_std}")
+        require(
+            0 <= self.label_init_std < float("inf"),
+            f"model.label_init_std must be 0 or more and finite, not {self.label_init_std}",
+        )
+        require(
+            self.patch_embedding == "tubelet" or self.tubelet_size == 2,
+            f"model.tubelet_size={self.tubelet_size} is read only with model.patch_embedding=tubelet",
+        )
 
     @property
     def size(self) -> ModelSize:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .latte import Latte
+from .pickled import load_pickled
+
+log = logging.getLogger(__name__)
 
 WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel, torch.compile
 TABLES = {
@@ -49,12 +52,12 @@ class InitReport:
         )
 
 
-def read_state_dict(path: str | Path, prefer: str = "ema") -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str] = ()) -> dict[str, Tensor]:
     """Read the weights of a `.safetensors` file or of a `.pt` file as the official code writes it.
 
-    Of a `.pt` file the weights under `prefer` are taken, else `ema`, else `model`, else the file is the weights. The
-    prefixes that DistributedDataParallel and torch.compile add to keys are removed. Nothing is unpickled but
-    tensors and plain containers.
+    Of a `.pt` file the weights under `prefer` are taken, else, with a warning, `ema` or `model`, else the file is the
+    weights. The prefixes that DistributedDataParallel and torch.compile add to keys are removed. Nothing is unpickled
+    but tensors and plain containers; objects of the classes named in `ignored` are passed over.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -63,9 +66,9 @@ def read_state_dict(path: str | Path, prefer: str = "ema") -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
-    weights = _select_weights(content, prefer)
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else load_pickled(path, ignored)
+    weights = _select_weights(content, prefer, path)
+    if not weights or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
         raise ValueError(f"{path} holds no network weights: neither `ema`, nor `model`, nor tensors by name")
     return _unwrap(weights, path)
 
@@ -125,27 +128,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
 
 
-def _read_pickled(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # a broken file can raise anything, OSError included
-        objects = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
-        if objects:
-            raise ValueError(
-                f"{path} holds Python objects ({', '.join(objects)}), which are not loaded because that "
-                "can run any code; if you trust the file, save its `ema` or `model` dictionary of tensors "
-                "alone and load that"
-            ) from error
-        raise ValueError(f"{path} is not a whole PyTorch checkpoint; copy it again") from error
-
-
-def _select_weights(content: Any, prefer: str) -> dict[str, Any]:
+def _select_weights(content: Any, prefer: str, path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         return {}
     for key in (prefer, "ema", "model"):
         if isinstance(content.get(key), Mapping):
+            if key != prefer:
+                log.warning("%s holds no `%s` weights, its `%s` is taken", path, prefer, key)
             return dict(content[key])
     return dict(content)
 

@@ -9,11 +9,12 @@ Letters: B images, C latent channels, H W pixels, h w latent pixels (H / 8, W / 
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from .pickled import load_pickled
 
 ENCODER_FILE, DECODER_FILE = "taef2_encoder.pth", "taef2_decoder.pth"
 WIDTH = 64
@@ -102,8 +103,8 @@ class Taef2(nn.Module):
         net = cls()
         for part, name in ((net.encoder, ENCODER_FILE), (net.decoder, DECODER_FILE)):
             try:
-                part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
-            except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+                part.load_state_dict(load_pickled(folder / name))
+            except (RuntimeError, TypeError, AttributeError) as error:
                 raise ValueError(f"{folder / name} does not hold TAEF2 weights") from error
         return net
 

@@ -89,6 +89,19 @@ def sampling_config(
     return load_config(None, overrides, base=tree)
 
 
+def usable_device(name: torch.device | str | None) -> torch.device:
+    """The device of that name, or CUDA where there is one; ValueError for one that this machine lacks."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        known = device.type == "cuda" and 0 <= (device.index or 0) < torch.cuda.device_count()
+        usable = device.type == "cpu" or known
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise ValueError(f"--device {name}: this machine has no such device; use cpu, cuda or cuda:N.")
+    return device
+
+
 def resolve_labels(labels: Sequence[int | str], num_classes: int, class_names: Sequence[str] | None) -> list[int]:
     """Class numbers of `labels`, which may be numbers, their spelling, or class names.
 
@@ -103,7 +116,7 @@ def resolve_labels(labels: Sequence[int | str], num_classes: int, class_names: S
 def _resolve_label(label: str, num_classes: int, class_names: Sequence[str]) -> int:
     if label in class_names:
         return list(class_names).index(label)
-    if not label.lstrip("-").isdigit():
+    if not label.removeprefix("-").isdecimal():
         known = f"its classes are {', '.join(class_names)}" if class_names else "its class names are not known"
         raise ValueError(f"sample.labels: {label!r} is no class of this network; {known}; numbers work too.")
     if not 0 <= int(label) < num_classes:
@@ -176,7 +189,7 @@ class Generator:
         config = config or source.config
         if config is None:
             raise ValueError(f"{source.path} holds weights only: give the config of its network.")
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable_device(device)
         model = build_model(config, device)
         load_weights(model, source.weights(weights), str(source.path))
         names = source.class_names or _known_class_names(config)

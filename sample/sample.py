@@ -91,9 +91,22 @@ def main(argv: list[str]) -> int:
         precision=config.sample.precision,
     )
     folder = Path(config.sample.save_video_path)
+    make_writable(folder)
     files = write_samples(generator, config, folder, checkpoint=str(source.path))
     print(f"{len(files)} videos in {folder}: samples.png and samples.gif show {min(SHOWN, len(files))} of them")
     return 0
+
+
+def make_writable(folder: Path) -> None:
+    """Make `folder`, and see that files can be made in it, before anything is sampled."""
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"--save_video_path {folder} cannot be written: {error.strerror or error}.") from None
 
 
 def checkpoint_path(yaml: str | None, settings: dict[str, Any], overrides: list[str]) -> str:

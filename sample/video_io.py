@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from engine.text import printable
+
 MARGIN = 4  # pixels between the tiles of a contact sheet
 GIF_GAP = 2  # pixels between the tiles of a GIF
 BACKGROUND = 255
@@ -125,10 +127,11 @@ def contact_sheet(
     videos = as_frames(videos, ndim=5)
     if captions is not None and len(captions) != len(videos):
         raise ValueError(f"{len(captions)} captions for {len(videos)} videos: give one caption per video.")
+    captions = [printable(caption) for caption in captions or []]
     shown = np.linspace(0, videos.shape[1] - 1, min(max_frames, videos.shape[1])).round().astype(int)
     tiles = enlarge(videos[:, shown], scale)
     rows, columns, height, width, _ = tiles.shape
-    gutter = caption_width(captions or [])
+    gutter = caption_width(captions)
     sheet = np.full(
         (MARGIN + rows * (height + MARGIN), gutter + MARGIN + columns * (width + MARGIN), 3),
         BACKGROUND,

@@ -198,7 +198,7 @@ def partly_broken(tmp_path: Path) -> Path:
 
 
 def test_unusable_clips_are_replaced_named_and_counted(partly_broken: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = dataset(partly_broken)
+    data = dataset(partly_broken, max_unusable=1.0)
     names = [clip.name for clip in data.catalog.clips]
     with caplog.at_level(logging.WARNING):
         samples = {(epoch, index): data[epoch, index] for epoch in range(4) for index in range(len(data))}
@@ -212,7 +212,7 @@ def test_unusable_clips_are_replaced_named_and_counted(partly_broken: Path, capl
         shown = names[sample["index"]]
         assert "good" in shown and sample["labels"].item() == "ab".index(shown[0])
         assert sample["index"] == index or "good" not in names[index]
-        fresh = dataset(partly_broken)  # nothing learned before: the same replacement
+        fresh = dataset(partly_broken, max_unusable=1.0)  # nothing learned before: the same replacement
         assert equal(fresh[epoch, index], sample)
     bad = [index for index, name in enumerate(names) if "good" not in name]
     drawn = [[data[epoch, index]["index"] for epoch in range(20)] for index in bad]
@@ -239,13 +239,13 @@ def test_a_set_of_broken_clips_ends_with_the_list(tmp_path: Path) -> None:
     with pytest.raises(
         VideoError, match=f"{MAX_ATTEMPTS} clips in a row cannot be used: .*the file is empty"
     ) as caught:
-        dataset(tmp_path)[0, 0]
+        dataset(tmp_path, max_unusable=1.0)[0, 0]
     assert caught.value.path == str(tmp_path)
     assert all(f"{number}.mp4" in str(caught.value) for number in range(3))
 
 
 def test_a_file_that_goes_away_is_replaced(partly_broken: Path) -> None:
-    data = dataset(partly_broken)
+    data = dataset(partly_broken, max_unusable=1.0)
     (partly_broken / "a" / "good1.mp4").unlink()
     sample = data[0, 0]
     assert data.catalog.clips[sample["index"]].name == "b/good2.mp4"

@@ -23,7 +23,8 @@ def test_layers_apply_in_order(tmp_path: Path) -> None:
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    config = load_config(None, ["model.name=Latte-S/2", "sample.labels=[1,2]", "train.init_from=a b.pt"])
+    model = ["model.name=Latte-S/2", "model.num_classes=3"]
+    config = load_config(None, [*model, "sample.labels=[1,2]", "train.init_from=a b.pt"])
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
     assert load_config(file) == config

@@ -163,9 +163,9 @@ def test_init_from_an_image_network_says_what_it_took(tiny: list[str], tmp_path:
     image = {k: v for k, v in first.model.state_dict().items() if k != "temp_embed"}
     image["y_embedder.embedding_table.weight"] = torch.zeros(1001, 16)
     torch.save(image, tmp_path / "dit.pt")
-    trainer = Trainer(load_config(None, [*tiny, f"train.init_from={tmp_path / 'dit.pt'}"]), World())
-    trainer.config = load_config(None, [*tiny, f"train.init_from={tmp_path / 'dit.pt'}", "train.resume=never"])
-    (note,) = trainer.restore()
+    fresh = [f"train.init_from={tmp_path / 'dit.pt'}", "train.resume=never", f"train.output_dir={tmp_path / 'fresh'}"]
+    trainer = Trainer(load_config(None, [*tiny, *fresh]), World())
+    note = "\n".join(trainer.restore())
     assert "temp_embed" in note and "y_embedder.embedding_table.weight" in note
     torch.testing.assert_close(trainer.model.blocks[0].attn.qkv.weight, first.model.blocks[0].attn.qkv.weight)
 

@@ -91,10 +91,10 @@ def test_shell_script_parses_and_names_what_exists(script: Path) -> None:
 
 
 def test_the_launcher_passes_on_its_arguments(tmp_path: Path) -> None:
-    """With a torchrun of our own in PATH: the processes it asks for and the command it starts."""
-    (tmp_path / "torchrun").write_text('#!/bin/bash\nprintf "%s|" "$@"\n')
-    (tmp_path / "torchrun").chmod(0o755)
-    project = tmp_path / "project"  # a copy without .venv, whose torchrun would come first
+    """With a python of our own in PATH: the processes it asks for and the command it starts."""
+    (tmp_path / "python").write_text('#!/bin/bash\nprintf "%s|" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    project = tmp_path / "project"  # a copy without .venv, whose python would come first
     (project / "train_scripts").mkdir(parents=True)
     for name in ("launch.sh", "sky_img_train.sh"):
         (project / "train_scripts" / name).write_bytes((ROOT / "train_scripts" / name).read_bytes())
@@ -102,5 +102,6 @@ def test_the_launcher_passes_on_its_arguments(tmp_path: Path) -> None:
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({"GPUS": gpus} if gpus else {})
         command = ["bash", str(project / "train_scripts" / "sky_img_train.sh"), "data.path=/a b"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        wanted = rf"--standalone\|--nproc_per_node={processes}\|train_with_img.py\|--config\|\S+\|data.path=/a b\|"
+        launcher = rf"-m\|engine\.elastic\|--standalone\|--nproc_per_node={processes}\|(--[\w,=-]+\|)+"
+        wanted = rf"{launcher}train_with_img.py\|--config\|\S+\|data.path=/a b\|"
         assert re.fullmatch(wanted, done.stdout), done

@@ -56,7 +56,7 @@ def key_lists(path: Path) -> Iterator[Outcome]:
     try:
         for name, official in json.loads(path.read_text()).items():
             yield Outcome(f"{path.stem}/{name}", error=0, bound=0, problem=key_list_problem(name, official))
-    except (KeyError, ValueError) as problem:
+    except (KeyError, ValueError, TypeError, AttributeError) as problem:
         yield Outcome(path.stem, problem=f"cannot be read: {problem!r}")
 
 

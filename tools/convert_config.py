@@ -28,7 +28,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "sample_method": lambda method: str(method).lower(),
     "use_fp16": lambda on: "fp16" if on else "fp32",
     "mixed_precision": lambda on: "bf16" if on else "tf32",
-    "sample_names": lambda names: [str(name) for name in names],
+    "sample_names": lambda names: [str(name) for name in (names if isinstance(names, list) else [names])],
 }
 # official key -> what to say beside the renaming
 REMARKS: dict[str, str] = {
@@ -90,15 +90,9 @@ def read_official(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: one sentence.
     """
-    import yaml
-    from omegaconf import OmegaConf
+    from engine.config import read_yaml
 
-    if not path.is_file():
-        raise FileNotFoundError(f"config file {path} does not exist.")
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict) or not values:
         raise ValueError(f"config file {path} holds no keys; an official config is a list of `key: value` lines.")
     if isinstance(values.get("model"), dict):

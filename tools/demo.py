@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ class Clock:
         """One command of the repository, from its root; stops the demo if it fails."""
         with self.phase(name):
             print("$ " + " ".join(["python" if part == sys.executable else part for part in command]), flush=True)
-            result = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+            threads = {"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {}
+            result = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **threads})
         if result.returncode:
             raise ValueError(f"the demo's {name} failed with exit code {result.returncode}; see the lines above.")
 
@@ -214,7 +216,7 @@ def write_page(out: Path, metrics: dict[str, Any], shown: int = 24) -> None:
         listed = json.loads((out / kind / "samples.json").read_text())["videos"][:shown]
         videos = "\n".join(
             f'<figure><video src="{kind}/{video["file"]}" autoplay loop muted playsinline></video>'
-            f"<figcaption>{video['class_name']}</figcaption></figure>"
+            f"<figcaption>{escape(video['class_name'])}</figcaption></figure>"
             for video in listed
         )
         sections += f'<h2>{title}</h2>\n<div class="videos">\n{videos}\n</div>\n'

@@ -28,6 +28,7 @@ if __package__ in (None, ""):
 
 import json
 import math
+import pickle
 import shutil
 import time
 from dataclasses import dataclass
@@ -213,8 +214,12 @@ def load_state(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
     if not path.is_file():
         raise FileNotFoundError(f"--resume: there is no run to resume at {path}")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if state["recipe"] != recipe:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = state["recipe"]
+    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"--resume: {path} is not the state of such a run ({type(error).__name__})") from None
+    if made_with != recipe:
         raise ValueError(f"--resume: the run at {path} has other arguments: {state['recipe']}")
     return state
 
@@ -399,7 +404,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--decoder-steps", type=int, default=6000, help="then of the decoder alone (6000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (0)")
     parser.add_argument("--resume", action="store_true", help="continue the run whose state lies in --work")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    out = arguments.out
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "recipe.json").is_file())):
+        raise ValueError(f"--out {out} is there already and is no codec made by this tool; name another folder.")
+    return arguments
 
 
 def main(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     nothing added to the diagonal, exact for fewer samples than dimensions. In float64.
 
     Raises:
-        ValueError: the features are not (N, D) and (M, D), are empty, or hold NaN or infinity.
+        ValueError: the features are not (N, D) and (M, D) with N and M at least 2, or hold NaN or infinity.
     """
     _check(real, fake)
     factors, traces = [], 0.0
@@ -31,8 +31,8 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
 def _check(real: Tensor, fake: Tensor) -> None:
     for name, features in (("real", real), ("fake", fake)):
-        if features.ndim != 2 or len(features) == 0:
-            raise ValueError(f"The {name} features are {tuple(features.shape)}; they must be (number, dimensions).")
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"The {name} features are {tuple(features.shape)}; they must be (2 or more, dimensions).")
         if not features.isfinite().all():
             raise ValueError(f"The {name} features hold NaN or infinity: look at the detector or its input.")
     if real.shape[1] != fake.shape[1]:

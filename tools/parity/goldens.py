@@ -149,7 +149,7 @@ def compare(quantity: Quantity, golden: Goldens, label: str, network_bound: floa
             return Outcome(name, problem=f"keys differ: {', '.join(differing[:3])}")
         relative = network_bound if quantity.network else FP32_BOUND
         outcomes = [_compare_tensor(name, computed[key], wanted[key], relative) for key in wanted]
-    except (Mismatch, ValueError, RuntimeError, IndexError) as problem:  # as tampered inputs cause
+    except (Mismatch, ValueError, TypeError, KeyError, RuntimeError, IndexError) as problem:  # as tampered inputs cause
         return Outcome(name, problem=str(problem))
     return max(outcomes, key=_badness)
 

@@ -1,0 +1,982 @@
+"""Faults C: checkpoint files. Whatever happens while one is written, one that verifies is there, and is found."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from engine import checkpoint as ckpt
+from engine.checkpoint import Checkpoint, CheckpointError
+from engine.config import Config, load_config
+from engine.distributed import World
+from engine.errors import CheckpointNotWritten
+from engine.run_folder import RunFolder
+from engine.trainer import Trainer
+from models.convert import read_state_dict
+from tests.fault_support import rows, run, run_ranks
+
+KILLED = 9
+ROOM = r"it takes \d+\.\d+ GB, \d+\.\d+ GB free"
+GROUPS = ("model", "ema", "optim", "rng")
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config(None, ["model.name=Latte-S/2"])
+
+
+@pytest.fixture(scope="module")
+def finished(frame_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps with a checkpoint of each, never changed."""
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    every = ["train.max_steps=3", "train.checkpoint_every=1", "train.keep_last=0"]
+    run([*TINY, *every, f"data.path={frame_folders}", f"train.output_dir={folder}"])
+    return folder
+
+
+@pytest.fixture
+def stopped(finished: Path, tiny: list[str], tmp_path: Path) -> Callable[..., Trainer]:
+    """Makes a trainer of the tiny run, into a copy of the finished one's folder."""
+    shutil.copytree(finished, tmp_path / "run")
+    return lambda *extra: Trainer(
+        load_config(None, [*tiny, "train.max_steps=5", "train.checkpoint_every=1", *extra]), World()
+    )
+
+
+def make(step: int, size: int = 3) -> Checkpoint:
+    tensors = {"w": torch.full((size,), float(step)), "b": torch.arange(4)}
+    optim, rng = {"exp_avg/w": torch.ones(3)}, {"cpu/0": torch.zeros(5)}
+    return Checkpoint(step, step * 10, tensors, tensors, optim, rng, {"note": 1})
+
+
+def names(root: Path) -> list[str]:
+    return sorted(entry.name for entry in root.iterdir())
+
+
+def assert_sound(root: Path) -> Path:
+    """Nothing unfinished lies here, all that is here verifies, and `latest` names one of it; the newest."""
+    assert not [name for name in names(root) if ".tmp" in name]
+    for folder in ckpt.list_checkpoints(root):
+        ckpt.verify(folder)
+    ckpt.verify(root / (root / "latest").read_text())
+    return ckpt.list_checkpoints(root)[-1]
+
+
+def in_child(action: Callable[[], Any]) -> tuple[int, Any]:
+    """(exit code, what `action` returned) of a process forked for it. It must not train."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.write(write, json.dumps(action()).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read, "rb") as stream:
+        answer = stream.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), json.loads(answer) if answer else None
+
+
+class Calls:
+    """Every call of the operating system that changes files, in `done` as (name, path); dies at the n-th (0: never).
+
+    A write is cut in the middle, anything else does not happen. Nothing is really synced, which is slow and which only
+    the death of the whole machine would show.
+    """
+
+    WATCHED = ((os, "mkdir"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "fsync"),
+               (ckpt, "save_file"), (Path, "write_bytes"))  # fmt: skip
+
+    def __init__(self, patch: pytest.MonkeyPatch, die_at: int = 0) -> None:
+        self.done: list[tuple[str, str]] = []
+        self.die_at = die_at
+        for owner, name in self.WATCHED:
+            patch.setattr(owner, name, self._watched(name, getattr(owner, name)))
+
+    def _watched(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            path = arguments[1] if name == "save_file" else arguments[0]
+            if name == "fsync":
+                path = Path(f"/proc/self/fd/{path}").readlink()
+            self.done.append((name, str(path)))
+            if len(self.done) != self.die_at:
+                return inner(*arguments, **options) if name != "fsync" else None
+            if name in ("save_file", "write_bytes"):
+                inner(*arguments, **options)
+                os.truncate(path, Path(path).stat().st_size // 2)
+            os._exit(KILLED)
+
+        return call
+
+
+# ---- C1, C2: room ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["model", "optim"])
+def test_C1_disk_full(stopped: Callable[..., Trainer], tmp_path: Path, file: str) -> None:
+    """The kernel refuses to let any file grow beyond a limit, within the first file or within a later one."""
+    trainer = stopped()
+    trainer.restore()
+    root = trainer.checkpoints
+    before = names(root)
+    limit = (ckpt.list_checkpoints(root)[-1] / f"{file}.safetensors").stat().st_size - 1000
+    trainer.step = 4
+
+    def save() -> str:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with pytest.raises(CheckpointNotWritten) as raised:
+            trainer.save()
+        return str(raised.value)
+
+    code, sentence = in_child(save)
+    assert code == 0
+    assert f"the checkpoint of step 4 in {root} could not be written" in sentence
+    assert re.search(ROOM, sentence), sentence
+    assert names(root) == before
+    assert assert_sound(root).name == "step-0000003"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, SafetensorError, OSError])
+def test_C1_disk_full_at_every_write(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """torch, safetensors and the system each have an error of their own for a full disk."""
+    ckpt.save_checkpoint(make(1), config, tmp_path)
+    writes = 0
+    while True:
+        with monkeypatch.context() as patch:
+            full_disk_at(patch, writes, kind)
+            writer = ckpt.CheckpointWriter(tmp_path, config)
+            writer.save(make(2))
+        if writer.failure is None:
+            break
+        assert "No space left" in writer.failure and re.search(ROOM, writer.failure)
+        assert assert_sound(tmp_path).name == ("step-0000001" if writes < 7 else "step-0000002")
+        assert (tmp_path / "latest").read_text() == "step-0000001"
+        writes += 1
+    assert writes == 8  # seven files and `latest`
+    assert names(tmp_path) == ["latest", "step-0000001", "step-0000002"]
+
+
+def full_disk_at(patch: pytest.MonkeyPatch, n: int, kind: type[Exception]) -> None:
+    """From the n-th write on there is no space left; half of it goes through."""
+    left = [n]
+
+    def limited(inner: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def write(*arguments: Any, **options: Any) -> Any:
+            result = inner(*arguments, **options)
+            left[0] -= 1
+            if left[0] < 0:
+                os.truncate(arguments[place], Path(arguments[place]).stat().st_size // 2)
+                raise kind("No space left on device")
+            return result
+
+        return write
+
+    patch.setattr(ckpt, "save_file", limited(ckpt.save_file, 1))
+    patch.setattr(Path, "write_bytes", limited(Path.write_bytes, 0))
+
+
+def fail_to_write(world: World, overrides: list[str]) -> tuple[str, int]:
+    """A rank's part of a run that finds the disk full from its second checkpoint on: the error and the step."""
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk_at(patch, 8, SafetensorError)
+        trainer = Trainer(load_config(None, overrides), world)
+        with pytest.raises(CheckpointNotWritten) as raised:
+            trainer.fit()
+    return str(raised.value), trainer.step
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["C1", "C13"])
+def test_C1_C13_all_ranks_are_told(tiny: list[str], tmp_path: Path, kind: str) -> None:
+    """C1: at once; C13, written beside the training: at a step boundary, the same on both."""
+    extra = ["train.max_steps=30", "train.checkpoint_every=2", f"train.async_checkpoint={kind == 'C13'}"]
+    found = run_ranks(2, tmp_path / "rendezvous", fail_to_write, [*tiny, *extra])
+    assert [error for _, error in found] == [None, None]
+    (sentence, step), other = found[0][0], found[1][0]
+    assert (sentence, step) == other
+    assert "the checkpoint of step 4" in sentence and re.search(ROOM, sentence)
+    assert 4 <= step <= (4 if kind == "C1" else 29)
+    assert assert_sound(tmp_path / "run" / "checkpoints").name == "step-0000002"
+    reports = [json.loads((tmp_path / "run" / "errors" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert all(sentence in report["error"] for report in reports)
+
+
+def test_C2_early_warning(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**9, 10**9, 7_000))
+    run([*tiny, "train.max_steps=2", "train.checkpoint_every=1"])  # a warning, no refusal
+    said = capsys.readouterr().err
+    pattern = r"checkpoints has 0\.000 GB free, and a checkpoint takes \d\.\d+ GB: make room"
+    assert re.search(f"warning: .*{pattern}", said.partition("step 1/2")[0])
+    assert len(re.findall(pattern, caplog.text)) == 2  # before each of the two saves
+    assert assert_sound(tmp_path / "run" / "checkpoints").name == "step-0000002"
+
+
+@pytest.mark.parametrize(("free", "warned"), [(1_099, True), (1_100, False)])
+def test_C2_a_tenth_to_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, warned: bool) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, free * 10**6))
+    sentence = ckpt.space_warning(tmp_path / "not" / "there yet", 10**9)
+    assert (sentence is not None) == warned
+    assert not warned or (sentence and "has 1.099 GB free, and a checkpoint takes 1.000 GB" in sentence)
+
+
+def test_C2_the_size_is_that_of_the_files(stopped: Callable[..., Trainer]) -> None:
+    """The estimate before the first save is within a tenth of what the files then take."""
+    trainer = stopped()
+    trainer.restore()
+    files = ckpt.list_checkpoints(trainer.checkpoints)[-1].glob("*.safetensors")
+    tensors = sum(value.nbytes for file in files for value in load_file(file).values())
+    assert ckpt._size_of(trainer.state_dict()) == tensors
+
+
+# ---- C3, C4: kills and order -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
+    root = tmp_path_factory.mktemp("two_saved")
+    for step in (8, 9):
+        ckpt.save_checkpoint(make(step), config, root)
+    return root
+
+
+def test_C3_killed_at_every_call(
+    two_saved: Path, tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 10 is written over 8 and 9 by a process that dies at its n-th call, for every n."""
+    monkeypatch.setattr(Config, "to_yaml", lambda self: "train: {}\n")  # quicker
+    found, points = "", 0
+    while True:
+        root = tmp_path / str(points)
+        shutil.copytree(two_saved, root)
+
+        def save(root: Path = root, die_at: int = points + 1) -> None:
+            Calls(pytest.MonkeyPatch(), die_at)
+            ckpt.save_checkpoint(make(10), config, root, keep_last=2)
+
+        code, _ = in_child(save)
+        newest, complaints = ckpt.newest_verified(root)
+        assert newest is not None and not complaints, points
+        assert newest.name >= max(found, "step-0000009"), points  # what is written stays written
+        found = newest.name
+        ckpt.verify(root / (root / "latest").read_text())
+        ckpt.remove_unfinished(root)
+        assert assert_sound(root) == newest
+        if code == 0:
+            break
+        assert code == KILLED, points
+        points += 1
+    assert points >= 20
+    assert found == "step-0000010"
+    assert [folder.name for folder in ckpt.list_checkpoints(root)] == ["step-0000009", "step-0000010"]
+
+
+def test_C3_resume_after_a_kill(stopped: Callable[..., Trainer], tiny: list[str], tmp_path: Path) -> None:
+    """The run's own save dies; the same command cleans up, continues, and ends as if nothing had happened."""
+    dying = stopped("train.keep_last=2")
+    dying.restore()
+    dying.step = 4  # what would be step 4 holds the weights of step 3: it must not be continued
+    root = dying.checkpoints
+
+    def save() -> None:
+        Calls(pytest.MonkeyPatch(), die_at=17)
+        dying.save()
+
+    assert in_child(save)[0] == KILLED
+    assert [name for name in names(root) if ".tmp-" in name]
+    continued = Trainer(dying.config, World())
+    assert continued.fit()
+    assert [row["step"] for row in rows(root.parent, "events.jsonl") if row["event"] == "resume"][-1] == 3
+    assert assert_sound(root).name == "step-0000005"
+    whole = run([*tiny, "train.max_steps=5", f"train.output_dir={tmp_path / 'whole'}"])
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(continued.model.state_dict()[key], value), key
+
+
+def test_C3_only_what_is_ours_is_cleaned(two_saved: Path, tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(two_saved, root)
+    elsewhere.mkdir()
+    for name in ("step-0000010.tmp-0123abcd", "step-0000010.tmp-mine", "notes.tmp", "step-12.bak"):
+        (root / name).mkdir()
+    (root / "latest.tmp-0123abcd").write_text("step-0000010")
+    (root / "step-0000011.tmp-0123abcd").symlink_to(elsewhere)
+    assert ckpt.remove_unfinished(root) == ["latest.tmp-0123abcd", "step-0000010.tmp-0123abcd"]
+    assert {"step-0000010.tmp-mine", "notes.tmp", "step-12.bak", "step-0000011.tmp-0123abcd"} <= set(names(root))
+    assert elsewhere.is_dir()
+
+
+def test_C4_order_of_the_calls(two_saved: Path, tmp_path: Path, config: Config) -> None:
+    """Files beside the target, each synced, manifest last; rename; sync the folder; `latest`; prune."""
+    root = tmp_path / "run"
+    shutil.copytree(two_saved, root)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = Calls(patch)
+        ckpt.save_checkpoint(make(10), config, root)
+    done = [(name, re.sub(r"[0-9a-f]{8}$|(?<=tmp-)[0-9a-f]{8}(?=/)", "*", path)) for name, path in calls.done]
+    aside = f"{root}/step-0000010.tmp-*"
+    files = [*(f"{name}.safetensors" for name in GROUPS), "state.json", "config.yaml", "manifest.json"]
+    writes = [(name, path) for name, path in done if name in ("save_file", "write_bytes")]
+    assert [path for _, path in writes] == [*(f"{aside}/{name}" for name in files), f"{root}/latest.tmp-*"]
+    expected = [("mkdir", str(root)), ("mkdir", aside)]
+    for write in writes[:-1]:
+        expected += [write, ("fsync", write[1])]
+    expected += [("fsync", aside), ("rename", aside), ("fsync", str(root))]
+    expected += [writes[-1], ("fsync", writes[-1][1]), ("replace", f"{root}/latest.tmp-*"), ("fsync", str(root))]
+    expected += [("rename", f"{root}/step-0000008")]
+    assert done[: len(expected)] == expected
+    assert {name for name, _ in done[len(expected) :]} == {"unlink", "rmdir"}
+
+
+# ---- C5, C6: damage --------------------------------------------------------------------------------
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "optim.safetensors", 500)
+
+
+def empty(folder: Path) -> None:
+    (folder / "ema.safetensors").write_bytes(b"")
+
+
+def lack_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["pos_embed"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def lack_file(folder: Path) -> None:
+    (folder / "rng.safetensors").unlink()
+
+
+def cut_manifest(folder: Path) -> None:
+    os.truncate(folder / "manifest.json", 100)
+
+
+def empty_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text(json.dumps({"format": ckpt.FORMAT, "files": {}}))
+
+
+def lack_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+DAMAGES = {
+    truncate: "optim.safetensors does not match its SHA-256",
+    empty: "ema.safetensors does not match its SHA-256",
+    lack_tensor: "model.safetensors does not match its SHA-256",
+    lack_file: "rng.safetensors is missing",
+    cut_manifest: "no readable manifest.json",
+    empty_manifest: "manifest.json does not list ema.safetensors",
+    lack_manifest: "no readable manifest.json",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_C5_damaged_newest(
+    stopped: Callable[..., Trainer], tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = stopped()
+    newest = trainer.checkpoints / "step-0000003"
+    damage(newest)
+    with pytest.raises(CheckpointError, match=DAMAGES[damage]) as raised:  # by its own path: no other is taken
+        ckpt.find_checkpoint(newest)
+    assert str(newest) in str(raised.value)
+    other = stopped(f"train.resume={newest}", f"train.output_dir={tmp_path / 'other'}")
+    with pytest.raises(CheckpointError, match=DAMAGES[damage]):
+        other.restore()
+    assert ckpt.find_checkpoint(tmp_path / "run").name == "step-0000002"  # by the run: with a warning
+    assert DAMAGES[damage] in caplog.text and "Taking step-0000002 instead" in caplog.text
+    notes = trainer.restore()
+    assert trainer.step == 2
+    (warning,) = [note for note in notes if note.startswith("warning: ")]
+    assert DAMAGES[damage] in warning and str(newest) in warning and warning.endswith("It is set aside.")
+
+
+def test_C5_nothing_left_is_an_error(stopped: Callable[..., Trainer]) -> None:
+    """A run whose checkpoints are all damaged does not quietly begin anew."""
+    trainer = stopped()
+    for folder in ckpt.list_checkpoints(trainer.checkpoints):
+        truncate(folder)
+    with pytest.raises(ValueError, match=r"step-0000003 is damaged.*step-0000001 is damaged.*No other checkpoint"):
+        trainer.restore()
+    assert len(ckpt.list_checkpoints(trainer.checkpoints)) == 3
+
+
+def test_C5_damaged_ones_are_not_counted_among_those_kept(stopped: Callable[..., Trainer]) -> None:
+    trainer = stopped("train.keep_last=2", "train.checkpoint_every=4")
+    truncate(trainer.checkpoints / "step-0000003")
+    assert trainer.fit()
+    kept = [folder.name for folder in ckpt.list_checkpoints(trainer.checkpoints)]
+    assert kept == ["step-0000004", "step-0000005"]
+    assert_sound(trainer.checkpoints)
+    (aside,) = trainer.checkpoints.glob("step-0000003.damaged-*")
+    assert (aside / "model.safetensors").is_file()  # nothing is deleted that may still be wanted
+
+
+@pytest.mark.parametrize("place", [0, 0.5, -1], ids=["header", "middle", "last"])
+@pytest.mark.parametrize("file", ["model", "ema", "optim"])
+def test_C6_flipped_byte(stopped: Callable[..., Trainer], file: str, place: float) -> None:
+    """One byte, the size unchanged: safetensors itself loads such a file without a word."""
+    trainer = stopped()
+    for step in (1, 2):
+        shutil.rmtree(trainer.checkpoints / f"step-{step:07d}")
+    path = trainer.checkpoints / "step-0000003" / f"{file}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 0x10
+    path.write_bytes(content)
+    said = rf"step-0000003 is damaged: {file}\.safetensors does not match its SHA-256"
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=said):
+        trainer.fit()
+    assert trainer.step == 0
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+    with pytest.raises(CheckpointError, match=said):
+        ckpt.load_checkpoint(path.parent)
+    for wanted in ("ema", "raw"):
+        with pytest.raises(CheckpointError, match=said):
+            ckpt.load_model_weights(trainer.folder.path, wanted)
+
+
+# ---- C7, C8: pruning -------------------------------------------------------------------------------
+
+
+def test_C7_two_are_kept_in_numeric_order(tmp_path: Path, config: Config) -> None:
+    for step in (8, 9, 10, 9_999_999, 10_000_000):
+        ckpt.save_checkpoint(make(step), config, tmp_path, keep_last=2)
+        assert len(ckpt.list_checkpoints(tmp_path)) <= 2
+    assert [folder.name for folder in ckpt.list_checkpoints(tmp_path)] == ["step-9999999", "step-10000000"]
+    assert assert_sound(tmp_path).name == "step-10000000"
+
+
+def test_C7_links_and_foreign_names_stay(tmp_path: Path, config: Config) -> None:
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    ckpt.save_checkpoint(make(1), config, elsewhere)
+    root.mkdir()
+    (root / "step-0000001").symlink_to(elsewhere / "step-0000001")
+    foreign = ["step-12.bak", "step-0000001.bak", "step-12", "best", "step-0000002.damaged-01234567"]
+    for name in foreign:
+        (root / name).mkdir()
+    (root / "step-0000002").write_text("a file")
+    for step in (3, 4, 5):
+        ckpt.save_checkpoint(make(step), config, root, keep_last=2)
+    assert [folder.name for folder in ckpt.list_checkpoints(root)] == ["step-0000004", "step-0000005"]
+    assert names(root) == sorted([*foreign, "latest", *(f"step-000000{n}" for n in (1, 2, 4, 5))])
+    ckpt.verify(elsewhere / "step-0000001")
+
+
+def test_C7_pruned_only_after_the_new_one_verifies(
+    two_saved: Path, tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(two_saved, root)
+    rename = os.rename
+
+    def rename_and_rot(source: Any, target: Any) -> None:
+        rename(source, target)
+        truncate(Path(target))
+
+    monkeypatch.setattr(os, "rename", rename_and_rot)
+    with pytest.raises(CheckpointError, match=r"step-0000010 is damaged"):
+        ckpt.save_checkpoint(make(10, 1000), config, root, keep_last=1)
+    assert (root / "latest").read_text() == "step-0000009"
+    for step in (8, 9):
+        ckpt.verify(ckpt.step_folder(root, step))
+
+
+def test_C7_some_are_kept_for_good(tmp_path: Path, config: Config) -> None:
+    for step in range(1, 9):
+        ckpt.save_checkpoint(make(step), config, tmp_path, keep_last=2, keep_every=3)
+    assert [int(folder.name[5:]) for folder in ckpt.list_checkpoints(tmp_path)] == [3, 6, 7, 8]
+
+
+def test_C7_the_one_just_written_is_never_pruned(tmp_path: Path, config: Config) -> None:
+    """A folder may hold later ones, of a run that went on from here before."""
+    ckpt.save_checkpoint(make(9), config, tmp_path)
+    ckpt.save_checkpoint(make(5), config, tmp_path, keep_last=1)
+    assert [int(folder.name[5:]) for folder in ckpt.list_checkpoints(tmp_path)] == [5, 9]
+
+
+@pytest.mark.parametrize("call", ["rename", "rmdir"])
+def test_C8_an_undeletable_old_one(
+    stopped: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    """Substitute: root may delete everything, so the system call itself says no."""
+    trainer = stopped("train.keep_last=2")
+    inner = getattr(os, call)
+
+    def denied(path: Any, *arguments: Any, **options: Any) -> Any:
+        if "step-0000001" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return inner(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, denied)
+    assert trainer.fit()
+    assert trainer.step == 5
+    assert re.search(r"old checkpoint \S+step-0000001 cannot be deleted: Permission denied", caplog.text)
+    kept = [folder.name for folder in ckpt.list_checkpoints(trainer.checkpoints)]
+    assert kept[-2:] == ["step-0000004", "step-0000005"]
+    assert "step-0000002" not in kept  # the others go nevertheless
+    monkeypatch.undo()
+    assert Trainer(trainer.config, World()).fit()  # the next start
+    assert not list(trainer.checkpoints.glob("*.tmp-*"))
+
+
+# ---- C9: a folder that cannot be written -----------------------------------------------------------
+
+
+def test_C9_a_file_in_the_way(stopped: Callable[..., Trainer], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "checkpoints").write_text("precious")
+    for place, culprit in ((file, file), (file / "run", file), (tmp_path / "half", tmp_path / "half" / "checkpoints")):
+        trainer = stopped(f"train.output_dir={place}")
+        with pytest.raises(OSError, match=rf"train\.output_dir={place} .*{culprit} is a file; name a folder"):
+            trainer.fit()
+        assert trainer.step == 0  # at the start, and not at the first save
+        assert culprit.read_text() == "precious"
+    assert not (tmp_path / "half" / ".lock").exists()
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that any user can enter, which pytest's are not."""
+    with tempfile.TemporaryDirectory(prefix="latte-test-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints"])
+def test_C9_read_only(stopped: Callable[..., Trainer], public: Path, place: str) -> None:
+    """Root writes everywhere, so the run's part is played by a process that has given up its rights."""
+    folder = public / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    for path in (folder, folder / "checkpoints"):
+        path.chmod(0o777)
+    (folder / place).chmod(0o555)
+    trainer = stopped(f"train.output_dir={folder}")
+
+    def fit() -> str:
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        with pytest.raises(OSError) as raised:
+            trainer.fit()
+        assert trainer.step == 0
+        return str(raised.value)
+
+    assert in_child(fit) == (0, f"train.output_dir={folder} cannot be written: Permission denied.")
+    assert names(folder) == ["checkpoints"]
+
+
+def fit_watched(world: World, overrides: list[str], folder: str) -> list[str]:
+    """A rank's part of a run: what it changed under `folder`, seen by the interpreter's own audit."""
+    changed: list[str] = []
+    changing = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.symlink")
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in changing or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            path = os.fspath(arguments[0]) if not isinstance(arguments[0], int) else ""
+            if str(path).startswith(folder):
+                changed.append(f"{event} {os.path.relpath(path, folder)}")
+
+    sys.addaudithook(note)  # for good: but this process ends with the test
+    save = ckpt.save_checkpoint
+
+    def noted(*arguments: Any) -> Path:
+        changed.append("save_checkpoint")
+        return save(*arguments)
+
+    ckpt.save_checkpoint = noted
+    run(overrides, world)
+    return changed
+
+
+@pytest.mark.dist
+def test_C9_only_rank_0_writes(tiny: list[str], tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    extra = ["train.max_steps=2", "train.checkpoint_every=1"]
+    found = run_ranks(2, tmp_path / "rendezvous", fit_watched, [*tiny, *extra], folder)
+    assert [error for _, error in found] == [None, None]
+    first, second = found[0][0], found[1][0]
+    assert first.count("save_checkpoint") == 2 and len(first) > 20
+    # where its stacks would go if it hung: a file of its own
+    assert {entry.split()[1] for entry in second} <= {"errors", "errors/rank1.stacks.txt"}
+
+
+# ---- C10: numbers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_C10_not_finite(stopped: Callable[..., Trainer], value: float, asynchronous: bool) -> None:
+    trainer = stopped(f"train.async_checkpoint={asynchronous}")
+    trainer.restore()
+    before = names(trainer.checkpoints)
+    with torch.no_grad():
+        trainer.model.blocks[1].mlp.fc1.weight[0, 0] = value
+    trainer.step = 4
+    with pytest.raises(CheckpointNotWritten) as raised:
+        trainer.save()
+        trainer.writer.wait()
+        trainer._raise_failed_write(trainer.writer.failure)
+    assert str(raised.value) == "refusing to save step 4: model has non-finite values in blocks.1.mlp.fc1.weight."
+    assert names(trainer.checkpoints) == before
+    assert assert_sound(trainer.checkpoints).name == "step-0000003"
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_C10_in_any_part(tmp_path: Path, config: Config, group: str) -> None:
+    bad = make(2)
+    setattr(bad, group, {"w": torch.tensor([1.0, float("-inf")])})
+    with pytest.raises(CheckpointError, match=rf"{group} has non-finite values in w"):
+        ckpt.save_checkpoint(bad, config, tmp_path)
+    assert not names(tmp_path)
+
+
+# ---- C11: two runs in one folder -------------------------------------------------------------------
+
+
+def test_C11_two_runs_in_one_folder(stopped: Callable[..., Trainer]) -> None:
+    first, second = stopped(), stopped()
+    first.folder.open()
+    before = names(first.checkpoints)
+    owner = f"{socket.gethostname()}:{os.getpid()}"
+
+    def fit() -> str:
+        with pytest.raises(OSError) as raised:
+            second.fit()
+        return str(raised.value)
+
+    sentence = (
+        f"train.output_dir={first.folder.path} is being written by {owner}; stop that run or name another folder."
+    )
+    assert in_child(fit) == (0, sentence)
+    assert fit() == sentence  # within one process too
+    assert second.step == 0
+    assert names(first.checkpoints) == before
+    first.folder.close()
+    assert second.fit()
+
+
+def test_C11_at_the_same_moment(tmp_path: Path) -> None:
+    """Of six processes released at once, one gets the folder; the others are told which."""
+    gate, answers = os.pipe(), os.pipe()
+    children = []
+    for _ in range(6):
+        child = os.fork()
+        if not child:
+            os.close(gate[1])
+            os.read(gate[0], 1)
+            try:
+                RunFolder(tmp_path / "run").open()
+                os.write(answers[1], f"{os.getpid()} \n".encode())
+                signal.pause()
+            except OSError as error:
+                os.write(answers[1], f"{error}\n".encode())
+            finally:
+                os._exit(0)
+        children.append(child)
+    os.close(gate[0])
+    os.close(gate[1])  # go
+    with os.fdopen(answers[0]) as stream:
+        lines = [stream.readline().strip() for _ in children]
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    os.close(answers[1])
+    winners = [line for line in lines if line.isdigit()]
+    assert len(winners) == 1 and int(winners[0]) in children
+    told = f"is being written by ({socket.gethostname()}:{winners[0]}|another process);"  # it may not have signed yet
+    assert sum(bool(re.search(told, line)) for line in lines) == 5
+    RunFolder(tmp_path / "run").open()  # the winner died holding it
+
+
+def test_C11_a_stale_lock(stopped: Callable[..., Trainer]) -> None:
+    trainer = stopped()
+
+    def die() -> None:
+        RunFolder(trainer.folder.path).open()
+        os._exit(KILLED)
+
+    assert in_child(die)[0] == KILLED
+    lock = trainer.folder.path / ".lock"
+    assert lock.read_text().startswith(f"{socket.gethostname()}:")
+    assert trainer.fit()
+    assert not lock.exists()
+
+
+def test_C11_a_lock_deleted_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between another's opening and locking of the file, its holder lets go: no two may hold the folder."""
+    first, second, third = (RunFolder(tmp_path / "run") for _ in range(3))
+    first.open()
+    flock = fcntl.flock
+
+    def late(*arguments: Any) -> None:
+        first.close()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second.open()
+    monkeypatch.undo()
+    with pytest.raises(OSError, match=f"{socket.gethostname()}:{os.getpid()}"):
+        third.open()
+
+
+def test_C11_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    RunFolder(tmp_path / "run").open()
+    assert "cannot be locked (No locks available): see to it that only one run writes there" in caplog.text
+
+
+# ---- C12, C13: writing beside the training ---------------------------------------------------------
+
+
+def test_C12_the_values_of_the_moment(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the writer waits, training goes on in the same tensors."""
+    extra = ["train.async_checkpoint=true", "train.max_steps=9", "diffusion.timestep_sampler=loss_aware"]
+    trainer = Trainer(load_config(None, [*tiny, *extra]), World())
+    trainer.parallel_model = trainer.model
+    batches = trainer.batches()
+    for _ in range(2):
+        trainer.train_step(next(batches))
+    go = threading.Event()
+    save = ckpt.save_file
+
+    def waiting(*arguments: Any) -> None:
+        assert go.wait(20)
+        save(*arguments)
+
+    monkeypatch.setattr(ckpt, "save_file", waiting)
+    now = trainer.state_dict()
+    expected = {name: {key: value.clone() for key, value in getattr(now, name).items()} for name in GROUPS}
+    trainer.save()
+    for _ in range(2):
+        trainer.train_step(next(batches))
+    go.set()
+    trainer.writer.wait()
+    assert trainer.writer.failure is None
+    loaded = ckpt.load_checkpoint(trainer.checkpoints / "step-0000002")
+    assert (loaded.step, loaded.samples_seen) == (2, 4)
+    for name, tensors in expected.items():
+        found = getattr(loaded, name)
+        assert found.keys() == tensors.keys()
+        for key, value in tensors.items():
+            assert torch.equal(found[key], value), f"{name} {key}"
+    changed = trainer.state_dict()
+    assert not torch.equal(changed.optim["step/final_layer.linear.bias"], loaded.optim["step/final_layer.linear.bias"])
+
+
+def test_C12_no_tensor_is_shared(stopped: Callable[..., Trainer]) -> None:
+    """Beside a GPU too: AdamW's step counts are on the CPU there."""
+    trainer = stopped("train.async_checkpoint=true")
+    trainer.restore()
+    live = [*trainer.model.state_dict().values(), *trainer.ema.state_dict().values()]
+    live += [value for state in trainer.optimizer.state_dict()["state"].values() for value in state.values()]
+    saved = trainer.state_dict()
+    held = {value.data_ptr() for value in live}
+    shared = [key for name in GROUPS for key, value in getattr(saved, name).items() if value.data_ptr() in held]
+    assert not shared
+
+
+def failing_from(patch: pytest.MonkeyPatch, step: int, what: tuple[Any, str]) -> None:
+    """`what` raises once step `step` is being saved."""
+    saving = [0]
+    write, inner = ckpt.CheckpointWriter._write, getattr(*what)
+
+    def noted(self: ckpt.CheckpointWriter, checkpoint: Checkpoint) -> None:
+        saving[0] = checkpoint.step
+        write(self, checkpoint)
+
+    def failing(*arguments: Any) -> Any:
+        if saving[0] >= step:
+            raise RuntimeError("the writer is broken")
+        return inner(*arguments)
+
+    patch.setattr(ckpt.CheckpointWriter, "_write", noted)
+    patch.setattr(*what, failing)
+
+
+@pytest.mark.parametrize("what", [(ckpt, "save_file"), (ckpt, "verify"), (shutil, "disk_usage")], ids=lambda w: w[1])
+def test_C13_the_next_boundary_raises(tiny: list[str], monkeypatch: pytest.MonkeyPatch, what: tuple[Any, str]) -> None:
+    """Wherever in the thread it fails; on two ranks: test_C1_C13_all_ranks_are_told."""
+    extra = ["train.async_checkpoint=true", "train.max_steps=500", "train.checkpoint_every=3"]
+    trainer = Trainer(load_config(None, [*tiny, *extra]), World())
+    if what[1] == "verify":  # restore() verifies too
+        trainer._find_newest = lambda root: (None, [])  # type: ignore[method-assign]
+    failing_from(monkeypatch, 6, what)
+    if what[1] == "disk_usage":
+        monkeypatch.setattr(Trainer, "_space_note", lambda self: None)
+        monkeypatch.setattr(ckpt.CheckpointWriter, "_room", lambda self, checkpoint: "")
+    joined = ckpt.CheckpointWriter.save
+
+    def soon(self: ckpt.CheckpointWriter, checkpoint: Checkpoint) -> None:
+        joined(self, checkpoint)
+        self.wait()
+
+    monkeypatch.setattr(ckpt.CheckpointWriter, "save", soon)  # so that "next" is next
+    with pytest.raises(CheckpointNotWritten, match=r"step 6 .*the writer is broken"):
+        trainer.fit()
+    assert trainer.step == 6  # the step that found it was not made
+    assert (trainer.checkpoints / "latest").read_text() == "step-0000003"
+    monkeypatch.undo()
+    ckpt.verify(trainer.checkpoints / "step-0000003")
+
+
+def test_C13_at_the_last_step(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it no boundary comes; the run must not end as if all were well."""
+    failing_from(monkeypatch, 4, (ckpt, "save_file"))
+    extra = ["train.async_checkpoint=true", "train.max_steps=4", "train.checkpoint_every=2"]
+    with pytest.raises(CheckpointNotWritten, match=r"step 4 .*the writer is broken"):
+        run([*tiny, *extra])
+    assert not (tmp_path / "run" / "COMPLETED").exists()
+    assert assert_sound(tmp_path / "run" / "checkpoints").name == "step-0000002"
+
+
+def test_C13_behind_another_error(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error of the training itself comes first, and the writer's is told nevertheless."""
+    failing_from(monkeypatch, 2, (ckpt, "save_file"))
+    trainer = Trainer(load_config(None, [*tiny, "train.async_checkpoint=true", "train.checkpoint_every=2"]), World())
+    step = trainer.train_step
+
+    def broken(*arguments: Any) -> Any:
+        if trainer.step == 2:
+            raise ValueError("the training is broken")
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", broken)
+    with pytest.raises(ValueError, match="the training is broken"):
+        trainer.fit()
+    assert re.search(r"warning: the checkpoint of step 2 .*the writer is broken", capsys.readouterr().err)
+
+
+# ---- C14: official files ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def official(stopped: Callable[..., Trainer], tmp_path: Path) -> Callable[[Any], Trainer]:
+    """A new run whose initial weights are in a .pt file with the given content."""
+
+    def start(content: Any) -> Trainer:
+        path = tmp_path / "0000100.pt"
+        torch.save(content, path)
+        return stopped(f"train.init_from={path}", f"train.output_dir={tmp_path / 'new'}")
+
+    return start
+
+
+def weights_of(finished: Path, kind: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(finished / "checkpoints" / "step-0000003" / f"{kind}.safetensors")
+
+
+def test_C14_official_layouts(
+    official: Callable[[Any], Trainer], finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw, ema = weights_of(finished), weights_of(finished, "ema")
+    wrapped = {f"module.{key}": value for key, value in raw.items()}
+    cases: list[tuple[Any, dict[str, torch.Tensor], str]] = [
+        ({"model": raw, "ema": ema, "opt": {"state": {}}, "train_steps": 100}, ema, ""),
+        ({"model": wrapped}, raw, "holds no `ema` weights, its `model` is taken"),
+        (wrapped, raw, ""),
+    ]
+    for content, expected, warning in cases:
+        caplog.clear()
+        trainer = official(content)
+        trainer.restore()
+        for key, value in expected.items():
+            assert torch.equal(trainer.model.state_dict()[key], value), key
+            assert torch.equal(trainer.ema.state_dict()[key], value), key
+        assert trainer.step == 0
+        assert warning in caplog.text and bool(warning) == bool(caplog.text)
+
+
+def test_C14_a_strict_report_and_no_partial_load(official: Callable[[Any], Trainer], finished: Path) -> None:
+    weights = weights_of(finished, "ema")
+    del weights["blocks.0.mlp.fc1.bias"], weights["blocks.1.mlp.fc1.bias"]
+    weights["blocks.0.extra"] = torch.ones(1)
+    weights["x_embedder.proj.bias"] = torch.ones(7)
+    trainer = official({"ema": {f"module.{key}": value for key, value in weights.items()}})
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError) as raised:
+        trainer.fit()
+    report = str(raised.value)
+    assert "0000100.pt does not fit the network" in report
+    assert "missing blocks.{0-1}.mlp.fc1.bias" in report
+    assert "unexpected blocks.0.extra" in report
+    assert "misshapen x_embedder.proj.bias: (7,) in the checkpoint, (16,) in the network" in report
+    for model in (trainer.model, trainer.ema.model):
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not ckpt.list_checkpoints(trainer.checkpoints)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"ema": {"blocks.0.attn.qkv.weight": 3}},
+        {"ema": {0: torch.ones(1)}},
+        {"model": {}, "train_steps": 4},
+        [torch.ones(1)],
+        {"ema": {"module.w": torch.ones(1), "w": torch.ones(1)}},
+    ],
+    ids=["number", "key", "empty", "list", "twice"],
+)
+def test_C14_no_weights_in_it(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "0000100.pt")
+    with pytest.raises(ValueError, match=r"0000100\.pt holds (no network weights|the same weights twice)"):
+        read_state_dict(tmp_path / "0000100.pt")
+
+
+def test_C14_a_part_is_taken_only_of_an_image_network_and_told(
+    official: Callable[[Any], Trainer], finished: Path
+) -> None:
+    """What `temp_embed` tells from a video's; each key that is taken, left or kept stands in the report."""
+    weights = weights_of(finished)
+    del weights["temp_embed"]
+    weights["final_layer.linear.bias"] = torch.ones(7)
+    report = "\n".join(official(weights).restore())
+    for line in (
+        "left in the checkpoint: 1",
+        "final_layer.linear.bias: (7,) in the checkpoint",
+        "temp_embed: an image",
+    ):
+        assert line in report

@@ -1,0 +1,437 @@
+"""Configuration, launch arguments and evaluation: fault tests G1, G2, G3, G8, G9 and G10."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets.clips import DataConfig, build_dataset
+from engine import cli
+from engine.build import build_model
+from engine.checkpoint import Checkpoint, save_checkpoint
+from engine.config import Config, all_keys, load_config
+from engine.official_keys import DROPPED, RENAMED
+from sample import sample
+from tests.conftest import TINY
+from tools import convert_config
+from tools.metrics.frechet import frechet_distance
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def call(
+    main: Callable[[list[str]], int | None],
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> tuple[int, str]:
+    """(exit code, standard error) of a command line, in this process."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    return int(str(end.value.code or 0)), capsys.readouterr().err
+
+
+# ---- G1: misspelt keys -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("optim.learnig_rate", "optim.learning_rate"),
+        ("learnig_rate", "optim.learning_rate"),
+        ("learning_rate", "optim.learning_rate"),
+        ("optim.lerning_rate", "optim.learning_rate"),
+        ("train.max_step", "train.max_steps"),
+        ("model.varient", "model.variant"),
+        ("data.num_frame", "data.num_frames"),
+        ("sample.guidence_scale", "sample.guidance_scale"),
+        ("optim.batch_size", "batch_size"),
+    ],
+)
+@pytest.mark.parametrize("place", ["command line", "file"])
+def test_G1_misspelt_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, key: str, meant: str, place: str
+) -> None:
+    import train
+    import train_with_img
+
+    file = tmp_path / "a.yaml"
+    *sections, leaf = key.split(".")
+    tree: dict = {leaf: 1}
+    for section in reversed(sections):
+        tree = {section: tree}
+    file.write_text(json.dumps(tree))  # JSON is YAML
+    arguments = ["--config", str(file)] if place == "file" else [f"{key}=1"]
+    for main in (train.main, train_with_img.main):
+        code, said = call(main, [*arguments, f"train.output_dir={tmp_path / 'run'}"], monkeypatch, capsys)
+        assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
+        assert f"unknown key '{key}'" in said and f"{meant}'" in said.replace(" here", "' here")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("main", ["train", "sample"])
+def test_G1_misspelt_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, main: str) -> None:
+    import train
+
+    code, said = call({"train": train.main, "sample": sample.main}[main], ["--learnig_rate", "1"], monkeypatch, capsys)
+    assert code == 2 and "--learnig_rate" in said
+
+
+# ---- G2: values ------------------------------------------------------------------------------------
+
+VALUES = ("abc", "-5", "0", "nan", "1.5", ".inf", "no")
+
+
+def numeric_keys(owner: type = Config, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Every key whose value is a number or a switch, with the kind."""
+    hints = typing.get_type_hints(owner)
+    for item in dataclasses.fields(owner):
+        kinds = {hints[item.name], *typing.get_args(hints[item.name])}
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from numeric_keys(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
+        for kind in (bool, int, float):
+            if kind in kinds:
+                yield f"{prefix}{item.name}", kind
+
+
+# what is right although it is on the list: values of a kind of key, and then those of single keys
+RIGHT_KINDS: dict[type, set[str]] = {bool: {"0", "no"}, int: set(), float: {"1.5"}}
+ZERO = (
+    "model.num_classes model.label_dropout model.label_init_std data.num_images data.num_workers data.max_unusable "
+    "codec.shift optim.weight_decay optim.beta1 optim.beta2 optim.warmup_steps optim.min_learning_rate "
+    "optim.clip_start_step optim.spike_factor train.ema_decay train.keep_last train.keep_every train.seed "
+    "train.drift_check_every train.hang_timeout_s sample.seed sample.eta"
+)  # a switch, a first seed, or no effect: said beside each key
+BELOW = (
+    "model.label_dropout data.max_unusable optim.beta1 optim.beta2 optim.min_learning_rate train.ema_decay sample.eta"
+)
+RIGHT_KEYS: dict[str, set[str]] = {"codec.shift": {"-5"}}  # latents may be shifted either way
+
+
+def right_values(key: str, kind: type) -> set[str]:
+    right = RIGHT_KINDS[kind] | RIGHT_KEYS.get(key, set())
+    right |= {"0"} if key in ZERO.split() else set()
+    right -= {"1.5"} if key in BELOW.split() else set()  # at most 1, or at most another key
+    if key == "sample.guidance_scale":  # guidance needs classes
+        right -= {"1.5"}
+    return right
+
+
+def test_G2_the_table_names_keys_that_there_are() -> None:
+    keys = dict(numeric_keys())
+    assert len(keys) >= 55
+    assert not {*ZERO.split(), *BELOW.split(), *RIGHT_KEYS} - set(keys)
+
+
+def problem(key: str, kind: type, value: str, *arguments: typing.Any) -> str | None:
+    """What is wrong with how `load_config(*arguments)` answers `key: value`, or None."""
+    section, _, leaf = key.partition(".")
+    right = value in right_values(key, kind)
+    try:
+        given = getattr(getattr(load_config(*arguments), section), leaf)
+    except ValueError as error:
+        named = key in str(error) and "\n" not in str(error)
+        return None if named and not right else f"{key}={value} is refused: {error}"
+    taken = right and type(given) is kind and math.isfinite(given)
+    return None if taken else f"{key}={value} is taken, as {given!r}"
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_G2_every_number_and_switch(value: str) -> None:
+    """Each value at each key: refused by name, or one that is right there."""
+    found = [problem(key, kind, value, None, [f"{key}={value}"]) for key, kind in numeric_keys()]
+    assert [each for each in found if each] == []
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_G2_in_a_file(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    keys = dict(numeric_keys())
+    for key in ("train.batch_size", "train.seed", "optim.learning_rate", "codec.shift", "train.compile"):
+        section, _, leaf = key.partition(".")
+        file.write_text(f"{section}:\n  {leaf}: {value}\n")
+        assert problem(key, keys[key], value, file) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.seed", 2**63), ("sample.seed", 2**64), ("train.seed", -1), ("sample.seed", -1), ("train.seed", "1e3")],
+)
+def test_G2_seeds_that_no_generator_takes(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        load_config(None, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("value", ["no", "off", "yes", "true", "[a]", "{a: 1}"])
+def test_G2_words(value: str) -> None:
+    """YAML turns `no` into false; a key that takes a word says so instead of storing 'False'."""
+    for key in ("train.precision", "train.output_dir", "data.path", "sample.ckpt", "model.name"):
+        with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+            load_config(None, [f"{key}={value}"])
+
+
+# ---- G3: official keys -----------------------------------------------------------------------------
+
+# Names only, of the ten YAML files read under configs/ of Vchitect/Latte (commits 09bf0e9, df0cb4d, a63fb8e).
+OFFICIAL_TRAIN = """
+    dataset data_path frame_data_path frame_data_txt pretrained_model_path results_dir pretrained model
+    num_frames image_size num_sampling_steps frame_interval fixed_spatial attention_bias learn_sigma extras
+    save_ceph load_from_ceph use_image_num learning_rate ckpt_every clip_max_norm start_clip_iter
+    local_batch_size max_train_steps global_seed num_workers log_every lr_warmup_steps resume_from_checkpoint
+    gradient_accumulation_steps num_classes use_compile mixed_precision
+    enable_xformers_memory_efficient_attention gradient_checkpointing sequence_parallel_size
+""".split()  # noqa: SIM905
+OFFICIAL_SAMPLE = """
+    ckpt save_img_path pretrained_model_path model num_frames image_size frame_interval fixed_spatial
+    attention_bias learn_sigma extras num_classes use_compile use_fp16 seed sample_method num_sampling_steps
+    cfg_scale run_time num_sample sample_names negative_name per_proc_batch_size num_fvd_samples
+""".split()  # noqa: SIM905
+OFFICIAL_TEXT = """
+    save_img_path pretrained_model_path model video_length image_size beta_start beta_end beta_schedule
+    variance_type use_compile use_fp16 seed run_time guidance_scale sample_method num_sampling_steps
+    enable_temporal_attentions enable_vae_temporal_decoder text_prompt
+""".split()  # noqa: SIM905
+# a value of each key that is not its counterpart's default, so that one that is dropped in silence is seen
+SAMPLES = {
+    "dataset": "sky", "data_path": "/d", "pretrained_model_path": "/m", "results_dir": "/r", "pretrained": "/p.pt",
+    "model": "Latte-B/4", "num_frames": 8, "image_size": 128, "num_sampling_steps": 50, "frame_interval": 2,
+    "learn_sigma": False, "use_image_num": 3, "learning_rate": 2e-4, "ckpt_every": 7, "clip_max_norm": 0.3,
+    "start_clip_iter": 9, "local_batch_size": 2, "max_train_steps": 11, "global_seed": 13, "num_workers": 1,
+    "log_every": 5, "lr_warmup_steps": 6, "gradient_accumulation_steps": 4, "num_classes": 10, "use_compile": True,
+    "mixed_precision": True, "gradient_checkpointing": True, "ckpt": "/c.pt", "save_img_path": "/s", "seed": 17,
+    "use_fp16": True, "sample_method": "DDIM", "cfg_scale": 4.0, "sample_names": [1, 2], "per_proc_batch_size": 3,
+    "num_fvd_samples": 19, "video_length": 8,
+}  # fmt: skip
+
+
+def at(config: Config, key: str) -> object:
+    section, _, leaf = key.partition(".")
+    return getattr(getattr(config, section), leaf)
+
+
+@pytest.mark.parametrize("key", sorted({*OFFICIAL_TRAIN, *OFFICIAL_SAMPLE, *OFFICIAL_TEXT}))
+def test_G3_official_key_in_a_config_of_ours(tmp_path: Path, key: str) -> None:
+    """Never ignored: refused, with its new name where it has one, with the reason where it has none."""
+    file = tmp_path / "a.yaml"
+    file.write_text(json.dumps({key: SAMPLES.get(key, 1)}))
+    with pytest.raises(ValueError, match=rf"a\.yaml: (unknown key '{key}'|model is a section)") as error:
+        load_config(file)
+    if key in {*OFFICIAL_TRAIN, *OFFICIAL_SAMPLE} - {"model"}:
+        assert RENAMED.get(key, DROPPED.get(key, "?")) in str(error.value)
+
+
+@pytest.mark.parametrize("keys", [OFFICIAL_TRAIN, OFFICIAL_SAMPLE], ids=["train", "sample"])
+def test_G3_a_converted_file_carries_every_key_or_says_why_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture, keys: list[str]
+) -> None:
+    official = {key: SAMPLES.get(key, 2 if key == "extras" else 1) for key in keys}
+    source, target = tmp_path / "official.yaml", tmp_path / "ours.yaml"
+    source.write_text(json.dumps(official))
+    assert convert_config.main([str(source), "-o", str(target)]) == 0
+    account = {line.split()[1].rstrip(":"): line.split()[0] for line in capsys.readouterr().err.splitlines()}
+    assert list(account) == keys
+    assert set(account.values()) <= {"renamed", "dropped", "omitted"}
+    ours, defaults = load_config(target), Config()
+    for key, fate in account.items():
+        if fate == "renamed":
+            assert RENAMED[key] in set(all_keys())
+            assert at(ours, RENAMED[key]) != at(defaults, RENAMED[key]), f"{key} was lost"
+
+
+def test_G3_a_text_config_is_refused_whole(tmp_path: Path) -> None:
+    file = tmp_path / "t2v.yaml"
+    file.write_text(json.dumps(dict.fromkeys(OFFICIAL_TEXT, 1) | {"model": "LatteT2V"}))
+    with pytest.raises(ValueError, match="text-to-video"):
+        convert_config.main([str(file)])
+
+
+def test_G3_every_key_stands_in_one_table() -> None:
+    assert not set(RENAMED) & set(DROPPED)
+    assert {*OFFICIAL_TRAIN, *OFFICIAL_SAMPLE} <= {*RENAMED, *DROPPED}
+    assert set(RENAMED.values()) <= set(all_keys())
+
+
+# ---- G8: metrics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["real", "fake"])
+def test_G8_features_that_are_no_numbers(bad: float, side: str) -> None:
+    """Substitute: of FVD there is the distance, without a detector and its cache yet; it refuses what it is given."""
+    features = {name: torch.randn(8, 4, generator=torch.Generator().manual_seed(0)) for name in ("real", "fake")}
+    features[side][3, 1] = bad
+    with pytest.raises(ValueError, match=rf"The {side} features hold NaN or infinity"):
+        frechet_distance(features["real"], features["fake"])
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (0, 4), (4,), (2, 2, 4)])
+@pytest.mark.parametrize("side", ["real", "fake"])
+def test_G8_too_few_features(shape: tuple[int, ...], side: str) -> None:
+    """Substitute: as above. One clip has no covariance. Unequal numbers are the formula's right; the tool that
+    compares two folders is to refuse them, with the cache of another hash, when it is built."""
+    features = {name: torch.ones(8, 4) for name in ("real", "fake")} | {side: torch.ones(shape)}
+    with pytest.raises(ValueError, match=rf"The {side} features are .*2 or more"):
+        frechet_distance(features["real"], features["fake"])
+
+
+# ---- G9: sampling settings at the edge ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional network with weights that show what they are asked."""
+    config = load_config(None, TINY)
+    torch.manual_seed(0)
+    model = build_model(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    weights = dict(model.state_dict())
+    saved = Checkpoint(1, 2, weights, weights, {}, {}, {"class_names": ["falls", "rises"]})
+    return save_checkpoint(saved, config, tmp_path_factory.mktemp("run") / "checkpoints")
+
+
+def frames_of(folder: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted(folder.glob("*.mp4"))]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (["--seed", "0"], [], True),  # 0 is a seed like any other, not "none given"
+        (["--seed", "0"], ["--seed", "0"], True),
+        (["--seed", "0"], ["--seed", "1"], False),
+        (["--guidance_scale", "1.0"], [], True),
+        (["--guidance_scale", "1"], ["--guidance_scale", "1.0", "--seed", "0"], True),
+        (["--guidance_scale", "1.0"], ["--guidance_scale", "3.0"], False),
+        (["--guidance_scale", "0"], ["--guidance_scale", "1"], False),
+        (["--device", "cpu"], ["--device", "cpu", "--seed", "0"], True),
+    ],
+)
+def test_G9_settings_that_work(checkpoint: Path, tmp_path: Path, one: list[str], other: list[str], same: bool) -> None:
+    results = []
+    for number, flags in enumerate((one, other)):
+        folder = tmp_path / str(number)
+        device = [] if "--device" in flags else ["--device", "cpu"]
+        fixed = ["--ckpt", str(checkpoint), "--save_video_path", str(folder), "--num_videos", "1", "--steps", "3"]
+        assert sample.main([*fixed, *device, *flags]) == 0
+        results.append(frames_of(folder))
+    assert len(results[0]) == len(results[1]) == 1 and (results[0] == results[1]) == same
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--seed", "-1"], "sample.seed must be zero or more"),
+        (["--seed", str(2**70)], "sample.seed must be zero or more and below"),
+        (["--seed", "1.5"], "--seed"),
+        (["--guidance_scale", "nan"], "sample.guidance_scale must be zero or more and finite"),
+        (["--guidance_scale", "-1"], "sample.guidance_scale must be zero or more and finite"),
+        (["--steps", "0"], "sample.steps must be at least 1"),
+        (["--num_videos", "0"], "sample.num_videos must be at least 1"),
+        (["--device", "tpu9"], "this machine has no such device"),
+        (["--device", "cuda:999"], "this machine has no such device"),
+        (["--labels", "2"], "label 2 is out of range; the network has 2 classes"),
+        (["--labels", "-1"], "label -1 is out of range"),
+        (["--labels", "sinks"], "'sinks' is no class of this network; its classes are falls, rises"),
+    ],
+)
+def test_G9_settings_that_are_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    flags: list[str], sentence: str,
+) -> None:  # fmt: skip
+    arguments = ["--ckpt", str(checkpoint), "--save_video_path", str(tmp_path / "out"), *flags]
+    code, said = call(sample.main, arguments, monkeypatch, capsys)
+    assert code == 2 and sentence in said, said
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+# ---- G10: bare machines ------------------------------------------------------------------------------
+
+# imported by every Python that finds it: no network, no GPU, and of packages only what --help may need
+BARE = """
+import importlib.abc, socket, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in %r:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+def refuse(*arguments, **_):
+    raise OSError("no network")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+"""
+HEAVY = """
+    torch torchvision diffusers transformers lightning accelerate decord tensorboard matplotlib psutil
+""".split()  # noqa: SIM905
+SCRIPTS = sorted(
+    str(file.relative_to(ROOT))
+    for folder in (ROOT, ROOT / "sample", ROOT / "tools")
+    for file in folder.glob("*.py")
+    if 'if __name__ == "__main__"' in file.read_text()
+)
+
+
+def bare_machine(folder: Path, absent: list[str]) -> dict[str, str]:
+    """An environment in which Python finds no `absent` package, no network, no GPU, no token."""
+    (folder / "sitecustomize.py").write_text(BARE % (tuple(absent),))
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "CUDA", "WANDB"))}
+    return {**kept, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_G10_help(tmp_path: Path, script: str) -> None:
+    command = [sys.executable, script, "--help"]
+    start = time.monotonic()
+    done = subprocess.run(
+        command, cwd=ROOT, env=bare_machine(tmp_path, HEAVY), capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
+    assert time.monotonic() - start < 5
+
+
+def test_G10_a_missing_package_ends_in_one_sentence(tmp_path: Path) -> None:
+    environment = bare_machine(tmp_path, ["torch"])
+    command = [sys.executable, "train.py", "data.path=/nowhere"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr == "error: the Python package 'torch' is not installed: `make setup` installs everything.\n"
+
+
+def test_G10_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def main(argv: list[str]) -> None:
+        import pre_commit  # type: ignore[import-not-found] # noqa: F401
+
+    monkeypatch.setitem(sys.modules, "pre_commit", None)
+    code, said = call(main, [], monkeypatch, capsys)
+    assert code == 2 and "'pre_commit' is not installed" in said and "pip install '.[dev]'" in said
+
+
+def test_G10_a_missing_reader(frame_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(ValueError, match=r"data\.reader=decord needs the Python package 'decord'.*pip install decord"):
+        build_dataset(DataConfig(path=str(frame_folders), num_frames=4, frame_interval=1, reader="decord"), seed=0)
+    assert len(build_dataset(DataConfig(path=str(frame_folders), num_frames=4, frame_interval=1), seed=0))
+
+
+def test_G10_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is the CPU where there is no GPU, and a GPU that is asked for and absent is a sentence."""
+    from engine.distributed import init_world
+    from sample.generate import usable_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert init_world().device.type == "cpu" and usable_device(None).type == "cpu"
+    with pytest.raises(ValueError, match="no such device"):
+        usable_device("cuda")

@@ -1,0 +1,859 @@
+"""Faults E1 to E12: broken, short, huge, changing and oddly named clips, and sets that do not fit the run.
+
+One tiny clip of 24 frames, frame i of grey level 20 + 8 i, is encoded once; what is broken is made from its bytes.
+E13, the cache of latents, comes with the cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import pickle
+import random
+import resource
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import ClipDataset, DataConfig, VideoError, build_catalog, build_dataset, clips, open_video, readers
+from datasets.clips import MAX_ATTEMPTS
+from engine import trainer as trainer_module
+from engine.checkpoint import list_checkpoints, load_checkpoint
+from engine.config import load_config
+from engine.distributed import World
+from engine.stream import ClipStream, PositionBatches, collate, load_micro_batches
+from engine.trainer import Trainer
+from engine.watch import Breadcrumbs
+from tools.make_demo_data import write_mp4
+
+CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
+LENGTH = 24
+Bytes = dict[str, bytes]
+
+
+def grey(count: int, size: int = 32) -> np.ndarray:
+    """uint8 (T, 3, size, size), frame i of level 20 + 8 i."""
+    levels = 20 + 8 * np.arange(count, dtype=np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (count, 3, size, size))
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Bytes:
+    """The bytes of the clip, by container."""
+    folder = tmp_path_factory.mktemp("clip")
+    for kind in ("mp4", "mkv", "avi", "ts"):
+        write_mp4(folder / f"clip.{kind}", grey(LENGTH))
+    return {file.suffix[1:]: file.read_bytes() for file in folder.iterdir()}
+
+
+def levels(frames: torch.Tensor) -> list[int]:
+    """The number of each frame, read from its pixels."""
+    return ((frames.float().mean((1, 2, 3)) - 20) / 8).round().int().tolist()
+
+
+def dataset(path: Path, seed: int = 3, **keys: object) -> ClipDataset:
+    settings = {"num_frames": 4, "frame_interval": 2, "image_size": 8, **keys}
+    return build_dataset(DataConfig(path=str(path), **settings), seed=seed)  # type: ignore[arg-type]
+
+
+def shown(sample: Any) -> list[int]:
+    """The number of each frame of a sample."""
+    return levels((sample["video"] + 1) / 2 * 255)
+
+
+def make_set(root: Path, clip: Bytes, good: int = 4, bad: int = 0) -> Path:
+    """good0.mp4 ... and zbad0.mp4 ..., the latter text."""
+    root.mkdir(exist_ok=True)
+    for number in range(good):
+        (root / f"good{number}.mp4").write_bytes(clip["mp4"])
+    for number in range(bad):
+        (root / f"zbad{number}.mp4").write_text("this is not a video " * 20)
+    return root
+
+
+def patched(data: bytes, box: bytes, offset: int, value: int | bytes) -> bytes:
+    """`data` with a 32-bit number (or bytes) written `offset` bytes behind the name `box`."""
+    place = data.index(box) + len(box) + offset
+    new = value if isinstance(value, bytes) else struct.pack(">I", value)
+    return data[:place] + new + data[place + len(new) :]
+
+
+# ---- E1, E2: broken and cut off --------------------------------------------------------------------
+
+
+BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "no_moov": (lambda data: data[: len(data) // 3], "cannot be read as mov: incomplete or damaged"),
+    "empty": (lambda data: b"", "the file is empty"),
+    "text": (lambda data: b"just text " * 50, "is not a video: its first bytes belong to no video container"),
+    "flipped_first_bytes": (lambda data: bytes([*data[:4], data[4] ^ 1, *data[5:]]), "is not a video: its first"),
+    "flipped_codec": (lambda data: data.replace(b"avc1\0", b"avq1\0"), "its video codec is unknown"),
+    "flipped_in_the_middle": (
+        lambda data: data[: data.index(b"moov") - 400] + bytes(200) + data[data.index(b"moov") - 200 :],
+        "packets cannot be decoded|none of its frames",
+    ),
+}
+
+
+@pytest.fixture(params=BROKEN)
+def broken(request: pytest.FixtureRequest, clip: Bytes, tmp_path: Path) -> tuple[Path, str]:
+    """A set of four good clips and `zbroken.mp4`; and what is wrong with that."""
+    damage, reason = BROKEN[request.param]
+    make_set(tmp_path, clip)
+    (tmp_path / "zbroken.mp4").write_bytes(damage(clip["mp4"]))
+    return tmp_path, reason
+
+
+def test_E1_broken_clip_is_skipped_with_a_warning(broken: tuple[Path, str], caplog: pytest.LogCaptureFixture) -> None:
+    root, reason = broken
+    data = dataset(root)
+    samples = [data[epoch, 4] for epoch in range(3)]
+    assert all(sample["index"] < 4 and np.diff(shown(sample)).tolist() == [2, 2, 2] for sample in samples)
+    assert list(data.skipped) == [str(root / "zbroken.mp4")]
+    (message,) = caplog.messages  # once, though met three times
+    assert "zbroken.mp4" in message and any(part in message for part in reason.split("|"))
+
+
+def test_E1_strict_raises_with_the_name(broken: tuple[Path, str]) -> None:
+    root, reason = broken
+    with pytest.raises(VideoError, match=rf"zbroken\.mp4: .*({reason})"):
+        dataset(root, strict=True)[0, 4]
+
+
+def test_E1_strict_ends_the_run_from_a_worker_with_the_sentence(clip: Bytes, tmp_path: Path) -> None:
+    """torch alone would turn the error into the text of a traceback, and the run's end into a worker's death."""
+    data = dataset(make_set(tmp_path, clip, good=1, bad=1), strict=True)
+    positions = PositionBatches(0, batch_size=2, rank=0, world_size=1)
+    batches = load_micro_batches(ClipStream(data, 0), positions, num_workers=1, pin_memory=False, timeout_s=60)
+    with pytest.raises(VideoError) as caught:
+        next(batches)
+    assert str(caught.value).startswith(f"{tmp_path / 'zbad0.mp4'}: is not a video")
+
+
+def test_E1_another_error_in_a_worker_is_no_death_of_it(tmp_path: Path) -> None:
+    caught = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback ...")
+    assert Breadcrumbs(tmp_path, 0).explain(caught) is None
+
+
+def test_E1_no_flipped_bit_raises_anything_but_VideoError(clip: Bytes, tmp_path: Path) -> None:
+    """Headers, tags, names, tables, pictures: one bit each, at 200 places. Nothing is read without a count."""
+    draw = random.Random(0)
+    path, outcomes = tmp_path / "clip.mp4", {"read": 0, "refused": 0, "damaged": 0}
+    data = clip["mp4"]
+    tags = [data.index(tag) + 1 for tag in (b"isom", b"avc1\0", b"VideoHandler", b"Lavf")]  # each was a crash once
+    for number, place in enumerate([*tags, *draw.sample(range(len(data)), 200)]):
+        path.write_bytes(data[:place] + bytes([data[place] ^ (0x80 if place in tags else 1)]) + data[place + 1 :])
+        os.utime(path, ns=(number, number))
+        try:
+            reader = open_video(path)
+            frames = reader.read(range(len(reader)))
+        except VideoError as error:
+            assert error.path == str(path)
+            outcomes["refused"] += 1
+            continue
+        assert frames.shape == (len(reader), 3, 32, 32)
+        outcomes["damaged" if reader.damage or reader.cut_off else "read"] += 1
+    assert min(outcomes.values()) > 5, outcomes
+
+
+@pytest.mark.parametrize("kind", ["mkv", "ts"])
+@pytest.mark.parametrize("share", [0.6, 0.8, 0.95])
+def test_E2_missing_tail_is_seen_and_never_filled_up(clip: Bytes, tmp_path: Path, kind: str, share: float) -> None:
+    """Frames that are there are the true ones, in order; there are fewer of them; none stands in for another."""
+    path = tmp_path / f"cut.{kind}"
+    path.write_bytes(clip[kind][: int(share * len(clip[kind]))])
+    reader = open_video(path)
+    found = len(reader)
+    assert 1 < found < LENGTH
+    assert levels(reader.read(range(found))) == list(range(found))
+    assert kind == "ts" or (reader.cut_off and "the file is cut off" in reader.cut_off)  # TS promises no length
+    with pytest.raises(IndexError, match=f"do not fit a clip of {found} frames"):
+        reader.read(range(LENGTH))
+
+
+def test_E2_what_is_missing_when_it_is_read_is_not_filled_up(clip: Bytes, tmp_path: Path) -> None:
+    """Opened whole, cut before it is read: the last key frame's group cannot be had."""
+    path = tmp_path / "a.mkv"
+    path.write_bytes(clip["mkv"])
+    reader = open_video(path)
+    path.write_bytes(clip["mkv"][: int(0.8 * len(clip["mkv"]))])
+    assert levels(reader.read([1, 2])) == [1, 2]
+    with pytest.raises(VideoError, match=r"a\.mkv: frame \d+ of 24 cannot be decoded"):
+        reader.read(range(LENGTH))
+
+
+def test_E2_cut_off_clip_follows_the_policy(clip: Bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Too short for a window: skipped, though short clips are looped. Long enough: used and named. Strict: raised."""
+    make_set(tmp_path, clip, good=3)
+    (tmp_path / "zcut.mkv").write_bytes(clip["mkv"][: int(0.8 * len(clip["mkv"]))])
+    for policy in ("skip", "loop"):
+        data = dataset(tmp_path, num_frames=11, short_clips=policy)
+        assert data[0, 3]["index"] != 3
+        assert "a window needs 21" in data.skipped[str(tmp_path / "zcut.mkv")]
+    fits = dataset(tmp_path, num_frames=3)
+    assert fits[0, 3]["index"] == 3 and np.diff(shown(fits[0, 3])).tolist() == [2, 2]
+    assert list(fits.cut_off) == [str(tmp_path / "zcut.mkv")]
+    assert sum("the file is cut off" in message and "zcut.mkv" in message for message in caplog.messages) == 3
+    with pytest.raises(VideoError, match=r"zcut\.mkv: the file is cut off"):
+        dataset(tmp_path, num_frames=3, strict=True)[0, 3]
+
+
+def test_E2_decord_does_not_fill_up_either(clip: Bytes, tmp_path: Path) -> None:
+    """Of itself decord returns copies of the nearest frame for those that it cannot decode."""
+    pytest.importorskip("decord")
+    path = tmp_path / "cut.ts"
+    path.write_bytes(clip["ts"][: int(0.8 * len(clip["ts"]))])
+    reader = open_video(path, "decord")
+    with pytest.raises(VideoError, match="decord cannot read"):
+        reader.read(range(len(reader)))
+
+
+# ---- E3: too short ---------------------------------------------------------------------------------
+
+
+def short_set(root: Path, clip: Bytes, length: int, folder: bool) -> Path:
+    """Three good clips and, last, one of `length` frames: a video, or a folder of images."""
+    make_set(root, clip, good=3)
+    if folder:
+        (root / "zshort").mkdir()
+        for number, image in enumerate(grey(length)):
+            Image.fromarray(image.transpose(1, 2, 0).copy()).save(root / "zshort" / f"{number}.png")
+    else:
+        write_mp4(root / "zshort.mp4", grey(length))
+    return root
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["video", "frames"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_E3_short_clip_is_skipped_and_counted(clip: Bytes, tmp_path: Path, length: int, folder: bool) -> None:
+    data = dataset(short_set(tmp_path, clip, length, folder))
+    if folder:  # its length is known before it is opened
+        assert len(data) == 3 and data.catalog.skipped == {"fewer than 7 frames": 1}
+    else:
+        assert data[0, 3]["index"] != 3
+        assert data.skipped == {str(tmp_path / "zshort.mp4"): f"has {length} frames, a window needs 7"}
+        with pytest.raises(VideoError, match=rf"zshort\.mp4: has {length} frames, a window needs 7"):
+            dataset(tmp_path, strict=True)[0, 3]
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["video", "frames"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_E3_short_clip_is_looped_and_counted(clip: Bytes, tmp_path: Path, length: int, folder: bool) -> None:
+    data = dataset(short_set(tmp_path, clip, length, folder), short_clips="loop", strict=True)
+    windows = [shown(data[epoch, 3]) for epoch in range(40)]
+    assert {window[0] for window in windows} == set(range(length))  # any frame begins one
+    assert all(window == [(window[0] + step) % length for step in (0, 2, 4, 6)] for window in windows)
+    assert list(data.looped.values()) == [f"has {length} frames, a window needs 7"] and not data.skipped
+    long = [data[epoch, 0] for epoch in range(3)]
+    assert all(torch.equal(one["video"], dataset(tmp_path)[epoch, 0]["video"]) for epoch, one in enumerate(long))
+
+
+def test_E3_nothing_long_enough_is_a_sentence(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", grey(5))
+    with pytest.raises(VideoError, match=r"1 of 1 clips cannot be used.*a\.mp4: has 5 frames, a window needs 46"):
+        dataset(tmp_path, num_frames=16, frame_interval=3)[0, 0]
+    with pytest.raises(ValueError, match=r"data\.short_clips: 'lop' is unknown, use one of skip, loop; .*'loop'"):
+        DataConfig(short_clips="lop")
+
+
+# ---- E4: replacements ------------------------------------------------------------------------------
+
+
+def visit(root: Path, positions: list[int]) -> dict[int, tuple[int, bool, bytes]]:
+    """(index, replaced, pixels) at each position, by a data set that has seen nothing before."""
+    stream = ClipStream(dataset(root, num_images=1, max_unusable=1.0), seed=7)
+    items: dict[int, Any] = {position: stream[position] for position in positions}
+    return {at: (item["index"], item["replaced"], item["video"].numpy().tobytes()) for at, item in items.items()}
+
+
+def test_E4_replacements_do_not_depend_on_resume_or_world(clip: Bytes, tmp_path: Path) -> None:
+    root = make_set(tmp_path, clip, good=3, bad=2)
+    whole = visit(root, list(range(20)))
+    assert sum(replaced for _, replaced, _ in whole.values()) == 8  # 2 of 5 clips, over four epochs
+    assert {index for index, replaced, _ in whole.values() if replaced} == {0, 1, 2}
+    assert visit(root, list(range(11, 20))) == {at: whole[at] for at in range(11, 20)}  # resumed in mid-epoch
+    for world in (2, 4):  # as many ranks, each with its own share and memory
+        batches = [PositionBatches(0, batch_size=1, rank=rank, world_size=world) for rank in range(world)]
+        shares = [visit(root, [at for (at,) in islice(rank, 20 // world)]) for rank in batches]
+        assert {at: item for share in shares for at, item in share.items()} == whole
+    assert visit(root, list(reversed(range(20)))) == whole  # in any order: any worker
+
+
+def test_E4_the_log_counts_replaced_clips(clip: Bytes, tmp_path: Path, tiny: list[str]) -> None:
+    """As a share of the samples, equal for any number of workers: 2 of 4 clips, a whole epoch a step."""
+    root = make_set(tmp_path / "set", clip, good=2, bad=2)
+    keys = [f"data.path={root}", "model.num_classes=0", "train.batch_size=4", "train.max_steps=1"]
+    trainer = Trainer(load_config(None, [*tiny, *keys]), World())
+    trainer.fit()
+    row = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert '"replaced_share": 0.5' in row
+
+
+# ---- E5: too many are bad --------------------------------------------------------------------------
+
+
+def test_E5_all_bad_ends_with_the_list(clip: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the share, or, where any share is allowed, after MAX_ATTEMPTS in a row; never by trying for ever."""
+    root = make_set(tmp_path, clip, good=0, bad=3)
+    opened: list[object] = []
+    honest = clips.open_video
+    monkeypatch.setattr(clips, "open_video", lambda *arguments: (opened.append(arguments[0]), honest(*arguments))[1])
+    with pytest.raises(VideoError, match=r"2 of 3 clips cannot be used, more than data\.max_unusable=0\.5.*zbad\d"):
+        dataset(root)[0, 0]
+    del opened[:]
+    with pytest.raises(VideoError, match=f"{MAX_ATTEMPTS} clips in a row cannot be used") as caught:
+        dataset(root, max_unusable=1.0)[0, 0]
+    assert len(opened) == MAX_ATTEMPTS
+    assert all(str(caught.value).count(f"zbad{number}.mp4: is not a video") == 1 for number in range(3))
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(0.0, 0), (0.25, 3), (0.5, 6), (0.6, 7)])
+def test_E5_more_than_the_share_ends_the_run(clip: Bytes, tmp_path: Path, limit: float, fits: int) -> None:
+    """Of 12 clips `fits` may be bad, whatever the order in which one data set (a loader worker) meets them."""
+    for bad in (fits, fits + 1):
+        root = make_set(tmp_path / str(bad), clip, good=12 - bad, bad=bad)
+        for order in (range(12), reversed(range(12))):
+            data = dataset(root, max_unusable=limit)
+            if bad <= fits:
+                assert [data[0, index]["video"].shape[0] for index in order] == [4] * 12
+                continue
+            with pytest.raises(VideoError, match=rf"{bad} of 12 clips cannot be used, more than data\.max_unusable"):
+                for index in order:
+                    data[0, index]
+
+
+def test_E5_a_long_list_is_cut(clip: Bytes, tmp_path: Path) -> None:
+    data = dataset(make_set(tmp_path, clip, good=21, bad=25), max_unusable=0.5)
+    with pytest.raises(VideoError, match="24 of 46 clips cannot be used") as caught:
+        for index in range(21, 46):
+            data[0, index]
+    assert str(caught.value).count("is not a video") == MAX_ATTEMPTS and str(caught.value).endswith("and 4 more")
+    with pytest.raises(ValueError, match=r"data\.max_unusable: nan must be a share"):
+        DataConfig(max_unusable=float("nan"))
+
+
+def test_E5_the_run_ends_with_the_sentence(clip: Bytes, tmp_path: Path, tiny: list[str]) -> None:
+    root = make_set(tmp_path / "set", clip, good=1, bad=3)
+    keys = [f"data.path={root}", "model.num_classes=0", "train.max_steps=4"]
+    with pytest.raises(VideoError, match=r"3 of 4 clips cannot be used, more than data\.max_unusable=0\.5"):
+        Trainer(load_config(None, [*tiny, *keys]), World()).fit()
+    assert "3 of 4 clips" in (tmp_path / "run" / "errors" / "rank0.json").read_text()
+
+
+# ---- E6: too large ---------------------------------------------------------------------------------
+
+
+def encode(path: Path, frames: list[np.ndarray], pts: list[int] | None = None, **options: str) -> Path:
+    """An h264 file of frames (H, W, 3), quickly."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt, stream.options = "yuv420p", {"preset": "ultrafast", **options}
+        for number, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts = pts[number] if pts else number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One frame of 4096x2048."""
+    return encode(tmp_path_factory.mktemp("large") / "large.mp4", [np.full((2048, 4096, 3), 90, np.uint8)])
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_E6_large_frames_are_refused_before_decoding(large: Path, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(open_video(large, reader)) == 1  # within the default, which the largest cameras keep
+    readers._frame_index.cache_clear()
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(readers, "_decoded", never)
+    monkeypatch.setattr("decord.VideoReader", never)
+    with pytest.raises(
+        VideoError, match=r"large\.mp4: its frames of 4096x2048 are larger than data\.max_pixels=2073600"
+    ):
+        open_video(large, reader, max_pixels=1920 * 1080)
+
+
+def test_E6_the_limit_is_the_pictures_not_the_decoders(tmp_path: Path) -> None:
+    """24x24 is coded as 32x32: it fits 576 pixels, and no fewer."""
+    path = encode(tmp_path / "a.mp4", [np.full((24, 24, 3), 90, np.uint8)] * 3)
+    assert open_video(path, max_pixels=576).read([0]).shape == (1, 3, 24, 24)
+    with pytest.raises(VideoError, match="24x24"):
+        open_video(path, max_pixels=575)
+
+
+def test_E6_frames_that_grow_in_mid_stream_are_not_decoded(tmp_path: Path) -> None:
+    """Eight seconds of 32x32, more than anybody probes, then 512x512."""
+    parts = [
+        encode(tmp_path / f"{size}.ts", [np.full((size, size, 3), 90, np.uint8)] * count)
+        for size, count in ((32, 80), (512, 4))
+    ]
+    (tmp_path / "grows.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    reader = open_video(tmp_path / "grows.ts", max_pixels=32 * 32)
+    assert len(reader) == 80 and reader.damage
+    assert reader.read(range(4)).shape[-2:] == (32, 32)
+
+
+def test_E6_an_image_whose_header_claims_too_much(tmp_path: Path) -> None:
+    """A PNG of some hundred bytes that claims 8000 x 5000 pixels, in a folder of frames."""
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    data = (folder / "0.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 8000, 5000) + data[24:29]
+    (folder / "0.png").write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+    with pytest.raises(VideoError, match=r"0\.png: its frames of 8000x5000 are larger than data\.max_pixels=35389440"):
+        open_video(folder).read([0])
+
+
+def test_E6_the_key_reaches_the_reader(large: Path, clip: Bytes, tmp_path: Path) -> None:
+    make_set(tmp_path, clip, good=3)
+    (tmp_path / "zlarge.mp4").symlink_to(large)
+    data = dataset(tmp_path, max_pixels=1920 * 1080)
+    assert data[0, 3]["index"] != 3
+    assert "4096x2048" in data.skipped[str(tmp_path / "zlarge.mp4")]
+    with pytest.raises(ValueError, match=r"data\.max_pixels: 0 must be"):
+        DataConfig(max_pixels=0)
+
+
+# ---- E7: headers that lie about number and time ----------------------------------------------------
+
+
+def _read_within(path: Path, megabytes: int, out: Any) -> None:
+    """In a child process: the numbers of all frames, or the sentence, with so much more memory at most."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        reader = open_video(path)
+        out.put(levels(reader.read(range(len(reader)))))
+    except Exception as error:
+        out.put(f"{type(error).__name__}: {error}")
+
+
+def read_within(path: Path, megabytes: int) -> Any:
+    """`_read_within` in a fork, within 20 seconds."""
+    context = get_context("fork")
+    out = context.Queue()
+    child = context.Process(target=_read_within, args=(path, megabytes, out))
+    child.start()
+    try:
+        return out.get(timeout=20)
+    finally:
+        child.kill()
+        child.join()
+
+
+def avi_claims(data: bytes, count: int) -> bytes:
+    """An AVI whose two headers state `count` frames."""
+    for box, offset in ((b"avih", 20), (b"strh", 36)):
+        data = patched(data, box, offset, struct.pack("<I", count))
+    return data
+
+
+def mp4_claims(data: bytes, count: int) -> bytes:
+    """An MP4 whose tables state `count` samples of one byte, in one chunk."""
+    for box, offset, value in ((b"stsz", 4, 1), (b"stsz", 8, count), (b"stsc", 12, count), (b"stts", 8, count)):
+        data = patched(data, box, offset, value)
+    return data
+
+
+def test_E7_a_header_that_claims_ten_million_frames(clip: Bytes, tmp_path: Path) -> None:
+    """Where the frames can be found without it, it changes nothing; else the file is refused; in 256 MiB."""
+    (tmp_path / "a.avi").write_bytes(avi_claims(clip["avi"], 10**7))
+    assert read_within(tmp_path / "a.avi", 256) == list(range(LENGTH))
+    (tmp_path / "a.mp4").write_bytes(mp4_claims(clip["mp4"], 10**7))
+    refused = read_within(tmp_path / "a.mp4", 256)
+    assert refused.startswith(f"VideoError: {tmp_path / 'a.mp4'}: ")
+
+
+def test_E7_more_frames_than_any_clip_has_are_refused(
+    clip: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the header states (mp4), and by counting where it states nothing (mkv)."""
+    monkeypatch.setattr(readers, "MAX_FRAMES", 20)
+    for kind in ("mp4", "mkv"):
+        (tmp_path / f"a.{kind}").write_bytes(clip[kind])
+        with pytest.raises(VideoError, match=r"states more frames \(2[14]\) than a clip may have \(20\)"):
+            open_video(tmp_path / f"a.{kind}")
+
+
+TIMELESS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "0_fps": ("mp4", lambda data: patched(patched(data, b"stts", 12, 0), b"ctts", 0, 0)),
+    "huge_time_scale": ("mp4", lambda data: patched(data, b"mdhd", 12, 2**31 - 1)),
+    "nan_duration": ("mkv", lambda data: patched(data, b"\x44\x89\x88", 0, struct.pack(">d", float("nan")))),
+    "no_pts": ("avi", lambda data: data),
+}
+
+
+@pytest.mark.parametrize("name", TIMELESS)
+def test_E7_frames_are_counted_not_timed(clip: Bytes, tmp_path: Path, name: str) -> None:
+    kind, spoil = TIMELESS[name]
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(spoil(clip[kind]))
+    reader = open_video(path)
+    assert np.isfinite(reader.fps) and len(reader) == LENGTH
+    assert levels(reader.read([20, 3, 4, 23])) == [20, 3, 4, 23]
+
+
+def test_E7_variable_frame_rate(tmp_path: Path) -> None:
+    pts = [0, 1, 2, 50, 51, 400, 401, 402, 403, 1000]
+    frames = [np.full((32, 32, 3), 20 + 8 * number, np.uint8) for number in range(10)]
+    reader = open_video(encode(tmp_path / "a.mkv", frames, pts, qp="0"))
+    assert levels(reader.read(range(10))) == list(range(10))
+
+
+def test_E7_rotation_is_applied(tmp_path: Path) -> None:
+    """A display matrix of a quarter turn, patched into the header: the picture is turned, not stretched."""
+    image = np.zeros((32, 48, 3), np.uint8)
+    image[:16, :24] = 200
+    plain = encode(tmp_path / "plain.mp4", [image] * 3)
+    turn = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(patched(plain.read_bytes(), b"tkhd", 40, turn))
+    upright, turned = (open_video(file).read([1]) for file in (plain, tmp_path / "turned.mp4"))
+    assert turned.shape == (1, 3, 48, 32)
+    assert torch.equal(turned, torch.rot90(upright, k=-1, dims=(-2, -1)))
+
+
+def test_E7_only_needed_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 frames with a key frame every 8, one window near the end: its group, and the probe at the start."""
+    decoded: list[int] = []
+    honest = readers._decoded
+
+    def counting(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:
+        for frames in honest(packets):
+            decoded.extend(0 for _ in frames or [])
+            yield frames
+
+    monkeypatch.setattr(readers, "_decoded", counting)
+    images = [np.full((32, 32, 3), 20 + number, np.uint8) for number in range(100)]
+    reader = open_video(encode(tmp_path / "a.mp4", images, g="8"))
+    assert len(decoded) <= readers.PROBE_FRAMES + 1
+    reader.read([84, 86])
+    assert len(decoded) <= 2 * readers.PROBE_FRAMES + 8
+
+
+# ---- E8: one order everywhere ----------------------------------------------------------------------
+
+
+class Shuffled:
+    """os.scandir in an order of its own."""
+
+    def __init__(self, path: Any = ".", scan: Callable[..., Any] = os.scandir) -> None:
+        self.entries = list(scan(path))
+        random.Random(str(path)).shuffle(self.entries)
+
+    def __enter__(self) -> Iterator[os.DirEntry[str]]:
+        return iter(self.entries)
+
+    def __iter__(self) -> Iterator[os.DirEntry[str]]:
+        return iter(self.entries)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_E8_directory_order_changes_nothing(frame_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = dataset(frame_folders)
+    listdir = os.listdir
+    monkeypatch.setattr(os, "scandir", Shuffled)
+    monkeypatch.setattr(os, "listdir", lambda path=".": random.Random(0).sample(listdir(path), len(listdir(path))))
+    assert [entry.name for entry in frame_folders.iterdir()] != sorted(listdir(frame_folders)) or (
+        [entry.name for entry in Shuffled(frame_folders / "falls" / "clip0")] != [f"{n:03d}.png" for n in range(7)]
+    )  # the order is another indeed
+    other = dataset(frame_folders)
+    assert [clip.path for clip in other.catalog.clips] == [clip.path for clip in plain.catalog.clips]
+    assert other.digest == plain.digest
+    assert all(torch.equal(other[1, index]["video"], plain[1, index]["video"]) for index in range(6))
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A copy of a tree, by links to its files."""
+    for file in source.rglob("*.png"):
+        (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        (target / file.relative_to(source)).symlink_to(file)
+    return target
+
+
+def test_E8_the_list_is_in_the_checkpoint(frame_folders: Path, tiny: list[str], tmp_path: Path) -> None:
+    """Another frame, another clip: refused on resume. The same files elsewhere: continued."""
+    first, second = copied(frame_folders, tmp_path / "first"), copied(frame_folders, tmp_path / "second")
+    Trainer(load_config(None, [*tiny, f"data.path={first}", "train.max_steps=1"]), World()).fit()
+    (folder,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    digest = build_catalog(load_config(None, [*tiny, f"data.path={first}"]).data).digest
+    assert load_checkpoint(folder).state["data_digest"] == digest
+    moved = load_config(None, [*tiny, f"data.path={second}", "train.max_steps=2"])
+    Trainer(moved, World()).restore()
+    (second / "falls" / "clip0" / "007.png").symlink_to(frame_folders / "falls" / "clip0" / "006.png")
+    with pytest.raises(ValueError, match=f"data_digest: {digest} -> "):
+        Trainer(moved, World()).restore()
+
+
+def test_E8_the_frame_list_is_part_of_it(frame_folders: Path, tmp_path: Path) -> None:
+    """Joint training: other images are other data."""
+    (tmp_path / "list.txt").write_text("falls/clip0/000.png\nrises/clip1/003.png\n")
+    keys = {"num_images": 1, "frame_list": str(tmp_path / "list.txt")}
+    digest = dataset(frame_folders, **keys).digest
+    assert digest == dataset(frame_folders, **keys).digest != dataset(frame_folders).digest
+    (tmp_path / "list.txt").write_text("falls/clip0/001.png\nrises/clip1/003.png\n")
+    assert dataset(frame_folders, **keys).digest != digest
+
+
+def test_E8_the_ranks_compare_it(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(load_config(None, tiny), World())
+    for other, sentence in (((5, trainer.clips.digest), "rank 1 finds 5 clips"), ((6, "f" * 64), "list ffffffffffff")):
+        monkeypatch.setattr(trainer_module, "gather_objects", lambda value, other=other: [value, other])
+        with pytest.raises(ValueError, match=f"{sentence}.* every machine must hold the same files"):
+            trainer.fit()
+
+
+# ---- E9: files that change under the run -----------------------------------------------------------
+
+
+def _swap_for_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "deleted": (Path.unlink, "cannot be opened (FileNotFoundError)"),
+    "replaced": (lambda path: write_mp4(path, grey(12)), "has changed since the run began"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "cannot be read as mov: incomplete or damaged"),
+    "a_folder": (_swap_for_folder, "the folder holds no images"),
+    "a_loop_of_links": (lambda path: (path.unlink(), path.symlink_to(path)), "cannot be opened (OSError)"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_E9_a_clip_that_changes_is_replaced_or_named(clip: Bytes, tmp_path: Path, name: str) -> None:
+    change, reason = CHANGES[name]
+    data = dataset(make_set(tmp_path, clip))
+    path = tmp_path / "good2.mp4"
+    assert data[0, 2]["index"] == 2
+    change(path)
+    assert data[1, 2]["index"] != 2
+    assert list(data.skipped) == [str(path)] and reason in data.skipped[str(path)]
+    with pytest.raises(VideoError, match=r"good2\.mp4: ") as caught:
+        ClipDataset(replace(data.config, strict=True), data.catalog, 0)[0, 2]
+    assert caught.value.path == str(path)
+
+
+class FailingDisk(io.FileIO):
+    """Reads well at first, then not at all."""
+
+    good = 3
+
+    def read(self, size: int = -1) -> bytes:  # type: ignore[override]
+        FailingDisk.good -= 1
+        if FailingDisk.good < 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(size)
+
+
+def _refuse(path: Path) -> io.FileIO:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("opened", "reason"),
+    [(_refuse, "cannot be opened (PermissionError)"), (FailingDisk, "cannot be read to its end (OSError)")],
+    ids=["unreadable", "failing_disk"],
+)
+def test_E9_unreadable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[[Path], Any], reason: str
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), dtype=np.uint8)
+    data = encode(tmp_path / "a.mkv", list(noise), crf="1", g="8").read_bytes()  # large enough for several reads
+    for name in ("b", "c"):
+        (tmp_path / f"{name}.mkv").write_bytes(data)
+    clips = dataset(tmp_path)
+    honest = Path.open
+    monkeypatch.setattr(FailingDisk, "good", 6)
+    monkeypatch.setattr(
+        Path, "open", lambda self, *a, **k: opened(self) if self.name == "b.mkv" else honest(self, *a, **k)
+    )
+    assert clips[0, 1]["index"] != 1
+    assert clips.skipped == {str(tmp_path / "b.mkv"): reason}
+
+
+def test_E9_a_place_that_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stale network handle makes even `is it a folder` fail."""
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "stat", stale)
+    with pytest.raises(VideoError, match=r"a\.mp4: cannot be opened \(OSError\)"):
+        open_video(tmp_path / "a.mp4")
+
+
+def test_E9_a_frame_that_goes_away(frame_folders: Path, tmp_path: Path) -> None:
+    root = copied(frame_folders, tmp_path / "set")
+    data = dataset(root)
+    (root / "falls" / "clip0" / "003.png").unlink()
+    assert data[0, 0]["index"] != 0
+    reason = "has changed since the run began: 7 frames then, 6 now"
+    assert data.skipped == {str(root / "falls" / "clip0"): reason}
+
+
+def test_E9_a_frame_that_breaks_counts_as_one_clip(frame_folders: Path, tmp_path: Path) -> None:
+    root = copied(frame_folders, tmp_path / "set")
+    data = dataset(root)
+    for frame in (root / "falls" / "clip0").iterdir():
+        frame.unlink()
+        frame.write_bytes(b"no image")
+    assert all(data[epoch, 0]["index"] != 0 for epoch in range(4))
+    assert list(data.skipped) == [str(root / "falls" / "clip0")]
+    assert "is not a readable image" in data.skipped[str(root / "falls" / "clip0")]
+
+
+# ---- E10: names ------------------------------------------------------------------------------------
+
+
+NAMES = [
+    "with some  spaces .mp4",
+    "ünï-視頻 🎬.mp4",
+    "x" * 251 + ".mp4",
+    "-rf.mp4",
+    "UPPER.MP4",
+    "line\nbreak\x1b[31m.mp4",
+    "100%s {0}.mp4",
+    os.fsdecode(b"not-utf8-\xff\xfe.mp4"),
+]
+IGNORED = [".DS_Store", "._UPPER.MP4", "Thumbs.db", "list.txt", ".git/x.mp4", "__MACOSX/a.mp4"]
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_E10_odd_names_are_read_and_strays_counted(clip: Bytes, tmp_path: Path, reader: str) -> None:
+    root = tmp_path / "-a set\u202f with é"
+    root.mkdir()
+    for name in NAMES:
+        (root / name).write_bytes(clip["mp4"])
+    for name in IGNORED:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"stray")
+    data = dataset(root, reader=reader)
+    assert [c.name for c in data.catalog.clips] == sorted(NAMES)
+    assert data.catalog.skipped == {"*.db": 1, "*.txt": 1, "hidden": 4}
+    assert len(data.digest) == 64
+    readable = [index for index, name in enumerate(sorted(NAMES)) if reader == "pyav" or name.isprintable()]
+    assert [data[0, index]["index"] for index in readable] == readable
+    assert set(data.skipped) <= {str(root / name) for name in NAMES if not name.isprintable()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_E10_odd_names_in_warnings_and_breadcrumbs(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A warning is one line of plain text; the breadcrumb of a dead worker is the very path."""
+    (tmp_path / "set").mkdir()
+    path = str(tmp_path / "set" / name)
+    Path(path).write_bytes(b"")
+    with pytest.raises(VideoError):
+        dataset(tmp_path / "set")[0, 0]
+    (message,) = caplog.messages
+    assert not any(ord(character) < 32 for character in message)
+    message.encode()
+    crumbs = Breadcrumbs(tmp_path / "run", 0)
+    try:
+        crumbs(path)
+        assert crumbs.read() == [path]
+    finally:
+        crumbs.clear()
+    assert pickle.loads(pickle.dumps(VideoError(path, "is broken"))).path == path  # noqa: S301 our own bytes
+
+
+# ---- E11, E12: sets that do not fit the run --------------------------------------------------------
+
+
+def test_E11_an_empty_set_is_refused_at_the_start(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds none \(found: 1 \*\.txt\)"):
+        Trainer(load_config(None, [*tiny, f"data.path={tmp_path / 'empty'}"]), World())
+
+
+@pytest.mark.parametrize(
+    ("keys", "world", "wanted"),
+    [
+        (["train.batch_size=7"], World(), 7),
+        (["train.batch_size=2", "train.grad_accum_steps=4"], World(), 8),
+        (["train.batch_size=2"], World(rank=1, size=4), 8),
+        (["train.batch_size=2", "data.max_clips=1"], World(), 2),
+    ],
+)
+def test_E11_fewer_clips_than_the_global_batch(tiny: list[str], keys: list[str], world: World, wanted: int) -> None:
+    has = 1 if "data.max_clips=1" in keys else 6
+    with pytest.raises(ValueError, match=f"has {has} clips, fewer than the global batch of {wanted} "):
+        Trainer(load_config(None, [*tiny, *keys]), world)
+
+
+def test_E11_exactly_the_global_batch_is_enough(tiny: list[str]) -> None:
+    Trainer(load_config(None, [*tiny, "train.batch_size=3", "train.grad_accum_steps=2"]), World())
+
+
+def test_E12_a_label_out_of_range_names_file_and_class(tiny: list[str], frame_folders: Path) -> None:
+    clip = frame_folders / "rises" / "clip0"
+    with pytest.raises(
+        ValueError, match=rf"{clip} is of class 'rises', label 1, but model\.num_classes=1 allows 0 to 0"
+    ):
+        Trainer(load_config(None, [*tiny, "model.num_classes=1"]), World())
+
+
+def test_E12_a_clip_outside_the_class_folders_is_named(clip: Bytes, tmp_path: Path) -> None:
+    make_set(tmp_path / "A", clip, good=1)
+    (tmp_path / "stray.mp4").write_bytes(clip["mp4"])
+    with pytest.raises(ValueError, match=r"stray\.mp4' lies in no class folder"):
+        dataset(tmp_path, labels="class_folders")
+
+
+def test_E12_a_listed_image_of_an_unknown_class_is_named(frame_folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("falls/clip0/000.png\nrises/clip0/000.png zooms\n")
+    with pytest.raises(ValueError, match=r"list\.txt, line 2: 'zooms' names none of the 2 classes"):
+        dataset(frame_folders, num_images=1, frame_list=str(tmp_path / "list.txt"))
+
+
+def test_E12_a_class_that_comes_later_is_named(frame_folders: Path, tiny: list[str], tmp_path: Path) -> None:
+    """On resume it would move the labels of all classes after it; accepting other files does not accept that."""
+    root = copied(frame_folders, tmp_path / "set")
+    keys = [*tiny, f"data.path={root}", "model.num_classes=3", "train.max_steps=1"]
+    Trainer(load_config(None, keys), World()).fit()
+    copied(frame_folders / "falls", root / "bounces")
+    for override in ([], ["data_digest"]):
+        with pytest.raises(ValueError, match=r"class_names: \[\] -> \['bounces'\]"):
+            Trainer(load_config(None, keys), World(), override=override).restore()
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="the sample clips of ../shared/media are not here")
+def test_E1_broken_real_clips_are_named(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """The clips that others found broken in the wild, among good ones."""
+    names = ["ExoPlayer__invalid-bitstream.webm", "moviepy__result.webm", "derived_truncated_bikes.mp4"]
+    for name in [*names, "decord__corrupted.mp4", "derived_gray_bikes.mp4", "mmaction2__demo_spatiotemporal_det.mp4"]:
+        (tmp_path / name).symlink_to(CLIPS / "odd" / name)
+    data = dataset(tmp_path, max_unusable=0.8)
+    with caplog.at_level(logging.WARNING):
+        samples = [data[0, index] for index in range(len(data))]
+    assert all(sample["video"].isfinite().all() for sample in samples)
+    assert {Path(path).name for path in data.skipped} == {*names, "decord__corrupted.mp4"}
+    assert len(caplog.messages) == 4
+
+
+def test_E1_collate_gives_the_first_error_whole(tmp_path: Path) -> None:
+    error = VideoError("a.mp4", "is broken")
+    assert collate([{"index": 1}, error, VideoError("b.mp4", "is broken")]) is error
+    assert collate([{"index": 1}, {"index": 2}])["index"].tolist() == [1, 2]  # type: ignore[index]

@@ -1,0 +1,555 @@
+"""The launch path: train_scripts/launch.sh, engine/elastic.py, slurm_scripts/, tools/requeue.py, several machines.
+
+Slurm is not here. Its commands are stood in for by scripts on PATH: `srun` runs the command it is given, `scontrol`
+notes its arguments and names the nodes. Where no training is needed `python` is one too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import ProcessFailure
+
+from engine.elastic import Agent
+from tests.conftest import TINY
+from tools import requeue
+
+ROOT = Path(__file__).resolve().parents[1]
+SETS = ("ffs", "sky", "taichi", "ucf101")
+JOBS = {f"{name}{kind}.slurm": (name, kind) for name in SETS for kind in ("", "_img")}
+SCRIPTS = sorted([*ROOT.glob("train_scripts/*.sh"), *ROOT.glob("slurm_scripts/*")])
+SHELL_TEXT = ["$(touch MARKER)", "`touch MARKER`", "1; touch MARKER", "a[$(touch MARKER)]", "1 && touch MARKER", ""]
+
+
+def executable(file: Path, text: str) -> None:
+    file.write_text(text)
+    file.chmod(0o755)
+
+
+def kill_family(process: subprocess.Popen) -> None:
+    """Kill what `process` started and itself, and wait until all of it is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        family = [*parent.children(recursive=True), parent]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=10)
+    process.wait(timeout=10)
+
+
+def wait_until(condition: object, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+# ---- one machine -----------------------------------------------------------------------------------
+
+
+def launch(arguments: list[str], log: Path, prefix: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+    """launch.sh on train.py, in the background, on the CPU."""
+    config = log.with_suffix(".yaml")
+    config.write_text("train: {log_every: 1}\n")
+    command = [*prefix, "bash", "train_scripts/launch.sh", "train.py", str(config), *arguments]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC_"))}
+    everything = {**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MAX_RESTARTS": "0", **environment}
+    with log.open("w") as stream:
+        return subprocess.Popen(command, cwd=ROOT, env=everything, stdout=stream, stderr=subprocess.STDOUT)
+
+
+@contextlib.contextmanager
+def launched(*processes: subprocess.Popen) -> Iterator[None]:
+    """Wait for all `processes` to succeed; nothing of them is left behind."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            kill_family(process)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_A5_the_script_has_torchrun_pass_on_usr1() -> None:
+    """The static part; the signal itself is sent in test_faults_death.py."""
+    text = (ROOT / "train_scripts" / "launch.sh").read_text()
+    handled = re.search(r"--signals-to-handle=(\S+)", text)
+    assert handled and {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"} == set(handled[1].split(","))
+    assert re.search(r"^exec ", text, re.MULTILINE), "the signal must reach torchrun, not a shell that waits for it"
+    assert "--shutdown-timeout=" in text and "--max-restarts=" in text
+
+
+WORKER = """
+import os, signal, sys, time
+log = open(sys.argv[1], "a", buffering=1)
+log.write("start " + " ".join(sys.argv[2:]) + "\\n")
+codes = sys.argv[2].split(",")
+if codes != ["wait"]:
+    sys.exit(int(codes[int(os.environ["TORCHELASTIC_RESTART_COUNT"])]))
+signal.signal(signal.SIGUSR1, lambda *_: log.write("asked\\n"))
+log.write("ready\\n")
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def elastic(tmp_path: Path) -> Iterator[tuple[list[str], Path]]:
+    """The start of a launcher command on a worker that needs no torch, and what that worker writes."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    log = tmp_path / "log"
+    flags = ["--standalone", "--nproc_per_node=1", "--max-restarts=3", "--shutdown-timeout=1"]
+    flags.append("--signals-to-handle=SIGTERM,SIGUSR1")
+    yield [sys.executable, "-m", "engine.elastic", *flags, str(tmp_path / "worker.py"), str(log)], log
+
+
+@pytest.mark.dist
+def test_A2_a_crash_is_restarted_and_a_saved_run_is_not(elastic: tuple[list[str], Path]) -> None:
+    """The first start ends with 1 and is followed by a second; that ends with 75, and there is no third."""
+    command, log = elastic
+    arguments = ["1,75,0", "--override", "data_digest", "data.path=/a b"]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert log.read_text() == "start 1,75,0 --override data_digest data.path=/a b\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("codes", "left"), [([1], 3), ([-9, 1], 3), ([2], 0), ([3], 0), ([75], 0), ([1, 3], 0), ([], 3)]
+)
+def test_A2_exit_codes_that_end_a_run(monkeypatch: pytest.MonkeyPatch, codes: list[int], left: int) -> None:
+    """Crashes leave the restarts that there are; a mistake, an aborted and a saved run would only end so again."""
+    failures = {rank: ProcessFailure(rank, 1, code, "") for rank, code in enumerate(codes)}
+    result = RunResult(WorkerState.FAILED, failures=failures)
+    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group: result)
+    agent = object.__new__(Agent)
+    agent._remaining_restarts = 3
+    assert agent._monitor_workers(None) is result  # type: ignore[arg-type]
+    assert agent._remaining_restarts == left
+
+
+@pytest.mark.dist
+def test_A5_the_time_for_saving_is_ours_to_say(elastic: tuple[list[str], Path]) -> None:
+    """A worker that goes on after the signal is killed after --shutdown-timeout, here 1 s; torch's own is 30."""
+    command, log = elastic
+    process = subprocess.Popen([*command, "wait"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    with launched(process):
+        wait_until(lambda: log.exists() and "ready" in log.read_text())
+        start = time.monotonic()
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=20) != 0
+        assert 0.9 < time.monotonic() - start < 10
+    assert log.read_text() == "start wait\nready\nasked\n"
+
+
+ENDS = """
+import sys
+from engine import cli
+
+class Hangs:
+    def __del__(self):
+        import time
+        time.sleep(60)
+
+def main(argv):
+    kept = Hangs()
+    if argv == ["returns"]:
+        return cli.leave(75)
+    raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[argv[0]]("no", kept)
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("returns", 75), ("ValueError", 2), ("RuntimeError", 1)])
+def test_A14_a_worker_ends_before_what_it_used_is_taken_down(end: str, code: int) -> None:
+    """However it ends: the destructor of a gloo process group may wait for ever, with all other ranks."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, end],
+        cwd=ROOT,
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "1", "RANK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == code
+    assert ("no" in done.stderr) == (end != "returns")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_G4_two_launches_at_once(frame_folders: Path, tmp_path: Path) -> None:
+    """Two runs of two ranks, started together on this machine, both train to their end."""
+    common = [*TINY, f"data.path={frame_folders}", "train.max_steps=2"]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    processes = [launch([*common, f"train.output_dir={run}"], run.with_suffix(".log"), GPUS="2") for run in runs]
+    with launched(*processes):
+        codes = [process.wait(timeout=120) for process in processes]
+        assert codes == [0, 0], [run.with_suffix(".log").read_text()[-2000:] for run in runs]
+    assert all((run / "COMPLETED").exists() for run in runs)
+    assert losses(runs[0]) == losses(runs[1]) and len(losses(runs[0])) == 2
+
+
+# ---- several machines ------------------------------------------------------------------------------
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=10)
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[list[tuple[str, str, str]]]:
+    """Two network namespaces joined by a cable: (namespace, address, interface) of each."""
+    tag = f"{os.getpid() % 100000}"
+    nodes = [(f"latte{tag}{side}", f"10.211.7.{number}", f"lt{tag}{side}") for number, side in ((1, "a"), (2, "b"))]
+    try:
+        try:
+            for name, _, _ in nodes:
+                ip("netns", "add", name)
+            (a, _, one), (b, _, other) = nodes
+            ip("link", "add", one, "netns", a, "type", "veth", "peer", "name", other, "netns", b)
+            for name, address, interface in nodes:
+                ip("-n", name, "address", "add", f"{address}/24", "dev", interface)
+                ip("-n", name, "link", "set", interface, "up")
+                ip("-n", name, "link", "set", "lo", "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
+        yield nodes
+    finally:
+        for name, _, _ in nodes:  # takes its end of the cable along
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                ip("netns", "delete", name)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_nodes(two_nodes: list[tuple[str, str, str]], frame_folders: Path, tmp_path: Path) -> None:
+    """Two machines of one process, stopped by USR1 and started again, train as two processes of one machine do."""
+    common = [*TINY, f"data.path={frame_folders}", "train.max_steps=150", "train.timeout_s=30"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = launch([*common, f"train.output_dir={one}"], tmp_path / "one.log", GPUS="2")
+    with launched(alone):
+        assert alone.wait(timeout=90) == 0, (tmp_path / "one.log").read_text()[-3000:]
+
+    job = {"NNODES": "2", "HEAD_NODE": two_nodes[0][1], "RDZV_PORT": "10123", "RDZV_ID": "123", "GPUS": "1"}
+    for stop, codes, marker in ((True, [1, 1], "PREEMPTED"), (False, [0, 0], "COMPLETED")):
+        logs = [tmp_path / f"{marker}{rank}.log" for rank in range(2)]
+        processes = [
+            launch(
+                [*common, f"train.output_dir={two}"],
+                logs[rank],
+                prefix=("ip", "netns", "exec", name),
+                **job,
+                NODE_RANK=str(rank),
+                PET_LOCAL_ADDR=address,  # the name of this machine is 127.0.0.1 in both
+                GLOO_SOCKET_IFNAME=interface,
+            )
+            for rank, (name, address, interface) in enumerate(two_nodes)
+        ]
+        with launched(*processes):
+            if stop:
+                wait_until(lambda: (two / "metrics.jsonl").exists() and len(losses(two)) > 2, 90)
+                for process in processes:
+                    process.send_signal(signal.SIGUSR1)
+            found = [process.wait(timeout=120) for process in processes]
+            assert found == codes, [log.read_text()[-3000:] for log in logs]
+        assert [name for name in ("PREEMPTED", "COMPLETED") if (two / name).exists()] == [marker]
+        assert (len(losses(two)) < 150) == stop
+    assert len(losses(one)) == 150
+    assert losses(two) == losses(one)
+
+
+# ---- Slurm -----------------------------------------------------------------------------------------
+
+SRUN = '#!/bin/bash\nprintf "%s\\n" "$@" > {here}/srun\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
+SCONTROL = """#!/bin/bash
+printf "%s\\n" "$*" >> {here}/scontrol
+if [ -e "$OUT/PREEMPTED" ]; then touch {here}/saved; fi
+if [ "$1" = show ]; then printf "node7\\nnode8\\n"; fi
+exit ${{SCONTROL_CODE:-0}}
+"""
+PYTHON = """#!/bin/bash
+if [ "$2" = tools.requeue ]; then exec {python} "$@"; fi
+printf "%s\\n" "$@" > {here}/launcher
+exec bash {here}/training
+"""
+# what a run does, as far as its folder shows it
+WAITS = """
+trap 'sleep 0.2; echo {} > $OUT/PREEMPTED; exit 1' USR1
+trap 'exit 9' TERM
+touch $OUT/started
+while :; do sleep 0.02; done
+"""
+COMPLETES = "echo {} > $OUT/COMPLETED\nkill -ABRT $$\n"
+FAILS = "exit 1\n"
+
+
+class Cluster:
+    """A copy of the scripts, without .venv, with our own srun, scontrol and python first on PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.here = folder / "here"
+        self.project = folder / "project"
+        self.output = self.project / "results" / "ffs_train"
+        for path in (self.here / "bin", self.output):
+            path.mkdir(parents=True)
+        for name in ("train_scripts", "slurm_scripts"):
+            shutil.copytree(ROOT / name, self.project / name)
+        (self.project / "tools").mkdir()
+        for name in ("__init__.py", "requeue.py"):
+            shutil.copy(ROOT / "tools" / name, self.project / "tools" / name)
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
+            executable(self.here / "bin" / name, text.format(here=self.here, python=sys.executable))
+
+    def start(self, training: str, script: str = "ffs.slurm", *arguments: str, **slurm: str) -> subprocess.Popen:
+        """A .slurm file as sbatch would start it: a copy elsewhere, from the root of the repository."""
+        (self.here / "training").write_text(training)
+        spooled = shutil.copy(self.project / "slurm_scripts" / script, self.here / "slurm_script")
+        environment = {
+            "PATH": f"{self.here / 'bin'}:/usr/bin:/bin",
+            "OUT": str(self.output),
+            "SLURM_JOB_ID": "4711",
+            "SLURM_NNODES": "1",
+            "SLURM_NODEID": "0",
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_NODELIST": "node[7-8]",
+            **slurm,
+        }
+        return subprocess.Popen(
+            ["bash", str(spooled), *arguments],
+            cwd=self.project,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, training: str, *arguments: str, signal_number: int = 0, **slurm: str) -> tuple[int, str]:
+        """(exit code, output) of the job; `signal_number` is sent to the batch shell once the run has begun."""
+        process = self.start(training, "ffs.slurm", *arguments, **slurm)
+        with launched(process):
+            if signal_number:
+                wait_until((self.output / "started").exists)
+                process.send_signal(signal_number)
+            output, _ = process.communicate(timeout=20)
+        (self.output / "started").unlink(missing_ok=True)
+        return process.returncode, output
+
+    def called(self, name: str) -> list[str]:
+        """The arguments that srun or the launcher got, or the calls of scontrol."""
+        file = self.here / name
+        return file.read_text().splitlines() if file.exists() else []
+
+    def checkpoint(self, step: int) -> None:
+        folder = self.output / "checkpoints" / f"step-{step:07d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_G5_a_preempted_job_is_queued_again_once(cluster: Cluster, number: int) -> None:
+    """Either signal reaches the run as USR1 (srun answers TERM by killing), is waited for, and asks Slurm once."""
+    cluster.checkpoint(40)
+    code, text = cluster.run(WAITS, signal_number=number)
+    assert (code, cluster.called("scontrol")) == (0, ["requeue 4711"]), text
+    assert "queued again" in text and "step 40" in text
+    assert (cluster.here / "saved").exists(), "before the run had saved"
+
+
+def test_G5_a_complete_run_is_not_queued_again(cluster: Cluster) -> None:
+    """Its record counts, not its exit code: native teardown may abort after the last line."""
+    (cluster.output / "PREEMPTED").touch()  # of the session before
+    code, text = cluster.run(COMPLETES)
+    assert (code, cluster.called("scontrol")) == (0, []), text
+    assert "complete" in text
+
+
+def test_G5_a_failed_run_is_not_queued_again(cluster: Cluster) -> None:
+    """The marker of the session before does not count, and the code says that it failed."""
+    for marker in ("PREEMPTED", "COMPLETED"):
+        (cluster.output / marker).touch()
+    code, text = cluster.run(FAILS)
+    assert (code, cluster.called("scontrol")) == (1, []), text
+    assert "failed" in text
+
+
+def test_G5_a_job_stopped_before_it_could_save_is_queued_again(cluster: Cluster) -> None:
+    """No marker, but Slurm's signal: the newest checkpoint is continued."""
+    code, text = cluster.run("trap '' TERM\ntouch $OUT/started\nexec sleep 60\n", signal_number=signal.SIGUSR1)
+    assert (code, cluster.called("scontrol")) == (0, ["requeue 4711"]), text
+
+
+def asked(cluster: Cluster, *arguments: str) -> tuple[int, str, int]:
+    """`python -m tools.requeue` on the cluster's run: (exit code, output, calls of scontrol so far)."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "tools.requeue", str(cluster.output), *arguments],
+        cwd=ROOT,
+        env={"PATH": f"{cluster.here / 'bin'}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    return done.returncode, done.stdout + done.stderr, len(cluster.called("scontrol"))
+
+
+def test_G5_three_restarts_without_progress_are_enough(cluster: Cluster) -> None:
+    (cluster.output / "PREEMPTED").touch()
+    cluster.checkpoint(9_999_999)
+    for count in (1, 2, 3):
+        assert asked(cluster, "4711")[::2] == (0, count)
+    code, text, count = asked(cluster, "4711")
+    assert (code, count) == (1, 3)
+    assert "3 restarts" in text and "step 9999999" in text and str(cluster.output / "requeue.json") in text
+    cluster.checkpoint(10_000_000)  # one digit more
+    (cluster.output / "checkpoints" / "step-0000001").mkdir()  # unfinished
+    assert asked(cluster, "4711")[::2] == (0, 4)
+    assert json.loads((cluster.output / "requeue.json").read_text()) == {"step": 10_000_000, "restarts": 1}
+
+
+@pytest.mark.parametrize("kept", ["", "{", "[]", '{"step": null, "restarts": 2}'])
+def test_G5_a_damaged_count_begins_anew(cluster: Cluster, kept: str) -> None:
+    (cluster.output / "PREEMPTED").touch()
+    (cluster.output / "requeue.json").write_text(kept)
+    assert requeue.count_restart(cluster.output) == 1
+    assert requeue.count_restart(cluster.output) == 2
+
+
+@pytest.mark.parametrize("job", ["", "12a", "-1", "4711;ls", "$(ls)", "1_2_3", "١٢", "4711\n"])
+def test_G5_what_is_no_job_id_is_refused(cluster: Cluster, job: str) -> None:
+    (cluster.output / "PREEMPTED").touch()
+    code, text, count = asked(cluster, "--signalled", "--", job) if job == "-1" else asked(cluster, job)
+    assert (code, count) == (2, 0) and "not a Slurm job id" in text
+
+
+def test_G5_an_array_job_a_hold_and_a_refusing_scontrol(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cluster.output / "PREEMPTED").touch()
+    assert asked(cluster, "4711_3")[::2] == (0, 1)
+    assert cluster.called("scontrol") == ["requeue 4711_3"]
+    (cluster.output / "HOLD").touch()
+    assert asked(cluster, "4711", "--signalled")[::2] == (0, 1)
+    (cluster.output / "HOLD").unlink()
+    executable(cluster.here / "bin" / "scontrol", "#!/bin/bash\necho no such job >&2\nexit 1\n")
+    code, text, _ = asked(cluster, "4711")
+    assert code == 1 and "could not be queued again: no such job" in text
+    (cluster.here / "bin" / "scontrol").unlink()
+    code, text, _ = asked(cluster, "4711")
+    assert code == 1 and "scontrol" in text and "Traceback" not in text
+
+
+def test_G5_the_tool_is_quick() -> None:
+    """It runs while Slurm is waiting to kill the job: standard library only."""
+    code = "import sys, tools.requeue; print([name for name in ('torch', 'numpy', 'engine') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_G6_shell_syntax(script: Path) -> None:
+    checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert script.stat().st_mode & 0o111
+    text = script.read_text()
+    assert text.startswith("#!/bin/bash\n")
+    assert not re.search(r"\b(eval|source|bash -c|sh -c|xargs)\b", text), "no shell text is run"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_G6_directives(job: str) -> None:
+    """What Slurm is asked for, and that the job starts what its name says."""
+    name, kind = JOBS[job]
+    lines = (ROOT / "slurm_scripts" / job).read_text().splitlines()
+    asked_for = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    assert lines[1 : 1 + len(asked_for)] == [f"#SBATCH {option}" for option in asked_for], "before the first command"
+    assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= set(asked_for)
+    assert any(re.fullmatch(r"--signal=B:USR1@[1-9]\d*", option) for option in asked_for)
+    script = "train_with_img.py" if kind else "train.py"
+    config = f"configs/{name}/{name}{kind}_train.yaml"
+    assert lines[-1] == f'exec bash slurm_scripts/run.sh {script} {config} "$@"'
+    assert (ROOT / config).is_file() and (ROOT / script).is_file()
+
+
+def test_G6_time_to_save_is_shorter_than_slurm_waits() -> None:
+    """torchrun must have killed a worker that hangs before Slurm kills them all."""
+    text = (ROOT / "train_scripts" / "launch.sh").read_text()
+    grace = int(re.search(r"SHUTDOWN_TIMEOUT:-(\d+)", text)[1])  # type: ignore[index]
+    for job in JOBS:
+        ahead = re.search(r"--signal=B:USR1@(\d+)", (ROOT / "slurm_scripts" / job).read_text())
+        assert ahead and grace + 30 <= int(ahead[1])
+
+
+def test_G6_trap_and_wait() -> None:
+    lines = (ROOT / "slurm_scripts" / "run.sh").read_text().splitlines()
+    traps = next(i for i, line in enumerate(lines) if re.match(r"trap \w+ USR1 TERM$", line))
+    starts = next(i for i, line in enumerate(lines) if line.startswith("srun "))
+    behind = next(i for i, line in enumerate(lines) if i >= starts and line.endswith(" &"))
+    waits = next(i for i, line in enumerate(lines) if re.match(r"\s*wait ", line))
+    assert traps < starts <= behind < waits
+
+
+def test_G6_one_node(cluster: Cluster) -> None:
+    """What srun and the launcher are asked for, with a value that holds spaces and shell characters."""
+    code, text = cluster.run(COMPLETES, "data.path=/a b;$(ls)", "optim.learning_rate=1", SLURM_CPUS_PER_TASK="8")
+    assert code == 0, text
+    assert {"--ntasks-per-node=1", "--cpus-per-task=8"} <= set(cluster.called("srun"))
+    command = cluster.called("launcher")
+    assert command[:3] == ["-m", "engine.elastic", "--standalone"]
+    expected = ["train.py", "--config", "configs/ffs/ffs_train.yaml", "data.path=/a b;$(ls)", "optim.learning_rate=1"]
+    assert command[command.index("train.py") :] == [*expected, "train.output_dir=results/ffs_train"]
+
+
+@pytest.mark.parametrize(("node", "host"), [("0", "true"), ("1", "false")])
+def test_G6_several_nodes(cluster: Cluster, node: str, host: str) -> None:
+    """The first node of the list holds the rendezvous, on a port and under a name of the job's own."""
+    cluster.output = cluster.project / "elsewhere"
+    cluster.output.mkdir()
+    code, text = cluster.run(COMPLETES, "train.output_dir=elsewhere", SLURM_NNODES="2", SLURM_NODEID=node)
+    assert code == 0, text
+    assert cluster.called("scontrol") == ["show hostnames node[7-8]"]
+    flags = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=node7:14711", "--rdzv-id=4711"]
+    assert cluster.called("launcher")[2:7] == [*flags, f"--rdzv-conf=is_host={host}"]
+    assert cluster.called("launcher")[-1] == "train.output_dir=elsewhere"
+
+
+@pytest.mark.parametrize("text", SHELL_TEXT)
+@pytest.mark.parametrize("name", ["SLURM_NODELIST", "SLURM_JOB_NODELIST", "SLURM_JOB_ID", "SLURM_NNODES"])
+def test_D14_shell_text_from_slurm_is_not_run(cluster: Cluster, name: str, text: str) -> None:
+    """Whatever a variable of Slurm holds: it is an argument, or refused, and never a command."""
+    marker = cluster.here / "marker"
+    value = text.replace("MARKER", str(marker))
+    code, output = cluster.run(COMPLETES, **{"SLURM_NNODES": "2", name: value})
+    assert not marker.exists()
+    if name == "SLURM_JOB_NODELIST":
+        assert cluster.called("scontrol") == [f"show hostnames {value}"]
+    elif name != "SLURM_NODELIST" and value:
+        assert code == 2 and f"{name.replace('SLURM_NN', 'NN')}=" in output
+        assert cluster.called("srun") == []
+
+
+@pytest.mark.parametrize("answer", ["$(touch MARKER)", "a b", "-x", "`touch MARKER`", "node7;touch MARKER", ""])
+def test_D14_shell_text_from_scontrol_is_not_run(cluster: Cluster, answer: str) -> None:
+    marker = cluster.here / "marker"
+    (cluster.here / "hosts").write_text(answer.replace("MARKER", str(marker)) + "\n")
+    executable(cluster.here / "bin" / "scontrol", f"#!/bin/bash\ncat {cluster.here / 'hosts'}\n")
+    code, output = cluster.run(COMPLETES, SLURM_NNODES="2")
+    assert code == 2 and "HEAD_NODE=" in output
+    assert not marker.exists() and cluster.called("srun") == []

@@ -1,0 +1,873 @@
+"""Hostile files: fault tests D1 to D14. Payloads only make a folder, and each test asserts that they did not."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import io
+import json
+import logging
+import pickle
+import re
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from datasets.catalog import build_catalog, read_frame_list
+from datasets.clips import DataConfig, build_dataset
+from datasets.readers import VideoError, open_video
+from engine import cli
+from engine.build import build_model
+from engine.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    load_checkpoint,
+    load_model_weights,
+)
+from engine.checkpoint import save_checkpoint as write_checkpoint
+from engine.config import MAX_YAML_CHARACTERS, load_config
+from engine.logging import RunLogger
+from engine.text import printable
+from models.autoencoder import CodecConfig, LatentCodec
+from models.convert import read_state_dict
+from models.taef2 import DECODER_FILE, ENCODER_FILE, Taef2
+from sample.generate import Generator, Source
+from sample.sample import write_samples
+from sample.video_io import contact_sheet, slug, write_mp4
+from tests.conftest import TINY
+from tools import convert_checkpoint, convert_config
+
+ROOT = Path(__file__).resolve().parents[1]
+NASTY = ["../../out", "a\nb", "\x1b[31mred\x1b[0m", "/etc/passwd", "..", "caf\u00e9 \u202egnp"]
+
+
+# ---- D1, D2: pickles -------------------------------------------------------------------------------
+
+
+class Call:
+    """Pickles as the call `function(*arguments)`: what runs when it is loaded."""
+
+    def __init__(self, function: Callable, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+def payloads(marker: Path) -> dict[str, Any]:
+    import os
+
+    make = Call(os.mkdir, str(marker))
+    return {
+        "system call": make,
+        "eval": Call(eval, f"__import__('os').mkdir({str(marker)!r})"),
+        "nested loader": Call(pickle.loads, pickle.dumps(make)),
+        "nested torch.load": Call(torch.load, "inner.pt"),
+        "process": Call(subprocess.Popen, ["mkdir", str(marker)]),
+        "import": Call(__import__, "this"),
+    }
+
+
+PAYLOADS = sorted(payloads(Path()))
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
+def test_D1_payload_in_a_checkpoint(tmp_path: Path, kind: str, form: str) -> None:
+    marker, file = tmp_path / "ran", tmp_path / "bad.pt"
+    content = {"ema": {"w": torch.ones(2)}, "note": payloads(marker)[kind]}
+    if form == "bare pickle":
+        file.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
+    for read in (read_state_dict, load_model_weights, lambda path: Source.open(path).weights("ema")):
+        with pytest.raises(ValueError, match=r"bad\.pt (holds Python objects|is not a whole)") as error:
+            read(file)
+        assert "\n" not in str(error.value)
+    assert not marker.exists()
+
+
+def test_D1_the_payloads_are_live(tmp_path: Path) -> None:
+    """Positive control: a loader that trusts its input runs them."""
+    for number, kind in enumerate(("system call", "eval", "nested loader")):
+        marker = tmp_path / str(number)
+        pickle.loads(pickle.dumps(payloads(marker)[kind]))  # noqa: S301 the harmless payload itself
+        assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.bin", "weights"])
+def test_D1_payload_under_another_name(tmp_path: Path, name: str) -> None:
+    marker = tmp_path / "ran"
+    torch.save({"w": payloads(marker)["system call"]}, tmp_path / name)
+    with pytest.raises(ValueError, match=name):
+        read_state_dict(tmp_path / name)
+    assert not marker.exists()
+
+
+def test_D1_payload_in_a_codec(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    torch.save(Taef2().encoder.state_dict() | {"x": payloads(marker)["eval"]}, tmp_path / ENCODER_FILE)
+    torch.save(Taef2().decoder.state_dict(), tmp_path / DECODER_FILE)
+    with pytest.raises(ValueError, match=rf"{ENCODER_FILE} holds Python objects \(eval\)"):
+        LatentCodec.from_config(CodecConfig(path=str(tmp_path), latent_channels=32))
+    assert not marker.exists()
+
+
+def test_D1_payload_beside_a_checkpoint_of_ours(tmp_path: Path) -> None:
+    """Nothing in our own format is a pickle: one that replaces a file of it is refused."""
+    folder = whole_checkpoint(tmp_path)
+    marker = tmp_path / "ran"
+    torch.save(payloads(marker)["system call"], folder / "rng.safetensors")
+    seal(folder)
+    with pytest.raises(CheckpointError, match=r"rng\.safetensors cannot be read"):
+        load_checkpoint(folder)
+    assert not marker.exists()
+
+
+def with_settings(file: Path, settings: Any) -> str:
+    """Write an official checkpoint with `settings` beside its weights; returns the SHA-256."""
+    torch.save({"model": {"w": torch.zeros(2)}, "ema": {"module.w": torch.ones(2)}, "args": settings}, file)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+SETTINGS = {
+    "Namespace": argparse.Namespace(lr=1e-4, betas=[0.9, 0.99], inner=argparse.Namespace(a=None)),
+    "config": OmegaConf.create({"model": {"name": "Latte-XL/2"}, "sizes": [1, 2], "on": True, "x": 0.5}),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(SETTINGS))
+def test_D2_settings_are_refused_with_advice_that_works(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "official.pt"
+    digest = with_settings(file, SETTINGS[kind])
+    with pytest.raises(ValueError, match=r"python -m tools\.convert_checkpoint`.*SHA-256"):
+        read_state_dict(file)
+    assert convert_checkpoint.main([str(file), "--sha256", digest.upper()]) == 0
+    weights = load_file(tmp_path / "official.safetensors")
+    assert list(weights) == ["w"] and torch.equal(weights["w"], torch.ones(2))
+    assert torch.equal(read_state_dict(tmp_path / "official.safetensors")["w"], torch.ones(2))
+
+
+def test_D2_only_a_listed_hash_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "official.pt"
+    digest = with_settings(file, SETTINGS["Namespace"])
+    wrong = hashlib.sha256(b"another").hexdigest()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(ValueError, match=f"not opened: its SHA-256 is {digest}, but --sha256 allows {wrong}"):
+        convert_checkpoint.main([str(file), "--sha256", wrong])
+    with pytest.raises(SystemExit):
+        convert_checkpoint.main([str(file)])
+    assert not (tmp_path / "official.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+def test_D2_the_convert_command_runs_nothing_even_with_the_hash(tmp_path: Path, kind: str) -> None:
+    marker, file = tmp_path / "ran", tmp_path / "official.pt"
+    digest = with_settings(file, argparse.Namespace(a=payloads(marker)[kind]))
+    with pytest.raises(ValueError, match="Python objects"):
+        convert_checkpoint.main([str(file), "--sha256", digest])
+    assert not marker.exists() and not (tmp_path / "official.safetensors").exists()
+
+
+def test_D2_settings_are_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the classes on the list are called: stand-ins take their place."""
+    file = tmp_path / "official.pt"
+    digest = with_settings(file, argparse.Namespace(a=1))
+    monkeypatch.setattr(argparse, "Namespace", lambda *_, **__: pytest.fail("made"))
+    convert = [str(file), "--sha256", digest]
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *_: FakeArguments(file, digest))
+    assert convert_checkpoint.main(convert) == 0
+
+
+class FakeArguments:
+    """What the convert command's parser gives, without the Namespace that the test takes away."""
+
+    def __init__(self, file: Path, digest: str) -> None:
+        self.checkpoint, self.sha256, self.output, self.weights = file, [digest], None, "ema"
+
+
+# ---- D3: the code itself ---------------------------------------------------------------------------
+
+FORBIDDEN = frozenset(
+    """
+    pickle.load pickle.loads pickle.Unpickler marshal.load marshal.loads shelve.open dill.load dill.loads joblib.load
+    cloudpickle.load cloudpickle.loads pandas.read_pickle torch.jit.load torch.hub.load torch.package.PackageImporter
+    torch.distributed.checkpoint.load torch.distributed.checkpoint.load_state_dict yaml.load yaml.load_all
+    yaml.full_load yaml.unsafe_load yaml.Loader yaml.FullLoader yaml.UnsafeLoader yaml.CLoader eval exec
+    os.system os.popen subprocess.getoutput subprocess.getstatusoutput pty.spawn
+    omegaconf.OmegaConf.register_new_resolver omegaconf.OmegaConf.register_resolver omegaconf.OmegaConf.resolve
+    torch.serialization.add_safe_globals
+    """.split()  # noqa: SIM905
+)
+FORBIDDEN_KEYWORDS = ("shell", "allow_pickle", "trust_remote_code")
+# (file, name) -> why it is right there
+ALLOWED = {
+    ("tests/test_datasets_clips.py", "pickle.loads"): "a round trip of our own object",
+    ("tests/test_datasets_readers.py", "pickle.loads"): "a round trip of our own object",
+    ("tests/test_faults_data.py", "pickle.loads"): "a round trip of our own object",
+    ("tests/test_faults_security.py", "pickle.loads"): "the payloads",
+    ("tests/test_faults_security.py", "eval"): "the payloads",
+    ("tests/test_faults_security.py", "torch.load"): "a payload, and a stand-in that must not be called",
+}
+
+
+def violations(source: str) -> set[str]:
+    """Names in `source` that no code here may use, seen through `import ... as`, aliases and bare references."""
+    tree = ast.parse(source)
+    names = {"eval": "eval", "exec": "exec"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {(each.asname or each.name.split(".")[0]): (each.name if each.asname else each.name.split(".")[0])
+                      for each in node.names}  # fmt: skip
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {(each.asname or each.name): f"{node.module}.{each.name}" for each in node.names}
+
+    def dotted(node: ast.AST) -> str:
+        if isinstance(node, ast.Name):
+            return names.get(node.id, "")
+        return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
+
+    found = {name for node in ast.walk(tree) if (name := dotted(node)) in FORBIDDEN}
+    safe = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call) and _is_restricted(node)]
+    found |= {"torch.load" for node in ast.walk(tree) if dotted(node) == "torch.load" and node not in safe}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg in FORBIDDEN_KEYWORDS:
+            found |= set() if isinstance(node.value, ast.Constant) and not node.value.value else {f"{node.arg}="}
+    return found
+
+
+def _is_restricted(call: ast.Call) -> bool:
+    given = {each.arg: each.value for each in call.keywords}
+    value = given.get("weights_only")
+    return isinstance(value, ast.Constant) and value.value is True and None not in given
+
+
+def test_D3_no_unsafe_call() -> None:
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True)
+    names = sorted(name for name in listed.stdout.decode().splitlines() if (ROOT / name).is_file())
+    assert len(names) > 80
+    found = {(name, each) for name in names for each in violations((ROOT / name).read_text())}
+    assert found - set(ALLOWED) == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("import pickle\npickle.load(f)", "pickle.load"),
+        ("from pickle import loads as read\nread(b)", "pickle.loads"),
+        ("import torch\ntorch.load(f)", "torch.load"),
+        ("import torch\ntorch.load(f, weights_only=False)", "torch.load"),
+        ("import torch\ntorch.load(f, weights_only=safe)", "torch.load"),
+        ("import torch\ntorch.load(f, **options)", "torch.load"),
+        ("import torch\nread = torch.load\nread(f)", "torch.load"),
+        ("import torch as t\nt.jit.load(f)", "torch.jit.load"),
+        ("import torch.distributed.checkpoint as dcp\ndcp.load(x)", "torch.distributed.checkpoint.load"),
+        ("from torch.distributed import checkpoint\ncheckpoint.load(x)", "torch.distributed.checkpoint.load"),
+        ("import numpy\nnumpy.load(f, allow_pickle=True)", "allow_pickle="),
+        ("import yaml\nyaml.load(f, Loader=yaml.SafeLoader)", "yaml.load"),
+        ("eval('1')", "eval"),
+        ("import subprocess\nsubprocess.run('ls', shell=True)", "shell="),
+        ("import os\nos.system('ls')", "os.system"),
+        ("from os import system\nsystem('ls')", "os.system"),
+    ],
+)
+def test_D3_the_scan_sees(code: str, name: str) -> None:
+    assert violations(code) == {name}
+
+
+def test_D3_the_scan_lets_safe_code_pass() -> None:
+    code = "import torch, subprocess\ntorch.load(f, weights_only=True)\nmodel.eval()\nsubprocess.run(a, shell=False)"
+    assert violations(code) == set()
+
+
+# ---- D4, D5: formats -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dcp_folder(tmp_path: Path) -> Path:
+    """What torch.distributed.checkpoint writes, with a payload where it keeps a pickle."""
+    folder = tmp_path / "dcp"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(payloads(tmp_path / "ran")["system call"]))
+    (folder / "__0_0.distcp").write_bytes(b"\0" * 64)
+    return folder
+
+
+def test_D4_dcp_folder_is_refused_unopened(dcp_folder: Path, tmp_path: Path, tiny: list[str]) -> None:
+    from engine.distributed import World
+    from engine.trainer import Trainer
+
+    opened: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: tuple) -> None:
+        if watching and event == "open" and str(dcp_folder) in str(arguments[0]):
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(watch)  # stays, idle, for the life of the process
+    try:
+        for read in (find_checkpoint, load_model_weights, Source.open, Generator.from_checkpoint):
+            with pytest.raises(CheckpointError, match=r"dcp is a torch\.distributed\.checkpoint folder, which is not"):
+                read(dcp_folder)
+        for key in ("train.init_from", "train.resume"):
+            trainer = Trainer(load_config(None, [*tiny, f"{key}={dcp_folder}", "train.max_steps=1"]), World())
+            with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
+                trainer.fit()
+        assert opened == []
+        for name in (".metadata", "__0_0.distcp"):
+            with pytest.raises(ValueError, match=r"not a whole|Python objects"):
+                read_state_dict(dcp_folder / name)
+    finally:
+        watching = False
+    assert opened and not (tmp_path / "ran").exists()
+
+
+def header(content: Any, body: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file with this header, of a length that may be a lie."""
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+def entry(start: int, end: int, *shape: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+SAFETENSORS = {
+    "header of 10^12 bytes": header({}, length=10**12),
+    "header of 2^64 - 1 bytes": header({}, length=2**64 - 1),
+    "header of 99 MB in a file of 100 B": header({"w": entry(0, 8, 2)}, bytes(8), length=99_000_000),
+    "overlap": header({"w": entry(0, 8, 2), "v": entry(4, 12, 2)}, bytes(12)),
+    "the same bytes twice": header({"w": entry(0, 8, 2), "v": entry(0, 8, 2)}, bytes(8)),
+    "size beyond the file": header({"w": entry(0, 8, 2)}, bytes(4)),
+    "4 EB": header({"w": entry(0, 2**62, 2**60)}, bytes(4)),
+    "product of sizes overflows": header({"w": entry(0, 8, 2**33, 2**33)}, bytes(8)),
+    "negative size": header({"w": entry(0, 8, -2)}, bytes(8)),
+    "end before start": header({"w": entry(8, 0, 2)}, bytes(8)),
+    "bytes without an owner": header({"w": entry(0, 8, 2)}, bytes(80)),
+    "unknown dtype": header({"w": entry(0, 8, 2, dtype="F99")}, bytes(8)),
+    "nested without end": header(b'{"w":' * 10_000),
+    "no JSON": header(b"hello"),
+    "empty": b"",
+}
+
+
+def memory() -> int:
+    """Resident bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("kind", sorted(SAFETENSORS))
+def test_D5_header_attacks(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "bad.safetensors"
+    file.write_bytes(SAFETENSORS[kind])
+    before, start = memory(), time.process_time()
+    with pytest.raises(ValueError, match=r"bad\.safetensors is not a whole safetensors file"):
+        read_state_dict(file)
+    assert time.process_time() - start < 0.1 and memory() - before < 50e6
+
+
+@pytest.mark.parametrize("kind", sorted(SAFETENSORS))
+def test_D5_header_attacks_in_a_checkpoint(tmp_path: Path, kind: str) -> None:
+    """An attacker writes a manifest that fits."""
+    folder = whole_checkpoint(tmp_path)
+    (folder / "optim.safetensors").write_bytes(SAFETENSORS[kind])
+    seal(folder)
+    before, start = memory(), time.process_time()
+    with pytest.raises(CheckpointError, match=r"optim\.safetensors cannot be read"):
+        load_checkpoint(folder)
+    assert time.process_time() - start < 0.1 and memory() - before < 50e6
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "3", "{}", "", '{"format": NaN}'])
+@pytest.mark.parametrize("name", [MANIFEST, "state.json"])
+def test_D5_json_attacks(tmp_path: Path, name: str, text: str) -> None:
+    folder = whole_checkpoint(tmp_path)
+    (folder / name).write_text(text)
+    if name != MANIFEST:
+        seal(folder)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(folder)
+
+
+def whole_checkpoint(root: Path) -> Path:
+    """A sound checkpoint folder of a network of one weight."""
+    group = {"w": torch.ones(2)}
+    return write_checkpoint(Checkpoint(1, 2, group, group, group, group), load_config(), root / "checkpoints")
+
+
+def seal(folder: Path) -> None:
+    """Rewrite the manifest to fit the files."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+# ---- D6: versions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "safe"),
+    [("1.13.1", False), ("2.5.1", False), ("2.6.0+cu124", False), ("2.9.1", False), ("2.10.0", True), ("2.11.0", True)],
+)
+def test_D6_version_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, safe: bool) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    torch.save(Taef2().encoder.state_dict(), tmp_path / ENCODER_FILE)
+    torch.save(Taef2().decoder.state_dict(), tmp_path / DECODER_FILE)
+    monkeypatch.setattr(torch, "__version__", version)
+    assert read_state_dict(tmp_path / "a.safetensors")
+    if safe:
+        assert read_state_dict(tmp_path / "a.pt") and Taef2.from_folder(tmp_path)
+        return
+    for read in (lambda: read_state_dict(tmp_path / "a.pt"), lambda: Taef2.from_folder(tmp_path)):
+        with pytest.raises(ValueError, match=rf"is not read: with PyTorch {version.split('+')[0]}.*2\.10 or newer"):
+            read()
+
+
+# ---- D7, D8: YAML ----------------------------------------------------------------------------------
+
+
+def alias_bomb() -> str:
+    rows = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)]
+    return "\n".join(rows)
+
+
+YAMLS = {
+    "object": ("train: !!python/object/apply:os.mkdir [MARKER]\n", "tag"),
+    "name": ("train: {output_dir: !!python/name:os.system }\n", "tag"),
+    "own tag": ("train: {seed: !secret 3}\n", "tag"),
+    "binary": ("train: {output_dir: !!binary aGVsbG8=}\n", "tag"),
+    "alias bomb": (alias_bomb(), "alias"),
+    "merge bomb": ("b0: &b0 {k: 1}\n" + "\n".join(f"b{i}: &b{i} {{<<: [{', '.join([f'*b{i - 1}'] * 9)}]}}"
+                                                   for i in range(1, 9)), "alias"),
+    "recursion": ("train: &a\n  output_dir: *a\n", "alias"),
+    "10 MB of comment": ("#" * 10_000_000 + "\ntrain: {seed: 1}\n", "too long"),
+    "10 MB of value": ("train:\n  output_dir: " + "x" * 10_000_000 + "\n", "too long"),
+    "many values": ("sample:\n  labels: [" + "1," * (MAX_YAML_CHARACTERS // 2 - 20) + "1]\n", "too many values"),
+    "deep, open": ("train: " + "[" * 60_000, "levels deep"),
+    "deep, closed": ("train: " + "{a: " * 5_000 + "}" * 5_000, "levels deep"),
+    "deep, indented": ("\n".join(" " * i + "a:" for i in range(300)), "levels deep"),
+    "duplicate key": ("train:\n  seed: 1\n  seed: 2\n", "duplicate key seed"),
+    "duplicate section": ("train:\n  seed: 1\ntrain:\n  seed: 2\n", "duplicate key train"),
+    "two documents": ("train: {seed: 1}\n---\ntrain: {seed: 2}\n", "document"),
+    "long number": ("train:\n  seed: " + "9" * 5_000 + "\n", "digits"),
+    "not text": ("train: {seed: 1}\x00\n", "not valid YAML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(YAMLS))
+def test_D7_hostile_yaml(tmp_path: Path, kind: str) -> None:
+    text, word = YAMLS[kind]
+    marker, file = tmp_path / "ran", tmp_path / "bad.yaml"
+    file.write_text(text.replace("MARKER", str(marker)))
+    for read in (load_config, convert_config.read_official):
+        start = time.process_time()
+        with pytest.raises(ValueError, match=word) as error:
+            convert_config.convert(config) if isinstance(config := read(file), dict) else None
+        assert time.process_time() - start < 1.0
+        assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("value", ["[" * 60_000, "!!python/name:os.system", "&a [*a]", "x" * 70_000])
+def test_D7_hostile_override(value: str) -> None:
+    with pytest.raises(ValueError, match=r"train\.output_dir"):
+        load_config(None, [f"train.output_dir={value}"])
+
+
+SECRET = "s3cr3t-value-of-the-environment"
+RESOLVERS = [
+    "${oc.env:LATTE_SECRET}",
+    "${oc.decode:'1'}",
+    "${env:LATTE_SECRET}",
+    "${train.seed}",
+    "a${oc.env:LATTE_SECRET}b",
+    "\\${oc.env:LATTE_SECRET}",
+]
+
+
+@pytest.mark.parametrize("text", RESOLVERS)
+def test_D8_resolvers_are_refused_and_nothing_leaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, text: str
+) -> None:
+    import train
+
+    monkeypatch.setenv("LATTE_SECRET", SECRET)
+    output = tmp_path / "run"
+    file = tmp_path / "a.yaml"
+    yamls = [{"data": {"path": text}}, {"sample": {"labels": ["a", text]}}, {"train": text}, {text: 1}]
+    attempts = [["--config", str(file)]] * len(yamls) + [[f"data.path={text}"], [f"sample.labels=[{text!r}]"]]
+    for number, arguments in enumerate(attempts):
+        file.write_text(json.dumps(yamls[min(number, len(yamls) - 1)]))  # JSON is YAML
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, f"train.output_dir={output}"])
+        with pytest.raises(SystemExit) as end:
+            cli.run(train.main)
+        said = capsys.readouterr()
+        assert end.value.code == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1
+        assert SECRET not in said.err + said.out
+    assert not output.exists()
+
+
+def test_D8_no_secret_reaches_a_run(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.fault_support import run
+
+    monkeypatch.setenv("LATTE_SECRET", SECRET)
+    run([*tiny, "train.max_steps=1"])
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert any(file.name == "config.yaml" for file in files)
+    assert not [file for file in files if SECRET.encode() in file.read_bytes()]
+
+
+# ---- D9, D10, D11: data ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A data set of one clip, a stranger's picture beside it, and a link that leads there."""
+    root = tmp_path / "set"
+    (root / "A" / "clip").mkdir(parents=True)
+    picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    for number in range(4):
+        picture.save(root / "A" / "clip" / f"{number}.png")
+    picture.save(tmp_path / "outside.png")
+    (root / "link.png").symlink_to(tmp_path / "outside.png")
+    (root / "folder").symlink_to(tmp_path)
+    return root
+
+
+ENTRIES = {
+    "parent": "../outside.png",
+    "parent inside": "A/../../outside.png",
+    "absolute": "OUTSIDE",
+    "symlink": "link.png",
+    "symlinked folder": "folder/outside.png",
+    "http": "http://localhost/a.png",
+    "https": "https://localhost/a.png",
+    "file": "file:///etc/hostname.png",
+    "concat": "concat:A/clip/0.png|A/clip/1.png",
+    "drive": "C:a.png",
+    "NUL": "A/clip/0.png\0.png",
+    "carriage return": "A/clip/\r0.png",
+    "newline": "A/clip/\n0.png",
+    "escape": "A/clip/\x1b[31m0.png",
+    "home": "~/a.png",
+    "too long": "a" * 5000 + ".png",
+    "not text": "A/\udcff.png",
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ENTRIES))
+def test_D9_entry(listed: Path, kind: str) -> None:
+    text = ENTRIES[kind].replace("OUTSIDE", str(listed.parent / "outside.png"))
+    file = listed.parent / "list.txt"
+    file.write_bytes(f"A/clip/0.png\n\n{text}\n".encode(errors="surrogateescape"))
+    config = DataConfig(path=str(listed), num_frames=4, frame_interval=1, num_images=1, frame_list=str(file))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"list\.txt, line 3: ") as error:
+        read_frame_list(config, build_catalog(config))
+    assert printable(str(error.value)).isprintable()
+
+
+def test_D9_a_plain_entry_is_read(listed: Path) -> None:
+    file = listed.parent / "list.txt"
+    file.write_text("A/clip/0.png\nA/clip/1.png A\n")
+    config = DataConfig(path=str(listed), num_frames=4, frame_interval=1, num_images=1, frame_list=str(file))
+    assert [clip.name for clip in read_frame_list(config, build_catalog(config))] == ["A/clip/0.png", "A/clip/1.png"]
+
+
+PLAYLISTS = {
+    "ffconcat": "ffconcat version 1.0\nfile 'good.bin'\n",
+    "ffconcat, late": "\n\n ffconcat version 1.0\nfile 'good.bin'\n",
+    "HLS": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\ngood.bin\n#EXT-X-ENDLIST\n",
+    "HLS, byte order mark": "\ufeff#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
+    "DASH": '<?xml version="1.0"?>\n<MPD><Period><BaseURL>good.bin</BaseURL></Period></MPD>\n',
+    "SDP": "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n",
+    "image sequence": "good%d.mkv",
+    "address": "http://localhost/good.bin",
+}
+
+
+@pytest.fixture(scope="module")
+def good_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mp4(tmp_path_factory.mktemp("clip") / "good.mp4", np.zeros((4, 16, 16, 3), np.uint8))
+
+
+@pytest.mark.parametrize("kind", sorted(PLAYLISTS))
+def test_D10_playlists(tmp_path: Path, good_clip: Path, kind: str) -> None:
+    """The file that they name is there: a library that followed them would succeed."""
+    for reader, suffix in (("auto", ".mp4"), ("decord", ".mp4"), ("auto", ".MOV"), ("auto", ".ts")):
+        folder = tmp_path / f"set {reader}{suffix}"
+        folder.mkdir()
+        shutil.copy(good_clip, folder / "good.bin")  # not of the set, but there to be followed
+        bad = folder / f"list{suffix}"
+        bad.write_text(PLAYLISTS[kind])
+        word = kind.partition(",")[0]
+        reason = f"is an {word} playlist" if word in ("HLS", "ffconcat") else "is not a video"
+        with pytest.raises(VideoError, match=reason):
+            open_video(bad, reader)
+        config = DataConfig(path=str(folder), num_frames=1, strict=True, reader=reader)
+        with pytest.raises(VideoError, match=r"playlist|not a video"):
+            build_dataset(config, seed=0)[0, 0]
+
+
+def test_D10_the_playlists_would_be_followed(tmp_path: Path, good_clip: Path) -> None:
+    """Positive control: FFmpeg by itself decodes an ffconcat list named .mp4."""
+    import av
+
+    shutil.copy(good_clip, tmp_path / "good.bin")
+    (tmp_path / "list.mp4").write_text(PLAYLISTS["ffconcat"])
+    with av.open(str(tmp_path / "list.mp4")) as container:
+        assert container.format.name == "concat" and next(container.decode(video=0)).width
+
+
+def archive(kind: str) -> bytes:
+    """A zip with one thing wrong with it."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED if kind == "bomb" else zipfile.ZIP_STORED) as file:
+        if kind == "symlink":
+            link = zipfile.ZipInfo("a/link.png")
+            link.external_attr = 0o120777 << 16
+            file.writestr(link, "/etc/passwd")
+        file.writestr({"parent": "../../out.png"}.get(kind, "a/0.png"), bytes(20_000_000 if kind == "bomb" else 8))
+    raw = content.getvalue()
+    if kind == "encrypted":
+        raw = raw[: raw.rindex(b"PK\1\2") + 8] + b"\1" + raw[raw.rindex(b"PK\1\2") + 9 :]
+    return raw
+
+
+@pytest.mark.parametrize("kind", ["parent", "symlink", "bomb", "encrypted"])
+def test_D11_zip_as_data(tmp_path: Path, kind: str) -> None:
+    """Substitute: data is read from folders only, so there is no archive to limit. None is opened, in either place."""
+    (tmp_path / "set").mkdir()
+    file = tmp_path / "set" / "clips.zip"
+    file.write_bytes(archive(kind))
+    with pytest.raises(ValueError, match=r"data\.path: '.*clips\.zip' is a file, not a folder"):
+        build_catalog(DataConfig(path=str(file)))
+    with pytest.raises(ValueError, match=r"holds none \(found: 1 \*\.zip\)"):
+        build_catalog(DataConfig(path=str(file.parent)))
+    with pytest.raises(VideoError, match="not a video"):
+        open_video(file)
+    assert sorted(tmp_path.rglob("*")) == [file.parent, file]
+
+
+def test_D11_bomb_as_checkpoint(tmp_path: Path) -> None:
+    """Substitute: the archives that are opened are .pt files; one that unpacks to more than itself is refused."""
+    plain, bomb = tmp_path / "plain.pt", tmp_path / "bomb.pt"
+    torch.save({"w": torch.zeros(5_000_000)}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record))
+    assert bomb.stat().st_size * 500 < plain.stat().st_size
+    before = memory()
+    with pytest.raises(ValueError, match=r"bomb\.pt is refused: its \d+ records unpack to 20\d{6} bytes"):
+        read_state_dict(bomb)
+    assert memory() - before < 5e6
+    encrypted = tmp_path / "encrypted.pt"
+    encrypted.write_bytes(archive("encrypted"))
+    with pytest.raises(ValueError, match=r"encrypted\.pt is refused"):
+        read_state_dict(encrypted)
+    assert read_state_dict(plain)
+
+
+# ---- D12: autoencoders -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Refuses every connection; gives what was asked for."""
+    asked: list[str] = []
+
+    def refuse(*arguments: Any, **_: Any) -> None:
+        asked.append(str(arguments[-1:]))
+        raise OSError("no network in tests")
+
+    for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo"), (socket, "create_connection")):
+        monkeypatch.setattr(owner, name, refuse)
+    yield asked
+
+
+def codec_folder(root: Path) -> Path:
+    torch.manual_seed(0)
+    torch.save(Taef2().encoder.state_dict(), root / ENCODER_FILE)
+    torch.save(Taef2().decoder.state_dict(), root / DECODER_FILE)
+    return root
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "another network", "text", "no dictionary", "number"])
+def test_D12_codec_files(tmp_path: Path, no_network: list[str], damage: str) -> None:
+    """Substitute: no metric detector exists yet, and a codec folder has no stated hash; weights that are not whole
+    or not the network's are refused by name, offline. Expected and actual SHA-256 are shown where hashes exist:
+    test_D2_only_a_listed_hash_is_opened for weights, test_C6 for checkpoints."""
+    file = codec_folder(tmp_path) / DECODER_FILE
+    whole = file.read_bytes()
+    things = {"another network": torch.nn.Linear(2, 2).state_dict(), "no dictionary": [1], "number": 3}
+    if damage in things:
+        torch.save(things[damage], file)
+    else:
+        file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"<html>404</html>"}[damage])
+    with pytest.raises(ValueError, match=DECODER_FILE) as error:
+        LatentCodec.from_config(CodecConfig(path=str(tmp_path), latent_channels=32))
+    assert "\n" not in str(error.value) and no_network == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut", "another network", "pickle"])
+def test_D12_diffusers_folder(tmp_path: Path, no_network: list[str], damage: str) -> None:
+    """Substitute: as above, for the diffusers format, whose import alone takes seconds."""
+    folder = shutil.copytree(ROOT / "assets/demo/codec", tmp_path / "codec")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:100_000])
+    elif damage == "another network":
+        save_file({"w": torch.ones(2)}, file)
+    else:
+        file.unlink()
+        torch.save(payloads(tmp_path / "ran")["system call"], folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"codec\.path=.*codec") as error:
+        LatentCodec.from_config(CodecConfig(path=str(folder), latent_channels=16))
+    assert "\n" not in str(error.value) and no_network == [] and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", "{}", '{"_class_name": "Popen"}', '{"_class_name": ["a"]}'])
+def test_D12_codec_description(tmp_path: Path, text: str) -> None:
+    """Substitute: as above. The class is one of a list, never whatever name the file holds."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"codec\.path="):
+        LatentCodec.from_config(CodecConfig(path=str(tmp_path)))
+
+
+def test_D12_a_hub_name_without_a_network(no_network: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Substitute: as above. A name that would need the network ends in one sentence."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"could not be had from the hub"):
+        LatentCodec.from_config(CodecConfig(path="nobody/nothing-at-all"))
+    assert no_network == []
+
+
+# ---- D13: names ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*NASTY, "", ".", "-rf", "a" * 300, "\x00", "con.mp4/../../x"])
+def test_D13_slug(name: str, tmp_path: Path) -> None:
+    part = slug(name)
+    assert part and part.isascii() and part.isprintable() and len(part) <= 80
+    assert not set(part) & set("/\\ \n\x1b\0") and part[0] not in ".-"
+    assert (tmp_path / part).resolve().parent == tmp_path.resolve()
+
+
+def test_D13_samples_of_nasty_classes_stay_in_their_folder(tmp_path: Path) -> None:
+    overrides = [f"model.num_classes={len(NASTY)}", f"sample.num_videos={len(NASTY)}", "sample.steps=2"]
+    config = load_config(None, [*TINY, *overrides])
+    generator = Generator(build_model(config), LatentCodec.from_config(config.codec), config, class_names=NASTY)
+    folder = tmp_path / "deep" / "samples"
+    files = write_samples(generator, config, folder, checkpoint="x\n\x1b[2J")
+    inside = {file.name for file in folder.iterdir()}
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {folder / name for name in inside}
+    assert inside == {each["file"] for each in files} | {"samples.gif", "samples.png", "samples.json"}
+    assert all(name.isascii() and name.isprintable() for name in inside)
+    text = (folder / "samples.json").read_text()
+    assert text.replace("\n", "").isprintable()
+    assert [each["class_name"] for each in json.loads(text)["videos"]] == NASTY
+
+
+def test_D13_captions_keep_their_row() -> None:
+    videos = np.zeros((1, 2, 8, 8, 3), np.uint8)
+    for name in NASTY:
+        assert np.array_equal(contact_sheet(videos, [name]), contact_sheet(videos, [printable(name)]))
+
+
+def test_D13_log_lines(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = RunLogger(tmp_path, start=0, total=1)
+    capsys.readouterr()
+    for name in NASTY:
+        log.say(f"data: class {name}")
+    log.close()
+    lines = capsys.readouterr().err.strip("\r\n").split("\n")
+    assert len(lines) == len(NASTY) and all(line.isprintable() for line in lines)
+    assert r"class \x1b[31mred\x1b[0m" in lines[2] and r"a\nb" in lines[1]
+
+
+def test_D13_error_sentences(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def fail(argv: list[str]) -> int:
+        raise ValueError(f"no class {NASTY[1]} {NASTY[2]} \udcff")
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit):
+        cli.run(fail)
+    assert capsys.readouterr().err == "error: no class a\\nb \\x1b[31mred\\x1b[0m \\udcff\n"
+
+
+def test_D13_file_names_in_warnings_and_run_logs(
+    tmp_path: Path, frame_folders: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    """A run over clips with such names: every line that is shown, and every line of every log, is plain."""
+    from tests.fault_support import run
+
+    root = tmp_path / "set"
+    shutil.copytree(frame_folders / "falls", root / "a\nb")
+    shutil.copytree(frame_folders / "rises", root / "\x1b[31mred\x1b[0m")
+    for number in range(7):
+        (root / "a\nb" / "clip0" / f"{number:03d}.png").write_text("no picture")
+    (root / "a\nb" / "clip0").rename(root / "a\nb" / "c\x1b[2J\nd")
+    overrides = [f"data.path={root}", f"train.output_dir={tmp_path / 'run'}", "train.max_steps=6"]
+    with caplog.at_level(logging.WARNING):
+        run([*TINY, *overrides])
+    said = [record.getMessage() for record in caplog.records] + capsys.readouterr().err.split("\n")
+    assert any(r"c\x1b[2J\nd" in line for line in said)
+    assert all(line.replace("\r", "").isprintable() for line in said)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        for line in (tmp_path / "run" / name).read_text().split("\n"):
+            assert line.isprintable() and (not line or isinstance(json.loads(line), dict))
+
+
+# ---- D14: shells -----------------------------------------------------------------------------------
+
+
+def test_D14_scripts_evaluate_no_text() -> None:
+    """Shell text in what Slurm says is run against the scripts in test_faults_launch.py. Here: none evaluates any."""
+    scripts = [file for pattern in ("*/*.sh", "*/*.slurm") for file in sorted(ROOT.glob(pattern))]
+    assert len(scripts) >= 14
+    for script in scripts:
+        assert evaluated(script.read_text()) == [], script
+
+
+def evaluated(script: str) -> list[str]:
+    """What in a shell script runs text, or splits a list of nodes into words."""
+    lines = [line.partition(" #")[0] for line in script.splitlines() if not line.lstrip().startswith("#")]
+    code = "\n".join(lines)
+    bad = [r"\beval\b", r"\bsource\b", "`", r"\b(ba)?sh -c\b", r"\bxargs\b", r"\benvsubst\b"]
+    nodes = r"\$\{?SLURM_(?:JOB_)?NODELIST"
+    return [pattern for pattern in bad if re.search(pattern, code)] + re.findall(rf'(?<!"){nodes}', code)
+
+
+@pytest.mark.parametrize("line", ["eval $X", "echo `ls`", "bash -c ls", "srun -w $SLURM_NODELIST x", "source ./x"])
+def test_D14_the_scan_sees(line: str) -> None:
+    assert evaluated(f"set -e\n{line}\n")
+
+
+def test_D14_python_starts_no_shell_with_it() -> None:
+    """No Python code reads the node list; D3 refuses every call that would start a shell."""
+    for folder in ("engine", "tools", "sample", "models", "datasets", "diffusion"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert "NODELIST" not in file.read_text(), file
