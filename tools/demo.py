@@ -173,6 +173,8 @@ def plot_losses(source: Path, target: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#4c78a8", linewidth=1.4)
     axes.set(xlabel="optimiser step", ylabel="training loss", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     figure.savefig(target, dpi=120)
     plt.close(figure)
