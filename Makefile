@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-slow lint format lock clean
+.PHONY: help setup demo test test-faults soak test-slow lint format lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test: setup lint  ## lint, types and the test suite
 test-faults: setup  ## the 86 fault tests of docs/reliability.md, a line each at the end
 	$(BIN)/python -m pytest -q tests/test_faults_*.py
 
+soak: setup  ## 200 random kills of one run; KILLS and SEED to choose
+	$(BIN)/python tests/soak.py --kills $(or $(KILLS),200) --seed $(or $(SEED),0)
+
 test-slow: setup  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 
@@ -45,6 +48,6 @@ lock: setup  ## make requirements.txt from the ranges of pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 		--no-header --no-emit-index-url --no-annotate --quiet --output-file requirements.txt
 
-clean:  ## remove results and caches (never .venv)
-	rm -rf results .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove caches (never results, data or .venv)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

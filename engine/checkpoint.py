@@ -170,15 +170,18 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder} is not a checkpoint of this project: it has no readable {MANIFEST}.") from None
     if kind != FORMAT:
         raise CheckpointError(f"{folder} is of format {kind!r}; this version reads {FORMAT!r}.")
-    files = manifest.get("files") or {}
+    try:
+        files = {str(name): (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except (LookupError, TypeError, AttributeError):
+        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not list its files.") from None
     unlisted = [file.name for file in sorted(folder.glob("*.safetensors")) if file.name not in files]
     if unlisted:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not list {', '.join(unlisted)}.")
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing.")
-        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size or _sha256(file) != digest:
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} does not match its SHA-256.")
 
 

@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .cli import config_parser, leave
 from .errors import PREEMPTED_EXIT
 
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
-def train(argv: list[str], description: str, check: Callable[[int], str | None]) -> int:
+
+def train(
+    argv: list[str],
+    description: str,
+    check: Callable[[int], str | None],
+    fit: Callable[[Trainer], bool] | None = None,
+) -> int:
     """Train as the command line says.
 
     Args:
         check: given `data.num_images`, the sentence that refuses it for this script, or None.
+        fit: what trains, in place of `Trainer.fit`.
     """
     parser = config_parser(description, "%(prog)s --config FILE [--dry-run] [key=value ...]")
     parser.add_argument("--dry-run", action="store_true", help="print config, parameters and cost as JSON, and exit")
@@ -50,6 +60,6 @@ def train(argv: list[str], description: str, check: Callable[[int], str | None])
         override=arguments.override,
         allow_inexact_resume=arguments.allow_inexact_resume,
     )
-    reached = trainer.fit()
+    reached = fit(trainer) if fit else trainer.fit()
     close_world()  # after a clean end only
     return leave(0 if reached else PREEMPTED_EXIT)

@@ -28,14 +28,21 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            self._before = {number: signal.signal(number, self._remember) for number in STOPPING}
+            self._before = {number: signal.signal(number, self.remember) for number in STOPPING}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    @property
+    def installed(self) -> bool:
+        """Whether this process has the handlers."""
+        return bool(self._before)
+
+    def remember(self, number: int, frame: FrameType | None) -> None:
+        """The handler: sets a flag, and nothing else."""
         self.received = number
 
 

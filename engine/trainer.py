@@ -10,7 +10,7 @@ import contextlib
 import json
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,6 +119,8 @@ class Trainer:
         self.log: Logger = NullLogger()
         self.crumbs = Breadcrumbs(self.folder.path, world.rank)
         self.batch_files: list[str] = []
+        self.meter = Meter()
+        self.watch = HangWatch(self.folder.path / "errors" / f"rank{world.rank}.stacks.txt", train.hang_timeout_s)
         if train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
@@ -156,15 +158,18 @@ class Trainer:
 
     # ---- the run -------------------------------------------------------------------------------
 
-    def fit(self) -> bool:
+    def fit(self, loop: Callable[[Trainer], int] | None = None) -> bool:
         """Train from the newest checkpoint, or from the start; returns whether `train.max_steps` was reached.
 
         False: a signal stopped the run, with everything saved.
+
+        Args:
+            loop: what calls `advance` with `batches`, in place of `Trainer.loop`.
         """
         on_main(self.folder.open)
         try:
             with self.signals:
-                reached = self._fit()
+                reached = self._fit(loop or Trainer.loop)
         except Exception as error:
             self.folder.report_failure(self.world.rank, self.step, error, files=self.batch_files)
             raise
@@ -176,7 +181,7 @@ class Trainer:
             self.folder.close()
         return reached
 
-    def _fit(self) -> bool:
+    def _fit(self, loop: Callable[[Trainer], int]) -> bool:
         train = self.config.train
         self._check_ranks_agree()
         notes = self.restore()
@@ -191,9 +196,12 @@ class Trainer:
             for block in self.model.blocks:
                 block.compile()
         self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
-        watch = HangWatch(self.folder.path / "errors" / f"rank{self.world.rank}.stacks.txt", train.hang_timeout_s)
-        stopped = self._loop(watch)
-        watch.stop()
+        self.meter.clear()
+        self.watch.tick()
+        stopped = loop(self)
+        self.watch.stop()
+        if stopped:
+            self._stop_early(stopped)
         self.log.close()
         self.writer.wait()
         self._raise_failed_write(broadcast_object(self.writer.failure))
@@ -201,26 +209,28 @@ class Trainer:
             self.folder.mark(COMPLETED, self.step, **self._last_hashes())
         return not stopped
 
-    def _loop(self, watch: HangWatch) -> bool:
-        """Steps until `train.max_steps`; returns whether a signal stopped it earlier."""
-        train = self.config.train
+    def loop(self) -> int:
+        """Steps until `train.max_steps`; returns the signal that stopped it earlier, or 0."""
         batches = self.batches()
-        meter = Meter()
-        while self.step < train.max_steps:
-            watch.tick()
-            with meter.waiting():
+        while self.step < self.config.train.max_steps:
+            with self.meter.waiting():
                 micro_batches = next(batches)
-            before = self.step
-            parts, stop = self.train_step(micro_batches)
-            if self.step > before:
-                replaced = torch.cat([batch["replaced"] for batch in micro_batches]).float().mean()
-                meter.add({**parts, "replaced_share": replaced.to(parts["loss"])})
-                self.log.advance(self.step)
-                self._at_step(meter)
+            stop = self.advance(micro_batches)
             if stop:
-                self._stop_early(stop)
-                return True
-        return False
+                return stop
+        return 0
+
+    def advance(self, micro_batches: list[dict[str, Tensor]]) -> int:
+        """One step with all that it is due: log, comparison of the replicas, checkpoint; the signal to stop, or 0."""
+        before = self.step
+        parts, stop = self.train_step(micro_batches)
+        if self.step > before:
+            replaced = torch.cat([batch["replaced"] for batch in micro_batches]).float().mean()
+            self.meter.add({**parts, "replaced_share": replaced.to(parts["loss"])})
+            self.log.advance(self.step)
+            self._at_step(self.meter)
+        self.watch.tick()
+        return stop
 
     def _at_step(self, meter: Meter) -> None:
         """What a new step is due: a row of the log, a comparison of the replicas, a checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import hashlib
 import os
@@ -86,3 +87,5 @@ class HangWatch:
         self._stream = None
         if empty:
             self._file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other ranks have theirs there
+                self._file.parent.rmdir()

@@ -26,6 +26,7 @@ import psutil
 import torch
 from torch.utils._pytree import tree_map
 
+from engine import checkpoint as ckpt
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
@@ -79,7 +80,29 @@ def _signal_self(number: signal.Signals) -> Callable[[Trainer], None]:
     return lambda trainer: os.kill(os.getpid(), number)
 
 
+def _signal_parent(number: signal.Signals) -> Callable[[Trainer], None]:
+    return lambda trainer: os.kill(os.getppid(), number)
+
+
+def _full_disk(trainer: Trainer) -> None:
+    """The next checkpoint of this process finds the disk full in its middle."""
+    inner = ckpt.save_file
+
+    def full(tensors: Any, file: Any) -> None:
+        if "optim" in str(file):
+            ckpt.save_file = inner
+            Path(file).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        inner(tensors, file)
+
+    ckpt.save_file = full
+
+
 FAULTS: dict[str, Callable[[Trainer], None]] = {
+    "killparent": _signal_parent(signal.SIGKILL),
+    "termparent": _signal_parent(signal.SIGTERM),
+    "usr1parent": _signal_parent(signal.SIGUSR1),
+    "disk": _full_disk,
     "kill": _signal_self(signal.SIGKILL),
     "stop": _signal_self(signal.SIGSTOP),
     "term": _signal_self(signal.SIGTERM),

@@ -702,7 +702,8 @@ def test_C11_at_the_same_moment(tmp_path: Path) -> None:
             os.close(gate[1])
             os.read(gate[0], 1)
             try:
-                RunFolder(tmp_path / "run").open()
+                folder = RunFolder(tmp_path / "run")  # held: with its last reference the lock would go
+                folder.open()
                 os.write(answers[1], f"{os.getpid()} \n".encode())
                 signal.pause()
             except OSError as error:

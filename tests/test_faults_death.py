@@ -146,10 +146,10 @@ def test_A7_a_second_signal_during_the_save(tiny: list[str], tmp_path: Path, mon
 
 
 def test_A8_the_handler_only_sets_a_flag() -> None:
-    source = inspect.getsource(signals.StopSignals._remember)
+    source = inspect.getsource(signals.StopSignals.remember)
     (function,) = ast.parse(textwrap.dedent(source)).body
     assert isinstance(function, ast.FunctionDef)
-    (statement,) = function.body
+    (_docstring, statement) = function.body
     assert isinstance(statement, ast.Assign) and ast.unparse(statement) == "self.received = number"
 
 

@@ -28,7 +28,6 @@ if __package__ in (None, ""):
 
 import json
 import math
-import pickle
 import shutil
 import time
 from dataclasses import dataclass
@@ -210,15 +209,14 @@ def load_state(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
     Raises: FileNotFoundError without one, ValueError for that of a run with other arguments.
     """
-    import torch
+    from models.pickled import load_pickled
 
     if not path.is_file():
         raise FileNotFoundError(f"--resume: there is no run to resume at {path}")
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = state["recipe"]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"--resume: {path} is not the state of such a run ({type(error).__name__})") from None
+    state = load_pickled(path)
+    made_with = state.get("recipe") if isinstance(state, dict) else None
+    if made_with is None:
+        raise ValueError(f"--resume: {path} is not the state of such a run")
     if made_with != recipe:
         raise ValueError(f"--resume: the run at {path} has other arguments: {state['recipe']}")
     return state

@@ -1,0 +1,132 @@
+"""A run on two ranks that is killed again and again, and must end as if nothing had happened.
+
+    python tests/soak.py --kills 200 --seed 0
+
+Each session is the same torchrun command; at a random step a random fault hits it. After the last one the run goes
+on to its end undisturbed. Then its weights, average and moments must equal, bit for bit, those of a run that nothing
+disturbed; no temporary file may be left, and no process. Prints one line per fault and a summary; exit code 1 if
+anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from engine import checkpoint as ckpt
+from engine.watch import Breadcrumbs
+from tests.conftest import TINY
+from tests.fault_support import Torchrun
+
+# what may hit a session, and how often: SIGKILL of a rank or of torchrun, signals, a full disk, a loader worker
+KINDS = ("kill", "kill", "killparent", "term", "usr1", "termparent", "usr1parent", "disk", "loader")
+SIGNALS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--max-restarts=0")
+STAY = {"checkpoints", "config.yaml", "metrics.jsonl", "events.jsonl", "tensorboard", "COMPLETED"}
+
+
+def draw_clips(root: Path) -> None:
+    """Two classes of four clips, each a folder of seven frames."""
+    rng = np.random.default_rng(0)
+    for clip in range(8):
+        folder = root / ("falls", "rises")[clip % 2] / f"clip{clip}"
+        folder.mkdir(parents=True)
+        for frame in range(7):
+            Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(folder / f"{frame}.png")
+
+
+def last_step(run: Path) -> int:
+    """Step of the newest checkpoint."""
+    return max((int(folder.name[5:]) for folder in ckpt.list_checkpoints(run / "checkpoints")), default=0)
+
+
+def session(overrides: list[str], fault: str) -> int:
+    """One torchrun, faulty as told; its exit code."""
+    with Torchrun(overrides, fault, SIGNALS) as job:
+        code, output = job.wait(timeout=120)
+    if not fault and code:
+        sys.exit(f"the undisturbed session failed:\n{output[-3000:]}")
+    return code
+
+
+def wait_for_the_end(marker: str, seconds: float = 15.0) -> list[str]:
+    """Command lines of processes that still name `marker` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        alive = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+        left = [line for line in alive if marker in line and "soak.py" not in line]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.2)
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Names of the tensors in which two checkpoints differ."""
+    one, other = ckpt.load_checkpoint(a), ckpt.load_checkpoint(b)
+    found = []
+    for kind in ("model", "ema", "optim", "rng"):
+        left, right = getattr(one, kind), getattr(other, kind)
+        names = sorted(left.keys() | right.keys())
+        found += [f"{kind}/{n}" for n in names if n not in left or n not in right or not torch.equal(left[n], right[n])]
+    return found
+
+
+def soak(kills: int, seed: int, work: Path) -> list[str]:
+    """Everything that went wrong."""
+    draw_clips(work / "data")
+    steps = 6 * kills + 20
+    common = [*TINY, f"data.path={work / 'data'}", f"train.max_steps={steps}", "train.checkpoint_every=5"]
+    common += ["data.num_workers=1", "train.log_every=1", "train.timeout_s=20", "model.label_dropout=0.5"]
+    disturbed = [*common, f"train.output_dir={work / 'disturbed'}"]
+    rng, counts, started = random.Random(seed), Counter[str](), time.monotonic()
+    for number in range(1, kills + 1):
+        kind, rank, before = rng.choice(KINDS), rng.randrange(2), last_step(work / "disturbed")
+        rank = 0 if kind == "disk" else rank  # which is the one that writes
+        step = before + rng.randint(0, 9)
+        code = session(disturbed, f"{kind}@{rank}:{min(step, steps - 2)}")
+        left = wait_for_the_end(str(work))
+        if left:
+            return [f"fault {number} ({kind}): {len(left)} processes survive: {left[0][:200]}"]
+        counts[kind] += 1
+        passed = time.monotonic() - started
+        print(f"{number:4d} {kind:10s} rank {rank} step {step:5d}  exit {code:4d}  {passed:6.0f} s", flush=True)
+    session(disturbed, "")
+    session([*common, f"train.output_dir={work / 'whole'}"], "")
+    wrong = differences(*(ckpt.list_checkpoints(work / name / "checkpoints")[-1] for name in ("disturbed", "whole")))
+    entries = {entry.name for entry in (work / "disturbed").iterdir()}
+    strays = sorted(entries - STAY) + [p.name for p in (work / "disturbed" / "checkpoints").glob("*tmp*")]
+    crumbs = [Breadcrumbs(work / "disturbed", rank).folder for rank in (0, 1)]
+    strays += [str(folder) for folder in crumbs if folder.exists()]
+    print(f"{sum(counts.values())} faults ({', '.join(f'{n} {kind}' for kind, n in sorted(counts.items()))})")
+    return [f"differs: {name}" for name in wrong] + [f"left over: {name}" for name in strays]
+
+
+def main() -> int:
+    """Entry point; 0 if the disturbed run ended as the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="latte_soak_") as folder:
+        wrong = soak(arguments.kills, arguments.seed, Path(folder))
+    for line in wrong:
+        print(line)
+    print("FAILED" if wrong else "bit-identical to the undisturbed run; nothing left over; no process survives")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The Lightning twins: the same numbers as the plain loop, and checkpoints that cross over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import checkpoint as ckpt
+from engine.config import load_config
+from engine.distributed import World
+from engine.trainer import Trainer
+from tests.fault_support import ROOT, rows, run
+
+pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
+
+from engine import lightning
+
+
+def run_twin(overrides: list[str]) -> Trainer:
+    trainer = Trainer(load_config(None, overrides), World())
+    assert lightning.fit(trainer)
+    return trainer
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    return [(row["loss"], row["grad_norm"]) for row in rows(folder)]
+
+
+def assert_same(a: Trainer, b: Trainer) -> None:
+    for one, other in ((a.model, b.model), (a.ema.model, b.ema.model)):
+        for name, value in one.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["data.num_images=2"], ["train.grad_accum_steps=2", "optim.max_grad_norm=0.01", "data.num_workers=1"]],
+    ids=["clips", "images", "accumulation"],
+)
+def test_the_same_five_losses(tiny: list[str], tmp_path: Path, extra: list[str]) -> None:
+    """And weights and average bit for bit; clipping comes after the whole accumulation."""
+    common = [*tiny, *extra, "train.max_steps=5", "model.label_dropout=0.5"]
+    plain = run([*common, f"train.output_dir={tmp_path / 'plain'}"])
+    twin = run_twin([*common, f"train.output_dir={tmp_path / 'twin'}"])
+    assert losses(tmp_path / "plain") == losses(tmp_path / "twin")
+    assert_same(plain, twin)
+
+
+def test_each_continues_the_other(tiny: list[str], tmp_path: Path) -> None:
+    whole = run([*tiny, "train.max_steps=6", f"train.output_dir={tmp_path / 'whole'}"])
+    run([*tiny, "train.max_steps=2"])
+    run_twin([*tiny, "train.max_steps=4"])
+    assert_same(run([*tiny, "train.max_steps=6"]), whole)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_signal_saves_and_stops(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Trainer.train_step
+
+    def signalled(self: Trainer, batch: Any) -> Any:
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", signalled)
+    trainer = Trainer(load_config(None, [*tiny, "train.max_steps=100"]), World())
+    assert not lightning.fit(trainer)
+    assert trainer.step == 4 and (tmp_path / "run" / "PREEMPTED").exists()
+    assert ckpt.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-0000004"
+
+
+@pytest.mark.dist
+def test_two_ranks_through_torchrun(tiny: list[str], tmp_path: Path) -> None:
+    common = [*tiny, "train.max_steps=4", "train.precision=fp64"]
+    launcher = [sys.executable, "-m", "engine.elastic", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "train_pl.py", *common, f"train.output_dir={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    run([*common, "train.batch_size=4", f"train.output_dir={tmp_path / 'one'}"])
+    for a, b in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        assert a == pytest.approx(b, abs=1e-10)

@@ -1,0 +1,21 @@
+"""Train Latte on clips and single images together under Lightning's loop: the twin of train_with_img.py.
+
+    torchrun --nproc_per_node=8 train_with_img_pl.py --config configs/ffs/ffs_img_train.yaml data.path=data/ffs
+
+Either script continues what the other has begun. Needs the extra `lightning` (`make setup` installs it).
+"""
+
+from __future__ import annotations
+
+from engine import cli, launch
+from train_pl import fit
+from train_with_img import require_images
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    return launch.train(argv, __doc__ or "", require_images, fit)
+
+
+if __name__ == "__main__":
+    cli.run(main)
