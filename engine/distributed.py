@@ -11,13 +11,15 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .signals import die_with_parent
 
 CPU = torch.device("cpu")
 T = TypeVar("T")
+START_TIMEOUT_S = 600.0  # until the first step: ranks import, read data lists and compile at their own pace
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class World:
 def init_world(device: str | None = None, timeout_s: float = 1800.0) -> World:
     """Join the process group that torchrun announces; a single process needs none.
 
-    `device` is "cpu", "cuda" or None for CUDA where there is one.
+    `device` is "cpu", "cuda" or None for CUDA where there is one. `timeout_s` of a collective is lengthened to
+    START_TIMEOUT_S until `set_timeout`.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
@@ -51,8 +54,14 @@ def init_world(device: str | None = None, timeout_s: float = 1800.0) -> World:
         return World(device=target)
     if not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timedelta(seconds=max(timeout_s, START_TIMEOUT_S)))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, target)
+
+
+def set_timeout(timeout_s: float) -> None:
+    """From now on a collective that takes longer ends the run."""
+    if dist.is_initialized():
+        _set_pg_timeout(timedelta(seconds=timeout_s))
 
 
 def close_world() -> None:
@@ -122,16 +131,20 @@ def data_parallel(model: nn.Module, world: World) -> nn.Module:
 # ---- shards: FSDP2 ---------------------------------------------------------------------------------
 
 
-def shard(model: nn.Module, world: World) -> None:
+def shard(model: nn.Module, world: World, compute_dtype: torch.dtype | None = None) -> None:
     """Shard the parameters of `model`, which has `blocks`, over all ranks in place: FSDP2, block by block.
 
-    They stay in their own dtype, and so do the sums of gradients; what the network computes in is autocast's
-    business, as it is without shards.
+    Args:
+        compute_dtype: what parameters are gathered in, half the traffic in bf16; they are kept, and gradients are
+            summed, in their own dtype. Inputs are left as they are: timesteps need their precision.
     """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None, cast_forward_inputs=False
+    )
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def whole(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from .distributed import (
     mean_over_ranks,
     on_main,
     replicated,
+    set_timeout,
     shard,
     shard_like,
     whole,
@@ -120,6 +121,7 @@ class Trainer:
         self.crumbs = Breadcrumbs(self.folder.path, world.rank)
         self.batch_files: list[str] = []
         self.meter = Meter()
+        self._under_way = False
         self.watch = HangWatch(self.folder.path / "errors" / f"rank{world.rank}.stacks.txt", train.hang_timeout_s)
         if train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -132,7 +134,7 @@ class Trainer:
         self.model = build_model(config).to(world.device, dtype)
         self.ema = EMA(self.model, train.ema_decay, train.ema_warmup)
         if self.sharded:
-            shard(self.model, world)
+            shard(self.model, world, autocast_dtype)
             shard(self.ema.model, world)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.timestep_sampler = build_timestep_sampler(config.diffusion)
@@ -224,6 +226,9 @@ class Trainer:
         """One step with all that it is due: log, comparison of the replicas, checkpoint; the signal to stop, or 0."""
         before = self.step
         parts, stop = self.train_step(micro_batches)
+        if not self._under_way:
+            set_timeout(self.config.train.timeout_s)
+            self._under_way = True
         if self.step > before:
             replaced = torch.cat([batch["replaced"] for batch in micro_batches]).float().mean()
             self.meter.add({**parts, "replaced_share": replaced.to(parts["loss"])})

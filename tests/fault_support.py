@@ -127,6 +127,18 @@ def parse(text: str) -> list[tuple[str, int, int]]:
     return [(kind, int(rank), int(step)) for kind, rank, step in parts]
 
 
+def _happened_before() -> bool:
+    """With LATTE_FAULT_ONCE=FILE a fault comes once, however often the run is started again."""
+    file = os.environ.get("LATTE_FAULT_ONCE")
+    if not file:
+        return False
+    try:
+        Path(file).touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    return False
+
+
 def arm(text: str | None = None) -> None:
     """Have every Trainer of this process fail as `text` (by default LATTE_FAULT) says."""
     faults = parse(text if text is not None else os.environ.get("LATTE_FAULT", ""))
@@ -139,7 +151,8 @@ def arm(text: str | None = None) -> None:
             if rank == self.world.rank and step in (-1, self.step):
                 if step != -1:
                     faults.remove(fault)
-                FAULTS[kind](self)
+                if not _happened_before():
+                    FAULTS[kind](self)
                 break  # one fault a step
         parts, stop = honest(self, micro_batches)
         TRACE.append((self.batch_files, float(parts["loss"])))
@@ -209,10 +222,14 @@ def run(overrides: list[str], world: World | None = None, **options: Any) -> Tra
 class Torchrun:
     """torchrun on two gloo ranks in the background. As a context it leaves no process behind."""
 
-    def __init__(self, overrides: list[str], fault: str = "", flags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, overrides: list[str], fault: str = "", flags: tuple[str, ...] = (), once: Path | None = None
+    ) -> None:
         launcher = [sys.executable, "-m", "engine.elastic", "--standalone", "--nproc_per_node=2"]
         command = [*launcher, "--shutdown-timeout=5", *flags, "tests/fault_support.py", *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "LATTE_FAULT": fault, "CUDA_VISIBLE_DEVICES": ""}
+        if once is not None:
+            environment["LATTE_FAULT_ONCE"] = str(once)
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

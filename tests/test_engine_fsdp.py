@@ -43,6 +43,15 @@ def test_losses_and_weights_are_those_of_ddp(tiny: list[str], tmp_path: Path, ex
     assert norms[0] == pytest.approx(norms[1], abs=1e-12)
 
 
+def test_bf16_losses_are_near_those_of_ddp(tiny: list[str], tmp_path: Path) -> None:
+    """Parameters are gathered in bf16; with DDP autocast casts them where they are used. Masters stay fp32."""
+    common = [*tiny, "train.precision=bf16", "train.max_steps=4"]
+    ddp, fsdp = (two(tmp_path, kind, [*common, f"train.parallel={kind}"]) for kind in ("ddp", "fsdp"))
+    losses = [[loss for _, loss in result[0]["trace"]] for result in (ddp, fsdp)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert {value.dtype for value in fsdp[0]["model"].values()} == {torch.float32}
+
+
 def test_checkpoints_interchange(tiny: list[str], tmp_path: Path) -> None:
     """FSDP, then DDP, then one process, then FSDP: as if one process had trained all along."""
     common = [*tiny, *FP64]

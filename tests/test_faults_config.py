@@ -1,4 +1,4 @@
-"""Configuration, launch arguments and evaluation: fault tests G1, G2, G3, G8, G9 and G10."""
+"""Configuration, launch arguments and evaluation: fault tests G1, G2, G3 and G7 to G10."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import imageio.v3
 import pytest
 import torch
 
@@ -435,3 +436,38 @@ def test_G10_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert init_world().device.type == "cpu" and usable_device(None).type == "cpu"
     with pytest.raises(ValueError, match="no such device"):
         usable_device("cuda")
+
+
+# ---- G7: sampling that is killed -------------------------------------------------------------------
+
+
+def test_G7_killed_sampling_leaves_no_half_file_and_is_repeated_exactly(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Substitute: there is no sampling over several ranks yet; one process, killed in its third of five videos."""
+    arguments = ["--ckpt", str(checkpoint), "--num_videos", "5", "--batch_size", "2", "--steps", "3"]
+    assert sample.main([*arguments, "--save_video_path", str(tmp_path / "whole")]) == 0
+
+    class Killed(BaseException):
+        pass
+
+    inner, written = imageio.v3.imwrite, []
+
+    def dies_in_the_third(path: Path, *rest: object, **options: object) -> object:
+        written.append(path)
+        if len(written) == 3:
+            path.write_bytes(b"half a video")
+            raise Killed
+        return inner(path, *rest, **options)
+
+    monkeypatch.setattr(imageio.v3, "imwrite", dies_in_the_third)
+    folder = tmp_path / "killed"
+    with pytest.raises(Killed):
+        sample.main([*arguments, "--save_video_path", str(folder)])
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "whole").glob("*.mp4")}
+    assert len(whole) == 5
+    left = {file.name: file.read_bytes() for file in folder.glob("*.mp4")}
+    assert len(left) == 2 and left.items() <= whole.items()
+    assert sample.main([*arguments, "--save_video_path", str(folder)]) == 0
+    assert {file.name: file.read_bytes() for file in folder.glob("*.mp4")} == whole
+    assert {file.name for file in folder.iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}

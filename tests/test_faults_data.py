@@ -1,7 +1,7 @@
 """Faults E1 to E12: broken, short, huge, changing and oddly named clips, and sets that do not fit the run.
 
 One tiny clip of 24 frames, frame i of grey level 20 + 8 i, is encoded once; what is broken is made from its bytes.
-E13, the cache of latents, comes with the cache.
+E13 is a substitute until there is a cache of latents.
 """
 
 from __future__ import annotations
@@ -870,3 +870,32 @@ def test_E1_collate_gives_the_first_error_whole(tmp_path: Path) -> None:
     error = VideoError("a.mp4", "is broken")
     assert collate([{"index": 1}, error, VideoError("b.mp4", "is broken")]) is error
     assert collate([{"index": 1}, {"index": 2}])["index"].tolist() == [1, 2]  # type: ignore[index]
+
+
+# ---- E13: latents ----------------------------------------------------------------------------------
+
+
+def test_E13_a_codec_with_other_latents_is_refused(tmp_path: Path) -> None:
+    """Substitute: there is no latent cache yet; latents of another codec are told by their shape when it loads."""
+    from diffusers import AutoencoderTiny
+
+    from models.autoencoder import CodecConfig, LatentCodec
+
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=3,
+    ).save_pretrained(tmp_path / "codec")  # fmt: skip
+    with pytest.raises(ValueError, match=r"codec\.latent_channels"):
+        LatentCodec.from_config(CodecConfig(path=str(tmp_path / "codec"), latent_channels=4, downsample_factor=2))
+
+
+def test_E13_latents_that_are_not_finite_change_nothing(tiny: list[str]) -> None:
+    """Substitute: there is no latent cache yet; a latent that is no number costs its step and no more."""
+    trainer = Trainer(load_config(None, [*tiny, "train.max_steps=3"]), World())
+    trainer.folder.open()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    batch = next(trainer.batches())
+    batch[0]["video"][0, 0, 0, 0, 0] = float("nan")
+    trainer.train_step(batch)
+    assert (trainer.step, trainer.guard.skipped) == (0, 1)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from engine import checkpoint as ckpt
 from engine import launch, signals, trainer
@@ -50,6 +51,22 @@ def test_A1_sigkill_of_one_rank(tiny: list[str], tmp_path: Path) -> None:
         assert code != 0 and time.monotonic() - job.started < 60
         assert all_gone(job.family(), 5)
     assert newest(tmp_path / "run").name == "step-0000004"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_A1_an_elastic_restart_continues_exactly(tiny: list[str], tmp_path: Path) -> None:
+    """torchrun --max-restarts starts both ranks again after the kill; the end is that of an undisturbed run."""
+    with Torchrun([*tiny, *TWELVE], "kill@1:7", ("--max-restarts=1",), once=tmp_path / "killed") as job:
+        code, output = job.wait()
+    assert code == 0 and (tmp_path / "killed").exists(), output[-3000:]
+    whole = [*tiny, *TWELVE, f"train.output_dir={tmp_path / 'whole'}"]
+    assert [error for _, error in run_ranks(2, tmp_path / "rendezvous", fit_rank, whole)] == [None, None]
+    one, other = (ckpt.load_checkpoint(newest(tmp_path / name)) for name in ("run", "whole"))
+    for kind in ("model", "ema", "optim"):
+        left, right = getattr(one, kind), getattr(other, kind)
+        assert left.keys() == right.keys() and not [name for name in left if not torch.equal(left[name], right[name])]
+    assert [row["event"] for row in rows(tmp_path / "run", "events.jsonl")] == ["start", "resume", "start"]
 
 
 @pytest.mark.dist
