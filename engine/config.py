@@ -50,7 +50,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile each block in place
     parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
     drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
-    timeout_s: float = 1800.0  # a collective that takes longer ends the run
+    timeout_s: float = 1800.0  # a collective that takes longer ends the run; until the first step at least 600
     hang_timeout_s: float = 900.0  # a step that takes longer has its stacks written to errors/; 0: never
 
     def __post_init__(self) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +22,7 @@ from models.convert import init_from_dit, is_image_checkpoint, load_weights
 from models.latte import Latte
 
 from . import checkpoint as ckpt
+from . import resume
 from .build import build_model, build_process, count_parameters
 from .config import Config, require
 from .distributed import (
@@ -44,6 +43,7 @@ from .ema import EMA
 from .errors import CheckpointNotWritten, TrainingAborted
 from .guard import StepGuard, check_replicas
 from .logging import Logger, NullLogger, RunLogger
+from .meter import Meter, peak_memory_gib
 from .objective import Objective, StepLoss
 from .optim import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
 from .run_folder import COMPLETED, PREEMPTED, RunFolder
@@ -51,37 +51,6 @@ from .signals import StopSignals
 from .stream import ClipStream, PositionBatches, load_micro_batches
 from .watch import Breadcrumbs, HangWatch
 
-# what may change between a checkpoint and its continuation; everything else is the experiment itself
-FREE_ON_RESUME = (
-    "sample.",
-    "codec.path",
-    "codec.chunk_size",
-    "data.path",
-    "data.num_workers",
-    "data.worker_timeout_s",
-    "data.reader",
-    "data.strict",
-    "model.gradient_checkpointing",
-    "train.output_dir",
-    "train.max_steps",
-    "train.batch_size",  # with grad_accum_steps and the world size: their product is checked
-    "train.grad_accum_steps",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.async_checkpoint",
-    "train.parallel",
-    "train.drift_check_every",
-    "train.timeout_s",
-    "train.hang_timeout_s",
-    "train.resume",
-    "train.init_from",
-    "train.compile",
-    "optim.max_skips",
-)
-# what a checkpoint's state.json must hold, beside step and samples_seen
-STATE_KEYS = ("ema_updates", "guard", "global_batch_size", "world_size", "data_digest", "num_clips", "class_names")
 # train.precision -> (dtype of weights, latents and loss; dtype the network computes in under autocast)
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "fp32": (torch.float32, None),
@@ -423,8 +392,8 @@ class Trainer:
 
     def restore(self) -> list[str]:
         """Continue a checkpoint or take initial weights, as the config says; returns what to tell."""
-        resume = self.config.train.resume
-        if resume == "never":
+        source = self.config.train.resume
+        if source == "never":
             held = ckpt.list_checkpoints(self.checkpoints)
             require(
                 not held,
@@ -433,8 +402,8 @@ class Trainer:
             )
             return self.initialise()
         folder, complaints = on_main(lambda: self._find_newest(self.checkpoints))
-        if folder is None and resume != "auto":  # where the run has nothing of its own yet
-            folder = on_main(lambda: ckpt.find_checkpoint(Path(resume)))
+        if folder is None and source != "auto":  # where the run has nothing of its own yet
+            folder = on_main(lambda: ckpt.find_checkpoint(Path(source)))
         if folder is None:
             require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {self.checkpoints}.")
             return self.initialise()
@@ -451,37 +420,10 @@ class Trainer:
 
     def _resume(self, folder: Path) -> list[str]:
         saved = ckpt.load_checkpoint(folder)
-        lacking = [key for key in STATE_KEYS if key not in saved.state]
-        require(not lacking, f"{folder / 'state.json'} lacks {', '.join(lacking)}; it cannot be continued.")
-        before = ckpt.load_checkpoint_config(folder)
-        changes = ckpt.config_changes(before, self.config, FREE_ON_RESUME) if before else []
-        for key, now in (("global_batch_size", self.global_batch_size), ("data_digest", self.clips.digest)):
-            if saved.state[key] != now:
-                changes.append(f"{key}: {saved.state[key]} -> {now}")
-        classes = [set(names) for names in (saved.state["class_names"], self.clips.class_names)]
-        if classes[0] != classes[1]:  # else another folder would move the labels of those after it
-            changes.append(f"class_names: {sorted(classes[0] - classes[1])} -> {sorted(classes[1] - classes[0])}")
-        refused = [change for change in changes if change.partition(":")[0] not in self.override]
-        require(
-            not refused,
-            f"cannot continue {folder}, this is another experiment: {'; '.join(refused)}. Restore these, name them "
-            "with --override, or start anew with another train.output_dir (train.init_from takes weights only).",
-        )
-        notes = [f"warning: accepted by --override: {change}" for change in changes]
-        world_size = saved.state["world_size"]
-        missing = [f"cpu/{rank}" for rank in range(world_size) if f"cpu/{rank}" not in saved.rng]
-        require(
-            not missing or self.allow_inexact_resume,
-            f"{folder / 'rng.safetensors'} lacks {', '.join(missing)}: the run would not continue exactly. Use an "
-            "older checkpoint, or accept that with --allow-inexact-resume.",
-        )
-        if missing:
-            notes.append(f"warning: generator states are missing ({', '.join(missing)}): this resume is not exact")
-        if world_size != self.world.size:
-            notes.append(
-                f"warning: saved by {world_size} process(es), continued on {self.world.size}: the same samples and "
-                "noise at every step, added up in another order"
-            )
+        facts = {"global_batch_size": self.global_batch_size, "data_digest": self.clips.digest}
+        differences = resume.differences(folder, saved, self.config, facts, self.clips.class_names)
+        notes = resume.accepted(folder, differences, self.override)
+        notes += resume.generator_notes(folder, saved, self.world.size, self.allow_inexact_resume)
         try:
             self.load_state_dict(saved)
         except KeyError as error:
@@ -519,6 +461,7 @@ class Trainer:
     def data_line(self) -> str:
         """What it is trained on, in one line."""
         facts = {key: value for key, value in self.clips.describe().items() if value}
+        facts["digest"] = str(facts["digest"])[:12]
         return "data: " + ", ".join(f"{key} {value}" for key, value in facts.items())
 
     def log_metrics(self, meter: Meter) -> None:
@@ -531,7 +474,7 @@ class Trainer:
             "videos_per_second": self.global_batch_size / seconds,
             "seconds_per_step": seconds,
             "data_wait_share": waiting,
-            "memory_gib": _peak_memory_gib(self.world.device),
+            "memory_gib": peak_memory_gib(self.world.device),
             "skipped_steps": self.guard.skipped,
         }
         self.log.metrics(self.step, row)
@@ -596,43 +539,3 @@ class Trainer:
             return {}
         files = json.loads((newest[0] / ckpt.MANIFEST).read_text())["files"]
         return {"checkpoint": newest[0].name, "sha256": {name: facts["sha256"] for name, facts in files.items()}}
-
-
-class Meter:
-    """Means of device scalars over steps, without a synchronisation until they are asked for; and the clock."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
-        self._waited = 0.0
-        self._started = time.perf_counter()
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Take one step's values."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._steps += 1
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent in here is spent waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    def means(self) -> tuple[dict[str, Tensor], float, float]:
-        """Mean of each value, seconds per step, and the share of them that was spent waiting for data."""
-        means = {name: total / self._steps for name, total in self._sums.items()}
-        passed = time.perf_counter() - self._started
-        return means, passed / self._steps, self._waited / passed
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: on the GPU what torch allocated, on the CPU this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

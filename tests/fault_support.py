@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,23 @@ def _non_finite_loss(trainer: Trainer) -> None:
     def spoiled(*arguments: Any) -> Any:
         objective.loss = inner  # type: ignore[method-assign]
         result = inner(*arguments)
-        return type(result)(result.loss * torch.nan, {**result.parts, "loss": result.loss.detach() * torch.nan},
-                            result.timesteps, result.per_clip * torch.nan)  # fmt: skip
+        nan = result.loss * torch.nan
+        return replace(
+            result, loss=nan, parts={**result.parts, "loss": nan.detach()}, per_clip=result.per_clip * torch.nan
+        )
+
+    objective.loss = spoiled  # type: ignore[method-assign]
+
+
+def _non_finite_report(trainer: Trainer) -> None:
+    """A loss that is reported as not a number though its gradient is finite, in this step only."""
+    objective = trainer.objective
+    inner = objective.loss
+
+    def spoiled(*arguments: Any) -> Any:
+        objective.loss = inner  # type: ignore[method-assign]
+        result = inner(*arguments)
+        return replace(result, parts={**result.parts, "loss": result.loss.detach() * torch.nan})
 
     objective.loss = spoiled  # type: ignore[method-assign]
 
@@ -110,6 +126,7 @@ FAULTS: dict[str, Callable[[Trainer], None]] = {
     "raise": _raise,
     "nan": _non_finite_loss,
     "inf": _non_finite_gradient,
+    "report": _non_finite_report,
     "spike": _large_gradient,
     "ulp": _one_ulp,
     "loader": _kill_loader_worker,

@@ -29,7 +29,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kind", ["nan", "inf"], ids=["F1", "F2"])
+@pytest.mark.parametrize("kind", ["nan", "inf", "report"], ids=["F1", "F2", "F1-report"])
 def test_F1_F2_one_rank_not_finite(tiny: list[str], tmp_path: Path, kind: str) -> None:
     """All ranks skip the same step, go on with the next clips, and the log names files and timesteps."""
     results = run_ranks(2, tmp_path / "rendezvous", fit_rank, [*tiny, *STEPS], f"{kind}@1:3")
