@@ -54,7 +54,11 @@ def init_world(device: str | None = None, timeout_s: float = 1800.0) -> World:
         return World(device=target)
     if not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=max(timeout_s, START_TIMEOUT_S)))
+        timeout = timedelta(seconds=max(timeout_s, START_TIMEOUT_S))
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart: without a name of its own, a start may find the addresses of the last
+        attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, target)
 
 
