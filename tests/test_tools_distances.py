@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tools.metrics.frechet import frechet_distance
+from tools.metrics.distances import frechet_distance
 
 
 def features(number: int, dimensions: int, seed: int) -> Tensor:
