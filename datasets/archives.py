@@ -52,7 +52,8 @@ class Archive:
         if name not in self.members:
             raise VideoError(self.path / name, "is not in the archive")
         try:
-            return self.zip.read(self.members[name])
+            with self.zip.open(self.members[name]) as member:
+                return member.read(self.members[name].file_size)  # without a number it would unpack all there is
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             reason = f"cannot be unpacked: the archive is damaged ({type(error).__name__})"
             raise VideoError(self.path / name, reason) from error
@@ -68,8 +69,9 @@ def _check_directory(path: Path) -> None:
         if end < 0:
             raise zipfile.BadZipFile("no end record")
         length = int(struct.unpack_from("<L", tail, end + 12)[0])
-        if length == 2**32 - 1:  # the larger record of a zip64 archive says
-            length = int(struct.unpack_from("<Q", tail, tail.rindex(b"PK\6\6", 0, end) + 40)[0])
+        larger = tail.rfind(b"PK\6\6", 0, end)  # the record of a zip64 archive
+        if length == 2**32 - 1 and larger >= 0:
+            length = int(struct.unpack_from("<Q", tail, larger + 40)[0])
         if length > MAX_DIRECTORY:
             raise VideoError(path, f"its directory has {length} bytes, more than {MAX_DIRECTORY}: unpack it")
         file.seek(max(0, size - len(tail) + end - length - 76))  # 76: the records of zip64 between the two

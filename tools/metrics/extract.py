@@ -89,6 +89,11 @@ class FeatureSet:
         """N: items whose features are here."""
         return sum(half.count for half in self.moments) if self.moments else len(self.rows[PLAIN])
 
+    def items_per_window(self) -> list[int]:
+        """Rows that each window has: one for a clip, one for each of its frames where those are the items."""
+        of_clips = len(self.rows[PLAIN]) == len(self.windows)
+        return [1 if of_clips else window.frames for window in self.windows]
+
 
 @dataclass
 class Judged:
@@ -124,23 +129,22 @@ class Extractor:
         detector: DetectorLike,
         variants: Sequence[str] = (PLAIN,),
         windows: Sequence[Window] | None = None,
-        keep_rows: bool = True,
+        max_rows: int | None = None,
     ) -> FeatureSet:
         """The features of one side.
 
         Args:
             windows: exactly these, instead of those that the rules choose.
-            keep_rows: False keeps moments only, for any number of items in the same memory.
+            max_rows: of more frames than these only moments are kept, for any number of them in the same memory.
 
         Raises:
             ValueError: no clip can be used, or frames differ in size.
         """
-        halves = [Moments(detector.dims, self.world.device) for _ in range(2)]
-        gather = Gathered(source, self.world.is_main, [] if keep_rows or not self.world.is_main else halves)
+        gather = Gathered(source, self.world.is_main)
         if rules.unit == "clip":
             self._clips(gather, rules, detector, variants, windows)
         else:
-            self._frames(gather, rules, detector, windows)
+            self._frames(gather, rules, detector, windows, max_rows)
         return gather.finished()
 
     def _clips(
@@ -167,7 +171,12 @@ class Extractor:
             )
 
     def _frames(
-        self, gather: Gathered, rules: SideRules, detector: DetectorLike, windows: Sequence[Window] | None
+        self,
+        gather: Gathered,
+        rules: SideRules,
+        detector: DetectorLike,
+        windows: Sequence[Window] | None,
+        max_rows: int | None,
     ) -> None:
         """Single frames; which ones there are is known when all lengths are."""
         source = gather.source
@@ -177,8 +186,9 @@ class Extractor:
                 lengths.append(length)
                 gather.problem(Reading(index, problem=problem))
             windows = frame_windows(lengths, rules)
-        gather.split(windows, rules.seed)
         wanted = sum(window.frames for window in windows)
+        if max_rows is not None and wanted > max_rows and self.world.is_main:
+            gather.keep_moments(windows, rules.seed, [Moments(detector.dims, self.world.device) for _ in range(2)])
         self._judge(gather, rules, frame_tasks(windows), lambda readings: judge_frames(readings, detector), wanted)
 
     def _judge(
@@ -232,18 +242,18 @@ class Gathered:
 
     Args:
         keep: whether features are kept (rank 0).
-        moments: of two halves, where only moments are kept; else none.
     """
 
-    def __init__(self, source: Source, keep: bool, moments: list[Moments]) -> None:
+    def __init__(self, source: Source, keep: bool) -> None:
         self.source, self.keep = source, keep
-        self.result = FeatureSet(moments=moments)
+        self.result = FeatureSet()
         self.pending: list[list[Tensor]] = [[], []]  # rows that are not in the moments yet
         self.rows: dict[str, list[Tensor]] = {}
         self.second_half: set[int] = set()
 
-    def split(self, windows: Sequence[Window], seed: int | None) -> None:
-        """Deal the clips of the windows into two halves, at random."""
+    def keep_moments(self, windows: Sequence[Window], seed: int | None, moments: list[Moments]) -> None:
+        """From now on sum up, in two `moments`, the features of two random halves of the clips, and keep none."""
+        self.result.moments = moments
         clips = sorted({window.clip for window in windows})
         order = draw(seed, "halves").permutation(len(clips))
         self.second_half = {clips[place] for place in order[len(clips) // 2 :]}

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from datasets.readers import VIDEO_SUFFIXES
 from engine.distributed import broadcast_object
@@ -29,6 +28,7 @@ SHORTEST = 16  # frames of the shortest part of a clip that `frame` reports on
 POSITIONS = 16  # frames of a clip at most that `frame` reports on
 SPLITS, SUBSETS, SUBSET_SIZE = 10, 100, 1000
 MOMENT_ROWS = 4096
+MAX_ROWS = 50_000  # real features that are kept; of more, for a Frechet distance, only the moments
 Score = tuple[float, float | None]  # value, and its deviation over subsets or splits
 
 Taken = Callable[[str, SideRules], "Sequence[Window] | None"]  # (side, rules) -> windows of a manifest
@@ -62,6 +62,8 @@ class Evaluation:
         """The whole entry of one metric in the result file; {} on ranks other than 0."""
         sides = [side for side in ("real", "fake") if getattr(metric, f"num_{side}") != 0]
         protocols = [protocol_for(metric, self.protocol, seed) for seed in seeds]
+        if all(protocols[0].side(side).seed is None for side in sides):
+            protocols = protocols[:1]  # nothing is drawn, so every seed would give the same
         runs = []
         for protocol in protocols:
             sets = {side: self.features(side, metric, protocol.side(side)) for side in sides}
@@ -72,7 +74,7 @@ class Evaluation:
             return {}
         entry = _summary([scores for _, scores in runs])
         entry["detector"] = self.detectors[metric.family].name
-        entry["protocol"] = protocols[0].to_dict() | {"seed": None, "seeds": list(seeds)}
+        entry["protocol"] = protocols[0].to_dict() | {"seed": None, "seeds": [each.seed for each in protocols]}
         entry["counts"] = {
             side: _counts(getattr(self, side), metric, [sets[side] for sets, _ in runs]) for side in sides
         }
@@ -85,11 +87,11 @@ class Evaluation:
     def features(self, side: str, metric: Metric, rules: SideRules) -> FeatureSet:
         """The features of one side; the same ones are computed once."""
         detector, variants = self.detectors[metric.family], self._variants(side, metric)
-        keep = side == "fake" or metric.unit == "clip" or metric.kind == "kernel"
-        asked = (side, rules, detector.name, variants, keep)
+        max_rows = MAX_ROWS if side == "real" and metric.kind == "frechet" else None
+        asked = (side, rules, detector.name, variants, max_rows)
         if asked not in self.known:
             windows = self.windows(side, rules) if self.windows else None
-            self.known[asked] = self._cached(side, rules, detector, variants, windows, keep)
+            self.known[asked] = self._cached(side, rules, detector, variants, windows, max_rows)
         self.read[side, rules] = self.known[asked]
         return self.known[asked]
 
@@ -114,16 +116,16 @@ class Evaluation:
         detector: Detector,
         variants: tuple[str, ...],
         windows: Sequence[Window] | None,
-        keep: bool,
+        max_rows: int | None,
     ) -> FeatureSet:
         source, world = self.real if side == "real" else self.fake, self.extractor.world
         assert source is not None  # checked before anything is read
         cache = self.cache if side == "real" and world.is_main else None
-        more = {"variants": variants, "windows": windows, "keep": keep, "device": world.device.type}
+        more = {"variants": variants, "windows": windows, "max_rows": max_rows, "device": world.device.type}
         key = cache_key(rules, source, f"{detector.name} {detector.sha256}", **more)
         found = cache.load(key, source) if cache else None
         if not broadcast_object(found is not None):
-            found = self.extractor.extract(source, rules, detector, variants, windows, keep)
+            found = self.extractor.extract(source, rules, detector, variants, windows, max_rows)
             if cache:
                 cache.store(key, source, found, {"root": source.root, "detector": detector.name, "rules": vars(rules)})
         return found or FeatureSet()
@@ -173,7 +175,7 @@ def score(metric: Metric, protocol: Protocol, real: FeatureSet | None, fake: Fea
     if metric.kind == "kernel":
         x, y = real.rows[PLAIN], fake.rows[PLAIN]
         return kernel_distance(x, y, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=protocol.seed)
-    if metric.unit == "clip" and protocol.divisor == "n":
+    if protocol.divisor == "n" and real.rows and fake.rows:
         return frechet_distance(real.rows[PLAIN], fake.rows[PLAIN]), None
     return frechet_from_moments(moments_of(real), moments_of(fake), protocol.divisor), None
 
@@ -181,7 +183,7 @@ def score(metric: Metric, protocol: Protocol, real: FeatureSet | None, fake: Fea
 def moments_of(features: FeatureSet) -> Moments:
     """Of all items."""
     if features.moments:
-        return features.moments[0] + features.moments[1] if len(features.moments) > 1 else features.moments[0]
+        return sum(features.moments[1:], features.moments[0])
     rows = features.rows[PLAIN]
     moments = Moments(rows.shape[1])
     for part in rows.split(MOMENT_ROWS):
@@ -190,14 +192,15 @@ def moments_of(features: FeatureSet) -> Moments:
 
 
 def real_halves(features: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
-    """Two random halves of the same number of items; of frames, about the same, and no clip in both."""
+    """Two random halves of the clips, as many in one as in the other; no clip has frames in both."""
     if features.moments:
         first, second = (FeatureSet(moments=[half]) for half in features.moments)
         return first, second
+    clips = np.repeat([window.clip for window in features.windows], features.items_per_window())
+    order = draw(seed, "halves").permutation(np.unique(clips))
+    half = len(order) // 2
     rows = features.rows[PLAIN]
-    order = torch.from_numpy(draw(seed, "halves").permutation(len(rows)))
-    half = len(rows) // 2
-    parts: list[Tensor] = [rows[order[:half]], rows[order[half : 2 * half]]]
+    parts = [rows[torch.from_numpy(np.isin(clips, some))] for some in (order[:half], order[half : 2 * half])]
     return FeatureSet({PLAIN: parts[0]}), FeatureSet({PLAIN: parts[1]})
 
 
