@@ -96,12 +96,12 @@ def load_micro_batches(
         yield batch
 
 
-def worker_loader(dataset: Dataset, num_workers: int, **settings: Any) -> DataLoader:
+def worker_loader(dataset: Dataset, num_workers: int, prefetch_factor: int = 4, **settings: Any) -> DataLoader:
     """A DataLoader whose workers end with this process, and whose death `loaded_items` notices."""
     return DataLoader(
         dataset,
         num_workers=num_workers,
-        prefetch_factor=settings.pop("prefetch_factor", 4) if num_workers else None,
+        prefetch_factor=prefetch_factor if num_workers else None,
         timeout=POLL_S if num_workers else 0,
         worker_init_fn=prepare_worker if num_workers else None,
         # without an explicit context a loader in a threaded parent may fork into a held lock

@@ -75,7 +75,7 @@ def parse_metric(name: str) -> Metric:
         match = re.fullmatch(pattern, name)
         if match:
             return _with_numbers(METRICS[model], name, **match.groupdict())
-    near = get_close_matches(name, METRICS, n=1)
+    near = [each for each in METRICS if name and each.startswith(name)] or get_close_matches(name, METRICS, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     raise ValueError(
         f"--metrics: '{name}' is unknown; there are {', '.join(METRICS)}, and these with other numbers "
