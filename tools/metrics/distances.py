@@ -53,7 +53,12 @@ class Moments:
         _check_features("", features, fewest=0)
         if features.shape[1] != self.dims:
             raise ValueError(f"The features have {features.shape[1]} dimensions, but {self.dims} are summed.")
-        for rows in features.detach().to(self._sums.device, torch.float64).split(ROWS):
+        if features.numel() and features.abs().max() >= 2**LIMIT_BITS:
+            raise ValueError(
+                f"The features reach {features.abs().max().item():.3g}; those of detectors stay far below "
+                f"{2**LIMIT_BITS}: look at the detector or its input."
+            )
+        for rows in features.to(self._sums.device, torch.float64).split(ROWS):
             digits = _digits(rows)
             self._count += len(rows)
             self._sums += digits.sum(1).to(torch.int64)
@@ -116,11 +121,6 @@ class Moments:
 
 def _digits(rows: Tensor) -> Tensor:
     """float64 (B, D) on the grid, as whole numbers (DIGITS, B, D) of at most 2^17 in magnitude, highest first."""
-    if rows.numel() and rows.abs().max() >= 2**LIMIT_BITS:
-        raise ValueError(
-            f"The features reach {rows.abs().max().item():.3g}; those of detectors stay far below {2**LIMIT_BITS}: "
-            "look at the detector or its input."
-        )
     rest, digits = (rows / QUANTUM).round(), []
     for place in reversed(range(DIGITS)):
         digits.append((rest / 2.0 ** (DIGIT_BITS * place)).round())
