@@ -360,11 +360,10 @@ def test_another_detector_is_another_entry(sets: tuple[Path, Path], detectors: P
 def test_the_table_fits_80_columns_and_the_file_tells_all(
     sets: tuple[Path, Path], detectors: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run(*sets, detectors, "fvd2048_128f_subsample8f,fvd2048_16f,fid50k_full,isv2048_ucf".split(",", 1)[1],
+    result = run(*sets, detectors, "fvd2048_16f,fid50k_full,isv2048_ucf",
                  "--report", "clip,frame", "--seeds", "0,1")  # fmt: skip
     shown = capsys.readouterr().out
-    paths = [line for line in shown.splitlines() if len(line) > 80]
-    assert all("/" in line and " " not in line.split(": ", 1)[-1].strip() or ".json" in line for line in paths)
+    assert all("/" in line for line in shown.splitlines() if len(line) > 80)  # a path is never broken
     assert "protocol  stylegan-v; real split: train" in shown and "warning: " in shown
     for each in result["detectors"].values():
         assert each["sha256"] in shown and len(each["sha256"]) == 64

@@ -195,24 +195,22 @@ def load_detectors(given: Sequence[str], folder: Path, metrics: Sequence[Metric]
     """The detector of each family of metrics: of the files given, or else the official one's in `folder`."""
     from tools.metrics.detectors import DETECTORS, Detector, DetectorFile, load_detector
 
-    loaded: dict[str, Detector] = {}
-    files = []
+    files: list[tuple[str, DetectorFile]] = []
     for text in given:
         match = re.fullmatch(r"(?:(?P<name>\w+)=)?(?P<file>.+?)(?:@(?P<sha256>[0-9a-fA-F]{64}))?", text)
-        name, file, sha256 = match.groups() if match else (None, text, None)
+        name, path, sha256 = match.groups() if match else (None, text, None)
         if name is not None and name not in DETECTORS:
             raise ValueError(f"--detector: there is no detector '{name}'; they are {', '.join(DETECTORS)}")
-        spec = DETECTORS[name] if name else None
-        files.append((spec, DetectorFile.read(file, sha256=sha256, spec=spec)))
+        file = DetectorFile.read(path, sha256=sha256, spec=DETECTORS[name] if name else None)
+        files += [(each, file) for each in ([name] if name else [spec.name for spec in file.kinds()])]
+    loaded: dict[str, Detector] = {}
     for family in dict.fromkeys(metric.family for metric in metrics):
-        specs = [spec for spec in DETECTORS.values() if family in spec.metrics]
-        fitting = ((spec, file) for spec in specs for named, file in files if named in (None, spec) and file.fits(spec))
-        spec, file = next(fitting, (specs[0], None))
-        loaded[family] = (
-            Detector(spec, file, world.device)
-            if file
-            else load_detector(spec.name, folder / spec.file, device=world.device)
-        )
+        specs = [spec for spec in DETECTORS.values() if family in spec.metrics]  # the official one comes first
+        fitting = [(spec, file) for spec in specs for name, file in files if name == spec.name]
+        if fitting:
+            loaded[family] = Detector(*fitting[0], world.device)
+        else:
+            loaded[family] = load_detector(specs[0].name, folder / specs[0].file, device=world.device)
     return loaded
 
 
