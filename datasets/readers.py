@@ -8,6 +8,7 @@ Letters: T frames, C channels, H height, W width.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from array import array
@@ -564,10 +565,9 @@ class ArrayReader:
             with open_binary(path) as file:
                 shape, order, offset = _array_header(self.path, file)
                 _check_array(self.path, shape, file.seek(0, 2) - offset, max_pixels)
-                whole = file if inside_archive(Path(path)) else None
                 self.array: np.ndarray = (
-                    np.ndarray(shape, np.uint8, whole.getbuffer(), offset, order=order)  # type: ignore[attr-defined]
-                    if whole
+                    np.ndarray(shape, np.uint8, file.getvalue(), offset, order=order)
+                    if isinstance(file, io.BytesIO)
                     else np.memmap(path, np.uint8, "r", offset, shape, order)
                 )
         except OSError as error:

@@ -76,6 +76,18 @@ def test_a_zip_is_read_as_its_folder_is(folder: Path, tmp_path: Path, entries_of
     assert sorted(tmp_path.rglob("*")) == before  # nothing was unpacked
 
 
+def test_the_memory_of_a_member_stays_its_own(tmp_path: Path) -> None:
+    """Each array is compared after others have been opened, read and let go."""
+    for number in range(12):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        np.save(tmp_path / "set" / f"{number:06d}.npy", pixels(number, frames=16 + number))
+    archive = pack(tmp_path / "set", tmp_path / "set.zip", False)
+    opened = [open_video(archive / f"{number:06d}.npy") for number in range(12)]
+    read = [reader.read(range(len(reader))) for reader in opened]
+    for number, frames in enumerate(read):
+        assert np.array_equal(frames.permute(0, 2, 3, 1), pixels(number, frames=16 + number))
+
+
 def test_decord_reads_a_member(tmp_path: Path) -> None:
     levels = np.arange(20, 100, 2, dtype=np.uint8)
     write_mp4(tmp_path / "set" / "a.mp4", np.tile(levels[:, None, None, None], (1, 32, 64, 3)))

@@ -59,7 +59,7 @@ def _head(result: Mapping[str, Any]) -> str:
 
 
 def _fact(name: str, text: str) -> str:
-    return textwrap.fill(printable(text), WIDTH, initial_indent=f"{name:<9} ", subsequent_indent=" " * 10)
+    return _wrapped(text, initial_indent=f"{name:<9} ", subsequent_indent=" " * 10)
 
 
 def _values(metrics: Mapping[str, Any]) -> str:
@@ -91,7 +91,7 @@ def _along(metrics: Mapping[str, Any]) -> str:
         for key, what in (("by_length", "first frames"), ("by_frame", "frame")):
             if key in entry:
                 steps = "  ".join(f"{place}: {_number(value)}" for place, value in entry[key].items())
-                lines.append(textwrap.fill(f"{name} by {what}  {steps}", WIDTH, subsequent_indent="  "))
+                lines.append(_wrapped(f"{name} by {what}  {steps}"))
     return "\n".join(lines)
 
 
@@ -126,8 +126,10 @@ def _warnings(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(printable(text), WIDTH, subsequent_indent="  ")
+def _wrapped(text: str, **indents: str) -> str:
+    """`text` in lines of 80 columns; a path is never broken."""
+    indents = {"subsequent_indent": "  "} | indents
+    return textwrap.fill(printable(text), WIDTH, break_long_words=False, break_on_hyphens=False, **indents)  # type: ignore[arg-type]
 
 
 def all_warnings(metrics: Mapping[str, Any]) -> Sequence[str]:
