@@ -89,10 +89,11 @@ def test_values_come_in_the_right_order(tmp_path: Path, capsys: pytest.CaptureFi
         out = tmp_path / f"{number}.json"
         command.main(
             ["--real_data_path", str(folder), "--fake_data_path", str(save(tmp_path / f"fake{number}", made)),
-             "--metrics", "fvd2048_16f,kvd2048_16f,fid50k_full", "--protocol", "stylegan-v", "--detector", str(DETECTOR),
-             "--out", str(out), "--cache_dir", str(tmp_path / "cache"), "--workers", "0", "--verbose", "0"]
+             "--metrics", "fvd2048_16f,kvd2048_16f,fid50k_full", "--protocol", "stylegan-v",
+             "--detector", str(DETECTOR), "--out", str(out),
+             "--cache_dir", str(tmp_path / "cache"), "--workers", "0", "--verbose", "0"]
         )  # fmt: skip
-        rows[name] = {metric: entry for metric, entry in json.loads(out.read_text())["metrics"].items()}
+        rows[name] = json.loads(out.read_text())["metrics"]
     values = {name: {metric[:3]: entry["value"] for metric, entry in row.items()} for name, row in rows.items()}
     floor = rows["other clips"]["fvd2048_16f"]["floor"]
     with capsys.disabled():
