@@ -215,6 +215,15 @@ def test_all_clips_once_and_unequal_counts_are_warned_of(tmp_path: Path, detecto
         assert part in said
 
 
+def test_one_clip_is_refused_and_two_are_finite(tmp_path: Path, detectors: Path) -> None:
+    one, two = arrays(tmp_path / "one", range(1)), arrays(tmp_path / "two", range(50, 52))
+    for sides in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match=r"features are \(1, 400\); they must be \(2 or more"):
+            run(*sides, detectors, "fvd2048_16f")
+    entry = run(two, arrays(tmp_path / "other", range(7, 9)), detectors, "fvd2048_16f")["metrics"]["fvd2048_16f"]
+    assert 0 < entry["value"] < 100 and "floor" not in entry  # halves of one clip have no covariance
+
+
 def test_latte_draws_the_clips_and_stylegan_v_does_not(tmp_path: Path, detectors: Path) -> None:
     real = arrays(tmp_path / "real", range(30), lambda _: 48)
     fake = arrays(tmp_path / "fake", range(50, 80))
@@ -346,6 +355,11 @@ def test_the_cache_knows_content(
     values("--detector", str(detectors / "i3d.pt"))
     assert extracted == ["fake", "fake"]
     assert not [path for path in (sets[0].parent / "cache").iterdir() if path.suffix not in (".json", ".safetensors")]
+
+
+def test_a_cache_that_cannot_be_written_costs_no_result(sets: tuple[Path, Path], detectors: Path) -> None:
+    (sets[0].parent / "cache").write_text("a file")
+    assert run(*sets, detectors, "fvd2048_16f")["metrics"]["fvd2048_16f"]["value"] > 0
 
 
 @pytest.mark.parametrize("damage", ["cut features", "cut record", "another version", "swapped"])

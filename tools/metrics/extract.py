@@ -202,7 +202,7 @@ class Extractor:
         for judged in self.in_order(ClipReader(gather.source, rules, tasks), judge):
             gather.take(judged)
             if self.progress:
-                self.progress(gather.items(rules.unit), wanted)
+                self.progress(gather.done, wanted)
 
     def in_order(self, dataset: Dataset, process: Callable[[Any], Any]) -> Iterator[Any]:
         """`process(item)` of every item of `dataset`, in order, on every rank; each done by one rank."""
@@ -250,6 +250,7 @@ class Gathered:
         self.pending: list[list[Tensor]] = [[], []]  # rows that are not in the moments yet
         self.rows: dict[str, list[Tensor]] = {}
         self.second_half: set[int] = set()
+        self.done = 0  # items
 
     def keep_moments(self, windows: Sequence[Window], seed: int | None, moments: list[Moments]) -> None:
         """From now on sum up, in two `moments`, the features of two random halves of the clips, and keep none."""
@@ -257,11 +258,6 @@ class Gathered:
         clips = sorted({window.clip for window in windows})
         order = draw(seed, "halves").permutation(len(clips))
         self.second_half = {clips[place] for place in order[len(clips) // 2 :]}
-
-    def items(self, unit: str) -> int:
-        """Clips or frames taken so far."""
-        windows = self.result.windows
-        return len(windows) if unit == "clip" else sum(window.frames for window in windows)
 
     def problem(self, reading: Reading) -> None:
         """Note what is wrong with a clip, if anything."""
@@ -288,6 +284,7 @@ class Gathered:
             if reading.window is not None and not reading.problem:
                 used.append(reading.window)
         self.result.windows += used
+        self.done += len(judged.rows.get(PLAIN, ()))
         if self.result.moments:
             self._add(judged.rows, used)
         elif self.keep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,8 @@ from .distances import Moments, frechet_distance, frechet_from_moments, inceptio
 from .extract import PLAIN, Extractor, FeatureSet
 from .protocols import Metric, Protocol, SideRules, protocol_for
 from .sources import Source, Window, draw
+
+log = logging.getLogger(__name__)
 
 CHECKS = ("floor", "shuffle")
 REPORTS = ("clip", "frame")
@@ -127,7 +130,7 @@ class Evaluation:
         if not broadcast_object(found is not None):
             found = self.extractor.extract(source, rules, detector, variants, windows, max_rows)
             if cache:
-                cache.store(key, source, found, {"root": source.root, "detector": detector.name, "rules": vars(rules)})
+                _keep(cache, key, source, found, {"root": source.root, "detector": detector.name, "rules": vars(rules)})
         return found or FeatureSet()
 
     # ---- values ------------------------------------------------------------------------------------
@@ -139,8 +142,9 @@ class Evaluation:
         scores: dict[str, Any] = {"value": value, "spread": spread}
         if real is not None and "floor" in self.checks:
             halves = real_halves(real, protocol.seed)
-            scores["floor"] = score(metric, protocol, *halves)[0]
-            scores["floor_counts"] = [half.count for half in halves]
+            if min(half.count for half in halves) > 1:
+                scores["floor"] = score(metric, protocol, *halves)[0]
+                scores["floor_counts"] = [half.count for half in halves]
         if real is not None and "shuffled" in real.rows:
             scores["shuffled"] = score(metric, protocol, real, replace(real, rows={PLAIN: real.rows["shuffled"]}))[0]
         if "frame" in self.reports:
@@ -202,6 +206,14 @@ def real_halves(features: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet
     rows = features.rows[PLAIN]
     parts = [rows[torch.from_numpy(np.isin(clips, some))] for some in (order[:half], order[half : 2 * half])]
     return FeatureSet({PLAIN: parts[0]}), FeatureSet({PLAIN: parts[1]})
+
+
+def _keep(cache: FeatureCache, *entry: Any) -> None:
+    """Store an entry; a cache that cannot be written costs time, not the result."""
+    try:
+        cache.store(*entry)
+    except OSError as error:
+        log.warning("the cache %s cannot be written (%s): see --cache_dir", cache.folder, error.strerror or error)
 
 
 # ------------------------------------------------------------------------------------------- summaries

@@ -12,7 +12,6 @@ from difflib import get_close_matches
 from typing import Any
 
 ALL = None  # as a count: everything there is
-SIDES = ("real", "fake")
 
 
 @dataclass(frozen=True)
