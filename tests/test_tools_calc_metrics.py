@@ -210,8 +210,8 @@ def test_all_clips_once_and_unequal_counts_are_warned_of(tmp_path: Path, detecto
     entry = run(real, fake, detectors, "fvd2048_16f")["metrics"]["fvd2048_16f"]
     assert [entry["counts"][side]["used"] for side in ("real", "fake")] == [9, 7]
     said = " | ".join(entry["warnings"])
-    for part in ("9 real clips were used, fewer than the 2048", "fewer than 2048 clips", "9 real against 7 fake",
-                 "7 items for 400 features"):  # fmt: skip
+    parts = ["9 real and 7 fake clips were used; 2048 are asked for", "9 real against 7 fake"]
+    for part in (*parts, "fewer than 2048 clips", "7 items for 400 features"):
         assert part in said
 
 

@@ -288,10 +288,10 @@ def _warnings(evaluation: Evaluation, metric: Metric, protocol: Protocol, sets: 
 
 def _count_warnings(metric: Metric, protocol: Protocol, counts: Mapping[str, int]) -> list[str]:
     found = []
-    for side, used in counts.items():
-        asked = getattr(protocol, f"num_{side}")
-        if asked is not None and used < asked and (side == "fake" or metric.unit == "clip"):
-            found.append(f"{used} {side} {metric.unit}s were used, fewer than the {asked} that {metric.name} asks for")
+    asked = {side: getattr(protocol, f"num_{side}") for side in counts if side == "fake" or metric.unit == "clip"}
+    few = [f"{counts[side]} {side}" for side, most in asked.items() if most is not None and counts[side] < most]
+    if few:
+        found.append(f"{' and '.join(few)} {metric.unit}s were used; {asked['fake']} are asked for")
     if metric.kind == "frechet" and min(counts.values()) < ENOUGH:
         found.append(
             f"fewer than {ENOUGH} {metric.unit}s: their number alone raises the value; compare at equal counts only"

@@ -79,9 +79,10 @@ def _values(metrics: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Five digits, or "-" where there is none."""
+    """Four or five digits, or "-" where there is none; what is rounding is 0."""
     if value is None:
         return "-"
+    value = value if abs(value) > 1e-9 else 0.0
     return f"{value:.2f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
