@@ -121,6 +121,7 @@ def make_set(out: Path, parameters: dict[str, int], workers: int) -> bool:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder of the set (data/demo)")
     parser.add_argument("--clips-per-class", type=int, default=200, help="clips of each of the 8 classes (200)")
@@ -132,6 +133,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    """Draw the set that the command line describes, unless it is there already."""
     arguments = parse_arguments(argv)
     for key, least in (("clips_per_class", 1), ("workers", 1), ("size", 16), ("frames", 16), ("seed", 0)):
         if getattr(arguments, key) < least:
