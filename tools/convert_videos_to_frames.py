@@ -33,7 +33,6 @@ from tools.output_folder import (
     print_report,
     require_some,
     settings_of,
-    write_json,
 )
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def main(argv: list[str]) -> None:
         records = folder.make(tasks, form, arguments.num_workers)
         require_some([*records, *refused], arguments.source_dir)
         report = make_report(settings, records, refused, left_out)
-        write_json(arguments.target_dir / "report.json", report)
+        folder.write_json("report.json", report)
     print_report(report, arguments.target_dir)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from engine.text import printable
 from tools.frames import Form, Record, Task, convert, remove
 
-WORK = ".work"
+WORK, JOURNAL = ".work", "journal.jsonl"
 SHOWN = 10  # entries of each list that the summary prints; report.json holds all
 
 
@@ -36,7 +36,7 @@ class OutputFolder:
 
     def __init__(self, out: Path, source: Path, settings: dict[str, Any]) -> None:
         self.out, self.work = out, out / WORK
-        self.staged, self.journal = self.work / "staged", self.work / "journal.jsonl"
+        self.staged, self.journal = self.work / "staged", self.work / JOURNAL
         self.settings = json.loads(json.dumps(settings))
         _check_apart(out, source)
 
@@ -45,9 +45,8 @@ class OutputFolder:
             self._check_ours()
             self.work.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.work / "lock", self.out)
+        self.write_json(f"{WORK}/settings.json", self.settings)
         with _sentence(self.out):
-            write_json(self.work / "settings.json", self.settings)
-            remove(self.work / "journal.jsonl.tmp")
             self.staged.mkdir(exist_ok=True)
         return self
 
@@ -92,9 +91,20 @@ class OutputFolder:
 
     def _rewrite(self, records: Iterable[Record]) -> None:
         """The journal, in the order of the clips: no trace of the order in which they were made."""
-        aside = self.work / "journal.jsonl.tmp"
-        aside.write_text("".join(f"{json.dumps(each)}\n" for each in sorted(records, key=lambda r: r["out"])))
-        aside.replace(self.journal)
+        ordered = sorted(records, key=lambda record: str(record["out"]))
+        self.write_text(f"{WORK}/{JOURNAL}", (f"{json.dumps(each)}\n" for each in ordered))
+
+    def write_text(self, name: str, parts: Iterable[str]) -> None:
+        """Write the text file OUT/name whole or not at all; names that are no UTF-8 keep their bytes."""
+        aside = self.work / "aside"  # always the same, so that a kill leaves no more than one behind
+        with _sentence(self.out / name):
+            with aside.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
+                stream.writelines(parts)
+            aside.replace(self.out / name)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write OUT/name as indented JSON, whole or not at all."""
+        self.write_text(name, [json.dumps(content, indent=1), "\n"])
 
     def keep(self, task: Task, record: Record) -> None:
         """Enter what is made into the journal, then put it into place."""
@@ -126,8 +136,7 @@ class OutputFolder:
                     with _sentence(self.out):
                         self.keep(task, record)
                 bar.update()
-        with _sentence(self.out):
-            self._rewrite(each for each in records.values() if "skipped" not in each)
+        self._rewrite(each for each in records.values() if "skipped" not in each)
         return [records[task.name] for task in tasks]
 
 
@@ -216,23 +225,6 @@ def _remove_empty(folder: Path, root: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------- the report
-
-
-def write_text(path: Path, parts: Iterable[str]) -> None:
-    """Write a text file whole or not at all; names that are no UTF-8 keep their bytes."""
-    from sample.video_io import write_atomically
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
-            stream.writelines(parts)
-
-    with _sentence(path):
-        write_atomically(path, write)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, indented, ending in a line break."""
-    write_text(path, [json.dumps(content, indent=1), "\n"])
 
 
 def make_report(

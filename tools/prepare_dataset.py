@@ -45,8 +45,6 @@ from tools.output_folder import (
     print_report,
     require_some,
     settings_of,
-    write_json,
-    write_text,
 )
 
 if TYPE_CHECKING:
@@ -284,19 +282,19 @@ def _entry(record: Record, place: Place) -> Record:
     }
 
 
-def write_results(out: Path, index: Sequence[Record], form: Form, dataset: str) -> dict[str, Any]:
+def write_results(folder: OutputFolder, index: Sequence[Record], form: Form, dataset: str) -> dict[str, Any]:
     """Write index, lists and class map; returns what report.json says of splits and classes."""
-    write_text(out / "index.jsonl", (f"{json.dumps(entry)}\n" for entry in index))
+    folder.write_text("index.jsonl", (f"{json.dumps(entry)}\n" for entry in index))
     classes = class_list(index)
     splits = Counter(entry["split"] for entry in index)
     for split in splits:
         own = [entry for entry in index if entry["split"] == split]
-        write_text(out / f"{split}_clips.txt", (f"{_below(entry)}\n" for entry in own))
+        folder.write_text(f"{split}_clips.txt", (f"{_below(entry)}\n" for entry in own))
         if form.format in ("png", "jpeg"):
-            write_text(out / f"{split}_frames.txt", frame_lines(own, form, classes))
+            folder.write_text(f"{split}_frames.txt", frame_lines(own, form, classes))
     if classes:
-        write_json(out / "classes.json", [_class_row(label, name, index) for label, name in enumerate(classes)])
-    read = {split: check_readable(out, split, index, dataset) for split in sorted(splits)}
+        folder.write_json("classes.json", [_class_row(label, name, index) for label, name in enumerate(classes)])
+    read = {split: check_readable(folder.out, split, index, dataset) for split in sorted(splits)}
     return {
         "splits": dict(sorted(splits.items())),
         "classes": len(classes),
@@ -437,8 +435,8 @@ def main(argv: list[str]) -> None:
         require_some([*records, *refused], arguments.source)
         index = index_of(good, records)
         report = make_report(settings, records, refused, left_out)
-        report |= write_results(arguments.out, index, form, arguments.dataset)
-        write_json(arguments.out / "report.json", report)
+        report |= write_results(folder, index, form, arguments.dataset)
+        folder.write_json("report.json", report)
     print_report(report, arguments.out)
     print_splits(report, arguments)
 
