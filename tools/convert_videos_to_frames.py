@@ -2,10 +2,11 @@
 
     python tools/convert_videos_to_frames.py -s UCF-101 -t UCF-101-frames --target_size 256
 
-CLASS/video.avi becomes CLASS/video/000000.png and on. The flags are those of the official tool, and --format,
---quality and --fresh names for its habits: PNG or JPEG of the quality that is asked for (there always 75); the
-largest centred square, by Lanczos, to --target_size; names kept as they are, '#' and spaces too, so that no two
-clips become one. Unreadable videos are named in TARGET/report.json. A killed run goes on with the same command.
+CLASS/video.avi becomes CLASS/video/000000.png and on. The flags are those of the official tool; new are --format
+and --quality, the true quality of JPEG files (there it was 75, whatever was asked for). With --target_size it is,
+as there, the largest centred square by Lanczos, but there is no size unless one is asked for. Names stay as they
+are, '#' and spaces too, so that no two videos become one. Videos that cannot be read are named in
+TARGET/report.json. A killed run goes on with the same command.
 """
 
 from __future__ import annotations

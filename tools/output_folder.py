@@ -145,7 +145,9 @@ def _converted(tasks: Sequence[Task], staged: Path, form: Form, workers: int) ->
     if min(workers, len(tasks)) <= 1:
         yield from ((task, convert(task, staged / task.staged, form)) for task in tasks)
         return
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(
+        min(workers, len(tasks)), mp_context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
+    )
     try:
         jobs = {pool.submit(convert, task, staged / task.staged, form): task for task in tasks}
         for job in as_completed(jobs):
@@ -159,15 +161,17 @@ def _converted(tasks: Sequence[Task], staged: Path, form: Form, workers: int) ->
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
+def _start_worker(parent: int) -> None:
     """One thread each; Ctrl-C is the program's to handle; and no worker outlives it."""
-    import torch
-
     from engine.signals import die_with_parent
 
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
+    if os.getppid() != parent:  # it died before we asked
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def check_settings(out: Path, marker: Path, settings: dict[str, Any]) -> None:

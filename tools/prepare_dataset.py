@@ -418,10 +418,10 @@ def main(argv: list[str]) -> None:
         RECIPES[arguments.dataset].transform,
         min_frames=arguments.min_frames,
     )
-    chosen = ("dataset", "split", "test_share", "seed", "labels", "group")
-    settings = settings_of(
-        "prepare_dataset", arguments.source, form, **{key: getattr(arguments, key) for key in chosen}
-    )
+    chosen = ("dataset", "split", "test_share", "seed", "labels", "group", "lists", "csv")
+    given = {key: getattr(arguments, key) for key in chosen}
+    paths = {key: str(path.resolve()) for key, path in given.items() if isinstance(path, Path)}
+    settings = settings_of("prepare_dataset", arguments.source, form, **given | paths)
     with OutputFolder(arguments.out, arguments.source, settings) as folder:
         left_out: LeftOut = []
         enter = entering(left_out, arguments.source)
