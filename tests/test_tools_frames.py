@@ -318,7 +318,9 @@ def test_changed_and_vanished_sources_are_followed(tmp_path: Path) -> None:
     make_video(source / "a.mp4", 5)
     make_video(source / "c.mp4", 2)
     shutil.rmtree(source / "deep")
+    (target / WORK / "staged" / "half a clip").mkdir()
     convert(source, target)
+    assert not list((target / WORK / "staged").iterdir())
     assert clips_of(target) == {"a": 5, "c": 2} and not (target / "deep").exists()
     shutil.rmtree(target / "a")
     convert(source, target)
@@ -447,20 +449,20 @@ def children(pid: int) -> Iterator[int]:
 @pytest.mark.dist
 def test_workers_change_nothing_and_kill_9_loses_nothing(tmp_path: Path) -> None:
     source = tmp_path / "in"
-    for number in range(40):
+    for number in range(24):
         write_clip = source / f"{number % 3}" / f"{number}.mp4"
         write_clip.parent.mkdir(parents=True, exist_ok=True)
         write_video(write_clip, noise(6, 120, 160), 8)
     convert(source, tmp_path / "one")
     journal = tmp_path / "out" / WORK / "journal.jsonl"
     run = subprocess.Popen(command(source, tmp_path / "out", 2), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    wait_for(lambda: lines(journal) > 3)
+    wait_for(lambda: lines(journal) > 1)
     workers = list(children(run.pid))
     run.kill()
     run.wait()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))  # none is orphaned
     before = lines(journal)
-    assert len(workers) >= 2 and before < 40
+    assert len(workers) >= 2 and before < 24
     subprocess.run(command(source, tmp_path / "out", 2), check=True, capture_output=True, timeout=120)
     assert tree(tmp_path / "out") == tree(tmp_path / "one")
 

@@ -323,6 +323,9 @@ def test_labels_of_file_names_and_the_printed_command(tmp_path: Path, capsys: py
     assert "data.labels=file_name" in text and "model.num_classes=2" in text
     data = trained("folder", tmp_path / "out" / "train", "data.labels=file_name")
     assert [data.class_names[clip.label] for clip in data.catalog.clips] == ["again", "bird", "again"]
+    joint = ["data.num_images=1", f"data.frame_list={tmp_path / 'out' / 'train_frames.txt'}"]
+    images = trained("folder", tmp_path / "out" / "train", "data.labels=file_name", *joint).images or []
+    assert [image.label for image in images[::5]] == [0, 1, 0]
 
 
 AWKWARD = [

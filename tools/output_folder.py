@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,10 @@ def _converted(tasks: Sequence[Task], staged: Path, form: Form, workers: int) ->
             "a worker process was killed (out of memory?): repeat the command, which goes on where it stopped, "
             "with fewer --workers"
         ) from error
+    except BaseException:  # Ctrl-C, a full disk: what the others are writing is made again, so nobody waits for it
+        for worker in active_children():
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
