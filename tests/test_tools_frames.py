@@ -452,7 +452,7 @@ def test_workers_change_nothing_and_kill_9_loses_nothing(tmp_path: Path) -> None
     for number in range(24):
         write_clip = source / f"{number % 3}" / f"{number}.mp4"
         write_clip.parent.mkdir(parents=True, exist_ok=True)
-        write_video(write_clip, noise(6, 120, 160), 8)
+        write_video(write_clip, noise(6 if number else 90, 120, 160), 8)  # the first ends long after the second
     convert(source, tmp_path / "one")
     journal = tmp_path / "out" / WORK / "journal.jsonl"
     run = subprocess.Popen(command(source, tmp_path / "out", 2), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
