@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from models.config_t2v import LATTE_1, LatteT2VConfig
 from models.latte_t2v import LatteT2V
-
-from .t2v_support import CONFIG, WORDS, inputs, ours_of, randomize, theirs, tiny_pipeline
+from tests.t2v_support import CONFIG, WORDS, inputs, ours_of, randomize, theirs, tiny_pipeline
 
 
 @torch.no_grad()
