@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LatteTransformer3DModel, PixArtTransformer2DModel
+from diffusers import LattePipeline, LatteTransformer3DModel, PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -95,6 +95,25 @@ def test_to_diffusers_shares_the_weights() -> None:
     assert isinstance(network, LatteTransformer3DModel)
     assert same_output(network, model)
     assert network.proj_out.weight.data_ptr() == model.proj_out.weight.data_ptr()
+
+
+def test_our_network_in_a_pipeline_from_a_folder_and_the_whole_saved_again(tmp_path: Path) -> None:
+    """The recipe of docs/latte_diffusers.md."""
+    tiny_pipeline(theirs()).save_pretrained(tmp_path / "latte")
+    pipeline = LattePipeline.from_pretrained(tmp_path / "latte", transformer=None)
+    pipeline.register_modules(transformer=load_t2v(tmp_path / "latte"))
+    pipeline.register_modules(transformer=to_diffusers(pipeline.transformer))
+    pipeline.save_pretrained(tmp_path / "again")
+    asked: dict[str, Any] = {"prompt": "a red disc", "video_length": 4, "height": 16, "width": 16}
+    asked |= {"num_inference_steps": 2, "output_type": "pt", "clean_caption": False}
+    videos = []
+    for folder, ours in (("latte", False), ("latte", True), ("again", False)):
+        pipeline = LattePipeline.from_pretrained(tmp_path / folder, **({"transformer": None} if ours else {}))
+        if ours:
+            pipeline.register_modules(transformer=load_t2v(tmp_path / folder))
+        videos.append(pipeline.to("cpu")(**asked, generator=torch.Generator().manual_seed(0)).frames)
+    for video in videos[1:]:
+        torch.testing.assert_close(video, videos[0], rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------- official .pt
