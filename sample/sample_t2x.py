@@ -118,7 +118,7 @@ def write_videos(
     """Sample, decode and write each video as it comes, then the overview.
 
     Returns:
-        for each video its file name, index, prompt and seed: the `videos` of samples.json.
+        for each video its file name, index and prompt: the `videos` of samples.json.
     """
     from tqdm import tqdm
 
@@ -132,7 +132,8 @@ def write_videos(
     ]
     shown: list[np.ndarray] = []
     files: list[dict[str, Any]] = []
-    with tqdm(total=len(jobs) * sampler.num_steps, unit="step", dynamic_ncols=True) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file gets a line now and then
+    with tqdm(total=len(jobs) * sampler.num_steps, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
         for index, (prompt, features) in enumerate(jobs):
             video = sampler.sample(features, index, lambda *_: bar.update())  # (F, H, W, 3)
             stem = f"{index:04d}_{slug(prompt, 60)}"
@@ -156,12 +157,13 @@ def write_video(folder: Path, stem: str, video: np.ndarray, fps: int) -> str:
 def write_overview(folder: Path, shown: list[np.ndarray], files: list[dict[str, Any]], config: T2XConfig) -> None:
     """The contact sheet of the videos `shown`, and samples.json with what made all of them."""
     import json
+    from textwrap import shorten
 
     import numpy as np
 
     from sample.video_io import write_atomically, write_contact_sheet
 
-    captions = [each["prompt"][:40] for each in files[: len(shown)]]
+    captions = [shorten(each["prompt"], 40, placeholder=" ...") for each in files[: len(shown)]]
     write_contact_sheet(folder / "samples.png", np.stack(shown), captions)
     text = json.dumps({"sample": asdict(config), "videos": files}, indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / "samples.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
