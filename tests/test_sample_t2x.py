@@ -85,7 +85,7 @@ def test_every_setting_equals_diffusers_pipeline(latte: Path, changes: dict[str,
 
 
 def test_learned_variance_is_for_ddpm_alone(latte: Path) -> None:
-    """The official script gives it to all ten, and three of them break on four latent channels."""
+    """The official script gives it to all ten; of those two then keep three channels, where latents have four."""
     assert make_scheduler(tiny(latte, sample_method="DDPM"), latte).config.variance_type == "learned_range"
     for method in set(SCHEDULERS) - {"DDPM"}:
         assert getattr(make_scheduler(tiny(latte, sample_method=method), latte).config, "variance_type", None) is None
