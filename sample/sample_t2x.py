@@ -3,8 +3,8 @@
     python sample/sample_t2x.py --config configs/t2x/t2v_sample.yaml --prompt "a dog in astronaut suit"
     python sample/sample_t2x.py --config configs/t2x/t2i_sample.yaml --prompt_file prompts.txt --seed 3
 
-Every key of configs/t2x/*.yaml is a flag too, and stands above the file. First all prompts are encoded and the text
-encoder is let go; then each prompt is sampled, decoded and written.
+Flags stand above the file; prompts on the command line replace the file's. First all prompts are encoded and the
+text encoder is let go; then each prompt is sampled, decoded and written.
 
 Writes into --save_img_path: 0000_<prompt>.mp4 (one frame: .png), samples.png (one row per video) and samples.json.
 """
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sample.text_to_video import Prompt
 
 SHOWN = 16  # videos on the contact sheet
+PROMPTS: dict[str, Any] = {"text_prompt": [], "prompt_file": None}  # where one is given, both are
 SWITCHES = (
     "clean_caption",
     "enable_temporal_attentions",
@@ -81,6 +82,8 @@ def main(argv: list[str]) -> int:
     """Sample as the command line says."""
     settings = vars(build_parser().parse_args(argv))
     yaml, device_name = settings.pop("config"), settings.pop("device")
+    if PROMPTS.keys() & settings.keys():
+        settings = PROMPTS | settings
 
     from sample.t2x_config import load_t2x_config
 

@@ -200,6 +200,21 @@ def test_videos_of_several_prompts(latte: Path, tmp_path: Path, capsys: pytest.C
     assert "GiB of the process" in out
 
 
+def test_prompts_of_the_command_line_replace_those_of_the_config(latte: Path, tmp_path: Path) -> None:
+    (tmp_path / "t2x.yaml").write_text("text_prompt: [from the config, too]\nvideo_length: 1\n")
+    (tmp_path / "prompts.txt").write_text("from a file\n")
+    for number, (flags, names) in enumerate(
+        (
+            ([], ["0000_from_the_config.png", "0001_too.png"]),
+            (["--prompt_file", str(tmp_path / "prompts.txt")], ["0000_from_a_file.png"]),
+            (["--prompt", "mine"], ["0000_mine.png"]),
+        )
+    ):
+        target = tmp_path / str(number)
+        assert command(latte, target, "--config", str(tmp_path / "t2x.yaml"), *flags) == 0
+        assert sorted(path.name for path in target.glob("0*")) == names
+
+
 def test_images_with_the_decoder_of_clips_in_half_precision(latte: Path, tmp_path: Path) -> None:
     flags = ["--video_length", "1", "--enable_vae_temporal_decoder", "--precision", "bf16", "--cpu_offload"]
     assert command(latte, tmp_path, "--prompt", "a red disc", *flags, "--no-clean_caption") == 0
