@@ -130,7 +130,6 @@ CAPTIONS = [
     ("漢字 mountain", "mountain"),
     ("%41%20dog", "a dog"),
     ("end,", "end"),
-    ("cafÃ©", "café"),
     ("", ""),
 ]
 
