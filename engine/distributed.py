@@ -156,8 +156,10 @@ def reshard(model: nn.Module) -> None:
 
     Their order is forgotten too: the next backward would gather ahead by it (private to torch 2.11).
     """
-    model.reshard()  # type: ignore[operator]
     state = model._get_fsdp_state()  # type: ignore[operator]
+    if state._is_root is None:  # nothing went through it yet
+        return
+    model.reshard()  # type: ignore[operator]
     state._comm_ctx.post_forward_order.clear()
     for each in state._state_ctx.all_states:
         if each._fsdp_param_group:
