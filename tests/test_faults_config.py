@@ -26,7 +26,7 @@ from engine.official_keys import DROPPED, RENAMED
 from sample import sample
 from tests.conftest import TINY
 from tools import convert_config
-from tools.metrics.frechet import frechet_distance
+from tools.metrics.distances import frechet_distance
 
 ROOT = Path(__file__).resolve().parents[1]
 
