@@ -28,8 +28,9 @@ def refuse_images(num_images: int) -> str | None:
 def callbacks(config: Config) -> list[Callback]:
     """What looks at the training beside its validation; sampling is imported here, so that --help is quick."""
     from sample.preview import Preview
+    from tools.metrics.during import Metric
 
-    return [Preview(config)]
+    return [Preview(config), Metric(config)]
 
 
 def main(argv: list[str]) -> int:

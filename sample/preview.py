@@ -85,14 +85,19 @@ def generator_of(run: Trainer, network: nn.Module) -> Generator:
 
 def sampled(run: Trainer, generators: Mapping[str, Generator], number: int) -> dict[str, np.ndarray]:
     """Videos 0 to `number` - 1 of each generator, shared out over the ranks: uint8 (n, F, H, W, 3), on all of them."""
-    size = min(run.config.sample.batch_size, math.ceil(number / run.world.size))
-    chunks = [list(range(start, min(start + size, number))) for start in range(0, number, size)]
+    chunks = chunks_of(run, range(number))
 
     def work(place: int) -> dict[str, np.ndarray]:
         return {name: videos_of(run, generator, chunks[place]) for name, generator in generators.items()}
 
     parts = put_together(share_out(run, len(chunks), work))
     return {name: np.concatenate([part[name] for part in parts]) for name in generators}
+
+
+def chunks_of(run: Trainer, indices: Sequence[int]) -> list[Sequence[int]]:
+    """`indices` in parts of at most `sample.batch_size`, smaller where that occupies more ranks."""
+    size = min(run.config.sample.batch_size, math.ceil(len(indices) / run.world.size))
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def videos_of(run: Trainer, generator: Generator, indices: Sequence[int]) -> np.ndarray:

@@ -14,14 +14,18 @@ import torch
 
 import sample.preview
 import train
+from datasets import build_dataset
 from engine import checkpoint as ckpt
+from engine.callbacks import Look
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
 from engine.validation import Validation
 from sample.generate import Generator
+from tests.detector_stubs import StubI3D, StubInception
 from tests.fault_support import armed, rows, run_ranks
 from tests.test_faults_exactness import TIMING, assert_same, state_of
+from tools.metrics.distances import frechet_distance
 
 WATCHED = [
     "monitor.val_every=2",
@@ -100,13 +104,28 @@ def test_the_lightning_twin_sees_the_same(tiny: list[str], tmp_path: Path) -> No
     assert pictures(tmp_path / "twin") == pictures(tmp_path / "plain")
 
 
-def two_ranks(world: World, tiny: list[str], folder: str, weights: str) -> dict[str, Any]:
+def measured(detector: Path) -> list[str]:
+    """The metric too, of four samples."""
+    keys = ["metric_every=3", "metric_videos=4", "metric_detector=inception", f"metric_detector_path={detector}"]
+    return [f"monitor.{key}" for key in keys]
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network with the call signature of the Inception detector."""
+    file = tmp_path_factory.mktemp("detector") / "inception.pt"
+    torch.manual_seed(0)
+    torch.jit.script(StubInception()).save(file)
+    return file
+
+
+def two_ranks(world: World, tiny: list[str], folder: str, weights: str, metric: list[str]) -> dict[str, Any]:
     """All that two ranks do in these tests, in one start of them: what each training ended with."""
-    parallel = ["train.max_steps=3", "train.parallel="]
     found: dict[str, Any] = {}
     for kind in ("ddp", "fsdp"):
-        common = [*tiny, *parallel[:1], parallel[1] + kind, f"train.init_from={weights}", "train.batch_size=1"]
-        for name, overrides in (("plain", common), ("seen", watched(common))):
+        common = [*tiny, "train.max_steps=3", f"train.parallel={kind}", f"train.init_from={weights}"]
+        common += ["train.batch_size=1"]
+        for name, overrides in (("plain", common), ("seen", watched(common, *metric))):
             place = f"{kind}-{name}"
             trainer = run([*overrides, f"train.output_dir={folder}/{place}"], world)
             found[place] = state_of(trainer)
@@ -120,17 +139,20 @@ def two_ranks(world: World, tiny: list[str], folder: str, weights: str) -> dict[
 
 
 @pytest.fixture(scope="module")
-def ranks(frame_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def ranks(
+    frame_folders: Path, tmp_path_factory: pytest.TempPathFactory, detector: Path
+) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of `two_ranks` and of the same on one, and what the two ranks returned."""
     from tests.conftest import TINY
 
     folder = tmp_path_factory.mktemp("ranks")
     tiny = [*TINY, f"data.path={frame_folders}"]
     run([*tiny, f"train.output_dir={folder / 'weights'}", "train.max_steps=10"])
-    found = run_ranks(2, folder / "rendezvous", two_ranks, tiny, str(folder), str(folder / "weights"))
+    weights, metric = str(folder / "weights"), measured(detector)
+    found = run_ranks(2, folder / "rendezvous", two_ranks, tiny, str(folder), weights, metric)
     assert [error for _, error in found] == [None, None]
-    alone = ["train.max_steps=3", f"train.init_from={folder / 'weights'}", f"train.output_dir={folder / 'alone'}"]
-    run(watched(tiny, *alone))
+    alone = ["train.max_steps=3", f"train.init_from={weights}", f"train.output_dir={folder / 'alone'}"]
+    run(watched(tiny, *alone, *metric))
     return folder, [result for result, _ in found]
 
 
@@ -154,6 +176,8 @@ def test_two_ranks_see_the_same_bits_as_one(ranks: tuple[Path, list[dict[str, An
     assert one == two and one["step"] == 0 and one["clips"] == 5
     assert 0 < one["ema/loss"] < 2
     assert set(pictures(folder / "alone")) == set(pictures(folder / f"{kind}-seen"))
+    one, two = (logged(folder / name, "metric")[0] for name in ("alone", f"{kind}-seen"))
+    assert one["ema/frechet_inception"] == pytest.approx(two["ema/frechet_inception"], rel=1e-4) and one["step"] == 0
 
 
 # ---- a run that was stopped ------------------------------------------------------------------------
@@ -399,3 +423,100 @@ def test_generator_leaves_a_network_to_be_trained(tiny: list[str]) -> None:
     trainer = Trainer(config, World())
     Generator(trainer.model, trainer.objective.codec, config)  # type: ignore[arg-type]
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+# ---- the guard around them, and the metric ---------------------------------------------------------
+
+
+class Rude:
+    """Draws from the global generator, changes the mode, takes 1,000 seconds of the clock in `now`."""
+
+    kind, every = "rude", 1
+
+    def __init__(self, now: list[float]) -> None:
+        self.now = now
+
+    def prepare(self, run: Trainer) -> list[str]:
+        return self.look(run).line.split()
+
+    def look(self, run: Trainer) -> Look:
+        assert not run.model.training and not torch.is_grad_enabled()
+        run.model.train(False)
+        torch.randn(3)
+        self.now[0] += 1000.0
+        return Look({"one": 1}, "nothing")
+
+
+def test_what_a_callback_should_not_do_does_no_harm(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("engine.meter.time.perf_counter", lambda: now[0])
+    states = []
+    for name, callbacks in (("plain", []), ("rude", [Rude(now)])):
+        config = load_config(None, [*tiny, "train.max_steps=3", f"train.output_dir={tmp_path / name}"])
+        trainer = Trainer(config, World(), callbacks=callbacks)
+        original = trainer.train_step
+
+        def step(batch: Any, original: Any = original) -> Any:
+            now[0] += 1.0
+            return original(batch)
+
+        trainer.train_step = step  # type: ignore[method-assign]
+        torch.manual_seed(5)
+        trainer.fit()
+        assert trainer.model.training
+        states.append(trainer.state_dict())
+    assert torch.equal(states[0].rng["cpu/0"], states[1].rng["cpu/0"])
+    assert_same(*({"model": each.model, "ema": each.ema, "optim": each.optim} for each in states))
+    assert [row["seconds_per_step"] for row in rows(tmp_path / "rude") if row["kind"] == "train"] == [1.0, 1.0, 1.0]
+
+
+def test_the_metric_is_that_of_the_checkpoint(tiny: list[str], tmp_path: Path, detector: Path) -> None:
+    """Samples of the checkpoint's average and the held-out clips, through the network itself."""
+    run(watched(tiny, "train.max_steps=3", "train.ema_decay=0.5", "optim.learning_rate=1e-2", *measured(detector)))
+    fake = Generator.from_checkpoint(tmp_path / "run").sample(num=4, steps=3, batch_size=2)
+    config = load_config(None, tiny)
+    clips = build_dataset(config.data, seed=config.train.seed)
+    real = [((clips[0, index]["video"] + 1) * 127.5).round() for index in (0, 1, 3, 4)]  # 4 of 6, spread
+    network = torch.jit.load(detector)
+    with torch.no_grad():
+        features = [
+            network(pixels.flatten(0, 1).to(torch.uint8), return_features=True)
+            for pixels in (torch.stack(real), torch.from_numpy(fake).permute(0, 1, 4, 2, 3))
+        ]
+    row = logged(tmp_path / "run", "metric")[-1]
+    assert row == {
+        "step": 3,
+        "kind": "metric",
+        "videos": 4,
+        "clips": 4,
+        "ema/frechet_inception": pytest.approx(frechet_distance(*features), rel=1e-4),
+    }
+    assert len({row["ema/frechet_inception"] for row in logged(tmp_path / "run", "metric")}) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["monitor.metric_detector=inception_is"], r"monitor\.metric_detector=inception_is is none of i3d, "),
+        (["monitor.metric_detector_path=/nowhere.pt"], r"/nowhere\.pt"),
+        (["monitor.metric_detector_sha256=beef"], "but beef is expected"),
+        (["monitor.metric_detector=i3d"], "inception.pt"),
+    ],
+    ids=["kind", "file", "hash", "network"],
+)
+def test_a_detector_that_cannot_be_used_ends_the_run_at_its_start(
+    tiny: list[str], tmp_path: Path, detector: Path, settings: list[str], sentence: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        run(watched(tiny, "train.max_steps=2", *measured(detector), *settings))
+    assert not ckpt.list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_clips_too_short_for_the_detector_end_the_run_at_its_start(tiny: list[str], tmp_path: Path) -> None:
+    """The I3D network needs ten frames, the clips have four."""
+    torch.jit.script(StubI3D()).save(tmp_path / "i3d.pt")
+    metric = [*measured(tmp_path / "i3d.pt"), "monitor.metric_detector=i3d"]
+    with pytest.raises(ValueError, match="i3d takes clips of 10 or more frames, not 4"):
+        run(watched(tiny, "train.max_steps=2", *metric))

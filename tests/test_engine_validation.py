@@ -19,6 +19,7 @@ from engine.validation import spread
 from tests.fault_support import rows, run
 
 BUCKETS = 4
+FEW_STEPS = ["diffusion.num_steps=40", "sample.steps=40"]
 
 
 def validated(tiny: list[str], *extra: str, every: int = 2) -> list[str]:
@@ -159,11 +160,14 @@ def test_the_clock_of_a_step_stands_still(monkeypatch: pytest.MonkeyPatch) -> No
         (["monitor.val_clips=5"], r"monitor\.val_clips is read only with monitor\.val_every"),
         (["monitor.val_buckets=5"], r"monitor\.val_buckets is read only with monitor\.val_every"),
         (["monitor.sample_videos=5"], r"monitor\.sample_videos is read only with monitor\.sample_every"),
-        (["data.val_path=a"], r"data\.val_path is read only with monitor\.val_every"),
+        (["data.val_path=a"], r"data\.val_path is read only with monitor\.val_every or monitor\.metric_every"),
+        (["monitor.metric_every=5"], r"monitor\.metric_every=5 needs .* data\.val_path"),
+        (["monitor.metric_every=5", "data.val_share=0.1"], r"needs a detector: .* monitor\.metric_detector_path"),
+        (["monitor.metric_detector=i3d"], r"monitor\.metric_detector is read only with monitor\.metric_every"),
+        (["monitor.metric_every=1", "data.val_share=0.1", "monitor.metric_videos=1"], "at least 2"),
         (["monitor.val_every=1", "data.val_share=0.1", "monitor.val_buckets=101"], "at most 100"),
         (
-            ["monitor.val_every=1", "data.val_share=0.1", "monitor.val_buckets=50", "diffusion.num_steps=40"]
-            + ["sample.steps=40"],
+            ["monitor.val_every=1", "data.val_share=0.1", "monitor.val_buckets=50", *FEW_STEPS],
             r"monitor\.val_buckets=50 is more than diffusion\.num_steps=40",
         ),
         (["monitor.sample_every=1", "train.precision=fp64"], r"monitor\.sample_every: train\.precision=fp64"),
