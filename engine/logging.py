@@ -103,14 +103,19 @@ class RunLogger:
 
     def holds(self, step: int, kind: str) -> bool:
         """Whether there is a row of that kind at `step`."""
-        rows = [json.loads(line) for line in Path(self._jsonl.name).read_text().splitlines()]
-        return any(row["step"] == step and row.get("kind") == kind for row in rows)
+        return any(row["step"] == step for row in read_rows(Path(self._jsonl.name), kind))
 
     def close(self) -> None:
         """Flush and close everything."""
         self._bar.close()
         self._jsonl.close()
         self._board.close()
+
+
+def read_rows(file: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The rows of that kind in a metrics.jsonl, in their order; a row that does not say is of a training."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [row for row in rows if row.get("kind", "train") == kind]
 
 
 def _reopen_metrics(file: Path, start: int) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from datasets import ClipDataset, build_held_out
-from engine.callbacks import Look, attempt, put_together, share_out
+from engine.callbacks import Look, agree, attempt, put_together, share_out
 from engine.config import Config, require
 from engine.validation import spread
 from sample.generate import to_uint8
@@ -88,7 +88,15 @@ class Metric:
     def _shared(self, run: Trainer, indices: Sequence[int], videos: Callable[[Sequence[int]], np.ndarray]) -> Tensor:
         """The features of all those videos, shared out over the ranks, on all of them."""
         chunks = chunks_of(run, indices)
-        return torch.cat(put_together(share_out(run, len(chunks), lambda place: self.features(videos(chunks[place])))))
+
+        def work(place: int) -> Tensor:
+            pixels, rows = videos(chunks[place]), []
+            for number in range(len(chunks[0])):  # one at a time, for the memory; on every rank as often
+                rows += [self.features(pixels[number : number + 1])] if number < len(pixels) else []
+                agree(run)
+            return torch.cat(rows)
+
+        return torch.cat(put_together(share_out(run, len(chunks), work)))
 
 
 def real_videos(clips: ClipDataset, indices: Sequence[int]) -> np.ndarray:
