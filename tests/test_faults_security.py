@@ -911,16 +911,18 @@ def test_D12_a_plain_source_is_run(tmp_path: Path) -> None:
     assert load_detector("c3d", file)(CLIPS).shape == (1, 101)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "pickle", "network", "weights", "state", "renamed", "zip"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "text", "pickle", "bare", "network", "weights", "state", "payload", "zip"]
+)
 def test_D12_detector_files(tmp_path: Path, no_network: list[str], damage: str) -> None:
     marker, file = tmp_path / "ran", tmp_path / ("c3d.pkl" if damage == "pickle" else "c3d.pt")
     whole = write_stub("c3d", tmp_path).read_bytes()
-    if damage == "pickle":
+    if damage in ("pickle", "bare"):
         file.write_bytes(pickle.dumps(payloads(marker)["system call"]))
     elif damage == "zip":
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("c3d/code/readme.txt", "nothing")
-    elif damage in ("network", "weights", "state", "renamed"):
+    elif damage in ("network", "weights", "state", "payload"):
         things = {"network": torch.nn.Linear(2, 2), "weights": torch.nn.Linear(2, 2).state_dict(), "state": [1]}
         torch.save(things.get(damage, payloads(marker)["eval"]), file)
     else:
@@ -928,6 +930,7 @@ def test_D12_detector_files(tmp_path: Path, no_network: list[str], damage: str) 
     with pytest.raises(ValueError, match=rf"{re.escape(file.name)} (is|holds) .*https://www\.dropbox\.com") as error:
         load_detector("c3d", file)
     assert "\n" not in str(error.value) and no_network == [] and not marker.exists()
+    assert ("is a pickle" in str(error.value)) == (damage in ("pickle", "bare"))
 
 
 def test_D12_a_detectors_hash(tmp_path: Path, no_network: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,14 +40,15 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def random_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MobileNetV2 with random weights, as torchvision saves it."""
+    """MobileNetV2 with random weights that let its input through, as torchvision saves it."""
     from torchvision.models import mobilenet_v2
 
     torch.manual_seed(0)
     network = mobilenet_v2()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
+            module.running_mean.normal_(0, 1)
+            module.running_var.uniform_(0.02, 0.1)
     file = tmp_path_factory.mktemp("backbone") / "mobilenet_v2.pth"
     torch.save(network.state_dict(), file)
     return file
@@ -153,6 +154,7 @@ class Meddler(nn.Module):
             torch.backends.cudnn.deterministic,
             not torch.is_autocast_enabled("cpu"),
             torch.is_inference_mode_enabled(),
+            not torch._C._get_graph_executor_optimize(),
         ]
         return torch.tensor([flags], dtype=torch.float32).expand(len(x), -1)
 
@@ -167,7 +169,7 @@ def test_it_runs_in_full_precision_whatever_the_process_does(stubs: dict[str, Pa
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(detector(clips), expected)
             detector.network = Meddler()
-            assert detector.run(clips).tolist() == [[1] * 5] * 2
+            assert detector.run(clips).tolist() == [[1] * 6] * 2
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -288,20 +290,21 @@ def test_stand_in_is_torchvisions_network(random_backbone: Path) -> None:
     with torch.no_grad():
         features, logits = network.features(pixels).mean((2, 3)), network(pixels)
         steps = network.features[:18](pixels).mean((2, 3))
-    assert torch.allclose(stand_in("frame", random_backbone)(frames), features, atol=1e-6)
+    assert torch.allclose(stand_in("frame", random_backbone)(frames), features, atol=1e-4)
+    assert not torch.allclose(features[0], features[1], atol=1e-2)
     assert torch.allclose(stand_in("is", random_backbone)(frames), logits.softmax(1), atol=1e-7)
     found = stand_in("clip", random_backbone)(frames[None])[0]
     expected = torch.cat([steps.mean(0), (steps[1] - steps[0]).abs()])
-    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(found, expected, atol=1e-3) and expected[:320].abs().max() > 10 > expected[320:].max() > 0.1
 
 
 def test_stand_in_on_a_clip_sees_time(random_backbone: Path) -> None:
     detector, clip = stand_in("clip", random_backbone), noise(1, 6, 3, 64, 64)
     straight, turned, shuffled = (detector(clip[:, order])[0] for order in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0],
-                                                                           [0, 3, 1, 5, 2, 4]))  # fmt: skip
-    assert torch.allclose(straight[:320], shuffled[:320], atol=1e-6)
-    assert not torch.allclose(straight[320:], shuffled[320:], atol=1e-3 * straight[320:].max().item())
-    assert torch.allclose(straight, turned, atol=1e-6)  # backwards is as smooth
+                                                                           [0, 3, 1, 4, 2, 5]))  # fmt: skip
+    assert torch.allclose(straight[:320], shuffled[:320], atol=1e-4)
+    assert not torch.allclose(straight[320:], shuffled[320:], atol=0.01 * straight[320:].max().item())
+    assert torch.allclose(straight, turned, atol=1e-4)  # backwards is as smooth
     still = detector(clip[:, :1].expand(-1, 6, -1, -1, -1))
     assert still[0, 320:].eq(0).all()
     with pytest.raises(ValueError, match="clips of 2 or more frames, not 1"):
@@ -336,7 +339,7 @@ def test_stand_in_knows_real_pictures() -> None:
 
 @needs_weights
 def test_stand_in_orders_real_clips_as_one_would() -> None:
-    """Later frames of the same clips < the same frames blurred, or in another order < noise."""
+    """Later frames of the same clips < the same frames in another order < blurred < noise."""
     detector, clips = stand_in("clip", WEIGHTS), []
     for file in sorted(CLIPS.iterdir())[:4]:
         frames = torch.from_numpy(np.asarray(open_video(file).read(list(range(5, 35, 3))))).float()
@@ -352,7 +355,7 @@ def test_stand_in_orders_real_clips_as_one_would() -> None:
     features = detector(real)
     value = {name: frechet_distance(features, detector(each)) for name, each in others.items()}
     assert abs(frechet_distance(features, features)) < 1e-6
-    assert value["later"] < value["shuffled"] < value["noise"] and value["later"] < value["blurred"] < value["noise"]
+    assert list(value.values()) == sorted(value.values()), value
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path, stubs: dict[str, Path]) -> None:

@@ -162,9 +162,9 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 def frechet_from_moments(real: Moments, fake: Moments, divisor: str = "n") -> float:
     """`frechet_distance` from means and covariances alone.
 
-    With R the symmetric root of cov_r, tr((cov_r cov_f)^(1/2)) is the sum of the square roots of the eigenvalues
-    of R cov_f R, all real and none negative. Of N samples at most N - 1 eigenvalues are not zero: the others, which
-    are rounding, are left out, and so fewer samples than dimensions do no harm.
+    With cov_r = R R^T, tr((cov_r cov_f)^(1/2)) is the sum of the square roots of the eigenvalues of R^T cov_f R, all
+    real and none negative. With N and M samples at most min(N, M) - 1 of them are not zero: the others, which are
+    rounding, are left out, and so fewer samples than dimensions do no harm.
 
     Args:
         divisor: of the covariances, "n" (StyleGAN-V, Latte) or "n-1" (the first FVD code and most libraries).
@@ -178,9 +178,9 @@ def frechet_from_moments(real: Moments, fake: Moments, divisor: str = "n") -> fl
     _same_dimensions(real.dims, fake.dims)
     covariances = [side.covariance(divisor) for side in (real, fake)]
     values, vectors = torch.linalg.eigh(covariances[0])
-    rank = min(real.count - 1, real.dims)
-    root = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()  # (D, rank): cov_r = root root^T
-    product = torch.linalg.eigvalsh(root.T @ covariances[1] @ root)[-min(rank, fake.count - 1) :]
+    root = vectors * values.clamp(min=0).sqrt()  # cov_r = root root^T
+    rank = min(real.count, fake.count) - 1
+    product = torch.linalg.eigvalsh(root.T @ covariances[1] @ root)[-rank:]
     mean_gap = (real.mean - fake.mean).square().sum()
     traces = covariances[0].trace() + covariances[1].trace()
     return (mean_gap + traces - 2 * product.clamp(min=0).sqrt().sum()).item()
