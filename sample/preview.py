@@ -45,7 +45,8 @@ class Preview:
         """Sample, and write what rank 0 has then."""
         generators = self.generators(run)
         videos = sampled(run, generators, self.config.monitor.sample_videos)
-        folder = Path(self.config.train.output_dir) / "previews" / f"step-{run.step:07d}"
+        place = f"previews/step-{run.step:07d}"
+        folder = Path(self.config.train.output_dir) / place
 
         def write() -> None:
             captions = self.captions(generators["ema"])
@@ -56,7 +57,7 @@ class Preview:
                 run.log.picture(run.step, f"preview/{name}", sheet)
 
         attempt(run, write)
-        return Look({"videos": len(videos["ema"])}, f"{len(videos['ema'])} videos each of ema and raw in {folder}")
+        return Look({"videos": len(videos["ema"])}, f"{len(videos['ema'])} videos of ema and of raw in {place}")
 
     def captions(self, generator: Generator) -> list[str]:
         """Class or number of each video."""
