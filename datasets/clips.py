@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
 from typing import TypedDict
@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .catalog import LABEL_RULES, RECIPES, Catalog, Clip, build_catalog, digest_of, read_frame_list, window_span
+from .catalog import (
+    LABEL_RULES,
+    RECIPES,
+    Catalog,
+    Clip,
+    build_catalog,
+    digest_of,
+    read_frame_list,
+    relabelled,
+    window_span,
+)
 from .readers import MAX_PIXELS, READERS, Reader, VideoError, check_installed, file_identity, open_video
 from .transforms import TRANSFORMS, horizontal_flip, to_signed_range
 
@@ -37,6 +47,8 @@ class DataConfig:
 
     name: str = "folder"  # ffs | sky | taichi | ucf101 | folder | demo: a line of catalog.RECIPES
     path: str = ""  # the folder of the data set
+    val_path: str | None = None  # a folder laid out alike, of clips to validate on and never to train on
+    val_share: float = 0.0  # or so many of the clips of data.path, by the hash of their names; not trained on
     labels: str = "auto"  # auto (as the data set says; `folder`: by its layout) | class_folders | file_name | none
     frame_list: str | None = None  # joint training: images from this list instead of the set's own videos
     num_frames: int = 16  # F
@@ -68,6 +80,15 @@ class DataConfig:
             raise ValueError(f"data.max_unusable: {self.max_unusable} must be a share, from 0 to 1")
         if self.frame_list is not None and not self.num_images:
             raise ValueError("data.frame_list is read only in joint training: set data.num_images, or drop it")
+        if not 0 <= self.val_share < 1:
+            raise ValueError(f"data.val_share: {self.val_share} must be a share, from 0 to below 1")
+        if self.val_share and self.val_path is not None:
+            raise ValueError("data.val_share and data.val_path both say what is held out: set one of them")
+        if self.val_share and self.frame_list is not None:
+            raise ValueError(
+                "data.val_share cannot tell which images of data.frame_list show a clip that it holds out: "
+                "set data.val_path instead"
+            )
 
 
 def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
@@ -287,3 +308,19 @@ def build_dataset(config: DataConfig, *, seed: int) -> ClipDataset:
     """Catalog the folder and make the data set. ValueError or FileNotFoundError where the folder is wrong."""
     check_installed(config.reader)
     return ClipDataset(config, build_catalog(config), seed)
+
+
+def build_held_out(config: DataConfig, clips: ClipDataset, *, seed: int) -> ClipDataset:
+    """What the training on `clips` never sees: `data.val_path`, or what `data.val_share` holds out of `data.path`.
+
+    Labels are numbered as those of `clips`; nothing is mirrored; the images of joint training are from these videos.
+    ValueError or FileNotFoundError where the folder is wrong or nothing is held out.
+    """
+    key = "data.path" if config.val_path is None else "data.val_path"
+    path = config.path if config.val_path is None else config.val_path
+    fixed = replace(config, path=path, val_path=None, frame_list=None, horizontal_flip=False, max_clips=None)
+    try:
+        catalog = relabelled(build_catalog(fixed, held_out=config.val_path is None), clips.class_names)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace("data.path", key)) from None
+    return ClipDataset(fixed, catalog, seed)

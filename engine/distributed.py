@@ -151,6 +151,21 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype | None = No
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def reshard(model: nn.Module) -> None:
+    """After forwards without a backward: let go of what they gathered, which the outermost group keeps otherwise.
+
+    Their order is forgotten too: the next backward would gather ahead by it (private to torch 2.11).
+    """
+    state = model._get_fsdp_state()  # type: ignore[operator]
+    if state._is_root is None:  # nothing went through it yet
+        return
+    model.reshard()  # type: ignore[operator]
+    state._comm_ctx.post_forward_order.clear()
+    for each in state._state_ctx.all_states:
+        if each._fsdp_param_group:
+            each._fsdp_param_group._post_forward_indices.clear()
+
+
 def whole(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
     """Each tensor on the CPU with all its shards put together. Collective where there are any.
 

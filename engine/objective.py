@@ -92,15 +92,19 @@ class Objective:
     def loss(self, model: nn.Module, latents: Tensor, labels: Tensor, draws: Draws) -> StepLoss:
         """Loss of given latents (B, F+I, C, h, w), labels (B, 1+I) and draws."""
         timesteps, weights = self.timestep_sampler.timesteps_from_uniform(draws.uniform)
-        condition = self.drop_labels(labels, draws.label_uniform) if self.conditional else None
+        terms = self.terms(model, latents, self.drop_labels(labels, draws.label_uniform), timesteps, draws.noise)
+        return StepLoss((weights * terms.loss).mean(), self.parts(terms), timesteps, terms.loss.detach())
+
+    def terms(self, model: nn.Module, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor) -> LossTerms:
+        """Loss terms of given latents (B, F+I, C, h, w), labels (B, 1+I), timesteps (B,) and noise like the latents."""
+        condition = labels if self.conditional else None
 
         def denoiser(noisy_latents: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 output = model(noisy_latents, t, condition, num_images=self.num_images)
             return output.to(noisy_latents.dtype)
 
-        terms = self.diffusion.training_losses(denoiser, latents, timesteps, draws.noise.to(latents.dtype))
-        return StepLoss((weights * terms.loss).mean(), self.parts(terms), timesteps, terms.loss.detach())
+        return self.diffusion.training_losses(denoiser, latents, timesteps, noise.to(latents.dtype))
 
     def draw(self, positions: list[int], latent_shape: torch.Size, num_labels: int) -> Draws:
         """All random numbers of the samples at `positions`, each from its own generator, in a fixed order."""

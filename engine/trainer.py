@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from models.latte import Latte
 from . import checkpoint as ckpt
 from . import resume
 from .build import build_model, build_process, count_parameters
+from .callbacks import Callback, Callbacks
 from .config import Config, require
 from .distributed import (
     World,
@@ -49,6 +50,7 @@ from .optim import build_optimizer, clip_gradients, gradient_norm, learning_rate
 from .run_folder import COMPLETED, PREEMPTED, RunFolder
 from .signals import StopSignals
 from .stream import ClipStream, PositionBatches, load_micro_batches
+from .validation import Validation
 from .watch import Breadcrumbs, HangWatch
 
 # train.precision -> (dtype of weights, latents and loss; dtype the network computes in under autocast)
@@ -68,10 +70,17 @@ class Trainer:
         world: this process's rank, world size and device.
         override: keys whose change since the checkpoint is accepted (`optim.learning_rate`, `data_digest`, ...).
         allow_inexact_resume: go on without the generator states that a checkpoint should hold.
+        callbacks: look at the training now and then, beside the validation that the config may ask for.
     """
 
     def __init__(
-        self, config: Config, world: World, *, override: Iterable[str] = (), allow_inexact_resume: bool = False
+        self,
+        config: Config,
+        world: World,
+        *,
+        override: Iterable[str] = (),
+        allow_inexact_resume: bool = False,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         train = config.train
         self.config = config
@@ -99,6 +108,8 @@ class Trainer:
         self.clips = build_dataset(config.data, seed=train.seed)
         self._check_labels()
         self._check_number()
+        validation = [Validation(config, self.clips)] if config.monitor.val_every else []
+        self.callbacks = Callbacks([*validation, *callbacks])
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
         self.model = build_model(config).to(world.device, dtype)
         self.ema = EMA(self.model, train.ema_decay, train.ema_warmup)
@@ -174,7 +185,7 @@ class Trainer:
         self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
         self.meter.clear()
         self.watch.tick()
-        stopped = loop(self)
+        stopped = self.callbacks.at_start(self) or loop(self)
         self.watch.stop()
         if stopped:
             self._stop_early(stopped)
@@ -197,7 +208,7 @@ class Trainer:
         return 0
 
     def advance(self, micro_batches: list[dict[str, Tensor]]) -> int:
-        """One step with all that it is due: log, comparison of the replicas, checkpoint; the signal to stop, or 0."""
+        """One step with all that it is due: log, replica check, checkpoint, callbacks; the signal to stop, or 0."""
         before = self.step
         parts, stop = self.train_step(micro_batches)
         if not self._under_way:
@@ -208,6 +219,7 @@ class Trainer:
             self.meter.add({**parts, "replaced_share": replaced.to(parts["loss"])})
             self.log.advance(self.step)
             self._at_step(self.meter)
+            stop = stop or self.callbacks.at_step(self)  # when stopped, they come first in the next session
         self.watch.tick()
         return stop
 

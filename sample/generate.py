@@ -150,7 +150,7 @@ class Generator:
         if precision not in AUTOCAST:
             raise ValueError(f"sample.precision must be one of {', '.join(AUTOCAST)}, not {precision!r}.")
         self.device = torch.device(device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model = model.to(self.device).eval()
         self.codec = codec
         self.config = config
         self.class_names = list(class_names) if class_names else None
@@ -194,7 +194,7 @@ class Generator:
         load_weights(model, source.weights(weights), str(source.path))
         names = source.class_names or _known_class_names(config)
         codec = LatentCodec.from_config(config.codec, device=device)
-        return cls(model, codec, config, class_names=names, device=device, precision=precision)
+        return cls(model.requires_grad_(False), codec, config, class_names=names, device=device, precision=precision)
 
     def sample(self, labels: Sequence[int | str] | None = None, num: int = 4, **settings: Any) -> np.ndarray:
         """`num` videos as uint8 (n, F, H, W, 3); `settings` as for `batches`."""

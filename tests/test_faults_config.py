@@ -114,10 +114,12 @@ ZERO = (
     "model.num_classes model.label_dropout model.label_init_std data.num_images data.num_workers data.max_unusable "
     "codec.shift optim.weight_decay optim.beta1 optim.beta2 optim.warmup_steps optim.min_learning_rate "
     "optim.clip_start_step optim.spike_factor train.ema_decay train.keep_last train.keep_every train.seed "
-    "train.drift_check_every train.hang_timeout_s sample.seed sample.eta"
+    "train.drift_check_every train.hang_timeout_s sample.seed sample.eta data.val_share monitor.val_every "
+    "monitor.sample_every monitor.metric_every"
 )  # a switch, a first seed, or no effect: said beside each key
 BELOW = (
-    "model.label_dropout data.max_unusable optim.beta1 optim.beta2 optim.min_learning_rate train.ema_decay sample.eta"
+    "model.label_dropout data.max_unusable data.val_share optim.beta1 optim.beta2 optim.min_learning_rate "
+    "train.ema_decay sample.eta"
 )
 RIGHT_KEYS: dict[str, set[str]] = {"codec.shift": {"-5"}}  # latents may be shifted either way
 
