@@ -80,7 +80,7 @@ def test_an_arm_keeps_the_depth_it_names(base: Path, tmp_path: Path) -> None:
 def test_the_batch_is_spread_over_processes(base: Path, tmp_path: Path) -> None:
     arm = ablate.Arm("any", ())
     assert ablate.overrides_of(arm, 0, budget(base, tmp_path, processes=2))[-1] == "train.batch_size=1"
-    with pytest.raises(ValueError, match="train.batch_size=2 of .* cannot be spread over --processes"):
+    with pytest.raises(ValueError, match=r"train.batch_size=2 of .* cannot be spread over --processes"):
         ablate.overrides_of(arm, 0, budget(base, tmp_path, processes=3))
 
 
@@ -105,7 +105,7 @@ def test_a_file_that_is_no_comparison_is_named(text: str, sentence: str, tmp_pat
 def test_a_wrong_key_in_the_last_arm_is_told_before_the_first_is_trained(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("title: t\narms:\n  a: {}\n  b: {model.varant: parallel}\n")
-    with pytest.raises(ValueError, match="unknown key 'model.varant'.*model.variant"):
+    with pytest.raises(ValueError, match=r"unknown key 'model.varant'.*model.variant"):
         ablate.main([str(path), "--base", str(base), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
