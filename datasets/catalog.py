@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .readers import HIDDEN, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from .archives import is_archive, open_archive, size_and_time
+from .readers import ARRAY_SUFFIX, HIDDEN, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
     from .clips import DataConfig
 
-VIDEOS, FRAMES = "video files", "folders of frames"
+VIDEOS, FRAMES, ARRAYS = "video files", "folders of frames", "sample arrays (000000.npy)"
 LeftOut = Callable[[str, Path], object]  # (reason, path) of what is no clip
 
 
@@ -132,13 +133,18 @@ def _nothing_chosen(config: DataConfig, total: int, held_out: bool) -> str:
 def _root(path: str) -> Path:
     if not path:
         raise ValueError("data.path is empty: give the folder of the data set")
+    return find_root(path, "data.path")
+
+
+def find_root(path: str, key: str) -> Path:
+    """The folder or zip archive of clips that `path` names; `key` is what it is called in the error."""
     root = Path(path)
     with suppress(RuntimeError):  # the home of a user that there is not
         root = root.expanduser()
     if not root.exists():
-        raise FileNotFoundError(f"data.path: there is no folder '{path}'")
-    if not root.is_dir():
-        raise ValueError(f"data.path: '{path}' is a file, not a folder of clips")
+        raise FileNotFoundError(f"{key}: there is no folder '{path}'")
+    if not root.is_dir() and not is_archive(root):
+        raise ValueError(f"{key}: '{path}' is a file, not a folder or a zip archive of clips")
     return root
 
 
@@ -155,24 +161,40 @@ def _found(root: Path, kinds: Sequence[str]) -> tuple[list[Clip], Counter[str]]:
 def find_clips(
     root: Path, kinds: Sequence[str], left_out: LeftOut, suffixes: Collection[str] = VIDEO_SUFFIXES
 ) -> Iterator[Clip]:
-    """All clips below `root`, in no order. A folder with videos in it is no folder of frames: its images are strays.
+    """All clips below `root`, a folder or a zip, in no order. In a folder with videos or arrays, images are strays.
 
     Args:
-        kinds: VIDEOS, FRAMES or both.
+        kinds: VIDEOS, FRAMES, ARRAYS or some of them.
         left_out: told (reason, path) of everything that is no clip.
         suffixes: what the names of video files end in, in lower case.
     """
-    for folder, files in _walk(root, left_out):
-        videos = [f for f in files if VIDEOS in kinds and Path(f).suffix.lower() in suffixes]
+    for folder, files in _walk_archive(root, left_out) if is_archive(root) else _walk(root, left_out):
+        clips = [f for f in files if VIDEOS in kinds and Path(f).suffix.lower() in suffixes]
+        clips += [f for f in files if ARRAYS in kinds and is_sample_array(f)]
         frames = [f for f in files if FRAMES in kinds and Path(f).suffix.lower() in IMAGE_SUFFIXES]
-        taken = set(videos or frames)
+        taken = set(clips or frames)
         for file in files:
             if file not in taken:
                 left_out(f"*{Path(file).suffix.lower()}", folder / file)
-        for file in videos:
-            yield Clip(str(folder / file), _name(folder / file, root), (folder / file).stat().st_size)
-        if frames and not videos:
+        for file in clips:
+            yield Clip(str(folder / file), _name(folder / file, root), size_and_time(folder / file)[0])
+        if frames and not clips:
             yield Clip(str(folder), _name(folder, root), len(frames), num_frames=len(frames))
+
+
+def is_sample_array(name: str) -> bool:
+    """Whether a file of this name is a sample in lossless form: those have numbers for names, other arrays not."""
+    return Path(name).suffix.lower() == ARRAY_SUFFIX and Path(name).stem.isdecimal()
+
+
+def _walk_archive(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, its visible files) of a zip archive; hidden files, and all in hidden folders, are left out."""
+    for folder, names in sorted(open_archive(root).folders.items()):
+        shut = any(part.startswith(HIDDEN) for part in folder.split("/"))
+        hidden = [name for name in names if shut or name.startswith(HIDDEN)]
+        for name in hidden:
+            left_out("hidden", root / folder / name)
+        yield root / folder, sorted(set(names) - set(hidden))
 
 
 def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
