@@ -93,6 +93,12 @@ def build_catalog(config: DataConfig) -> Catalog:
     found = sorted(_find_clips(root, recipe.clips, skipped), key=lambda clip: clip.name)
     if not found:
         raise ValueError(_nothing_found(config, recipe, skipped))
+    return catalog_of(str(root), found, config, skipped)
+
+
+def catalog_of(root: str, found: list[Clip], config: DataConfig, skipped: Counter[str] | None = None) -> Catalog:
+    """The catalog of clips that were `found`: those long enough, labelled by `config`, at most `max_clips`."""
+    recipe, skipped = RECIPES[config.name], Counter() if skipped is None else skipped
     found = _long_enough(found, config, skipped)
     names = class_names_of(found, recipe.labels if config.labels == "auto" else config.labels)
     classes = sorted({name for name in names if name is not None})
@@ -102,7 +108,7 @@ def build_catalog(config: DataConfig) -> Catalog:
         for clip, name in zip(found, names)
     ]
     clips = labelled[: config.max_clips]
-    return Catalog(str(root), clips, classes, digest_of(clips, classes), dict(sorted(skipped.items())))
+    return Catalog(root, clips, classes, digest_of(clips, classes), dict(sorted(skipped.items())))
 
 
 def _root(path: str) -> Path:

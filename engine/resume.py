@@ -15,6 +15,7 @@ FREE_ON_RESUME = (
     "codec.path",
     "codec.chunk_size",
     "data.path",
+    "data.latents",
     "data.num_workers",
     "data.worker_timeout_s",
     "data.reader",
