@@ -139,7 +139,14 @@ class Pixels:
 
     def show(self, opened: Reader, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
         """float (T, 3, H, W)."""
-        return self.finish(_read_undamaged(opened, clip, indices), mirrored)
+        return self.finish(self.read(opened, clip, indices), mirrored)
+
+    def read(self, opened: Reader, clip: Clip, indices: list[int]) -> Tensor:
+        """uint8 (T, C, H, W); VideoError where undecodable parts make their distances or pixels doubtful."""
+        frames = opened.read(indices) if not opened.damage else None  # told at once, or by reading
+        if frames is None or opened.damage:
+            raise VideoError(clip.path, str(opened.damage))
+        return frames
 
     def finish(self, frames: Tensor, mirrored: bool) -> Tensor:
         """uint8 (T, C, H, W) -> float (T, C, size, size) in [-1, 1]."""
@@ -260,7 +267,7 @@ class ClipDataset(Dataset[Sample]):
 
     def _note(self, notes: dict[str, str], clip: Clip, error: VideoError, fate: str) -> str:
         """The reason, remembered; and said once for each clip."""
-        reason = error.reason if error.path == clip.path else f"{error.path!r}: {error.reason}"  # one frame of a folder
+        reason = reason_of(error, clip)
         if clip.path not in notes:
             notes[clip.path] = reason
             log.warning("%r %s: %s", clip.path, fate, reason)
@@ -334,12 +341,9 @@ def _check_unchanged(clip: Clip, reader: Reader) -> None:
         raise VideoError(clip.path, f"has changed since the run began: {before} {unit} then, {found} now")
 
 
-def _read_undamaged(reader: Reader, clip: Clip, indices: list[int]) -> Tensor:
-    """The frames, or VideoError where undecodable parts make their distances or pixels doubtful."""
-    frames = reader.read(indices)
-    if reader.damage:
-        raise VideoError(clip.path, reader.damage)
-    return frames
+def reason_of(error: VideoError, clip: Clip) -> str:
+    """Why `clip` cannot be used; of a folder, which of its frames."""
+    return error.reason if error.path == clip.path else f"{error.path!r}: {error.reason}"
 
 
 def build_dataset(config: DataConfig, *, seed: int) -> ClipDataset:

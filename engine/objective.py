@@ -90,7 +90,7 @@ class Objective:
         return self.loss(model, latents, labels, draws)
 
     def posterior(self, batch: Mapping[str, Tensor]) -> Posterior:
-        """What the encoder says of the batch's video (B, F+I, 3, H, W); of latents (B, F+I, P, C, h, w), said before."""
+        """What the encoder says of the video (B, F+I, 3, H, W), or said before: latents (B, F+I, P, C, h, w)."""
         if isinstance(self.codec, LatentCodec):
             return self.codec.posterior(batch["video"].to(self.device, non_blocking=True))
         mean, *std = batch["latents"].to(self.device, non_blocking=True).unbind(2)
