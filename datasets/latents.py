@@ -101,11 +101,11 @@ class StoredClip:
         """Why these frames cannot be shown together, or None."""
         ends = np.cumsum([run.frames for run in self.runs])
         touched = [self.runs[place] for place in np.unique(np.searchsorted(ends, list(indices), side="right"))]
+        reason = next((run.reason for run in touched if run.reason), None)
         sizes = sorted({(run.height, run.width) for run in touched})
-        if len(sizes) > 1:
-            named = ", ".join(f"{width}x{height}" for height, width in sizes)
-            return f"its frames differ in size ({named})"
-        return next((run.reason for run in touched if run.reason), None)
+        if reason or len(sizes) == 1:
+            return reason
+        return f"its frames differ in size ({', '.join(f'{width}x{height}' for height, width in sizes)})"
 
 
 class OpenedClip(NamedTuple):

@@ -67,7 +67,7 @@ def _sha256(config: CodecConfig) -> str | None:
         facts = {key: value for key, value in facts.items() if key == "_class_name" or not key.startswith("_")}
     except (OSError, ValueError, AttributeError, RecursionError):
         raise ValueError(f"codec.path={config.path}: config.json does not describe an autoencoder") from None
-    return _digest(facts, [_read(file) for file in files])
+    return _digest(facts, [{name: value for file in files for name, value in _read(file).items()}])
 
 
 def _folder(config: CodecConfig) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import shutil
 import sys
 from collections import defaultdict
@@ -388,7 +389,8 @@ def pieces_of(job: Job, plan: Sequence[StoredClip], number: int) -> list[tuple[i
 
 
 def loaded(items: Measured | Pieces, workers: int) -> Iterable[Any]:
-    """The items in order, made by `workers` processes."""
+    """The items in order, made by `workers` processes, which end with this one."""
+    multiprocessing.set_forkserver_preload(["engine.loader_server"])
     return DataLoader(
         items,  # type: ignore[arg-type]
         batch_size=None,
