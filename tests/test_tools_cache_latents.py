@@ -84,6 +84,7 @@ def command_line(overrides: list[str], out: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.dist
 def test_sigkill_of_the_command_line(tiny: list[str], tmp_path: Path) -> None:
     """With loader workers, amid the shards; the same command then makes what an undisturbed one makes."""
     root = tmp_path / "set"
