@@ -99,6 +99,14 @@ def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
         found, skipped = _found(root, (VIDEOS, FRAMES))
     if not found:
         raise ValueError(_nothing_found(config, skipped))
+    return catalog_of(str(root), found, config, skipped, held_out=held_out)
+
+
+def catalog_of(
+    root: str, found: list[Clip], config: DataConfig, skipped: Counter[str] | None = None, *, held_out: bool = False
+) -> Catalog:
+    """The catalog of clips that were `found`: those long enough and (not) held out, labelled, at most `max_clips`."""
+    recipe, skipped = RECIPES[config.name], Counter() if skipped is None else skipped
     found = _long_enough(found, config, skipped)
     names = class_names_of(found, recipe.labels if config.labels == "auto" else config.labels)
     classes = sorted({name for name in names if name is not None})
@@ -113,7 +121,7 @@ def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
     if config.val_share:
         skipped["for training" if held_out else "held out"] = len(labelled) - len(chosen)
     clips = chosen[: config.max_clips]
-    return Catalog(str(root), clips, classes, digest_of(clips, classes), dict(sorted(skipped.items())))
+    return Catalog(root, clips, classes, digest_of(clips, classes), dict(sorted(skipped.items())))
 
 
 def is_held_out(name: str, share: float) -> bool:

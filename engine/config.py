@@ -207,6 +207,11 @@ class Config:
                 "data.val_share to a share of the clips of data.path.",
             )
         require(
+            not (monitor.val_every and self.data.latents and self.data.val_path),
+            "data.val_path is not in the cache of data.latents, where monitor.val_every reads: hold clips out of "
+            "data.path with data.val_share instead.",
+        )
+        require(
             monitor.val_every > 0 or monitor.metric_every > 0 or self.data.val_path is None,
             "data.val_path is read only with monitor.val_every or monitor.metric_every: set one of them.",
         )

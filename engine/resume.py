@@ -17,6 +17,7 @@ FREE_ON_RESUME = (
     "codec.chunk_size",
     "data.path",
     "data.val_path",
+    "data.latents",
     "data.num_workers",
     "data.worker_timeout_s",
     "data.reader",

@@ -42,7 +42,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock = take_lock(self.path / ".lock", f"train.output_dir={self.path}")
             self.checkpoints.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=self.checkpoints):  # now, and not after hours at the first checkpoint
                 pass
@@ -61,34 +61,10 @@ class RunFolder:
         files = [place for place in (self.checkpoints, self.path, *self.path.parents) if place.is_file()]
         return f"{files[0]} is a file; name a folder" if files else error.strerror or str(error)
 
-    def _take_lock(self) -> None:
-        file = self.path / ".lock"
-        lock = file.open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of a dead process's lock
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            lock.close()
-            raise OSError(
-                f"train.output_dir={self.path} is being written by {owner}; stop that run or name another folder."
-            ) from None
-        except OSError as error:
-            log.warning("%s cannot be locked (%s): see to it that only one run writes there", self.path, error.strerror)
-        if not _is_same_file(lock, file):  # its last holder deleted it meanwhile
-            lock.close()
-            self._take_lock()
-            return
-        lock.truncate(0)
-        lock.write(f"{socket.gethostname()}:{os.getpid()}\n")
-        lock.flush()
-        self._lock = lock
-
     def close(self) -> None:
         """Let go of the folder."""
         if self._lock is not None:
-            (self.path / ".lock").unlink(missing_ok=True)
-            self._lock.close()
+            release(self._lock)
             self._lock = None
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
@@ -122,6 +98,36 @@ class RunFolder:
             (self.path / "errors" / f"rank{rank}.json").write_text(json.dumps(report, indent=2) + "\n")
         except OSError:  # the error itself matters more than its file
             return
+
+
+def take_lock(file: Path, what: str) -> IO[str]:
+    """Lock `file`, which stands for the folder `what`, until `release` or this process's end.
+
+    Raises: OSError if another live process has it.
+    """
+    lock = file.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of a dead process's lock
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        lock.close()
+        raise OSError(f"{what} is being written by {owner}; stop that run or name another folder.") from None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s): see to it that only one run writes there", file.parent, error.strerror)
+    if not _is_same_file(lock, file):  # its last holder deleted it meanwhile
+        lock.close()
+        return take_lock(file, what)
+    lock.truncate(0)
+    lock.write(f"{socket.gethostname()}:{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def release(lock: IO[str]) -> None:
+    """Let go of what `take_lock` gave."""
+    Path(lock.name).unlink(missing_ok=True)
+    lock.close()
 
 
 def _is_same_file(stream: IO[str], path: Path) -> bool:

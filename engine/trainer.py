@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
-from models.autoencoder import LatentCodec
 from models.convert import init_from_dit, is_image_checkpoint, load_weights
 from models.latte import Latte
 
 from . import checkpoint as ckpt
 from . import resume
-from .build import build_model, build_process, count_parameters
+from .build import build_codec, build_model, build_process, count_parameters
 from .callbacks import Callback, Callbacks
 from .config import Config, require
 from .distributed import (
@@ -119,7 +118,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim)
         self.timestep_sampler = build_timestep_sampler(config.diffusion)
         self.objective = Objective(
-            LatentCodec.from_config(config.codec, device=world.device),
+            build_codec(config, self.clips, world.device),
             build_process(config).to(world.device),
             self.timestep_sampler,
             conditional=config.model.num_classes > 0,

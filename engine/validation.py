@@ -8,7 +8,7 @@ Letters: B is one clip's K noised copies; F frames, I images, C latent channels,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -80,11 +80,12 @@ class Validation:
     def _encode(self, run: Trainer, number: int) -> tuple[Tensor, Tensor]:
         """Latents (F+I, C, h, w) and labels (1+I,) of the clip at that place of `indices`, on the CPU."""
         item = self.clips[0, self.indices[number]]
-        codec, video = run.objective.codec, item["video"][None].to(run.world.device)
+        codec, frames = run.objective.codec, cast(Tensor, item[self.clips.source.key])  # type: ignore[literal-required]
+        posterior = run.objective.posterior({self.clips.source.key: frames[None]})
         noise = None
         if codec.stochastic:
-            noise = torch.randn(codec.latent_shape(video.shape), generator=self._generator(number, 0)).to(video.device)
-        return codec.encode(video, noise)[0].to(CPU), item["labels"]
+            noise = torch.randn(posterior.mean.shape, generator=self._generator(number, 0)).to(posterior.mean.device)
+        return posterior.latents(codec.config, noise)[0].to(CPU), item["labels"]
 
     def _losses(self, run: Trainer, network: nn.Module, number: int) -> dict[str, float]:
         """Means of one clip, and its loss in each bucket."""

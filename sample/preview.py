@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import torch
 from torch import nn
 
 from engine.callbacks import Look, agree, attempt, put_together, share_out
 from engine.config import Config
+from models.autoencoder import CodecConfig, LatentCodec
 from models.latte import Latte
 
 from .generate import Generator
@@ -74,14 +77,21 @@ def generator_of(run: Trainer, network: nn.Module) -> Generator:
     """`network` of a training, ready to sample from as it is."""
     precision = "bf16" if run.config.train.precision == "bf16" else run.config.sample.precision
     names = run.clips.class_names if run.config.model.num_classes else None
+    codec = run.objective.codec
     return Generator(
         cast(Latte, network),
-        run.objective.codec,
+        codec if isinstance(codec, LatentCodec) else decoder(run.config.codec, run.world.device),
         run.config,
         class_names=names,
         device=run.world.device,
         precision=precision,
     )
+
+
+@lru_cache(maxsize=1)
+def decoder(config: CodecConfig, device: torch.device) -> LatentCodec:
+    """The codec, of a training that has none because its latents come from a cache."""
+    return LatentCodec.from_config(config, device)
 
 
 def sampled(run: Trainer, generators: Mapping[str, Generator], number: int) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from engine.optim import OptimConfig, learning_rate_at
 from engine.stream import PositionBatches, clip_at
 from engine.trainer import Trainer
 from tests.fault_support import fit_rank, rows, run, run_ranks
+from tests.latent_support import cache, save_codec
 
 # 6 clips, global batch 4: an epoch ends within a step, and step 7 lies amid one
 LENGTH = ["train.max_steps=12", "train.checkpoint_every=100", "model.label_dropout=0.5", "optim.warmup_steps=3"]
@@ -85,10 +86,14 @@ def test_B1_resume_equals_the_uninterrupted_run(
         ["model.variant=parallel", "model.temporal_position=rope", "data.num_workers=2"],
         ["diffusion.prediction=flow", "model.learn_sigma=false", "diffusion.timestep_density=logit_normal"],
         ["train.ema_warmup=true", "optim.schedule=cosine", "train.async_checkpoint=true"],
+        ["data.latents=", "data.num_images=1", "data.horizontal_flip=true", "data.num_workers=1"],
     ],
     ids=lambda extra: extra[0].partition(".")[2],
 )
 def test_B1_every_kind_of_run_resumes_exactly(tiny: list[str], tmp_path: Path, extra: list[str]) -> None:
+    if extra[0] == "data.latents=":  # of a stochastic codec
+        tiny = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderKL")]
+        extra = [f"data.latents={cache([*tiny, *extra[1:]], tmp_path / 'cache')}", *extra[1:]]
     common = [*tiny, *LENGTH, *extra, "train.max_steps=8", "train.checkpoint_every=5"]
     whole = run([*common, f"train.output_dir={tmp_path / 'whole'}"])
     parts = tmp_path / "parts"
@@ -234,6 +239,26 @@ def test_B10_two_ranks_equal_one(tiny: list[str], tmp_path: Path) -> None:
     for rank in ranks:
         for a, b in zip(rank["gradients"], alone["gradients"], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_B5_from_latents_and_back(tiny: list[str], tmp_path: Path) -> None:
+    """A run may go on from a cache, or without it: in pixel space no bit differs."""
+    made = cache(tiny, tmp_path / "cache")
+    whole = run([*tiny, "train.max_steps=6", f"train.output_dir={tmp_path / 'whole'}"])
+    for steps, latents in ((2, []), (4, [f"data.latents={made}"]), (6, [])):
+        continued = run([*tiny, *latents, f"train.max_steps={steps}"])
+    assert_same(state_of(continued), state_of(whole))
+
+
+@pytest.mark.dist
+def test_B10_from_latents_two_ranks_equal_one(tiny: list[str], tmp_path: Path) -> None:
+    """DDP 2 x 1 against 1 x 2 from a cache, float64."""
+    common = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderKL"), "train.precision=fp64"]
+    common = [*common, f"data.latents={cache(common, tmp_path / 'cache')}"]
+    found = run_ranks(2, tmp_path / "rendezvous", one_step, [*common, "train.batch_size=1"])
+    assert [error for _, error in found] == [None, None]
+    losses, alone = [result["loss"] for result, _ in found], one_step(World(), [*common, "train.batch_size=2"])
+    assert sum(losses) / 2 == pytest.approx(alone["loss"], abs=1e-12)
 
 
 def test_B11_frozen_losses(tiny: list[str], tmp_path: Path) -> None:

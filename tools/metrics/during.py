@@ -7,6 +7,7 @@ whose noise, labels and clips are always the same. Numbers to publish come from 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,7 +58,7 @@ class Metric:
             device=run.world.device,
         )
         self.features(np.zeros((1, data.num_frames, data.image_size, data.image_size, 3), np.uint8))
-        self.clips = build_held_out(data, run.clips, seed=self.config.train.seed)
+        self.clips = build_held_out(replace(data, latents=None), run.clips, seed=self.config.train.seed)
         self.indices = spread(len(self.clips), monitor.metric_videos)
         require(len(self.indices) > 1, f"monitor.metric_every needs two held-out clips or more in {data.path}.")
         return [
