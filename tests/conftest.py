@@ -73,6 +73,25 @@ def frame_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tiny class-conditional network, with weights that show what they are asked."""
+    import torch
+
+    from engine.build import build_model
+    from engine.checkpoint import Checkpoint, save_checkpoint
+    from engine.config import load_config
+
+    config = load_config(None, TINY)
+    torch.manual_seed(0)
+    model = build_model(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    weights = dict(model.state_dict())
+    saved = Checkpoint(1, 2, weights, weights, {}, {}, {"class_names": ["falls", "rises"]})
+    return save_checkpoint(saved, config, tmp_path_factory.mktemp("run") / "checkpoints")
+
+
 @pytest.fixture
 def tiny(frame_folders: Path, tmp_path: Path) -> list[str]:
     """Overrides that make a run of the tiny network on the frame folders, writing into tmp_path/run."""

@@ -107,16 +107,14 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import imageio.v3
-
     path = write_mp4(tmp_path / "a.mp4", smooth_videos(1, 2, 8, 8)[0])
     before = path.read_bytes()
 
-    def fail(file: Path, *arguments: object, **options: object) -> None:
+    def fail(file: str, *arguments: object, **options: object) -> None:
         Path(file).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(imageio.v3, "imwrite", fail)
+    monkeypatch.setattr(av, "open", fail)
     with pytest.raises(OSError, match="disk full"):
         write_mp4(path, smooth_videos(1, 2, 16, 16)[0])
     assert path.read_bytes() == before
