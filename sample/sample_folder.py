@@ -103,15 +103,18 @@ class SampleFolder:
             OSError: another process writes here.
         """
         self._lock.take()
-        notes = self._begin(settings, set(machines))
-        for kind in self.kinds:
-            (self.path / kind).mkdir(exist_ok=True)
-            self._refuse_strangers(kind)
-        self.unfinished.mkdir(exist_ok=True)
-        self._clear_unfinished()
-        for name in OVERVIEW:
-            (self.path / name).unlink(missing_ok=True)
-        return notes + self._remove_damaged(shape) + self._room(shape)
+        try:
+            notes = self._begin(settings, set(machines))
+            for kind in self.kinds:
+                (self.path / kind).mkdir(exist_ok=True)
+                self._refuse_strangers(kind)
+            self._clear_unfinished()
+            for name in OVERVIEW:
+                (self.path / name).unlink(missing_ok=True)
+            return notes + self._remove_damaged(shape) + self._room(shape)
+        except (OSError, ValueError):
+            self._lock.release()
+            raise
 
     def publish_overview(self) -> None:
         """Give what was written into `unfinished` under the names of the overview its place, samples.json last."""
@@ -130,10 +133,10 @@ class SampleFolder:
         file = self.path / "settings.json"
         known: set[str] = set()
         if file.exists():
-            before, machines = self._read_settings(file)
+            before, sampled_with = self._read_settings(file)
             if self._is_begun():  # else settings may still change: those of a mistaken command, say
                 self._refuse_changes(before, settings)
-                known = machines
+                known = sampled_with
         else:
             self._refuse_other_work()
         content = {"settings": settings, "machines": sorted(known | machines)}

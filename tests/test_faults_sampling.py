@@ -175,7 +175,9 @@ def test_G7_a_full_disk_of_one_rank_ends_all(tiny_job: list[str], whole: Files, 
     codes, logs = sample_on(2, tiny_job, folder, "disk@1:2")
     assert codes[1] == SamplesNotWritten.exit_code and codes[0] == PREEMPTED_EXIT, logs
     (line,) = logs[1].splitlines()
-    assert line.startswith(f"error (rank 1): {folder / 'videos'}/0000") and "could not be written: File too large" in line
+    assert (
+        line.startswith(f"error (rank 1): {folder / 'videos'}/0000") and "could not be written: File too large" in line
+    )
     assert "stopped by a signal" in logs[0] and "the same command goes on" in logs[0]
     assert_begun(folder, whole)
     codes, _ = sample_on(1, tiny_job, folder)
