@@ -201,7 +201,7 @@ class Job:
     def _wait_for_others(self, progress: Progress, patience: float) -> None:
         """Return when all videos are there; SamplesNotWritten if none comes for `patience` seconds."""
         missing, since = self.folder.num_videos - progress.count(), time.monotonic()
-        while missing:
+        while missing > 0:
             self._check_signals()
             if time.monotonic() - since > patience:
                 raise SamplesNotWritten(

@@ -22,10 +22,12 @@ from engine.checkpoint import find_checkpoint, load_checkpoint_config, load_mode
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import SamplesNotWritten
+from engine.objective import sample_generator
 from engine.run_folder import FolderLock
 from sample import sample_ddp
-from sample.generate import Generator
-from sample.sample_ddp import main, parse
+from sample.generate import Generator, _drawn
+from sample.sample_ddp import content_sha256, main, parse
+from sample.sample_folder import SampleFolder
 from sample.video_io import contact_sheet
 from tests.conftest import TINY, random_weights
 
@@ -92,6 +94,18 @@ def test_arrays_are_the_frames_and_mp4s_show_them(checkpoint: Path, five: Path) 
     assert np.corrcoef(luma[0].ravel(), luma[1].ravel())[0, 1] > 0.9
     sheet = contact_sheet(expected, ["falls", "rises", "falls", "rises", "falls"])
     np.testing.assert_array_equal(np.asarray(Image.open(five / "samples.png")), sheet)
+
+
+def test_batches_are_always_whole(checkpoint: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the last, of which one video is wanted, and one of which one is missing."""
+    sizes: list[int] = []
+    honest = Generator.decode
+    monkeypatch.setattr(Generator, "decode", lambda self, latents: sizes.append(len(latents)) or honest(self, latents))
+    for name in ("000001", "000004"):
+        (job / "videos" / f"{name}.mp4").unlink()
+    torch.set_num_threads(2)
+    assert sample(checkpoint, job) == 0
+    assert sizes == [2, 2] and torch.get_num_threads() == 1
 
 
 def test_facts_name_what_made_the_videos(checkpoint: Path, five: Path) -> None:
@@ -178,14 +192,10 @@ def test_random_labels_are_drawn_by_seed_and_index() -> None:
         generator_of(10).labels_for(rule="fair")
 
 
-def test_random_labels_are_independent_of_the_noise() -> None:
-    """A label that came from the stream of the noise would follow its first value."""
-    from sample.generate import VideoNoise
-
-    label_of = generator_of(2).labels_for(rule="random")
-    labels = np.array([label_of(index) for index in range(2000)])
-    noise = VideoNoise(0, range(2000), torch.device("cpu")).draw((16,)).numpy()
-    assert np.abs(np.corrcoef(labels, noise.T)[0, 1:]).max() < 0.09  # 4 deviations
+def test_a_random_label_is_not_the_seed_of_the_noise() -> None:
+    for index in range(5):
+        noise_seed = sample_generator(3, index, torch.device("cpu")).initial_seed()
+        assert _drawn(3, index) >> 1 != noise_seed
 
 
 def test_the_command_samples_the_labels_of_its_rule(checkpoint: Path, tmp_path: Path) -> None:
@@ -240,17 +250,28 @@ def test_only_what_is_missing_is_written(checkpoint: Path, five: Path, job: Path
     (job / "lossless" / "000003.npy").unlink()
     cut = job / "lossless" / "000001.npy"
     cut.write_bytes(cut.read_bytes()[:-1])
+    np.save(job / "lossless" / "000000.npy", np.zeros((4, 8, 8), np.uint8))  # whole, and of another shape
     (job / "videos" / "000004.mp4").write_bytes(b"")
     (job / ".unfinished").mkdir()
     for name in ("000001.mp4", ".000001.4711.mp4", "000001.npy", "settings.json", "samples.gif"):
         (job / ".unfinished" / name).write_bytes(b"half")
     untouched = {path: path.stat().st_mtime_ns for kind in ("videos", "lossless") for path in (job / kind).iterdir()}
-    del untouched[cut], untouched[job / "videos" / "000004.mp4"]
+    for written in (cut, job / "lossless" / "000000.npy", job / "videos" / "000004.mp4"):
+        del untouched[written]
     assert sample(checkpoint, job) == 0
     before, after = tree(five), tree(job)
     assert before.keys() == after.keys()
     assert {name for name in before if before[name] != after[name]} == {"samples.json"}
     assert untouched == {path: path.stat().st_mtime_ns for path in untouched}
+
+
+def test_what_a_kill_left_goes_at_the_start(job: Path) -> None:
+    (job / ".unfinished").mkdir()
+    (job / ".unfinished" / ".000001.4711.mp4").write_bytes(b"half")
+    folder = SampleFolder(job, 5, lossless=True)
+    folder.open(json.loads((job / "settings.json").read_text())["settings"], [], (4, 8, 8, 3))
+    assert not list((job / ".unfinished").iterdir()) and not (job / "samples.json").exists()
+    folder.close()
 
 
 @pytest.mark.parametrize(
@@ -278,6 +299,16 @@ def test_other_settings_are_refused_with_the_difference(
     finally:
         torch.set_num_threads(threads)
     assert tree(job) == tree(five)
+
+
+def test_of_the_codec_its_content_counts(job: Path) -> None:
+    settings = json.loads((job / "settings.json").read_text())["settings"]
+    assert "codec.scale" in settings and not {"codec.path", "codec.subfolder", "codec.revision"} & settings.keys()
+    modules = [torch.nn.Linear(2, 2) for _ in range(2)]
+    assert content_sha256(modules[0]) != content_sha256(modules[1])
+    modules[1].load_state_dict(modules[0].state_dict())
+    assert content_sha256(modules[0]) == content_sha256(modules[1])
+    assert content_sha256(modules[0]) != content_sha256(modules[0].to(torch.bfloat16))
 
 
 def test_other_weights_are_refused_and_the_same_elsewhere_are_not(checkpoint: Path, job: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import tempfile
 from pathlib import Path
@@ -161,6 +162,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         write_mp4(path, smooth_videos(1, 2, 16, 16)[0])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    honest = Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("sync"))
+    monkeypatch.setattr(Path, "replace", lambda self, target: calls.append("rename") or honest(self, target))
+    write_lossless(tmp_path / "a.npy", smooth_videos(1, 2, 8, 8)[0])
+    assert calls == ["sync", "rename"]
 
 
 @pytest.mark.parametrize(
