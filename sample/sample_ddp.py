@@ -255,7 +255,6 @@ class Progress:
             initial=self.first,
             unit="video",
             dynamic_ncols=True,
-            smoothing=0,  # the mean rate: the last batches do not say what the next ones take
             disable=not (enabled and terminal),
         )
 
@@ -269,9 +268,8 @@ class Progress:
             return
         self.shown = time.monotonic()
         done = self.count()
-        self.bar.set_postfix_str(doing, refresh=False)
-        self.bar.update(done - self.bar.n)
-        self.bar.refresh()
+        self.bar.n = done  # not `update`: the rate is to be the mean one, a batch comes at once
+        self.bar.set_postfix_str(doing)
         if self.lines:
             print(self.line(done, doing), file=sys.stderr)
 
