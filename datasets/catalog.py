@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from .clips import DataConfig
 
 VIDEOS, FRAMES = "video files", "folders of frames"
+LeftOut = Callable[[str, Path], object]  # (reason, path) of what is no clip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one data set is read: what its clips are, where labels come from, how pixels are treated."""
+    """How one data set is read: what its clips are, where labels come from, how pixels are treated.
+
+    Where a folder holds no clips of the kind, those of the other are read: a prepared set keeps its name.
+    """
 
     clips: tuple[str, ...]
     labels: str
@@ -89,10 +93,11 @@ def build_catalog(config: DataConfig) -> Catalog:
     """
     root = _root(config.path)
     recipe = RECIPES[config.name]
-    skipped: Counter[str] = Counter()
-    found = sorted(_find_clips(root, recipe.clips, skipped), key=lambda clip: clip.name)
+    found, skipped = _found(root, recipe.clips)
     if not found:
-        raise ValueError(_nothing_found(config, recipe, skipped))
+        found, skipped = _found(root, (VIDEOS, FRAMES))
+    if not found:
+        raise ValueError(_nothing_found(config, skipped))
     found = _long_enough(found, config, skipped)
     names = class_names_of(found, recipe.labels if config.labels == "auto" else config.labels)
     classes = sorted({name for name in names if name is not None})
@@ -121,34 +126,52 @@ def _root(path: str) -> Path:
 # ------------------------------------------------------------------------------------------- finding clips
 
 
-def _find_clips(root: Path, kinds: Sequence[str], skipped: Counter[str]) -> Iterator[Clip]:
-    """All clips below `root`. A folder with videos in it is no folder of frames: its images are strays."""
-    for folder, files in _walk(root, skipped):
-        videos = [f for f in files if VIDEOS in kinds and Path(f).suffix.lower() in VIDEO_SUFFIXES]
+def _found(root: Path, kinds: Sequence[str]) -> tuple[list[Clip], Counter[str]]:
+    """The clips of these kinds in the order of their names, and the count of all else by reason."""
+    skipped: Counter[str] = Counter()
+    clips = find_clips(root, kinds, lambda reason, path: skipped.update([reason]))
+    return sorted(clips, key=lambda clip: clip.name), skipped
+
+
+def find_clips(
+    root: Path, kinds: Sequence[str], left_out: LeftOut, suffixes: Collection[str] = VIDEO_SUFFIXES
+) -> Iterator[Clip]:
+    """All clips below `root`, in no order. A folder with videos in it is no folder of frames: its images are strays.
+
+    Args:
+        kinds: VIDEOS, FRAMES or both.
+        left_out: told (reason, path) of everything that is no clip.
+        suffixes: what the names of video files end in, in lower case.
+    """
+    for folder, files in _walk(root, left_out):
+        videos = [f for f in files if VIDEOS in kinds and Path(f).suffix.lower() in suffixes]
         frames = [f for f in files if FRAMES in kinds and Path(f).suffix.lower() in IMAGE_SUFFIXES]
         taken = set(videos or frames)
-        skipped.update(f"*{Path(f).suffix.lower()}" for f in files if f not in taken)
+        for file in files:
+            if file not in taken:
+                left_out(f"*{Path(file).suffix.lower()}", folder / file)
         for file in videos:
             yield Clip(str(folder / file), _name(folder / file, root), (folder / file).stat().st_size)
         if frames and not videos:
             yield Clip(str(folder), _name(folder, root), len(frames), num_frames=len(frames))
 
 
-def _walk(root: Path, skipped: Counter[str]) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, its visible files), links followed, each real folder once; hidden entries are counted."""
+def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, its visible files), links followed, each real folder once; hidden entries are left out."""
     pending, seen = [root], {os.path.realpath(root)}
     while pending:
         folder = pending.pop()
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
         visible = [entry for entry in entries if not entry.name.startswith(HIDDEN)]
-        skipped.update({"hidden": len(entries) - len(visible)} if len(visible) < len(entries) else {})
-        for entry in visible:
-            if entry.is_dir() and os.path.realpath(entry.path) not in seen:
+        for entry in entries:
+            if entry.name.startswith(HIDDEN):
+                left_out("hidden", Path(entry.path))
+            elif entry.is_dir() and os.path.realpath(entry.path) not in seen:
                 seen.add(os.path.realpath(entry.path))
                 pending.append(Path(entry.path))
             elif not entry.is_dir() and not entry.is_file():
-                skipped["not a file (a broken link, a device)"] += 1
+                left_out("not a file (a broken link, a device)", Path(entry.path))
         yield folder, [entry.name for entry in visible if entry.is_file()]
 
 
@@ -173,8 +196,8 @@ def _long_enough(clips: list[Clip], config: DataConfig, skipped: Counter[str]) -
     return kept
 
 
-def _nothing_found(config: DataConfig, recipe: Recipe, skipped: Counter[str]) -> str:
-    wanted = " or ".join(recipe.clips)
+def _nothing_found(config: DataConfig, skipped: Counter[str]) -> str:
+    wanted = f"{VIDEOS} or {FRAMES}"
     seen = ", ".join(f"{count} {what}" for what, count in sorted(skipped.items())) or "nothing at all"
     return f"data.path: data.name={config.name} needs {wanted}, but '{config.path}' holds none (found: {seen})"
 

@@ -127,6 +127,11 @@ class Trainer:
         """Whether weights, moments and average are spread over the ranks."""
         return self.config.train.parallel == "fsdp" and self.world.size > 1
 
+    @property
+    def replicas(self) -> bool:
+        """Whether several ranks hold a copy of the network each."""
+        return self.world.size > 1 and not self.sharded
+
     # ---- the run -------------------------------------------------------------------------------
 
     def fit(self, loop: Callable[[Trainer], int] | None = None) -> bool:
@@ -213,7 +218,7 @@ class Trainer:
         if self.step % train.log_every == 0 or last:
             self.log_metrics(meter)
             meter.clear()
-        if train.drift_check_every and self.step % train.drift_check_every == 0 and not self.sharded:
+        if self.replicas and train.drift_check_every and self.step % train.drift_check_every == 0:
             check_replicas(self.model.state_dict(), self.step)
         if self.step % train.checkpoint_every == 0 or last:
             self.save()
@@ -241,9 +246,9 @@ class Trainer:
                 parts[name] = parts.get(name, 0.0) + value / len(micro_batches)
         norm = replicated(gradient_norm(self.model.parameters())).detach()
         parts["grad_norm"] = norm
-        bad, stop, failed = self._agree(parts["loss"], norm)
+        bad, stop, failed, total_norm = self._agree(parts["loss"], norm)
         self._raise_failed_write(broadcast_object(self.writer.failure) if failed else None)
-        verdict = self.guard.judge(not bad, float(norm), self.step)
+        verdict = self.guard.judge(not bad, total_norm, self.step)
         self.samples_seen += self.global_batch_size
         if verdict.skip:
             self._report_skip(verdict.skip, results)
@@ -258,13 +263,16 @@ class Trainer:
         self.step += 1
         return parts, stop
 
-    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[bool, int, bool]:
-        """Over all ranks: is anything not finite, which signal asks to stop, has a checkpoint failed."""
+    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[bool, int, bool, float]:
+        """Over all ranks: is anything not finite, which signal asks to stop, has a checkpoint failed; and the norm.
+
+        One collective, and the step's one wait for the device.
+        """
         bad = ~(loss.isfinite() & norm.isfinite())
         asked = torch.tensor([self.signals.received, self.writer.failure is not None], dtype=norm.dtype)
-        flags = torch.cat([bad.to(norm.dtype).view(1), asked.to(norm.device)])
-        not_finite, signal, failed = max_over_ranks(flags).tolist()
-        return bool(not_finite), int(signal), bool(failed)
+        known = torch.stack([bad.to(norm.dtype), norm.nan_to_num(0.0)])  # the norm is the same on every rank
+        not_finite, total_norm, signal, failed = max_over_ranks(torch.cat([known, asked.to(norm.device)])).tolist()
+        return bool(not_finite), int(signal), bool(failed), total_norm
 
     def _report_skip(self, reason: str, results: list[StepLoss]) -> None:
         """Say which files and timesteps a step was skipped over; collective."""

@@ -63,19 +63,23 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(line)
 
 
-@pytest.fixture(scope="session")
-def frame_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of three clips, each a folder of seven 12x10 PNG frames."""
-    root = tmp_path_factory.mktemp("frames")
+def draw_frame_folders(root: Path, clips: int) -> Path:
+    """Two classes of `clips` clips, each a folder of seven 12x10 PNG frames."""
     rng = np.random.default_rng(0)
     for label in ("falls", "rises"):
-        for clip in range(3):
+        for clip in range(clips):
             folder = root / label / f"clip{clip}"
             folder.mkdir(parents=True)
             for frame in range(7):
                 pixels = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{frame:03d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def frame_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of three clips, each a folder of seven 12x10 PNG frames."""
+    return draw_frame_folders(tmp_path_factory.mktemp("frames"), clips=3)
 
 
 def random_weights(config: Config, seed: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from engine.config import Config, all_keys, load_config
 from engine.official_keys import DROPPED, RENAMED
 from sample import sample
 from tools import convert_config
-from tools.metrics.frechet import frechet_distance
+from tools.metrics.distances import frechet_distance
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -53,7 +53,9 @@ from sample.generate import Generator, Source
 from sample.sample import write_samples
 from sample.video_io import contact_sheet, slug, write_mp4
 from tests.conftest import TINY
+from tests.detector_stubs import write_stub
 from tools import convert_checkpoint, convert_config
+from tools.metrics.detectors import load_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 NASTY = ["../../out", "a\nb", "\x1b[31mred\x1b[0m", "/etc/passwd", "..", "caf\u00e9 \u202egnp"]
@@ -220,11 +222,13 @@ FORBIDDEN = frozenset(
 FORBIDDEN_KEYWORDS = ("shell", "allow_pickle", "trust_remote_code")
 # (file, name) -> why it is right there
 ALLOWED = {
+    ("tools/metrics/torchscript.py", "torch.jit.load"): "after the hash, the archive and what runs while it is loaded",
     ("tests/test_datasets_clips.py", "pickle.loads"): "a round trip of our own object",
     ("tests/test_datasets_readers.py", "pickle.loads"): "a round trip of our own object",
     ("tests/test_faults_data.py", "pickle.loads"): "a round trip of our own object",
     ("tests/test_faults_security.py", "pickle.loads"): "the payloads",
     ("tests/test_faults_security.py", "eval"): "the payloads",
+    ("tests/test_faults_security.py", "torch.jit.load"): "the payloads of detectors, and a stand-in",
     ("tests/test_faults_security.py", "torch.load"): "a payload, and a stand-in that must not be called",
 }
 
@@ -688,7 +692,7 @@ def test_D11_bomb_as_checkpoint(tmp_path: Path) -> None:
     assert read_state_dict(plain)
 
 
-# ---- D12: autoencoders -----------------------------------------------------------------------------
+# ---- D12: autoencoders, detectors ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -714,8 +718,8 @@ def codec_folder(root: Path) -> Path:
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "another network", "text", "no dictionary", "number"])
 def test_D12_codec_files(tmp_path: Path, no_network: list[str], damage: str) -> None:
-    """Substitute: no metric detector exists yet, and a codec folder has no stated hash; weights that are not whole
-    or not the network's are refused by name, offline. Expected and actual SHA-256 are shown where hashes exist:
+    """Substitute: a codec's files have no stated hash; weights that are not whole or not the network's are refused by
+    name, offline. Expected and actual SHA-256 are shown where hashes are stated: the tests of detectors below, and
     test_D2_only_a_listed_hash_is_opened for weights, test_C6 for checkpoints."""
     file = codec_folder(tmp_path) / DECODER_FILE
     whole = file.read_bytes()
@@ -763,6 +767,200 @@ def test_D12_a_hub_name_without_a_network(no_network: list[str], monkeypatch: py
     with pytest.raises(FileNotFoundError, match=r"could not be had from the hub"):
         LatentCodec.from_config(CodecConfig(path="nobody/nothing-at-all"))
     assert no_network == []
+
+
+class Writes(torch.nn.Module):
+    """TorchScript that writes a file when it is called."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__()
+        self.file = file
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.save(x, self.file)
+        return torch.zeros(x.shape[0], 101)
+
+
+class WritesInABranch(Writes):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > 0:
+            for _ in range(2):
+                torch.save(x, self.file)
+        return torch.zeros(x.shape[0], 101)
+
+
+class WritesBeside(torch.nn.Module):
+    """In a task that runs beside the network."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__()
+        self.inner = Writes(file)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.jit.wait(torch.jit.fork(self.inner, x))
+
+
+class Reads(Writes):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.from_file(self.file, False, 1, dtype=torch.uint8)
+
+
+class WritesWhenLoaded(Writes):
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return (self.file, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.file = state[0]
+        self.training = state[1]
+        torch.save(torch.ones(1), self.file)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(x.shape[0], 101)
+
+
+def hooked(file: str) -> torch.nn.Module:
+    """Writes in a hook of the call, which stands in no graph of the network itself."""
+    network = WritesWhenHooked(file)
+    network.register_forward_pre_hook(WritesWhenHooked.write)
+    return network
+
+
+class WritesWhenHooked(Writes):
+    def write(self, x: tuple[torch.Tensor]) -> None:
+        torch.save(x[0], self.file)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(x.shape[0], 101)
+
+
+LIVE = {"writes": Writes, "in a branch": WritesInABranch, "beside": WritesBeside, "when loaded": WritesWhenLoaded,
+        "hooked": hooked}  # fmt: skip
+CLIPS = torch.zeros(1, 16, 3, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", LIVE)
+def test_D12_the_detectors_payloads_are_live(tmp_path: Path, kind: str) -> None:
+    """Positive control: TorchScript itself runs them."""
+    marker = tmp_path / "ran"
+    content = io.BytesIO()
+    torch.jit.save(torch.jit.script(LIVE[kind](str(marker))), content)
+    marker.unlink(missing_ok=True)
+    content.seek(0)
+    torch.jit.load(content)(CLIPS)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("kind", [*LIVE, "reads"])
+def test_D12_a_detector_that_touches_files_is_not_run(tmp_path: Path, kind: str) -> None:
+    marker = tmp_path / "ran"
+    network = torch.jit.script({**LIVE, "reads": Reads}[kind](str(marker)))
+    network.save(str(tmp_path / "c3d.pt"))
+    marker.unlink(missing_ok=True)
+    reason = "__setstate__" if kind == "when loaded" else r"holds aten::(save|from_file)|holds prim::CallMethod"
+    if kind == "hooked":
+        load_detector("c3d", tmp_path / "c3d.pt")(CLIPS)  # hooks are left alone
+    else:
+        with pytest.raises(ValueError, match=rf"c3d\.pt is not (run|opened): .*({reason})"):
+            load_detector("c3d", tmp_path / "c3d.pt")
+    assert not marker.exists()
+
+
+class Plain(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.neg(x)
+
+
+def rewritten(file: Path, body: str) -> Path:
+    """A network whose source says `body`."""
+    content = io.BytesIO()
+    torch.jit.save(torch.jit.script(Plain()), content)
+    with zipfile.ZipFile(content) as old, zipfile.ZipFile(file, "w") as new:
+        parts = {record.filename: old.read(record) for record in old.infolist()}
+        (source,) = [name for name in parts if name.endswith(".py")]
+        parts[source] = parts[source].replace(b"return torch.neg(x)", f"{body}\n    return x".encode())
+        assert body.encode() in parts[source]
+        for name, part in parts.items():
+            new.writestr(name, part)
+    return file
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        'torch.save(x, "MARKER")',
+        'ops.aten.save(x, "MARKER")',
+        'getattr(torch, "save")(x, "MARKER")',
+        'getattr(torch, "s\\141ve")(x, "MARKER")',
+        'f = torch.save\n    f(x, "MARKER")',
+        '_0 = (torch. # a comment\n      save(x, "MARKER"))',
+        '_0 = ops.profiler._record_function_enter("a", None)',
+    ],
+)
+def test_D12_nor_by_another_spelling(tmp_path: Path, body: str) -> None:
+    marker = tmp_path / "ran"
+    file = rewritten(tmp_path / "c3d.pt", body.replace("MARKER", str(marker)))
+    with pytest.raises(ValueError, match=r"c3d\.pt is not run: it holds"):
+        load_detector("c3d", file)
+    assert not marker.exists()
+
+
+def test_D12_a_plain_source_is_run(tmp_path: Path) -> None:
+    file = rewritten(tmp_path / "c3d.pt", "x = torch.zeros([1, 101])")
+    assert load_detector("c3d", file)(CLIPS).shape == (1, 101)
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "text", "pickle", "bare", "network", "weights", "state", "payload", "zip"]
+)
+def test_D12_detector_files(tmp_path: Path, no_network: list[str], damage: str) -> None:
+    marker, file = tmp_path / "ran", tmp_path / ("c3d.pkl" if damage == "pickle" else "c3d.pt")
+    whole = write_stub("c3d", tmp_path).read_bytes()
+    if damage in ("pickle", "bare"):
+        file.write_bytes(pickle.dumps(payloads(marker)["system call"]))
+    elif damage == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("c3d/code/readme.txt", "nothing")
+    elif damage in ("network", "weights", "state", "payload"):
+        things = {"network": torch.nn.Linear(2, 2), "weights": torch.nn.Linear(2, 2).state_dict(), "state": [1]}
+        torch.save(things.get(damage, payloads(marker)["eval"]), file)
+    else:
+        file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"<html>404</html>"}[damage])
+    with pytest.raises(ValueError, match=rf"{re.escape(file.name)} (is|holds) .*https://www\.dropbox\.com") as error:
+        load_detector("c3d", file)
+    assert "\n" not in str(error.value) and no_network == [] and not marker.exists()
+    assert ("is a pickle" in str(error.value)) == (damage in ("pickle", "bare"))
+
+
+def test_D12_a_detectors_hash(tmp_path: Path, no_network: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_stub("c3d", tmp_path)
+    digest, wrong = hashlib.sha256(file.read_bytes()).hexdigest(), hashlib.sha256(b"another").hexdigest()
+    assert load_detector("c3d", file, sha256=digest).sha256 == digest
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(ValueError, match=rf"c3d\.pt is not opened: its SHA-256 is {digest}, but {wrong} is expected"):
+        load_detector("c3d", file, sha256=wrong)
+    with pytest.raises(FileNotFoundError, match=r"nothing is fetched: get it from https://"):
+        load_detector("c3d", tmp_path / "gone.pt")
+    assert no_network == []
+
+
+@pytest.mark.parametrize("attack", ["bomb", "many", "encrypted"])
+def test_D12_D11_a_detector_as_a_bomb(tmp_path: Path, attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_stub("c3d", tmp_path)
+    monkeypatch.setattr("tools.metrics.torchscript.MAX_RECORDS", 50)
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+        if attack == "bomb":
+            archive.writestr("c3d/code/zeros.py", bytes(100 * 2**20))
+        for number in range(60 if attack == "many" else 0):
+            archive.writestr(f"c3d/code/{number}.py", "")
+    content = bytearray(file.read_bytes())
+    if attack == "encrypted":
+        content[content.rindex(b"PK\x01\x02") + 8] |= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c3d\.pt is refused"):
+        load_detector("c3d", file)
 
 
 # ---- D13: names ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from diffusion.samplers import ddim_reverse_step, ddim_step, ddpm_step
 from engine.ema import EMA
 from models.convert import load_weights
 from models.latte import Latte, LatteConfig
-from tools.metrics.frechet import frechet_distance
+from tools.metrics.distances import frechet_distance
 
 from .goldens import Goldens, Mismatch, Quantity, Setting
 

@@ -1,0 +1,248 @@
+"""Detectors: the networks whose features the metrics compare. Local files, told by their SHA-256, never fetched.
+
+Letters: B samples, T frames of a clip, H W height and width in pixels, D features or classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.convert import read_state_dict
+
+from .stand_in import KEY, StandIn
+from .torchscript import is_torchscript, load_torchscript, read_bytes
+
+DROPBOX = "https://www.dropbox.com/s"
+NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A published value that a detector must reproduce."""
+
+    check: str  # of tools.check_detector: which clips, which distance
+    frames: int  # T
+    value: float
+    tolerance: float
+    source: str
+    minutes: bool = False  # takes that long on a CPU
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """What is known of a detector. `sha256` is None where no maker states one."""
+
+    name: str
+    metrics: tuple[str, ...]  # fvd kvd fid kid is isv
+    file: str  # its usual name
+    origin: str  # where a user gets it
+    input: str  # clip | frame
+    dims: int  # D
+    output: str = "features"  # features | probabilities
+    frames: tuple[int, int | None] = (1, None)  # fewest and most in a clip
+    arguments: Mapping[str, bool] = field(default_factory=dict)  # of its forward, beside the pixels
+    stand_in: str | None = None  # the kind of `StandIn`; None: a TorchScript network
+    sha256: str | None = None
+    goldens: tuple[Golden, ...] = ()
+
+
+_CONSTANT = "JunyaoHu/common_metrics_on_video_quality, README"
+_I3D_GOLDENS = (
+    # the source says that values move by about 1 between PyTorch versions: the same share of the larger one
+    Golden("zeros against ones", 10, 569.2296294, 4.0, _CONSTANT),
+    Golden("zeros against ones", 16, 152.9175031, 1.0, _CONSTANT),
+    Golden("zeros against ones", 30, 151.2564850, 1.0, _CONSTANT),
+    Golden("noise of two seeds", 16, 10.138084767, 0.05, "universome/fvd-comparison, README", minutes=True),
+)
+_I3D = f"{DROPBOX}/ge9e5ujwgetktms/i3d_torchscript.pt (StyleGAN-V; mirror: huggingface.co/flateon/FVD-I3D-torchscript)"
+_C3D = f"{DROPBOX}/jxpu7avzdc9n97q/c3d_ucf101.pt (StyleGAN-V)"
+_INCEPTION = f"{NVIDIA}/inception-2015-12-05.pt (NVIDIA)"
+_MOBILENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth (torchvision)"
+_MOBILENET_FILE = "mobilenet_v2-b0353104.pth"
+
+DETECTORS: dict[str, DetectorSpec] = {
+    spec.name: spec
+    for spec in (
+        DetectorSpec(
+            "i3d", ("fvd", "kvd"), "i3d_torchscript.pt", _I3D, "clip", 400, frames=(10, None), goldens=_I3D_GOLDENS,
+            arguments={"rescale": True, "resize": True, "return_features": True},
+        ),
+        DetectorSpec("c3d", ("isv",), "c3d_ucf101.pt", _C3D, "clip", 101, "probabilities", frames=(16, 16)),
+        DetectorSpec(
+            "inception", ("fid", "kid"), "inception-2015-12-05.pt", _INCEPTION, "frame", 2048,
+            arguments={"return_features": True},
+        ),
+        DetectorSpec(
+            "inception_is", ("is",), "inception-2015-12-05.pt", _INCEPTION, "frame", 1008, "probabilities",
+            arguments={"no_output_bias": True},
+        ),
+        DetectorSpec(
+            "mobilenet_v2_clip", ("fvd", "kvd"), _MOBILENET_FILE, _MOBILENET, "clip", 640, frames=(2, None),
+            stand_in="clip",
+        ),
+        DetectorSpec("mobilenet_v2", ("fid", "kid"), _MOBILENET_FILE, _MOBILENET, "frame", 1280, stand_in="frame"),
+        DetectorSpec(
+            "mobilenet_v2_is", ("is",), _MOBILENET_FILE, _MOBILENET, "frame", 1000, "probabilities",
+            stand_in="probabilities",
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DetectorFile:
+    """A file that was read: a TorchScript network, or weights for a stand-in."""
+
+    path: Path
+    sha256: str
+    network: Any = None
+    weights: Mapping[str, Tensor] | None = None
+
+    @classmethod
+    def read(cls, path: str | Path, *, sha256: str | None = None, spec: DetectorSpec | None = None) -> DetectorFile:
+        """Read and check a file.
+
+        Args:
+            sha256: what it must be; None takes any.
+            spec: what it is meant to be; None takes either kind of file.
+
+        Raises:
+            FileNotFoundError, ValueError: one sentence with the file, and where it can be had.
+        """
+        path = Path(path)
+        origin = spec.origin if spec else "the address that docs/metrics.md gives for it"
+        content, digest = read_bytes(path, origin, sha256 or (spec.sha256 if spec else None))
+        wants_weights = spec.stand_in if spec else not is_torchscript(content) and path.suffix != ".pkl"
+        if not wants_weights:
+            return cls(path, digest, network=load_torchscript(content, path, origin))
+        if is_torchscript(content):
+            raise ValueError(f"{path} is a TorchScript file, but weights are needed: get them from {origin}.")
+        return cls(path, digest, weights=read_state_dict(path))
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of the network's forward; none for weights."""
+        return tuple(argument.name for argument in self._arguments())
+
+    def fits(self, spec: DetectorSpec) -> bool:
+        """Whether it can be called as that detector is; of weights, whether they are the stand-in's."""
+        if spec.stand_in or self.network is None:
+            return bool(spec.stand_in and self.weights and KEY in self.weights)
+        required = {argument.name for argument in self._arguments() if not argument.has_default_value()}
+        return set(spec.arguments) <= set(self.arguments) and len(required - set(spec.arguments)) <= 1
+
+    def kinds(self) -> list[DetectorSpec]:
+        """All detectors that it can be: those of one file, told by the arguments that they need together."""
+        found = []
+        for spec in filter(self.fits, DETECTORS.values()):
+            needed = {name for each in DETECTORS.values() if each.file == spec.file for name in each.arguments}
+            if spec.stand_in or (needed <= set(self.arguments) if needed else len(self.arguments) == 1):
+                found.append(spec)
+        return found
+
+    def described(self) -> str:
+        """What is in it, for people."""
+        return f"its forward takes ({', '.join(self.arguments)})" if self.arguments else "it holds other weights"
+
+    def _arguments(self) -> list[Any]:
+        return [] if self.network is None else self.network.forward.schema.arguments[1:]
+
+
+class Detector:
+    """A network that turns uint8 pixels into features or class probabilities.
+
+    Always in fp32 without TF32, and by the same kernels in every call, whatever the process's settings are.
+    """
+
+    def __init__(self, spec: DetectorSpec, file: DetectorFile, device: torch.device | str = "cpu") -> None:
+        if not file.fits(spec):
+            raise ValueError(f"{file.path} is not {spec.file}, the detector {spec.name}: {file.described()}.")
+        self.spec, self.path, self.sha256 = spec, file.path, file.sha256
+        self.name, self.dims, self.input = spec.name, spec.dims, spec.input
+        self.device = torch.device(device)
+        network = file.network if file.weights is None else StandIn(str(spec.stand_in), file.weights, file.path)
+        self.network = network.to(self.device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 clips (B, T, 3, H, W) or frames (B, 3, H, W), as `input` says -> float32 (B, D) on the CPU.
+
+        Raises:
+            ValueError: pixels of another type or shape, too few frames, or features that are not (B, D) numbers.
+        """
+        self._check(pixels)
+        pixels = pixels.to(self.device)
+        if self.input == "clip":
+            pixels = pixels.transpose(1, 2).contiguous()  # (B, 3, T, H, W)
+        features = self.run(pixels, **self.spec.arguments)
+        if tuple(features.shape) != (len(pixels), self.dims) or not features.isfinite().all():
+            raise ValueError(
+                f"{self.path}: {self.name} gave {tuple(features.shape)} for {len(pixels)} {self.input}s, not finite "
+                f"({len(pixels)}, {self.dims}): it is not the network that it should be."
+            )
+        return features
+
+    @torch.inference_mode()
+    def run(self, pixels: Tensor, **arguments: bool) -> Tensor:
+        """The network as it is, with other arguments than the metrics use; float32 on the CPU."""
+        # forward, and not a call: what a file hooks to a call is in no graph that was looked at
+        try:
+            with _full_precision(self.device):
+                return self.network.forward(pixels, **arguments).float().cpu()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"{self.path}: {self.name} cannot take {tuple(pixels.shape)}: {reason}") from error
+
+    def _check(self, pixels: Tensor) -> None:
+        shape = "(B, T, 3, H, W)" if self.input == "clip" else "(B, 3, H, W)"
+        if pixels.dtype != torch.uint8:
+            raise ValueError(f"{self.name} takes uint8 pixels of 0 to 255, and rescales them, not {pixels.dtype}.")
+        if pixels.ndim != len(shape.split(",")) or pixels.shape[-3] != 3 or not pixels.numel():
+            raise ValueError(f"{self.name} takes {self.input}s {shape}, not {tuple(pixels.shape)}.")
+        fewest, most = self.spec.frames
+        if self.input == "clip" and not fewest <= pixels.shape[1] <= (most or pixels.shape[1]):
+            wanted = f"{fewest}" if most == fewest else f"{fewest} or more"
+            raise ValueError(f"{self.name} takes clips of {wanted} frames, not {pixels.shape[1]}.")
+
+
+def load_detector(
+    name: str, path: str | Path, *, sha256: str | None = None, device: torch.device | str = "cpu"
+) -> Detector:
+    """The detector of that name from its file.
+
+    Args:
+        name: one of `DETECTORS`.
+        sha256: refuse any other file; without it any file is taken, and its hash is there to be reported.
+
+    Raises:
+        FileNotFoundError: there is no such file; the sentence names where it can be had.
+        ValueError: an unknown name, another hash, or a file that is not this detector.
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"there is no detector {name!r}; they are {', '.join(DETECTORS)}.")
+    spec = DETECTORS[name]
+    return Detector(spec, DetectorFile.read(path, sha256=sha256, spec=spec), device)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """fp32 products in fp32; no autocast; no kernels chosen by timing, nor graphs rewritten after the first calls."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+            torch.autocast(device.type, enabled=False),
+            torch.jit.optimized_execution(False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,285 @@
+"""Distances between sets of features: Frechet (FVD, FID), kernel (KVD, KID) and inception score.
+
+They take what a detector gives, nothing else, and compute in float64. Letters: N real and M fake samples,
+D dimensions, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations_with_replacement
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DIVISORS = {"n": 0, "n-1": 1}  # of a covariance -> what is taken off the count
+
+# Fixed point of `Moments`: 53 bits, in three digits of 18 bits and a sign
+DIGIT_BITS, DIGITS = 18, 3
+LIMIT_BITS = 16  # magnitudes below 2^16
+QUANTUM = 2.0 ** (LIMIT_BITS - 53)
+ROWS = 2**16  # of a product of digits: 2^16 x 2^17 x 2^17 stays below 2^53
+
+
+class Moments:
+    """Mean and covariance of a stream of features, from sums without rounding.
+
+    Features are put on a grid of 2^-37, which holds every float32 of magnitude 6e-5 to 65,536 as it is and moves
+    smaller ones by at most 4e-12. From there all sums are integers: each feature is split into three digits of 18
+    bits, whose products a float64 matrix product adds exactly, and the results are kept as int64, by weight. So
+    neither the order of the samples nor their batches nor the number of processes changes one bit, up to 2^26
+    samples; and the sum of two states, tensor by tensor, is the state of both streams.
+
+    Args:
+        dims: D.
+        device: of the sums; features are moved to it.
+    """
+
+    def __init__(self, dims: int, device: torch.device | str = "cpu") -> None:
+        self.dims = dims
+        levels = 2 * DIGITS - 1  # weights that a product of two digits can have
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._sums = torch.zeros(DIGITS, dims, dtype=torch.int64, device=device)
+        self._squares = torch.zeros(levels, dims, dims, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, features: Tensor) -> Moments:
+        """Take in features (B, D); returns itself.
+
+        Raises:
+            ValueError: another D, values that are no numbers, or magnitudes of 65,536 and more.
+        """
+        _check_features("", features, fewest=0)
+        if features.shape[1] != self.dims:
+            raise ValueError(f"The features have {features.shape[1]} dimensions, but {self.dims} are summed.")
+        if features.numel() and features.abs().max() >= 2**LIMIT_BITS:
+            raise ValueError(
+                f"The features reach {features.abs().max().item():.3g}; those of detectors stay far below "
+                f"{2**LIMIT_BITS}: look at the detector or its input."
+            )
+        for rows in features.to(self._sums.device, torch.float64).split(ROWS):
+            digits = _digits(rows)
+            self._count += len(rows)
+            self._sums += digits.sum(1).to(torch.int64)
+            for i, j in combinations_with_replacement(range(DIGITS), 2):
+                product = (digits[i].T @ digits[j]).to(torch.int64)
+                self._squares[i + j] += product if i == j else product + product.T
+        return self
+
+    def merge(self, other: Moments) -> Moments:
+        """Take in the samples of `other`; returns itself."""
+        if other.dims != self.dims:
+            raise ValueError(f"Moments of {other.dims} and of {self.dims} dimensions do not add.")
+        for mine, its in zip(self.state().values(), other.state().values()):
+            mine += its.to(mine.device)
+        return self
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.dims, self._sums.device).merge(self).merge(other)
+
+    @property
+    def count(self) -> int:
+        """Samples so far."""
+        return int(self._count)
+
+    @property
+    def mean(self) -> Tensor:
+        """(D,), float64, on the CPU."""
+        self._need(1)
+        return _from_digits(self._sums) * QUANTUM / self.count
+
+    def covariance(self, divisor: str = "n") -> Tensor:
+        """(D, D), float64, on the CPU, divided by the count ("n") or by one less ("n-1")."""
+        if divisor not in DIVISORS:
+            raise ValueError(f"The divisor must be one of {', '.join(DIVISORS)}, not {divisor!r}.")
+        self._need(1 + DIVISORS[divisor])
+        mean = self.mean
+        second = _from_digits(self._squares) * QUANTUM**2 / self.count
+        return (second - mean.outer(mean)) * (self.count / (self.count - DIVISORS[divisor]))
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums themselves, int64: add those of two streams (or all-reduce them), or save them."""
+        return {"count": self._count, "sums": self._sums, "squares": self._squares}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Moments:
+        """The inverse of `state`, which it copies; ValueError for tensors that are not such sums."""
+        moments = cls(state["sums"].shape[-1] if "sums" in state else 0, device)
+        empty = moments.state()
+        for name, tensor in empty.items():
+            given = state.get(name)
+            if given is None or given.dtype != tensor.dtype or given.shape != tensor.shape:
+                raise ValueError(f"The saved moments are not whole: {name} is missing or of another shape or type.")
+            tensor.copy_(given)
+        return moments
+
+    def _need(self, count: int) -> None:
+        if self.count < count:
+            raise ValueError(f"There are {self.count} samples, but {count} or more are needed.")
+
+
+def _digits(rows: Tensor) -> Tensor:
+    """float64 (B, D) on the grid, as whole numbers (DIGITS, B, D) of at most 2^17 in magnitude, highest first."""
+    rest, digits = (rows / QUANTUM).round(), []
+    for place in reversed(range(DIGITS)):
+        digits.append((rest / 2.0 ** (DIGIT_BITS * place)).round())
+        rest = rest - digits[-1] * 2.0 ** (DIGIT_BITS * place)
+    return torch.stack(digits)
+
+
+def _from_digits(sums: Tensor) -> Tensor:
+    """Sums of digits, highest first, int64 (places, ...) -> float64 (...), in units of the last place."""
+    total = torch.zeros(sums.shape[1:], dtype=torch.float64)
+    for place, each in enumerate(sums.cpu().flip(0)):
+        total += each.double() * 2.0 ** (DIGIT_BITS * place)
+    return total
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """Squared Frechet distance between Gaussians fitted to `real` (N, D) and `fake` (M, D).
+
+    |mean_r - mean_f|^2 + tr(cov_r) + tr(cov_f) - 2 tr((cov_r cov_f)^(1/2)), covariances divided by N and M.
+    With centred features X and Y the last trace is the nuclear norm of X Y^T / sqrt(N M): no matrix root,
+    nothing added to the diagonal, exact for fewer samples than dimensions. In float64.
+
+    Raises:
+        ValueError: the features are not (N, D) and (M, D) with N and M at least 2, or hold NaN or infinity.
+    """
+    _check_pair(real, fake, fewest=2)
+    factors, traces = [], 0.0
+    means = [features.double().mean(0) for features in (real, fake)]
+    for features, mean in zip((real, fake), means):
+        centred = (features.double() - mean) / len(features) ** 0.5
+        traces += centred.square().sum().item()
+        # X = QR: the nuclear norm of X Y^T is that of R_x R_y^T, which is at most D x D
+        factors.append(torch.linalg.qr(centred, mode="r").R)
+    mean_gap = (means[0] - means[1]).square().sum().item()
+    root_trace = torch.linalg.svdvals(factors[0] @ factors[1].T).sum().item()
+    return mean_gap + traces - 2 * root_trace
+
+
+def frechet_from_moments(real: Moments, fake: Moments, divisor: str = "n") -> float:
+    """`frechet_distance` from means and covariances alone.
+
+    With cov_r = R R^T, tr((cov_r cov_f)^(1/2)) is the sum of the square roots of the eigenvalues of R^T cov_f R, all
+    real and none negative. With N and M samples at most min(N, M) - 1 of them are not zero: the others, which are
+    rounding, are left out, and so fewer samples than dimensions do no harm.
+
+    Args:
+        divisor: of the covariances, "n" (StyleGAN-V, Latte) or "n-1" (the first FVD code and most libraries).
+
+    Raises:
+        ValueError: fewer than two samples on a side, another number of dimensions, or an unknown divisor.
+    """
+    for name, side in (("real", real), ("fake", fake)):
+        if side.count < 2:
+            raise ValueError(f"The {name} side has {side.count} samples; a covariance needs 2 or more.")
+    _same_dimensions(real.dims, fake.dims)
+    covariances = [side.covariance(divisor) for side in (real, fake)]
+    values, vectors = torch.linalg.eigh(covariances[0])
+    root = vectors * values.clamp(min=0).sqrt()  # cov_r = root root^T
+    rank = min(real.count, fake.count) - 1
+    product = torch.linalg.eigvalsh(root.T @ covariances[1] @ root)[-rank:]
+    mean_gap = (real.mean - fake.mean).square().sum()
+    traces = covariances[0].trace() + covariances[1].trace()
+    return (mean_gap + traces - 2 * product.clamp(min=0).sqrt().sum()).item()
+
+
+def kernel_distance(
+    real: Tensor, fake: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Mean and deviation, times 1000, of the squared maximum mean discrepancy over random subsets (KID; KVD on clips).
+
+    The kernel is (x.y / D + 1)^3, the estimate unbiased, so it can be below zero. (Binkowski et al., arXiv 1801.01401.)
+
+    Args:
+        real, fake: (N, D) and (M, D), in an order of their own: the draw is of places.
+        subsets: how many; the deviation is over them, divided by their number.
+        subset_size: samples a side, drawn without replacement; all where a side has fewer.
+        seed: of the draw.
+
+    Raises:
+        ValueError: features as for `frechet_distance`, or no subsets.
+    """
+    _check_pair(real, fake, fewest=2)
+    size = min(len(real), len(fake), subset_size)
+    if subsets < 1 or size < 2:
+        raise ValueError(f"{subsets} subsets of {size}: there must be 1 or more, of 2 samples or more.")
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(features: Tensor) -> Tensor:
+        return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)].double()
+
+    values = torch.tensor([_squared_mmd(draw(real), draw(fake)) for _ in range(subsets)], dtype=torch.float64)
+    return 1000 * values.mean().item(), 1000 * values.std(correction=0).item()
+
+
+def _squared_mmd(x: Tensor, y: Tensor) -> float:
+    """The unbiased estimate from x (m, D) and y (m, D)."""
+    m, dims = x.shape
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / dims + 1) ** 3
+
+    within = [kernel(each, each) for each in (x, y)]
+    pairs = sum(each.sum() - each.trace() for each in within) / (m * (m - 1))
+    return (pairs - 2 * kernel(x, y).mean()).item()
+
+
+def inception_score(probabilities: Tensor, *, splits: int = 10, shuffle_seed: int | None = None) -> tuple[float, float]:
+    """Mean and deviation over splits of exp(mean KL(p(class | sample) || p(class))).
+
+    Salimans et al., arXiv 1606.03498. Split i holds the samples from floor(i N / splits) to floor((i + 1) N / splits);
+    a probability of zero adds zero.
+
+    Args:
+        probabilities: (N, C), rows that sum to 1.
+        splits: the deviation is over them, divided by their number.
+        shuffle_seed: of NumPy's RandomState, which shuffles the samples first; video IS uses 42. None: no shuffle.
+
+    Raises:
+        ValueError: rows that are no probabilities, or fewer samples than splits.
+    """
+    _check_features("", probabilities, fewest=1)
+    rows = probabilities.detach().cpu().double()
+    if rows.min() < 0 or (rows.sum(1) - 1).abs().max() > 1e-3:
+        raise ValueError("The rows for an inception score must be probabilities that sum to 1; these are none.")
+    if not 1 <= splits <= len(rows):
+        raise ValueError(f"{len(rows)} samples cannot be split into {splits}: give 1 to {len(rows)} splits.")
+    if shuffle_seed is not None:
+        rows = rows[torch.from_numpy(np.random.RandomState(shuffle_seed).permutation(len(rows)))]
+    scores = torch.stack([_split_score(part) for part in _parts(rows, splits)])
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def _parts(rows: Tensor, splits: int) -> Iterator[Tensor]:
+    for i in range(splits):
+        yield rows[i * len(rows) // splits : (i + 1) * len(rows) // splits]
+
+
+def _split_score(rows: Tensor) -> Tensor:
+    """exp of the mean over samples of sum p (log p - log mean p)."""
+    return (torch.xlogy(rows, rows) - torch.xlogy(rows, rows.mean(0))).sum(1).mean().exp()
+
+
+def _check_pair(real: Tensor, fake: Tensor, fewest: int) -> None:
+    for name, features in (("real ", real), ("fake ", fake)):
+        _check_features(name, features, fewest)
+    _same_dimensions(real.shape[1], fake.shape[1])
+
+
+def _check_features(name: str, features: Tensor, fewest: int) -> None:
+    if features.ndim != 2 or len(features) < fewest or not features.shape[1]:
+        raise ValueError(
+            f"The {name}features are {tuple(features.shape)}; they must be ({fewest} or more, dimensions)."
+        )
+    if not features.isfinite().all():
+        raise ValueError(f"The {name}features hold NaN or infinity: look at the detector or its input.")
+
+
+def _same_dimensions(real: int, fake: int) -> None:
+    if real != fake:
+        raise ValueError(
+            f"The real features have {real} dimensions, the fake ones {fake}: both must come from one detector."
+        )

@@ -1,0 +1,136 @@
+"""Reading TorchScript archives, which are programs: what they would do is looked at before any of it runs.
+
+TorchScript cannot call Python, but it can write files (`torch.save`), read them (`torch.from_file`), and do so
+while it is loaded (`__setstate__`). A detector does none of this. The archive's hash comes before its zip, the zip
+before its code, and what the code would run before the first call. It is a check of one file, not a sandbox.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MAX_BYTES = 4 * 2**30
+MAX_RECORDS = 100_000  # of an archive; one per tensor and source file
+MAX_CODE_BYTES = 64 * 2**20  # source is the one part of such an archive that is packed
+NAMESPACES = ("aten", "prim")  # of the operations that networks use; others come from extensions
+# Operations that touch files; and calls whose target shows only when they run, other networks' hosts included
+REFUSED = ("aten::save", "aten::from_file", "prim::CallMethod", "prim::CallFunction", "prim::rpc")
+LOAD_TIME = (b"__setstate__", b"torch.classes")  # what would run before it can be looked at
+
+
+def read_bytes(path: Path, origin: str, sha256: str | None) -> tuple[bytes, str]:
+    """The content of a detector file and its SHA-256; nothing is opened beyond that.
+
+    Raises:
+        FileNotFoundError: there is no such file; the sentence names `origin`, where it can be had.
+        ValueError: its hash is not `sha256`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no detector file {path}; nothing is fetched: get it from {origin}.")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} is {path.stat().st_size / 2**30:.1f} GiB: no detector is that large.")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and found != sha256.strip().lower():
+        raise ValueError(f"{path} is not opened: its SHA-256 is {found}, but {sha256} is expected.")
+    return content, found
+
+
+def load_torchscript(content: bytes, path: Path, origin: str) -> Any:
+    """The network in a TorchScript archive, on the CPU, in evaluation mode.
+
+    Args:
+        path, origin: of the archive, for the sentences.
+
+    Raises:
+        ValueError: it is a pickle, bare weights, broken, blown up, or does what no detector does.
+    """
+    _check_kind(content, path, origin)
+    _check_records(content, path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is on its way out; the detectors are what they are
+            network = torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
+        graph = network.inlined_graph
+    except Exception as error:  # a broken archive can raise anything
+        raise ValueError(f"{path} is not a whole TorchScript network with a forward; get it from {origin}.") from error
+    refused = sorted({kind for kind in _operations(graph) if _is_refused(kind)})
+    if refused:
+        raise ValueError(f"{path} is not run: it holds {', '.join(refused)}, which no detector needs.")
+    return network
+
+
+def is_torchscript(content: bytes) -> bool:
+    """Whether this is a zip archive with source code in it, as `torch.jit.save` writes."""
+    return any("/code/" in each.filename.lower() for each in _records(content) or [])
+
+
+def _records(content: bytes) -> list[zipfile.ZipInfo] | None:
+    """What a zip archive lists; None for what is none."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return None
+
+
+def _check_kind(content: bytes, path: Path, origin: str) -> None:
+    advice = f"a TorchScript file is needed: get it from {origin}."
+    if content[:1] == b"\x80" or (path.suffix in (".pkl", ".pickle") and not is_torchscript(content)):
+        raise ValueError(f"{path} is a pickle, which is not opened because that can run any code; {advice}")
+    if _records(content) is None:
+        raise ValueError(f"{path} is no TorchScript file, or not whole; {advice}")
+    if not is_torchscript(content):
+        raise ValueError(f"{path} holds no network, at most its weights; {advice}")
+
+
+def _check_records(content: bytes, path: Path) -> None:
+    """Refuse an archive that unpacks to far more than its size, and code that would run while it is loaded."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        records = archive.infolist()
+        unpacked = sum(record.file_size for record in records)
+        encrypted = any(record.flag_bits & 1 for record in records)
+        if encrypted or len(records) > MAX_RECORDS or unpacked > len(content) + MAX_CODE_BYTES:
+            raise ValueError(
+                f"{path} is refused: its {len(records)} records unpack to {unpacked} bytes from {len(content)}, "
+                "but torch.jit.save packs source code only, and encrypts nothing."
+            )
+        for record in records:
+            if record.filename.lower().endswith((".py", ".pkl")):
+                _check_source(archive, record, path)
+
+
+def _check_source(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: Path) -> None:
+    try:
+        source = archive.read(record)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole TorchScript file: copy it again.") from error
+    for word in LOAD_TIME:
+        if word in source:
+            raise ValueError(
+                f"{path} is not opened: its {record.filename} has {word.decode()}, which runs while it is loaded."
+            )
+
+
+def _operations(block: Any) -> Iterator[str]:
+    """The kind of every operation of a graph, those of its branches, loops and parallel parts included."""
+    for node in block.nodes():
+        yield node.kind()
+        for inner in node.blocks():
+            yield from _operations(inner)
+        for name in node.attributeNames():
+            if node.kindOf(name) == "g":
+                yield from _operations(node.g(name))
+
+
+def _is_refused(kind: str) -> bool:
+    return kind.partition("::")[0] not in NAMESPACES or kind.startswith(REFUSED)
