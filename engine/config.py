@@ -22,6 +22,7 @@ FLOW_METHODS = ("auto", "euler", "heun")
 METHODS = (*GAUSSIAN_METHODS, *FLOW_METHODS[1:])
 TRAIN_PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
 SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
+LABEL_RULES = ("balanced", "random")
 MAX_YAML_CHARACTERS = 65_536  # a config with every key takes 4,000
 MAX_YAML_EVENTS = 10_000  # of the parser: two for each section and list, one for each key and value
 MAX_YAML_DEPTH = 8  # file, section, list: 3
@@ -75,7 +76,8 @@ class SampleConfig:
     ckpt: str | None = None  # our checkpoint or run folder, or an official .pt
     save_video_path: str = "results/samples"
     num_videos: int = 4
-    labels: list[str] | None = None  # class numbers or names, used in turn; null: all classes in turn
+    labels: list[str] | None = None  # class numbers or names to sample; null: all classes
+    label_rule: str = "balanced"  # balanced: in turn by index | random: drawn by (seed, index)
     seed: int = 0
     steps: int = 250
     method: str = "auto"  # ddpm | ddim for Gaussian diffusion, euler | heun for flow; auto: the first
@@ -96,7 +98,8 @@ class SampleConfig:
             0 <= self.guidance_scale < float("inf"),
             f"sample.guidance_scale must be zero or more and finite, not {self.guidance_scale}.",
         )
-        for key, choices in {"method": METHODS, "weights": ("ema", "raw"), "precision": SAMPLE_PRECISIONS}.items():
+        words = {"method": METHODS, "weights": ("ema", "raw"), "precision": SAMPLE_PRECISIONS}
+        for key, choices in (words | {"label_rule": LABEL_RULES}).items():
             value = getattr(self, key)
             require(value in choices, f"sample.{key} must be one of {', '.join(choices)}, not {value!r}.")
 
@@ -171,6 +174,10 @@ class Config:
         require(
             self.model.num_classes > 0 or not self.sample.labels,
             "sample.labels: this network is unconditional (model.num_classes is 0); leave labels out.",
+        )
+        require(
+            self.model.num_classes > 0 or self.sample.label_rule == "balanced",
+            f"sample.label_rule={self.sample.label_rule}: this network is unconditional (model.num_classes is 0).",
         )
         flow = self.diffusion.prediction == "flow"
         methods = FLOW_METHODS if flow else GAUSSIAN_METHODS

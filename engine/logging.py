@@ -94,7 +94,7 @@ class RunLogger:
         rate = values.get("videos_per_second", 0.0)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} videos/s", refresh=False)
         if not self._terminal:
-            eta = _duration((self._total - step) * values["seconds_per_step"])
+            eta = duration((self._total - step) * values["seconds_per_step"])
             self.say(f"step {step}/{self._total}  loss {values['loss']:.4f}  {rate:.1f} videos/s  ETA {eta}")
 
     def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
@@ -133,7 +133,8 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`seconds` as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

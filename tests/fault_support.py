@@ -222,13 +222,20 @@ def run(overrides: list[str], world: World | None = None, **options: Any) -> Tra
 
 
 class Torchrun:
-    """torchrun on two gloo ranks in the background. As a context it leaves no process behind."""
+    """torchrun on `ranks` gloo ranks in the background. As a context it leaves no process behind."""
 
     def __init__(
-        self, overrides: list[str], fault: str = "", flags: tuple[str, ...] = (), once: Path | None = None
+        self,
+        overrides: list[str],
+        fault: str = "",
+        flags: tuple[str, ...] = (),
+        once: Path | None = None,
+        *,
+        ranks: int = 2,
+        script: str = "tests/fault_support.py",
     ) -> None:
-        launcher = [sys.executable, "-m", "engine.elastic", "--standalone", "--nproc_per_node=2"]
-        command = [*launcher, "--shutdown-timeout=5", *flags, "tests/fault_support.py", *overrides]
+        launcher = [sys.executable, "-m", "engine.elastic", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [*launcher, "--shutdown-timeout=5", *flags, script, *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "LATTE_FAULT": fault, "CUDA_VISIBLE_DEVICES": ""}
         if once is not None:
             environment["LATTE_FAULT_ONCE"] = str(once)

@@ -225,7 +225,7 @@ def test_A13_a_clean_finish_leaves_a_record(tiny: list[str], tmp_path: Path) -> 
     record = json.loads((tmp_path / "run" / "COMPLETED").read_text())
     folder = newest(tmp_path / "run")
     assert (record["step"], record["checkpoint"]) == (3, folder.name)
-    assert record["sha256"]["model.safetensors"] == ckpt._sha256(folder / "model.safetensors")
+    assert record["sha256"]["model.safetensors"] == ckpt.file_sha256(folder / "model.safetensors")
     assert not (tmp_path / "run" / "PREEMPTED").exists()
     lines = inspect.getsource(launch.train)  # the record is written before anything is torn down
     assert lines.index(".fit()") < lines.index("close_world()")

@@ -294,7 +294,7 @@ def spoil(folder: Path, name: str, change: Any) -> None:
     else:
         file.write_text(json.dumps(change(json.loads(file.read_text()))))
     manifest = json.loads((folder / ckpt.MANIFEST).read_text())
-    manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": ckpt._sha256(file)}
+    manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": ckpt.file_sha256(file)}
     (folder / ckpt.MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ from datasets.latents import (
 )
 from engine.config import Config
 from engine.distributed import World, broadcast_object, gather_objects, on_main
-from engine.run_folder import release, take_lock
+from engine.run_folder import FolderLock
 from engine.watch import prepare_worker
 from models.autoencoder import LatentCodec
 from models.codec_identity import codec_identity, same_codec
@@ -152,16 +152,15 @@ def locked(out: Path, world: World) -> Iterator[None]:
 
     Raises: OSError, ValueError where it is another's, or holds something else.
     """
-    locks: list[IO[str]] = []  # of rank 0 alone
-    on_main(lambda: locks.append(_take(out)))
+    lock = FolderLock(out, "--out")
+    on_main(lambda: _take(out, lock))
     try:
         yield
     finally:
-        for lock in locks:
-            release(lock)
+        lock.release()
 
 
-def _take(out: Path) -> IO[str]:
+def _take(out: Path, lock: FolderLock) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     held = sorted(file.name for file in out.iterdir()) if out.exists() else []
@@ -170,13 +169,12 @@ def _take(out: Path) -> IO[str]:
         raise ValueError(f"--out {out} holds {strangers[0]!r}, which is not of a latent cache; name a new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(out / ".lock", f"--out {out}")
+        lock.take()
     except OSError as error:
         raise OSError(f"--out {out} cannot be written: {error.strerror}" if error.errno else str(error)) from None
     for pattern in LEFT_BY_A_KILL:
         for file in out.glob(pattern):
             file.unlink()
-    return lock
 
 
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
