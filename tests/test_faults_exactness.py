@@ -126,10 +126,14 @@ def test_B3_save_at_an_epoch_end(tiny: list[str]) -> None:
     """6 clips, batch 2: step 3 ends the epoch; what continues its checkpoint is a whole one in another order."""
     run([*tiny, "train.max_steps=3"])
     trainer = Trainer(load_config(None, [*tiny, "train.max_steps=6"]), World())
-    first = [index for batch in islice(trainer.batches(), 3) for index in batch[0]["index"].tolist()]
-    trainer.restore()
-    second = [index for batch in islice(trainer.batches(), 3) for index in batch[0]["index"].tolist()]
-    assert sorted(first) == sorted(second) == list(range(6)) and first != second
+    orders = []
+    for epoch in (0, 1):
+        batches = [batch for (batch,) in islice(trainer.batches(), 3)]
+        positions, order = (torch.cat([batch[key] for batch in batches]).tolist() for key in ("position", "index"))
+        assert positions == list(range(6 * epoch, 6 * epoch + 6)) and sorted(order) == list(range(6))
+        orders.append(order)
+        trainer.restore()
+    assert orders[0] != orders[1]
 
 
 def test_B4_two_resumes_at_step_zero_and_at_the_end(tiny: list[str], tmp_path: Path) -> None:
