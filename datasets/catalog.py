@@ -8,23 +8,28 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .readers import HIDDEN, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from .archives import is_archive, open_archive, size_and_time
+from .readers import ARRAY_SUFFIX, HIDDEN, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
     from .clips import DataConfig
 
-VIDEOS, FRAMES = "video files", "folders of frames"
+VIDEOS, FRAMES, ARRAYS = "video files", "folders of frames", "sample arrays (000000.npy)"
+LeftOut = Callable[[str, Path], object]  # (reason, path) of what is no clip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one data set is read: what its clips are, where labels come from, how pixels are treated."""
+    """How one data set is read: what its clips are, where labels come from, how pixels are treated.
+
+    Where a folder holds no clips of the kind, those of the other are read: a prepared set keeps its name.
+    """
 
     clips: tuple[str, ...]
     labels: str
@@ -89,10 +94,11 @@ def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
     """
     root = _root(config.path)
     recipe = RECIPES[config.name]
-    skipped: Counter[str] = Counter()
-    found = sorted(_find_clips(root, recipe.clips, skipped), key=lambda clip: clip.name)
+    found, skipped = _found(root, recipe.clips)
     if not found:
-        raise ValueError(_nothing_found(config, recipe, skipped))
+        found, skipped = _found(root, (VIDEOS, FRAMES))
+    if not found:
+        raise ValueError(_nothing_found(config, skipped))
     found = _long_enough(found, config, skipped)
     names = class_names_of(found, recipe.labels if config.labels == "auto" else config.labels)
     classes = sorted({name for name in names if name is not None})
@@ -127,47 +133,86 @@ def _nothing_chosen(config: DataConfig, total: int, held_out: bool) -> str:
 def _root(path: str) -> Path:
     if not path:
         raise ValueError("data.path is empty: give the folder of the data set")
+    return find_root(path, "data.path")
+
+
+def find_root(path: str, key: str) -> Path:
+    """The folder or zip archive of clips that `path` names; `key` is what it is called in the error."""
     root = Path(path)
     with suppress(RuntimeError):  # the home of a user that there is not
         root = root.expanduser()
     if not root.exists():
-        raise FileNotFoundError(f"data.path: there is no folder '{path}'")
-    if not root.is_dir():
-        raise ValueError(f"data.path: '{path}' is a file, not a folder of clips")
+        raise FileNotFoundError(f"{key}: there is no folder '{path}'")
+    if not root.is_dir() and not is_archive(root):
+        raise ValueError(f"{key}: '{path}' is a file, not a folder or a zip archive of clips")
     return root
 
 
 # ------------------------------------------------------------------------------------------- finding clips
 
 
-def _find_clips(root: Path, kinds: Sequence[str], skipped: Counter[str]) -> Iterator[Clip]:
-    """All clips below `root`. A folder with videos in it is no folder of frames: its images are strays."""
-    for folder, files in _walk(root, skipped):
-        videos = [f for f in files if VIDEOS in kinds and Path(f).suffix.lower() in VIDEO_SUFFIXES]
+def _found(root: Path, kinds: Sequence[str]) -> tuple[list[Clip], Counter[str]]:
+    """The clips of these kinds in the order of their names, and the count of all else by reason."""
+    skipped: Counter[str] = Counter()
+    clips = find_clips(root, kinds, lambda reason, path: skipped.update([reason]))
+    return sorted(clips, key=lambda clip: clip.name), skipped
+
+
+def find_clips(
+    root: Path, kinds: Sequence[str], left_out: LeftOut, suffixes: Collection[str] = VIDEO_SUFFIXES
+) -> Iterator[Clip]:
+    """All clips below `root`, a folder or a zip, in no order. In a folder with videos or arrays, images are strays.
+
+    Args:
+        kinds: VIDEOS, FRAMES, ARRAYS or some of them.
+        left_out: told (reason, path) of everything that is no clip.
+        suffixes: what the names of video files end in, in lower case.
+    """
+    for folder, files in _walk_archive(root, left_out) if is_archive(root) else _walk(root, left_out):
+        clips = [f for f in files if VIDEOS in kinds and Path(f).suffix.lower() in suffixes]
+        clips += [f for f in files if ARRAYS in kinds and is_sample_array(f)]
         frames = [f for f in files if FRAMES in kinds and Path(f).suffix.lower() in IMAGE_SUFFIXES]
-        taken = set(videos or frames)
-        skipped.update(f"*{Path(f).suffix.lower()}" for f in files if f not in taken)
-        for file in videos:
-            yield Clip(str(folder / file), _name(folder / file, root), (folder / file).stat().st_size)
-        if frames and not videos:
+        taken = set(clips or frames)
+        for file in files:
+            if file not in taken:
+                left_out(f"*{Path(file).suffix.lower()}", folder / file)
+        for file in clips:
+            yield Clip(str(folder / file), _name(folder / file, root), size_and_time(folder / file)[0])
+        if frames and not clips:
             yield Clip(str(folder), _name(folder, root), len(frames), num_frames=len(frames))
 
 
-def _walk(root: Path, skipped: Counter[str]) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, its visible files), links followed, each real folder once; hidden entries are counted."""
+def is_sample_array(name: str) -> bool:
+    """Whether a file of this name is a sample in lossless form: those have numbers for names, other arrays not."""
+    return Path(name).suffix.lower() == ARRAY_SUFFIX and Path(name).stem.isdecimal()
+
+
+def _walk_archive(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, its visible files) of a zip archive; hidden files, and all in hidden folders, are left out."""
+    for folder, names in sorted(open_archive(root).folders.items()):
+        shut = any(part.startswith(HIDDEN) for part in folder.split("/"))
+        hidden = [name for name in names if shut or name.startswith(HIDDEN)]
+        for name in hidden:
+            left_out("hidden", root / folder / name)
+        yield root / folder, sorted(set(names) - set(hidden))
+
+
+def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, its visible files), links followed, each real folder once; hidden entries are left out."""
     pending, seen = [root], {os.path.realpath(root)}
     while pending:
         folder = pending.pop()
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
         visible = [entry for entry in entries if not entry.name.startswith(HIDDEN)]
-        skipped.update({"hidden": len(entries) - len(visible)} if len(visible) < len(entries) else {})
-        for entry in visible:
-            if entry.is_dir() and os.path.realpath(entry.path) not in seen:
+        for entry in entries:
+            if entry.name.startswith(HIDDEN):
+                left_out("hidden", Path(entry.path))
+            elif entry.is_dir() and os.path.realpath(entry.path) not in seen:
                 seen.add(os.path.realpath(entry.path))
                 pending.append(Path(entry.path))
             elif not entry.is_dir() and not entry.is_file():
-                skipped["not a file (a broken link, a device)"] += 1
+                left_out("not a file (a broken link, a device)", Path(entry.path))
         yield folder, [entry.name for entry in visible if entry.is_file()]
 
 
@@ -192,8 +237,8 @@ def _long_enough(clips: list[Clip], config: DataConfig, skipped: Counter[str]) -
     return kept
 
 
-def _nothing_found(config: DataConfig, recipe: Recipe, skipped: Counter[str]) -> str:
-    wanted = " or ".join(recipe.clips)
+def _nothing_found(config: DataConfig, skipped: Counter[str]) -> str:
+    wanted = f"{VIDEOS} or {FRAMES}"
     seen = ", ".join(f"{count} {what}" for what, count in sorted(skipped.items())) or "nothing at all"
     return f"data.path: data.name={config.name} needs {wanted}, but '{config.path}' holds none (found: {seen})"
 

@@ -1,4 +1,4 @@
-"""Video file or frame folder -> frames. One interface, several backends.
+"""Video file, frame folder or array -> frames. One interface, several backends; zip members are read in place.
 
 A reader has `len()`, `fps`, `damage` and `read(indices) -> uint8 (T, C, H, W)` RGB. Frames are named by
 their place in presentation order, whatever the container's timestamps, B-frames or rotation.
@@ -8,6 +8,8 @@ Letters: T frames, C channels, H height, W width.
 
 from __future__ import annotations
 
+import io
+import math
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -17,11 +19,14 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import chain, dropwhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .archives import inside_archive, is_folder, names_in, open_binary, size_and_time
+from .errors import VideoError
 
 if TYPE_CHECKING:
     import av
@@ -30,6 +35,7 @@ _VIDEOS = ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .o
 _IMAGES = ".bmp .jpeg .jpg .png .ppm .tif .tiff .webp"
 VIDEO_SUFFIXES = frozenset(_VIDEOS.split())
 IMAGE_SUFFIXES = frozenset(_IMAGES.split())
+ARRAY_SUFFIX = ".npy"
 HIDDEN = (".", "__MACOSX")  # names that begin so are left out
 
 # First bytes -> the one demuxer that may open the file: (offset, bytes, FFmpeg's format name).
@@ -61,17 +67,6 @@ PROVEN_UP_TO = 64  # clips with no more packets are decoded whole once: about on
 NO_STAMP = -(2**63)  # stands for a frame without a timestamp
 
 
-class VideoError(ValueError):
-    """A clip that cannot be read: `path` and `reason`, in one sentence. It pickles."""
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(str(path), reason)
-        self.path, self.reason = str(path), reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
-
-
 class Reader(Protocol):
     """What every backend offers.
 
@@ -92,21 +87,35 @@ class Reader(Protocol):
 
 
 def open_video(path: str | Path, reader: str = "auto", max_pixels: int = MAX_PIXELS) -> Reader:
-    """Open a video file, a folder of frames or a single image with the backend named `reader`.
+    """Open a video file, a folder of frames, a single image or an array with the backend named `reader`.
+
+    Each may lie in a zip archive: `set.zip/clips/a.mp4`, or `set.zip/clips/b` for a folder of frames.
 
     Frames of more than `max_pixels` pixels are refused from their header, before memory is taken for them.
 
     `auto` is PyAV: the one backend exact, in count and pixels, on every sample clip (docs/datasets.md).
-    A folder or an image is read with PIL whatever the backend. Raises VideoError where there is no video.
+    A folder or an image is read with PIL, an array with numpy, whatever the backend. Raises VideoError where
+    there is no video.
     """
     if reader not in READERS:
         raise ValueError(f"reader '{reader}' is unknown: use one of {', '.join(READERS)}")
     path = Path(path)
     try:
-        pictures = path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
+        pictures = is_folder(path) or path.suffix.lower() in IMAGE_SUFFIXES
     except OSError as error:  # a stale network file, a folder above it that is closed to us
         raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
+    if path.suffix.lower() == ARRAY_SUFFIX and not pictures:
+        return ArrayReader(path, max_pixels)
     return FrameReader(path, max_pixels) if pictures else READERS[reader](path, max_pixels)
+
+
+def every_frame(reader: Reader) -> Iterator[np.ndarray]:
+    """All frames of an opened clip in order, each (H, W, C) uint8, whatever its length; VideoError where one fails."""
+    if isinstance(reader, PyAVReader):
+        yield from reader.frames()
+    else:
+        for index in range(len(reader)):
+            yield reader.read([index])[0].permute(1, 2, 0).numpy()
 
 
 def frame_number(name: str) -> tuple[list[int], str]:
@@ -116,8 +125,8 @@ def frame_number(name: str) -> tuple[list[int], str]:
 
 def list_frames(folder: Path) -> list[Path]:
     """The images that lie directly in `folder`, in numerical order; hidden files are left out."""
-    images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(HIDDEN))
-    return sorted(images, key=lambda p: frame_number(p.name))
+    names = (n for n in names_in(folder) if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(HIDDEN))
+    return [folder / name for name in sorted(names, key=frame_number)]
 
 
 def container_format(path: str | Path) -> str:
@@ -126,8 +135,10 @@ def container_format(path: str | Path) -> str:
     The file name plays no part: a playlist called clip.mp4 is refused before any library sees it.
     """
     try:
-        with Path(path).open("rb") as file:
+        with open_binary(path) as file:
             head = file.read(256)
+    except VideoError:
+        raise
     except (OSError, ValueError) as error:
         raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
     if not head:
@@ -210,11 +221,25 @@ class PyAVReader:
         wanted = _check_indices(indices, len(self))
         images: dict[int, np.ndarray] = {}
         for targets in self._segments(sorted(set(wanted))):
-            images |= self._decode(targets, self._key(targets[0]))
+            images.update(self._decode(targets, self._key(targets[0])))
         missing = [index for index in wanted if index not in images]
         if missing:
-            raise VideoError(self.path, f"frame {missing[0]} of {len(self)} cannot be decoded")
+            raise self._undecodable(missing[0])
         return _stack(self.path, [images[index] for index in wanted])
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """Every frame from first to last, (H, W, C) uint8: the file is decoded once, one frame held at a time."""
+        expected = 0
+        for index, image in self._decode(list(range(len(self))), None):
+            if index != expected:
+                break
+            yield image
+            expected += 1
+        if expected < len(self):
+            raise self._undecodable(expected)
+
+    def _undecodable(self, index: int) -> VideoError:
+        return VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
 
     def _segments(self, wanted: list[int]) -> Iterator[list[int]]:
         """Group frame numbers by the key frame that their decoding starts from."""
@@ -222,25 +247,24 @@ class PyAVReader:
         for start in np.unique(starts):
             yield [index for index, own in zip(wanted, starts) if own == start]
 
-    def _decode(self, targets: list[int], key: int | None) -> dict[int, np.ndarray]:
-        """Decode from the key frame `key` (None: the first packet) until all `targets` have come out."""
+    def _decode(self, targets: list[int], key: int | None) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, image) of the `targets` as they come out, from the key frame `key` (None: the first packet) on."""
         from av.video.reformatter import VideoReformatter
 
         reformatter = VideoReformatter()
-        images: dict[int, np.ndarray] = {}
         numbers = {int(self.index.pts[index]): index for index in targets}
         with _opened(self.source) as (container, stream):
             frames = self._frames(_packets_from(container, stream, key))
             first = next((frame for frame in frames if key is None or _stamp(frame) >= key), None)
             if key is not None and not (first and first.pts == key and first.key_frame):
-                return self._decode(targets, None)  # the seek missed, or the key frame is marked falsely
+                yield from self._decode(targets, None)  # the seek missed, or the key frame is marked falsely
+                return
             for ordinal, frame in enumerate(chain([first] if first else [], frames)):
                 index = numbers.pop(_stamp(frame) if self.index.timed else ordinal, None)
                 if index is not None:
-                    images[index] = _to_rgb(frame, reformatter)
+                    yield index, _to_rgb(frame, reformatter)
                 if not numbers:
-                    break
-        return images
+                    return
 
     def _key(self, index: int) -> int | None:
         """Timestamp of the last key frame at or before frame `index`; None = the start of the file."""
@@ -272,10 +296,9 @@ def _to_rgb(frame: av.VideoFrame, reformatter: Any) -> np.ndarray:
 def file_identity(path: str | Path) -> tuple[int, int]:
     """Size and time of change: a replaced file is another file."""
     try:
-        stat = Path(path).stat()
+        return size_and_time(Path(path))
     except OSError as error:
         raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
-    return stat.st_size, stat.st_mtime_ns
 
 
 @contextmanager
@@ -287,7 +310,7 @@ def _opened(source: Source) -> Iterator[tuple[Any, Any]]:
     limit = {"max_pixels": str(4 * source.max_pixels + 2**16)}  # with the borders that decoders add
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(Path(path).open("rb"))
+            file = stack.enter_context(open_binary(path))
             container = stack.enter_context(
                 av.open(file, mode="r", format=source.format, options=limit, metadata_errors="replace")
             )
@@ -440,7 +463,7 @@ def _missing_tail(source: Source, size: int, declared: int, found: int) -> str |
 
 def _promised_bytes(path: str, format_name: str) -> int:
     """File size that the outermost header of an AVI or Matroska file states; 0 where it states none."""
-    with Path(path).open("rb") as file:
+    with open_binary(path) as file:
         if format_name == "avi":
             return 8 + int.from_bytes(file.read(8)[4:], "little")
         if format_name == "matroska":
@@ -480,7 +503,7 @@ class DecordReader:
             pass
         try:
             self.video = decord.VideoReader(
-                str(Path(path).absolute()),
+                open_binary(path) if inside_archive(Path(path)) else str(Path(path).absolute()),
                 ctx=decord.cpu(0),
                 num_threads=1,
                 fault_tol=1e-9,  # else it fills what it cannot decode with copies of the nearest frame
@@ -515,7 +538,7 @@ class FrameReader:
         self.damage: str | None = None
         self.cut_off: str | None = None
         try:
-            self.frames = list_frames(Path(path)) if Path(path).is_dir() else [Path(path)]
+            self.frames = list_frames(Path(path)) if is_folder(Path(path)) else [Path(path)]
         except OSError as error:
             raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
         if not self.frames:
@@ -536,7 +559,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:  # reads the header only
+        with open_binary(path) as file, Image.open(file) as image:  # reads the header only
             if image.width * image.height > max_pixels:
                 raise VideoError(path, _too_large(image.width, image.height, max_pixels))
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -544,6 +567,65 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise
     except Exception as error:  # a damaged image makes PIL's readers fail in any way
         raise VideoError(path, f"is not a readable image ({error.__class__.__name__})") from error
+
+
+# ------------------------------------------------------------------------------------------------ arrays
+
+
+class ArrayReader:
+    """A `.npy` file with one uint8 array (T, H, W, C), C = 3: the lossless form of samples. No frame rate is known.
+
+    It is memory-mapped, so only the frames asked for are read; as a member of a zip it is held in memory.
+    """
+
+    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
+        self.path = str(path)
+        self.fps = 0.0
+        self.damage: str | None = None
+        self.cut_off: str | None = None
+        try:
+            with open_binary(path) as file:
+                shape, order, offset = _array_header(self.path, file)
+                _check_array(self.path, shape, file.seek(0, 2) - offset, max_pixels)
+                self.array: np.ndarray = (
+                    np.ndarray(shape, np.uint8, file.getvalue(), offset, order=order)
+                    if isinstance(file, io.BytesIO)
+                    else np.memmap(path, np.uint8, "r", offset, shape, order)
+                )
+        except OSError as error:
+            raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Frames in the order asked, uint8 (T, C, H, W) RGB."""
+        wanted = _check_indices(indices, len(self))
+        return _stack(self.path, [np.asarray(self.array[index]) for index in wanted])
+
+
+def _array_header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], Literal["C", "F"], int]:
+    """(shape, memory order, where the values begin) of a .npy file of bytes; nothing is ever unpickled."""
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"version {version}")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except (ValueError, EOFError, MemoryError, RecursionError) as error:
+        raise VideoError(path, "is not a readable .npy array") from error
+    if dtype != np.uint8:
+        raise VideoError(path, f"holds values of type {dtype}; a clip is uint8, 0 to 255")
+    return shape, "F" if fortran else "C", file.tell()
+
+
+def _check_array(path: str, shape: tuple[int, ...], size: int, max_pixels: int) -> None:
+    """VideoError unless the shape is that of a clip, and the values are there."""
+    if len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+        raise VideoError(path, f"holds an array of shape {shape}; a clip is (frames, height, width, 3)")
+    if shape[1] * shape[2] > max_pixels:
+        raise VideoError(path, _too_large(shape[2], shape[1], max_pixels))
+    if size != math.prod(shape):
+        raise VideoError(path, f"is cut off or too long: {size} of {math.prod(shape)} bytes are there")
 
 
 READERS: dict[str, type[PyAVReader] | type[DecordReader]] = {

@@ -89,20 +89,31 @@ def load_micro_batches(
     Raises: VideoError where a clip ends the run (see ClipDataset).
     RuntimeError, torch's own, when a worker has died or has given nothing for `timeout_s`.
     """
-    poll = min(POLL_S, timeout_s)
-    loader = DataLoader(
-        stream,
-        batch_sampler=batches,
-        collate_fn=collate,
+    loader = worker_loader(stream, num_workers, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)
+    for batch in loaded_items(loader, timeout_s):
+        if isinstance(batch, VideoError):
+            raise batch
+        yield batch
+
+
+def worker_loader(dataset: Dataset, num_workers: int, prefetch_factor: int = 4, **settings: Any) -> DataLoader:
+    """A DataLoader whose workers end with this process, and whose death `loaded_items` notices."""
+    return DataLoader(
+        dataset,
         num_workers=num_workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
-        timeout=poll if num_workers else 0,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        timeout=POLL_S if num_workers else 0,
         worker_init_fn=prepare_worker if num_workers else None,
         # without an explicit context a loader in a threaded parent may fork into a held lock
         multiprocessing_context="forkserver" if num_workers else None,
         generator=torch.Generator(),  # the loader's own seed draw must not touch the global generator
+        **settings,
     )
+
+
+def loaded_items(loader: DataLoader, timeout_s: float) -> Iterator[Any]:
+    """What `loader` gives; RuntimeError, torch's own, when a worker has died or has given nothing for `timeout_s`."""
+    loader.timeout = min(loader.timeout, timeout_s)
     multiprocessing.set_forkserver_preload(["engine.loader_server"])
     with ignored_by_children():
         loaded = iter(loader)
@@ -110,11 +121,11 @@ def load_micro_batches(
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                batch = next(loaded)
+                item = next(loaded)
                 break
+            except StopIteration:
+                return
             except RuntimeError as error:
-                if "timed out" not in str(error) or time.monotonic() + poll > deadline:
+                if "timed out" not in str(error) or time.monotonic() + loader.timeout > deadline:
                     raise
-        if isinstance(batch, VideoError):
-            raise batch
-        yield batch
+        yield item

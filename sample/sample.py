@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def make_writable(folder: Path) -> None:
+def make_writable(folder: Path, flag: str = "--save_video_path") -> None:
     """Make `folder`, and see that files can be made in it, before anything is sampled."""
     import tempfile
 
@@ -106,7 +106,7 @@ def make_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"--save_video_path {folder} cannot be written: {error.strerror or error}.") from None
+        raise OSError(f"{flag} {folder} cannot be written: {error.strerror or error}.") from None
 
 
 def checkpoint_path(yaml: str | None, settings: dict[str, Any], overrides: list[str]) -> str:

@@ -17,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,7 @@ from tests.conftest import TINY
 from tests.detector_stubs import write_stub
 from tools import convert_checkpoint, convert_config
 from tools.metrics.detectors import load_detector
+from tools.metrics.sources import Source as EvaluationSource
 
 ROOT = Path(__file__).resolve().parents[1]
 NASTY = ["../../out", "a\nb", "\x1b[31mred\x1b[0m", "/etc/passwd", "..", "caf\u00e9 \u202egnp"]
@@ -658,19 +660,62 @@ def archive(kind: str) -> bytes:
     return raw
 
 
-@pytest.mark.parametrize("kind", ["parent", "symlink", "bomb", "encrypted"])
+SUSPICIOUS = {
+    "parent": r"its entry '\.\./\.\./out\.png' leads out of the archive",
+    "symlink": r"its entry 'a/link\.png' is a symbolic link",
+    "bomb": r"its entry 'a/0\.png' unpacks from \d+ bytes to 20000000, more than 200 times as many",
+    "encrypted": r"its entry 'a/0\.png' is encrypted",
+}
+
+
+@pytest.mark.parametrize("kind", sorted(SUSPICIOUS))
 def test_D11_zip_as_data(tmp_path: Path, kind: str) -> None:
-    """Substitute: data is read from folders only, so there is no archive to limit. None is opened, in either place."""
+    """Refused as a whole, from its directory, wherever it is named; nothing is written, nothing is unpacked."""
     (tmp_path / "set").mkdir()
     file = tmp_path / "set" / "clips.zip"
     file.write_bytes(archive(kind))
-    with pytest.raises(ValueError, match=r"data\.path: '.*clips\.zip' is a file, not a folder"):
-        build_catalog(DataConfig(path=str(file)))
+    before = memory()
+    for look in (
+        lambda: build_catalog(DataConfig(path=str(file))),
+        lambda: open_video(file / "a" / "0.png"),
+        lambda: EvaluationSource.find(str(file), "--fake_data_path"),
+    ):
+        with pytest.raises(VideoError, match=rf"clips\.zip: is refused: {SUSPICIOUS[kind]}") as error:
+            look()
+        assert printable(str(error.value)).isprintable()
     with pytest.raises(ValueError, match=r"holds none \(found: 1 \*\.zip\)"):
-        build_catalog(DataConfig(path=str(file.parent)))
-    with pytest.raises(VideoError, match="not a video"):
-        open_video(file)
+        build_catalog(DataConfig(path=str(file.parent)))  # below a data folder an archive is a stray
     assert sorted(tmp_path.rglob("*")) == [file.parent, file]
+    assert memory() - before < 5e6
+
+
+def test_D11_total_of_many_small_bombs(tmp_path: Path) -> None:
+    """Each is below the limit of one; together they are not. A directory that lists one member often is no better."""
+    file = tmp_path / "clips.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as content:
+        for number in range(20):
+            content.writestr(f"{number}.png", bytes(2**20))
+    with pytest.raises(VideoError, match=r"its \d+ bytes unpack to 20971520, more than 200 times more"):
+        build_catalog(DataConfig(path=str(file)))
+    with zipfile.ZipFile(file, "w") as content, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content.writestr("a.png", b"x")
+        content.writestr("a.png", b"y")
+    with pytest.raises(VideoError, match=r"'a\.png' is there twice"):
+        build_catalog(DataConfig(path=str(file)))
+
+
+def test_D11_a_lying_size_unpacks_no_more_than_it_says(tmp_path: Path) -> None:
+    """The directory states 1,000 bytes for 20 million: reading stops there, and the checksum tells."""
+    file = tmp_path / "clips.zip"
+    raw = bytearray(archive("bomb"))
+    place = raw.rindex(b"PK\1\2")
+    raw[place + 24 : place + 28] = struct.pack("<L", 1000)
+    file.write_bytes(bytes(raw))
+    before = memory()
+    with pytest.raises(VideoError, match=r"0\.png: cannot be unpacked: the archive is damaged"):
+        open_video(file / "a" / "0.png").read([0])
+    assert memory() - before < 5e6
 
 
 def test_D11_bomb_as_checkpoint(tmp_path: Path) -> None:

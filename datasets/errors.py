@@ -1,0 +1,16 @@
+"""The one error of files that cannot be used as clips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class VideoError(ValueError):
+    """A clip that cannot be read: `path` and `reason`, in one sentence. It pickles."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(str(path), reason)
+        self.path, self.reason = str(path), reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"

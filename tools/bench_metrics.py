@@ -1,0 +1,210 @@
+"""What an evaluation costs: clips/s from videos, arrays and a zip against pre-extracted frames; memory by clip count.
+
+    python -m tools.bench_metrics [--clips 256] [--out docs/benchmarks/metrics.md]
+
+Draws videos, and extracts their frames as JPEG, which the official tool needs first. A tiny network stands in I3D's
+place, so that reading is what is measured: a real one takes the same time whatever is read. All forms are measured
+in turn, twice, in one run, and the faster of each is taken; the figures are ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from engine import cli
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+FRAMES, SIZE = 64, 256  # of each drawn video
+DISTINCT = 64  # videos that are drawn; more clips are links to them
+FORMS = ("frames", "videos", "arrays", "zip")
+MEMORY_CLIPS = (256, 2048)
+
+
+def draw_sets(root: Path, clips: int) -> float:
+    """The same clips in every form; returns the seconds that extracting all frames took."""
+    import numpy as np
+    from PIL import Image
+
+    from datasets.readers import open_video
+    from sample.video_io import write_mp4
+
+    for number in range(DISTINCT):
+        video = moving_shapes(number)
+        write_mp4(root / "drawn" / f"{number:06d}.mp4", video)
+        np.save(root / "drawn" / f"{number:06d}.npy", video)
+    started = time.perf_counter()
+    for file in sorted((root / "drawn").glob("*.mp4")):
+        folder = root / "drawn" / file.stem
+        folder.mkdir()
+        for index, frame in enumerate(open_video(file).read(range(FRAMES)).permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(frame).save(folder / f"{index:06d}.jpg")
+    seconds = time.perf_counter() - started
+    for form, suffix in (("frames", ""), ("videos", ".mp4"), ("arrays", ".npy")):
+        link_clips(root / "drawn", root / form, suffix, clips)
+    shutil.make_archive(str(root / "zip"), "zip", root / "videos")
+    return seconds * clips / DISTINCT
+
+
+def link_clips(drawn: Path, folder: Path, suffix: str, clips: int) -> Path:
+    """A folder of `clips` clips, each a copy (files) or a folder of links to a drawn one's frames."""
+    folder.mkdir()
+    for number in range(clips):
+        source, target = drawn / f"{number % DISTINCT:06d}{suffix}", folder / f"{number:06d}{suffix}"
+        if source.is_dir():
+            shutil.copytree(source, target, copy_function=os.link)
+        else:
+            os.link(source, target)
+    return folder
+
+
+def moving_shapes(seed: int) -> np.ndarray:
+    """(FRAMES, SIZE, SIZE, 3) uint8: squares that move over a picture of smooth colours with a little noise."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    ground = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(np.int16)
+    video = np.clip(ground + rng.integers(-6, 7, (FRAMES, SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
+    for place, step, side, colour in zip(
+        rng.integers(0, SIZE, (6, 2)),
+        rng.integers(-5, 6, (6, 2)),
+        rng.integers(20, 60, 6),
+        rng.integers(0, 256, (6, 3)),
+    ):
+        for frame in range(FRAMES):
+            y, x = (place + step * frame) % (SIZE - side)
+            video[frame, y : y + side, x : x + side] = colour
+    return video
+
+
+def write_detector(file: Path) -> Path:
+    """A TorchScript network with I3D's signature: two convolutions on frames of 56 x 56."""
+    import torch
+    from torch import Tensor, nn
+
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv3d(3, 400, (3, 8, 8), stride=(2, 8, 8))
+
+        def forward(
+            self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False
+        ) -> Tensor:
+            x = nn.functional.interpolate(x.float() / 255, [x.shape[2], 56, 56])
+            return torch.tanh(self.conv(x)).mean([2, 3, 4])
+
+    torch.manual_seed(0)
+    torch.jit.script(Tiny().eval()).save(str(file))
+    return file
+
+
+def command(root: Path, real: Path, clips: int, *more: str) -> list[str]:
+    """Arguments that compare `real` with itself."""
+    return [
+        *("--real_data_path", str(real), "--fake_data_path", str(real), "--metrics", f"fvd{clips}_16f"),
+        *("--protocol", "stylegan-v", "--detector", str(root / "tiny.pt"), "--out", str(root / "result.json")),
+        *("--cache_dir", str(root / "cache"), "--verbose", "0", "--device", "cpu", "--checks", "floor", *more),
+    ]
+
+
+def clips_per_second(root: Path, real: Path, clips: int, *more: str) -> float:
+    """Of the whole command, in this process; both sides count."""
+    from tools.calc_metrics_for_dataset import main as evaluate
+
+    started = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluate(command(root, real, clips, *more))
+    return 2 * clips / (time.perf_counter() - started)
+
+
+def measure_rates(root: Path, clips: int, workers: int) -> dict[str, float]:
+    """Clips/s of every form, and of videos whose real side is in the cache."""
+    found: dict[str, float] = {}
+    for _ in range(2):
+        for form in FORMS:
+            real = root / ("zip.zip" if form == "zip" else form)
+            rate = clips_per_second(root, real, clips, "--use_cache", "0", "--workers", str(workers))
+            found[form] = max(found.get(form, 0.0), rate)
+    for _ in range(2):  # the first fills the cache
+        found["videos, real side cached"] = clips_per_second(root, root / "videos", clips, "--workers", str(workers))
+    return found
+
+
+def peak_mib(root: Path, clips: int, workers: int) -> float:
+    """Largest resident set of any process of one command over `clips` videos."""
+    folder = link_clips(root / "drawn", root / f"memory{clips}", ".mp4", clips)
+    argv = command(root, folder, clips, "--use_cache", "0", "--workers", str(workers))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.calc_metrics_for_dataset", *argv], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise OSError(f"the command over {clips} clips ended with exit code {process.returncode}")
+    return usage.ru_maxrss / 1024
+
+
+def report(rates: dict[str, float], seconds: float, memory: dict[int, float], clips: int, workers: int) -> str:
+    """The Markdown page."""
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    frames = rates["frames"]
+    preparing = 2 * clips / (2 * clips / frames + 2 * seconds)  # both sides are extracted first
+    rows = [("frames (JPEG), extracted beforehand", frames), ("frames, with their extraction", preparing)]
+    rows += [(form, rate) for form, rate in rates.items() if form != "frames"]
+    table = "".join(f"| {name} | {rate:.1f} | {rate / frames:.2f} |\n" for name, rate in rows)
+    peaks = "".join(f"| {count} | {peak:.0f} MiB |\n" for count, peak in memory.items())
+    return (
+        "# What an evaluation costs\n\n"
+        f"{clips} clips of 16 frames a side, from videos of {FRAMES} frames of {SIZE} x {SIZE}; a tiny network in "
+        f"I3D's place, so that reading is what is measured; {platform.machine()}, {os.cpu_count()} cores (shared), "
+        f"{workers} loader processes, torch {torch.__version__}, commit {commit.strip()}; "
+        f"`python -m tools.bench_metrics --clips {clips} --workers {workers}`.\n\n"
+        "The whole command, from its start to the written result:\n\n"
+        "| read from | clips/s | over frames |\n|---|---|---|\n" + table + "\n"
+        "Largest resident set of any process, over videos:\n\n"
+        "| clips a side | peak |\n|---|---|\n" + peaks
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=256, help="of each side (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/metrics.md"), help="page (%(default)s)")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        seconds = draw_sets(root, arguments.clips)
+        write_detector(root / "tiny.pt")
+        rates = measure_rates(root, arguments.clips, arguments.workers)
+        memory = {count: peak_mib(root, count, arguments.workers) for count in MEMORY_CLIPS}
+    page = report(rates, seconds, memory, arguments.clips, arguments.workers)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(page)
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,317 @@
+"""Clips -> features, streamed through a detector on any number of ranks, with the same bits on all of them.
+
+What meets in one call of the detector is a matter of the clips' order alone; rank r of W takes the calls r, r + W,
+...; and their features are put together in the order of the calls. So every clip counts once, and nothing depends
+on W. Only features are kept: pixels of a few calls at a time are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice, zip_longest
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datasets.catalog import Clip
+from engine.distributed import World, gather_objects
+from engine.stream import loaded_items, worker_loader
+
+from .distances import Moments
+from .protocols import SideRules
+from .sources import (
+    ClipReader,
+    Lengths,
+    Reading,
+    Request,
+    Source,
+    Task,
+    Window,
+    clip_tasks,
+    draw,
+    frame_tasks,
+    frame_windows,
+    shuffled,
+)
+
+GATHER_EVERY = 8  # calls of each rank between two gatherings
+MOMENT_ROWS = 1024  # features that are summed up at a time
+PLAIN = "plain"
+Variant = Callable[[Tensor, Clip], Tensor]  # frames (T, 3, H, W) of a clip -> what the detector is shown of them
+
+
+class DetectorLike(Protocol):
+    """What is asked of a detector; see `detectors.Detector`."""
+
+    name: str
+    sha256: str
+    dims: int
+    input: str
+
+    def __call__(self, pixels: Tensor) -> Tensor: ...
+
+
+def variant(name: str) -> Variant:
+    """`plain`; `shuffled` frames; or `first16`, the first 16 frames."""
+    if name == PLAIN:
+        return lambda frames, clip: frames
+    if name == "shuffled":
+        return shuffled
+    length = int(name.removeprefix("first"))
+    return lambda frames, clip: frames[:length]
+
+
+@dataclass
+class FeatureSet:
+    """What is known of one side. On ranks other than 0 without features.
+
+    Args:
+        rows: by variant, (N, D) float32, in the order of the windows' frames; none where only moments are kept.
+        moments: of the plain features of two halves of the clips, where only moments are kept; their sum is all.
+        windows: what was read, in order.
+        size: (H, W) of all frames.
+        short, unreadable, cut_off: clips by name, with the reason; the last were used.
+    """
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    moments: list[Moments] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
+    size: tuple[int, int] | None = None
+    short: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    cut_off: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """N: items whose features are here."""
+        return sum(half.count for half in self.moments) if self.moments else len(self.rows[PLAIN])
+
+    def items_per_window(self) -> list[int]:
+        """Rows that each window has: one for a clip, one for each of its frames where those are the items."""
+        of_clips = len(self.rows[PLAIN]) == len(self.windows)
+        return [1 if of_clips else window.frames for window in self.windows]
+
+
+@dataclass
+class Judged:
+    """A task after the detector: the readings without their pixels, the features by variant, the frame sizes met."""
+
+    readings: list[Reading]
+    rows: dict[str, Tensor]
+    sizes: list[tuple[int, int]]
+
+
+class Extractor:
+    """Reads with `workers` loader processes per rank, and judges with `detector` in this one.
+
+    Args:
+        progress: told (items done, items asked for), on rank 0.
+        timeout_s: a loader process that gives nothing for so long ends the run.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        workers: int = 2,
+        progress: Callable[[int, int], None] | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self.world, self.workers, self.timeout_s = world, workers, timeout_s
+        self.progress = progress if world.is_main else None
+
+    def extract(
+        self,
+        source: Source,
+        rules: SideRules,
+        detector: DetectorLike,
+        variants: Sequence[str] = (PLAIN,),
+        windows: Sequence[Window] | None = None,
+        max_rows: int | None = None,
+    ) -> FeatureSet:
+        """The features of one side.
+
+        Args:
+            windows: exactly these, instead of those that the rules choose.
+            max_rows: of more frames than these only moments are kept, for any number of them in the same memory.
+
+        Raises:
+            ValueError: no clip can be used, or frames differ in size.
+        """
+        gather = Gathered(source, self.world.is_main)
+        if rules.unit == "clip":
+            self._clips(gather, rules, detector, variants, windows)
+        else:
+            self._frames(gather, rules, detector, windows, max_rows)
+        return gather.finished()
+
+    def _clips(
+        self,
+        gather: Gathered,
+        rules: SideRules,
+        detector: DetectorLike,
+        variants: Sequence[str],
+        windows: Sequence[Window] | None,
+    ) -> None:
+        """As many clips as are asked for: for each that cannot be used the next one in the order is tried."""
+        source = gather.source
+        requests = [Request(place) for place in source.order(rules)]
+        if windows is not None:
+            requests = [Request(window.clip, window) for window in windows]
+        wanted = len(requests) if rules.count is None else min(rules.count, len(requests))
+        tried = 0
+        while tried < len(requests) and len(gather.result.windows) < wanted:
+            some = requests[tried : tried + wanted - len(gather.result.windows)]
+            tried += len(some)
+            tasks = clip_tasks(some, rules.frames)
+            self._judge(
+                gather, rules, tasks, lambda readings: judge_clips(readings, source, detector, variants), wanted
+            )
+
+    def _frames(
+        self,
+        gather: Gathered,
+        rules: SideRules,
+        detector: DetectorLike,
+        windows: Sequence[Window] | None,
+        max_rows: int | None,
+    ) -> None:
+        """Single frames; which ones there are is known when all lengths are."""
+        source = gather.source
+        if windows is None:
+            lengths = []
+            for index, (length, problem) in enumerate(self.in_order(Lengths(source), lambda item: item)):
+                lengths.append(length)
+                gather.problem(Reading(index, problem=problem))
+            windows = frame_windows(lengths, rules)
+        wanted = sum(window.frames for window in windows)
+        if max_rows is not None and wanted > max_rows and self.world.is_main:
+            gather.keep_moments(windows, rules.seed, [Moments(detector.dims, self.world.device) for _ in range(2)])
+        self._judge(gather, rules, frame_tasks(windows), lambda readings: judge_frames(readings, detector), wanted)
+
+    def _judge(
+        self,
+        gather: Gathered,
+        rules: SideRules,
+        tasks: list[Task],
+        judge: Callable[[list[Reading]], Judged],
+        wanted: int,
+    ) -> None:
+        for judged in self.in_order(ClipReader(gather.source, rules, tasks), judge):
+            gather.take(judged)
+            if self.progress:
+                self.progress(gather.done, wanted)
+
+    def in_order(self, dataset: Dataset, process: Callable[[Any], Any]) -> Iterator[Any]:
+        """`process(item)` of every item of `dataset`, in order, on every rank; each done by one rank."""
+        total, world = len(dataset), self.world  # type: ignore[arg-type]
+        mine = range(world.rank, total, world.size)
+        workers = min(self.workers, len(mine))
+        loader = worker_loader(dataset, workers, batch_size=None, sampler=mine, prefetch_factor=2)
+        items = loaded_items(loader, self.timeout_s)
+        for _ in range(0, total, GATHER_EVERY * world.size):
+            results = [process(item) for item in islice(items, GATHER_EVERY)]
+            for turn in zip_longest(*gather_objects(results)):
+                yield from islice(turn, sum(each is not None for each in turn))
+
+
+def judge_clips(readings: list[Reading], source: Source, detector: DetectorLike, variants: Sequence[str]) -> Judged:
+    """One call of a clip detector for each variant."""
+    good = [(each.frames, source.clips[each.clip]) for each in readings if each.frames is not None]
+    sizes = sorted({(frames.shape[-2], frames.shape[-1]) for frames, _ in good})
+    rows = {}
+    if len(sizes) == 1:
+        for name in variants:
+            show = variant(name)
+            rows[name] = detector(torch.stack([show(frames, clip) for frames, clip in good]))
+    return Judged([replace(each, frames=None) for each in readings], rows, sizes)
+
+
+def judge_frames(readings: list[Reading], detector: DetectorLike) -> Judged:
+    """One call of a frame detector."""
+    good = [each.frames for each in readings if each.frames is not None]
+    sizes = sorted({(frames.shape[-2], frames.shape[-1]) for frames in good})
+    rows = {PLAIN: detector(torch.cat(good))} if len(sizes) == 1 else {}
+    return Judged([replace(each, frames=None) for each in readings], rows, sizes)
+
+
+class Gathered:
+    """Puts judged tasks together, in order.
+
+    Args:
+        keep: whether features are kept (rank 0).
+    """
+
+    def __init__(self, source: Source, keep: bool) -> None:
+        self.source, self.keep = source, keep
+        self.result = FeatureSet()
+        self.pending: list[list[Tensor]] = [[], []]  # rows that are not in the moments yet
+        self.rows: dict[str, list[Tensor]] = {}
+        self.second_half: set[int] = set()
+        self.done = 0  # items
+
+    def keep_moments(self, windows: Sequence[Window], seed: int | None, moments: list[Moments]) -> None:
+        """From now on sum up, in two `moments`, the features of two random halves of the clips, and keep none."""
+        self.result.moments = moments
+        clips = sorted({window.clip for window in windows})
+        order = draw(seed, "halves").permutation(len(clips))
+        self.second_half = {clips[place] for place in order[len(clips) // 2 :]}
+
+    def problem(self, reading: Reading) -> None:
+        """Note what is wrong with a clip, if anything."""
+        name = self.source.clips[reading.clip].name
+        if reading.problem:
+            notes = self.result.short if reading.short else self.result.unreadable
+            notes.setdefault(name, reading.problem)
+        if reading.remark:
+            self.result.cut_off.setdefault(name, reading.remark)
+
+    def take(self, judged: Judged) -> None:
+        """Take in the next task. ValueError where the frames' size is not that of those before."""
+        for size in judged.sizes:
+            self.result.size = self.result.size or size
+            if size != self.result.size:
+                (h, w), (height, width) = size, self.result.size
+                raise ValueError(
+                    f"the frames in '{self.source.root}' differ in size ({width}x{height} and {w}x{h}): "
+                    "give --resolution, to which all are cropped and resized"
+                )
+        used = []
+        for reading in judged.readings:
+            self.problem(reading)
+            if reading.window is not None and not reading.problem:
+                used.append(reading.window)
+        self.result.windows += used
+        self.done += len(judged.rows.get(PLAIN, ()))
+        if self.result.moments:
+            self._add(judged.rows, used)
+        elif self.keep:
+            for name, rows in judged.rows.items():
+                self.rows.setdefault(name, []).append(rows)
+
+    def _add(self, rows: Mapping[str, Tensor], used: Sequence[Window]) -> None:
+        """To the moments of the half that the clip belongs to; a task is of one clip."""
+        for features in rows.values():
+            half = int(used[0].clip in self.second_half)
+            self.pending[half].append(features)
+            if sum(map(len, self.pending[half])) >= MOMENT_ROWS:
+                self._flush(half)
+
+    def _flush(self, half: int) -> None:
+        if self.pending[half]:
+            self.result.moments[half].add(torch.cat(self.pending[half]))
+            self.pending[half] = []
+
+    def finished(self) -> FeatureSet:
+        """All that was taken in. ValueError where that is nothing."""
+        result = self.result
+        if not result.windows:
+            reasons = {**result.unreadable, **result.short}
+            first = "; ".join(f"{name}: {reason}" for name, reason in islice(reasons.items(), 3))
+            raise ValueError(f"none of the {len(self.source.clips)} clips in '{self.source.root}' can be used: {first}")
+        for half in range(len(result.moments)):
+            self._flush(half)
+        result.rows = {name: torch.cat(parts) for name, parts in self.rows.items()}
+        return result

@@ -1,0 +1,59 @@
+"""The list of what was read, for reading the same clips again: JSON, a line [file, offset, stride, frames] each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .extract import FeatureSet
+from .protocols import SideRules
+from .sources import Source, Window, window_to_json, windows_from_json
+
+KIND = "latte clip manifest"
+
+
+def manifest_text(read: Mapping[tuple[str, SideRules], FeatureSet], sources: Mapping[str, Source]) -> str:
+    """The manifest of everything that was read."""
+    entries = []
+    for (side, rules), features in read.items():
+        windows = [json.dumps(window_to_json(window, sources[side])) for window in features.windows]
+        head = json.dumps({"side": side, "rules": asdict(rules)})
+        entries.append(head[:-1] + ', "windows": [\n  ' + ",\n  ".join(windows) + "\n ]}")
+    roots = json.dumps({side: source.root for side, source in sources.items()})
+    return f'{{"kind": "{KIND}", "roots": {roots}, "entries": [\n ' + ",\n ".join(entries) + "\n]}\n"
+
+
+class Manifest:
+    """A manifest that is read back.
+
+    Raises: FileNotFoundError, ValueError where the file is none.
+    """
+
+    def __init__(self, path: str, sources: Mapping[str, Source]) -> None:
+        self.path, self.sources = path, sources
+        try:
+            content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["kind"] != KIND:
+                raise ValueError(content["kind"])
+            self.entries = {(entry["side"], _key(entry["rules"])): entry["windows"] for entry in content["entries"]}
+        except FileNotFoundError:
+            raise FileNotFoundError(f"--manifest: there is no file '{path}'") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"--manifest: '{path}' is not a manifest that this tool wrote") from error
+
+    def __call__(self, side: str, rules: SideRules) -> Sequence[Window]:
+        """The windows of one side. ValueError where it was not read under these rules."""
+        lines = self.entries.get((side, _key(asdict(rules))))
+        if lines is None:
+            raise ValueError(
+                f"--manifest: '{self.path}' holds no {side} clips for these settings: repeat the metrics, protocol "
+                "and seeds that wrote it"
+            )
+        return windows_from_json(lines, self.sources[side], f"--manifest: '{self.path}'")
+
+
+def _key(rules: Any) -> str:
+    return json.dumps(rules, sort_keys=True)
