@@ -114,9 +114,14 @@ def measured(detector: Path) -> list[str]:
 def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network with the call signature of the Inception detector."""
     file = tmp_path_factory.mktemp("detector") / "inception.pt"
-    torch.manual_seed(0)
-    torch.jit.script(StubInception()).save(file)
+    torch.jit.script(inception()).save(file)
     return file
+
+
+def inception() -> StubInception:
+    """What is in that file."""
+    torch.manual_seed(0)
+    return StubInception()
 
 
 def two_ranks(world: World, tiny: list[str], folder: str, weights: str, metric: list[str]) -> dict[str, Any]:
@@ -479,7 +484,7 @@ def test_the_metric_is_that_of_the_checkpoint(tiny: list[str], tmp_path: Path, d
     config = load_config(None, tiny)
     clips = build_dataset(config.data, seed=config.train.seed)
     real = [((clips[0, index]["video"] + 1) * 127.5).round() for index in (0, 1, 3, 4)]  # 4 of 6, spread
-    network = torch.jit.load(detector)
+    network = inception()
     with torch.no_grad():
         features = [
             network(pixels.flatten(0, 1).to(torch.uint8), return_features=True)
