@@ -302,10 +302,12 @@ def test_the_codec_is_known_by_its_weights(tmp_path: Path, codecs: dict[str, lis
         assert moved["sha256"] == known["sha256"] and same_codec(known, moved), place
     assert same_codec(known, codec_identity(replace(first, scale=2.0, shift=1.0, chunk_size=3)))
     assert not same_codec(known, codec_identity(replace(first, dtype="bf16")))
-    with torch.no_grad():
-        copy.decoder.conv_out.bias[0] += 1e-6
-    copy.save_pretrained(tmp_path / "other")
-    assert not same_codec(known, codec_identity(replace(first, path=str(tmp_path / "other"))))
+    names = sorted(copy.state_dict())
+    for name in (names[0], "encoder.conv_in.weight", names[-1]):
+        copy.state_dict()[name].view(-1)[0] += 1e-6
+        copy.save_pretrained(tmp_path / "other")
+        assert not same_codec(known, codec_identity(replace(first, path=str(tmp_path / "other")))), name
+        copy.state_dict()[name].view(-1)[0] -= 1e-6
 
 
 def test_a_codec_that_is_not_here_is_known_by_its_name(codecs: dict[str, list[str]]) -> None:

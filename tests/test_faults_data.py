@@ -31,6 +31,7 @@ from PIL import Image
 
 from datasets import ClipDataset, DataConfig, VideoError, build_catalog, build_dataset, clips, open_video, readers
 from datasets.clips import MAX_ATTEMPTS
+from datasets.latents import CacheError
 from engine import trainer as trainer_module
 from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.config import load_config
@@ -973,7 +974,7 @@ def test_E13_a_damaged_cache_ends_the_run_also_from_a_worker(cached: tuple[list[
     keys, made = cached
     shard_with_nan(made)
     trainer = Trainer(load_config(None, [*keys, "train.max_steps=9", "data.num_workers=1"]), World())
-    with pytest.raises(VideoError, match=r"that are not finite; make the cache anew"):
+    with pytest.raises(CacheError, match=r"holds latents of '\w+/clip\d' that are not finite; make the cache anew"):
         trainer.fit()
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
 
