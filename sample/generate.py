@@ -312,6 +312,13 @@ class Generator:
         return guided(network, y, self.model.null_label, guidance_scale, channels=self.model.in_channels)
 
 
+def sampler_settings(config: Config) -> dict[str, Any]:
+    """What `config` says to `Generator.batches`, but for which videos."""
+    keys = ("labels", "label_rule", "seed", "steps", "method", "eta", "guidance_scale", "batch_size")
+    sizes = {"num_frames": config.data.num_frames, "image_size": config.data.image_size}
+    return {key: getattr(config.sample, key) for key in keys} | sizes
+
+
 class VideoNoise:
     """Unit noise of a batch of videos, each drawn from its own generator seeded with (seed, index)."""
 

@@ -17,7 +17,7 @@ from engine.config import Config
 from models.autoencoder import CodecConfig, LatentCodec
 from models.latte import Latte
 
-from .generate import Generator
+from .generate import Generator, sampler_settings
 from .video_io import contact_sheet, grid, write_contact_sheet, write_mp4
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class Preview:
 
     def captions(self, generator: Generator) -> list[str]:
         """Class or number of each video."""
-        label_of = generator.labels_for(self.config.sample.labels)
+        wanted = self.config.sample
+        label_of = generator.labels_for(wanted.labels, wanted.label_rule, wanted.seed)
         names = [generator.class_name(label_of(index)) for index in range(self.config.monitor.sample_videos)]
         return [name or f"{index:04d}" for index, name in enumerate(names)]
 
@@ -113,13 +114,6 @@ def chunks_of(run: Trainer, indices: Sequence[int]) -> list[Sequence[int]]:
 
 def videos_of(run: Trainer, generator: Generator, indices: Sequence[int]) -> np.ndarray:
     """The videos of those indices, as one batch; the ranks agree to go on after every step of the sampler."""
-    wanted = run.config.sample
-    settings = {key: getattr(wanted, key) for key in ("seed", "steps", "method", "eta", "guidance_scale")}
-    batches = generator.batches(
-        wanted.labels,
-        indices=indices,
-        batch_size=len(indices),
-        callback=lambda done, total: agree(run),
-        **settings,
-    )
+    settings = sampler_settings(run.config) | {"batch_size": len(indices)}
+    batches = generator.batches(indices=indices, callback=lambda done, total: agree(run), **settings)
     return np.concatenate([videos for _, videos in batches])

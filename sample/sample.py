@@ -167,6 +167,8 @@ def batches_with_progress(generator: Generator, config: Config) -> Any:
     """`generator.batches` for `config`, under a progress bar of sampler steps."""
     from tqdm import tqdm
 
+    from sample.generate import sampler_settings
+
     interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file gets a line now and then
     with tqdm(unit="step", dynamic_ncols=True, mininterval=interval) as bar:
 
@@ -175,13 +177,6 @@ def batches_with_progress(generator: Generator, config: Config) -> Any:
             bar.update(done - bar.n)
 
         yield from generator.batches(num=config.sample.num_videos, callback=show, **sampler_settings(config))
-
-
-def sampler_settings(config: Config) -> dict[str, Any]:
-    """What `config` says to `Generator.batches`, but for which videos."""
-    keys = ("labels", "label_rule", "seed", "steps", "method", "eta", "guidance_scale", "batch_size")
-    sizes = {"num_frames": config.data.num_frames, "image_size": config.data.image_size}
-    return {key: getattr(config.sample, key) for key in keys} | sizes
 
 
 def write_overview(

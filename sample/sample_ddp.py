@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.cli import leave, run
 from engine.errors import PREEMPTED_EXIT, SamplesNotWritten
-from sample.sample import SHOWN, Request, build_parser, load_generator, make_writable, resolve, sampler_settings
+from sample.sample import SHOWN, Request, build_parser, load_generator, make_writable, resolve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,6 +185,8 @@ class Job:
             self._check_signals()
             steps = total // len(self.starts)
             progress.look(f"step {(done - 1) % steps + 1}/{steps}")
+
+        from sample.generate import sampler_settings
 
         batches = self.generator.batches(indices=indices, callback=step, **sampler_settings(self.request.config))
         for batch, videos in batches:
