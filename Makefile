@@ -46,7 +46,7 @@ format: setup  ## let ruff rewrite the code
 
 lock: setup  ## make requirements.txt from the ranges of pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
-		--no-header --no-emit-index-url --no-annotate --quiet --output-file requirements.txt
+		--no-header --no-annotate --quiet --output-file requirements.txt
 
 clean:  ## remove caches (never results, data or .venv)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache

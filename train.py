@@ -9,7 +9,13 @@ Run the same command again to continue an interrupted run.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from engine import cli, launch
+
+if TYPE_CHECKING:
+    from engine.callbacks import Callback
+    from engine.config import Config
 
 
 def refuse_images(num_images: int) -> str | None:
@@ -19,9 +25,17 @@ def refuse_images(num_images: int) -> str | None:
     return None
 
 
+def callbacks(config: Config) -> list[Callback]:
+    """What looks at the training beside its validation; sampling is imported here, so that --help is quick."""
+    from sample.preview import Preview
+    from tools.metrics.during import Metric
+
+    return [Preview(config), Metric(config)]
+
+
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", refuse_images)
+    return launch.train(argv, __doc__ or "", refuse_images, callbacks=callbacks)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine import cli, launch
-from train import refuse_images
+from train import callbacks, refuse_images
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -25,7 +25,7 @@ def fit(trainer: Trainer) -> bool:
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", refuse_images, fit)
+    return launch.train(argv, __doc__ or "", refuse_images, fit, callbacks)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Run the same command again to continue an interrupted run.
 from __future__ import annotations
 
 from engine import cli, launch
+from train import callbacks
 
 
 def require_images(num_images: int) -> str | None:
@@ -19,7 +20,7 @@ def require_images(num_images: int) -> str | None:
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", require_images)
+    return launch.train(argv, __doc__ or "", require_images, callbacks=callbacks)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ Either script continues what the other has begun. Needs the extra `lightning` (`
 from __future__ import annotations
 
 from engine import cli, launch
+from train import callbacks
 from train_pl import fit
 from train_with_img import require_images
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", require_images, fit)
+    return launch.train(argv, __doc__ or "", require_images, fit, callbacks)
 
 
 if __name__ == "__main__":

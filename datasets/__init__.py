@@ -4,7 +4,7 @@ Nothing here imports another folder of ours, and video libraries are imported on
 """
 
 from .catalog import RECIPES, Catalog, Clip, build_catalog
-from .clips import ClipDataset, DataConfig, build_dataset
+from .clips import ClipDataset, DataConfig, build_dataset, build_held_out
 from .readers import VideoError, open_video
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "VideoError",
     "build_catalog",
     "build_dataset",
+    "build_held_out",
     "open_video",
 ]

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,10 @@ LeftOut = Callable[[str, Path], object]  # (reason, path) of what is no clip
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one data set is read: what its clips are, where labels come from, how pixels are treated."""
+    """How one data set is read: what its clips are, where labels come from, how pixels are treated.
+
+    Where a folder holds no clips of the kind, those of the other are read: a prepared set keeps its name.
+    """
 
     clips: tuple[str, ...]
     labels: str
@@ -83,8 +86,8 @@ def window_span(num_frames: int, frame_interval: int) -> int:
     return (num_frames - 1) * frame_interval + 1
 
 
-def build_catalog(config: DataConfig) -> Catalog:
-    """Find, sort, label and count the clips of `config.path`.
+def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
+    """Find, sort, label and count the clips of `config.path`: those that `data.val_share` holds out, or the others.
 
     FileNotFoundError where there is no such folder; ValueError where it holds nothing of the kind asked for,
     or a clip has no class although classes are asked for.
@@ -93,7 +96,17 @@ def build_catalog(config: DataConfig) -> Catalog:
     recipe = RECIPES[config.name]
     found, skipped = _found(root, recipe.clips)
     if not found:
-        raise ValueError(_nothing_found(config, recipe, skipped))
+        found, skipped = _found(root, (VIDEOS, FRAMES))
+    if not found:
+        raise ValueError(_nothing_found(config, skipped))
+    return catalog_of(str(root), found, config, skipped, held_out=held_out)
+
+
+def catalog_of(
+    root: str, found: list[Clip], config: DataConfig, skipped: Counter[str] | None = None, *, held_out: bool = False
+) -> Catalog:
+    """The catalog of clips that were `found`: those long enough and (not) held out, labelled, at most `max_clips`."""
+    recipe, skipped = RECIPES[config.name], Counter() if skipped is None else skipped
     found = _long_enough(found, config, skipped)
     names = class_names_of(found, recipe.labels if config.labels == "auto" else config.labels)
     classes = sorted({name for name in names if name is not None})
@@ -102,8 +115,27 @@ def build_catalog(config: DataConfig) -> Catalog:
         Clip(clip.path, clip.name, clip.size, clip.num_frames, numbers[name] if name is not None else 0)
         for clip, name in zip(found, names)
     ]
-    clips = labelled[: config.max_clips]
-    return Catalog(str(root), clips, classes, digest_of(clips, classes), dict(sorted(skipped.items())))
+    chosen = [clip for clip in labelled if is_held_out(clip.name, config.val_share) == held_out]
+    if not chosen:
+        raise ValueError(_nothing_chosen(config, len(labelled), held_out))
+    if config.val_share:
+        skipped["for training" if held_out else "held out"] = len(labelled) - len(chosen)
+    clips = chosen[: config.max_clips]
+    return Catalog(root, clips, classes, digest_of(clips, classes), dict(sorted(skipped.items())))
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Whether `share` of all clips, from 0 to 1, includes the one of that name, whatever others there are."""
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _nothing_chosen(config: DataConfig, total: int, held_out: bool) -> str:
+    what, remedy = ("none", "raise") if held_out else ("all", "lower")
+    return (
+        f"data.val_share={config.val_share} holds out {what} of the {total} clips of '{config.path}': {remedy} it, or "
+        "set data.val_path instead"
+    )
 
 
 def _root(path: str) -> Path:
@@ -213,8 +245,8 @@ def _long_enough(clips: list[Clip], config: DataConfig, skipped: Counter[str]) -
     return kept
 
 
-def _nothing_found(config: DataConfig, recipe: Recipe, skipped: Counter[str]) -> str:
-    wanted = " or ".join(recipe.clips)
+def _nothing_found(config: DataConfig, skipped: Counter[str]) -> str:
+    wanted = f"{VIDEOS} or {FRAMES}"
     seen = ", ".join(f"{count} {what}" for what, count in sorted(skipped.items())) or "nothing at all"
     return f"data.path: data.name={config.name} needs {wanted}, but '{config.path}' holds none (found: {seen})"
 
@@ -259,6 +291,19 @@ def class_names_of(clips: Sequence[Clip], rule: str) -> list[str | None]:
         if len(set(names)) > 1:
             return names
     return [None] * len(clips)
+
+
+def relabelled(catalog: Catalog, class_names: Sequence[str]) -> Catalog:
+    """`catalog` with its labels numbered as in `class_names`; ValueError for a clip of a class that is not there."""
+    numbers = {name: label for label, name in enumerate(class_names)}
+    clips = []
+    for clip in catalog.clips:
+        name = catalog.class_names[clip.label] if catalog.class_names else None
+        if numbers and name not in numbers:
+            what = "no class" if name is None else f"class {name!r}"
+            raise ValueError(f"data.path: {clip.path!r} is of {what}, and the clips to train on have no such")
+        clips.append(replace(clip, label=numbers[name] if numbers and name is not None else 0))
+    return replace(catalog, clips=clips, class_names=list(class_names), digest=digest_of(clips, class_names))
 
 
 def digest_of(clips: Sequence[Clip], classes: Sequence[str]) -> str:

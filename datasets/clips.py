@@ -10,17 +10,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
-from typing import TypedDict
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .catalog import LABEL_RULES, RECIPES, Catalog, Clip, build_catalog, digest_of, read_frame_list, window_span
+from .catalog import (
+    LABEL_RULES,
+    RECIPES,
+    Catalog,
+    Clip,
+    build_catalog,
+    catalog_of,
+    digest_of,
+    read_frame_list,
+    relabelled,
+    window_span,
+)
+from .latents import LatentCache
 from .readers import MAX_PIXELS, READERS, Reader, VideoError, check_installed, file_identity, open_video
 from .transforms import TRANSFORMS, horizontal_flip, to_signed_range
 
@@ -37,6 +50,9 @@ class DataConfig:
 
     name: str = "folder"  # ffs | sky | taichi | ucf101 | folder | demo: a line of catalog.RECIPES
     path: str = ""  # the folder of the data set
+    val_path: str | None = None  # a folder laid out alike, of clips to validate on and never to train on
+    val_share: float = 0.0  # or so many of the clips of data.path, by the hash of their names; not trained on
+    latents: str | None = None  # read frames from this cache of tools.cache_latents instead of decoding and encoding
     labels: str = "auto"  # auto (as the data set says; `folder`: by its layout) | class_folders | file_name | none
     frame_list: str | None = None  # joint training: images from this list instead of the set's own videos
     num_frames: int = 16  # F
@@ -68,6 +84,15 @@ class DataConfig:
             raise ValueError(f"data.max_unusable: {self.max_unusable} must be a share, from 0 to 1")
         if self.frame_list is not None and not self.num_images:
             raise ValueError("data.frame_list is read only in joint training: set data.num_images, or drop it")
+        if not 0 <= self.val_share < 1:
+            raise ValueError(f"data.val_share: {self.val_share} must be a share, from 0 to below 1")
+        if self.val_share and self.val_path is not None:
+            raise ValueError("data.val_share and data.val_path both say what is held out: set one of them")
+        if self.val_share and self.frame_list is not None:
+            raise ValueError(
+                "data.val_share cannot tell which images of data.frame_list show a clip that it holds out: "
+                "set data.val_path instead"
+            )
 
 
 def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
@@ -83,12 +108,62 @@ def _at_least(key: str, value: int | None, least: int) -> None:
         raise ValueError(f"data.{key}: {value!r} must be a whole number of at least {least}")
 
 
-class Sample(TypedDict):
-    """`video (F+I, 3, H, W)` float32 in [-1, 1]; `labels (1+I,)` int64; `index` of the clip that is shown."""
+class Sample(TypedDict, total=False):
+    """`video (F+I, 3, H, W)` float32 in [-1, 1]; `labels (1+I,)` int64; `index` of the clip that is shown.
+
+    From a cache there is no video but `latents (F+I, P, C, h, w)`: mean and, where P is 2, deviation.
+    """
 
     video: Tensor
+    latents: Tensor
     labels: Tensor
     index: int
+
+
+class FrameSource(Protocol):
+    """Where the frames of a clip come from, and as what: `key` names them in a `Sample`."""
+
+    key: str
+
+    def open(self, clip: Clip) -> Any:
+        """Something with `len()` and `cut_off`, as a Reader. VideoError where the clip cannot be used."""
+        ...
+
+    def show(self, opened: Any, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
+        """These frames, (T, ...), all mirrored or none. VideoError where any cannot be used."""
+        ...
+
+
+class Pixels:
+    """Frames as (T, 3, H, W) in [-1, 1], decoded from the files of the data set."""
+
+    key = "video"
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.transform = TRANSFORMS[RECIPES[config.name].transform]
+
+    def open(self, clip: Clip) -> Reader:
+        """The reader of a clip that is what the catalog found."""
+        reader = open_video(clip.path, self.config.reader, self.config.max_pixels)
+        _check_unchanged(clip, reader)
+        return reader
+
+    def show(self, opened: Reader, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
+        """float (T, 3, H, W)."""
+        return self.finish(self.read(opened, clip, indices), mirrored)
+
+    def read(self, opened: Reader, clip: Clip, indices: list[int]) -> Tensor:
+        """uint8 (T, C, H, W); VideoError where undecodable parts make their distances or pixels doubtful."""
+        frames = opened.read(indices) if not opened.damage else None  # told at once, or by reading
+        if frames is None or opened.damage:
+            raise VideoError(clip.path, str(opened.damage))
+        return frames
+
+    def finish(self, frames: Tensor, mirrored: bool) -> Tensor:
+        """uint8 (T, C, H, W) -> float (T, C, size, size) in [-1, 1]."""
+        frames = horizontal_flip(frames) if mirrored else frames
+        return to_signed_range(self.transform(frames, self.config.image_size))
 
 
 class ClipDataset(Dataset[Sample]):
@@ -103,11 +178,11 @@ class ClipDataset(Dataset[Sample]):
     `digest` names the content: of the catalog, and of the frame list where there is one.
     """
 
-    def __init__(self, config: DataConfig, catalog: Catalog, seed: int) -> None:
+    def __init__(self, config: DataConfig, catalog: Catalog, seed: int, source: FrameSource | None = None) -> None:
         self.config, self.catalog, self.seed = config, catalog, seed
-        recipe = RECIPES[config.name]
-        self.transform_name = recipe.transform
-        self.flips = recipe.horizontal_flip if config.horizontal_flip is None else config.horizontal_flip
+        self.source = source or Pixels(config)
+        self.transform_name = RECIPES[config.name].transform
+        self.flips = flips(config)
         self.span = window_span(config.num_frames, config.frame_interval)
         self.images = read_frame_list(config, catalog) if config.frame_list else None
         self.skipped: dict[str, str] = {}
@@ -132,6 +207,7 @@ class ClipDataset(Dataset[Sample]):
         return {
             "name": self.config.name,
             "path": self.catalog.root,
+            "latents": self.config.latents,
             "clips": len(self),
             "classes": self.num_classes,
             "skipped": self.catalog.skipped,
@@ -153,7 +229,8 @@ class ClipDataset(Dataset[Sample]):
             image, label = self._image(epoch, index, place)
             shown.append(image)
             labels.append(label)
-        return {"video": torch.cat(shown), "labels": torch.tensor(labels), "index": used}  # (F+I, C, H, W)
+        frames: Any = {self.source.key: torch.cat(shown)}  # (F+I, ...)
+        return {**frames, "labels": torch.tensor(labels), "index": used}
 
     def _random(self, purpose: str, *place: int) -> np.random.Generator:
         """A generator of its own for every purpose and place: the order of calls never matters."""
@@ -185,7 +262,7 @@ class ClipDataset(Dataset[Sample]):
             try:
                 return index, load(clips[index])
             except VideoError as error:
-                if self.config.strict:
+                if self.config.strict or error.ends_run:
                     raise
                 failures[clips[index].path] = self._note(self.skipped, clips[index], error, "is skipped")
                 self._check_share()
@@ -202,17 +279,16 @@ class ClipDataset(Dataset[Sample]):
 
     def _note(self, notes: dict[str, str], clip: Clip, error: VideoError, fate: str) -> str:
         """The reason, remembered; and said once for each clip."""
-        reason = error.reason if error.path == clip.path else f"{error.path!r}: {error.reason}"  # one frame of a folder
+        reason = reason_of(error, clip)
         if clip.path not in notes:
             notes[clip.path] = reason
             log.warning("%r %s: %s", clip.path, fate, reason)
         return reason
 
-    def _open(self, clip: Clip) -> Reader:
+    def _open(self, clip: Clip) -> Any:
         if self.on_open is not None:
             self.on_open(clip.path)
-        reader = open_video(clip.path, self.config.reader, self.config.max_pixels)
-        _check_unchanged(clip, reader)
+        reader = self.source.open(clip)
         if reader.cut_off:
             error = VideoError(clip.path, reader.cut_off)
             if self.config.strict:
@@ -221,7 +297,7 @@ class ClipDataset(Dataset[Sample]):
         return reader
 
     def _window(self, clip: Clip, epoch: int, index: int) -> Tensor:
-        """F frames at the exact stride, from a start drawn among all that fit: (F, C, H, W) in [-1, 1].
+        """F frames at the exact stride, from a start drawn among all that fit: (F, ...).
 
         A clip that is looped may start at any of its frames. One whose end is missing is never looped.
         """
@@ -235,27 +311,29 @@ class ClipDataset(Dataset[Sample]):
             starts = length
         start = int(self._random("window", epoch, index).integers(starts))
         window = range(start, start + self.span, self.config.frame_interval)
-        frames = _read_undamaged(reader, clip, [place % length for place in window])
-        return self._finish(frames, self._random("flip", epoch, index))
+        mirrored = self._mirrored(self._random("flip", epoch, index))
+        return self.source.show(reader, clip, [place % length for place in window], mirrored)
 
     def _image(self, epoch: int, index: int, place: int) -> tuple[Tensor, int]:
-        """One random frame of another video, or one image of the list: (1, C, H, W) and its label."""
+        """One random frame of another video, or one image of the list: (1, ...) and its label."""
         source = self.images if self.images is not None else self.catalog.clips
 
         def load(clip: Clip) -> Tensor:
             reader = self._open(clip)
             number = int(self._random("frame", epoch, index, place).integers(len(reader)))
-            frame = _read_undamaged(reader, clip, [number])
-            return self._finish(frame, self._random("image_flip", epoch, index, place))
+            mirrored = self._mirrored(self._random("image_flip", epoch, index, place))
+            return self.source.show(reader, clip, [number], mirrored)
 
         used, image = self._first_usable(source, self._image_candidates(epoch, index, place), load)
         return image, source[used].label
 
-    def _finish(self, frames: Tensor, draw: np.random.Generator) -> Tensor:
-        """uint8 (T, C, H, W) -> float (T, C, size, size) in [-1, 1]; all frames mirrored, or none."""
-        if self.flips and draw.random() < 0.5:
-            frames = horizontal_flip(frames)
-        return to_signed_range(TRANSFORMS[self.transform_name](frames, self.config.image_size))
+    def _mirrored(self, draw: np.random.Generator) -> bool:
+        return self.flips and bool(draw.random() < 0.5)
+
+
+def flips(config: DataConfig) -> bool:
+    """Whether half of the clips are mirrored."""
+    return RECIPES[config.name].horizontal_flip if config.horizontal_flip is None else config.horizontal_flip
 
 
 def _listed(failures: dict[str, str]) -> str:
@@ -275,15 +353,54 @@ def _check_unchanged(clip: Clip, reader: Reader) -> None:
         raise VideoError(clip.path, f"has changed since the run began: {before} {unit} then, {found} now")
 
 
-def _read_undamaged(reader: Reader, clip: Clip, indices: list[int]) -> Tensor:
-    """The frames, or VideoError where undecodable parts make their distances or pixels doubtful."""
-    frames = reader.read(indices)
-    if reader.damage:
-        raise VideoError(clip.path, reader.damage)
-    return frames
+def reason_of(error: VideoError, clip: Clip) -> str:
+    """Why `clip` cannot be used; of a folder, which of its frames."""
+    return error.reason if error.path == clip.path else f"{error.path!r}: {error.reason}"
 
 
 def build_dataset(config: DataConfig, *, seed: int) -> ClipDataset:
-    """Catalog the folder and make the data set. ValueError or FileNotFoundError where the folder is wrong."""
-    check_installed(config.reader)
-    return ClipDataset(config, build_catalog(config), seed)
+    """Catalog the folder and make the data set. ValueError or FileNotFoundError where the folder is wrong.
+
+    With `data.latents` frames come from that cache, which must be of this data; it knows its clips, so that
+    `data.path` may be left empty.
+    """
+    return _dataset(config, seed, held_out=False)
+
+
+def build_held_out(config: DataConfig, clips: ClipDataset, *, seed: int) -> ClipDataset:
+    """What the training on `clips` never sees: `data.val_path`, or what `data.val_share` holds out of `data.path`.
+
+    Labels are numbered as those of `clips`; nothing is mirrored; the images of joint training are from these videos.
+    ValueError or FileNotFoundError where the folder is wrong or nothing is held out.
+    """
+    key = "data.path" if config.val_path is None else "data.val_path"
+    path = config.path if config.val_path is None else config.val_path
+    fixed = replace(config, path=path, val_path=None, frame_list=None, horizontal_flip=False, max_clips=None)
+    try:
+        found = _dataset(fixed, seed, held_out=config.val_path is None)
+        return ClipDataset(fixed, relabelled(found.catalog, clips.class_names), seed, found.source)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace("data.path", key)) from None
+
+
+def _dataset(config: DataConfig, seed: int, *, held_out: bool) -> ClipDataset:
+    if config.latents is None:
+        check_installed(config.reader)
+        return ClipDataset(config, build_catalog(config, held_out=held_out), seed)
+    cache = LatentCache(Path(config.latents))
+    if config.frame_list and not config.path:
+        raise ValueError("data.frame_list names files below data.path: give that too")
+    catalog = (
+        build_catalog(config, held_out=held_out)
+        if config.path
+        else catalog_of(str(cache.path), cache.catalogued(), config, held_out=held_out)
+    )
+    dataset = ClipDataset(config, catalog, seed, cache)
+    settings = {
+        "image_size": config.image_size,
+        "transform": dataset.transform_name,
+        "max_pixels": config.max_pixels,
+        "mirrored": dataset.flips,
+    }
+    cache.check(settings, [*catalog.clips, *(dataset.images or [])])
+    return dataset

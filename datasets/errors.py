@@ -8,6 +8,8 @@ from pathlib import Path
 class VideoError(ValueError):
     """A clip that cannot be read: `path` and `reason`, in one sentence. It pickles."""
 
+    ends_run = False  # whether no other clip may stand in for this one
+
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(str(path), reason)
         self.path, self.reason = str(path), reason

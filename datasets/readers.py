@@ -109,6 +109,15 @@ def open_video(path: str | Path, reader: str = "auto", max_pixels: int = MAX_PIX
     return FrameReader(path, max_pixels) if pictures else READERS[reader](path, max_pixels)
 
 
+def every_frame(reader: Reader) -> Iterator[np.ndarray]:
+    """All frames of an opened clip in order, each (H, W, C) uint8, whatever its length; VideoError where one fails."""
+    if isinstance(reader, PyAVReader):
+        yield from reader.frames()
+    else:
+        for index in range(len(reader)):
+            yield reader.read([index])[0].permute(1, 2, 0).numpy()
+
+
 def frame_number(name: str) -> tuple[list[int], str]:
     """Sorting key of a frame's file name: by the numbers in it (frame_9 < frame_10), then by the name."""
     return [int(digits) for digits in re.findall(r"\d+", name)], name
@@ -212,11 +221,25 @@ class PyAVReader:
         wanted = _check_indices(indices, len(self))
         images: dict[int, np.ndarray] = {}
         for targets in self._segments(sorted(set(wanted))):
-            images |= self._decode(targets, self._key(targets[0]))
+            images.update(self._decode(targets, self._key(targets[0])))
         missing = [index for index in wanted if index not in images]
         if missing:
-            raise VideoError(self.path, f"frame {missing[0]} of {len(self)} cannot be decoded")
+            raise self._undecodable(missing[0])
         return _stack(self.path, [images[index] for index in wanted])
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """Every frame from first to last, (H, W, C) uint8: the file is decoded once, one frame held at a time."""
+        expected = 0
+        for index, image in self._decode(list(range(len(self))), None):
+            if index != expected:
+                break
+            yield image
+            expected += 1
+        if expected < len(self):
+            raise self._undecodable(expected)
+
+    def _undecodable(self, index: int) -> VideoError:
+        return VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
 
     def _segments(self, wanted: list[int]) -> Iterator[list[int]]:
         """Group frame numbers by the key frame that their decoding starts from."""
@@ -224,25 +247,24 @@ class PyAVReader:
         for start in np.unique(starts):
             yield [index for index, own in zip(wanted, starts) if own == start]
 
-    def _decode(self, targets: list[int], key: int | None) -> dict[int, np.ndarray]:
-        """Decode from the key frame `key` (None: the first packet) until all `targets` have come out."""
+    def _decode(self, targets: list[int], key: int | None) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, image) of the `targets` as they come out, from the key frame `key` (None: the first packet) on."""
         from av.video.reformatter import VideoReformatter
 
         reformatter = VideoReformatter()
-        images: dict[int, np.ndarray] = {}
         numbers = {int(self.index.pts[index]): index for index in targets}
         with _opened(self.source) as (container, stream):
             frames = self._frames(_packets_from(container, stream, key))
             first = next((frame for frame in frames if key is None or _stamp(frame) >= key), None)
             if key is not None and not (first and first.pts == key and first.key_frame):
-                return self._decode(targets, None)  # the seek missed, or the key frame is marked falsely
+                yield from self._decode(targets, None)  # the seek missed, or the key frame is marked falsely
+                return
             for ordinal, frame in enumerate(chain([first] if first else [], frames)):
                 index = numbers.pop(_stamp(frame) if self.index.timed else ordinal, None)
                 if index is not None:
-                    images[index] = _to_rgb(frame, reformatter)
+                    yield index, _to_rgb(frame, reformatter)
                 if not numbers:
-                    break
-        return images
+                    return
 
     def _key(self, index: int) -> int | None:
         """Timestamp of the last key frame at or before frame `index`; None = the start of the file."""

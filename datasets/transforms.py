@@ -50,6 +50,8 @@ def center_crop(clip: Tensor, size: int) -> Tensor:
 def _resize_short_side(clip: Tensor, size: int) -> Tensor:
     """Bilinear, not antialiased, by the exact factor: the long side is rounded down, not stretched to fit."""
     short = min(clip.shape[-2:])
+    if short == size:  # interpolation would give every pixel back, and takes longer than decoding it
+        return clip
     factor = size / short
     if math.floor(short * factor) < size:  # the product fell just short of the whole number
         factor = math.nextafter(factor, math.inf)

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from datasets import ClipDataset
+from datasets.latents import LatentCache
 from diffusion import GaussianDiffusion, RectifiedFlow, build_diffusion
+from models.autoencoder import LatentCodec, StoredCodec
+from models.codec_identity import codec_identity, same_codec
 from models.latte import Latte
 
 from .config import Config
@@ -27,6 +31,23 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> Latte:
 def build_process(config: Config, respacing: str = "") -> GaussianDiffusion | RectifiedFlow:
     """The diffusion process; `respacing` ("250", "ddim50", ...) shortens it for sampling."""
     return build_diffusion(config.diffusion, learn_sigma=config.model.learn_sigma, respacing=respacing)
+
+
+def build_codec(config: Config, clips: ClipDataset, device: torch.device | str = "cpu") -> LatentCodec | StoredCodec:
+    """What makes latents of `clips`: the codec; or none where they come from a cache, which must be this codec's.
+
+    Raises: ValueError for a cache of another codec.
+    """
+    if not isinstance(clips.source, LatentCache):
+        return LatentCodec.from_config(config.codec, device)
+    made, now = clips.source.codec, codec_identity(config.codec)
+    if not same_codec(made, now):
+        differing = [f"{key} {made.get(key)} -> {now[key]}" for key in now if made.get(key) != now[key]]
+        raise ValueError(
+            f"data.latents: {clips.source.path} was made by another codec than codec.path={config.codec.path} "
+            f"({', '.join(differing)}); make a cache with this one, or name that one"
+        )
+    return StoredCodec(config.codec, clips.source.stochastic)
 
 
 def count_parameters(model: torch.nn.Module) -> int:

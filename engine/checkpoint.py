@@ -153,7 +153,9 @@ def _point_to(folder: Path) -> None:
 
 
 def _manifest(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in sorted(folder.iterdir())
+    }
     return {"format": FORMAT, "step": state["step"], "torch": torch.__version__, "files": files}
 
 
@@ -181,7 +183,7 @@ def verify(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing.")
-        if file.stat().st_size != size or _sha256(file) != digest:
+        if file.stat().st_size != size or file_sha256(file) != digest:
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} does not match its SHA-256.")
 
 
@@ -257,9 +259,14 @@ def load_model_weights(path: str | Path, weights: str = "ema") -> dict[str, Tens
     return load_weights_file(find_checkpoint(Path(path)), weights)
 
 
+def weights_file(folder: Path, weights: str) -> Path:
+    """Where a checkpoint folder holds its `ema` or `raw` weights."""
+    return folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
+
+
 def load_weights_file(folder: Path, weights: str) -> dict[str, Tensor]:
     """`ema` or `raw` weights of one verified checkpoint folder."""
-    file = folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
+    file = weights_file(folder, weights)
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
     return _read_tensors(file)
@@ -412,7 +419,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -22,6 +22,7 @@ FLOW_METHODS = ("auto", "euler", "heun")
 METHODS = (*GAUSSIAN_METHODS, *FLOW_METHODS[1:])
 TRAIN_PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
 SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
+LABEL_RULES = ("balanced", "random")
 MAX_YAML_CHARACTERS = 65_536  # a config with every key takes 4,000
 MAX_YAML_EVENTS = 10_000  # of the parser: two for each section and list, one for each key and value
 MAX_YAML_DEPTH = 8  # file, section, list: 3
@@ -75,7 +76,8 @@ class SampleConfig:
     ckpt: str | None = None  # our checkpoint or run folder, or an official .pt
     save_video_path: str = "results/samples"
     num_videos: int = 4
-    labels: list[str] | None = None  # class numbers or names, used in turn; null: all classes in turn
+    labels: list[str] | None = None  # class numbers or names to sample; null: all classes
+    label_rule: str = "balanced"  # balanced: in turn by index | random: drawn by (seed, index)
     seed: int = 0
     steps: int = 250
     method: str = "auto"  # ddpm | ddim for Gaussian diffusion, euler | heun for flow; auto: the first
@@ -96,9 +98,42 @@ class SampleConfig:
             0 <= self.guidance_scale < float("inf"),
             f"sample.guidance_scale must be zero or more and finite, not {self.guidance_scale}.",
         )
-        for key, choices in {"method": METHODS, "weights": ("ema", "raw"), "precision": SAMPLE_PRECISIONS}.items():
+        words = {"method": METHODS, "weights": ("ema", "raw"), "precision": SAMPLE_PRECISIONS}
+        for key, choices in (words | {"label_rule": LABEL_RULES}).items():
             value = getattr(self, key)
             require(value in choices, f"sample.{key} must be one of {', '.join(choices)}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """The `monitor` section: what is looked at every so many steps (0: never), at step 0 and at the last.
+
+    It changes nothing in the training, so all of it may be changed when a run is continued.
+    """
+
+    val_every: int = 0  # the loss on held-out clips (data.val_path or data.val_share)
+    val_clips: int = 64  # so many of them, or all
+    val_buckets: int = 10  # equal parts of the timesteps; each clip is noised once in each
+    sample_every: int = 0  # samples of average and raw weights, as the `sample` section says
+    sample_videos: int = 4  # so many of each
+    metric_every: int = 0  # the Frechet distance of samples of the average to held-out clips
+    metric_videos: int = 256  # so many samples, and at most so many clips
+    metric_detector: str | None = None  # its name: i3d, mobilenet_v2_clip, ... (docs/monitoring.md)
+    metric_detector_path: str | None = None  # its file
+    metric_detector_sha256: str | None = None  # what the file must be; null: whatever it is, which the log says
+
+    def __post_init__(self) -> None:
+        for key in ("val_every", "sample_every", "metric_every"):
+            require(getattr(self, key) >= 0, f"monitor.{key} must be zero or more, not {getattr(self, key)}.")
+        for key, least in {"val_clips": 1, "val_buckets": 1, "sample_videos": 1, "metric_videos": 2}.items():
+            require(getattr(self, key) >= least, f"monitor.{key} must be at least {least}, not {getattr(self, key)}.")
+        require(self.val_buckets <= 100, f"monitor.val_buckets must be at most 100, not {self.val_buckets}.")
+        for item in fields(self):
+            switch = f"{item.name.partition('_')[0]}_every"
+            require(
+                getattr(self, switch) > 0 or getattr(self, item.name) == item.default,
+                f"monitor.{item.name} is read only with monitor.{switch}: set that too, or leave it out.",
+            )
 
 
 @dataclass(frozen=True)
@@ -112,6 +147,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
         """Check the pairs of keys that live in different sections."""
@@ -139,6 +175,10 @@ class Config:
             self.model.num_classes > 0 or not self.sample.labels,
             "sample.labels: this network is unconditional (model.num_classes is 0); leave labels out.",
         )
+        require(
+            self.model.num_classes > 0 or self.sample.label_rule == "balanced",
+            f"sample.label_rule={self.sample.label_rule}: this network is unconditional (model.num_classes is 0).",
+        )
         flow = self.diffusion.prediction == "flow"
         methods = FLOW_METHODS if flow else GAUSSIAN_METHODS
         require(
@@ -160,6 +200,43 @@ class Config:
             f"sample.guidance_scale={self.sample.guidance_scale} needs a class-conditional network with a null "
             "label: set model.num_classes and a model.label_dropout above 0, or sample.guidance_scale=1.",
         )
+        self._check_monitor()
+
+    def _check_monitor(self) -> None:
+        """What the `monitor` section needs of the others."""
+        held_out = self.data.val_path is not None or self.data.val_share > 0
+        monitor = self.monitor
+        for key in ("val_every", "metric_every"):
+            every = getattr(monitor, key)
+            require(
+                held_out or not every,
+                f"monitor.{key}={every} needs clips that are not trained on: set data.val_path to their folder, or "
+                "data.val_share to a share of the clips of data.path.",
+            )
+        require(
+            not (monitor.val_every and self.data.latents and self.data.val_path),
+            "data.val_path is not in the cache of data.latents, where monitor.val_every reads: hold clips out of "
+            "data.path with data.val_share instead.",
+        )
+        require(
+            monitor.val_every > 0 or monitor.metric_every > 0 or self.data.val_path is None,
+            "data.val_path is read only with monitor.val_every or monitor.metric_every: set one of them.",
+        )
+        require(
+            not monitor.val_every or monitor.val_buckets <= self.diffusion.num_steps,
+            f"monitor.val_buckets={monitor.val_buckets} is more than diffusion.num_steps={self.diffusion.num_steps}.",
+        )
+        require(
+            not monitor.metric_every or bool(monitor.metric_detector and monitor.metric_detector_path),
+            f"monitor.metric_every={monitor.metric_every} needs a detector: set monitor.metric_detector to its name, "
+            "and monitor.metric_detector_path to its file.",
+        )
+        for key in ("sample_every", "metric_every"):
+            require(
+                not (getattr(monitor, key) and self.train.precision == "fp64"),
+                f"monitor.{key}: train.precision=fp64 is there to prove equalities and is not sampled from; use fp32, "
+                "tf32 or bf16.",
+            )
 
     @property
     def latent_size(self) -> int:

@@ -36,11 +36,11 @@ class World:
         return self.rank == 0
 
 
-def init_world(device: str | None = None, timeout_s: float = 1800.0) -> World:
+def init_world(device: str | None = None, timeout_s: float = 1800.0, backend: str | None = None) -> World:
     """Join the process group that torchrun announces; a single process needs none.
 
     `device` is "cpu", "cuda" or None for CUDA where there is one. `timeout_s` of a collective is lengthened to
-    START_TIMEOUT_S until `set_timeout`.
+    START_TIMEOUT_S until `set_timeout`. `backend` None is NCCL on CUDA, gloo on the CPU.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
@@ -53,7 +53,7 @@ def init_world(device: str | None = None, timeout_s: float = 1800.0) -> World:
     if size == 1:
         return World(device=target)
     if not dist.is_initialized():
-        backend = "nccl" if kind == "cuda" else "gloo"
+        backend = backend or ("nccl" if kind == "cuda" else "gloo")
         timeout = timedelta(seconds=max(timeout_s, START_TIMEOUT_S))
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun's store outlives a restart: without a name of its own, a start may find the addresses of the last
@@ -98,19 +98,30 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def on_all(action: Callable[[], T]) -> list[T]:
+    """The result of `action` of every rank, in rank order, on every rank; the first OSError or ValueError likewise."""
+    everyone = gather_objects(_attempt(action))
+    for _, failure in everyone:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in everyone]
+
+
 def on_main(action: Callable[[], T]) -> T:
     """The result of `action`, done by rank 0 alone, on every rank; its OSError or ValueError likewise."""
-    result: T | None = None
-    failure: Exception | None = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            result = action()
-        except (OSError, ValueError) as error:
-            failure = error
-    result, failure = broadcast_object((result, failure))
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    result, failure = broadcast_object(_attempt(action) if is_main else None)
     if failure is not None:
         raise failure
     return cast(T, result)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The result of `action`, or the OSError or ValueError that it raised."""
+    try:
+        return action(), None
+    except (OSError, ValueError) as error:
+        return None, error
 
 
 def broadcast_object(value: Any) -> Any:
@@ -149,6 +160,21 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype | None = No
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def reshard(model: nn.Module) -> None:
+    """After forwards without a backward: let go of what they gathered, which the outermost group keeps otherwise.
+
+    Their order is forgotten too: the next backward would gather ahead by it (private to torch 2.11).
+    """
+    state = model._get_fsdp_state()  # type: ignore[operator]
+    if state._is_root is None:  # nothing went through it yet
+        return
+    model.reshard()  # type: ignore[operator]
+    state._comm_ctx.post_forward_order.clear()
+    for each in state._state_ctx.all_states:
+        if each._fsdp_param_group:
+            each._fsdp_param_group._post_forward_indices.clear()
 
 
 def whole(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:

@@ -12,6 +12,12 @@ class TrainingAborted(RuntimeError):
     exit_code = 3
 
 
+class SamplesNotWritten(OSError):
+    """Videos are missing at the end of a sampling job; those that are there stay, and it may go on better."""
+
+    exit_code = 1
+
+
 class CheckpointNotWritten(OSError):
     """A checkpoint could not be written; the one before it is whole, and continuing from there may go better."""
 

@@ -11,6 +11,8 @@ from .cli import config_parser, leave
 from .errors import PREEMPTED_EXIT
 
 if TYPE_CHECKING:
+    from .callbacks import Callback
+    from .config import Config
     from .trainer import Trainer
 
 
@@ -19,12 +21,14 @@ def train(
     description: str,
     check: Callable[[int], str | None],
     fit: Callable[[Trainer], bool] | None = None,
+    callbacks: Callable[[Config], list[Callback]] | None = None,
 ) -> int:
     """Train as the command line says.
 
     Args:
         check: given `data.num_images`, the sentence that refuses it for this script, or None.
         fit: what trains, in place of `Trainer.fit`.
+        callbacks: makes those of a run.
     """
     parser = config_parser(description, "%(prog)s --config FILE [--dry-run] [key=value ...]")
     parser.add_argument("--dry-run", action="store_true", help="print config, parameters and cost as JSON, and exit")
@@ -59,6 +63,7 @@ def train(
         init_world(timeout_s=config.train.timeout_s),
         override=arguments.override,
         allow_inexact_resume=arguments.allow_inexact_resume,
+        callbacks=callbacks(config) if callbacks else (),
     )
     reached = fit(trainer) if fit else trainer.fit()
     close_world()  # after a clean end only

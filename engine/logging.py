@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from tqdm import tqdm
 
 from .text import printable
@@ -19,7 +21,11 @@ class Logger(Protocol):
 
     def advance(self, step: int) -> None: ...
 
-    def metrics(self, step: int, values: dict[str, Any]) -> None: ...
+    def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None: ...
+
+    def picture(self, step: int, tag: str, pixels: np.ndarray) -> None: ...
+
+    def holds(self, step: int, kind: str) -> bool: ...
 
     def close(self) -> None: ...
 
@@ -33,8 +39,15 @@ class NullLogger:
     def advance(self, step: int) -> None:
         """Drop a step."""
 
-    def metrics(self, step: int, values: dict[str, Any]) -> None:
+    def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
         """Drop a row."""
+
+    def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """Drop a picture."""
+
+    def holds(self, step: int, kind: str) -> bool:
+        """It holds nothing."""
+        return False
 
     def close(self) -> None:
         """Nothing is open."""
@@ -43,8 +56,9 @@ class NullLogger:
 class RunLogger:
     """The log of one run in `folder`.
 
-    metrics.jsonl has one object a line. On a resume at step s its lines after s, which the continued run
-    will write again, are dropped.
+    metrics.jsonl has one object a line: its `kind` is `train`, or that of the callback whose row it is. On a resume at
+    step s its lines after s, which the continued run will write again, are dropped. In TensorBoard a number of it is
+    called `<kind>/<name>`.
     """
 
     def __init__(self, folder: Path, *, start: int, total: int) -> None:
@@ -65,23 +79,43 @@ class RunLogger:
         """Move the bar to `step`."""
         self._bar.update(step - self._bar.n)
 
-    def metrics(self, step: int, values: dict[str, Any]) -> None:
-        """One row of numbers at `step`."""
-        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+    def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
+        """One row of numbers at `step`; JSON has no NaN, so what is not finite is null there."""
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._jsonl.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
         self._jsonl.flush()
         for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        if kind == "train":
+            self._show(step, values)
+
+    def _show(self, step: int, values: dict[str, Any]) -> None:
+        """The row for people: beside the bar, or as a line where there is none."""
         rate = values.get("videos_per_second", 0.0)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} videos/s", refresh=False)
         if not self._terminal:
-            eta = _duration((self._total - step) * values["seconds_per_step"])
+            eta = duration((self._total - step) * values["seconds_per_step"])
             self.say(f"step {step}/{self._total}  loss {values['loss']:.4f}  {rate:.1f} videos/s  ETA {eta}")
+
+    def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """One picture (H, W, 3) uint8 at `step`, for TensorBoard alone."""
+        self._board.add_image(tag, pixels, step, dataformats="HWC")
+
+    def holds(self, step: int, kind: str) -> bool:
+        """Whether there is a row of that kind at `step`."""
+        return any(row["step"] == step for row in read_rows(Path(self._jsonl.name), kind))
 
     def close(self) -> None:
         """Flush and close everything."""
         self._bar.close()
         self._jsonl.close()
         self._board.close()
+
+
+def read_rows(file: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The rows of that kind in a metrics.jsonl, in their order; a row that does not say is of a training."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [row for row in rows if row.get("kind", "train") == kind]
 
 
 def _reopen_metrics(file: Path, start: int) -> Any:
@@ -99,7 +133,8 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`seconds` as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -37,6 +37,15 @@ class Meter:
         yield
         self._waited += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here is no step's."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - start
+
     def means(self) -> tuple[dict[str, Tensor], float, float]:
         """Mean of each value, seconds per step, and the share of them that was spent waiting for data."""
         means = {name: total / self._steps for name, total in self._sums.items()}

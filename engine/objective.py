@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import GaussianDiffusion, LossTerms, RectifiedFlow, TimestepSampler
-from models.autoencoder import LatentCodec
+from models.autoencoder import LatentCodec, Posterior, StoredCodec
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Objective:
     """`objective(model, batch) -> StepLoss`.
 
     Args:
-        codec: video (B, F+I, 3, H, W) to latents (B, F+I, C, h, w).
+        codec: video (B, F+I, 3, H, W) to latents (B, F+I, C, h, w); or one whose posteriors the batch holds.
         null_label: the network's label for "none", or None; labels are dropped to it at `label_dropout`.
         num_images: I, trailing frames that are single images (joint image-video training).
         conditional: whether the network takes labels.
@@ -56,7 +56,7 @@ class Objective:
 
     def __init__(
         self,
-        codec: LatentCodec,
+        codec: LatentCodec | StoredCodec,
         diffusion: GaussianDiffusion | RectifiedFlow,
         timestep_sampler: TimestepSampler,
         *,
@@ -82,25 +82,36 @@ class Objective:
         self.autocast_dtype = autocast_dtype
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepLoss:
-        """Mean loss of one micro-batch {"video", "labels", "position"} as the data loader gives it."""
-        video = batch["video"].to(self.device, non_blocking=True)
+        """Mean loss of one micro-batch {"video" or "latents", "labels", "position"} as the data loader gives it."""
         labels = batch["labels"].to(self.device, non_blocking=True)
-        draws = self.draw(batch["position"].tolist(), self.codec.latent_shape(video.shape), labels.shape[1])
-        latents = self.codec.encode(video, draws.codec_noise).to(self.dtype)
+        posterior = self.posterior(batch)
+        draws = self.draw(batch["position"].tolist(), posterior.mean.shape, labels.shape[1])
+        latents = posterior.latents(self.codec.config, draws.codec_noise).to(self.dtype)
         return self.loss(model, latents, labels, draws)
+
+    def posterior(self, batch: Mapping[str, Tensor]) -> Posterior:
+        """What the encoder says of the video (B, F+I, 3, H, W), or said before: latents (B, F+I, P, C, h, w)."""
+        if isinstance(self.codec, LatentCodec):
+            return self.codec.posterior(batch["video"].to(self.device, non_blocking=True))
+        mean, *std = batch["latents"].to(self.device, non_blocking=True).unbind(2)
+        return Posterior(mean, std[0] if std else None)
 
     def loss(self, model: nn.Module, latents: Tensor, labels: Tensor, draws: Draws) -> StepLoss:
         """Loss of given latents (B, F+I, C, h, w), labels (B, 1+I) and draws."""
         timesteps, weights = self.timestep_sampler.timesteps_from_uniform(draws.uniform)
-        condition = self.drop_labels(labels, draws.label_uniform) if self.conditional else None
+        terms = self.terms(model, latents, self.drop_labels(labels, draws.label_uniform), timesteps, draws.noise)
+        return StepLoss((weights * terms.loss).mean(), self.parts(terms), timesteps, terms.loss.detach())
+
+    def terms(self, model: nn.Module, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor) -> LossTerms:
+        """Loss terms of given latents (B, F+I, C, h, w), labels (B, 1+I), timesteps (B,) and noise like the latents."""
+        condition = labels if self.conditional else None
 
         def denoiser(noisy_latents: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 output = model(noisy_latents, t, condition, num_images=self.num_images)
             return output.to(noisy_latents.dtype)
 
-        terms = self.diffusion.training_losses(denoiser, latents, timesteps, draws.noise.to(latents.dtype))
-        return StepLoss((weights * terms.loss).mean(), self.parts(terms), timesteps, terms.loss.detach())
+        return self.diffusion.training_losses(denoiser, latents, timesteps, noise.to(latents.dtype))
 
     def draw(self, positions: list[int], latent_shape: torch.Size, num_labels: int) -> Draws:
         """All random numbers of the samples at `positions`, each from its own generator, in a fixed order."""

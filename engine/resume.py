@@ -12,9 +12,12 @@ from .config import Config, require
 # what may change between a checkpoint and its continuation; everything else is the experiment itself
 FREE_ON_RESUME = (
     "sample.",
+    "monitor.",
     "codec.path",
     "codec.chunk_size",
     "data.path",
+    "data.val_path",
+    "data.latents",
     "data.num_workers",
     "data.worker_timeout_s",
     "data.reader",

@@ -27,13 +27,59 @@ log = logging.getLogger(__name__)
 PREEMPTED, COMPLETED = "PREEMPTED", "COMPLETED"
 
 
+class FolderLock:
+    """The file `.lock` in a folder that one process at a time writes into.
+
+    Args:
+        key: the setting that names the folder, for the sentence that refuses it.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        self.key = key
+        self._lock: IO[str] | None = None
+
+    def take(self) -> None:
+        """Hold the folder. Raises: OSError, a sentence, if another live process holds it."""
+        file = self.folder / ".lock"
+        lock = file.open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of a dead process's lock
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise OSError(
+                f"{self.key}={self.folder} is being written by {owner}; stop that run or name another folder."
+            ) from None
+        except OSError as error:
+            log.warning(
+                "%s cannot be locked (%s): see to it that only one run writes there", self.folder, error.strerror
+            )
+        if not _is_same_file(lock, file):  # its last holder deleted it meanwhile
+            lock.close()
+            self.take()
+            return
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()}:{os.getpid()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let go of the folder, if this process holds it."""
+        if self._lock is not None:
+            (self.folder / ".lock").unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+
 class RunFolder:
     """The folder of one run. Only rank 0 opens and marks it; every rank may `report_failure`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self._lock: IO[str] | None = None
+        self._lock = FolderLock(path, "train.output_dir")
 
     def open(self) -> None:
         """Take the folder for this process and clear what the last session left.
@@ -42,7 +88,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock.take()
             self.checkpoints.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=self.checkpoints):  # now, and not after hours at the first checkpoint
                 pass
@@ -61,35 +107,9 @@ class RunFolder:
         files = [place for place in (self.checkpoints, self.path, *self.path.parents) if place.is_file()]
         return f"{files[0]} is a file; name a folder" if files else error.strerror or str(error)
 
-    def _take_lock(self) -> None:
-        file = self.path / ".lock"
-        lock = file.open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of a dead process's lock
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            lock.close()
-            raise OSError(
-                f"train.output_dir={self.path} is being written by {owner}; stop that run or name another folder."
-            ) from None
-        except OSError as error:
-            log.warning("%s cannot be locked (%s): see to it that only one run writes there", self.path, error.strerror)
-        if not _is_same_file(lock, file):  # its last holder deleted it meanwhile
-            lock.close()
-            self._take_lock()
-            return
-        lock.truncate(0)
-        lock.write(f"{socket.gethostname()}:{os.getpid()}\n")
-        lock.flush()
-        self._lock = lock
-
     def close(self) -> None:
         """Let go of the folder."""
-        if self._lock is not None:
-            (self.path / ".lock").unlink(missing_ok=True)
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
         """Append one event."""

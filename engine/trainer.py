@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
-from models.autoencoder import LatentCodec
 from models.convert import init_from_dit, is_image_checkpoint, load_weights
 from models.latte import Latte
 
 from . import checkpoint as ckpt
 from . import resume
-from .build import build_model, build_process, count_parameters
+from .build import build_codec, build_model, build_process, count_parameters
+from .callbacks import Callback, Callbacks
 from .config import Config, require
 from .distributed import (
     World,
@@ -49,6 +49,7 @@ from .optim import build_optimizer, clip_gradients, gradient_norm, learning_rate
 from .run_folder import COMPLETED, PREEMPTED, RunFolder
 from .signals import StopSignals
 from .stream import ClipStream, PositionBatches, load_micro_batches
+from .validation import Validation
 from .watch import Breadcrumbs, HangWatch
 
 # train.precision -> (dtype of weights, latents and loss; dtype the network computes in under autocast)
@@ -68,10 +69,17 @@ class Trainer:
         world: this process's rank, world size and device.
         override: keys whose change since the checkpoint is accepted (`optim.learning_rate`, `data_digest`, ...).
         allow_inexact_resume: go on without the generator states that a checkpoint should hold.
+        callbacks: look at the training now and then, beside the validation that the config may ask for.
     """
 
     def __init__(
-        self, config: Config, world: World, *, override: Iterable[str] = (), allow_inexact_resume: bool = False
+        self,
+        config: Config,
+        world: World,
+        *,
+        override: Iterable[str] = (),
+        allow_inexact_resume: bool = False,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         train = config.train
         self.config = config
@@ -99,6 +107,8 @@ class Trainer:
         self.clips = build_dataset(config.data, seed=train.seed)
         self._check_labels()
         self._check_number()
+        validation = [Validation(config, self.clips)] if config.monitor.val_every else []
+        self.callbacks = Callbacks([*validation, *callbacks])
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
         self.model = build_model(config).to(world.device, dtype)
         self.ema = EMA(self.model, train.ema_decay, train.ema_warmup)
@@ -108,7 +118,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim)
         self.timestep_sampler = build_timestep_sampler(config.diffusion)
         self.objective = Objective(
-            LatentCodec.from_config(config.codec, device=world.device),
+            build_codec(config, self.clips, world.device),
             build_process(config).to(world.device),
             self.timestep_sampler,
             conditional=config.model.num_classes > 0,
@@ -126,6 +136,11 @@ class Trainer:
     def sharded(self) -> bool:
         """Whether weights, moments and average are spread over the ranks."""
         return self.config.train.parallel == "fsdp" and self.world.size > 1
+
+    @property
+    def replicas(self) -> bool:
+        """Whether several ranks hold a copy of the network each."""
+        return self.world.size > 1 and not self.sharded
 
     # ---- the run -------------------------------------------------------------------------------
 
@@ -169,7 +184,7 @@ class Trainer:
         self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
         self.meter.clear()
         self.watch.tick()
-        stopped = loop(self)
+        stopped = self.callbacks.at_start(self) or loop(self)
         self.watch.stop()
         if stopped:
             self._stop_early(stopped)
@@ -192,7 +207,7 @@ class Trainer:
         return 0
 
     def advance(self, micro_batches: list[dict[str, Tensor]]) -> int:
-        """One step with all that it is due: log, comparison of the replicas, checkpoint; the signal to stop, or 0."""
+        """One step with all that it is due: log, replica check, checkpoint, callbacks; the signal to stop, or 0."""
         before = self.step
         parts, stop = self.train_step(micro_batches)
         if not self._under_way:
@@ -203,6 +218,7 @@ class Trainer:
             self.meter.add({**parts, "replaced_share": replaced.to(parts["loss"])})
             self.log.advance(self.step)
             self._at_step(self.meter)
+            stop = stop or self.callbacks.at_step(self)  # when stopped, they come first in the next session
         self.watch.tick()
         return stop
 
@@ -213,7 +229,7 @@ class Trainer:
         if self.step % train.log_every == 0 or last:
             self.log_metrics(meter)
             meter.clear()
-        if train.drift_check_every and self.step % train.drift_check_every == 0 and not self.sharded:
+        if self.replicas and train.drift_check_every and self.step % train.drift_check_every == 0:
             check_replicas(self.model.state_dict(), self.step)
         if self.step % train.checkpoint_every == 0 or last:
             self.save()
@@ -241,9 +257,9 @@ class Trainer:
                 parts[name] = parts.get(name, 0.0) + value / len(micro_batches)
         norm = replicated(gradient_norm(self.model.parameters())).detach()
         parts["grad_norm"] = norm
-        bad, stop, failed = self._agree(parts["loss"], norm)
+        bad, stop, failed, total_norm = self._agree(parts["loss"], norm)
         self._raise_failed_write(broadcast_object(self.writer.failure) if failed else None)
-        verdict = self.guard.judge(not bad, float(norm), self.step)
+        verdict = self.guard.judge(not bad, total_norm, self.step)
         self.samples_seen += self.global_batch_size
         if verdict.skip:
             self._report_skip(verdict.skip, results)
@@ -258,13 +274,16 @@ class Trainer:
         self.step += 1
         return parts, stop
 
-    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[bool, int, bool]:
-        """Over all ranks: is anything not finite, which signal asks to stop, has a checkpoint failed."""
+    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[bool, int, bool, float]:
+        """Over all ranks: is anything not finite, which signal asks to stop, has a checkpoint failed; and the norm.
+
+        One collective, and the step's one wait for the device.
+        """
         bad = ~(loss.isfinite() & norm.isfinite())
         asked = torch.tensor([self.signals.received, self.writer.failure is not None], dtype=norm.dtype)
-        flags = torch.cat([bad.to(norm.dtype).view(1), asked.to(norm.device)])
-        not_finite, signal, failed = max_over_ranks(flags).tolist()
-        return bool(not_finite), int(signal), bool(failed)
+        known = torch.stack([bad.to(norm.dtype), norm.nan_to_num(0.0)])  # the norm is the same on every rank
+        not_finite, total_norm, signal, failed = max_over_ranks(torch.cat([known, asked.to(norm.device)])).tolist()
+        return bool(not_finite), int(signal), bool(failed), total_norm
 
     def _report_skip(self, reason: str, results: list[StepLoss]) -> None:
         """Say which files and timesteps a step was skipped over; collective."""

@@ -47,8 +47,8 @@ class Breadcrumbs:
             return None
         if "DataLoader worker" not in text and "DataLoader timed out" not in text:
             return None
-        dead = [int(number) for number in re.findall(r"\d+", text.partition("DataLoader worker")[2].partition(")")[0])]
-        files = self.read(dead) or self.read()
+        dead = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
+        files = self.read([int(pid) for pid in dead[1].split(",")] if dead else None) or self.read()
         what = "did not answer in time" if "timed out" in text else "died"
         return (
             f"a data loader worker {what} while it read {', '.join(files) or 'its first file'}: {text.splitlines()[0]}"

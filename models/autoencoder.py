@@ -101,7 +101,7 @@ KINDS: dict[str, Kind] = {
 # ----------------------------------------------------------------------------------------- loading
 
 
-def _local_folder(config: CodecConfig) -> Path | None:
+def local_folder(config: CodecConfig) -> Path | None:
     """The folder that `config.path` names, or None for what can only be a hub name.
 
     Raises: FileNotFoundError for a path that looks like a folder (hub names are `name` or `owner/name`) but
@@ -193,7 +193,7 @@ def _load(config: CodecConfig) -> tuple[Kind, nn.Module]:
     """The network that `config.path` names, on the CPU, and how to call it."""
     if config.path is None:
         return KINDS["pixels"], nn.Identity()
-    folder = _local_folder(config)
+    folder = local_folder(config)
     if folder is not None:
         inner = folder / (config.subfolder or "")
         if (inner / ENCODER_FILE).is_file() and (inner / DECODER_FILE).is_file():
@@ -203,6 +203,28 @@ def _load(config: CodecConfig) -> tuple[Kind, nn.Module]:
 
 
 # ------------------------------------------------------------------------------------------- codec
+
+
+class Posterior(NamedTuple):
+    """What an encoder says of a video: mean and, if it is stochastic, deviation, (B, F, C, h, w) each, unscaled."""
+
+    mean: Tensor
+    std: Tensor | None
+
+    def latents(self, config: CodecConfig, noise: Tensor | None = None) -> Tensor:
+        """The mean, or with unit `noise` of its shape a sample; shifted and scaled as `config` says; fp32."""
+        z = self.mean.float()
+        if noise is not None and self.std is not None:
+            z = z + self.std.float() * noise.float()
+        return (z - config.shift) * config.scale
+
+
+@dataclass(frozen=True)
+class StoredCodec:
+    """A codec whose encoder has been run before: no network, only how its latents are drawn and scaled."""
+
+    config: CodecConfig
+    stochastic: bool
 
 
 class LatentCodec(nn.Module):
@@ -266,13 +288,17 @@ class LatentCodec(nn.Module):
             raise ValueError("this codec is not stochastic: encode takes no noise")
         if noise is not None and noise.shape != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, but the latents have {shape}")
+        return self.posterior(video).latents(self.config, noise)
+
+    @torch.no_grad()
+    def posterior(self, video: Tensor) -> Posterior:
+        """(B, F, 3, H, W) in [-1, 1] -> the encoder's own mean and deviation, fp32."""
+        shape = self.latent_shape(video.shape)
         images = rearrange(video, "b f c h w -> (b f) c h w").to(DTYPES[self.config.dtype])
         parts = [self.kind.encode(self.network, chunk) for chunk in images.split(self.config.chunk_size)]
-        latents = torch.cat([mean.float() for mean, _ in parts]).view(shape)
-        if noise is not None:
-            std = torch.cat([std.float() for _, std in parts if std is not None]).view(shape)
-            latents = latents + std * noise.float()
-        return (latents - self.config.shift) * self.config.scale
+        mean = torch.cat([mean.float() for mean, _ in parts]).view(shape)
+        stds = [std.float() for _, std in parts if std is not None]
+        return Posterior(mean, torch.cat(stds).view(shape) if stds else None)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

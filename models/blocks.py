@@ -39,11 +39,66 @@ LAYER_PLANS: dict[str, Callable[[int], list[Layer]]] = {
 GELU_TANH = partial(nn.GELU, approximate="tanh")
 
 
+class View(NamedTuple):
+    """How one kind of attention folds tokens `(B, F, N, D)` to 4-D, and back."""
+
+    fold: str
+    unfold: str
+
+
+VIEWS: dict[str, View] = {
+    # among the N tokens of each frame
+    "spatial": View(
+        "batch frames tokens (heads dim) -> (batch frames) heads tokens dim",
+        "(batch frames) heads tokens dim -> batch frames tokens (heads dim)",
+    ),
+    # among the F frames, for each token position
+    "temporal": View(
+        "batch frames tokens (heads dim) -> (batch tokens) heads frames dim",
+        "(batch tokens) heads frames dim -> batch frames tokens (heads dim)",
+    ),
+    # all tokens of a clip as one row of queries, for the one row of words of its caption
+    "text": View(
+        "batch frames tokens (heads dim) -> batch heads (frames tokens) dim",
+        "batch heads (frames tokens) dim -> batch frames tokens (heads dim)",
+    ),
+}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    view: str,
+    num_heads: int,
+    *,
+    mask: Tensor | None = None,
+    rotation: Rotation | None = None,
+) -> Tensor:
+    """Multi-head attention, folded to 4-D in between: fused attention takes nothing else.
+
+    Args:
+        q: queries `(B, F, N, D)`.
+        k, v: keys and values, the same shape, or that of what is attended to.
+        view: a key of `VIEWS`.
+        mask: what fused attention takes for the folded shapes.
+        rotation: turns queries and keys.
+
+    Returns:
+        `(B, F, N, D)`.
+    """
+    batch, frames = q.shape[:2]
+    q, k, v = (rearrange(each, VIEWS[view].fold, heads=num_heads) for each in (q, k, v))
+    if rotation is not None:
+        q, k = rotate(q, rotation), rotate(k, rotation)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return rearrange(out, VIEWS[view].unfold, batch=batch, frames=frames)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention along one axis of the tokens; a subclass says which."""
 
-    fold: ClassVar[str]
-    unfold: ClassVar[str]
+    axis: ClassVar[Axis]
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -52,19 +107,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def attend(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """`(B, F, N, D)` -> the same, folded to 4-D in between: fused attention takes nothing else."""
-        q, k, v = rearrange(self.qkv(x), self.fold, three=3, heads=self.num_heads)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        out = functional.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(out, self.unfold, batch=x.shape[0]))
+        """`(B, F, N, D)` -> the same."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(attend(q, k, v, self.axis, self.num_heads, rotation=rotation))
 
 
 class SpatialAttention(Attention):
     """Among the N tokens of each frame."""
 
-    fold = "batch frames tokens (three heads dim) -> three (batch frames) heads tokens dim"
-    unfold = "(batch frames) heads tokens dim -> batch frames tokens (heads dim)"
+    axis = "spatial"
 
     def forward(self, x: Tensor, num_frames: int, rotation: Rotation | None = None) -> Tensor:
         """`(B, F+I, N, D)` -> `(B, F+I, N, D)`; images are frames like any other."""
@@ -74,8 +125,7 @@ class SpatialAttention(Attention):
 class TemporalAttention(Attention):
     """Among the F frames of the clip, for each token position."""
 
-    fold = "batch frames tokens (three heads dim) -> three (batch tokens) heads frames dim"
-    unfold = "(batch tokens) heads frames dim -> batch frames tokens (heads dim)"
+    axis = "temporal"
 
     def forward(self, x: Tensor, num_frames: int, rotation: Rotation | None = None) -> Tensor:
         """`(B, F+I, N, D)` -> `(B, F+I, N, D)`; the images have no time: they get zero."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .latte import Latte
 from .pickled import load_pickled
@@ -20,6 +20,7 @@ from .pickled import load_pickled
 log = logging.getLogger(__name__)
 
 WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel, torch.compile
+PIXART_KEYS = ("state_dict_ema", "state_dict")  # of the `.pth` files that PixArt's training writes
 TABLES = {
     "pos_embed": "for another latent size: set data.image_size as in training",
     "temp_embed": "for another frame count: set data.num_frames as in training",
@@ -55,9 +56,10 @@ class InitReport:
 def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str] = ()) -> dict[str, Tensor]:
     """Read the weights of a `.safetensors` file or of a `.pt` file as the official code writes it.
 
-    Of a `.pt` file the weights under `prefer` are taken, else, with a warning, `ema` or `model`, else the file is the
-    weights. The prefixes that DistributedDataParallel and torch.compile add to keys are removed. Nothing is unpickled
-    but tensors and plain containers; objects of the classes named in `ignored` are passed over.
+    Of a `.pt` file the weights under `prefer` are taken, else, with a warning, `ema` or `model` (of PixArt's `.pth`
+    `state_dict_ema` or `state_dict`), else the file is the weights. The prefixes that DistributedDataParallel and
+    torch.compile add to keys are removed. Nothing is unpickled but tensors and plain containers; objects of the
+    classes named in `ignored` are passed over.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -73,13 +75,14 @@ def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str
     return _unwrap(weights, path)
 
 
-def load_weights(model: Latte, state_dict: Mapping[str, Tensor], source: str) -> None:
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:
     """Load all weights or none.
 
     Args:
         model: the network; unchanged where the weights do not fit.
         state_dict: weights by official key.
         source: where they come from, for the error.
+        assign: make these tensors the network's own instead of copying them into it.
 
     Raises:
         ValueError: keys are missing, unexpected or of another shape; all of them are listed.
@@ -87,7 +90,7 @@ def load_weights(model: Latte, state_dict: Mapping[str, Tensor], source: str) ->
     problems = _differences(model.state_dict(), state_dict)
     if problems:
         raise ValueError(f"{source} does not fit the network: " + "; ".join(problems))
-    model.load_state_dict(state_dict)
+    model.load_state_dict(state_dict, assign=assign)
 
 
 def is_image_checkpoint(state_dict: Mapping[str, Tensor]) -> bool:
@@ -131,7 +134,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _select_weights(content: Any, prefer: str, path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         return {}
-    for key in (prefer, "ema", "model"):
+    for key in (prefer, "ema", "model", *PIXART_KEYS):
         if isinstance(content.get(key), Mapping):
             if key != prefer:
                 log.warning("%s holds no `%s` weights, its `%s` is taken", path, prefer, key)
@@ -185,7 +188,7 @@ def _fold(keys: Iterable[tuple[str, str]]) -> list[str]:
     """Keys with notes -> lines; the same key and note in many layers is one line, `blocks.{0-27}.attn...`."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for key, note in keys:
-        head, number, tail = re.fullmatch(r"(?:(blocks)\.(\d+)\.)?(.*)", key, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+        head, number, tail = re.fullmatch(r"(?:(\w*blocks)\.(\d+)\.)?(.*)", key, re.DOTALL).groups(default="")  # type: ignore[union-attr]
         groups.setdefault((head, tail, note), []).append(int(number or 0))
     return [
         (f"{head}.{_ranges(numbers)}." if head else "") + tail + (f": {note}" if note else "")

@@ -83,6 +83,17 @@ class FrameUpsampler(nn.Module):
         return torch.cat([x[:, :num_frames], images], dim=1)
 
 
+def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """`(B, F, N, p*p*C)` of `grid` rows and columns -> `(B, F, C, H, W)`."""
+    return rearrange(
+        x,
+        "batch frames (rows columns) (p q channels) -> batch frames channels (rows p) (columns q)",
+        rows=grid[0],
+        p=patch_size,
+        q=patch_size,
+    )
+
+
 class TimestepEmbedder(nn.Module):
     """256 sinusoids of the timestep, then an MLP."""
 

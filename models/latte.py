@@ -7,7 +7,6 @@ N tokens per frame, D width. Between patch embedding and final layer F counts tu
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +23,7 @@ from .embeddings import (
     rotary_table,
     sincos_grid,
     sincos_table,
+    unpatchify,
 )
 
 
@@ -118,7 +118,7 @@ class Latte(nn.Module):
                 x = self._add_time_positions(x, num_frames)
             x = self._run(block, x, condition, num_frames, rotation)
         x = self.final_layer(x[:, :, : grid[0] * grid[1]], condition, num_frames)  # (B, F+I, N, p*p*C)
-        x = self._unpatchify(x, grid)  # (B, F+I, C, H, W)
+        x = unpatchify(x, grid, self.patch_size)  # (B, F+I, C, H, W)
         return self.frame_upsampler(x, num_images) if self.config.patch_embedding == "tubelet" else x
 
     def initialize_weights(self) -> None:
@@ -169,15 +169,6 @@ class Latte(nn.Module):
         if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
             return block(x, condition, num_frames, rotation)
         return checkpoint(block, x, condition, num_frames, rotation, use_reentrant=False, preserve_rng_state=False)
-
-    def _unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return rearrange(
-            x,
-            "batch frames (rows columns) (p q channels) -> batch frames channels (rows p) (columns q)",
-            rows=grid[0],
-            p=self.patch_size,
-            q=self.patch_size,
-        )
 
     def _space_positions(self, grid: tuple[int, int]) -> Tensor:
         """`(1, N, D)` for any grid; the trained one is kept."""

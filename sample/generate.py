@@ -22,8 +22,8 @@ from diffusion import Denoiser, guided
 from diffusion import sample as run_sampler
 from diffusion.samplers import Callback
 from engine.build import build_model, build_process
-from engine.checkpoint import find_checkpoint, load_model_weights, load_weights_file
-from engine.config import Config, load_config
+from engine.checkpoint import find_checkpoint, load_model_weights, load_weights_file, weights_file
+from engine.config import LABEL_RULES, Config, load_config
 from engine.objective import sample_generator
 from models.autoencoder import LatentCodec
 from models.convert import load_weights
@@ -62,6 +62,10 @@ class Source:
         if self.config is None:
             return load_model_weights(self.path, kind)
         return load_weights_file(self.path, kind)
+
+    def weights_file(self, kind: str) -> Path:
+        """The file that holds them."""
+        return self.path if self.config is None else weights_file(self.path, kind)
 
 
 def sampling_config(
@@ -150,7 +154,7 @@ class Generator:
         if precision not in AUTOCAST:
             raise ValueError(f"sample.precision must be one of {', '.join(AUTOCAST)}, not {precision!r}.")
         self.device = torch.device(device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model = model.to(self.device).eval()
         self.codec = codec
         self.config = config
         self.class_names = list(class_names) if class_names else None
@@ -194,7 +198,7 @@ class Generator:
         load_weights(model, source.weights(weights), str(source.path))
         names = source.class_names or _known_class_names(config)
         codec = LatentCodec.from_config(config.codec, device=device)
-        return cls(model, codec, config, class_names=names, device=device, precision=precision)
+        return cls(model.requires_grad_(False), codec, config, class_names=names, device=device, precision=precision)
 
     def sample(self, labels: Sequence[int | str] | None = None, num: int = 4, **settings: Any) -> np.ndarray:
         """`num` videos as uint8 (n, F, H, W, 3); `settings` as for `batches`."""
@@ -205,6 +209,7 @@ class Generator:
         labels: Sequence[int | str] | None = None,
         num: int = 4,
         *,
+        label_rule: str = "balanced",
         seed: int = 0,
         steps: int = 250,
         method: str = "auto",
@@ -219,7 +224,7 @@ class Generator:
         """Sample in batches of at most `batch_size`.
 
         Args:
-            labels: used in turn by index; None: all classes in turn.
+            labels, label_rule: as for `labels_for`, which draws with `seed`.
             num: videos 0 to num - 1; `indices` picks others, e.g. one process's share.
             seed: any whole number from 0.
             steps: of the sampler, at most `diffusion.num_steps` for Gaussian diffusion.
@@ -234,7 +239,7 @@ class Generator:
         Raises:
             ValueError: settings that the network or its diffusion cannot follow, in one sentence.
         """
-        label_of = self.labels_for(labels)
+        label_of = self.labels_for(labels, label_rule, seed)
         shape = self._latent_shape(num_frames, image_size)
         process = build_process(self.config, respacing=str(steps)).to(self.device)
         method = self._method(method)
@@ -258,11 +263,24 @@ class Generator:
         """Latents (B, F, C, h, w) -> uint8 (B, F, H, W, 3)."""
         return to_uint8(self.codec.decode(latents))
 
-    def labels_for(self, labels: Sequence[int | str] | None = None) -> Callable[[int], int | None]:
-        """The label of each video index: the given ones, or all classes, in turn; None if unconditional."""
+    def labels_for(
+        self, labels: Sequence[int | str] | None = None, rule: str = "balanced", seed: int = 0
+    ) -> Callable[[int], int | None]:
+        """The label of each video index, one of `labels` (None: of all classes); None if unconditional.
+
+        Args:
+            rule: "balanced" takes them in turn, so their counts differ by one at most; "random" draws one for each
+                index, evenly, as a function of (seed, index).
+        """
+        if rule not in LABEL_RULES:
+            raise ValueError(f"sample.label_rule must be one of {', '.join(LABEL_RULES)}, not {rule!r}.")
         num_classes = self.config.model.num_classes
         chosen = resolve_labels(labels or [], num_classes, self.class_names) or list(range(num_classes))
-        return lambda index: chosen[index % len(chosen)] if chosen else None
+        if not chosen:
+            return lambda index: None
+        if rule == "random":
+            return lambda index: chosen[_drawn(seed, index) % len(chosen)]
+        return lambda index: chosen[index % len(chosen)]
 
     def class_name(self, label: int | None) -> str | None:
         """The name of a class, `class-012` where names are not known, None for no label."""
@@ -294,6 +312,13 @@ class Generator:
         return guided(network, y, self.model.null_label, guidance_scale, channels=self.model.in_channels)
 
 
+def sampler_settings(config: Config) -> dict[str, Any]:
+    """What `config` says to `Generator.batches`, but for which videos."""
+    keys = ("labels", "label_rule", "seed", "steps", "method", "eta", "guidance_scale", "batch_size")
+    sizes = {"num_frames": config.data.num_frames, "image_size": config.data.image_size}
+    return {key: getattr(config.sample, key) for key in keys} | sizes
+
+
 class VideoNoise:
     """Unit noise of a batch of videos, each drawn from its own generator seeded with (seed, index)."""
 
@@ -308,6 +333,11 @@ class VideoNoise:
     def like(self, x: Tensor) -> Tensor:
         """The next noise in the shape of x (B, ...)."""
         return self.draw(x.shape[1:])
+
+
+def _drawn(seed: int, index: int) -> int:
+    """A random number of 64 bits for video `index`, independent of its noise."""
+    return int(np.random.SeedSequence([seed, index], spawn_key=(1,)).generate_state(1, np.uint64)[0])
 
 
 def to_uint8(video: Tensor) -> np.ndarray:

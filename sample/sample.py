@@ -21,7 +21,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.cli import run
 
@@ -29,16 +29,25 @@ if TYPE_CHECKING:
     import numpy as np
 
     from engine.config import Config
-    from sample.generate import Generator
+    from sample.generate import Generator, Source
 
 SHOWN = 16  # videos in the GIF and on the contact sheet
 SIZE_KEYS = ("data.num_frames=", "data.image_size=")
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Request(NamedTuple):
+    """What a command line asks for."""
+
+    source: Source
+    config: Config  # what to sample
+    trained: Config  # the same with the sizes that the network was trained on, for which it is built
+    device: str | None
+
+
+def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     """The command line; flags that are absent stay out of the result."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         usage="%(prog)s [--config FILE] [--ckpt PATH] [flags] [section.key=value ...]",
@@ -49,10 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save_video_path", metavar="DIR", help="folder to write into")
     add(
         "--labels",
-        type=lambda text: text.split(","),
+        type=lambda text: None if text == "all" else text.split(","),
         metavar="L,L,...",
-        help="classes by number or name, in turn",
+        help="classes by number or name; all",
     )
+    add("--label_rule", metavar="RULE", help="balanced: labels in turn by index; random: drawn by (seed, index)")
     add("--num_videos", type=int, metavar="N")
     add("--seed", type=int, metavar="N")
     add("--steps", type=int, metavar="N", help="sampler steps")
@@ -75,29 +85,38 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Sample as the command line says."""
-    settings = vars(build_parser().parse_intermixed_args(argv))
-    yaml, device, overrides = (settings.pop(key) for key in ("config", "device", "overrides"))
-
-    from sample.generate import Generator, Source, sampling_config  # torch is imported here: --help is quick
-
-    source = Source.open(checkpoint_path(yaml, settings, overrides))
-    config = sampling_config(source, yaml, settings, overrides)
-    trained = sampling_config(source, yaml, settings, [each for each in overrides if not each.startswith(SIZE_KEYS)])
-    generator = Generator.from_source(
-        source,
-        config=trained,
-        weights=config.sample.weights,
-        device=device,
-        precision=config.sample.precision,
-    )
-    folder = Path(config.sample.save_video_path)
+    request = resolve(vars(build_parser().parse_intermixed_args(argv)))
+    generator = load_generator(request, request.device)
+    folder = Path(request.config.sample.save_video_path)
     make_writable(folder)
-    files = write_samples(generator, config, folder, checkpoint=str(source.path))
+    files = write_samples(generator, request.config, folder, checkpoint=str(request.source.path))
     print(f"{len(files)} videos in {folder}: samples.png and samples.gif show {min(SHOWN, len(files))} of them")
     return 0
 
 
-def make_writable(folder: Path) -> None:
+def resolve(arguments: dict[str, Any]) -> Request:
+    """What the parsed `arguments`, the YAML and the checkpoint say together; verifies the checkpoint."""
+    from sample.generate import Source, sampling_config  # torch is imported here: --help is quick
+
+    settings = dict(arguments)
+    yaml, device, overrides = (settings.pop(key) for key in ("config", "device", "overrides"))
+    source = Source.open(checkpoint_path(yaml, settings, overrides))
+    config = sampling_config(source, yaml, settings, overrides)
+    trained = sampling_config(source, yaml, settings, [each for each in overrides if not each.startswith(SIZE_KEYS)])
+    return Request(source, config, trained, device)
+
+
+def load_generator(request: Request, device: Any) -> Generator:
+    """The network and codec of `request`, on `device`."""
+    from sample.generate import Generator
+
+    wanted = request.config.sample
+    return Generator.from_source(
+        request.source, config=request.trained, weights=wanted.weights, device=device, precision=wanted.precision
+    )
+
+
+def make_writable(folder: Path, flag: str = "--save_video_path") -> None:
     """Make `folder`, and see that files can be made in it, before anything is sampled."""
     import tempfile
 
@@ -106,7 +125,7 @@ def make_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"--save_video_path {folder} cannot be written: {error.strerror or error}.") from None
+        raise OSError(f"{flag} {folder} cannot be written: {error.strerror or error}.") from None
 
 
 def checkpoint_path(yaml: str | None, settings: dict[str, Any], overrides: list[str]) -> str:
@@ -129,7 +148,7 @@ def write_samples(generator: Generator, config: Config, folder: Path, checkpoint
     from sample.video_io import slug, write_mp4
 
     wanted = config.sample
-    label_of = generator.labels_for(wanted.labels)
+    label_of = generator.labels_for(wanted.labels, wanted.label_rule, wanted.seed)
     shown: list[np.ndarray] = []
     files: list[dict[str, Any]] = []
     for indices, videos in batches_with_progress(generator, config):
@@ -148,7 +167,8 @@ def batches_with_progress(generator: Generator, config: Config) -> Any:
     """`generator.batches` for `config`, under a progress bar of sampler steps."""
     from tqdm import tqdm
 
-    wanted = config.sample
+    from sample.generate import sampler_settings
+
     interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file gets a line now and then
     with tqdm(unit="step", dynamic_ncols=True, mininterval=interval) as bar:
 
@@ -156,38 +176,27 @@ def batches_with_progress(generator: Generator, config: Config) -> Any:
             bar.total = total
             bar.update(done - bar.n)
 
-        yield from generator.batches(
-            wanted.labels,
-            wanted.num_videos,
-            seed=wanted.seed,
-            steps=wanted.steps,
-            method=wanted.method,
-            eta=wanted.eta,
-            guidance_scale=wanted.guidance_scale,
-            batch_size=wanted.batch_size,
-            num_frames=config.data.num_frames,
-            image_size=config.data.image_size,
-            callback=show,
-        )
+        yield from generator.batches(num=config.sample.num_videos, callback=show, **sampler_settings(config))
 
 
 def write_overview(
-    folder: Path, shown: list[np.ndarray], files: list[dict[str, Any]], config: Config, checkpoint: str
+    folder: Path, shown: list[np.ndarray], files: list[dict[str, Any]], config: Config, checkpoint: str, **facts: Any
 ) -> None:
-    """The GIF and contact sheet of the videos `shown`, and samples.json with what made all of them."""
+    """The GIF and contact sheet of the videos `shown`, and samples.json with what made all of them, and `facts`."""
     import json
 
     import numpy as np
 
     from sample.video_io import write_atomically, write_contact_sheet, write_gif
 
-    videos = np.stack(shown)
+    videos = np.stack(shown)  # (n, F, H, W, 3)
     captions = [each["class_name"] or f"{each['index']:04d}" for each in files[: len(shown)]]
     write_gif(folder / "samples.gif", videos, config.sample.fps, scale=None)
     write_contact_sheet(folder / "samples.png", videos, captions)
-    settings = config.to_dict()["sample"] | {"ckpt": checkpoint, "save_video_path": str(folder)}
+    settings = config.to_dict()["sample"] | {"ckpt": checkpoint}
     size = {"num_frames": videos.shape[1], "height": videos.shape[2], "width": videos.shape[3]}
-    text = json.dumps({"checkpoint": checkpoint, **size, "sample": settings, "videos": files}, indent=2) + "\n"
+    content = {"checkpoint": checkpoint, **facts, **size, "sample": settings, "videos": files}
+    text = json.dumps(content, indent=2) + "\n"
     write_atomically(folder / "samples.json", lambda temporary: temporary.write_text(text))
 
 

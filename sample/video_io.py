@@ -1,4 +1,4 @@
-"""Writing generated videos: mp4, GIF, contact sheet. Same frames, same bytes; files appear whole or not.
+"""Writing generated videos: mp4, GIF, contact sheet, arrays. Same frames, same bytes; files appear whole or not.
 
 Videos are uint8 RGB, (n, F, H, W, 3) for several of one size and (F, H, W, 3) for one.
 Letters: n videos, F frames, H W height and width in pixels.
@@ -6,10 +6,12 @@ Letters: n videos, F frames, H W height and width in pixels.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +23,15 @@ MARGIN = 4  # pixels between the tiles of a contact sheet
 GIF_GAP = 2  # pixels between the tiles of a GIF
 BACKGROUND = 255
 # One thread and bit-exact muxing: the bytes depend on the frames alone, not on the machine's core count.
-X264_OPTIONS = [
-    "-crf",
-    "10",
-    "-preset",
-    "medium",
-    "-threads",
-    "1",
-    "-fflags",
-    "+bitexact",
-    "-flags:v",
-    "+bitexact",
-]
+# Without cpu-independent, its assembly for macroblock trees reads what lies in memory behind small frames.
+X264_OPTIONS = {
+    "crf": "10",
+    "preset": "medium",
+    "threads": "1",
+    "flags": "+bitexact",
+    "x264-params": "cpu-independent=1",
+}
+MP4_OPTIONS = {"fflags": "+bitexact"}
 
 
 def slug(name: str, max_length: int = 80) -> str:
@@ -42,12 +41,14 @@ def slug(name: str, max_length: int = 80) -> str:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then rename it into place; returns `path`."""
+    """Let `write` fill a temporary file beside `path`, sync it, then rename it into place; returns `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix tells writers the format
     try:
         write(temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -59,26 +60,29 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8) -> Path:
 
     The format needs even sizes: of an odd height or width the last row or column is repeated once.
     """
-    import imageio.v3 as iio
+    import av
 
     frames = as_frames(video, ndim=4)
     _, height, width, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
     def write(temporary: Path) -> None:
-        iio.imwrite(
-            temporary,
-            frames,
-            plugin="FFMPEG",
-            fps=fps,
-            codec="libx264",
-            pixelformat="yuv420p",
-            macro_block_size=1,  # no resizing to a multiple of 16
-            quality=None,  # the constant rate factor of X264_OPTIONS instead
-            output_params=X264_OPTIONS,
-        )
+        # in this process: an ffmpeg beside it may end by a full disk or a signal, unnoticed, with half a file
+        with av.open(str(temporary), "w", format="mp4", container_options=MP4_OPTIONS) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=X264_OPTIONS)
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
 
     return write_atomically(path, write)
+
+
+def write_lossless(path: str | Path, video: np.ndarray) -> Path:
+    """Write one video (F, H, W, 3) as it is: numpy's .npy, format version 1, for `np.load(..., mmap_mode="r")`."""
+    buffer = io.BytesIO()  # numpy's own writing to a file does not say that the disk is full
+    np.lib.format.write_array(buffer, np.ascontiguousarray(as_frames(video, ndim=4)), version=(1, 0))
+    return write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def write_gif(path: str | Path, videos: np.ndarray, fps: float = 8, scale: int | None = 1) -> Path:

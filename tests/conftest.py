@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.config import Config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -58,19 +63,49 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(line)
 
 
-@pytest.fixture(scope="session")
-def frame_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of three clips, each a folder of seven 12x10 PNG frames."""
-    root = tmp_path_factory.mktemp("frames")
+def draw_frame_folders(root: Path, clips: int) -> Path:
+    """Two classes of `clips` clips, each a folder of seven 12x10 PNG frames."""
     rng = np.random.default_rng(0)
     for label in ("falls", "rises"):
-        for clip in range(3):
+        for clip in range(clips):
             folder = root / label / f"clip{clip}"
             folder.mkdir(parents=True)
             for frame in range(7):
                 pixels = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{frame:03d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def frame_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of three clips, each a folder of seven 12x10 PNG frames."""
+    return draw_frame_folders(tmp_path_factory.mktemp("frames"), clips=3)
+
+
+def random_weights(config: Config, seed: int) -> dict[str, Tensor]:
+    """Weights under which the network's output depends on everything (a fresh network outputs zero)."""
+    import torch
+
+    from engine.build import build_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_model(config)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model.state_dict()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tiny class-conditional network, with weights that show what they are asked."""
+    from engine.checkpoint import Checkpoint, save_checkpoint
+    from engine.config import load_config
+
+    config = load_config(None, TINY)
+    weights = random_weights(config, 0)
+    saved = Checkpoint(1, 2, weights, weights, {}, {}, {"class_names": ["falls", "rises"]})
+    return save_checkpoint(saved, config, tmp_path_factory.mktemp("run") / "checkpoints")
 
 
 @pytest.fixture

@@ -40,31 +40,16 @@ def _non_finite_gradient(trainer: Trainer) -> None:
     hook = next(trainer.model.parameters()).register_hook(lambda gradient: (hook.remove(), gradient + torch.inf)[1])
 
 
-def _non_finite_loss(trainer: Trainer) -> None:
-    """A loss that is not a number, in this step's last micro-batch only."""
+def _spoil_next_loss(trainer: Trainer, *fields: str) -> None:
+    """NaN for `fields` of the next loss; the loss it reports is NaN in any case."""
     objective = trainer.objective
     inner = objective.loss
 
     def spoiled(*arguments: Any) -> Any:
         objective.loss = inner  # type: ignore[method-assign]
         result = inner(*arguments)
-        nan = result.loss * torch.nan
-        return replace(
-            result, loss=nan, parts={**result.parts, "loss": nan.detach()}, per_clip=result.per_clip * torch.nan
-        )
-
-    objective.loss = spoiled  # type: ignore[method-assign]
-
-
-def _non_finite_report(trainer: Trainer) -> None:
-    """A loss that is reported as not a number though its gradient is finite, in this step only."""
-    objective = trainer.objective
-    inner = objective.loss
-
-    def spoiled(*arguments: Any) -> Any:
-        objective.loss = inner  # type: ignore[method-assign]
-        result = inner(*arguments)
-        return replace(result, parts={**result.parts, "loss": result.loss.detach() * torch.nan})
+        nans = {name: getattr(result, name) * torch.nan for name in fields}
+        return replace(result, parts={**result.parts, "loss": result.loss.detach() * torch.nan}, **nans)
 
     objective.loss = spoiled  # type: ignore[method-assign]
 
@@ -124,9 +109,9 @@ FAULTS: dict[str, Callable[[Trainer], None]] = {
     "term": _signal_self(signal.SIGTERM),
     "usr1": _signal_self(signal.SIGUSR1),
     "raise": _raise,
-    "nan": _non_finite_loss,
+    "nan": lambda trainer: _spoil_next_loss(trainer, "loss", "per_clip"),
     "inf": _non_finite_gradient,
-    "report": _non_finite_report,
+    "report": _spoil_next_loss,  # its gradient is finite
     "spike": _large_gradient,
     "ulp": _one_ulp,
     "loader": _kill_loader_worker,
@@ -237,13 +222,20 @@ def run(overrides: list[str], world: World | None = None, **options: Any) -> Tra
 
 
 class Torchrun:
-    """torchrun on two gloo ranks in the background. As a context it leaves no process behind."""
+    """torchrun on `ranks` gloo ranks in the background. As a context it leaves no process behind."""
 
     def __init__(
-        self, overrides: list[str], fault: str = "", flags: tuple[str, ...] = (), once: Path | None = None
+        self,
+        overrides: list[str],
+        fault: str = "",
+        flags: tuple[str, ...] = (),
+        once: Path | None = None,
+        *,
+        ranks: int = 2,
+        script: str = "tests/fault_support.py",
     ) -> None:
-        launcher = [sys.executable, "-m", "engine.elastic", "--standalone", "--nproc_per_node=2"]
-        command = [*launcher, "--shutdown-timeout=5", *flags, "tests/fault_support.py", *overrides]
+        launcher = [sys.executable, "-m", "engine.elastic", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [*launcher, "--shutdown-timeout=5", *flags, script, *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "LATTE_FAULT": fault, "CUDA_VISIBLE_DEVICES": ""}
         if once is not None:
             environment["LATTE_FAULT_ONCE"] = str(once)

@@ -22,30 +22,18 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-import numpy as np
 import psutil
 import torch
-from PIL import Image
 
 from engine import checkpoint as ckpt
 from engine.watch import Breadcrumbs
-from tests.conftest import TINY
+from tests.conftest import TINY, draw_frame_folders
 from tests.fault_support import Torchrun
 
 # what may hit a session, and how often: SIGKILL of a rank or of torchrun, signals, a full disk, a loader worker
 KINDS = ("kill", "kill", "killparent", "term", "usr1", "termparent", "usr1parent", "disk", "loader")
 SIGNALS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--max-restarts=0")
 STAY = {"checkpoints", "config.yaml", "metrics.jsonl", "events.jsonl", "tensorboard", "COMPLETED"}
-
-
-def draw_clips(root: Path) -> None:
-    """Two classes of four clips, each a folder of seven frames."""
-    rng = np.random.default_rng(0)
-    for clip in range(8):
-        folder = root / ("falls", "rises")[clip % 2] / f"clip{clip}"
-        folder.mkdir(parents=True)
-        for frame in range(7):
-            Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(folder / f"{frame}.png")
 
 
 def last_step(run: Path) -> int:
@@ -86,7 +74,7 @@ def differences(a: Path, b: Path) -> list[str]:
 
 def soak(kills: int, seed: int, work: Path) -> list[str]:
     """Everything that went wrong."""
-    draw_clips(work / "data")
+    draw_frame_folders(work / "data", clips=4)
     steps = 6 * kills + 20
     common = [*TINY, f"data.path={work / 'data'}", f"train.max_steps={steps}", "train.checkpoint_every=5"]
     common += ["train.log_every=1", "train.timeout_s=20", "model.label_dropout=0.5"]

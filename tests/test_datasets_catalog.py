@@ -55,6 +55,21 @@ def test_folders_of_frames_at_any_depth(tmp_path: Path, name: str) -> None:
     assert catalog.skipped == {"*.txt": 1, "fewer than 7 frames": 1, "hidden": 1}
 
 
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_other_kind_is_read_where_there_is_none_of_its_own(tmp_path: Path, name: str) -> None:
+    """A set that was turned into frames, or into videos, keeps its name; strays beside its own kind stay strays."""
+    (tmp_path / "videos").mkdir()
+    touch(tmp_path / "frames", *frames("A/c1", 7), *frames("B/c2", 8))
+    touch(tmp_path / "videos", "A/1.mp4", "B/2.mp4")
+    for kind, clips in (("frames", ["A/c1", "B/c2"]), ("videos", ["A/1.mp4", "B/2.mp4"])):
+        catalog = build_catalog(config(tmp_path / kind, name))
+        assert [clip.name for clip in catalog.clips] == clips and not catalog.skipped
+        assert catalog.class_names == ([] if name in ("ffs", "sky", "taichi") else ["A", "B"])
+    both = build_catalog(config(tmp_path, name, labels="none"))
+    kinds = {clip.name.split("/")[0] for clip in both.clips}
+    assert kinds == {"folder": {"frames", "videos"}, "sky": {"frames"}, "taichi": {"frames"}}.get(name, {"videos"})
+
+
 @pytest.mark.parametrize("name", ["ucf101", "demo"])
 def test_class_folders(tmp_path: Path, name: str) -> None:
     touch(tmp_path, "Yo/v_Yo_g01_c01.avi", "Archery/v_Archery_g01_c02.mp4", "Archery/v_Archery_g01_c01.avi")

@@ -17,6 +17,7 @@ from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
 from tests.fault_support import ROOT, rows, run
+from tests.latent_support import cache
 
 pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
 
@@ -49,6 +50,15 @@ def test_the_same_five_losses(tiny: list[str], tmp_path: Path, extra: list[str])
     common = [*tiny, *extra, "train.max_steps=5", "model.label_dropout=0.5"]
     plain = run([*common, f"train.output_dir={tmp_path / 'plain'}"])
     twin = run_twin([*common, f"train.output_dir={tmp_path / 'twin'}"])
+    assert losses(tmp_path / "plain") == losses(tmp_path / "twin")
+    assert_same(plain, twin)
+
+
+def test_the_same_losses_from_latents(tiny: list[str], tmp_path: Path) -> None:
+    made = cache(tiny, tmp_path / "cache")
+    common = [*tiny, "train.max_steps=3"]
+    plain = run([*common, f"train.output_dir={tmp_path / 'plain'}"])
+    twin = run_twin([*common, f"train.output_dir={tmp_path / 'twin'}", f"data.latents={made}"])
     assert losses(tmp_path / "plain") == losses(tmp_path / "twin")
     assert_same(plain, twin)
 

@@ -1,13 +1,14 @@
-"""Faults E1 to E12: broken, short, huge, changing and oddly named clips, and sets that do not fit the run.
+"""Faults E1 to E13: broken, short, huge, changing and oddly named clips, and sets that do not fit the run.
 
 One tiny clip of 24 frames, frame i of grey level 20 + 8 i, is encoded once; what is broken is made from its bytes.
-E13 is a substitute until there is a cache of latents.
+Caches of latents (E13) are made from the tiny set of conftest.py.
 """
 
 from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import os
 import pickle
@@ -30,6 +31,7 @@ from PIL import Image
 
 from datasets import ClipDataset, DataConfig, VideoError, build_catalog, build_dataset, clips, open_video, readers
 from datasets.clips import MAX_ATTEMPTS
+from datasets.latents import CacheError
 from engine import trainer as trainer_module
 from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.config import load_config
@@ -37,6 +39,8 @@ from engine.distributed import World
 from engine.stream import ClipStream, PositionBatches, collate, load_micro_batches
 from engine.trainer import Trainer
 from engine.watch import Breadcrumbs
+from models.autoencoder import CodecConfig, LatentCodec
+from tests.latent_support import cache, save_codec
 from tools.make_demo_data import write_mp4
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
@@ -872,30 +876,111 @@ def test_E1_collate_gives_the_first_error_whole(tmp_path: Path) -> None:
     assert collate([{"index": 1}, {"index": 2}])["index"].tolist() == [1, 2]  # type: ignore[index]
 
 
-# ---- E13: latents ----------------------------------------------------------------------------------
+# ---- E13: the latent cache -------------------------------------------------------------------------
 
 
-def test_E13_a_codec_with_other_latents_is_refused(tmp_path: Path) -> None:
-    """Substitute: there is no latent cache yet; latents of another codec are told by their shape when it loads."""
-    from diffusers import AutoencoderTiny
+@pytest.fixture
+def cached(tiny: list[str], tmp_path: Path) -> tuple[list[str], Path]:
+    """A cache of the tiny set by a tiny autoencoder, and the overrides of a run on it."""
+    common = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderTiny")]
+    made = cache(common, tmp_path / "cache")
+    return [*common, f"data.latents={made}"], made
 
-    from models.autoencoder import CodecConfig, LatentCodec
 
-    AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1), latent_channels=3,
-    ).save_pretrained(tmp_path / "codec")  # fmt: skip
+def shard_with_nan(made: Path) -> None:
+    """One value of every shard is overwritten, as a faulty disk might."""
+    for file in made.glob("shard-*"):
+        content = bytearray(file.read_bytes())
+        content[-4:] = struct.pack("<f", float("nan"))
+        file.write_bytes(content)
+
+
+def index_with(made: Path, **changes: object) -> None:
+    index = json.loads((made / "index.json").read_text())
+    (made / "index.json").write_text(json.dumps({**index, **changes}))
+
+
+def other_weights(made: Path) -> None:
+    save_codec(made.parent / "codec", "AutoencoderTiny", seed=1)
+
+
+def one_shard(made: Path) -> Path:
+    return sorted(made.glob("shard-*"))[0]
+
+
+BAD_CACHES: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
+    "not_finite": (shard_with_nan, [], r"shard-\d+\.safetensors: holds latents of '\w+/clip\d' that are not finite"),
+    "other_weights": (other_weights, [], r"was made by another codec than codec\.path=.*sha256 \w+ -> \w+"),
+    "other_precision": (lambda made: None, ["codec.dtype=bf16"], r"another codec .*dtype fp32 -> bf16"),
+    "wrong_shape": (
+        lambda made: index_with(made, shape=[1, 1, 5, 2, 2]),
+        [],
+        r"shard-00000.*holds F32 .* not F32 .*2, 2",
+    ),
+    "wrong_format": (lambda made: index_with(made, dtype="fp16"), [], r"shard-00000.*holds F32 .*, not F16"),
+    "cut_shard": (lambda made: os.truncate(one_shard(made), 999), [], r"shard-00000.*holds F32 .* in \d+ bytes, not"),
+    "no_shard": (lambda made: one_shard(made).unlink(), [], r"shard-00000\.safetensors: is missing"),
+    "text_shard": (lambda made: one_shard(made).write_text("text " * 99), [], r"shard-00000.*cannot be read"),
+    "no_index": (lambda made: (made / "index.json").unlink(), [], r"is no finished cache, it has no index\.json"),
+    "text_index": (lambda made: (made / "index.json").write_text("[[["), [], r"index\.json cannot be read"),
+    "deep_index": (lambda made: (made / "index.json").write_text("[" * 99999), [], r"index\.json cannot be read"),
+    "other_format": (lambda made: index_with(made, format="x-2"), [], r"is of format 'x-2'; this version reads"),
+    "no_clips": (lambda made: index_with(made, clips=[{"name": "a"}]), [], r"index\.json is damaged"),
+    "no_list": (lambda made: index_with(made, clips=3), [], r"index\.json is damaged"),
+    "out_of_shard": (lambda made: index_with(made, shards=[1]), [], r"index\.json is damaged at '\w+/clip\d'"),
+    "no_folder": (
+        lambda made: made.rename(made.with_name("gone")),
+        [],
+        r"there is no folder '.*'; tools\.cache_latents",
+    ),
+    "other_size": (lambda made: None, ["data.image_size=4"], r"was made with image_size 8, but this run needs 4"),
+    "other_limit": (lambda made: None, ["data.max_pixels=500"], r"with max_pixels 35389440, but this run needs 500"),
+    "other_transform": (lambda made: None, ["data.name=sky"], r"with transform resize_then_.* needs center_crop_then"),
+    "not_mirrored": (lambda made: None, ["data.horizontal_flip=true"], r"with mirrored False, but this run needs True"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CACHES)
+def test_E13_a_latent_cache_that_does_not_fit_is_refused(cached: tuple[list[str], Path], kind: str) -> None:
+    """In one sentence, before the first step or, where only reading can tell, at the step that reads it."""
+    keys, made = cached
+    spoil, extra, sentence = BAD_CACHES[kind]
+    spoil(made)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as caught:
+        Trainer(load_config(None, [*keys, *extra, "train.max_steps=9"]), World()).fit()
+    assert "\n" not in str(caught.value) and str(caught.value).count(". ") == 0
+
+
+@pytest.mark.parametrize("change", ["longer", "more", "renamed"])
+def test_E13_a_latent_cache_of_other_data_is_refused(
+    cached: tuple[list[str], Path], frame_folders: Path, tmp_path: Path, change: str
+) -> None:
+    keys, _ = cached
+    root = copied(frame_folders, tmp_path / "set")
+    clip = root / "rises" / "clip1"
+    if change == "longer":
+        (clip / "007.png").write_bytes((clip / "006.png").read_bytes())
+    elif change == "more":
+        copied(clip, root / "rises" / "clip1a")
+    else:
+        clip.rename(root / "rises" / "clip1a")
+    number = 7 if change == "more" else 6
+    with pytest.raises(ValueError, match=rf"is of other data: 1 of {number} clips are not in it.*'rises/clip1a?' the"):
+        Trainer(load_config(None, [*keys, f"data.path={root}"]), World())
+
+
+def test_E13_a_damaged_cache_ends_the_run_also_from_a_worker(cached: tuple[list[str], Path]) -> None:
+    """No other clip stands in for it, as it would for a broken video; and nothing was learned from it."""
+    keys, made = cached
+    shard_with_nan(made)
+    trainer = Trainer(load_config(None, [*keys, "train.max_steps=9", "data.num_workers=1"]), World())
+    with pytest.raises(CacheError, match=r"holds latents of '\w+/clip\d' that are not finite; make the cache anew"):
+        trainer.fit()
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+
+def test_E13_latents_of_another_shape_are_no_codecs(tmp_path: Path) -> None:
+    """Where latents are made online, a codec is told by their shape when it loads."""
+    save_codec(tmp_path, "AutoencoderTiny")
     with pytest.raises(ValueError, match=r"codec\.latent_channels"):
-        LatentCodec.from_config(CodecConfig(path=str(tmp_path / "codec"), latent_channels=4, downsample_factor=2))
-
-
-def test_E13_latents_that_are_not_finite_change_nothing(tiny: list[str]) -> None:
-    """Substitute: there is no latent cache yet; a latent that is no number costs its step and no more."""
-    trainer = Trainer(load_config(None, [*tiny, "train.max_steps=3"]), World())
-    trainer.folder.open()
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    batch = next(trainer.batches())
-    batch[0]["video"][0, 0, 0, 0, 0] = float("nan")
-    trainer.train_step(batch)
-    assert (trainer.step, trainer.guard.skipped) == (0, 1)
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+        LatentCodec.from_config(CodecConfig(path=str(tmp_path), latent_channels=4, downsample_factor=2))

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import textwrap
@@ -23,6 +24,7 @@ from engine.config import load_config
 from engine.distributed import World
 from engine.errors import TrainingAborted
 from engine.trainer import Trainer
+from engine.watch import Breadcrumbs
 from tests.fault_support import ROOT, BadWorker, Torchrun, all_gone, fit_rank, rows, run, run_ranks
 
 pytestmark = pytest.mark.timeout(150)
@@ -168,6 +170,8 @@ def test_A8_the_handler_only_sets_a_flag() -> None:
     assert isinstance(function, ast.FunctionDef)
     (_docstring, statement) = function.body
     assert isinstance(statement, ast.Assign) and ast.unparse(statement) == "self.received = number"
+    with signals.StopSignals() as stop:
+        assert all(signal.getsignal(number) == stop.remember for number in (signal.SIGTERM, signal.SIGUSR1))
 
 
 @pytest.mark.dist
@@ -198,6 +202,24 @@ def test_A10_a_loader_worker_dies(tiny: list[str], what: str) -> None:
     assert time.monotonic() - start < 20  # 10 s, and the start of a worker on a busy machine
 
 
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ("DataLoader worker (pid(s) 12) exited unexpectedly", "/b.mp4"),
+        ("DataLoader worker (pid 11) is killed by signal: Killed.", "/a.mp4"),
+        ("DataLoader timed out after 5 seconds", "/a.mp4, /b.mp4"),
+    ],
+    ids=["exited", "killed", "hangs"],
+)
+def test_A10_A11_only_what_that_worker_read_is_named(tmp_path: Path, said: str, named: str) -> None:
+    """Of two workers, the one that torch says has died; both, where it does not say which hangs."""
+    crumbs = Breadcrumbs(tmp_path, 0)
+    crumbs.folder = tmp_path
+    for process, path in (("11", "/a.mp4"), ("12", "/b.mp4")):
+        (tmp_path / process).write_text(path)
+    assert f"while it read {named}: {said}" in (crumbs.explain(RuntimeError(said)) or "")
+
+
 def test_A11_a_loader_worker_hangs(tiny: list[str]) -> None:
     config = load_config(None, [*tiny, *FOREVER, "data.num_workers=1", "data.worker_timeout_s=8"])
     subject = Trainer(config, World())
@@ -208,24 +230,30 @@ def test_A11_a_loader_worker_hangs(tiny: list[str]) -> None:
     assert str(victim.path) in str(death.value)
 
 
-def other_data(world: World, overrides: list[str]) -> None:
-    """Each rank finds another number of clips."""
-    run([*overrides, f"data.max_clips={5 + world.rank}"], world)
+def fit_with(world: World, overrides: list[list[str]]) -> None:
+    """Train with the overrides of this rank."""
+    run(overrides[world.rank], world)
 
 
 @pytest.mark.dist
-def test_A12_ranks_that_see_other_data(tiny: list[str], tmp_path: Path) -> None:
-    found = run_ranks(2, tmp_path / "rendezvous", other_data, [*tiny, *TWELVE])
-    for _, error in found:
-        assert error is not None and "rank 1 finds 6 clips" in error and "rank 0 5 (list" in error
+@pytest.mark.parametrize("clips", [5, 6])
+def test_A12_ranks_that_see_other_data(tiny: list[str], frame_folders: Path, tmp_path: Path, clips: int) -> None:
+    """Another number of clips, or as many and one of them another."""
+    other = shutil.copytree(frame_folders, tmp_path / "other")
+    (other / "falls" / "clip0" / "006.png").unlink()
+    overrides = [[*tiny, *TWELVE, f"data.max_clips={clips}"], [*tiny, *TWELVE, f"data.path={other}"]]
+    for _, error in run_ranks(2, tmp_path / "rendezvous", fit_with, overrides):
+        assert error is not None and "rank 1 finds 6 clips" in error and f"rank 0 {clips} (list" in error
 
 
 def test_A13_a_clean_finish_leaves_a_record(tiny: list[str], tmp_path: Path) -> None:
-    run([*tiny, "train.max_steps=3"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "PREEMPTED").touch()  # of the session before
+    run([*tiny, "train.max_steps=3", "train.checkpoint_every=1"])
     record = json.loads((tmp_path / "run" / "COMPLETED").read_text())
     folder = newest(tmp_path / "run")
     assert (record["step"], record["checkpoint"]) == (3, folder.name)
-    assert record["sha256"]["model.safetensors"] == ckpt._sha256(folder / "model.safetensors")
+    assert record["sha256"]["model.safetensors"] == ckpt.file_sha256(folder / "model.safetensors")
     assert not (tmp_path / "run" / "PREEMPTED").exists()
     lines = inspect.getsource(launch.train)  # the record is written before anything is torn down
     assert lines.index(".fit()") < lines.index("close_world()")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from engine import checkpoint as ckpt
 from engine.errors import TrainingAborted
 from engine.guard import StepGuard, fingerprint
-from engine.optim import OptimConfig
+from engine.optim import OptimConfig, gradient_norm
 from engine.trainer import Trainer
 from tests.fault_support import armed, fit_rank, rows, run, run_ranks
 
@@ -71,27 +72,42 @@ def test_F3_a_streak_aborts_with_a_code_and_a_dump(tiny: list[str], tmp_path: Pa
     assert [row["event"] for row in rows(tmp_path / "run", "events.jsonl")] == ["start", "skip", "skip", "skip"]
 
 
+def test_F3_skips_count_in_a_row_and_over_a_resume() -> None:
+    guard = StepGuard(OptimConfig(max_skips=2))
+    for finite in (False, True, False):
+        guard.judge(finite, 1.0, 0)
+        guard.check_streak()
+    continued = StepGuard(guard.config)
+    continued.load_state_dict(guard.state_dict())
+    continued.judge(False, 1.0, 0)
+    with pytest.raises(TrainingAborted, match="2 steps in a row"):
+        continued.check_streak()
+
+
 @pytest.mark.parametrize("policy", ["skip", "clip"])
 def test_F4_spikes_by_policy(tiny: list[str], policy: str) -> None:
-    extra = ["optim.spike_factor=10", f"optim.spike_policy={policy}", "train.max_steps=24", "train.log_every=24"]
-    with armed("spike@0:22"):
-        trainer = run([*tiny, *extra])
+    extra = ["optim.spike_factor=10", f"optim.spike_policy={policy}", "optim.max_grad_norm=1e9", "train.log_every=24"]
+    with armed("spike@0:23"):
+        trainer = run([*tiny, *extra, "train.max_steps=24"])
     assert trainer.guard.spikes == 1
     assert trainer.guard.skipped == (policy == "skip")
     assert trainer.samples_seen == 2 * (24 + (policy == "skip"))
-    saved = trainer.state_dict().state["guard"]
-    again = StepGuard(trainer.config.optim)
-    again.load_state_dict(saved)
-    assert again.state_dict() == saved and len(saved["norms"]) == 24
+    *earlier, last = trainer.guard.norms
+    applied = float(gradient_norm(trainer.model.parameters()))
+    assert applied == pytest.approx(statistics.median(earlier) if policy == "clip" else last)
+    continued = run([*tiny, *extra, "train.max_steps=25"])
+    assert (continued.guard.spikes, continued.guard.skipped) == (1, trainer.guard.skipped)
+    assert list(continued.guard.norms)[:-1] == [*earlier, last] and continued.guard.norms.maxlen == StepGuard.WINDOW
 
 
 def test_F4_a_clipped_spike_is_scaled_to_the_median() -> None:
     guard = StepGuard(OptimConfig(spike_factor=5.0, spike_policy="clip"))
-    for _ in range(StepGuard.MINIMUM):
-        assert guard.judge(True, 2.0, 0).limit == float("inf")
+    for norm in [2.0] * (StepGuard.MINIMUM - 1) + [8.0]:
+        assert guard.judge(True, norm, 0).limit == float("inf")
     verdict = guard.judge(True, 10.1, 0)
     assert verdict.spike and verdict.skip is None and verdict.limit == 2.0
     assert not guard.judge(True, 9.9, 0).spike
+    assert guard.judge(True, 10.1, 20_000).limit == 0.1  # clipping as usual, where that is stricter
 
 
 def test_F5_not_finite_in_an_accumulation_micro_step(tiny: list[str], tmp_path: Path) -> None:

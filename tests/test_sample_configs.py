@@ -76,7 +76,7 @@ def test_ucf101_classes_are_numbered_as_folders_are_sorted() -> None:
 
 def test_every_official_script_is_there() -> None:
     names = {script.relative_to(ROOT).as_posix() for script in SCRIPTS}
-    assert {f"sample/{name}.sh" for name in (*SETS, "demo")} <= names
+    assert {f"sample/{name}{kind}.sh" for name in (*SETS, "demo") for kind in ("", "_ddp")} <= names
     assert {f"train_scripts/{name}{kind}.sh" for name in SETS for kind in ("_train", "_img_train")} <= names
 
 
@@ -90,18 +90,40 @@ def test_shell_script_parses_and_names_what_exists(script: Path) -> None:
         assert (ROOT / path).exists() or (script.parent / path).exists(), path
 
 
-def test_the_launcher_passes_on_its_arguments(tmp_path: Path) -> None:
-    """With a python of our own in PATH: the processes it asks for and the command it starts."""
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the scripts without .venv, so that `python` is one of our own, which says how it was called."""
     (tmp_path / "python").write_text('#!/bin/bash\nprintf "%s|" "$@"\n')
     (tmp_path / "python").chmod(0o755)
-    project = tmp_path / "project"  # a copy without .venv, whose python would come first
-    (project / "train_scripts").mkdir(parents=True)
-    for name in ("launch.sh", "sky_img_train.sh"):
-        (project / "train_scripts" / name).write_bytes((ROOT / "train_scripts" / name).read_bytes())
-    for gpus, processes in (("3", "3"), (None, r"[1-9]\d*")):
-        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({"GPUS": gpus} if gpus else {})
-        command = ["bash", str(project / "train_scripts" / "sky_img_train.sh"), "data.path=/a b"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        launcher = rf"-m\|engine\.elastic\|--standalone\|--nproc_per_node={processes}\|(--[\w,=-]+\|)+"
-        wanted = rf"{launcher}train_with_img.py\|--config\|\S+\|data.path=/a b\|"
-        assert re.fullmatch(wanted, done.stdout), done
+    for script in SCRIPTS:
+        copy = tmp_path / "project" / script.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(script.read_bytes())
+    return tmp_path / "project"
+
+
+def called(project: Path, script: str, argument: str, **environment: str) -> str:
+    """The arguments that a script's python gets."""
+    search = {"PATH": f"{project.parent}:/usr/bin:/bin"}
+    command = ["bash", str(project / script), argument]
+    return subprocess.run(command, env=search | environment, capture_output=True, text=True).stdout
+
+
+LAUNCHER = r"-m\|engine\.elastic\|--standalone\|--nproc_per_node=%s\|(--[\w,=-]+\|)+"
+
+
+def test_the_launcher_passes_on_its_arguments(project: Path) -> None:
+    for environment, processes in (({"GPUS": "3"}, "3"), ({}, r"[1-9]\d*")):
+        said = called(project, "train_scripts/sky_img_train.sh", "data.path=/a b", **environment)
+        assert re.fullmatch(rf"{LAUNCHER % processes}train_with_img.py\|--config\|\S+\|data.path=/a b\|", said), said
+
+
+@pytest.mark.parametrize("name", [*SETS, "demo"])
+def test_sampling_on_many_processes_is_launched_like_a_training(project: Path, name: str) -> None:
+    """The last flag counts, so those of the user stand above the script's."""
+    said = called(project, f"sample/{name}_ddp.sh", "--num_videos=9", GPUS="2", CKPT="a b.pt", OUT="my out")
+    checkpoint = "" if name == "demo" else r"--ckpt\|a b\.pt\|"
+    command = rf"sample/sample_ddp\.py\|--config\|configs/{name}/{name}_sample\.yaml\|{checkpoint}"
+    flags = r"--save_video_path\|my out\|--num_videos\|(2048|64)\|(--\w+\|\w+\|)?--num_videos=9\|"
+    assert re.fullmatch(LAUNCHER % 2 + command + flags, said), said
+    assert ("--labels|all|" in said) == (name == "ucf101")  # whose config names ten for a first look

@@ -20,6 +20,7 @@ from models.autoencoder import LatentCodec
 from sample.generate import Generator, Source, VideoNoise, resolve_labels, sampling_config, to_uint8
 from sample.sample import main
 from sample.video_io import contact_sheet
+from tests.conftest import random_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 3
@@ -44,16 +45,6 @@ NETWORK = [
 
 def network_config(*overrides: str) -> Config:
     return load_config(None, [*NETWORK, *overrides])
-
-
-def random_weights(config: Config, seed: int) -> dict[str, Tensor]:
-    """Weights under which the network's output depends on everything (a fresh network outputs zero)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = build_model(config)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn(parameter.shape)
-    return model.state_dict()
 
 
 def tiny_generator(*overrides: str, precision: str = "fp32") -> Generator:

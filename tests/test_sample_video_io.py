@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import tempfile
 from pathlib import Path
 
 import av
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from sample.video_io import MARGIN, contact_sheet, slug, write_contact_sheet, write_gif, write_mp4
+from sample.video_io import MARGIN, contact_sheet, slug, write_contact_sheet, write_gif, write_lossless, write_mp4
 
 
 def smooth_videos(count: int, frames: int, height: int, width: int) -> np.ndarray:
@@ -49,6 +52,46 @@ def test_same_frames_same_bytes(tmp_path: Path) -> None:
     }.items():
         first = write(tmp_path / "one" / name).read_bytes()
         assert write(tmp_path / "two" / name).read_bytes() == first, name
+
+
+def test_same_bytes_whatever_lies_in_memory() -> None:
+    """Small noisy frames between which the heap is filled with other noise: x264's assembly reads beyond such."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+    ball = [np.hypot(x - 4 - 1.5 * frame, y - 16 - 3 * np.sin(frame)) < 5 for frame in range(16)]
+    video = np.clip(np.stack(ball)[..., None] * 200 + rng.integers(0, 40, (16, 32, 32, 3)), 0, 255).astype(np.uint8)
+    seen = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(40):
+            heap = [rng.integers(0, 255, rng.integers(1, 20_000), np.uint8) for _ in range(20)]
+            seen.add(write_mp4(Path(folder) / "a.mp4", video).read_bytes())
+            del heap
+    assert len(seen) == 1
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
+    """The kernel lets no file grow beyond 500 bytes: both writers say so and leave nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        for write, name in ((write_mp4, "a.mp4"), (write_lossless, "a.npy")):
+            with pytest.raises(OSError, match="File too large"):
+                write(tmp_path / name, smooth_videos(1, 8, 32, 32)[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_can_be_mapped(tmp_path: Path) -> None:
+    video = smooth_videos(1, 5, 6, 10)[0]
+    path = write_lossless(tmp_path / "a.npy", video[:, ::-1])  # a view that is not contiguous
+    array = np.load(path, mmap_mode="r")
+    assert isinstance(array, np.memmap) and array.dtype == np.uint8 and array.flags.c_contiguous
+    np.testing.assert_array_equal(array, video[:, ::-1])
+    with path.open("rb") as stream:
+        assert np.lib.format.read_magic(stream) == (1, 0)
+    with pytest.raises(ValueError, match=r"uint8 of shape \(F, H, W, 3\)"):
+        write_lossless(path, video.astype(np.float32))
 
 
 def test_gif_is_a_grid_that_plays_all_frames(tmp_path: Path) -> None:
@@ -107,20 +150,27 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import imageio.v3
-
     path = write_mp4(tmp_path / "a.mp4", smooth_videos(1, 2, 8, 8)[0])
     before = path.read_bytes()
 
-    def fail(file: Path, *arguments: object, **options: object) -> None:
+    def fail(file: str, *arguments: object, **options: object) -> None:
         Path(file).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(imageio.v3, "imwrite", fail)
+    monkeypatch.setattr(av, "open", fail)
     with pytest.raises(OSError, match="disk full"):
         write_mp4(path, smooth_videos(1, 2, 16, 16)[0])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    honest = Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("sync"))
+    monkeypatch.setattr(Path, "replace", lambda self, target: calls.append("rename") or honest(self, target))
+    write_lossless(tmp_path / "a.npy", smooth_videos(1, 2, 8, 8)[0])
+    assert calls == ["sync", "rename"]
 
 
 @pytest.mark.parametrize(

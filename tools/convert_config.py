@@ -53,7 +53,8 @@ def convert(official: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], lis
     """
     if official.get("extras") == TEXT or str(official.get("model", "")).startswith("LatteT2V"):
         raise ValueError(
-            "this is a text-to-video config (model LatteT2V); only those of ffs, sky, taichi, ucf101 convert."
+            "this is a text-to-video config (model LatteT2V); only those of ffs, sky, taichi, ucf101 convert: "
+            "sample/sample_t2x.py reads its keys as they are, and says what to write for the few that it replaced."
         )
     sections: dict[str, dict[str, Any]] = {}
     account = []

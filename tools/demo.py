@@ -148,6 +148,7 @@ def measure(out: Path) -> dict[str, Any]:
     """What the tracker says of the mp4s in each folder, and the training loss at both ends."""
     from datasets.demo import accuracy
     from datasets.readers import open_video
+    from engine.logging import read_rows
 
     metrics: dict[str, Any] = {}
     for kind in TITLES:
@@ -156,7 +157,7 @@ def measure(out: Path) -> dict[str, Any]:
         found = accuracy([reader.read(range(len(reader))) for reader in readers], [v["label"] for v in listed])
         metrics |= {f"{name}_{kind}": round(value, 4) for name, value in found.items()}
         metrics[f"num_videos_{kind}"] = len(listed)
-    rows = [json.loads(line) for line in (out / "train" / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(out / "train" / "metrics.jsonl")
     metrics |= {"training_loss_start": rows[0]["loss"], "training_loss_end": rows[-1]["loss"]}
     metrics["training_steps"] = rows[-1]["step"]
     return metrics
@@ -169,7 +170,9 @@ def plot_losses(source: Path, target: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    from engine.logging import read_rows
+
+    rows = read_rows(source)
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#4c78a8", linewidth=1.4)
     axes.set(xlabel="optimiser step", ylabel="training loss", yscale="log")

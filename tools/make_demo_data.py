@@ -25,12 +25,13 @@ if __package__ in (None, ""):
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
 from engine import cli
+from tools.frames import write_video
 
 FORMAT = 2  # raised when the drawing or the encoding changes, so that old sets are made anew
 GROUPS = 25
@@ -46,19 +47,7 @@ def clip_path(root: Path, class_name: str, index: int) -> Path:
 
 def write_mp4(path: Path, video: Any, fps: int = FPS) -> None:
     """Write a uint8 (T, 3, H, W) RGB array as H.264 on one thread, so that the bytes are the same."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.height, stream.width = video.shape[2:]
-        stream.pix_fmt = "yuv444p"
-        stream.codec_context.thread_count = 1
-        # x264's macroblock tree reads past the edge of tiny frames: with it, the bytes differ from run to run
-        stream.options = {"crf": "6", "preset": "medium", "g": "8", "mbtree": "0"}
-        for frame in video:
-            picture = av.VideoFrame.from_ndarray(frame.transpose(1, 2, 0).copy(), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+    write_video(path, (frame.transpose(1, 2, 0).copy() for frame in video), fps)
 
 
 def make_clips(root: Path, label: int, indices: Iterable[int], size: int, frames: int, seed: int) -> None:
@@ -75,7 +64,7 @@ def make_clips(root: Path, label: int, indices: Iterable[int], size: int, frames
 
 
 def draw_set(root: Path, parameters: dict[str, int], workers: int) -> None:
-    """Draw the whole set into the empty folder `root`, the marker last."""
+    """Draw the whole set into the empty folder `root`."""
     from datasets.demo import CLASSES
 
     clips, rest = parameters["clips_per_class"], [parameters[key] for key in ("size", "frames", "seed")]
@@ -88,10 +77,9 @@ def draw_set(root: Path, parameters: dict[str, int], workers: int) -> None:
         ]
         for job in jobs:
             job.result()
-    (root / MARKER).write_text(json.dumps(parameters, indent=1) + "\n", encoding="utf-8")
 
 
-def is_complete(out: Path, parameters: dict[str, int]) -> bool:
+def is_complete(out: Path, parameters: dict[str, Any]) -> bool:
     """Whether `out` holds the set with these parameters.
 
     Raises: ValueError if `out` holds something that this tool did not make, which is never overwritten.
@@ -100,20 +88,21 @@ def is_complete(out: Path, parameters: dict[str, int]) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not marker.is_file():
-        raise ValueError(f"{out} is not empty and not a demo set; name another folder with --out")
-    made_with: dict[str, int] = json.loads(marker.read_text(encoding="utf-8"))
+        raise ValueError(f"{out} is not empty and not a demo set or another drawn one; name another folder")
+    made_with: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
     return made_with == parameters
 
 
-def make_set(out: Path, parameters: dict[str, int], workers: int) -> bool:
-    """Make the set at `out` unless it is there already; returns whether it was drawn."""
+def make_set(out: Path, parameters: dict[str, Any], draw: Callable[[Path], None]) -> bool:
+    """Have `draw` fill a folder and move it to `out`, unless this set is there; returns whether it was drawn."""
     if is_complete(out, parameters):
         return False
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         fresh, old = Path(scratch) / "new", Path(scratch) / "old"
         fresh.mkdir()
-        draw_set(fresh, parameters, workers)
+        draw(fresh)
+        (fresh / MARKER).write_text(json.dumps(parameters, indent=1) + "\n", encoding="utf-8")
         if out.exists():
             out.rename(old)
         fresh.rename(out)
@@ -121,6 +110,7 @@ def make_set(out: Path, parameters: dict[str, int], workers: int) -> bool:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder of the set (data/demo)")
     parser.add_argument("--clips-per-class", type=int, default=200, help="clips of each of the 8 classes (200)")
@@ -132,6 +122,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    """Draw the set that the command line describes, unless it is there already."""
     arguments = parse_arguments(argv)
     for key, least in (("clips_per_class", 1), ("workers", 1), ("size", 16), ("frames", 16), ("seed", 0)):
         if getattr(arguments, key) < least:
@@ -146,7 +137,7 @@ def main(argv: list[str]) -> None:
         "frames": arguments.frames,
         "seed": arguments.seed,
     }
-    drawn = make_set(arguments.out, parameters, arguments.workers)
+    drawn = make_set(arguments.out, parameters, lambda root: draw_set(root, parameters, arguments.workers))
     print(f"{arguments.out}: 8 classes of {arguments.clips_per_class} clips, {'drawn' if drawn else 'already there'}")
 
 

@@ -394,6 +394,7 @@ def export(network: Any, folders: dict[str, Clips], out: Path, work: Path, recip
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line; ValueError for an --out that holds something else."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["data/demo"], help="folders of demo clips (data/demo)")
     parser.add_argument("--out", type=Path, default=Path("assets/demo/codec"), help="where the codec goes")
@@ -410,6 +411,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
+    """Train, export, and print what the codec does on clips it was not trained on."""
     arguments = parse_arguments(argv)
     data, steps, more = " ".join(arguments.data), arguments.steps, arguments.decoder_steps
     if steps < 1 or more < 0:

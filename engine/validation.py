@@ -1,0 +1,123 @@
+"""The loss on held-out clips, at fixed noise and timesteps, by part of the timesteps.
+
+Every clip is noised once in each of K equal parts (buckets) of the process, from data (0) to noise (1), whatever
+density the training draws its timesteps from. The average and the raw weights see the same.
+
+Letters: B is one clip's K noised copies; F frames, I images, C latent channels, h w latent pixels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets import ClipDataset, build_held_out
+
+from .callbacks import Look, put_together, share_out
+from .config import Config, require
+from .distributed import CPU, gather_objects
+from .objective import sample_generator
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+FIRST_POSITION = 2**48  # beyond every position of a training, so that none has the same generator
+
+
+class Validation:
+    """The callback `val`: what it gives is a function of the weights, the clips and the seed alone.
+
+    One clip is one batch, so neither `train.batch_size` nor the number of ranks changes a bit of it (on the same
+    machine, with as many threads). Latents are made once, at the start, and kept by the rank that needs them.
+
+    Args:
+        clips: those that are trained on, whose classes the held-out ones must have.
+    """
+
+    kind = "val"
+
+    def __init__(self, config: Config, clips: ClipDataset) -> None:
+        monitor = config.monitor
+        self.every = monitor.val_every
+        self.config = config
+        self.buckets = monitor.val_buckets
+        self.clips = build_held_out(config.data, clips, seed=config.train.seed)
+        self.indices = spread(len(self.clips), monitor.val_clips)
+        self.latents: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def prepare(self, run: Trainer) -> list[str]:
+        """Read and encode the clips; ValueError where one cannot be had."""
+        digests = gather_objects(self.clips.digest)
+        require(
+            len(set(digests)) == 1,
+            "the ranks find different clips to validate on: every machine must hold the same files.",
+        )
+        self.latents = share_out(run, len(self.indices), lambda number: self._encode(run, number))
+        return [
+            f"validation: {len(self.indices)} of {len(self.clips)} held-out clips of {self.clips.catalog.root}, digest "
+            f"{self.clips.digest[:12]}, every {self.every} steps"
+        ]
+
+    def look(self, run: Trainer) -> Look:
+        """Mean losses over the clips and over each bucket, as `ema/loss`, `raw/loss_t0.00-0.10`, ..."""
+        networks = {"ema": run.ema.model, "raw": run.model}
+
+        def losses(number: int) -> dict[str, float]:
+            parts: dict[str, float] = {}
+            for name, network in networks.items():
+                found = self._losses(run, network, number)
+                parts |= {f"{name}/{key}": value for key, value in found.items()}
+            return parts
+
+        rows = put_together(share_out(run, len(self.indices), losses))
+        means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        values = {**means, "clips": len(rows)}
+        return Look(values, ", ".join(f"{name} loss {means[f'{name}/loss']:.4f}" for name in networks))
+
+    def _encode(self, run: Trainer, number: int) -> tuple[Tensor, Tensor]:
+        """Latents (F+I, C, h, w) and labels (1+I,) of the clip at that place of `indices`, on the CPU."""
+        item = self.clips[0, self.indices[number]]
+        codec, frames = run.objective.codec, cast(Tensor, item[self.clips.source.key])  # type: ignore[literal-required]
+        posterior = run.objective.posterior({self.clips.source.key: frames[None]})
+        noise = None
+        if codec.stochastic:
+            noise = torch.randn(posterior.mean.shape, generator=self._generator(number, 0)).to(posterior.mean.device)
+        return posterior.latents(codec.config, noise)[0].to(CPU), item["labels"]
+
+    def _losses(self, run: Trainer, network: nn.Module, number: int) -> dict[str, float]:
+        """Means of one clip, and its loss in each bucket."""
+        latents, labels = (value.to(run.world.device) for value in self.latents[number])
+        generator = self._generator(number, 1)
+        shape = (self.buckets, *latents.shape)
+        noise = torch.randn(shape, generator=generator).to(latents.device)
+        uniform = torch.rand(self.buckets, generator=generator, dtype=torch.float64)
+        terms = run.objective.terms(
+            network,
+            latents.to(run.objective.dtype).expand(shape),
+            labels.expand(self.buckets, -1),
+            self.timesteps(uniform).to(latents.device),
+            noise,
+        )
+        means = {name: float(value) for name, value in run.objective.parts(terms).items()}
+        names = [
+            f"loss_t{bucket / self.buckets:.2f}-{(bucket + 1) / self.buckets:.2f}" for bucket in range(self.buckets)
+        ]
+        return means | dict(zip(names, terms.loss.tolist(), strict=True))
+
+    def timesteps(self, uniform: Tensor) -> Tensor:
+        """`uniform` (K,) in [0, 1), one for each bucket -> timesteps (K,) as the network is trained on."""
+        share = (torch.arange(self.buckets) + uniform) / self.buckets
+        times = share * self.config.diffusion.num_steps
+        return times.float() if self.config.diffusion.prediction == "flow" else times.long()
+
+    def _generator(self, number: int, purpose: int) -> torch.Generator:
+        """Of a clip's encoding (0) or noising (1); on the CPU, so that a GPU sees the same noise."""
+        return sample_generator(self.config.train.seed, FIRST_POSITION + 2 * self.indices[number] + purpose, CPU)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` of the indices below `total` (all, where there are no more), evenly over them."""
+    return [place * total // count for place in range(count)] if count < total else list(range(total))

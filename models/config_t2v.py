@@ -1,0 +1,161 @@
+"""Size and kind of the text-conditioned network: the keys of diffusers' `config.json`, each read or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from .config import require
+
+CLASS_NAME = "LatteTransformer3DModel"  # diffusers' name of this network
+ACTIVATIONS = ("gelu", "gelu-approximate", "geglu")
+SIZES = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "num_layers",
+    "sample_size",
+    "patch_size",
+    "caption_channels",
+    "video_length",
+)
+
+# Keys of related classes' files (the official LatteT2V, PixArt's) -> the values at which they change nothing here.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_type": ("default", None),
+    "double_self_attention": (False, None),
+    "only_cross_attention": (False, None),
+    "upcast_attention": (False, None),
+    "use_linear_projection": (False, None),
+    "num_vector_embeds": (None, False),
+    "use_additional_conditions": (False, None),
+}
+UNREAD = ("norm_num_groups",)  # written by those classes too, and read for other kinds of input only
+
+
+@dataclass(frozen=True)
+class LatteT2VConfig:
+    """Keys, names and defaults of diffusers' class; those that default to None must be given.
+
+    `sample_size` is the height and width of the latents at training, `video_length` their frames; the network
+    takes others too. `num_embeds_ada_norm` is kept for the file's sake: no network of this kind reads it.
+
+    A value that the network has no part for raises ValueError with a sentence that names the key.
+    """
+
+    num_attention_heads: int = 16
+    attention_head_dim: int = 88
+    in_channels: int | None = None
+    out_channels: int | None = None  # None: as many as come in; twice as many: a variance too
+    num_layers: int = 1  # of each kind: spatial, temporal
+    dropout: float = 0.0
+    cross_attention_dim: int | None = None  # the network's width: captions are projected to it
+    attention_bias: bool = False
+    sample_size: int = 64
+    patch_size: int | None = None
+    activation_fn: str = "geglu"
+    num_embeds_ada_norm: int | None = None
+    norm_type: str = "layer_norm"  # must be ada_norm_single
+    norm_elementwise_affine: bool = True
+    norm_eps: float = 1e-5
+    caption_channels: int | None = None  # width of the text encoder's features
+    video_length: int = 16
+
+    def __post_init__(self) -> None:
+        for key in SIZES:
+            value = getattr(self, key)
+            good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(good, f"{key} must be a whole number of at least 1, not {value!r}")
+        require(
+            self.norm_type == "ada_norm_single",
+            f"norm_type must be ada_norm_single, not {self.norm_type!r}: Latte knows no other",
+        )
+        require(
+            self.cross_attention_dim == self.width,
+            f"cross_attention_dim must be {self.width}, the network's width (num_attention_heads x "
+            f"attention_head_dim), not {self.cross_attention_dim!r}",
+        )
+        require(
+            self.activation_fn in ACTIVATIONS,
+            f"activation_fn must be one of {', '.join(ACTIVATIONS)}, not {self.activation_fn!r}",
+        )
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
+        require(self.width % 4 == 0, f"the width must be divisible by 4 (sin-cos positions), not {self.width}")
+        require(
+            self.out_channels is None or self.out_channels >= 1,
+            f"out_channels must be at least 1, or null for as many as come in, not {self.out_channels}",
+        )
+        require(
+            self.sample_size % self.patch == 0,
+            f"sample_size ({self.sample_size}) is not divisible by patch_size ({self.patch_size})",
+        )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> LatteT2VConfig:
+        """From the content of a `config.json`, as diffusers or the official code writes it.
+
+        Raises:
+            ValueError: a key that is unknown, or that asks for what this network does not have.
+        """
+        known = {field.name for field in fields(cls)}
+        given = {key: value for key, value in config.items() if not key.startswith("_") and key not in UNREAD}
+        for key in sorted(set(given) - known):
+            _check_stranger(key, given.pop(key), given)
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a `config.json` that diffusers loads."""
+        return {"_class_name": CLASS_NAME, **asdict(self)}
+
+    @property
+    def width(self) -> int:
+        """D, the width of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels in and out."""
+        assert self.in_channels is not None  # checked above
+        return self.in_channels, self.out_channels or self.in_channels
+
+    @property
+    def patch(self) -> int:
+        """p, the height and width of a patch in latent pixels."""
+        assert self.patch_size is not None  # checked above
+        return self.patch_size
+
+    @property
+    def position_scale(self) -> int:
+        """Positions in space are divided by it: networks for more than 64 latent pixels squeeze them."""
+        return max(self.sample_size // 64, 1)
+
+
+LATTE_1 = LatteT2VConfig(
+    attention_head_dim=72,
+    in_channels=4,
+    out_channels=8,
+    num_layers=28,
+    cross_attention_dim=1152,
+    attention_bias=True,
+    patch_size=2,
+    activation_fn="gelu-approximate",
+    num_embeds_ada_norm=1000,
+    norm_type="ada_norm_single",
+    norm_elementwise_affine=False,
+    norm_eps=1e-6,
+    caption_channels=4096,
+)
+
+
+def _check_stranger(key: str, value: Any, given: Mapping[str, Any]) -> None:
+    """Pass over a key of a related class where it changes nothing; refuse it otherwise."""
+    names = [field.name for field in fields(LatteT2VConfig)]
+    allowed = NEUTRAL.get(key, ())
+    if key == "interpolation_scale":
+        allowed = (None, max(int(given.get("sample_size", 64)) // 64, 1))
+    if not allowed:
+        close = get_close_matches(key, names, n=1)
+        raise ValueError(f"{key} is no key of this network's config" + (f"; did you mean {close[0]}?" if close else ""))
+    require(value in allowed, f"{key} is {value!r}, which this network has no part for; only {allowed[0]!r} is known")

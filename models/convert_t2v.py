@@ -1,0 +1,301 @@
+"""Weights of the text-conditioned network: from diffusers, the official code and PixArt-alpha, and back to diffusers.
+
+Official and diffusers' weights have the same names and load strictly. An image network of PixArt-alpha, in diffusers'
+format or as its authors' `.pth`, becomes a video network that computes every frame as that image network does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config_t2v import CLASS_NAME, LATTE_1, LatteT2VConfig
+from .convert import InitReport, load_weights, read_state_dict
+from .latte_t2v import LatteT2V
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+WEIGHTS = "diffusion_pytorch_model"  # what diffusers names them, before the suffix
+SUBFOLDER = "transformer"  # of a whole pipeline's folder
+# Written by: diffusers; the official code; PixArt-alpha in old and in new diffusers.
+CLASS_NAMES = (CLASS_NAME, "LatteT2V", "Transformer2DModel", "PixArtTransformer2DModel")
+TEMPORAL = "temporal_transformer_blocks."
+SCALE = "temporal_position_scale"  # ours, in a config.json: only of a network on its way from images to video
+
+# PixArt-alpha's names -> diffusers'; several: the tensor holds them one below the other.
+PIXART_NAMES: dict[str, tuple[str, ...]] = {
+    "x_embedder.proj": ("pos_embed.proj",),
+    "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
+    "y_embedder.y_proj.fc2": ("caption_projection.linear_2",),
+    "t_embedder.mlp.0": ("adaln_single.emb.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("adaln_single.emb.timestep_embedder.linear_2",),
+    "t_block.1": ("adaln_single.linear",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.scale_shift_table": ("scale_shift_table",),
+    "scale_shift_table": ("scale_shift_table",),
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn.proj": ("attn1.to_out.0",),
+    "cross_attn.q_linear": ("attn2.to_q",),
+    "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
+    "cross_attn.proj": ("attn2.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+}
+# Keys that a checkpoint may have and the network has not -> why they are left.
+LEFT = {
+    r"pos_embed(\.pos_embed)?|temp_pos_embed": "a table of positions; ours is computed",
+    r"(caption_projection|y_embedder)\.y_embedding": "the empty caption of training; samplers encode an empty prompt",
+}
+LEFT_OF_IMAGES = {
+    r"(csize_embedder|ar_embedder)\..*|.*\.(resolution_embedder|aspect_ratio_embedder)\..*": (
+        "the image's size and shape as a condition, which Latte does not have"
+    ),
+}
+
+
+def load_t2v(source: str | Path, **options: Any) -> LatteT2V:
+    """The network of a folder or file, in evaluation mode; see `convert_t2v`."""
+    model, report = convert_t2v(source, **options)
+    log.info("%s\n%s", source, report)
+    return model
+
+
+def convert_t2v(
+    source: str | Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    variant: str | None = None,
+    prefer: str = "ema",
+    dtype: torch.dtype | None = torch.float32,
+    **options: Any,
+) -> tuple[LatteT2V, InitReport]:
+    """The network of a folder or file, in evaluation mode, and what became of each tensor.
+
+    Args:
+        source: a folder in diffusers' format (of a whole pipeline, or of its transformer), or a file of weights:
+            `.safetensors`, or a `.pt`, `.pth` or `.bin`, of which nothing but tensors is unpickled.
+        config: what a `config.json` says. Default: the one beside the weights; without one that of Latte-1, which
+            is also PixArt-alpha's at 512 pixels.
+        variant: `fp16` for files named `diffusion_pytorch_model.fp16.safetensors`.
+        prefer: which weights of a training checkpoint.
+        dtype: of the network; None for that of the file.
+        options: of `LatteT2V`.
+
+    Returns:
+        The network and the report. Weights without temporal blocks are an image network's: those blocks start as
+        the identity, and `temporal_position_scale` as 0.
+
+    Raises:
+        FileNotFoundError: the folder or file, or a part of it, is not there.
+        ValueError: it is broken, or does not fit the network; all differences are listed.
+    """
+    folder = _transformer_folder(Path(source))
+    files = _weight_files(folder, variant) if folder else [Path(source)]
+    weights = _read(files, prefer)
+    described = _config(config, folder or Path(source).parent)
+    weights, left = _translate(weights)
+    if "caption_projection.linear_1.weight" not in weights:
+        raise ValueError(f"{source} is no text-conditioned network: it has no projection of captions")
+    if SCALE in described:
+        options.setdefault(SCALE, described.pop(SCALE))
+    is_image = not any(key.startswith(TEMPORAL) for key in weights)
+    name = str(source) if described else f"{source}, taken for Latte-1 as there is no {CONFIG_FILE} beside it,"
+    model, report = (_image_network if is_image else _video_network)(weights, described, name, options)
+    report = replace(report, left_theirs=left | report.left_theirs)
+    return model.to(dtype).eval() if dtype else model.eval(), report
+
+
+def save_t2v(model: LatteT2V, folder: str | Path) -> Path:
+    """Write the network as a folder that diffusers' class loads, whole or not at all; returns the folder.
+
+    Raises:
+        FileExistsError: there is something in the folder already.
+    """
+    folder = require_new(Path(folder))
+    config = model.config.to_dict()
+    if model.temporal_position_scale != 1:
+        config[SCALE] = model.temporal_position_scale
+        log.warning("%s: %s is %g, which diffusers takes for 1", folder, SCALE, model.temporal_position_scale)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        temporary.mkdir()
+        weights = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+        save_file(weights, temporary / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def require_new(folder: Path) -> Path:
+    """The folder, if nothing is there that could be overwritten.
+
+    Raises: FileExistsError otherwise.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not an empty folder: name another, so that nothing is overwritten")
+    return folder
+
+
+def to_diffusers(model: LatteT2V) -> nn.Module:
+    """diffusers' `LatteTransformer3DModel` with this network's weights, which the two then share."""
+    from diffusers import LatteTransformer3DModel  # slow to import: only this function needs it
+
+    network = LatteTransformer3DModel.from_config(model.config.to_dict())
+    network.to(model.dtype)
+    network.load_state_dict(model.state_dict(), assign=True)
+    return network.eval()
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def _transformer_folder(source: Path) -> Path | None:
+    """The folder with the network's config.json, or None where `source` is a file.
+
+    Raises: FileNotFoundError where there is neither.
+    """
+    if source.is_file():
+        return None
+    if not source.is_dir():
+        raise FileNotFoundError(f"there is no folder or file {source}")
+    folders = [folder for folder in (source / SUBFOLDER, source) if (folder / CONFIG_FILE).is_file()]
+    if not folders:
+        raise FileNotFoundError(f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}")
+    return folders[0]
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of the weights in a folder of diffusers: shards by their index, or one file.
+
+    Raises: FileNotFoundError where there are none.
+    """
+    part = f".{variant}" if variant else ""
+    index = folder / f"{WEIGHTS}.safetensors.index{part}.json"
+    if index.is_file():
+        return _shards(index)
+    names = [f"{WEIGHTS}{part}.safetensors", f"{WEIGHTS}{part}.bin"]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no weights: neither {index.name} nor {' nor '.join(names)}")
+    return found[:1]
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names.
+
+    Raises: ValueError for an index that is broken or points out of its folder.
+    """
+    listed = read_json(index).get("weight_map")
+    names = list(listed.values()) if isinstance(listed, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ValueError(f"{index} is not an index of weight files in its folder; copy it again")
+    return [index.with_name(name) for name in sorted(set(names))]
+
+
+def _read(files: list[Path], prefer: str) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= read_state_dict(file, prefer)
+    return weights
+
+
+def _config(given: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
+    """What describes the network: as given, or in the folder; empty where nothing does.
+
+    Raises: ValueError for the description of another kind of network.
+    """
+    file = folder / CONFIG_FILE
+    config = dict(given) if given is not None else read_json(file) if file.is_file() else {}
+    name = config.get("_class_name", CLASS_NAME)
+    if name not in CLASS_NAMES:
+        raise ValueError(f"{folder} describes a {name} network; the class must be one of {', '.join(CLASS_NAMES)}")
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The names and values of a JSON file.
+
+    Raises: OSError where it cannot be read; ValueError where it is broken or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not whole JSON; copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no names and values; copy it again")
+    return content
+
+
+# ----------------------------------------------------------------------------------------- weights
+
+
+def _video_network(
+    weights: dict[str, Tensor], config: dict[str, Any], source: str, options: dict[str, Any]
+) -> tuple[LatteT2V, InitReport]:
+    """A network with all of its weights from the checkpoint."""
+    with torch.device("meta"):  # no time and memory for numbers that are replaced at once
+        model = LatteT2V.from_config(config or LATTE_1, **options)
+    load_weights(model, weights, source, assign=True)
+    return model, InitReport(taken=list(weights), left_theirs={}, left_ours={})
+
+
+def _image_network(
+    weights: dict[str, Tensor], config: dict[str, Any], source: str, options: dict[str, Any]
+) -> tuple[LatteT2V, InitReport]:
+    """A video network that starts as the checkpoint's image network."""
+    table = weights.get("pos_embed")  # of PixArt's own files, which have no config
+    weights, left = _leave(weights, LEFT | LEFT_OF_IMAGES)
+    config.pop("use_additional_conditions", None)
+    described: Any = config or _pixart_config(table)
+    model = LatteT2V.from_config(described, **options)
+    model.start_as_image_network()
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(TEMPORAL)}
+    load_weights(model, own | weights, source)
+    reason = "an image network has no frames; ours starts as the identity"
+    return model, InitReport(taken=list(weights), left_theirs=left, left_ours=dict.fromkeys(own, reason))
+
+
+def _pixart_config(table: Tensor | None) -> LatteT2VConfig:
+    """PixArt-alpha's XL network, for images of the size that the table of positions `(1, N, D)` is for."""
+    if table is None:
+        return LATTE_1
+    return replace(LATTE_1, sample_size=math.isqrt(table.shape[1]) * LATTE_1.patch)
+
+
+def _translate(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights by our names, and the keys left out with the reason."""
+    if not any(key.startswith("blocks.") for key in weights):
+        return _leave(weights, LEFT)
+    renamed: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        block, name, kind = re.fullmatch(r"(?:(blocks\.\d+\.))?(.*?)(\.weight|\.bias)?", key, re.DOTALL).groups("")  # type: ignore[union-attr]
+        names = PIXART_NAMES.get(name)
+        if names is None:
+            renamed[key] = value
+            continue
+        prefix = f"transformer_{block}" if block else ""
+        parts = zip(names, value.chunk(len(names)))
+        renamed |= {f"{prefix}{new}{kind}": part.clone() if len(names) > 1 else part for new, part in parts}
+    return renamed, {}
+
+
+def _leave(weights: dict[str, Tensor], reasons: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights without the keys that `reasons` speak of, and those keys."""
+    left = {key: why for pattern, why in reasons.items() for key in weights if re.fullmatch(pattern, key)}
+    return {key: value for key, value in weights.items() if key not in left}, left

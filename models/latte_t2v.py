@@ -1,0 +1,290 @@
+"""LatteT2V: the text-conditioned network of Latte (arXiv 2401.03048), weights and names as in diffusers.
+
+PixArt-alpha's image network (arXiv 2310.00426) with a temporal block after each of its blocks: one modulation for
+all blocks (adaLN-single), and cross-attention to the features of a caption in the spatial ones.
+
+Letters: B batch, F frames, I images of joint image-video training, C channels, H W latent height and width,
+N tokens per frame, D width, L words of a caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import modulate
+from .blocks_t2v import AdaLayerNormSingle, Caption, T2VBlock, TwoLayers
+from .config_t2v import LatteT2VConfig
+from .embeddings import (
+    UniformPatchEmbed,
+    axis_positions,
+    sincos_grid,
+    sincos_table,
+    unpatchify,
+)
+
+TextMask = Literal["official", "diffusers"]
+TEXT_MASKS: tuple[TextMask, ...] = ("official", "diffusers")
+CONDITIONERS = ("adaln_single.", "caption_projection.")
+DISCARD = -10_000.0  # added to the scores of words that a mask leaves out; finite, so that none left is no NaN
+
+
+class T2VOutput(NamedTuple):
+    """What `LatteT2V` returns."""
+
+    sample: Tensor  # (B, C, F+I, H, W)
+
+
+class LatteT2V(nn.Module):
+    """The text-conditioned network; it stands in for diffusers' `LatteTransformer3DModel`.
+
+    Positions are computed, so `forward` takes other frame counts and sizes than those of training.
+
+    Args:
+        config: the content of diffusers' `config.json`.
+        text_mask: what `encoder_attention_mask` means. `official`, the default: 1 for words to keep and 0 for
+            padding, one row per caption; it is how the weights were trained, and what diffusers documents.
+            `diffusers`: what its class computes (0.42): one row per frame, bool to keep, and numbers added to the
+            scores as they are, so that 1 and 0 hide nothing.
+        gradient_checkpointing: recompute each block in the backward pass.
+        temporal_position_scale: 1 is Latte. From 0 to 1 it lets the positions in time in, which no image network
+            has: at 0, an image network with temporal blocks that do nothing yet computes what it did before.
+    """
+
+    def __init__(
+        self,
+        config: LatteT2VConfig,
+        *,
+        text_mask: TextMask = "official",
+        gradient_checkpointing: bool = False,
+        temporal_position_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if text_mask not in TEXT_MASKS:
+            raise ValueError(f"text_mask must be one of {', '.join(TEXT_MASKS)}, not {text_mask!r}")
+        self.config = config
+        self.text_mask = text_mask
+        self.gradient_checkpointing = gradient_checkpointing
+        self.temporal_position_scale = temporal_position_scale
+        width, patch, layers = config.width, config.patch, range(config.num_layers)
+        channels, out_channels = config.channels
+        self.pos_embed = UniformPatchEmbed(channels, width, patch)
+        self.adaln_single = AdaLayerNormSingle(width)
+        self.caption_projection = TwoLayers(config.caption_channels or 0, width, nn.GELU(approximate="tanh"))
+        self.transformer_blocks = nn.ModuleList(T2VBlock(config, "spatial") for _ in layers)
+        self.temporal_transformer_blocks = nn.ModuleList(T2VBlock(config, "temporal") for _ in layers)
+        self.norm_out = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.empty(2, width))
+        self.proj_out = nn.Linear(width, patch * patch * out_channels)
+        # on the CPU also where weights are made on the meta device, since no file fills these in
+        self.space_table: Tensor
+        self.time_table: Tensor
+        self.register_buffer("space_table", self._space_table(self.grid, "cpu"), persistent=False)
+        self.register_buffer("time_table", self._time_table(config.video_length, "cpu"), persistent=False)
+        self.initialize_weights()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | LatteT2VConfig, **changes: Any) -> LatteT2V:
+        """From the content of a `config.json`, with random weights.
+
+        Args:
+            config: diffusers' keys, or those of the official LatteT2V or of PixArt where they mean nothing else.
+            changes: other values for some of the keys, or the options of this class.
+
+        Raises:
+            ValueError: a key or value that the network has no part for.
+        """
+        options = {key: changes.pop(key) for key in list(changes) if key not in LatteT2VConfig.__dataclass_fields__}
+        given = config if isinstance(config, LatteT2VConfig) else LatteT2VConfig.from_dict({**config, **changes})
+        return cls(replace(given, **changes), **options)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens per frame at the trained size."""
+        side = self.config.sample_size // self.config.patch
+        return side, side
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks in the order in which they run: a spatial one, a temporal one, and so on."""
+        pairs = zip(self.transformer_blocks, self.temporal_transformer_blocks)
+        return [block for pair in pairs for block in pair]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first weights which are floating-point numbers (quantised ones are not)."""
+        return next(each.dtype for each in self.parameters() if each.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        enable_temporal_attentions: bool = True,
+        return_dict: bool = True,
+        *,
+        num_images: int = 0,
+    ) -> T2VOutput | tuple[Tensor]:
+        """Predict noise, and its variance where the network has twice the channels.
+
+        Args:
+            hidden_states: noisy latents `(B, C, F+I, H, W)`: a clip, then `num_images` independent images.
+            timestep: `(B,)`, whole or fractional.
+            encoder_hidden_states: features of the captions `(B, L, C)`; with images `(B, 1+I, L, C)`, the clip's
+                first.
+            encoder_attention_mask: `(B, L)`, with images `(B, 1+I, L)`; see `text_mask` for its meaning.
+            enable_temporal_attentions: False: every frame is an image by itself.
+            return_dict: False: a plain tuple.
+            num_images: I, the number of frames at the end that temporal blocks do not see.
+
+        Returns:
+            `sample (B, out_channels, F+I, H, W)`.
+
+        Raises:
+            ValueError: shapes that do not fit each other or the network.
+        """
+        if timestep is None or encoder_hidden_states is None:
+            raise ValueError("the network needs a timestep and encoder_hidden_states, the features of the captions")
+        self._check_input(hidden_states, timestep, encoder_hidden_states, num_images)
+        patch, num_frames = self.config.patch, hidden_states.shape[2] - num_images
+        grid = hidden_states.shape[3] // patch, hidden_states.shape[4] // patch
+        x = self.pos_embed(hidden_states.transpose(1, 2), num_images) + self._space_positions(grid)  # (B, F+I, N, D)
+        embedded, modulation = self.adaln_single(timestep, x.dtype)
+        caption = self._caption(encoder_hidden_states, encoder_attention_mask, x.shape, num_images)
+        for index, block in enumerate(self.blocks if enable_temporal_attentions else self.transformer_blocks):
+            if index == 1 and enable_temporal_attentions:
+                x = self._add_time_positions(x, num_frames)
+            x = self._run(block, x, modulation, num_frames, caption)
+        shift, scale = (self.scale_shift_table + embedded[:, None])[:, None, None].unbind(-2)  # each (B, 1, 1, D)
+        x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, F+I, N, p*p*C)
+        sample = unpatchify(x, grid, patch).transpose(1, 2)  # (B, C, F+I, H, W)
+        return T2VOutput(sample) if return_dict else (sample,)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """PixArt-alpha's initialisation: captions count for nothing at first, and the network's output is zero."""
+        for name, module in self.named_modules():
+            if name.startswith(CONDITIONERS) and isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # of a convolution: a linear map of the patch
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("scale_shift_table"):
+                nn.init.normal_(parameter, std=self.config.width**-0.5)
+        _zero(self, ("attn2.to_out.0", "proj_out"))
+
+    @torch.no_grad()
+    def start_as_image_network(self) -> None:
+        """Make temporal blocks the identity and keep positions in time out: every frame is computed as an image.
+
+        To train from here, let `temporal_position_scale` grow from 0 to 1, where the network is Latte.
+        """
+        _zero(self.temporal_transformer_blocks, ("attn1.to_out.0", "ff.net.2"))
+        self.temporal_position_scale = 0.0
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(*inputs)
+        random = self.config.dropout > 0
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=random)
+
+    def _caption(self, features: Tensor, mask: Tensor | None, tokens: torch.Size, num_images: int) -> Caption:
+        """Projected captions with masks for `tokens (B, F+I, N, D)`."""
+        features = self.caption_projection(features if features.ndim == 4 else features[:, None])  # (B, 1+I, L, D)
+        if mask is None:
+            return Caption(features)
+        batch, captions, length, _ = features.shape
+        if self.text_mask == "diffusers":
+            return Caption(features, _score_mask_per_frame(mask, tokens, length, num_images))
+        rows = (batch, length) if num_images == 0 and mask.ndim == 2 else (batch, captions, length)
+        if tuple(mask.shape) != rows:
+            raise ValueError(
+                f"encoder_attention_mask must be of shape {rows}, one row per caption, not {tuple(mask.shape)}"
+            )
+        scores = (1 - mask.to(features.dtype)) * DISCARD
+        scores = scores.view(batch, captions, 1, length)
+        return Caption(features, scores[:, :1], scores[:, 1:].reshape(-1, 1, 1, length) if num_images else None)
+
+    def _space_positions(self, grid: tuple[int, int]) -> Tensor:
+        """`(1, 1, N, D)` for any grid; the trained one is kept."""
+        if grid == self.grid:
+            return self.space_table
+        return self._space_table(grid, self.space_table.device).to(self.space_table.dtype)
+
+    def _add_time_positions(self, x: Tensor, num_frames: int) -> Tensor:
+        """Add the temporal table to the clip's frames; an image has no place in time, neither has a clip of one."""
+        if num_frames == 1 or self.temporal_position_scale == 0:
+            return x
+        table = self.time_table
+        if num_frames != self.config.video_length:
+            table = self._time_table(num_frames, table.device).to(table.dtype)
+        clip = x[:, :num_frames] + table * self.temporal_position_scale
+        return torch.cat([clip, x[:, num_frames:]], dim=1) if x.shape[1] > num_frames else clip
+
+    def _space_table(self, grid: tuple[int, int], device: torch.device | str) -> Tensor:
+        """`(1, 1, N, D)`; other grids than the trained one span the same range."""
+        spans = [
+            torch.arange(count, dtype=torch.float32, device=device) / (count / trained) / self.config.position_scale
+            for count, trained in zip(grid, self.grid)
+        ]
+        rows, columns = (span.double() for span in spans)
+        return sincos_grid(rows, columns, self.config.width)[None, None].float()
+
+    def _time_table(self, count: int, device: torch.device | str) -> Tensor:
+        """`(1, F, 1, D)`: frames are counted on, past the trained length too."""
+        positions = axis_positions(count, count, stretch=False, device=torch.device(device))
+        return sincos_table(positions, self.config.width)[None, :, None].float()
+
+    def _check_input(self, latents: Tensor, timesteps: Tensor, features: Tensor, num_images: int) -> None:
+        channels, patch = self.config.channels[0], self.config.patch
+        if latents.ndim != 5 or latents.shape[1] != channels:
+            raise ValueError(f"the network takes latents (B, {channels}, F+I, H, W), not {tuple(latents.shape)}")
+        if not 0 <= num_images < latents.shape[2]:
+            raise ValueError(f"num_images is {num_images}, but must leave a frame of {latents.shape[2]} for the clip")
+        if min(latents.shape[3:]) < patch or any(side % patch for side in latents.shape[3:]):
+            raise ValueError(
+                f"latents of {latents.shape[3]} x {latents.shape[4]} do not divide into patches of {patch} x {patch}"
+            )
+        if timesteps.shape != latents.shape[:1]:
+            raise ValueError(f"timestep must be of shape ({len(latents)},), one per clip, not {tuple(timesteps.shape)}")
+        captions = (features.shape[0], features.shape[1] if features.ndim == 4 else 1, features.shape[-1])
+        if features.ndim not in (3, 4) or captions != (len(latents), 1 + num_images, self.config.caption_channels):
+            rows = f"(B, {1 + num_images}, L" if num_images else "(B, L"
+            raise ValueError(
+                f"encoder_hidden_states must be {rows}, {self.config.caption_channels}) with B={len(latents)}, "
+                f"not {tuple(features.shape)}"
+            )
+
+
+def _zero(network: nn.Module, names: tuple[str, ...]) -> None:
+    """Set the linear maps whose names end so to zero."""
+    for name, module in network.named_modules():
+        if name.endswith(names):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+
+
+def _score_mask_per_frame(mask: Tensor, tokens: torch.Size, length: int, num_images: int) -> Tensor:
+    """Diffusers' mask, a row per frame `(B*F, L)` or `(B*F, 1, L)` -> `(B, 1, F*N, L)`, its numbers untouched."""
+    batch, frames, count, _ = tokens
+    rows = batch * frames
+    if num_images or tuple(mask.shape) not in ((rows, length), (rows, 1, length)):
+        raise ValueError(
+            f"with text_mask=diffusers an encoder_attention_mask must be of shape ({rows}, 1, {length}), one row per "
+            f"frame and no images, not {tuple(mask.shape)}"
+        )
+    return mask.view(batch, 1, frames, length).repeat_interleave(count, dim=2)

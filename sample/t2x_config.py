@@ -1,0 +1,131 @@
+"""What sample/sample_t2x.py samples and how: the keys of configs/t2x/*.yaml, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from engine.config import MAX_SEED, SAMPLE_PRECISIONS, read_yaml, require
+
+# The official names -> the class in diffusers and what it needs beside the beta schedule. A learned variance is
+# for DDPM alone: the other samplers have no use for it.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {"clip_sample": False}),
+    "EulerDiscrete": ("EulerDiscreteScheduler", {}),
+    "DDPM": ("DDPMScheduler", {"clip_sample": False}),
+    "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
+    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {}),
+    "PNDM": ("PNDMScheduler", {}),
+    "HeunDiscrete": ("HeunDiscreteScheduler", {}),
+    "EulerAncestralDiscrete": ("EulerAncestralDiscreteScheduler", {}),
+    "DEISMultistep": ("DEISMultistepScheduler", {}),
+    "KDPM2AncestralDiscrete": ("KDPM2AncestralDiscreteScheduler", {}),
+}
+LEARNED_VARIANCE = ("DDPM",)
+
+# Keys of the official files that are none here -> what to write instead.
+REPLACED = {
+    "model": "there is one text network; leave the key out",
+    "use_fp16": "write precision: fp16, bf16 or fp32",
+    "use_compile": "write compile: true or false",
+    "run_time": "files are numbered by prompt; leave the key out",
+    "cfg_scale": "write guidance_scale",
+}
+
+
+@dataclass(frozen=True)
+class T2XConfig:
+    """Keys have the names of the official files; a value out of range raises ValueError that names the key."""
+
+    pretrained_model_path: str = "maxin-cn/Latte-1"  # a folder of transformer/, vae/, ..., or a hub name
+    revision: str | None = None  # of a hub name
+    transformer: str | None = None  # other weights of the network: what models.convert_t2v loads
+    save_img_path: str = "results/t2v"  # folder to write into
+    text_prompt: list[str] = field(default_factory=list)
+    prompt_file: str | None = None  # one prompt a line, after those of text_prompt
+    negative_prompt: str = ""
+    clean_caption: bool = True
+    video_length: int = 16  # frames; 1: an image
+    image_size: list[int] = field(default_factory=lambda: [512, 512])  # height, width in pixels
+    num_videos_per_prompt: int = 1
+    seed: int = 0
+    sample_method: str = "DDIM"
+    num_sampling_steps: int = 50
+    eta: float = 0.0  # of DDIM
+    guidance_scale: float = 7.5  # 1: no guidance
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    variance_type: str = "learned_range"  # of DDPM
+    enable_temporal_attentions: bool = True  # false: every frame by itself
+    enable_vae_temporal_decoder: bool = False
+    decode_chunk_size: int = 16  # frames at a time
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    precision: str = "fp16"  # of all three networks
+    compile: bool = False
+    cpu_offload: bool = False  # network and decoder take turns on the device
+    fps: int = 8
+
+    def __post_init__(self) -> None:
+        for key in ("video_length", "num_videos_per_prompt", "num_sampling_steps", "decode_chunk_size", "fps"):
+            require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
+        size = self.image_size
+        require(
+            len(size) == 2 and all(side >= 8 and side % 8 == 0 for side in size),
+            f"image_size must be a height and a width divisible by 8, not {size}",
+        )
+        require(0 <= self.seed < MAX_SEED, f"seed must be zero or more and below 2**63, not {self.seed}")
+        require(0 <= self.eta <= 1, f"eta must be in [0, 1], not {self.eta}")
+        require(self.eta == 0 or self.sample_method == "DDIM", f"eta={self.eta} is read only with sample_method DDIM")
+        require(
+            0 <= self.guidance_scale < math.inf,
+            f"guidance_scale must be zero or more and finite, not {self.guidance_scale}",
+        )
+        require(0 < self.beta_start <= self.beta_end < 1, "beta_start and beta_end must be 0 < start <= end < 1")
+        for key, choices in {"sample_method": list(SCHEDULERS), "precision": list(SAMPLE_PRECISIONS)}.items():
+            value = getattr(self, key)
+            require(value in choices, f"{key} must be one of {', '.join(choices)}, not {value!r}")
+
+    def prompts(self) -> list[str]:
+        """All prompts, of the list and of the file.
+
+        Raises: ValueError where there is none.
+        """
+        from sample.captions import read_prompts
+
+        prompts = [*self.text_prompt, *(read_prompts(Path(self.prompt_file)) if self.prompt_file else [])]
+        require(bool(prompts), "there is no prompt: give --prompt TEXT, text_prompt or prompt_file")
+        return prompts
+
+
+def load_t2x_config(path: str | Path | None, settings: dict[str, Any]) -> T2XConfig:
+    """Defaults, then the YAML file, then `settings`.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence that names the file or key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    values = read_yaml(Path(path)) if path else {}
+    require(isinstance(values, dict), f"{path} must hold keys and values")
+    for key in values:
+        require(key in KEYS, f"{path}: unknown key {key!r}: {_hint(str(key))}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(T2XConfig), values, settings)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        sentence = " ".join(str(error).split("\n    full_key")[0].split())
+        raise ValueError(f"{getattr(error, 'full_key', None) or path}: {sentence}") from None
+
+
+KEYS = [item.name for item in fields(T2XConfig)]
+
+
+def _hint(key: str) -> str:
+    close = get_close_matches(key, KEYS, 1)
+    return REPLACED.get(key) or (f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(KEYS)}")

@@ -1,0 +1,299 @@
+"""Text to video in three steps: prompts -> features of T5 -> latents -> pixels; each network is held only as needed.
+
+Made of the parts of a Latte folder (tokenizer, text_encoder, transformer, scheduler, vae, vae_temporal_decoder), and
+equal to diffusers' LattePipeline for one prompt and the same initial latents.
+
+Letters: B batch (2 with guidance), L words of a prompt, F frames, C latent channels, h w latent pixels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.objective import sample_generator
+from models.autoencoder import DTYPES, CodecConfig, LatentCodec
+from models.convert_t2v import load_t2v
+from models.latte_t2v import LatteT2V
+from sample.captions import clean_caption
+from sample.generate import to_uint8
+from sample.t2x_config import LEARNED_VARIANCE, SCHEDULERS, T2XConfig
+
+log = logging.getLogger(__name__)
+
+MAX_WORDS = 120  # of a prompt, in T5's pieces; what the weights were trained with
+PROBES = ("a red disc moving", "two blue squares resting")  # as many words; no tokenizer may take them for the same
+PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae*")
+Progress = Callable[[int, int], object]
+
+
+class Prompt(NamedTuple):
+    """Features of one prompt and of what it is guided away from, each (1, L, D)."""
+
+    positive: Tensor
+    negative: Tensor | None
+
+
+def find_folder(config: T2XConfig) -> Path:
+    """The folder of `pretrained_model_path`, downloaded where it is a hub name; says which state of it.
+
+    Raises: FileNotFoundError, one sentence, where it is neither.
+    """
+    folder = Path(config.pretrained_model_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if config.pretrained_model_path.count("/") != 1 or config.pretrained_model_path.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"pretrained_model_path: there is no folder {folder}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
+    try:
+        path = snapshot_download(config.pretrained_model_path, revision=config.revision, allow_patterns=patterns)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"pretrained_model_path={config.pretrained_model_path} is not a folder here, and could not be had from "
+            f"the hub ({type(error).__name__})"
+        ) from error
+    log.warning("%s: revision %s, commit %s", config.pretrained_model_path, config.revision or "main", Path(path).name)
+    return Path(path)
+
+
+# ------------------------------------------------------------------------------------------ prompts
+
+
+@dataclass
+class TextEncoder:
+    """T5 and its tokenizer."""
+
+    tokenizer: Any
+    network: Any
+
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> TextEncoder:
+        """From the sub-folders `tokenizer` and `text_encoder`.
+
+        Raises: FileNotFoundError, ValueError: one is missing or broken, or the tokenizer is not the encoder's.
+        """
+        from transformers import T5EncoderModel, T5Tokenizer
+
+        for name in ("tokenizer", "text_encoder"):
+            _require_part(folder, name)
+        try:
+            tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
+            network = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"{folder}: tokenizer or text_encoder could not be loaded: {reason}") from error
+        check_tokenizer(tokenizer, network.config.vocab_size, folder)
+        return cls(tokenizer, network.eval().requires_grad_(False).to(device))
+
+    @torch.no_grad()
+    def features(self, text: str, length: int = MAX_WORDS) -> tuple[Tensor, int]:
+        """Features (1, `length`, D) of a text, padding included, and how many of them are words."""
+        tokens = self.tokenizer(
+            [text], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(self.network.device)
+        features = self.network(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return features, int(tokens.attention_mask.sum())
+
+    def encode(self, prompt: str, negative_prompt: str | None, *, clean: bool = True) -> Prompt:
+        """Features of the words of a prompt, and as many of the negative one; None: no guidance."""
+        prepare = clean_caption if clean else lambda text: text.lower().strip()
+        text = prepare(prompt)
+        count = len(self.tokenizer(text).input_ids)
+        if count > MAX_WORDS:
+            log.warning("a prompt of %d pieces is cut to the %d that the network knows", count, MAX_WORDS)
+        positive, words = self.features(text)
+        negative = None if negative_prompt is None else self.features(prepare(negative_prompt))[0][:, :words]
+        return Prompt(positive[:, :words], negative)
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int, folder: Path) -> None:
+    """Refuse a tokenizer that lost its vocabulary: it would make every prompt the same, without a word.
+
+    Raises: ValueError.
+    """
+    sizes = f"{folder}: the tokenizer knows {len(tokenizer)} pieces, the text encoder {vocab_size}"
+    if len(tokenizer) < vocab_size / 2 or len(tokenizer) > vocab_size:
+        raise ValueError(f"{sizes}: they do not belong together, or the tokenizer's files are not whole")
+    first, second = (tokenizer(probe).input_ids for probe in PROBES)
+    if first == second:
+        raise ValueError(f"{sizes}, but it takes different prompts for the same; copy the tokenizer again")
+
+
+# ------------------------------------------------------------------------------------------ latents
+
+
+def make_scheduler(config: T2XConfig, folder: Path) -> Any:
+    """The sampler that `sample_method` names, on the noise schedule of the folder with the config's betas."""
+    import diffusers
+
+    _require_part(folder, "scheduler")
+    name, options = SCHEDULERS[config.sample_method]
+    betas = {key: getattr(config, key) for key in ("beta_start", "beta_end", "beta_schedule")}
+    if config.sample_method in LEARNED_VARIANCE:
+        betas["variance_type"] = config.variance_type
+    owner = getattr(diffusers, name)
+    given = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    known = inspect.signature(owner.__init__).parameters
+    kept = {key: value for key, value in given.items() if key in known and key != "variance_type"}
+    return owner(**{**kept, **betas, **options})
+
+
+@torch.no_grad()
+def denoise(
+    model: LatteT2V,
+    scheduler: Any,
+    prompt: Prompt,
+    noise: Tensor,
+    config: T2XConfig,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Unit noise (1, C, F, h, w) -> latents of the same shape.
+
+    Args:
+        generator: of the noise that some samplers add at each step.
+        progress: called with the steps done and their number.
+    """
+    scheduler.set_timesteps(config.num_sampling_steps, device=noise.device)
+    accepted = inspect.signature(scheduler.step).parameters
+    extra = {key: value for key, value in {"eta": config.eta, "generator": generator}.items() if key in accepted}
+    learned = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
+    guided = config.guidance_scale > 1 and prompt.negative is not None
+    captions = torch.cat([prompt.negative, prompt.positive]) if guided else prompt.positive  # type: ignore[list-item]
+    latents = noise * scheduler.init_noise_sigma
+    for done, step in enumerate(scheduler.timesteps, start=1):
+        entered = scheduler.scale_model_input(latents.expand(len(captions), -1, -1, -1, -1), step)
+        timesteps = step.expand(len(captions)).to(noise.device)
+        output = model(entered, timesteps, captions, None, config.enable_temporal_attentions, return_dict=False)[0]
+        if guided:
+            without, with_caption = output.chunk(2)
+            output = without + config.guidance_scale * (with_caption - without)
+        if not learned:
+            output = output[:, : noise.shape[1]]
+        latents = scheduler.step(output, step, latents, **extra, return_dict=False)[0]
+        if progress is not None:
+            progress(done, len(scheduler.timesteps))
+    return latents
+
+
+def load_network(config: T2XConfig, folder: Path, device: torch.device) -> LatteT2V:
+    """The text-conditioned network of the folder, or of `transformer`, ready to sample."""
+    if config.transformer is None:
+        _require_part(folder, "transformer")
+    model = load_t2v(config.transformer or folder / "transformer", dtype=DTYPES[config.precision])
+    model.requires_grad_(False).to(device)
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    return model
+
+
+# ------------------------------------------------------------------------------------------- pixels
+
+
+def load_codec(config: T2XConfig, folder: Path, device: torch.device) -> LatentCodec:
+    """The decoder of single frames, or the one of clips."""
+    name = "vae_temporal_decoder" if config.enable_vae_temporal_decoder else "vae"
+    _require_part(folder, name)
+    described = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+    codec = LatentCodec.from_config(
+        CodecConfig(
+            path=str(folder),
+            subfolder=name,
+            latent_channels=described["latent_channels"],
+            downsample_factor=2 ** (len(described["block_out_channels"]) - 1),
+            scale=described.get("scaling_factor", 0.18215),
+            dtype=config.precision,
+            chunk_size=config.decode_chunk_size,
+        ),
+        device,
+    )
+    network: Any = codec.network
+    for wanted, method in ((config.vae_slicing, "enable_slicing"), (config.vae_tiling, "enable_tiling")):
+        if wanted and not hasattr(network, method):
+            raise ValueError(f"{described['_class_name']} has no {method}: leave vae_slicing and vae_tiling out")
+        if wanted:
+            getattr(network, method)()
+    return codec
+
+
+def _require_part(folder: Path, name: str) -> None:
+    """Raises: FileNotFoundError unless the folder has that sub-folder."""
+    if not (folder / name).is_dir():
+        raise FileNotFoundError(f"{folder} has no sub-folder {name}, which is a part of a Latte folder")
+
+
+# -------------------------------------------------------------------------------------------- whole
+
+
+class Sampler:
+    """The network, its sampler and the decoder, for one video after the other.
+
+    A video is a function of (seed, index): its noise comes from a generator of its own on the CPU.
+    """
+
+    def __init__(self, config: T2XConfig, folder: Path, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        resting = torch.device("cpu") if config.cpu_offload else device
+        self.scheduler = make_scheduler(config, folder)
+        self.model = load_network(config, folder, resting)
+        self.codec = load_codec(config, folder, resting)
+        self._check()
+
+    @property
+    def num_steps(self) -> int:
+        """Evaluations of the network for one video; some samplers take several for each step."""
+        self.scheduler.set_timesteps(self.config.num_sampling_steps)
+        return len(self.scheduler.timesteps)
+
+    def sample(self, prompt: Prompt, index: int, progress: Progress | None = None) -> np.ndarray:
+        """The video of that index: uint8 (F, H, W, 3)."""
+        generator = sample_generator(self.config.seed, index, torch.device("cpu"))
+        noise = torch.randn(self.noise_shape, generator=generator).to(self.device, self.model.dtype)
+        prompt = Prompt(*(each if each is None else each.to(noise) for each in prompt))  # type: ignore[arg-type]
+        with self._on_device(self.model):
+            latents = denoise(self.model, self.scheduler, prompt, noise, self.config, generator, progress)
+        with self._on_device(self.codec):
+            return to_uint8(self.codec.decode(latents.transpose(1, 2)))[0]
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int, int, int]:
+        """`(1, C, F, h, w)`."""
+        height, width = (side // self.codec.config.downsample_factor for side in self.config.image_size)
+        return 1, self.model.config.channels[0], self.config.video_length, height, width
+
+    @contextmanager
+    def _on_device(self, network: torch.nn.Module) -> Iterator[None]:
+        """Have the network on the device, and with `cpu_offload` no longer than needed."""
+        if not self.config.cpu_offload:
+            yield
+            return
+        network.to(self.device)
+        try:
+            yield
+        finally:
+            network.to("cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _check(self) -> None:
+        """Raises: ValueError where network and decoder do not fit each other or the size."""
+        channels, ours = self.codec.config.latent_channels, self.model.config.channels[0]
+        if channels != ours:
+            raise ValueError(f"the decoder takes {channels} latent channels, but the network makes {ours}")
+        grid = self.codec.config.downsample_factor * self.model.config.patch
+        if any(side % grid for side in self.config.image_size):
+            raise ValueError(f"image_size {self.config.image_size} must be divisible by {grid} for this model")

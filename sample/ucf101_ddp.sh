@@ -1,0 +1,9 @@
+#!/bin/bash
+# Sample UCF101 for metrics on all GPUs: 2048 videos from an official .pt, or a checkpoint or run folder of ours.
+# Killed or stopped, the same command goes on.
+#   GPUS=8 CKPT=path/to/checkpoint OUT=folder bash sample/ucf101_ddp.sh [further flags of sample_ddp.py]
+exec bash "$(dirname "$0")/../train_scripts/launch.sh" sample/sample_ddp.py configs/ucf101/ucf101_sample.yaml \
+    --ckpt "${CKPT:-share_ckpts/ucf101.pt}" \
+    --save_video_path "${OUT:-results/ucf101_samples_2048}" \
+    --num_videos 2048 --labels all \
+    "$@"

@@ -1,0 +1,41 @@
+"""What the tests of the latent cache share: making one, and tiny autoencoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.config import load_config
+from engine.distributed import World
+from tools.caching import cache_latents
+
+SHARD_BYTES = 20_000  # several shards of the tiny sets
+
+
+def cache(overrides: list[str], out: Path, dtype: str = "fp32", world: World | None = None) -> Path:
+    """Make the cache of a configuration."""
+    cache_latents(load_config(None, overrides), out, dtype, SHARD_BYTES, world or World())
+    return out
+
+
+def save_codec(folder: Path, class_name: str, seed: int = 0) -> list[str]:
+    """A random autoencoder of 5 channels with 2-fold down-sampling, and the overrides that name it."""
+    import diffusers
+
+    torch.manual_seed(seed)
+    if class_name == "AutoencoderKL":
+        blocks = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+        down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+        codec = diffusers.AutoencoderKL(latent_channels=5, down_block_types=down, up_block_types=up, **blocks)
+    else:
+        sizes = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+        counts = {f"num_{part}_blocks": (1, 1) for part in ("encoder", "decoder")}
+        codec = diffusers.AutoencoderTiny(latent_channels=5, **sizes, **counts)
+    codec.save_pretrained(folder)
+    return [f"codec.path={folder}", "codec.latent_channels=5", "codec.downsample_factor=2", "codec.scale=0.7"]
+
+
+def content(made: Path) -> dict[str, bytes]:
+    """Every file of a cache."""
+    return {file.name: file.read_bytes() for file in made.iterdir()}

@@ -1,0 +1,336 @@
+"""Training from latents against the path it replaces: decode, transform, encode."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from datasets import build_dataset
+from datasets.latents import StoredClip, read_index
+from engine.config import load_config
+from engine.distributed import World
+from engine.trainer import Trainer
+from models.autoencoder import CodecConfig, LatentCodec, Posterior
+from models.codec_identity import codec_identity, same_codec
+from tests.conftest import TINY
+from tests.fault_support import ROOT, rows, run
+from tests.latent_support import cache, save_codec
+from tools import caching
+from tools.make_demo_data import write_mp4
+
+CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
+CODECS = ("AutoencoderKL", "AutoencoderTiny", "pixels")
+
+
+@pytest.fixture(scope="module")
+def codecs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Overrides that name each codec."""
+    folder = tmp_path_factory.mktemp("codecs")
+    return {"pixels": [], **{name: save_codec(folder / name, name) for name in CODECS[:2]}}
+
+
+@pytest.fixture(scope="module")
+def motley(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good clips of odd sizes; and every kind of clip that is replaced, or used with a remark."""
+    root = tmp_path_factory.mktemp("motley")
+    rng = np.random.default_rng(0)
+    for label, (height, width, length) in {"a/x": (13, 10, 9), "b/y": (8, 11, 7), "a/short": (9, 9, 3)}.items():
+        (root / label).mkdir(parents=True)
+        for number in range(length):
+            save_frame(root / label, number, (height, width), rng)
+    (root / "b" / "grows").mkdir()  # from its sixth frame on
+    for number in range(9):
+        save_frame(root / "b" / "grows", number, (9, 9) if number < 5 else (12, 12), rng)
+    shutil.copytree(root / "a" / "x", root / "b" / "torn")
+    (root / "b" / "torn" / "002.png").write_bytes(b"no image")
+    levels = rng.integers(0, 256, (90, 3, 32, 32), dtype=np.uint8)  # too long to be decoded whole when it is opened
+    write_mp4(root / "a" / "noise.mp4", levels)
+    data = (root / "a" / "noise.mp4").read_bytes()
+    middle = len(data) // 2
+    (root / "a" / "pierced.mp4").write_bytes(data[:middle] + bytes(300) + data[middle + 300 :])
+    (root / "a" / "text.mp4").write_text("no video " * 30)
+    write_mp4(root / "b" / "whole.mkv", levels[:40])
+    (root / "b" / "cut.mkv").write_bytes((root / "b" / "whole.mkv").read_bytes()[:-3000])
+    (root / "list.txt").write_text("a/x/003.png\nb/y/000.png a\n")
+    return root
+
+
+def save_frame(folder: Path, number: int, size: tuple[int, int], rng: np.random.Generator) -> None:
+    Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number:03d}.png")
+
+
+MOTLEY = ["data.horizontal_flip=true", "data.num_images=2", "data.labels=class_folders", "data.max_unusable=1"]
+
+
+def compare(overrides: list[str], cached: Path | str, codec: LatentCodec, epochs: int = 4) -> float:
+    """Every sample of both paths is of the same clips, labels and remarks; the largest difference of what is shown."""
+    one = build_dataset(load_config(None, overrides).data, seed=5)
+    other = build_dataset(load_config(None, [*overrides, f"data.latents={cached}"]).data, seed=5)
+    assert one.digest == other.digest and one.class_names == other.class_names
+    worst = 0.0
+    for epoch in range(epochs):
+        for index in range(len(one)):
+            a, b = one[epoch, index], other[epoch, index]
+            assert a["index"] == b["index"] and torch.equal(a["labels"], b["labels"])
+            expected = torch.stack([part for part in codec.posterior(a["video"][None]) if part is not None], 2)[0]
+            assert expected.shape == b["latents"].shape
+            worst = max(worst, float((expected - b["latents"]).abs().max()))
+    assert (one.cut_off, one.looped) == (other.cut_off, other.looped)
+    assert {**other.skipped, **pierced(one.skipped)} == {**one.skipped, **pierced(other.skipped)}
+    return worst
+
+
+def pierced(skipped: dict[str, str]) -> dict[str, str]:
+    """Of a stream that is damaged within, which frame is named first may differ."""
+    return {path: "" for path in skipped if path.endswith("pierced.mp4")}
+
+
+# ------------------------------------------------------------------------------------ the same as online
+
+
+@pytest.fixture(scope="module")
+def motley_caches(motley: Path, codecs: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """For each codec, the overrides and the cache of the motley set."""
+    folder = tmp_path_factory.mktemp("caches")
+    made = {}
+    for name in CODECS:
+        overrides = [*TINY, *codecs[name], f"data.path={motley}", *MOTLEY]
+        made[name] = (overrides, cache(overrides, folder / name))
+    return made
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["data.num_frames=3", "data.frame_interval=2", "data.num_images=0"],
+        ["data.short_clips=loop", "data.frame_interval=3"],
+        ["data.horizontal_flip=false"],
+    ],
+    ids=["as made", "other windows", "looped", "not mirrored"],
+)
+def test_every_draw_is_the_online_one(motley_caches: Any, name: str, extra: list[str]) -> None:
+    """Windows, mirroring, images, labels, replacements and remarks; from one cache."""
+    overrides, made = motley_caches[name]
+    codec = LatentCodec.from_config(load_config(None, overrides).codec)
+    assert compare([*overrides, *extra], made, codec) <= (0 if name == "pixels" else 1e-6)
+
+
+def test_the_motley_set_is_motley(motley_caches: Any) -> None:
+    """Else the test above would prove little."""
+    index = read_index(motley_caches["pixels"][1])
+    reasons = caching.unusable(index)
+    assert set(reasons) == {"a/text.mp4", "a/pierced.mp4", "b/torn"}
+    clips = {clip["name"]: clip for clip in index["clips"]}
+    assert clips["a/text.mp4"]["reason"].startswith("is not a video") and "002.png" in reasons["b/torn"]
+    kinds = [[run[3] is None for run in clips[name]["runs"]] for name in ("a/pierced.mp4", "b/torn", "b/grows")]
+    assert kinds[0][0] and False in kinds[0] and kinds[1] == [True, False, True] and kinds[2] == [True, True]
+    assert "cut off" in clips["b/cut.mkv"]["cut_off"] and clips["a/short"]["frames"] == 3
+    assert len(index["shards"]) > 5
+
+
+def test_images_of_a_frame_list(motley: Path, codecs: dict[str, list[str]], tmp_path: Path) -> None:
+    overrides = [*TINY, f"data.path={motley}", *MOTLEY, f"data.frame_list={motley / 'list.txt'}"]
+    made = cache(overrides, tmp_path / "cache")
+    assert compare(overrides, made, LatentCodec.from_config(load_config(None, TINY).codec)) == 0
+    without = cache([*TINY, f"data.path={motley}", *MOTLEY], tmp_path / "without")
+    with pytest.raises(ValueError, match=r"is of other data: 2 of 11 clips are not in it.*'a/x/003.png' the first"):
+        build_dataset(load_config(None, [*overrides, f"data.latents={without}"]).data, seed=0)
+
+
+def test_the_videos_may_be_gone(motley_caches: Any) -> None:
+    """The cache knows its clips: labels, windows and digest are those of the folder."""
+    overrides, made = motley_caches["AutoencoderKL"]
+    here = build_dataset(load_config(None, [*overrides, f"data.latents={made}"]).data, seed=5)
+    gone = build_dataset(load_config(None, [*overrides, "data.path=''", f"data.latents={made}"]).data, seed=5)
+    assert here.digest == gone.digest and here.class_names == gone.class_names == ["a", "b"]
+    for index in range(len(here)):
+        a, b = here[1, index], gone[1, index]
+        assert torch.equal(a["latents"], b["latents"]) and torch.equal(a["labels"], b["labels"])
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="the sample clips of ../shared/media are not here")
+def test_real_clips_with_real_faults(tmp_path: Path) -> None:
+    names = ["derived_truncated_again.mkv", "ExoPlayer__invalid-bitstream.webm", "mp4parser__MOV00006.3gp"]
+    (tmp_path / "set").mkdir()
+    for name in [*names, "mp4parse-rust__bbb_sunflower_QCIF_30fps_mp4v_noaudio_1f.mp4", "decord__video_90.mov"]:
+        (tmp_path / "set" / name).symlink_to(CLIPS / "odd" / name)
+    settings = [
+        "data.image_size=32",
+        "data.num_frames=2",
+        "data.labels=none",
+        "data.max_unusable=1",
+        "data.horizontal_flip=true",
+    ]
+    overrides = [*TINY, f"data.path={tmp_path / 'set'}", *settings]
+    made = cache(overrides, tmp_path / "cache")
+    assert compare(overrides, made, LatentCodec.from_config(CodecConfig(None, None, None, 3, 1)), epochs=2) == 0
+
+
+X_START = ["diffusion.prediction=x_start", "model.learn_sigma=false"]  # the loss depends on the latents at once
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("extra", [[], ["data.num_images=2", "data.horizontal_flip=true"]])
+def test_losses_are_the_online_ones(
+    tiny: list[str], tmp_path: Path, codecs: dict[str, list[str]], name: str, extra: list[str]
+) -> None:
+    """data.latents is the only change; the posterior is sampled by the same noise; 1e-6, in pixel space every bit."""
+    common = [*tiny, *codecs[name], *extra, *X_START, "train.max_steps=6", "model.label_dropout=0.5"]
+    run([*common, f"train.output_dir={tmp_path / 'online'}"])
+    made = cache(common, tmp_path / "cache")
+    run([*common, f"train.output_dir={tmp_path / 'cached'}", f"data.latents={made}"])
+    losses = [[row["loss"] for row in rows(tmp_path / place)] for place in ("online", "cached")]
+    assert losses[1] == pytest.approx(losses[0], rel=0, abs=0 if name == "pixels" else 1e-6)
+    assert len(set(losses[0])) == 6
+
+
+def test_a_deviation_that_is_ignored_would_be_seen(motley_caches: Any, tmp_path: Path) -> None:
+    """The negative control: without the codec's noise the losses are others."""
+    overrides, made = motley_caches["AutoencoderKL"]
+    keys = [*overrides, *X_START, f"data.latents={made}", f"train.output_dir={tmp_path / 'run'}"]
+    trainer = Trainer(load_config(None, keys), World())
+    batch = next(trainer.batches())[0]
+    sampled = trainer.objective(trainer.model, batch).loss
+    batch["latents"][:, :, 1] = 0
+    assert not torch.isclose(sampled, trainer.objective(trainer.model, batch).loss)
+
+
+def test_scale_and_shift_may_change(motley_caches: Any) -> None:
+    """They are not in the cache."""
+    overrides, made = motley_caches["AutoencoderKL"]
+    changed = load_config(None, [*overrides, "codec.scale=0.3", "codec.shift=0.4", f"data.latents={made}"])
+    codec = LatentCodec.from_config(changed.codec)
+    latents = build_dataset(changed.data, seed=0)[0, 0]["latents"][None]
+    video = build_dataset(load_config(None, overrides).data, seed=0)[0, 0]["video"][None]
+    noise = torch.randn(latents[:, :, 0].shape)
+    drawn = Posterior(*latents.unbind(2)).latents(changed.codec, noise)
+    torch.testing.assert_close(drawn, codec.encode(video, noise), rtol=1e-6, atol=1e-6)
+
+
+def test_strict_stops_at_the_first_clip_that_lacks_something(motley: Path, tmp_path: Path) -> None:
+    common = [*TINY, f"data.path={motley}", *MOTLEY, "data.strict=true"]
+    with pytest.raises(ValueError, match=r"text\.mp4: is not a video"):
+        cache(common, tmp_path / "one")
+    (tmp_path / "set").mkdir()
+    shutil.copytree(motley / "b" / "torn", tmp_path / "set" / "torn")
+    with pytest.raises(ValueError, match=r"torn: .*002\.png.* is not a readable image"):
+        cache([*common, f"data.path={tmp_path / 'set'}", "data.labels=none"], tmp_path / "two")
+
+
+# ------------------------------------------------------------------------------------------- the format
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [("fp16", 2**-11), ("bf16", 2**-8)])
+def test_number_formats_cost_what_the_index_says(
+    motley_caches: Any, tmp_path: Path, dtype: str, relative: float
+) -> None:
+    """Against the fp32 cache, value by value, through the safetensors library; half the bytes."""
+    overrides, exact = motley_caches["AutoencoderKL"]
+    made = cache(overrides, tmp_path / "cache", dtype)
+    index = read_index(made)
+    exact_rows, rows = (library_rows(folder) for folder in (exact, made))
+    error = (rows.double() - exact_rows.double()).abs()
+    assert float(error.max()) == pytest.approx(index["rounding"]["largest"], rel=1e-5) and error.max() > 0
+    rms = error.square().mean().sqrt() / exact_rows.double().square().mean().sqrt()
+    assert float(rms) == pytest.approx(index["rounding"]["relative_rms"], rel=1e-5)
+    assert (error <= relative * exact_rows.abs() + 2**-25).all()
+    assert rows.element_size() == 2 and read_index(exact)["rounding"] == {"largest": 0.0, "relative_rms": 0.0}
+    data = build_dataset(load_config(None, [*overrides, f"data.latents={made}"]).data, seed=0)
+    assert data[0, 0]["latents"].dtype == rows.dtype
+
+
+def library_rows(made: Path) -> torch.Tensor:
+    """All frames of a cache, as the safetensors library reads them."""
+    shards = []
+    for file in sorted(made.glob("shard-*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            shards.append(opened.get_tensor("latents"))
+    return torch.cat(shards)
+
+
+def test_a_run_in_half_precision_trains(tiny: list[str], tmp_path: Path) -> None:
+    """bf16 has no counterpart in numpy, and fp64 latents none in the cache."""
+    for dtype, precision in (("bf16", "fp64"), ("fp16", "bf16")):
+        made = cache(tiny, tmp_path / dtype, dtype)
+        folder = tmp_path / f"run {dtype}"
+        keys = [f"data.latents={made}", f"train.precision={precision}", "data.num_workers=1"]
+        run([*tiny, *keys, f"train.output_dir={folder}", "train.max_steps=2"])
+        assert len(rows(folder)) == 2
+
+
+def test_clips_keep_their_facts_through_json() -> None:
+    video, image = StoredClip("a/b.mp4", 3, None, reason="no"), StoredClip("c", 0, 7, 7, 2, 5, cut_off="x", listed=True)
+    for clip in (video, image):
+        assert StoredClip.from_json(json.loads(json.dumps(clip.to_json()))) == clip
+
+
+def test_shards_are_filled_in_order_and_none_is_empty() -> None:
+    clips = [StoredClip(str(number), 1, None, frames) for number, frames in enumerate([3, 0, 4, 9, 0, 2, 2, 0])]
+    found = [(clip.shard, clip.first) for clip in caching.placed(clips, 5)]
+    assert found == [(0, 0), (0, 3), (1, 0), (2, 0), (2, 9), (3, 0), (3, 2), (3, 4)]
+    assert caching.frames_of(list(caching.placed(clips, 5))) == [3, 4, 9, 4]
+
+
+# ---------------------------------------------------------------------------------------------- the codec
+
+
+def test_the_codec_is_known_by_its_weights(tmp_path: Path, codecs: dict[str, list[str]]) -> None:
+    """Not by its place or file format; each tensor counts, and the config beside it."""
+    import diffusers
+
+    first = load_config(None, [*TINY, *codecs["AutoencoderKL"]]).codec
+    known = codec_identity(first)
+    copy = diffusers.AutoencoderKL.from_pretrained(first.path)
+    copy.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    copy.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    for place in ("pickled", "parts"):
+        moved = codec_identity(replace(first, path=str(tmp_path / place)))
+        assert moved["sha256"] == known["sha256"] and same_codec(known, moved), place
+    assert same_codec(known, codec_identity(replace(first, scale=2.0, shift=1.0, chunk_size=3)))
+    assert not same_codec(known, codec_identity(replace(first, dtype="bf16")))
+    names = sorted(copy.state_dict())
+    for name in (names[0], "encoder.conv_in.weight", names[-1]):
+        copy.state_dict()[name].view(-1)[0] += 1e-6
+        copy.save_pretrained(tmp_path / "other")
+        assert not same_codec(known, codec_identity(replace(first, path=str(tmp_path / "other")))), name
+        copy.state_dict()[name].view(-1)[0] -= 1e-6
+
+
+def test_a_codec_that_is_not_here_is_known_by_its_name(codecs: dict[str, list[str]]) -> None:
+    here = load_config(None, [*TINY, *codecs["AutoencoderKL"]]).codec
+    for name in ("/nowhere/codec", "nobody/nothing-of-this-name"):
+        gone = replace(here, path=name)
+        assert codec_identity(gone)["sha256"] is None
+        assert same_codec({**codec_identity(here), "path": name}, codec_identity(gone))
+        assert not same_codec(codec_identity(here), codec_identity(gone))
+
+
+def test_training_from_latents_imports_no_diffusers(
+    tmp_path: Path, tiny: list[str], codecs: dict[str, list[str]]
+) -> None:
+    """Though the codec is one of its classes, and is checked; in a fresh process."""
+    common = [*tiny, *codecs["AutoencoderKL"]]
+    made = cache(common, tmp_path / "cache")
+    code = (
+        "import sys, train\n"
+        "assert train.main(sys.argv[1:]) == 0\n"
+        "print([name for name in ('diffusers', 'transformers', 'accelerate') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, *common, "train.max_steps=2", f"data.latents={made}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,527 @@
+"""Validation and previews beside a training: they change nothing in it, stop in time, and lose no run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sample.preview
+import train
+from datasets import build_dataset
+from engine import checkpoint as ckpt
+from engine.callbacks import Look
+from engine.config import load_config
+from engine.distributed import World
+from engine.trainer import Trainer
+from engine.validation import Validation
+from sample.generate import Generator
+from tests.detector_stubs import StubI3D, StubInception
+from tests.fault_support import armed, rows, run_ranks
+from tests.test_faults_exactness import TIMING, assert_same, state_of
+from tools.metrics.distances import frechet_distance
+
+WATCHED = [
+    "monitor.val_every=2",
+    "monitor.val_buckets=3",
+    "monitor.val_clips=5",
+    "monitor.sample_every=3",
+    "monitor.sample_videos=3",
+    "sample.steps=3",
+    "sample.batch_size=2",
+]
+
+
+def watched(tiny: list[str], *extra: str) -> list[str]:
+    """The tiny run with everything that looks at it; validated on the clips that it is trained on."""
+    path = next(each.partition("=")[2] for each in tiny if each.startswith("data.path="))
+    return [*tiny, *WATCHED, f"data.val_path={path}", *extra]
+
+
+def run(overrides: list[str], world: World | None = None) -> Trainer:
+    """A run as train.py makes it."""
+    config = load_config(None, overrides)
+    trainer = Trainer(config, world or World(), callbacks=train.callbacks(config))
+    trainer.fit()
+    return trainer
+
+
+def logged(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    """The rows of those kinds, without what is about time."""
+    found = [row for row in rows(folder) if row["kind"] in kinds]
+    return [{key: value for key, value in row.items() if key not in {*TIMING, "seconds"}} for row in found]
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted((folder / "previews").rglob("*.*"))}
+
+
+# ---- nothing changes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["data.num_images=2", "train.grad_accum_steps=2", "train.batch_size=1"],
+        ["diffusion.timestep_sampler=loss_aware", "model.gradient_checkpointing=true", "train.async_checkpoint=true"],
+        ["diffusion.prediction=flow", "model.learn_sigma=false", "train.precision=bf16", "model.num_classes=0"],
+    ],
+    ids=["plain", "joint", "loss_aware", "flow"],
+)
+def test_the_training_is_the_same_bit_for_bit(tiny: list[str], tmp_path: Path, extra: list[str]) -> None:
+    """Weights, average, moments, generators, losses; and no gradient is left where there was none."""
+    common = [*extra, "train.max_steps=4", "model.label_dropout=0.5"]
+    plain = run([*tiny, *common, f"train.output_dir={tmp_path / 'plain'}"])
+    seen = run(watched(tiny, *common, f"train.output_dir={tmp_path / 'seen'}"))
+    assert_same(state_of(seen), state_of(plain))
+    for name, value in plain.state_dict().rng.items():
+        assert torch.equal(seen.state_dict().rng[name], value), name
+    assert logged(tmp_path / "seen", "train") == logged(tmp_path / "plain", "train")
+    assert [row["step"] for row in logged(tmp_path / "seen", "preview")] == [0, 3, 4]
+    assert seen.model.training == plain.model.training
+    assert all(parameter.requires_grad for parameter in seen.model.parameters())
+    assert all(parameter.grad is None for parameter in seen.ema.model.parameters())
+
+
+def test_the_lightning_twin_sees_the_same(tiny: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
+    from engine import lightning
+
+    common = watched(tiny, "train.max_steps=4")
+    plain = run([*common, f"train.output_dir={tmp_path / 'plain'}"])
+    config = load_config(None, [*common, f"train.output_dir={tmp_path / 'twin'}"])
+    twin = Trainer(config, World(), callbacks=train.callbacks(config))
+    assert lightning.fit(twin)
+    assert_same(state_of(twin), state_of(plain))
+    assert logged(tmp_path / "twin", "val", "preview", "train") == logged(tmp_path / "plain", "val", "preview", "train")
+    assert pictures(tmp_path / "twin") == pictures(tmp_path / "plain")
+
+
+def measured(detector: Path) -> list[str]:
+    """The metric too, of four samples."""
+    keys = ["metric_every=3", "metric_videos=4", "metric_detector=inception", f"metric_detector_path={detector}"]
+    return [f"monitor.{key}" for key in keys]
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network with the call signature of the Inception detector."""
+    file = tmp_path_factory.mktemp("detector") / "inception.pt"
+    torch.jit.script(inception()).save(file)
+    return file
+
+
+def inception() -> StubInception:
+    """What is in that file."""
+    torch.manual_seed(0)
+    return StubInception()
+
+
+def two_ranks(world: World, tiny: list[str], folder: str, weights: str, metric: list[str]) -> dict[str, Any]:
+    """All that two ranks do in these tests, in one start of them: what each training ended with."""
+    found: dict[str, Any] = {}
+    for kind in ("ddp", "fsdp"):
+        common = [*tiny, "train.max_steps=3", f"train.parallel={kind}", f"train.init_from={weights}"]
+        common += ["train.batch_size=1"]
+        for name, overrides in (("plain", common), ("seen", watched(common, *metric))):
+            place = f"{kind}-{name}"
+            trainer = run([*overrides, f"train.output_dir={folder}/{place}"], world)
+            found[place] = state_of(trainer)
+    with signalled_within_validation(rank=1, call=4):
+        trainer = run(watched(tiny, "train.max_steps=9", f"train.output_dir={folder}/signal"), world)
+    found["signal"] = trainer.step
+    with failing_on(world, rank=1):
+        trainer = run(watched(tiny, "train.max_steps=3", f"train.output_dir={folder}/failed"), world)
+    found["failed"] = trainer.step
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(
+    frame_folders: Path, tmp_path_factory: pytest.TempPathFactory, detector: Path
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of `two_ranks` and of the same on one, and what the two ranks returned."""
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny = [*TINY, f"data.path={frame_folders}"]
+    run([*tiny, f"train.output_dir={folder / 'weights'}", "train.max_steps=10"])
+    weights, metric = str(folder / "weights"), measured(detector)
+    found = run_ranks(2, folder / "rendezvous", two_ranks, tiny, str(folder), weights, metric)
+    assert [error for _, error in found] == [None, None]
+    alone = ["train.max_steps=3", f"train.init_from={weights}", f"train.output_dir={folder / 'alone'}"]
+    run(watched(tiny, *alone, *metric))
+    return folder, [result for result, _ in found]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_train_the_same_bit_for_bit(ranks: tuple[Path, list[dict[str, Any]]], kind: str) -> None:
+    """In shards the average and the weights go through forwards without a backward."""
+    folder, found = ranks
+    for rank in found:
+        assert_same(rank[f"{kind}-seen"], rank[f"{kind}-plain"])
+    assert logged(folder / f"{kind}-seen", "train") == logged(folder / f"{kind}-plain", "train")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_see_the_same_bits_as_one(ranks: tuple[Path, list[dict[str, Any]]], kind: str) -> None:
+    """Five clips and three videos: one rank has none left in the last round. Before the first step, so that the
+    weights are the same; another batch size too."""
+    folder, _ = ranks
+    one, two = (logged(folder / name, "val")[0] for name in ("alone", f"{kind}-seen"))
+    assert one == two and one["step"] == 0 and one["clips"] == 5
+    assert 0 < one["ema/loss"] < 2
+    assert set(pictures(folder / "alone")) == set(pictures(folder / f"{kind}-seen"))
+    one, two = (logged(folder / name, "metric")[0] for name in ("alone", f"{kind}-seen"))
+    assert one["ema/frechet_inception"] == pytest.approx(two["ema/frechet_inception"], rel=1e-4) and one["step"] == 0
+
+
+# ---- a run that was stopped ------------------------------------------------------------------------
+
+
+def test_a_continued_run_sees_what_an_undisturbed_one_does(tiny: list[str], tmp_path: Path) -> None:
+    """Stopped by SIGTERM during step 3, to be looked at again at 3, 4, 6."""
+    common = watched(tiny, "train.max_steps=6")
+    run([*common, f"train.output_dir={tmp_path / 'whole'}"])
+    with armed("term@0:2"):
+        run([*common, f"train.output_dir={tmp_path / 'parts'}"])
+    assert [row["step"] for row in logged(tmp_path / "parts", "preview")] == [0]
+    run([*common, f"train.output_dir={tmp_path / 'parts'}"])
+    kinds = ("train", "val", "preview")
+    assert logged(tmp_path / "parts", *kinds) == logged(tmp_path / "whole", *kinds)
+    assert pictures(tmp_path / "parts") == pictures(tmp_path / "whole")
+
+
+def test_a_run_that_is_there_already_is_not_looked_at_twice(tiny: list[str], tmp_path: Path) -> None:
+    run(watched(tiny, "train.max_steps=2"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    run(watched(tiny, "train.max_steps=2"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+class signalled_within_validation:
+    """SIGTERM to one rank while it validates its `call`-th clip."""
+
+    def __init__(self, rank: int, call: int) -> None:
+        self.rank, self.call, self.calls = rank, call, 0
+        self.honest = Validation._losses
+
+    def __enter__(self) -> signalled_within_validation:
+        def losses(this: Validation, run: Trainer, *arguments: Any) -> Any:
+            self.calls += 1
+            if run.world.rank == self.rank and self.calls == self.call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.honest(this, run, *arguments)
+
+        Validation._losses = losses  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Validation._losses = self.honest  # type: ignore[method-assign]
+
+
+def test_a_signal_within_a_validation_saves_at_once_and_it_is_made_up_for(tiny: list[str], tmp_path: Path) -> None:
+    """In the validation of step 4: 10 forwards are those of step 0, 10 those of step 2."""
+    common = watched(tiny, "train.max_steps=6")
+    run([*common, f"train.output_dir={tmp_path / 'whole'}"])
+    parts = [*common, f"train.output_dir={tmp_path / 'parts'}"]
+    with signalled_within_validation(rank=0, call=23) as counter:
+        stopped = run(parts)
+    assert stopped.step == 4 and counter.calls == 24  # the clip in hand, with both networks, and no more
+    assert (tmp_path / "parts" / "PREEMPTED").exists()
+    assert ckpt.list_checkpoints(tmp_path / "parts" / "checkpoints")[-1].name == "step-0000004"
+    assert [row["step"] for row in logged(tmp_path / "parts", "val")] == [0, 2]
+    continued = run(parts)
+    kinds = ("train", "val", "preview")
+    assert logged(tmp_path / "parts", *kinds) == logged(tmp_path / "whole", *kinds)
+    assert continued.step == 6
+
+
+def test_a_signal_stops_a_preview_between_two_steps_of_the_sampler(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    honest = sample.preview.agree
+
+    def agree(run: Trainer) -> None:
+        calls.append(run.step)
+        if run.step == 3 and calls.count(3) == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        honest(run)
+
+    monkeypatch.setattr(sample.preview, "agree", agree)
+    assert run(watched(tiny, "train.max_steps=6")).step == 3
+    assert calls.count(3) == 2 and not (tmp_path / "run" / "previews" / "step-0000003").exists()
+
+
+@pytest.mark.dist
+def test_a_signal_to_one_rank_stops_both(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, found = ranks
+    assert [rank["signal"] for rank in found] == [0, 0]
+    assert (folder / "signal" / "PREEMPTED").exists() and not logged(folder / "signal", "val", "train")
+
+
+# ---- what fails ------------------------------------------------------------------------------------
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def no_memory(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class failing_on:
+    """The decoder of previews runs out of memory, on one rank only."""
+
+    def __init__(self, world: World, rank: int) -> None:
+        self.honest = Generator.decode
+        self.fails = world.rank == rank
+
+    def __enter__(self) -> None:
+        if self.fails:
+            Generator.decode = no_memory  # type: ignore[method-assign,assignment]
+
+    def __exit__(self, *_: object) -> None:
+        Generator.decode = self.honest  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "said"),
+    [
+        ((sample.preview, "write_mp4"), no_space, "[Errno 28] No space left on device"),
+        ((Generator, "decode"), no_memory, "OutOfMemoryError: CUDA out of memory"),
+        ((Validation, "_losses"), no_memory, "OutOfMemoryError: CUDA out of memory"),
+    ],
+    ids=["disk", "memory", "validation"],
+)
+def test_a_failure_is_told_and_the_training_goes_on(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    place: tuple[Any, str],
+    fault: Callable[..., None],
+    said: str,
+) -> None:
+    plain = run([*tiny, "train.max_steps=4", f"train.output_dir={tmp_path / 'plain'}"])
+    monkeypatch.setattr(*place, fault)
+    trainer = run(watched(tiny, "train.max_steps=4"))
+    assert_same(state_of(trainer), state_of(plain))
+    kind, other = ("val", "preview") if place[0] is Validation else ("preview", "val")
+    assert not logged(tmp_path / "run", kind) and len(logged(tmp_path / "run", other)) == 3
+    events = [row for row in rows(tmp_path / "run", "events.jsonl") if row["event"] == "callback_failed"]
+    assert [(row["step"], row["callback"], row["error"]) for row in events] == [
+        (step, kind, said) for step in ((0, 2, 4) if kind == "val" else (0, 3, 4))
+    ]
+    lines = capsys.readouterr().err.splitlines()
+    assert f"warning: step 4, {kind}: {said}; the training goes on" in lines
+    left = [file.name for file in (tmp_path / "run" / "previews").rglob("*") if file.is_file()]
+    assert kind == "val" or not left
+
+
+@pytest.mark.dist
+def test_a_failure_on_one_rank_stops_the_callback_on_both(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, found = ranks
+    assert [rank["failed"] for rank in found] == [3, 3]
+    assert (folder / "failed" / "COMPLETED").exists() and not logged(folder / "failed", "preview")
+    assert len(logged(folder / "failed", "val")) == 3
+
+
+def test_clips_that_cannot_be_read_end_the_run_at_its_start(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "val" / "falls").mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / "val" / "falls" / f"{name}.mp4").write_bytes(b"no video")
+    overrides = watched(tiny, f"data.val_path={tmp_path / 'val'}", "data.labels=class_folders", "train.max_steps=2")
+    with pytest.raises(ValueError, match=r"a\.mp4|b\.mp4"):
+        run(overrides)
+    assert not rows(tmp_path / "run")
+
+
+def test_labels_that_the_network_has_not_end_the_run_at_its_start(tiny: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"sample\.labels: 'sideways' is no class of this network"):
+        run(watched(tiny, "sample.labels=[sideways]", "train.max_steps=2"))
+
+
+def test_the_watch_sees_signs_of_life(tiny: list[str]) -> None:
+    """For every clip and every step of the sampler."""
+    config = load_config(None, watched(tiny, "train.max_steps=1"))
+    trainer = Trainer(config, World(), callbacks=train.callbacks(config))
+    ticks = {"val": 0, "preview": 0}
+    for callback in trainer.callbacks.all:
+        trainer.watch.tick = lambda kind=callback.kind: ticks.update({kind: ticks[kind] + 1})  # type: ignore[method-assign]
+        callback.prepare(trainer)
+        ticks[callback.kind] = 0
+        callback.look(trainer)
+    assert ticks == {"val": 5, "preview": 2 * 2 * 3 + 2 + 1}  # 2 batches, 2 networks, 3 steps; each batch; writing
+
+
+# ---- previews --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What the previews wrote, before it became an mp4: file name -> (n, F, H, W, 3)."""
+    seen: dict[str, Any] = {}
+    honest = sample.preview.write_contact_sheet
+
+    def write(path: Path, videos: Any, *arguments: Any, **named: Any) -> Any:
+        seen[f"{path.parent.name}/{path.stem}"] = videos
+        return honest(path, videos, *arguments, **named)
+
+    monkeypatch.setattr(sample.preview, "write_contact_sheet", write)
+    yield seen
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["diffusion.prediction=flow", "model.learn_sigma=false"], ["sample.guidance_scale=3"]], ids=str
+)
+def test_previews_are_the_samples_of_the_checkpoint(
+    tiny: list[str], tmp_path: Path, written: dict[str, Any], extra: list[str]
+) -> None:
+    """Bit for bit what sampling from the checkpoint of the same step gives, of average and raw weights."""
+    settings = ["train.max_steps=3", "train.ema_decay=0.5", "optim.learning_rate=1e-2", "sample.seed=7"]
+    run(watched(tiny, *settings, "sample.labels=[rises,falls]", *extra))
+    folder = tmp_path / "run"
+    guidance = 3.0 if "sample.guidance_scale=3" in extra else 1.0
+    for weights in ("ema", "raw"):
+        generator = Generator.from_checkpoint(folder, weights=weights)
+        expected = generator.sample(["rises", "falls"], 3, seed=7, steps=3, batch_size=2, guidance_scale=guidance)
+        assert (written[f"step-0000003/{weights}"] == expected).all()
+        assert (written[f"step-0000000/{weights}"] != expected).any()
+    assert (written["step-0000003/ema"] != written["step-0000003/raw"]).any()
+    assert set(pictures(folder)) == {
+        f"previews/step-000000{step}/{name}" for step in (0, 3) for name in ("ema.mp4", "ema.png", "raw.mp4", "raw.png")
+    }
+
+
+def test_the_noise_is_the_same_at_every_step(tiny: list[str], written: dict[str, Any]) -> None:
+    """A learning rate of almost nothing: the pictures of all steps are the same."""
+    run(watched(tiny, "train.max_steps=3", "optim.learning_rate=1e-30"))
+    assert (written["step-0000000/raw"] == written["step-0000003/raw"]).all()
+    assert (written["step-0000000/raw"][0] != written["step-0000000/raw"][2]).any()  # the same class, other noise
+
+
+def test_pictures_are_in_tensorboard(tiny: list[str], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(watched(tiny, "train.max_steps=3"))
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    for weights in ("ema", "raw"):
+        assert [event.step for event in board.Images(f"preview/{weights}")] == [0, 3]
+        assert board.Images(f"preview/{weights}")[0].width > 4 * 64
+
+
+def test_generator_leaves_a_network_to_be_trained(tiny: list[str]) -> None:
+    config = replace(load_config(None, watched(tiny)))
+    trainer = Trainer(config, World())
+    Generator(trainer.model, trainer.objective.codec, config)  # type: ignore[arg-type]
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+# ---- the guard around them, and the metric ---------------------------------------------------------
+
+
+class Rude:
+    """Draws from the global generator, changes the mode, takes 1,000 seconds of the clock in `now`."""
+
+    kind, every = "rude", 1
+
+    def __init__(self, now: list[float]) -> None:
+        self.now = now
+
+    def prepare(self, run: Trainer) -> list[str]:
+        return self.look(run).line.split()
+
+    def look(self, run: Trainer) -> Look:
+        assert not run.model.training and not torch.is_grad_enabled()
+        run.model.train(False)
+        torch.randn(3)
+        self.now[0] += 1000.0
+        return Look({"one": 1}, "nothing")
+
+
+def test_what_a_callback_should_not_do_does_no_harm(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("engine.meter.time.perf_counter", lambda: now[0])
+    states = []
+    for name, callbacks in (("plain", []), ("rude", [Rude(now)])):
+        config = load_config(None, [*tiny, "train.max_steps=3", f"train.output_dir={tmp_path / name}"])
+        trainer = Trainer(config, World(), callbacks=callbacks)
+        original = trainer.train_step
+
+        def step(batch: Any, original: Any = original) -> Any:
+            now[0] += 1.0
+            return original(batch)
+
+        trainer.train_step = step  # type: ignore[method-assign]
+        torch.manual_seed(5)
+        trainer.fit()
+        assert trainer.model.training
+        states.append(trainer.state_dict())
+    assert torch.equal(states[0].rng["cpu/0"], states[1].rng["cpu/0"])
+    assert_same(*({"model": each.model, "ema": each.ema, "optim": each.optim} for each in states))
+    assert [row["seconds_per_step"] for row in rows(tmp_path / "rude") if row["kind"] == "train"] == [1.0, 1.0, 1.0]
+
+
+def test_the_metric_is_that_of_the_checkpoint(tiny: list[str], tmp_path: Path, detector: Path) -> None:
+    """Samples of the checkpoint's average and the held-out clips, through the network itself."""
+    run(watched(tiny, "train.max_steps=3", "train.ema_decay=0.5", "optim.learning_rate=1e-2", *measured(detector)))
+    fake = Generator.from_checkpoint(tmp_path / "run").sample(num=4, steps=3, batch_size=2)
+    config = load_config(None, tiny)
+    clips = build_dataset(config.data, seed=config.train.seed)
+    real = [((clips[0, index]["video"] + 1) * 127.5).round() for index in (0, 1, 3, 4)]  # 4 of 6, spread
+    network = inception()
+    with torch.no_grad():
+        features = [
+            network(pixels.flatten(0, 1).to(torch.uint8), return_features=True)
+            for pixels in (torch.stack(real), torch.from_numpy(fake).permute(0, 1, 4, 2, 3))
+        ]
+    row = logged(tmp_path / "run", "metric")[-1]
+    assert row == {
+        "step": 3,
+        "kind": "metric",
+        "videos": 4,
+        "clips": 4,
+        "ema/frechet_inception": pytest.approx(frechet_distance(*features), rel=1e-4),
+    }
+    assert len({row["ema/frechet_inception"] for row in logged(tmp_path / "run", "metric")}) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["monitor.metric_detector=inception_is"], r"monitor\.metric_detector=inception_is is none of i3d, "),
+        (["monitor.metric_detector_path=/nowhere.pt"], r"/nowhere\.pt"),
+        (["monitor.metric_detector_sha256=beef"], "but beef is expected"),
+        (["monitor.metric_detector=i3d"], "inception.pt"),
+    ],
+    ids=["kind", "file", "hash", "network"],
+)
+def test_a_detector_that_cannot_be_used_ends_the_run_at_its_start(
+    tiny: list[str], tmp_path: Path, detector: Path, settings: list[str], sentence: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        run(watched(tiny, "train.max_steps=2", *measured(detector), *settings))
+    assert not ckpt.list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_clips_too_short_for_the_detector_end_the_run_at_its_start(tiny: list[str], tmp_path: Path) -> None:
+    """The I3D network needs ten frames, the clips have four."""
+    torch.jit.script(StubI3D()).save(tmp_path / "i3d.pt")
+    metric = [*measured(tmp_path / "i3d.pt"), "monitor.metric_detector=i3d"]
+    with pytest.raises(ValueError, match="i3d takes clips of 10 or more frames, not 4"):
+        run(watched(tiny, "train.max_steps=2", *metric))

@@ -1,0 +1,178 @@
+"""Validation: its numbers by hand, on any number of ranks, and where they end up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import DataConfig, build_dataset
+from engine.config import load_config
+from engine.distributed import World
+from engine.errors import CheckpointNotWritten
+from engine.meter import Meter
+from engine.trainer import Trainer
+from engine.validation import spread
+from tests.fault_support import rows, run
+
+BUCKETS = 4
+FEW_STEPS = ["diffusion.num_steps=40", "sample.steps=40"]
+
+
+def validated(tiny: list[str], *extra: str, every: int = 2) -> list[str]:
+    """The tiny run, validated on the clips that it is trained on: 6 of them."""
+    path = next(each.partition("=")[2] for each in tiny if each.startswith("data.path="))
+    return [*tiny, f"data.val_path={path}", f"monitor.val_every={every}", f"monitor.val_buckets={BUCKETS}", *extra]
+
+
+def val_rows(folder: Path) -> list[dict[str, Any]]:
+    """The validation's rows, without their wall time."""
+    found = [row for row in rows(folder) if row["kind"] == "val"]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+
+def by_hand(trainer: Trainer, network: torch.nn.Module, folder: Path) -> np.ndarray:
+    """(clips, buckets) losses, from the definitions: one forward at a time, float64."""
+    config = trainer.config
+    data = DataConfig(path=str(folder), num_frames=4, frame_interval=1, image_size=8, num_images=config.data.num_images)
+    dataset = build_dataset(data, seed=config.train.seed)
+    signal = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    table = np.zeros((len(dataset), BUCKETS))
+    for clip in range(len(dataset)):
+        item = dataset[0, clip]
+        x = item["video"].double()
+        state = np.random.SeedSequence([config.train.seed, 2**48 + 2 * clip + 1]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state) >> 1)
+        noise = torch.randn(BUCKETS, *x.shape, generator=generator).double()
+        uniform = torch.rand(BUCKETS, generator=generator, dtype=torch.float64)
+        for bucket in range(BUCKETS):
+            time = 1000 * (bucket + float(uniform[bucket])) / BUCKETS
+            if config.diffusion.prediction == "flow":
+                share = float(np.float32(time)) / 1000  # the network's timestep is a float32
+                noisy, target, step = (
+                    (1 - share) * x + share * noise[bucket],
+                    noise[bucket] - x,
+                    torch.tensor([time], dtype=torch.float32),
+                )
+            else:
+                kept = signal[int(time)]
+                noisy, target, step = (
+                    kept**0.5 * x + (1 - kept) ** 0.5 * noise[bucket],
+                    noise[bucket],
+                    torch.tensor([int(time)]),
+                )
+            labels = item["labels"][None] if config.model.num_classes else None
+            with torch.no_grad():
+                output = network(noisy[None], step, labels, num_images=config.data.num_images)[0]
+            table[clip, bucket] = float(((output - target) ** 2).mean())
+    return table
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["diffusion.prediction=flow"], ["data.num_images=2"], ["model.num_classes=0"]], ids=str
+)
+def test_every_number_by_hand(tiny: list[str], frame_folders: Path, tmp_path: Path, extra: list[str]) -> None:
+    """Average and raw weights after two steps; 1e-12 (flow: 1e-7, its times are float32)."""
+    common = ["train.precision=fp64", "model.learn_sigma=false", "train.max_steps=2", "optim.learning_rate=1e-2"]
+    trainer = run(validated(tiny, *common, "train.ema_decay=0.5", *extra))
+    row = val_rows(tmp_path / "run")[-1]
+    assert row["step"] == 2 and row["clips"] == 6
+    tolerance = 1e-7 if "diffusion.prediction=flow" in extra else 1e-12
+    for name, network in (("ema", trainer.ema.model), ("raw", trainer.model)):
+        table = by_hand(trainer, network, frame_folders)
+        assert row[f"{name}/loss"] == pytest.approx(table.mean(), abs=tolerance)
+        shares = ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
+        assert [row[f"{name}/loss_t{share}"] for share in shares] == pytest.approx(table.mean(0), abs=tolerance)
+    assert row["ema/loss"] != row["raw/loss"]
+
+
+def test_joint_training_tells_clips_and_images_apart(tiny: list[str], tmp_path: Path) -> None:
+    run(validated(tiny, "data.num_images=3", "train.max_steps=1"))
+    for row in val_rows(tmp_path / "run"):
+        assert row["raw/loss"] == pytest.approx((4 * row["raw/video_loss"] + 3 * row["raw/image_loss"]) / 7, rel=1e-5)
+
+
+def test_the_training_density_does_not_matter(tiny: list[str], tmp_path: Path) -> None:
+    """Nor loss-aware timesteps, nor label dropout: what is validated is the network."""
+    common = validated(tiny, "train.max_steps=1")
+    settings = [[], ["diffusion.timestep_density=linear", "model.label_dropout=0.9"]]
+    for place, extra in enumerate(settings):
+        run([*common, *extra, f"train.output_dir={tmp_path / str(place)}"])
+    first = [val_rows(tmp_path / str(place))[0] for place in range(2)]
+    assert first[0] == first[1]
+
+
+def test_rows_and_tensorboard(tiny: list[str], tmp_path: Path) -> None:
+    """At 0, at every second step, at the last; the names of TensorBoard are kind/name; training rows say so too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(validated(tiny, "train.max_steps=5"))
+    folder = tmp_path / "run"
+    assert [row["step"] for row in val_rows(folder)] == [0, 2, 4, 5]
+    assert {row["kind"] for row in rows(folder)} == {"train", "val"}
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    last = val_rows(folder)[-1]
+    for name in set(last) - {"step", "kind"}:
+        events = board.Scalars(f"val/{name}")
+        assert [event.step for event in events] == [0, 2, 4, 5]
+        assert events[-1].value == pytest.approx(last[name], rel=1e-6)
+    assert len(board.Scalars("train/loss")) == 5
+
+
+def test_a_loss_that_is_no_number_leaves_json_that_is(tiny: list[str], tmp_path: Path) -> None:
+    """A run that has diverged cannot be saved, but what was seen of it stays readable."""
+    trainer = Trainer(load_config(None, validated(tiny, "train.max_steps=1")), World())
+    with torch.no_grad():
+        next(trainer.ema.model.parameters()).fill_(torch.nan)
+    with pytest.raises(CheckpointNotWritten, match="non-finite"):
+        trainer.fit()
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    row = val_rows(tmp_path / "run")[0]
+    assert "NaN" not in text and row["ema/loss"] is None and row["raw/loss"] > 0
+
+
+def test_clips_are_spread_over_the_set() -> None:
+    assert spread(10, 4) == [0, 2, 5, 7]
+    assert spread(3, 64) == [0, 1, 2]
+    assert spread(1000, 999)[-1] < 1000 and len(set(spread(1000, 999))) == 999
+
+
+def test_the_clock_of_a_step_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("engine.meter.time.perf_counter", lambda: now[0])
+    meter = Meter()
+    meter.add({"loss": torch.tensor(1.0)})
+    now[0] = 3.0
+    with meter.paused():
+        now[0] = 100.0
+    now[0] = 101.0
+    assert meter.means()[1] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["monitor.val_every=5"], r"monitor\.val_every=5 needs clips .* data\.val_path .* data\.val_share"),
+        (["monitor.val_clips=5"], r"monitor\.val_clips is read only with monitor\.val_every"),
+        (["monitor.val_buckets=5"], r"monitor\.val_buckets is read only with monitor\.val_every"),
+        (["monitor.sample_videos=5"], r"monitor\.sample_videos is read only with monitor\.sample_every"),
+        (["data.val_path=a"], r"data\.val_path is read only with monitor\.val_every or monitor\.metric_every"),
+        (["monitor.metric_every=5"], r"monitor\.metric_every=5 needs .* data\.val_path"),
+        (["monitor.metric_every=5", "data.val_share=0.1"], r"needs a detector: .* monitor\.metric_detector_path"),
+        (["monitor.metric_detector=i3d"], r"monitor\.metric_detector is read only with monitor\.metric_every"),
+        (["monitor.metric_every=1", "data.val_share=0.1", "monitor.metric_videos=1"], "at least 2"),
+        (["monitor.val_every=1", "data.val_share=0.1", "monitor.val_buckets=101"], "at most 100"),
+        (
+            ["monitor.val_every=1", "data.val_share=0.1", "monitor.val_buckets=50", *FEW_STEPS],
+            r"monitor\.val_buckets=50 is more than diffusion\.num_steps=40",
+        ),
+        (["monitor.sample_every=1", "train.precision=fp64"], r"monitor\.sample_every: train\.precision=fp64"),
+    ],
+)
+def test_settings_that_are_refused(settings: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        load_config(None, settings)

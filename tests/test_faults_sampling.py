@@ -1,0 +1,241 @@
+"""Faults G7: sampling that is killed, on several ranks, leaves no half file and is finished exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import cli
+from engine.errors import PREEMPTED_EXIT, SamplesNotWritten
+from sample import sample_ddp, sample_folder
+from tests.fault_support import Torchrun, all_gone
+
+pytestmark = pytest.mark.timeout(600)
+
+Files = dict[str, bytes]
+COUNT = 17  # in batches of 2: the last one goes beyond it
+
+
+def files_of(folder: Path) -> Files:
+    """The mp4s and arrays of a job, hidden ones included."""
+    found = [path for path in folder.rglob("*") if path.suffix in (".mp4", ".npy")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def finished(folder: Path) -> Files:
+    """`files_of` a job that has come to its end, leaving nothing else."""
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"videos", "lossless", "settings.json", "samples.json", "samples.gif", "samples.png"}
+    return files_of(folder)
+
+
+def assert_begun(folder: Path, whole: Files) -> None:
+    """What has its name is whole; what is not whole lies aside, and nothing says that the job is done."""
+    files = files_of(folder)
+    named = {name: content for name, content in files.items() if not name.startswith(".unfinished/")}
+    assert named.items() <= whole.items() and len(named) < len(whole)
+    assert not (folder / "samples.json").exists()
+
+
+# ---- injection: ranks that fail at a point of their own ----------------------------------------------
+
+
+def nth_call(owner: Any, name: str, number: int, fault: Callable[..., None]) -> None:
+    """Have the `number`-th call of `owner.name` in this process begin with `fault(*its arguments)`."""
+    honest, calls = getattr(owner, name), [0]
+
+    def faulty(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == number:
+            fault(*arguments)
+        return honest(*arguments)
+
+    setattr(owner, name, faulty)
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_amid_a_file(path: Path, *_: Any) -> None:
+    path.write_bytes(b"half a video")
+    die()
+
+
+def terminate(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def refuse(*_: Any) -> None:
+    raise ValueError("this machine has no such codec")
+
+
+def no_space(*_: Any) -> None:
+    """From now on the kernel refuses to let a file grow beyond 1000 bytes: an array fits, an mp4 does not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+FAULTS: dict[str, tuple[Any, str, Callable[..., None]]] = {
+    "half": (sample_folder, "write_mp4", die_amid_a_file),
+    "between": (sample_folder, "write_mp4", die),  # the array is there, the mp4 is not
+    "step": (sample_ddp.Job, "_check_signals", die),
+    "term": (sample_ddp.Job, "_check_signals", terminate),
+    "load": (sample_ddp, "load_generator", refuse),
+    "disk": (sample_folder, "write_mp4", no_space),
+}
+
+
+def rank_main(rank: int, size: int, port: int, arguments: list[str], fault: str, log: Path) -> None:
+    """One process of a job as torchrun would start it; `fault` is kind@rank:number."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    kind, _, (where) = fault.partition("@")
+    if kind and int(where.split(":")[0]) == rank:
+        nth_call(*FAULTS[kind][:2], int(where.split(":")[1]), FAULTS[kind][2])
+    sys.argv = ["sample_ddp.py", *arguments]
+    cli.run(sample_ddp.main)
+
+
+def sample_on(size: int, arguments: list[str], folder: Path, fault: str = "") -> tuple[list[int], list[str]]:
+    """Exit codes and output of a job's ranks. When one fails the others get SIGTERM, as from torchrun."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "engine.trainer", "tests.fault_support"])
+    logs = [folder.parent / f"{folder.name}.rank{rank}.log" for rank in range(size)]
+    command = [*arguments, "--save_video_path", str(folder), "--device", "cpu"]
+    ranks = [
+        context.Process(target=rank_main, args=(rank, size, port, command, fault, logs[rank])) for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        deadline = time.monotonic() + 90
+        while any(process.is_alive() for process in ranks):
+            assert time.monotonic() < deadline, [log.read_text() for log in logs]
+            if any(process.exitcode for process in ranks):
+                for process in ranks:
+                    process.terminate()
+                    process.join(20)
+            time.sleep(0.02)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    return [process.exitcode or 0 for process in ranks], [log.read_text() for log in logs]
+
+
+@pytest.fixture(scope="module")
+def tiny_job(checkpoint: Path) -> list[str]:
+    return ["--ckpt", str(checkpoint), "--num_videos", str(COUNT), "--batch_size", "2", "--steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """The job that nothing disturbed, in one process."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    codes, logs = sample_on(1, tiny_job, folder)
+    assert codes == [0], logs
+    return finished(folder)
+
+
+@pytest.mark.dist
+def test_G7_three_deaths_and_three_world_sizes(tiny_job: list[str], whole: Files, tmp_path: Path) -> None:
+    assert sorted(whole) == sorted(f"{kind}/{index:06d}.{suffix}" for index in range(COUNT)
+                                   for kind, suffix in (("videos", "mp4"), ("lossless", "npy")))  # fmt: skip
+    folder = tmp_path / "out"
+    for size, fault, code in ((2, "half@1:4", -9), (1, "between@0:2", -9), (3, "term@0:2", PREEMPTED_EXIT)):
+        codes, logs = sample_on(size, tiny_job, folder, fault)
+        assert codes[int(fault[-3])] == code, logs
+        assert_begun(folder, whole)
+    codes, logs = sample_on(2, tiny_job, folder)
+    assert codes == [0, 0], logs
+    assert finished(folder) == whole
+
+
+@pytest.mark.dist
+def test_G7_a_full_disk_of_one_rank_ends_all(tiny_job: list[str], whole: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    codes, logs = sample_on(2, tiny_job, folder, "disk@1:2")
+    assert codes[1] == SamplesNotWritten.exit_code and codes[0] == PREEMPTED_EXIT, logs
+    (line,) = logs[1].splitlines()
+    assert (
+        line.startswith(f"error (rank 1): {folder / 'videos'}/0000") and "could not be written: File too large" in line
+    )
+    assert "stopped by a signal" in logs[0] and "the same command goes on" in logs[0]
+    assert_begun(folder, whole)
+    codes, _ = sample_on(1, tiny_job, folder)
+    assert codes == [0] and finished(folder) == whole
+
+
+@pytest.mark.dist
+def test_G7_what_one_rank_cannot_load_ends_all_with_its_sentence(tiny_job: list[str], tmp_path: Path) -> None:
+    codes, logs = sample_on(2, tiny_job, tmp_path / "out", "load@1:1")
+    assert 2 in codes and 0 not in codes
+    said = [line for log in logs for line in log.splitlines()]  # by either or both: the first to end stops the other
+    assert said and set(said) <= {
+        "error: this machine has no such codec",
+        "error (rank 1): this machine has no such codec",
+    }
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the real thing: torchrun, the demo's weights ----------------------------------------------------
+
+
+def demo_job(folder: Path) -> list[str]:
+    arguments = ["--config", "configs/demo/demo_sample.yaml", "--device", "cpu"]
+    return [*arguments, "--num_videos", "64", "--batch_size", "4", "--save_video_path", str(folder)]
+
+
+def kill_at(job: Torchrun, folder: Path, count: int, target: str, number: signal.Signals) -> None:
+    """Send `number` to torchrun or to a rank when `count` videos are there; return when all its processes are gone."""
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("videos/*.mp4"))) < count:
+        assert job.process.poll() is None, job.process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    family = job.family()
+    (family[0] if target == "torchrun" else family[-1]).send_signal(number)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        job.wait(30)
+    assert all_gone(family, 10)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_G7_64_demo_videos_killed_at_three_random_points(tmp_path: Path, seed: int) -> None:
+    whole = tmp_path / "whole"
+    with Torchrun(demo_job(whole), ranks=1 + seed, script="sample/sample_ddp.py") as job:
+        code, output = job.wait(200)
+        assert code == 0, output
+    draw, folder, at = random.Random(seed), tmp_path / "killed", 0
+    deaths = [("rank", signal.SIGKILL), ("torchrun", signal.SIGKILL), ("torchrun", signal.SIGTERM)]
+    draw.shuffle(deaths)
+    for ranks, (target, number) in zip((2, 1, 3), deaths, strict=True):
+        at += draw.randint(1, 18)
+        with Torchrun(demo_job(folder), ranks=ranks, script="sample/sample_ddp.py") as job:
+            kill_at(job, folder, at, target, number)
+        assert_begun(folder, finished(whole))
+        at = len(list(folder.glob("videos/*.mp4")))
+    with Torchrun(demo_job(folder), ranks=2, script="sample/sample_ddp.py") as job:
+        code, output = job.wait(200)
+    assert code == 0 and f"{at} of 64 videos are there" in output, output
+    assert len(finished(folder)) == 128 and finished(folder) == finished(whole)

@@ -1,0 +1,387 @@
+"""Weights of the text network: from and to diffusers, the official files, and PixArt-alpha as a start."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LattePipeline, LatteTransformer3DModel, PixArtTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.convert_t2v import convert_t2v, load_t2v, save_t2v, to_diffusers
+from tests.t2v_support import CONFIG, inputs, ours_of, randomize, theirs, tiny_pipeline
+from tools import convert_t2v as command
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@torch.no_grad()
+def same_output(first: nn.Module, second: nn.Module, bound: float = 1e-5, **options: Any) -> bool:
+    given = inputs(**options)
+    expected = second(**given).sample
+    assert expected.std() > 0.05, "an output that tells nothing"
+    return bool((first(**given).sample - expected).abs().max() <= bound * expected.abs().max())
+
+
+# --------------------------------------------------------------------------------------- diffusers
+
+
+def test_a_pipeline_saved_by_diffusers(tmp_path: Path) -> None:
+    network = theirs()
+    tiny_pipeline(network).save_pretrained(tmp_path)
+    for source in (tmp_path, tmp_path / "transformer", tmp_path / "transformer" / WEIGHTS):
+        model, report = convert_t2v(source)
+        assert same_output(model, network)
+        assert sorted(report.taken) == sorted(network.state_dict())
+        assert not report.left_theirs
+        assert not report.left_ours
+        assert not model.training
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation_fn": "geglu", "attention_bias": False, "num_layers": 3}], ids=str)
+def test_ours_in_diffusers_and_back(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = ours_of(theirs(**changes))
+    assert save_t2v(model, tmp_path / "a" / "folder") == tmp_path / "a" / "folder"
+    network, report = LatteTransformer3DModel.from_pretrained(tmp_path / "a" / "folder", output_loading_info=True)
+    assert not any(report.values())
+    assert same_output(network.eval(), model)
+    assert same_output(load_t2v(tmp_path / "a" / "folder"), model)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["folder"]
+
+
+def test_shards(tmp_path: Path) -> None:
+    network = theirs()
+    network.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert same_output(load_t2v(tmp_path), network)
+    next(tmp_path.glob("*-00002-*")).unlink()
+    with pytest.raises(FileNotFoundError, match="00002"):
+        load_t2v(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"safe_serialization": False}, {"variant": "fp16"}], ids=str)
+@pytest.mark.parametrize("size", ["10GB", "20KB"])
+def test_other_names_of_the_weights(tmp_path: Path, options: dict[str, Any], size: str) -> None:
+    network = theirs()
+    network.save_pretrained(tmp_path, max_shard_size=size, **options)
+    if size == "20KB" and "variant" not in options:
+        with pytest.raises(FileNotFoundError, match="holds no weights"):
+            load_t2v(tmp_path)
+        return
+    assert same_output(load_t2v(tmp_path, variant=options.get("variant")), network)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_kept_or_widened(tmp_path: Path, dtype: torch.dtype) -> None:
+    theirs().to(dtype).save_pretrained(tmp_path)
+    assert load_t2v(tmp_path, dtype=None).dtype == dtype
+    model = load_t2v(tmp_path)
+    assert model.dtype == torch.float32
+    assert same_output(model, LatteTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.float32).eval())
+    save_t2v(model.to(dtype), tmp_path / "ours")
+    assert LatteTransformer3DModel.from_pretrained(tmp_path / "ours", torch_dtype=dtype).dtype == dtype
+    saved = load_file(tmp_path / "ours" / WEIGHTS)
+    assert {value.dtype for value in saved.values()} == {dtype}
+
+
+def test_to_diffusers_shares_the_weights() -> None:
+    model = ours_of(theirs())
+    network = to_diffusers(model)
+    assert isinstance(network, LatteTransformer3DModel)
+    assert same_output(network, model)
+    assert network.proj_out.weight.data_ptr() == model.proj_out.weight.data_ptr()
+
+
+def test_our_network_in_a_pipeline_from_a_folder_and_the_whole_saved_again(tmp_path: Path) -> None:
+    """The recipe of docs/latte_diffusers.md."""
+    tiny_pipeline(theirs()).save_pretrained(tmp_path / "latte")
+    pipeline = LattePipeline.from_pretrained(tmp_path / "latte", transformer=None)
+    pipeline.register_modules(transformer=load_t2v(tmp_path / "latte"))
+    pipeline.register_modules(transformer=to_diffusers(pipeline.transformer))
+    pipeline.save_pretrained(tmp_path / "again")
+    asked: dict[str, Any] = {"prompt": "a red disc", "video_length": 4, "height": 16, "width": 16}
+    asked |= {"num_inference_steps": 2, "output_type": "pt", "clean_caption": False}
+    videos = []
+    for folder, ours in (("latte", False), ("latte", True), ("again", False)):
+        pipeline = LattePipeline.from_pretrained(tmp_path / folder, **({"transformer": None} if ours else {}))
+        if ours:
+            pipeline.register_modules(transformer=load_t2v(tmp_path / folder))
+        videos.append(pipeline.to("cpu")(**asked, generator=torch.Generator().manual_seed(0)).frames)
+    for video in videos[1:]:
+        torch.testing.assert_close(video, videos[0], rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------- official .pt
+
+
+def test_official_files(tmp_path: Path) -> None:
+    """EMA first, prefixes of wrappers, and what older versions of the code kept beside the weights."""
+    network = theirs()
+    old = {
+        "caption_projection.y_embedding": torch.ones(120, 12),
+        "temp_pos_embed": torch.ones(1, 4, 16),
+        "pos_embed.pos_embed": torch.ones(1, 16, 16),
+    }
+    wrapped = {f"module.{key}": value for key, value in (network.state_dict() | old).items()}
+    torch.save({"ema": wrapped, "model": theirs(seed=1).state_dict()}, tmp_path / "t2v.pt")
+    for config in (CONFIG, {**CONFIG, "_class_name": "LatteT2V", "norm_num_groups": 32, "attention_type": "default"}):
+        model, report = convert_t2v(tmp_path / "t2v.pt", config=config)
+        assert same_output(model, network)
+        assert set(report.left_theirs) == set(old)
+        assert "ours is computed" in report.left_theirs["temp_pos_embed"]
+    assert same_output(load_t2v(tmp_path / "t2v.pt", config=CONFIG, prefer="model"), theirs(seed=1))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert same_output(load_t2v(tmp_path / "t2v.pt"), network)
+
+
+def test_other_frame_counts_and_options(tmp_path: Path) -> None:
+    network = theirs()
+    network.save_pretrained(tmp_path)
+    model = load_t2v(tmp_path, video_length=8, text_mask="diffusers", gradient_checkpointing=True)
+    assert model.config.video_length == 8
+    assert model.text_mask == "diffusers"
+    assert model.gradient_checkpointing
+    assert same_output(model, network)
+
+
+# ---------------------------------------------------------------------------------------- PixArt
+
+IMAGE = {key: value for key, value in CONFIG.items() if key != "video_length"}
+
+
+def pixart(**changes: Any) -> PixArtTransformer2DModel:
+    return randomize(PixArtTransformer2DModel(**{**IMAGE, **changes}), seed=5)  # type: ignore[return-value]
+
+
+def originally_named(network: nn.Module) -> dict[str, Tensor]:
+    """diffusers' weights of PixArt under the names of its authors, with what else is in their files."""
+    theirs, merged = network.state_dict(), {}
+    for key, value in theirs.items():
+        key = re.sub(r"^transformer_blocks", "blocks", key)
+        for new, old in (
+            ("adaln_single.emb.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+            ("adaln_single.emb.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+            ("adaln_single.linear", "t_block.1"),
+            ("pos_embed.proj", "x_embedder.proj"),
+            ("caption_projection.linear_", "y_embedder.y_proj.fc"),
+            ("proj_out", "final_layer.linear"),
+            ("attn1.to_out.0", "attn.proj"),
+            ("attn2.to_out.0", "cross_attn.proj"),
+            ("attn2.to_q", "cross_attn.q_linear"),
+            ("ff.net.0.proj", "mlp.fc1"),
+            ("ff.net.2", "mlp.fc2"),
+        ):
+            key = key.replace(new, old)
+        merged["final_layer.scale_shift_table" if key == "scale_shift_table" else key] = value
+    for block in range(IMAGE["num_layers"]):
+        for kind in ("weight", "bias"):
+            for name, parts in (("attn1.to_{}", "qkv"), ("attn2.to_{}", "kv")):
+                keys = [f"blocks.{block}.{name.format(part)}.{kind}" for part in parts]
+                fused = "attn.qkv" if parts == "qkv" else "cross_attn.kv_linear"
+                merged[f"blocks.{block}.{fused}.{kind}"] = torch.cat([merged.pop(key) for key in keys])
+    side = IMAGE["sample_size"] // 2
+    return merged | {"pos_embed": torch.ones(1, side**2, 16), "y_embedder.y_embedding": torch.ones(120, 12)}
+
+
+@torch.no_grad()
+def frames_equal_images(model: nn.Module, network: nn.Module, masked: bool = False) -> bool:
+    given = inputs(frames=6)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]) if masked else None
+    size = torch.ones(2, 2)
+    found = model(**given, encoder_attention_mask=mask).sample
+    for frame, video in zip(given["hidden_states"].unbind(2), found.unbind(2)):
+        expected = network(
+            frame,
+            encoder_hidden_states=given["encoder_hidden_states"],
+            timestep=given["timestep"],
+            encoder_attention_mask=mask,
+            added_cond_kwargs={"resolution": size, "aspect_ratio": size[:, :1]},
+        ).sample
+        assert expected.std() > 0.05
+        if (video - expected).abs().max() > 1e-5 * expected.abs().max():
+            return False
+    return True
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole captions", "masked"])
+@pytest.mark.parametrize("naming", ["diffusers", "old class name", "original"])
+def test_pixart_as_a_start_computes_its_images(tmp_path: Path, naming: str, masked: bool) -> None:
+    network = pixart()
+    if naming == "original":
+        torch.save({"state_dict": originally_named(network)}, tmp_path / "PixArt-XL-2-256x256.pth")
+        (tmp_path / "config.json").write_text(json.dumps(IMAGE))
+        source = tmp_path / "PixArt-XL-2-256x256.pth"
+    else:
+        source = tmp_path / "transformer"
+        network.save_pretrained(source)
+    if naming == "old class name":
+        config = json.loads((source / "config.json").read_text())
+        config |= {"_class_name": "Transformer2DModel", "norm_num_groups": 32, "num_vector_embeds": None}
+        (source / "config.json").write_text(json.dumps(config))
+    model, report = convert_t2v(source)
+    assert model.temporal_position_scale == 0.0
+    assert frames_equal_images(model, network, masked)
+    assert sorted(report.taken) == sorted(network.state_dict())
+    assert all(key.startswith("temporal_transformer_blocks.") for key in report.left_ours)
+    assert "temporal_transformer_blocks.{0-1}.attn1.to_q.weight: an image network has no frames" in str(report)
+    assert set(report.left_theirs) == ({"pos_embed", "y_embedder.y_embedding"} if naming == "original" else set())
+
+
+def test_temporal_blocks_of_a_start_learn(tmp_path: Path) -> None:
+    """Zero outputs, but nothing else: the first step reaches them, the second what is before them."""
+    pixart().save_pretrained(tmp_path)
+    model = load_t2v(tmp_path).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs()).sample.square().mean().backward()
+        optimizer.step()
+    for name, parameter in model.temporal_transformer_blocks.named_parameters():
+        assert parameter.grad.any() or name.endswith("to_k.bias"), name
+
+
+def test_image_size_conditions_are_left(tmp_path: Path) -> None:
+    """PixArt at 1024 pixels is told the size of its images; Latte is not, and the report says so."""
+    network = pixart(attention_head_dim=12, cross_attention_dim=24, use_additional_conditions=True)
+    network.save_pretrained(tmp_path)
+    model, report = convert_t2v(tmp_path)
+    assert len(report.left_theirs) == 8
+    assert all("size and shape" in reason for reason in report.left_theirs.values())
+    assert not frames_equal_images(model, network)
+    for layer in (network.adaln_single.emb.resolution_embedder, network.adaln_single.emb.aspect_ratio_embedder):
+        nn.init.zeros_(layer.linear_2.weight)
+        nn.init.zeros_(layer.linear_2.bias)
+    assert frames_equal_images(model, network)
+
+
+def test_a_start_is_saved_with_its_scale(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = pixart()
+    network.save_pretrained(tmp_path / "pixart")
+    model = load_t2v(tmp_path / "pixart", video_length=6)
+    model.temporal_position_scale = 0.25
+    save_t2v(model, tmp_path / "ours")
+    assert "temporal_position_scale is 0.25, which diffusers takes for 1" in caplog.text
+    again = load_t2v(tmp_path / "ours")
+    assert again.temporal_position_scale == 0.25
+    assert same_output(again, model)
+    assert load_t2v(tmp_path / "ours", temporal_position_scale=1.0).temporal_position_scale == 1.0
+
+
+def test_pixarts_own_file_without_a_config_is_of_the_size_of_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from models import convert_t2v as module
+
+    assert module._pixart_config(torch.empty(1, 256, 1152)).sample_size == 32
+    assert module._pixart_config(torch.empty(1, 1024, 1152)) == module.LATTE_1
+    assert module._pixart_config(None) == module.LATTE_1
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    weights = theirs().state_dict()
+    del weights["transformer_blocks.0.attn2.to_k.bias"], weights["transformer_blocks.1.attn2.to_k.bias"]
+    weights |= {"extra.weight": torch.ones(1), "proj_out.bias": torch.ones(3)}
+    save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError) as raised:
+        load_t2v(tmp_path / "weights.safetensors", config=CONFIG)
+    for words in (
+        "missing transformer_blocks.{0-1}.attn2.to_k.bias",
+        "unexpected extra.weight",
+        "misshapen proj_out.bias: (3,) in the checkpoint, (32,) in the network",
+    ):
+        assert words in str(raised.value)
+
+
+def test_a_file_without_a_config_is_taken_for_latte_1(tmp_path: Path) -> None:
+    save_file(theirs().state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"taken for Latte-1 as there is no config\.json beside it, does not fit"):
+        load_t2v(tmp_path / "weights.safetensors")
+
+
+def test_a_class_conditional_network_is_named_as_such(tmp_path: Path) -> None:
+    torch.save({"blocks.0.attn.qkv.weight": torch.ones(3, 1), "temp_embed": torch.ones(1)}, tmp_path / "ffs.pt")
+    with pytest.raises(ValueError, match="is no text-conditioned network"):
+        load_t2v(tmp_path / "ffs.pt")
+
+
+def test_folders_that_hold_no_network(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no folder or file"):
+        load_t2v(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="neither transformer/config"):
+        load_t2v(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "_class_name": "UNet2DConditionModel"}))
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        load_t2v(tmp_path)
+    save_file(theirs().state_dict(), tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="a UNet2DConditionModel network"):
+        load_t2v(tmp_path)
+    for broken in ("{", "[1]", ""):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"config.json .*copy it again"):
+            load_t2v(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", 3])
+def test_an_index_that_points_elsewhere(tmp_path: Path, name: Any) -> None:
+    theirs().save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / f"{WEIGHTS}.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["proj_out.bias"] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="not an index of weight files in its folder"):
+        load_t2v(tmp_path)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    model = ours_of(theirs())
+    (tmp_path / "mine.txt").write_text("mine")
+    for target in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(FileExistsError, match="not an empty folder"):
+            save_t2v(model, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("models.convert_t2v.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        save_t2v(ours_of(theirs()), tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def test_the_command_converts_reports_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs().save_pretrained(tmp_path / "latte")
+    pixart().save_pretrained(tmp_path / "pixart")
+    torch.save(theirs().state_dict(), tmp_path / "t2v.pt")
+    (tmp_path / "tiny.json").write_text(json.dumps(CONFIG))
+    for number, arguments in enumerate(
+        (["latte"], ["pixart"], ["latte", "--dtype", "fp16"], ["t2v.pt", "--config", str(tmp_path / "tiny.json")])
+    ):
+        source, *options = arguments
+        assert command.main([str(tmp_path / source), str(tmp_path / str(number)), *options]) == 0
+        out = capsys.readouterr().out
+        assert "taken from the checkpoint: " in out
+        assert re.search(r"0.02 M parameters, torch.float(32|16)", out)
+        difference = re.search(r"largest difference to diffusers' output: (\S+)\n", out)
+        assert float(difference[1]) < 1e-5
+        assert LatteTransformer3DModel.from_pretrained(tmp_path / str(number)).config.video_length in (4, 16)
+
+
+def test_the_command_notices_a_wrong_conversion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs().save_pretrained(tmp_path / "latte")
+    monkeypatch.setattr("models.latte_t2v.LatteT2V._add_time_positions", lambda self, x, num_frames: x)
+    assert command.main([str(tmp_path / "latte"), str(tmp_path / "out")]) == 1
+    assert "too much" in capsys.readouterr().out

@@ -1,0 +1,468 @@
+"""The text-conditioned network against diffusers' class and pipeline, with random weights."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from diffusers import LatteTransformer3DModel
+from torch import Tensor, nn
+
+from models.config_t2v import LATTE_1, LatteT2VConfig
+from models.latte_t2v import LatteT2V
+from tests.t2v_support import CONFIG, WORDS, inputs, ours_of, randomize, theirs, tiny_pipeline
+
+
+@torch.no_grad()
+def assert_equal(model: LatteT2V, network: nn.Module, bound: float = 1e-5, **arguments: Any) -> Tensor:
+    """The same output of both, within `bound` of its largest value; returns it."""
+    expected = network(**arguments).sample
+    found = model(**arguments).sample
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    assert expected.std() > 0.05, "an output that tells nothing"
+    assert (found - expected).abs().max() <= bound * expected.abs().max()
+    return found
+
+
+# ------------------------------------------------------------------------------------ same weights
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_bias": False}, {"norm_elementwise_affine": True}, {"activation_fn": "geglu"}, {"num_layers": 1}],
+    ids=str,
+)
+def test_names_and_shapes_are_those_of_diffusers(changes: dict[str, Any]) -> None:
+    network = theirs(**changes)
+    model = LatteT2V.from_config(dict(network.config))
+    found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert found == {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def test_latte_1_on_the_meta_device_is_diffusers_network() -> None:
+    keys = {key: value for key, value in LATTE_1.to_dict().items() if not key.startswith("_")}
+    with torch.device("meta"):
+        model, network = LatteT2V(LATTE_1), LatteTransformer3DModel(**keys)
+    found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert found == {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == sum(parameter.numel() for parameter in network.parameters()) == 1_057_246_880
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}, "tables that no file could fill in"
+
+
+def test_defaults_are_those_of_diffusers() -> None:
+    signature = inspect.signature(LatteTransformer3DModel.__init__).parameters
+    expected = {key: each.default for key, each in signature.items() if key != "self"}
+    assert {field.name: field.default for field in fields(LatteT2VConfig) if field.default is not MISSING} == expected
+
+
+# ------------------------------------------------------------------------------------- same output
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_bias": False, "out_channels": None},
+        {"norm_elementwise_affine": True, "norm_eps": 1e-3},
+        {"activation_fn": "geglu", "patch_size": 4},
+        {"activation_fn": "gelu", "dropout": 0.1},
+        {"sample_size": 128, "patch_size": 16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equals_diffusers(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    network = theirs(**changes).to(dtype)
+    size = (32, 16) if changes.get("patch_size") == 16 else (8, 8)
+    assert_equal(ours_of(network), network, **inputs(size=size, dtype=dtype))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 6), (4, 20), (2, 2)], ids=str)
+@pytest.mark.parametrize("temporal", [True, False], ids=["temporal", "frames alone"])
+def test_equals_diffusers_at_other_sizes(size: tuple[int, int], temporal: bool) -> None:
+    network = theirs()
+    given = inputs(size=size)
+    model = ours_of(network)
+    first = assert_equal(model, network, enable_temporal_attentions=temporal, **given)
+    (second,) = model(**given, enable_temporal_attentions=temporal, return_dict=False)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("frames", [1, 4, 8, 16, 24])
+def test_any_frame_count_equals_diffusers_trained_with_it(frames: int) -> None:
+    """diffusers' network takes its own count and 1 only; ours, trained at 4, all of them."""
+    model = ours_of(theirs())
+    network = theirs(video_length=frames)
+    assert_equal(model, network, **inputs(frames=frames))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("frames", [1, 4])
+def test_half_precision_is_as_near_to_fp32_as_diffusers_is(dtype: torch.dtype, frames: int) -> None:
+    ratios = []
+    for seed in range(4):
+        network = theirs(seed=seed).to(dtype)
+        given = inputs(frames=frames, dtype=dtype, seed=seed)
+        exact = network.float()(**{key: _float(value) for key, value in given.items()}).sample
+        errors = []
+        for each in (ours_of(network).to(dtype), network.to(dtype)):
+            sample = each(**given).sample
+            assert sample.dtype == dtype
+            errors.append((sample.float() - exact).square().mean().sqrt() / exact.std())
+        assert errors[0] < 30 * torch.finfo(dtype).eps
+        ratios.append(errors[0] / errors[1])
+    assert torch.stack(ratios).mean() < 1.2
+
+
+def _float(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def test_gradients_equal_diffusers() -> None:
+    network = theirs().double()
+    model = ours_of(network)
+    given = inputs(dtype=torch.float64)
+    for each in (network, model):
+        each(**given).sample.square().sum().backward()
+    expected = dict(network.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-9, atol=1e-9)
+
+
+def test_fractional_timesteps() -> None:
+    network = theirs()
+    assert_equal(ours_of(network), network, **{**inputs(), "timestep": torch.tensor([0.25, 873.5])})
+
+
+# ------------------------------------------------------------------------------------------- masks
+
+
+def keep(*lengths: int) -> Tensor:
+    """`(len(lengths), L)`: 1 for the first words of each caption."""
+    return (torch.arange(WORDS) < torch.tensor(lengths)[:, None]).long()
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (3, 3), (1, 4), (2, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32], ids=str)
+def test_a_masked_caption_is_the_caption_without_the_masked_words(lengths: tuple[int, int], dtype: torch.dtype) -> None:
+    network = theirs()
+    model = ours_of(network)
+    given = inputs()
+    found = model(**given, encoder_attention_mask=keep(*lengths).to(dtype)).sample
+    for index, length in enumerate(lengths):
+        sample = {key: value[index : index + 1] for key, value in given.items()}
+        sample["encoder_hidden_states"] = sample["encoder_hidden_states"][:, :length]
+        expected = network(**sample).sample
+        assert (found[index : index + 1] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_official_mask_is_a_bias_of_minus_10000_on_every_frame() -> None:
+    """What the official code builds of a mask, given to diffusers' blocks as they are."""
+    network = theirs()
+    mask = keep(2, 4)
+    bias = ((1 - mask) * -10_000.0).repeat_interleave(4, dim=0)[:, None]  # (B*F, 1, L)
+    expected = network(**inputs(), encoder_attention_mask=bias).sample
+    torch.testing.assert_close(ours_of(network)(**inputs(), encoder_attention_mask=mask).sample, expected)
+
+
+def test_an_empty_caption_is_finite_and_a_full_mask_is_none() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = ours_of(theirs()).to(dtype)
+        given = inputs(dtype=dtype)
+        assert model(**given, encoder_attention_mask=keep(0, 3)).sample.isfinite().all()
+        assert torch.equal(model(**given, encoder_attention_mask=keep(5, 5)).sample, model(**given).sample)
+
+
+@pytest.mark.parametrize("shape", ["rows", "3-D"])
+@pytest.mark.parametrize("kind", ["bool", "0/1", "bias"])
+def test_masks_of_diffusers_are_taken_as_they_are(shape: str, kind: str) -> None:
+    network = theirs()
+    model = ours_of(network, text_mask="diffusers")
+    mask = keep(*range(1, 6), 2, 3, 4)  # other words for each frame, which only this reading can say
+    mask = {"bool": mask.bool(), "0/1": mask.float(), "bias": (1 - mask) * -3.0}[kind]
+    found = assert_equal(model, network, encoder_attention_mask=mask if shape == "rows" else mask[:, None], **inputs())
+    assert not torch.allclose(found, model(**inputs()).sample, atol=1e-3)
+
+
+def test_zeros_and_ones_hide_nothing_in_diffusers_reading() -> None:
+    """Why the official reading is the default: diffusers adds the mask to the scores."""
+    model = ours_of(theirs(), text_mask="diffusers")
+    given = inputs()
+    mask = keep(2, 2).float().repeat_interleave(4, dim=0)[:, None]
+    before = model(**given, encoder_attention_mask=mask).sample
+    given["encoder_hidden_states"][:, 2:] += 1.0
+    assert (model(**given, encoder_attention_mask=mask).sample - before).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------ images beside clips
+
+
+def joint(images: int = 2) -> dict[str, Tensor]:
+    return inputs(frames=4 + images, captions=1 + images)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole captions", "masked"])
+def test_images_beside_a_clip_are_images_alone(masked: bool) -> None:
+    """Clip and images each as diffusers computes them: the images one by one, without temporal blocks."""
+    network = theirs()
+    given, lengths = joint(), ((2, 4, 3), (5, 1, 2))
+    mask = torch.stack([keep(*each) for each in lengths]) if masked else None
+    found = ours_of(network)(**given, encoder_attention_mask=mask, num_images=2).sample
+    for sample in range(2):
+        for part in range(3):
+            frames = slice(0, 4) if part == 0 else slice(3 + part, 4 + part)
+            words = lengths[sample][part] if masked else WORDS
+            expected = network(
+                given["hidden_states"][sample : sample + 1, :, frames],
+                given["timestep"][sample : sample + 1],
+                given["encoder_hidden_states"][sample : sample + 1, part, :words],
+                enable_temporal_attentions=part == 0,
+            ).sample
+            torch.testing.assert_close(found[sample : sample + 1, :, frames], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_clip_and_images_give_each_other_nothing() -> None:
+    model = ours_of(theirs())
+    given = joint()
+    x = given["hidden_states"].requires_grad_()
+    sample = model(**given, num_images=2).sample
+    (of_clip,) = torch.autograd.grad(sample[:, :, :4].sum(), x, retain_graph=True)
+    (of_image,) = torch.autograd.grad(sample[:, :, 5].sum(), x)
+    assert (of_clip.abs().amax((0, 1, 3, 4)) > 0).tolist() == [True] * 4 + [False] * 2
+    assert (of_image.abs().amax((0, 1, 3, 4)) > 0).tolist() == [False] * 5 + [True]
+
+
+# ------------------------------------------------------------------------------------- fast paths
+
+
+def test_nothing_is_repeated_per_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timestep and captions are seen once per sample, and fused attention sees four dimensions."""
+    model, seen, shapes = ours_of(theirs()), {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _, given, __, name=name: seen.update({name: tuple(given[0].shape)}))
+    original = functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        shapes.append((tuple(q.shape), tuple(k.shape)))
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    model(**inputs())
+    assert seen["adaln_single.linear"] == (2, 16)
+    assert seen["caption_projection.linear_1"] == (2, 1, WORDS, 12)
+    assert seen["transformer_blocks.1.attn2.to_k"] == seen["transformer_blocks.1.attn2.to_v"] == (2, 1, WORDS, 16)
+    assert seen["transformer_blocks.1.attn1.to_k"] == (2, 4, 16, 16)
+    space, text, time = ((8, 2, 16, 8),) * 2, ((2, 2, 64, 8), (2, 2, WORDS, 8)), ((32, 2, 4, 8),) * 2
+    assert shapes == [space, text, time] * 2
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    network = theirs()
+    gradients, calls = [], []
+    for option in (False, True):
+        model = ours_of(network, gradient_checkpointing=option)
+        model.transformer_blocks[1].ff.register_forward_hook(lambda *_, option=option: calls.append(option))
+        model(**joint(), num_images=2).sample.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert calls == [False, True, True], "the block was not recomputed"
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_blocks_compile_without_a_graph_break(images: int) -> None:
+    network = theirs(num_layers=1)
+    given = joint(images) if images else inputs()
+    given["encoder_attention_mask"] = torch.ones(given["encoder_hidden_states"].shape[:-1])
+    model, expected = ours_of(network), ours_of(network)(**given, num_images=images).sample
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    found = model(**given, num_images=images).sample
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found.sum().backward()
+
+
+def test_blocks_are_listed_as_they_run() -> None:
+    model, order = ours_of(theirs()), []
+    for name, module in model.named_modules():
+        if name.count(".") == 1 and "blocks" in name:
+            module.register_forward_hook(lambda *_, name=name: order.append(name))
+    model(**inputs())
+    assert [dict(model.named_modules())[name] for name in order] == model.blocks
+    assert len(order) == 4
+
+
+# --------------------------------------------------------------------------------- initialisation
+
+
+def test_a_fresh_network_predicts_zero_and_ignores_captions() -> None:
+    torch.manual_seed(0)
+    model = LatteT2V.from_config(CONFIG)
+    assert not model(**inputs()).sample.any()
+    nn.init.normal_(model.proj_out.weight)
+    given = inputs()
+    before = model(**given).sample
+    assert before.any()
+    given["encoder_hidden_states"] += 1.0
+    assert torch.equal(model(**given).sample, before)
+    model(**given).sample.square().sum().backward()
+    assert all(block.attn2.to_out[0].weight.grad.any() for block in model.transformer_blocks), "captions are learned"
+
+
+def test_every_weight_is_initialised() -> None:
+    with torch.device("meta"):
+        model = LatteT2V.from_config({**CONFIG, "norm_elementwise_affine": True})
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    model.initialize_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+    assert all(".norm" in name for name in left), left  # LayerNorm's own ones and zeros stay
+
+
+def test_temporal_blocks_as_the_identity() -> None:
+    model = ours_of(theirs())
+    model.start_as_image_network()
+    given = inputs()
+    together = model(**given).sample
+    torch.testing.assert_close(together, model(**given, enable_temporal_attentions=False).sample, rtol=0, atol=0)
+    model.temporal_position_scale = 1.0
+    assert not torch.allclose(model(**given).sample, together, atol=1e-3), "positions in time are not back"
+
+
+# ---------------------------------------------------------------------------------------- pipeline
+
+STEPS = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "pt", "clean_caption": False}
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize("temporal_vae", [False, True], ids=["AutoencoderKL", "temporal decoder"])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_the_pipeline_of_diffusers_gives_the_same_video(temporal_vae: bool, frames: int) -> None:
+    network = theirs()
+    videos = [
+        tiny_pipeline(each, temporal=temporal_vae)("a red disc", video_length=frames, generator=generator(), **STEPS)
+        for each in (network, ours_of(network))
+    ]
+    first, second = (each.frames for each in videos)
+    assert first.shape == (1, frames, 3, 16, 16)
+    assert first.std() > 0.01
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
+
+
+def test_the_pipeline_takes_prompts_embeddings_and_lengths_of_ours() -> None:
+    pipeline = tiny_pipeline(ours_of(theirs()))
+    plain = pipeline("a red disc", video_length=8, generator=generator(), **STEPS).frames
+    assert plain.shape == (1, 8, 3, 16, 16)
+    embeds, negative = pipeline.encode_prompt("a red disc", clean_caption=False)
+    arguments = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "negative_prompt": None}
+    pipeline.text_encoder = pipeline.tokenizer = None
+    again = pipeline(**arguments, video_length=8, generator=generator(), **STEPS).frames
+    torch.testing.assert_close(again, plain, rtol=0, atol=1e-4)
+    assert pipeline.dtype == torch.float32
+    half = pipeline.to(torch.bfloat16)
+    arguments["prompt_embeds"], arguments["negative_prompt_embeds"] = embeds.bfloat16(), negative.bfloat16()
+    assert half(**arguments, video_length=24, generator=generator(), **STEPS).frames.shape[1] == 24
+    assert pipeline.transformer.dtype == torch.bfloat16
+
+
+def test_several_prompts_in_the_pipeline() -> None:
+    network = theirs()
+    videos = [
+        tiny_pipeline(each)(["a", "a blue square moving"], video_length=4, generator=generator(), **STEPS).frames
+        for each in (network, ours_of(network))
+    ]
+    torch.testing.assert_close(videos[1], videos[0], rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"norm_type": "layer_norm"}, "norm_type must be ada_norm_single"),
+        ({"patch_size": None}, "patch_size must be a whole number"),
+        ({"in_channels": 0}, "in_channels must be"),
+        ({"out_channels": 0}, "out_channels must be"),
+        ({"cross_attention_dim": 32}, "cross_attention_dim must be 16"),
+        ({"activation_fn": "swish"}, "activation_fn must be one of"),
+        ({"dropout": 1.0}, "dropout must be"),
+        ({"sample_size": 9}, "not divisible by patch_size"),
+        ({"attention_head_dim": 3, "cross_attention_dim": 6}, "divisible by 4"),
+        ({"num_layer": 2}, "num_layer is no key .*; did you mean num_layers?"),
+        ({"double_self_attention": True}, "double_self_attention is True, which"),
+        ({"interpolation_scale": 2}, "interpolation_scale is 2"),
+        ({"text_mask": "keep"}, "text_mask must be one of official, diffusers"),
+    ],
+    ids=str,
+)
+def test_configurations_that_are_refused(changes: dict[str, Any], words: str) -> None:
+    options = {key: changes.pop(key) for key in list(changes) if key == "text_mask"}
+    with pytest.raises(ValueError, match=words):
+        LatteT2V.from_config({**CONFIG, **changes}, **options)
+
+
+def test_the_keys_of_related_classes_are_passed_over() -> None:
+    extra = {
+        "_class_name": "LatteT2V",
+        "_diffusers_version": "0.24.0",
+        "attention_type": "default",
+        "double_self_attention": False,
+        "norm_num_groups": 32,
+        "num_vector_embeds": None,
+        "only_cross_attention": False,
+        "upcast_attention": False,
+        "use_linear_projection": False,
+        "interpolation_scale": 1,
+    }
+    assert LatteT2VConfig.from_dict({**CONFIG, **extra}) == LatteT2VConfig.from_dict(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_states": (2, 3, 4, 8, 8)}, r"takes latents \(B, 4, F\+I, H, W\), not \(2, 3, 4, 8, 8\)"),
+        ({"hidden_states": (2, 4, 4, 7, 8)}, "7 x 8 do not divide into patches of 2 x 2"),
+        ({"hidden_states": (2, 4, 4, 0, 8)}, "0 x 8 do not divide"),
+        ({"timestep": (1,)}, r"timestep must be of shape \(2,\)"),
+        ({"encoder_hidden_states": (2, WORDS, 13)}, r"must be \(B, L, 12\) with B=2, not \(2, 5, 13\)"),
+        ({"encoder_hidden_states": (2, 3, WORDS, 12)}, r"must be \(B, L, 12\)"),
+        ({"encoder_hidden_states": (2, WORDS, 12), "num_images": 1}, r"must be \(B, 2, L, 12\)"),
+        ({"num_images": 4}, "num_images is 4, but must leave a frame of 4"),
+        ({"num_images": -1}, "num_images is -1"),
+        ({"encoder_attention_mask": (2, 4)}, r"encoder_attention_mask must be of shape \(2, 5\)"),
+        ({"encoder_attention_mask": (8, 1, 5)}, "one row per caption"),
+        ({"encoder_hidden_states": None}, "needs a timestep and encoder_hidden_states"),
+    ],
+    ids=str,
+)
+def test_inputs_that_are_refused(changes: dict[str, Any], words: str) -> None:
+    shaped = {key: torch.ones(value) if isinstance(value, tuple) else value for key, value in changes.items()}
+    with pytest.raises(ValueError, match=words):
+        ours_of(theirs())(**{**inputs(), **shaped})
+
+
+def test_diffusers_masks_of_other_rows_are_refused() -> None:
+    model = ours_of(theirs(), text_mask="diffusers")
+    with pytest.raises(ValueError, match="one row per frame"):
+        model(**inputs(), encoder_attention_mask=torch.ones(2, WORDS))
+
+
+def test_dropout_is_drawn_alike_when_a_block_is_recomputed() -> None:
+    gradients = []
+    for option in (False, True):
+        model = randomize(LatteT2V.from_config({**CONFIG, "dropout": 0.5}, gradient_checkpointing=option)).train()
+        torch.manual_seed(0)
+        model(**inputs()).sample.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])

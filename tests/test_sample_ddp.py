@@ -1,0 +1,451 @@
+"""Sampling of many videos in one process: exact counts, fixed batches, labels by rule, folders that are not ours."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.checkpoint import find_checkpoint, load_checkpoint_config, load_model_weights
+from engine.config import load_config
+from engine.distributed import World
+from engine.errors import SamplesNotWritten
+from engine.objective import sample_generator
+from engine.run_folder import FolderLock
+from sample import sample_ddp
+from sample.generate import Generator, _drawn
+from sample.sample_ddp import content_sha256, main, parse
+from sample.sample_folder import SampleFolder
+from sample.video_io import contact_sheet
+from tests.conftest import TINY, random_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def sample(checkpoint: Path, folder: Path, *flags: object) -> int:
+    quick = ["--ckpt", checkpoint, "--save_video_path", folder, "--steps", 3, "--batch_size", 2, "--num_videos", 5]
+    return main([str(each) for each in (*quick, "--device", "cpu", *flags)])
+
+
+def arrays(folder: Path) -> np.ndarray:
+    """The job's frames as a reader of metrics finds them: (n, F, H, W, 3)."""
+    files = sorted((folder / "lossless").iterdir())
+    assert [file.name for file in files] == [f"{index:06d}.npy" for index in range(len(files))]
+    return np.stack([np.load(file, mmap_mode="r") for file in files])
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def facts_of(folder: Path) -> dict:
+    return json.loads((folder / "samples.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def five(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("five") / "deep" / "out"
+    assert sample(checkpoint, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def job(five: Path, tmp_path: Path) -> Path:
+    """A copy of the finished job, to go on with."""
+    return Path(shutil.copytree(five, tmp_path / "job"))
+
+
+# ---- what is written -------------------------------------------------------------------------------
+
+
+def test_exactly_n_videos_and_nothing_else(five: Path) -> None:
+    names = [f"{kind}/{index:06d}.{suffix}" for kind, suffix in (("videos", "mp4"), ("lossless", "npy"))
+             for index in range(5)]  # fmt: skip
+    overview = ["samples.gif", "samples.json", "samples.png", "settings.json"]
+    assert sorted(tree(five)) == sorted([*names, *overview])
+    for entry in facts_of(five)["videos"]:
+        assert entry["file"] == f"videos/{entry['index']:06d}.mp4" and len(entry["sha256"]) == 2
+        for name, digest in entry["sha256"].items():
+            assert hashlib.sha256((five / name).read_bytes()).hexdigest() == digest
+
+
+def test_arrays_are_the_frames_and_mp4s_show_them(checkpoint: Path, five: Path) -> None:
+    generator = Generator.from_checkpoint(checkpoint, device="cpu")
+    expected = generator.sample(indices=range(6), steps=3, batch_size=2)[:5]
+    np.testing.assert_array_equal(arrays(five), expected)
+    head = (five / "lossless" / "000003.npy").read_bytes()[:8]
+    assert head == b"\x93NUMPY\x01\x00"  # version 1
+    with av.open(str(five / "videos" / "000003.mp4")) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert frames.shape == (4, 8, 8, 3)
+    luma = [pixels @ np.array([0.299, 0.587, 0.114]) for pixels in (expected[3], frames)]  # colour has half the size
+    assert np.corrcoef(luma[0].ravel(), luma[1].ravel())[0, 1] > 0.9
+    sheet = contact_sheet(expected, ["falls", "rises", "falls", "rises", "falls"])
+    np.testing.assert_array_equal(np.asarray(Image.open(five / "samples.png")), sheet)
+
+
+def test_batches_are_always_whole(checkpoint: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the last, of which one video is wanted, and one of which one is missing."""
+    sizes: list[int] = []
+    honest = Generator.decode
+    monkeypatch.setattr(Generator, "decode", lambda self, latents: sizes.append(len(latents)) or honest(self, latents))
+    for name in ("000001", "000004"):
+        (job / "videos" / f"{name}.mp4").unlink()
+    torch.set_num_threads(2)
+    assert sample(checkpoint, job) == 0
+    assert sizes == [2, 2] and torch.get_num_threads() == 1
+
+
+def test_facts_name_what_made_the_videos(checkpoint: Path, five: Path) -> None:
+    facts = facts_of(five)
+    weights = find_checkpoint(checkpoint) / "ema.safetensors"
+    assert facts["checkpoint_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert (facts["threads"], facts["lossless"], facts["num_frames"], facts["height"]) == (1, True, 4, 8)
+    assert (facts["sample"]["steps"], facts["sample"]["batch_size"], facts["sample"]["seed"]) == (3, 2, 0)
+    assert facts["sample"]["save_video_path"] == str(five)
+
+
+def test_without_arrays(checkpoint: Path, five: Path, tmp_path: Path) -> None:
+    """The same mp4s; the overview is read back from them."""
+    assert sample(checkpoint, tmp_path / "out", "--no-lossless") == 0
+    there = tree(tmp_path / "out")
+    assert {name: content for name, content in there.items() if name.startswith("videos/")} == {
+        name: content for name, content in tree(five).items() if name.startswith("videos/")
+    }
+    assert not (tmp_path / "out" / "lossless").exists()
+    assert Image.open(tmp_path / "out" / "samples.png").size == Image.open(five / "samples.png").size
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_another_batch_size_is_the_same_within_a_grey_level(
+    checkpoint: Path, five: Path, tmp_path: Path, size: int
+) -> None:
+    assert sample(checkpoint, tmp_path / "out", "--batch_size", size) == 0
+    assert np.abs(arrays(tmp_path / "out").astype(int) - arrays(five)).max() <= 1
+
+
+@pytest.mark.slow
+def test_the_demo_within_a_grey_level(tmp_path: Path) -> None:
+    """The shipped weights and codec, few steps."""
+    for size in (3, 2):
+        command = f"--config configs/demo/demo_sample.yaml --steps 4 --num_videos 4 --device cpu --batch_size {size}"
+        assert main([*command.split(), "--save_video_path", str(tmp_path / str(size))]) == 0
+    one, other = arrays(tmp_path / "3").astype(int), arrays(tmp_path / "2")
+    assert one.shape == (4, 16, 32, 32, 3) and one.std() > 10
+    assert np.abs(one - other).max() <= 1
+
+
+def test_networks_of_other_kinds(tmp_path: Path) -> None:
+    """Unconditional, from an official file with --config, in bf16."""
+    overrides = [*TINY, "model.num_classes=0"]
+    config = load_config(None, overrides)
+    torch.save({"ema": random_weights(config, 1)}, tmp_path / "official.pt")
+    (tmp_path / "official.yaml").write_text(config.to_yaml())
+    folders = [tmp_path / "bf16", tmp_path / "again", tmp_path / "fp32"]
+    for folder, precision in zip(folders, ("bf16", "bf16", "fp32"), strict=True):
+        flags = ["--config", tmp_path / "official.yaml", "--precision", precision]
+        assert sample(tmp_path / "official.pt", folder, *flags) == 0
+    assert {entry["label"] for entry in facts_of(folders[0])["videos"]} == {None}
+    np.testing.assert_array_equal(arrays(folders[0]), arrays(folders[1]))
+    assert not np.array_equal(arrays(folders[0]), arrays(folders[2]))
+    file = hashlib.sha256((tmp_path / "official.pt").read_bytes()).hexdigest()
+    assert facts_of(folders[0])["checkpoint_sha256"] == file
+
+
+# ---- labels ----------------------------------------------------------------------------------------
+
+
+def generator_of(classes: int) -> Generator:
+    config = load_config(None, [*TINY, f"model.num_classes={classes}"])
+    return Generator(torch.nn.Identity(), None, config)  # type: ignore[arg-type]
+
+
+def test_balanced_labels_have_exact_counts() -> None:
+    label_of = generator_of(101).labels_for()
+    counts = Counter(label_of(index) for index in range(2048))
+    assert len(counts) == 101 and sorted(set(counts.values())) == [20, 21]
+    assert Counter(label_of(index) for index in range(2020)) == dict.fromkeys(range(101), 20)
+
+
+def test_random_labels_are_drawn_by_seed_and_index() -> None:
+    draws = [generator_of(10).labels_for(rule="random", seed=seed) for seed in (0, 0, 1)]
+    labels = [[label_of(index) for index in range(4000)] for label_of in draws]
+    assert labels[0] == labels[1] != labels[2]
+    counts = np.bincount(labels[0], minlength=10)
+    assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-squared with 9 degrees of freedom: 1 in 1000
+    assert [draws[0](index) for index in (3999, 7)] == [labels[0][3999], labels[0][7]]
+    few = generator_of(10).labels_for([7, 3], "random", 0)
+    assert {few(index) for index in range(50)} == {7, 3}
+    with pytest.raises(ValueError, match=r"sample\.label_rule must be one of balanced, random, not 'fair'"):
+        generator_of(10).labels_for(rule="fair")
+
+
+def test_a_random_label_is_not_the_seed_of_the_noise() -> None:
+    for index in range(5):
+        noise_seed = sample_generator(3, index, torch.device("cpu")).initial_seed()
+        assert _drawn(3, index) >> 1 != noise_seed
+
+
+def test_the_command_samples_the_labels_of_its_rule(checkpoint: Path, tmp_path: Path) -> None:
+    flags = ["--label_rule", "random", "--seed", 6, "--num_videos", 8]
+    assert sample(checkpoint, tmp_path / "out", *flags) == 0
+    generator = Generator.from_checkpoint(checkpoint, device="cpu")
+    label_of = generator.labels_for(rule="random", seed=6)
+    labels = [label_of(index) for index in range(8)]
+    assert set(labels) == {0, 1} and labels != [0, 1] * 4
+    assert [entry["label"] for entry in facts_of(tmp_path / "out")["videos"]] == labels
+    expected = generator.sample(num=8, label_rule="random", seed=6, steps=3, batch_size=2)
+    np.testing.assert_array_equal(arrays(tmp_path / "out"), expected)
+    with pytest.raises(ValueError, match="label_rule=random: this network is unconditional"):
+        load_config(None, [*TINY, "model.num_classes=0", "sample.label_rule=random"])
+
+
+def test_all_labels_stand_above_those_of_the_yaml(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("model: {num_classes: 2}\nsample: {labels: [1]}\n")
+    for flags, labels in (([], {1}), (["--labels", "all"], {0, 1})):
+        folder = tmp_path / str(len(flags))
+        assert sample(checkpoint, folder, "--config", tmp_path / "one.yaml", *flags) == 0
+        assert {entry["label"] for entry in facts_of(folder)["videos"]} == labels
+
+
+# ---- going on --------------------------------------------------------------------------------------
+
+
+def test_a_finished_job_is_finished_again(checkpoint: Path, job: Path) -> None:
+    before = tree(job)
+    marks = {path: path.stat().st_mtime_ns for path in (job / "videos").iterdir()}
+    assert sample(checkpoint, job) == 0
+    after = tree(job)
+    different = {name for name in before if before[name] != after[name]}
+    assert before.keys() == after.keys() and different == {"samples.json"}  # which names its folder
+    assert marks == {path: path.stat().st_mtime_ns for path in (job / "videos").iterdir()}
+
+
+def test_more_videos_go_on_and_fewer_are_refused(checkpoint: Path, five: Path, job: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--num_videos 3, but .*videos holds video 4: .*ask for more or name another"):
+        sample(checkpoint, job, "--num_videos", 3)
+    assert tree(job) == tree(five)
+    assert sample(checkpoint, job, "--num_videos", 7) == 0
+    assert sample(checkpoint, tmp_path / "seven", "--num_videos", 7) == 0
+    kept = [name for name in tree(job) if "/" in name]
+    assert len(kept) == 14 and all(tree(job)[name] == tree(tmp_path / "seven")[name] for name in kept)
+    assert len(facts_of(job)["videos"]) == 7
+
+
+def test_only_what_is_missing_is_written(checkpoint: Path, five: Path, job: Path) -> None:
+    """A batch of which one file is gone; an array that was cut; an mp4 of nothing; what a kill left."""
+    (job / "samples.json").unlink()
+    (job / "lossless" / "000003.npy").unlink()
+    cut = job / "lossless" / "000001.npy"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    np.save(job / "lossless" / "000000.npy", np.zeros((4, 8, 8), np.uint8))  # whole, and of another shape
+    (job / "videos" / "000004.mp4").write_bytes(b"")
+    (job / ".unfinished").mkdir()
+    for name in ("000001.mp4", ".000001.4711.mp4", "000001.npy", "settings.json", "samples.gif"):
+        (job / ".unfinished" / name).write_bytes(b"half")
+    untouched = {path: path.stat().st_mtime_ns for kind in ("videos", "lossless") for path in (job / kind).iterdir()}
+    for written in (cut, job / "lossless" / "000000.npy", job / "videos" / "000004.mp4"):
+        del untouched[written]
+    assert sample(checkpoint, job) == 0
+    before, after = tree(five), tree(job)
+    assert before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} == {"samples.json"}
+    assert untouched == {path: path.stat().st_mtime_ns for path in untouched}
+
+
+def test_what_a_kill_left_goes_at_the_start(job: Path) -> None:
+    (job / ".unfinished").mkdir()
+    (job / ".unfinished" / ".000001.4711.mp4").write_bytes(b"half")
+    folder = SampleFolder(job, 5, lossless=True)
+    folder.open(json.loads((job / "settings.json").read_text())["settings"], [], (4, 8, 8, 3))
+    assert not list((job / ".unfinished").iterdir()) and not (job / "samples.json").exists()
+    folder.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--seed", 1], "sample.seed: 0 -> 1"),
+        (["--steps", 4], "sample.steps: 3 -> 4"),
+        (["--batch_size", 4], "sample.batch_size: 2 -> 4"),
+        (["--labels", "1"], r"sample.labels: None -> \['1'\]"),
+        (["--precision", "bf16"], "sample.precision: fp32 -> bf16"),
+        (["--fps", 4], "sample.fps: 8 -> 4"),
+        (["--threads", 2], "threads: 1 -> 2"),
+        (["--no-lossless"], "lossless: True -> False"),
+        (["data.num_frames=6"], "data.num_frames: 4 -> 6"),
+        (["codec.scale=2"], "codec.scale: 1.0 -> 2.0"),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference(
+    checkpoint: Path, five: Path, job: Path, flags: list[object], difference: str
+) -> None:
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(ValueError, match=rf"holds videos of other settings \(.*{difference}.*\): name another"):
+            sample(checkpoint, job, *flags)
+    finally:
+        torch.set_num_threads(threads)
+    assert tree(job) == tree(five)
+
+
+def test_of_the_codec_its_content_counts(job: Path) -> None:
+    settings = json.loads((job / "settings.json").read_text())["settings"]
+    assert "codec.scale" in settings and not {"codec.path", "codec.subfolder", "codec.revision"} & settings.keys()
+    modules = [torch.nn.Linear(2, 2) for _ in range(2)]
+    assert content_sha256(modules[0]) != content_sha256(modules[1])
+    modules[1].load_state_dict(modules[0].state_dict())
+    assert content_sha256(modules[0]) == content_sha256(modules[1])
+    assert content_sha256(modules[0]) != content_sha256(modules[0].to(torch.bfloat16))
+
+
+def test_other_weights_are_refused_and_the_same_elsewhere_are_not(checkpoint: Path, job: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(checkpoint, tmp_path / "moved"))
+    assert sample(moved, job) == 0
+    config, weights = load_checkpoint_config(checkpoint), load_model_weights(checkpoint)
+    assert config is not None
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    torch.save(weights, tmp_path / "same.pt")
+    with pytest.raises(ValueError, match=r"other settings \(checkpoint_sha256: "):
+        sample(tmp_path / "same.pt", job, "--config", tmp_path / "c.yaml")
+
+
+def test_settings_of_a_job_without_videos_may_change(checkpoint: Path, tmp_path: Path) -> None:
+    """A mistaken command does not spoil the folder."""
+    with pytest.raises(ValueError, match="label 7 is out of range"):
+        sample(checkpoint, tmp_path / "out", "--labels", "7")
+    assert sample(checkpoint, tmp_path / "out") == 0
+
+
+def test_another_machine_is_a_warning(checkpoint: Path, job: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = json.loads((job / "settings.json").read_text())
+    settings["machines"] = ["torch 2.0.0 on cuda Some GPU"]
+    (job / "settings.json").write_text(json.dumps(settings))
+    assert sample(checkpoint, job) == 0
+    said = capsys.readouterr().err
+    assert "warning: sampled with torch 2.0.0 on cuda Some GPU; torch" in said
+    assert len(json.loads((job / "settings.json").read_text())["machines"]) == 2
+
+
+# ---- folders that are not ours -----------------------------------------------------------------------
+
+
+def test_what_is_not_ours_stays(checkpoint: Path, tmp_path: Path) -> None:
+    strange = {"notes.txt": b"mine", ".unfinished/draft.mp4": b"mine", "videos/README": b"mine", "clip.mp4": b"mine"}
+    folder = tmp_path / "out"
+    for name, content in strange.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"out/videos is there already and of no sampling job"):
+        sample(checkpoint, folder)
+    (folder / "videos" / "README").rename(folder / "README")
+    assert sample(checkpoint, folder) == 0
+    there = tree(folder)
+    assert len([name for name in there if name.startswith("videos/")]) == 5
+    assert all(there[name] == b"mine" for name in ("notes.txt", ".unfinished/draft.mp4", "README", "clip.mp4"))
+
+
+@pytest.mark.parametrize("name", ["videos/clip.mp4", "videos/more/000001.mp4", "lossless/7.npy", "videos/000001.MP4"])
+def test_a_stranger_among_the_videos_is_refused(checkpoint: Path, job: Path, name: str) -> None:
+    (job / name).parent.mkdir(exist_ok=True)
+    (job / name).write_bytes(b"mine")
+    with pytest.raises(ValueError, match=rf"holds {name.partition('/')[2]}, which is no video of this job: move it"):
+        sample(checkpoint, job)
+    assert (job / name).read_bytes() == b"mine"
+
+
+def test_the_folder_of_sample_py_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    from sample import sample as single
+
+    arguments = ["--ckpt", str(checkpoint), "--steps", "2", "--num_videos", "1", "--device", "cpu"]
+    assert single.main([*arguments, "--save_video_path", str(tmp_path / "out")]) == 0
+    before = tree(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"samples\.json is there already and of no sampling job"):
+        sample(checkpoint, tmp_path / "out")
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"settings": 3, "machines": []}', "half of i"])
+def test_another_programs_settings_are_refused(checkpoint: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=r"settings\.json is not what a sampling job wrote"):
+        sample(checkpoint, tmp_path)
+    assert (tmp_path / "settings.json").read_text() == text
+
+
+def test_two_jobs_in_one_folder(checkpoint: Path, job: Path) -> None:
+    other = FolderLock(job, "x")
+    other.take()
+    try:
+        with pytest.raises(OSError, match=rf"--save_video_path={job} is being written by .*:{os.getpid()}; stop"):
+            sample(checkpoint, job)
+    finally:
+        other.release()
+
+
+# ---- ends --------------------------------------------------------------------------------------------
+
+
+def test_others_that_write_nothing_end_the_job(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 of two, alone: it does its batches, waits a while, and gives up with a sentence."""
+    monkeypatch.setattr(sample_ddp, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(sample_ddp, "PATIENCE_BATCHES", 0)
+    monkeypatch.setattr(sample_ddp, "POLL_S", 0.05)
+    monkeypatch.setattr(sample_ddp, "join", lambda device: World(0, 2))
+    with pytest.raises(SamplesNotWritten, match="2 videos of other processes are missing, and none has come for 0 s"):
+        sample(checkpoint, tmp_path / "out")
+    there = sorted(path.name for path in (tmp_path / "out" / "videos").iterdir())
+    assert there == ["000000.mp4", "000001.mp4", "000004.mp4"]  # the first and third batch of three
+    assert not (tmp_path / "out" / "samples.json").exists()
+
+
+def test_progress_counts_the_videos_of_all(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sample_ddp, "LOG_INTERVAL_S", 0.0)
+    assert sample(checkpoint, tmp_path / "out") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "0 of 5 videos are there; 3 batches of 2 to sample, on 1 process(es)"
+    assert lines[1].startswith("0/5 videos  step 1/3")
+    assert any(re.fullmatch(r"2/5 videos  [\d.]+ videos/s  ETA 0:00:\d\d  step 1/3", line) for line in lines), lines
+    assert lines[-1].startswith("5/5 videos") and lines[-1].endswith("ETA 0:00:00  done")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--device", "cuda:0"], "--device cuda:0"),
+        (["--threads", "0"], "--threads must be at least 1, not 0"),
+        (["--num_videos", "1000001"], "--num_videos 1000001 is more than the 1000000 that file names have room for"),
+        (["--label_rule", "fair"], "sample.label_rule must be one of balanced, random, not 'fair'"),
+    ],
+)
+def test_mistakes(checkpoint: Path, tmp_path: Path, flags: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        sample(checkpoint, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_its_flags_are_those_of_sample_py() -> None:
+    from sample.sample import build_parser
+
+    known = {action.dest for action in build_parser()._actions}
+    help_text = subprocess.run(
+        [sys.executable, "sample/sample_ddp.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert all(f"--{name}" in help_text for name in known - {"help", "overrides"})
+    assert set(parse([])) == {"config", "device", "overrides", "lossless", "threads"}  # absent flags say nothing

@@ -1,0 +1,150 @@
+"""tools.ablate: comparisons are read and checked before anything is trained; its figures are those of the runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.build import build_model, count_parameters
+from engine.config import load_config
+from tools import ablate
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted((ROOT / "configs/ablations").glob("*.yaml"))
+
+
+def budget(base: Path, out: Path, **changes: object) -> ablate.Budget:
+    """A small budget on `base`."""
+    values = {"steps": 6, "seeds": (0,), "processes": 1, "videos": 0, "overrides": ()} | changes
+    return ablate.Budget(base=base, out=out, **values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def base(tiny: list[str], tmp_path: Path) -> Path:
+    """The tiny run as a YAML file."""
+    path = tmp_path / "base.yaml"
+    path.write_text(load_config(None, [*tiny, "monitor.val_every=2", "data.val_share=0.4"]).to_yaml())
+    return path
+
+
+def test_six_comparisons_of_the_paper_are_shipped() -> None:
+    assert [path.stem for path in SHIPPED] == [
+        *("injection", "joint_training", "patch_embedding", "sizes", "temporal_position", "variants")
+    ]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", ["demo/demo_train.yaml", "ucf101/ucf101_train.yaml"])
+def test_every_arm_is_a_sound_config(file: Path, config: str, tmp_path: Path) -> None:
+    settings = budget(ROOT / "configs" / config, tmp_path, overrides=("data.path=data",))
+    configs = {
+        arm.name: load_config(settings.base, ablate.overrides_of(arm, 3, settings))
+        for arm in ablate.read_comparison(file).arms
+    }
+    kept = [{key: each.to_dict()[key] for key in ("diffusion", "optim", "codec")} for each in configs.values()]
+    assert all(each == kept[0] for each in kept)
+    assert {(each.train.seed, each.train.max_steps, each.train.batch_size) for each in configs.values()} == {
+        (3, 6, configs[next(iter(configs))].train.batch_size)
+    }
+    models = [(each.model, each.data.num_images) for each in configs.values()]
+    assert len(set(models)) == len(models)
+
+
+@pytest.mark.parametrize("config", ["demo/demo_train.yaml", "ucf101/ucf101_train.yaml"])
+def test_variants_have_as_many_parameters(config: str, tmp_path: Path) -> None:
+    settings = budget(ROOT / "configs" / config, tmp_path)
+    counts = [
+        count_parameters(build_model(load_config(settings.base, ablate.overrides_of(arm, 0, settings)), "meta"))
+        for arm in ablate.read_comparison(ROOT / "configs/ablations/variants.yaml").arms
+    ]
+    assert max(counts) / min(counts) < 1.03
+
+
+def test_equal_arms_are_one_run() -> None:
+    comparisons = [ablate.read_comparison(path) for path in SHIPPED]
+    runs = [arm.run for each in comparisons for arm in each.arms]
+    assert runs.count(ablate.BASELINE) == 5  # all but the sizes
+    others = [run for run in runs if run != ablate.BASELINE]
+    assert len(set(others)) == len(others)
+
+
+def test_an_arm_keeps_the_depth_it_names(base: Path, tmp_path: Path) -> None:
+    arm = ablate.Arm("deep", ("model.variant=sequential", "model.depth=7"))
+    settings = budget(base, tmp_path)
+    assert load_config(base, ablate.overrides_of(arm, 0, settings)).model.depth == 7
+
+
+def test_the_batch_is_spread_over_processes(base: Path, tmp_path: Path) -> None:
+    arm = ablate.Arm("any", ())
+    assert ablate.overrides_of(arm, 0, budget(base, tmp_path, processes=2))[-1] == "train.batch_size=1"
+    with pytest.raises(ValueError, match=r"train.batch_size=2 of .* cannot be spread over --processes"):
+        ablate.overrides_of(arm, 0, budget(base, tmp_path, processes=3))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("title: one\narms: {a: {}}\n", "there must be two arms or more"),
+        ("arms: {a: {}, b: {}}\n", "a comparison has a `title` and `arms`"),
+        ("title: t\narms: {a: {}, b: 3}\n", "each arm has keys"),
+        ("- 1\n", "a comparison has a `title` and `arms`"),
+        ("title: [\n", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_comparison_is_named(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence) as error:
+        ablate.read_comparison(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_wrong_key_in_the_last_arm_is_told_before_the_first_is_trained(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("title: t\narms:\n  a: {}\n  b: {model.varant: parallel}\n")
+    with pytest.raises(ValueError, match=r"unknown key 'model.varant'.*model.variant"):
+        ablate.main([str(path), "--base", str(base), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--steps", "0"], ["--processes", "0"], ["--videos", "-1"]])
+def test_impossible_numbers_are_refused(flags: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"{flags[0]} must be at least"):
+        ablate.parse([str(SHIPPED[0]), *flags])
+    with pytest.raises(ValueError, match="name one comparison or more"):
+        ablate.parse(["train.precision=bf16"])
+
+
+def test_spread_is_mean_and_sample_deviation() -> None:
+    values = [0.5, 0.25, 0.125]
+    assert ablate.mean_and_deviation(values) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert ablate.spread([0.5], "{:.2f}", 1) == "0.50"
+    assert ablate.spread([0.5, 0.3], "{:.2f}", 2) == "0.40 ± 0.14"
+
+
+@pytest.mark.dist
+def test_two_arms_are_trained_and_compared(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    comparison = tmp_path / "pair.yaml"
+    comparison.write_text("title: A pair\narms:\n  plain: {}\n  rope: {model.temporal_position: rope}\n")
+    out = tmp_path / "out"
+    command = [str(comparison), "--base", str(base), "--out", str(out), "--steps", "4", "--seeds", "1"]
+    assert ablate.main(command) == 0
+    found = json.loads((out / "ablations.json").read_text())
+    page = (out / "ablations.md").read_text()
+    assert list(found) == ["base", "temporal_position_rope"]
+    for run, name in (("base", "plain"), ("temporal_position_rope", "rope")):
+        rows = [json.loads(line) for line in (out / "runs" / f"{run}-seed1/metrics.jsonl").read_text().splitlines()]
+        last = [row["ema/loss"] for row in rows if row["kind"] == "val" and row["step"] == 4]
+        assert found[run][0]["val_loss"] == last[0]
+        assert f"| {name} | {last[0]:.4f} |" in page
+    assert found["base"][0]["val_loss"] != found["temporal_position_rope"][0]["val_loss"]
+    assert (out / "ablation_pair.png").stat().st_size > 5000
+    capfd.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoints/*/model.safetensors")}
+    assert len(before) == 2
+    assert ablate.main(command) == 0  # nothing is trained again
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (out / "ablations.md").read_text() == page

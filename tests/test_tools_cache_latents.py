@@ -1,0 +1,203 @@
+"""Making a latent cache: killed anywhere and continued, on two ranks, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from datasets.latents import INDEX, LatentCache, read_index
+from engine.config import load_config
+from engine.distributed import World
+from tests.fault_support import ROOT, run_ranks
+from tests.latent_support import cache, content, save_codec
+from tools import cache_latents, caching
+
+
+class Killed(BaseException):
+    """Stands for a death: nothing catches it."""
+
+
+class Dying:
+    """Stands for `write_atomically` in a life that ends: at its first file, after it, or before its second."""
+
+    def __init__(self, honest: Callable[..., Path], how: int) -> None:
+        self.honest, self.how, self.files = honest, how, 0
+
+    def __call__(self, path: Path, write: Callable[[Path], object]) -> Path:
+        self.files += 1
+        if self.how == 0:  # a part of it stays behind
+            (path.parent / f".{path.stem}.9{path.suffix}").write_bytes(b"half")
+            raise Killed
+        if self.files == self.how + 1:
+            raise Killed
+        return self.honest(path, write)
+
+
+def test_killed_at_any_write_and_continued(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was whole is not encoded again; in the end the same bytes, and nothing else."""
+    monkeypatch.setattr(caching, "LEAST_SHARDS", 3)
+    whole = content(cache(tiny, tmp_path / "whole"))
+    assert len(whole) == 4
+    encoded: list[int] = []
+    honest = caching.write_atomically
+    monkeypatch.setattr(caching.ShardEncoder, "encode", counting(caching.ShardEncoder.encode, encoded))
+    made, deaths = tmp_path / "made", 0
+    for life in range(100):
+        monkeypatch.setattr(caching, "write_atomically", Dying(honest, life % 3))
+        try:
+            cache(tiny, made)
+            break
+        except Killed:
+            deaths += 1
+    assert content(made) == whole and deaths >= 6
+    frames = sum(read_index(made)["shards"])
+    assert sum(encoded) <= 4 * frames
+    encoded.clear()
+    cache(tiny, made)  # complete: nothing is done
+    assert not encoded and content(made) == whole
+
+
+def counting(honest: Callable[..., Any], counts: list[int]) -> Callable[..., Any]:
+    def encode(self: Any, frames: torch.Tensor) -> torch.Tensor:
+        counts.append(len(frames))
+        return honest(self, frames)
+
+    return encode
+
+
+def command_line(overrides: list[str], out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tools.cache_latents", *overrides, "--out", str(out), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.dist
+def test_sigkill_of_the_command_line(tiny: list[str], tmp_path: Path) -> None:
+    """With loader workers, amid the shards; the same command then makes what an undisturbed one makes."""
+    root = tmp_path / "set"
+    for number in range(40):
+        shutil.copytree(Path(value(tiny, "data.path")) / "falls" / "clip0", root / "a" / f"{number:02d}")
+    overrides = [*tiny, f"data.path={root}", "data.num_workers=1", "data.labels=none"]
+    out = tmp_path / "made"
+    process = command_line(overrides, out)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("shard-*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list(out.glob("shard-*.json")) and not (out / INDEX).exists()
+    with pytest.raises(FileNotFoundError, match=r"is no finished cache.*again if it was interrupted"):
+        LatentCache(out)
+    again = command_line(overrides, out)
+    said = again.communicate(timeout=120)[0]
+    assert again.returncode == 0 and "shards are done" in said, said
+    caching.cache_latents(load_config(None, overrides), tmp_path / "whole", "fp32", 64 * 10**6, World())
+    assert content(out) == content(tmp_path / "whole")
+
+
+def value(overrides: list[str], key: str) -> str:
+    return next(each.partition("=")[2] for each in overrides if each.startswith(f"{key}="))
+
+
+def make_on_rank(world: World, overrides: list[str], out: Path) -> None:
+    cache(overrides, out, world=world)
+
+
+@pytest.mark.dist
+def test_two_ranks_make_the_same_cache(tiny: list[str], tmp_path: Path) -> None:
+    overrides = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderKL")]
+    found = run_ranks(2, tmp_path / "rendezvous", make_on_rank, overrides, tmp_path / "two")
+    assert [error for _, error in found] == [None, None]
+    assert content(tmp_path / "two") == content(cache(overrides, tmp_path / "one"))
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_what_is_not_a_cache_is_left_alone(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"full holds 'mine\.txt', which is not of a latent cache"):
+        cache(tiny, tmp_path / "full")
+    with pytest.raises(ValueError, match=r"mine\.txt is a file"):
+        cache(tiny, tmp_path / "full" / "mine.txt")
+    assert content(tmp_path / "full") == {"mine.txt": b"x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("data.image_size=4", "settings"),
+        ("data.max_clips=5", "data"),
+        ("data.horizontal_flip=true", "settings"),
+        ("codec", "codec"),
+        ("dtype", "dtype"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_cache_is_not_overwritten(
+    tiny: list[str], tmp_path: Path, change: str, named: str, finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken, contextlib.suppress(Killed):
+        if not finished:
+            broken.setattr(caching, "write_atomically", Dying(caching.write_atomically, 2))
+        cache(tiny, tmp_path / "made")
+    assert (tmp_path / "made" / INDEX).exists() == finished
+    before = content(tmp_path / "made")
+    codec = save_codec(tmp_path / "codec", "AutoencoderTiny") if change == "codec" else []
+    extra = codec or [change] * ("." in change)
+    with pytest.raises(ValueError, match=rf"--out .*made holds another cache \(.*{named}: .*name a new folder"):
+        cache([*tiny, *extra], tmp_path / "made", "bf16" if change == "dtype" else "fp32")
+    assert content(tmp_path / "made") == before
+
+
+def test_too_small_a_disk_is_told_before_it_starts(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(caching.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"made has 0\.000 GB free, and the cache takes 0\.000 GB: make room"):
+        cache(tiny, tmp_path / "made")
+    assert "6 clips, 42 frames: mean, 3x8x8 in fp32" in capsys.readouterr().out
+    assert not list((tmp_path / "made").glob("shard*"))
+
+
+def test_two_at_once_are_refused(tiny: list[str], tmp_path: Path) -> None:
+    with caching.locked(tmp_path / "made", World()), pytest.raises(OSError, match=r"--out .*made is being written by"):
+        cache(tiny, tmp_path / "made")
+    assert cache(tiny, tmp_path / "made")
+
+
+def test_values_beyond_the_number_format_are_refused(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = caching.ShardEncoder.encode
+    monkeypatch.setattr(caching.ShardEncoder, "encode", lambda self, frames: honest(self, frames) * 1e5)
+    with pytest.raises(ValueError, match=r"latents of 'falls/clip0' are not finite in fp16: choose another --dtype"):
+        cache(tiny, tmp_path / "made", "fp16")
+    assert cache(tiny, tmp_path / "wide", "bf16")
+
+
+def test_a_cache_of_nothing_is_refused(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.mp4").write_text("no video " * 30)
+    with pytest.raises(ValueError, match=r"a\.mp4: is not a video.*none of the other clips can be used"):
+        cache([*tiny, f"data.path={tmp_path / 'set'}", "data.labels=none"], tmp_path / "made")
+    made = cache(tiny, tmp_path / "good")
+    with pytest.raises(ValueError, match=r"data\.latents is what this makes"):
+        cache([*tiny, f"data.latents={made}"], tmp_path / "made")
+    with pytest.raises(ValueError, match=r"--shard_mb 0 must be at least 1"):
+        cache_latents.main(["--out", str(tmp_path / "x"), "--shard_mb", "0"])

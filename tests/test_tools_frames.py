@@ -1,0 +1,487 @@
+"""Videos to folders of frames: names, pixels, JPEG tables, skipped files, kills at every system call, full disks."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from datasets.readers import every_frame, open_video
+from tools import convert_videos_to_frames
+from tools.frames import LANCZOS, Form, at_rate, output_names, resized, write_video
+from tools.output_folder import WORK
+
+ROOT = Path(__file__).resolve().parents[1]
+CLIPS = ROOT.parent / "shared" / "media" / "clips"
+needs_media = pytest.mark.skipif(not CLIPS.is_dir(), reason="the sample clips of ../shared/media are not here")
+RNG = np.random.default_rng(0)
+Tree = dict[str, bytes]
+
+
+def noise(frames: int = 3, height: int = 12, width: int = 10) -> np.ndarray:
+    return RNG.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+def make_video(path: Path, frames: int = 3, fps: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name("aside.mp4")  # the extension would choose the container
+    write_video(aside, noise(frames), fps)
+    return aside.rename(path)
+
+
+def tree(root: Path) -> Tree:
+    """Every file below `root`, the marker and the journal too; links by where they lead."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_symlink() or path.is_file())
+    return {
+        str(path.relative_to(root)): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
+        for path in files
+    }
+
+
+def convert(source: Path, target: Path, *flags: str) -> dict:
+    convert_videos_to_frames.main(["-s", str(source), "-t", str(target), "--num_workers", "1", *flags])
+    report: dict = json.loads((target / "report.json").read_text())
+    return report
+
+
+def clips_of(target: Path) -> dict[str, int]:
+    """Folder -> number of frames."""
+    frames = (path for path in target.rglob("*") if path.suffix in (".png", ".jpg"))
+    found = [path.parent.relative_to(target).as_posix() for path in frames]
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+NAMES = ["a.avi", "a.mp4", "a", "a_", "a.avi_", "a/b.avi", "a.avi.mkv", "a#1.mp4", "a_1.mp4", "a 1.mp4", "b/a.AVI"]
+
+
+@given(st.lists(st.sampled_from(NAMES), unique=True), st.sampled_from(["png", "video", "link"]))
+def test_no_two_clips_ever_share_a_place(names: list[str], kind: str) -> None:
+    outs = output_names(names, Form(kind))
+    assert len(set(outs)) == len(names)
+    folders = {str(above) for out in outs for above in Path(out).parents}
+    assert not folders & set(outs)
+    assert [Path(out).parent for out in outs] == [Path(name).parent for name in names]
+    assert sorted(output_names(names[::-1], Form(kind))) == sorted(outs)
+    if kind == "video":
+        assert all(out.endswith(".mp4") for out in outs)
+
+
+def test_frames_are_named_for_text_order_and_clips_keep_their_names(tmp_path: Path) -> None:
+    source, target = tmp_path / "videos", tmp_path / "frames"
+    names = ["a#1.mp4", "a_1.mp4", "a 1.mp4", "x.mp4", "x.avi", "Class/v_Class_g01_c01.avi", "-dash.MP4", "é.mkv"]
+    names.append(f"{'n' * 251}.mp4")
+    for name in names:
+        make_video(source / name, frames=12)
+    report = convert(source, target)
+    assert report["clips_made"] == len(names) and not report["skipped"]
+    made = set(clips_of(target))
+    assert made == {"a#1", "a_1", "a 1", "x.mp4", "x.avi", "Class/v_Class_g01_c01", "-dash", "é", "n" * 251}
+    frames = sorted(path.name for path in (target / "é").iterdir())
+    assert frames == [f"{number:06d}.png" for number in range(12)]
+    own = open_video(source / "é.mkv").read(range(12)).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(own, [np.asarray(Image.open(target / "é" / name)) for name in frames])
+
+
+def test_only_the_extension_that_is_asked_for(tmp_path: Path) -> None:
+    make_video(tmp_path / "in" / "a.avi")
+    make_video(tmp_path / "in" / "b.mp4")
+    make_video(tmp_path / "in" / "c.clip")
+    for extension in ("clip", ".clip"):
+        target = tmp_path / extension
+        report = convert(tmp_path / "in", target, "--video_ext", extension)
+        assert set(clips_of(target)) == {"c.clip"}
+        assert [entry["file"] for entry in report["left_out"]] == ["a.avi", "b.mp4"]
+    with pytest.raises(ValueError, match=r"holds no video files that end in \.wmv"):
+        convert(tmp_path / "in", tmp_path / "out", "--video_ext", "wmv")
+
+
+def test_a_line_break_in_a_name_is_refused_and_named(tmp_path: Path) -> None:
+    make_video(tmp_path / "in" / "a\nb.mp4")
+    make_video(tmp_path / "in" / "c.mp4")
+    report = convert(tmp_path / "in", tmp_path / "out")
+    assert report["skipped"][0]["file"] == "a\nb.mp4" and "control character" in report["skipped"][0]["reason"]
+    assert clips_of(tmp_path / "out") == {"c": 3}
+
+
+# ------------------------------------------------------------------------------------------------ pixels
+
+
+def ijg_table(quality: int) -> list[int]:
+    """The luminance table of the JPEG standard (annex K.1), scaled as the Independent JPEG Group does, zigzag order."""
+    base = np.array(
+        [
+            [16, 11, 10, 16, 24, 40, 51, 61],
+            [12, 12, 14, 19, 26, 58, 60, 55],
+            [14, 13, 16, 24, 40, 57, 69, 56],
+            [14, 17, 22, 29, 51, 87, 80, 62],
+            [18, 22, 37, 56, 68, 109, 103, 77],
+            [24, 35, 55, 64, 81, 104, 113, 92],
+            [49, 64, 78, 87, 103, 121, 120, 101],
+            [72, 92, 95, 98, 112, 100, 103, 99],
+        ]
+    )
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+    return np.clip((base * scale + 50) // 100, 1, 255).flatten().tolist()
+
+
+@pytest.mark.parametrize("quality", [10, 50, 75, 95, 100])
+def test_jpeg_quality_is_the_one_asked_for(tmp_path: Path, quality: int) -> None:
+    make_video(tmp_path / "in" / "a.mp4")
+    convert(tmp_path / "in", tmp_path / "out", "--format", "jpeg", "--quality", str(quality))
+    with Image.open(tmp_path / "out" / "a" / "000000.jpg") as written:
+        tables = written.quantization  # type: ignore[attr-defined]
+        assert written.layer == [(1, 1, 1, 0), (2, 1, 1, 1), (3, 1, 1, 1)]  # type: ignore[attr-defined]  # 4:4:4
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "JPEG", quality=quality)
+    with Image.open(stream) as plain:
+        assert tables == plain.quantization  # type: ignore[attr-defined]
+    assert sorted(tables[0]) == sorted(ijg_table(quality))
+
+
+@pytest.mark.parametrize("shape", [(30, 52), (53, 30), (16, 16)])
+def test_the_official_resizing_is_centre_crop_then_lanczos(shape: tuple[int, int]) -> None:
+    from torchvision.transforms import InterpolationMode, functional
+
+    frame = noise(1, *shape)[0]
+    square = functional.center_crop(Image.fromarray(frame), min(shape))
+    small = functional.resize(square, 16, InterpolationMode.LANCZOS)
+    assert np.array_equal(resized(frame, Form(size=16, transform=LANCZOS)), np.asarray(small))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.fractions(min_value=2, max_value=60, max_denominator=1001), st.integers(1, 60))
+def test_forced_rate_shows_the_frame_of_each_moment(frames: int, source: Fraction, wanted: int) -> None:
+    chosen = list(at_rate(iter(range(frames)), source, Fraction(wanted)))  # type: ignore[arg-type]
+    moments = [index for index in range(frames * wanted + 1) if Fraction(index, wanted) < frames / source]
+    assert chosen == [int(Fraction(index, wanted) * source) for index in moments]
+
+
+def test_force_fps_writes_a_clip_of_that_rate(tmp_path: Path) -> None:
+    make_video(tmp_path / "in" / "a.mp4", frames=10, fps=30)
+    convert(tmp_path / "in", tmp_path / "out", "--force_fps", "8")
+    shown = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out" / "a").iterdir())]
+    source = open_video(tmp_path / "in" / "a.mp4").read([0, 3, 7]).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(source, shown)  # at 0, 1/8 and 2/8 s
+
+
+def test_frame_rates_are_counted_without_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, fps in (("a", 8), ("b", 8), ("c", 30)):
+        make_video(tmp_path / f"{name}.mp4", fps=fps)
+    (tmp_path / "d.mp4").write_bytes(b"")
+    convert_videos_to_frames.main(["--source_path", str(tmp_path), "--compute_fps_only"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["d.mp4: the file is empty", "8 frames a second: 2 videos", "30 frames a second: 1 videos"]
+
+
+# ----------------------------------------------------------------------------------- real and broken clips
+
+
+ODD = {  # name: (frames, height, width), or the reason why there are none
+    "torchcodec__nasa_13013_rotated.mp4": (17, 480, 270),
+    "decord__video_90.mov": (3, 568, 320),
+    "torchcodec__testsrc2_odd_height_and_width_mpeg2.mp4": (10, 81, 121),
+    "torchcodec__testsrc2_mpeg4.mp4": (1, 64, 64),
+    "derived_gray_bikes.mp4": (50, 272, 640),
+    "imageio-binaries__newtonscradle.gif": (36, 150, 200),
+    "derived_truncated_again.mkv": (31, 480, 640),
+    "decord__corrupted.mp4": "2 of its packets cannot be decoded",
+    "derived_truncated_bikes.mp4": "cannot be read as mov: incomplete or damaged",
+    "moviepy__result.webm": "the file is empty",
+    "ExoPlayer__invalid-bitstream.webm": "none of its frames can be decoded",
+}
+
+
+@needs_media
+def test_odd_clips_are_made_or_named(tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in [*ODD, "torchcodec__nasa_13013.mp4.audio.mp3"]:
+        (source / name).symlink_to(CLIPS / "odd" / name)
+    report = convert(source, target, "--format", "jpeg")
+    good = {Path(name).stem: shape for name, shape in ODD.items() if isinstance(shape, tuple)}
+    assert clips_of(target) == {name: shape[0] for name, shape in sorted(good.items())}
+    for name, (_, height, width) in good.items():
+        assert Image.open(target / name / "000000.jpg").size == (width, height)
+    assert {entry["file"]: entry["reason"] for entry in report["skipped"]} == {
+        name: reason for name, reason in ODD.items() if isinstance(reason, str)
+    }
+    assert [entry["file"] for entry in report["left_out"]] == ["torchcodec__nasa_13013.mp4.audio.mp3"]
+    assert [(entry["file"], entry["reason"]) for entry in report["notes"]] == [
+        ("derived_truncated_again.mkv", "the file is cut off: 102688 of 205376 bytes are there")
+    ]
+
+
+def test_nothing_usable_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the 1 clips in .* can be used \(a\.mp4: the file is empty\)"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """Do `work` in a forked process; returns its exit code, 0 if it came to its end."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+CALLS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree", "os.truncate"}
+
+
+def killed_at(call: int, below: Path) -> None:
+    """From now on, end this process without a trace at the n-th file operation below `below`."""
+    seen = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event in CALLS and str(arguments[0]).startswith(str(below)):
+            seen += 1
+            if seen > call:
+                os._exit(9)
+
+    sys.addaudithook(hook)
+
+
+def test_a_run_killed_at_any_file_operation_goes_on(tmp_path: Path) -> None:
+    """Each kill leaves no half clip; the same command then gives the files of an undisturbed run."""
+    source, target = tmp_path / "in", tmp_path / "out"
+    for name in ("a.mp4", "deep/b.mp4"):
+        make_video(source / name, frames=2)
+    (source / "c.mp4").write_bytes(b"")
+    convert(source, target)
+    whole = tree(target)
+    kills = 0
+    while True:
+        shutil.rmtree(target)
+
+        def work(call: int = kills) -> None:
+            killed_at(call, target)
+            convert(source, target)
+
+        if not (code := in_a_child(work)):
+            break
+        assert code == 9
+        in_place = {name: frames for name, frames in clips_of(target).items() if not name.startswith(WORK)}
+        assert set(in_place) <= {"a", "deep/b"} and set(in_place.values()) <= {2}
+        convert(source, target)
+        assert tree(target) == whole
+        kills += 1
+    assert kills > 25
+
+
+def test_what_is_made_is_not_made_again(tmp_path: Path) -> None:
+    make_video(tmp_path / "in" / "a.mp4")
+    convert(tmp_path / "in", tmp_path / "out")
+    frame = tmp_path / "out" / "a" / "000000.png"
+    before = frame.stat().st_ino
+    make_video(tmp_path / "in" / "b.mp4")
+    report = convert(tmp_path / "in", tmp_path / "out")
+    assert frame.stat().st_ino == before and report["clips_made"] == 2
+
+
+def test_changed_and_vanished_sources_are_followed(tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    make_video(source / "a.mp4", 3)
+    make_video(source / "deep" / "b.mp4", 3)
+    (source / "c.mp4").write_bytes(b"still being copied")
+    convert(source, target)
+    make_video(source / "a.mp4", 5)
+    make_video(source / "c.mp4", 2)
+    shutil.rmtree(source / "deep")
+    (target / WORK / "staged" / "half a clip").mkdir()
+    convert(source, target)
+    assert not list((target / WORK / "staged").iterdir())
+    assert clips_of(target) == {"a": 5, "c": 2} and not (target / "deep").exists()
+    shutil.rmtree(target / "a")
+    convert(source, target)
+    assert clips_of(target) == {"a": 5, "c": 2}
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_folders_that_overlap_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    make_video(source / "a.mp4")
+    before = tree(tmp_path)
+    (tmp_path / "link").symlink_to(source)
+    for target in (source, source / "deep" / "out", tmp_path, tmp_path / "link", tmp_path / "link" / "x"):
+        with pytest.raises(ValueError, match="must lie apart"):
+            convert(source, target)
+    (tmp_path / "link").unlink()
+    assert tree(tmp_path) == before
+
+
+def test_files_of_others_are_never_touched(tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    make_video(source / "a.mp4")
+    target.mkdir()
+    (target / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that this tool did not make"):
+        convert(source, target)
+    (target / "thesis.txt").unlink()
+    convert(source, target)
+    make_video(source / "b.mp4")
+    (target / "b").write_text("mine too")
+    with pytest.raises(ValueError, match=r"out/b was not made by this tool: move it away"):
+        convert(source, target)
+    assert (target / "b").read_text() == "mine too"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file cannot be written"):
+        convert(source, tmp_path / "file")
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
+    make_video(tmp_path / "in" / "a.mp4")
+    convert(tmp_path / "in", tmp_path / "out", "--target_size", "8")
+    before = tree(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"with other settings \(format 'png' there, 'jpeg' now, size 8 there, 9 now\)"
+    ):
+        convert(tmp_path / "in", tmp_path / "out", "--target_size", "9", "--format", "jpeg")
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    make_video(tmp_path / "in" / "a.mp4")
+    convert(tmp_path / "in", tmp_path / "out")
+    with (tmp_path / "out" / WORK / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="is being written by another process"):
+            convert(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--quality", "0"], "quality is 0, but must be from 1 to 100"),
+        (["--target_size", "0"], "size is 0, but must be from 1"),
+        (["--force_fps", "-1"], "fps is -1"),
+        (["--num_workers", "0"], "--num_workers is 0"),
+    ],
+)
+def test_bad_values_are_sentences(tmp_path: Path, flags: list[str], sentence: str) -> None:
+    make_video(tmp_path / "in" / "a.mp4")
+    with pytest.raises(ValueError, match=sentence):
+        convert(tmp_path / "in", tmp_path / "out", *flags)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        convert(tmp_path / "gone", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["png", "video"])
+def test_a_full_disk_is_a_sentence_and_nothing_is_lost(tmp_path: Path, kind: str) -> None:
+    """A limit on the size of files stands for the full disk; the small clip is made before the large one fails."""
+    from tools import prepare_dataset
+
+    source, target = tmp_path / "in", tmp_path / "out"
+    make_video(source / "a.mp4", 2)
+    write_video(source / "b.mp4", noise(4, 300, 300), 8)
+    command = ["folder", str(source), str(target), "--format", kind, "--workers", "1", "--test_share", "0"]
+
+    def work() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        sentence = r"out/train/b(\.mp4)? cannot be written \(.+\): make room there, then repeat the command"
+        with pytest.raises(OSError, match=sentence):
+            prepare_dataset.main(command)
+
+    assert in_a_child(work) == 0
+    made = sorted(path.name.removesuffix(".mp4") for path in (target / "train").iterdir())
+    assert made == ["a"] and list((target / WORK / "staged").iterdir()) == []
+    prepare_dataset.main(command)
+    assert len(list((target / "train").iterdir())) == 2
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def command(source: Path, target: Path, workers: int) -> list[str]:
+    tool = str(ROOT / "tools" / "convert_videos_to_frames.py")
+    return [sys.executable, tool, "-s", str(source), "-t", str(target), "--num_workers", str(workers)]
+
+
+def lines(file: Path) -> int:
+    return len(file.read_bytes().splitlines()) if file.is_file() else 0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def children(pid: int) -> Iterator[int]:
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        yield from map(int, (task / "children").read_text().split())
+
+
+@pytest.mark.dist
+def test_workers_change_nothing_and_kill_9_loses_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for number in range(24):
+        write_clip = source / f"{number % 3}" / f"{number}.mp4"
+        write_clip.parent.mkdir(parents=True, exist_ok=True)
+        write_video(write_clip, noise(6 if number else 90, 120, 160), 8)  # the first ends long after the second
+    convert(source, tmp_path / "one")
+    journal = tmp_path / "out" / WORK / "journal.jsonl"
+    run = subprocess.Popen(command(source, tmp_path / "out", 2), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    wait_for(lambda: lines(journal) > 1)
+    workers = list(children(run.pid))
+    run.kill()
+    run.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))  # none is orphaned
+    before = lines(journal)
+    assert len(workers) >= 2 and before < 24
+    subprocess.run(command(source, tmp_path / "out", 2), check=True, capture_output=True, timeout=120)
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+# ------------------------------------------------------------------------------------------------ readers
+
+
+@needs_media
+@pytest.mark.parametrize(
+    "name",
+    [
+        "action/vision__SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi",  # its timestamps name no frames
+        "action/mmaction2__part_0.mp4",
+        "odd/torchcodec__nasa_13013_rotated.mp4",
+        "odd/torchcodec__test_non_zero_start.mp4",
+        "odd/ExoPlayer__sample.flv",
+    ],
+)
+def test_every_frame_is_what_read_gives(name: str) -> None:
+    reader = open_video(CLIPS / name)
+    one_by_one = np.stack(list(every_frame(reader)))
+    assert np.array_equal(one_by_one, reader.read(range(len(reader))).permute(0, 2, 3, 1).numpy())

@@ -1,0 +1,165 @@
+"""tools.plan: its memory against measured peaks and closed forms, its time against arithmetic done by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.build import build_model
+from engine.config import Config, load_config
+from tools import plan
+
+ROOT = Path(__file__).resolve().parent.parent
+H100 = plan.GPUS["h100"]
+SMALL = ["model.name=Latte-S/2", "data.num_frames=8", "data.image_size=128", "train.batch_size=2"]
+
+
+def config_of(*overrides: str) -> Config:
+    return load_config(None, [*SMALL, *overrides])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_what_is_kept_is_what_a_real_forward_keeps(precision: str, checkpointing: str) -> None:
+    """The same hooks on a network with numbers in it."""
+    config = config_of(f"train.precision={precision}", f"model.gradient_checkpointing={checkpointing}")
+    model = build_model(config)
+    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return value
+
+    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half:
+        model(torch.randn(4, 8, 4, 16, 16), torch.zeros(4))
+    fixed, per_clip = plan.kept_for_backward(config)
+    assert fixed + 4 * per_clip == pytest.approx(sum(each.nbytes() for each in kept.values()), rel=1e-3)
+
+
+def test_the_largest_network_keeps_what_was_measured() -> None:
+    """10.6 GB a clip in fp32 and about 7 GB under bf16 autocast, 16 frames of 256 x 256."""
+    sizes = [plan.kept_for_backward(load_config(None, [f"train.precision={each}"]))[1] for each in ("fp32", "bf16")]
+    assert sizes[0] == pytest.approx(10.6e9, rel=0.05)
+    assert sizes[1] == pytest.approx(7.0e9, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_memory_is_what_torch_tracks(checkpointing: str) -> None:
+    """torch's own tracker, which follows two steps with forward, backward and AdamW on tensors without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    config = config_of(f"model.gradient_checkpointing={checkpointing}")
+    with FakeTensorMode():
+        model = build_model(config)
+        optimizer, tracker = torch.optim.AdamW(model.parameters()), MemTracker()
+        tracker.track_external(model, optimizer)
+        with tracker:
+            for _ in range(2):
+                model(torch.zeros(2, 8, 4, 16, 16), torch.zeros(2)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                tracker.reset_mod_stats()
+    peak = sum(each["Total"] for each in tracker.get_tracker_snapshot("peak").values())
+    found = plan.need(config, H100, 1, 0.4)
+    planned = found.memory - found.states["average (EMA)"]
+    assert 0.97 * peak < planned < 1.2 * peak  # all gradients are there only when little else is kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [(), ("train.precision=bf16",)])
+def test_memory_is_the_measured_peak(keys: tuple[str, ...]) -> None:
+    """Within a seventh: the peak also holds a few tensors of the layer that is being computed."""
+    config = load_config(None, ["model.name=Latte-S/2", "train.batch_size=2", *keys])
+    planned = plan.need(config, H100, 1, 0.4).memory
+    script = [sys.executable, str(ROOT / "tests/plan_peak.py"), "model.name=Latte-S/2", "train.batch_size=2", *keys]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    measured = int(subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_states_are_twenty_bytes_a_parameter_and_shards_share_them() -> None:
+    alone = plan.need(config_of(), H100, 1, 0.4)
+    assert sum(alone.states.values()) == 20 * alone.parameters
+    sharded = plan.need(config_of("train.parallel=fsdp"), H100, 4, 0.4)
+    assert sum(sharded.states.values()) == 5 * alone.parameters
+    assert sharded.activations == alone.activations
+    half = plan.need(config_of("train.precision=bf16"), H100, 1, 0.4)
+    assert sum(half.states.values()) == 22 * alone.parameters
+
+
+def test_time_of_the_largest_network_is_arithmetic() -> None:
+    """11.177 TFLOP a clip; 40 % of 989 TFLOP/s; SD's encoder 4.36 TFLOP a clip."""
+    config = load_config(None, ["train.precision=bf16", "train.batch_size=5", "codec.path=any"])
+    found = plan.need(config, H100, 1, 0.4)
+    assert found.flop == pytest.approx(5 * 11.177e12, rel=1e-3)
+    assert found.compute_s == pytest.approx(5 * 11.177 / (0.4 * 989), rel=1e-3)
+    assert found.encoding_s == pytest.approx(5 * 4.36 / (0.4 * 989), rel=1e-2)
+    again = plan.need(load_config(None, ["model.gradient_checkpointing=true"], base=config.to_dict()), H100, 1, 0.4)
+    assert again.compute_s == pytest.approx(4 / 3 * found.compute_s)
+    images = plan.need(load_config(None, ["data.num_images=8"], base=config.to_dict()), H100, 1, 0.4)
+    assert images.flop == pytest.approx(1.5 * found.flop)
+
+
+def test_exchange_is_a_ring() -> None:
+    """8 bytes a parameter around DDP's ring; 8 around FSDP's, and 4 for each further micro-step."""
+    speed = H100.link * 1e9
+    ddp = plan.exchange_seconds(1000, H100, 4, sharded=False, accumulation=3)
+    assert ddp == pytest.approx(8 * 1000 * 3 / 4 / speed)
+    assert plan.exchange_seconds(1000, H100, 4, sharded=True, accumulation=1) == pytest.approx(ddp)
+    assert plan.exchange_seconds(1000, H100, 4, sharded=True, accumulation=2) == pytest.approx(1.5 * ddp)
+    across = plan.exchange_seconds(1000, H100, 16, sharded=False, accumulation=1)
+    assert across == pytest.approx(8 * 1000 * 15 / 16 / (H100.network * 1e9))
+    assert plan.exchange_seconds(1000, H100, 1, sharded=False, accumulation=1) == 0
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    config = load_config(None, ["train.precision=bf16"])
+    largest = plan.largest_batch(config, H100, 1, 0.4)
+    assert largest > 1
+    sizes = (largest, largest + 1)
+    tried = [load_config(None, [f"train.batch_size={size}"], base=config.to_dict()) for size in sizes]
+    assert [plan.need(each, H100, 1, 0.4).fits for each in tried] == [True, False]
+
+
+def test_what_does_not_fit_is_changed_until_it_does() -> None:
+    config = load_config(None, ["train.batch_size=16"])
+    gpu = plan.GPUS["rtx4090"]
+    assert not plan.need(config, gpu, 2, 0.4).fits
+    overrides, needs = plan.advice(config, gpu, 2, 0.4) or pytest.fail("nothing fits")
+    changed = load_config(None, overrides, base=config.to_dict())
+    assert needs.fits and plan.need(changed, gpu, 2, 0.4).memory == needs.memory
+    assert changed.train.batch_size * changed.train.grad_accum_steps == 16
+    huge = load_config(None, ["data.num_frames=256"], base=config.to_dict())
+    assert plan.advice(huge, plan.Gpu(1, 1, 1, 4.0, 1, 1), 1, 0.4) is None
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--config", str(ROOT / "configs/ffs/ffs_train.yaml"), "--gpu", "rtx4090", "--gpus", "4"]
+    assert plan.main(command) == 0
+    text = capsys.readouterr().out
+    assert "673.7 M parameters, on 4 x rtx4090" in text and "DOES NOT FIT" in text and "better: " in text
+    assert max(map(len, text.splitlines())) <= 100
+    plan.main([*command, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["global_batch_size"] == 20 and not found["needs"]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [(["--gpu", "h900"], "--gpu h900 is unknown; one of h200"), (["--mfu", "0"], "--mfu above 0"),
+     (["--gpus", "0"], "--gpus must be at least 1")],
+)  # fmt: skip
+def test_wrong_flags(flags: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        plan.main(flags)

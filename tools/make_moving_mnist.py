@@ -1,0 +1,179 @@
+"""Draw Moving MNIST: clips of handwritten digits that move in straight lines and bounce off the edges.
+
+    python -m tools.make_moving_mnist --mnist train-images-idx3-ubyte.gz data/mnist --clips 10000
+
+The set of N. Srivastava, E. Mansimov, R. Salakhutdinov, "Unsupervised Learning of Video Representations using
+LSTMs" (arXiv 1502.04681): 20 frames of 64 x 64, two digits of 28 x 28 drawn from MNIST, at a random place, in a
+random direction, at a random constant speed (here SPEED, for 64 pixels); where they overlap the brighter pixel
+shows. Each clip is a function of (seed, index) alone.
+
+--labels digit makes ten classes (all digits of a clip are of its class), --labels direction three: all digits move
+along `horizontal`, `vertical` or `diagonal` lines, which bouncing never changes. OUT, or OUT/CLASS, then holds mp4
+files (H.264 in yuv444p) or, with --format png, folders of frames: data.name=folder reads them. A set is drawn
+beside OUT and moved into place when complete; one that is there already is left alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import gzip
+import math
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from engine import cli
+from tools.frames import SUFFIXES, Form, write_frames, write_video
+from tools.make_demo_data import MARKER, make_set
+from tools.output_folder import check_settings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VERSION = 1  # raised when the drawing changes, so that old sets are made anew
+SPEED = (2.0, 5.0)  # pixels per frame, for frames of 64 pixels
+FPS = 8
+DIRECTIONS = {"horizontal": 0.0, "vertical": 0.5, "diagonal": 0.25}  # of the line, in half turns
+CLASSES = {"none": [""], "digit": [str(digit) for digit in range(10)], "direction": sorted(DIRECTIONS)}
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """A file of MNIST (IDX format, uint8, plain or gzipped) as an array.
+
+    Raises: FileNotFoundError; ValueError if it is something else, or cut off.
+    """
+    import numpy as np
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file '{path}': name MNIST's train-images-idx3-ubyte.gz, or t10k-...")
+    data = path.read_bytes()
+    try:
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, zlib.error):
+        raise ValueError(f"'{path}' is a damaged gzip file: fetch it anew") from None
+    dimensions = data[3] if data[:3] == b"\0\0\x08" else 0
+    start = 4 + 4 * dimensions
+    shape = [int.from_bytes(data[place : place + 4], "big") for place in range(4, start, 4)]
+    if not dimensions or len(data) - start != math.prod(shape):
+        raise ValueError(f"'{path}' is not a whole file of MNIST: it must hold bytes in the IDX format")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def bounce(start: np.ndarray, velocity: np.ndarray, limit: float, frames: int) -> np.ndarray:
+    """Places in [0, limit] at times 0 to frames-1 of points that move evenly and are reflected at both ends.
+
+    `start` and `velocity (n,)` give (frames, n).
+    """
+    import numpy as np
+
+    free = start + velocity * np.arange(frames)[:, None]
+    return limit - np.abs(np.mod(free, 2 * limit) - limit)  # unfold the reflections: a triangle wave
+
+
+def draw_velocities(rng: np.random.Generator, digits: int, size: int, direction: str | None) -> np.ndarray:
+    """(2, digits) pixels per frame in y and x: of any direction, or along lines of the class `direction`."""
+    import numpy as np
+
+    speed = rng.uniform(*SPEED, digits) * size / 64
+    if direction is None:
+        angle = rng.uniform(0, 2, digits).tolist()  # in half turns, as DIRECTIONS
+    else:
+        angle = [DIRECTIONS[direction] + sense for sense in rng.integers(0, 2, digits)]
+    return speed * np.array([[f(np.pi * each) for each in angle] for f in (np.sin, np.cos)])
+
+
+def draw_clip(sprites: np.ndarray, rng: np.random.Generator, size: int, frames: int, direction: str | None) -> Any:
+    """The digits `sprites (n, h, w)` moving: (frames, size, size) uint8, at whole pixels."""
+    import numpy as np
+
+    count, height, width = sprites.shape
+    limits = np.array([size - height, size - width])
+    starts = rng.uniform(0, 1, (2, count)) * limits[:, None]
+    velocities = draw_velocities(rng, count, size, direction)
+    ys, xs = (np.rint(bounce(*each, frames)).astype(int) for each in zip(starts, velocities, limits))
+    video = np.zeros((frames, size, size), np.uint8)
+    for frame, number in np.ndindex(frames, count):
+        y, x = ys[frame, number], xs[frame, number]
+        part = video[frame, y : y + height, x : x + width]
+        np.maximum(part, sprites[number], out=part)
+    return video
+
+
+def draw_set(root: Path, images: np.ndarray, labels: np.ndarray | None, parameters: dict[str, Any]) -> None:
+    """Draw all clips into the empty folder `root`; clip i is of the class i modulo their number."""
+    import numpy as np
+
+    size, frames, count = (parameters[key] for key in ("size", "frames", "digits"))
+    names = CLASSES[parameters["labels"]]
+    form = Form(parameters["format"])
+    for index in range(parameters["clips"]):
+        name = names[index % len(names)]
+        rng = np.random.default_rng([parameters["seed"], index])
+        pool = np.arange(len(images)) if labels is None else np.flatnonzero(labels == index % len(names))
+        sprites = images[rng.choice(pool, count)]
+        video = draw_clip(sprites, rng, size, frames, name if name in DIRECTIONS else None)
+        pixels = np.repeat(video[..., None], 3, axis=-1)  # (T, H, W, 3)
+        (root / name).mkdir(exist_ok=True)
+        clip = root / name / f"{index:06d}"
+        if form.format == "video":
+            write_video(clip.with_suffix(SUFFIXES["video"]), pixels, FPS)
+        else:
+            write_frames(clip, pixels, form, frames)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT", help="folder of the set")
+    add("--mnist", type=Path, required=True, metavar="FILE", help="images of MNIST, ...-images-idx3-ubyte(.gz)")
+    add("--mnist_labels", type=Path, metavar="FILE", help="for --labels digit (the labels-idx1 file beside --mnist)")
+    add("--clips", type=int, default=1000, metavar="N", help="how many (1000)")
+    add("--frames", type=int, default=20, metavar="N", help="of a clip (20)")
+    add("--size", type=int, default=64, metavar="N", help="height and width in pixels, at least 32 (64)")
+    add("--digits", type=int, default=2, metavar="N", help="in a clip (2)")
+    add("--seed", type=int, default=0, metavar="N", help="another seed draws other clips (0)")
+    add("--labels", choices=sorted(CLASSES), default="none", help="what the classes are (none)")
+    add("--format", choices=("video", "png"), default="video", help="mp4 files, or folders of frames (video)")
+    arguments = parser.parse_args(argv)
+    for key, least in (("clips", 1), ("frames", 1), ("size", 32), ("digits", 1), ("seed", 0)):
+        if getattr(arguments, key) < least:
+            raise ValueError(f"--{key} is {getattr(arguments, key)}, but must be at least {least}")
+    return arguments
+
+
+def read_mnist(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray | None]:
+    """The digits (n, h, w), and with --labels digit what they are (n,)."""
+    images = read_idx(arguments.mnist)
+    if images.ndim != 3 or max(images.shape[1:]) >= arguments.size:
+        raise ValueError(f"'{arguments.mnist}' must hold pictures smaller than --size, not {images.shape}")
+    if arguments.labels != "digit":
+        return images, None
+    beside = arguments.mnist.name.replace("images", "labels").replace("idx3", "idx1")
+    labels = read_idx(arguments.mnist_labels or arguments.mnist.with_name(beside))
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{len(images)} digits and labels of shape {labels.shape} do not belong together")
+    return images, labels
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse_arguments(argv)
+    import hashlib
+
+    keys = ("clips", "frames", "size", "digits", "seed", "labels", "format")
+    images, labels = read_mnist(arguments)
+    parameters = {key: getattr(arguments, key) for key in keys}
+    parameters |= {"moving_mnist": VERSION, "mnist": hashlib.sha256(images.tobytes()).hexdigest()}
+    check_settings(arguments.out, arguments.out / MARKER, parameters)
+    drawn = make_set(arguments.out, parameters, lambda root: draw_set(root, images, labels, parameters))
+    classes = len(CLASSES[arguments.labels])
+    kind = f" of {classes} classes" if classes > 1 else ""
+    print(f"{arguments.out}: {arguments.clips} clips{kind}, {'drawn' if drawn else 'already there'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,349 @@
+"""What a training will need: memory, time, and what to change so that it fits.
+
+    python -m tools.plan --config configs/ffs/ffs_train.yaml --gpu a100-80 --gpus 8 [--mfu 0.4] [section.key=value ...]
+
+Memory is counted, not guessed: parameters on the meta device, and what autograd keeps for the backward pass by
+running the network's forward on tensors without data. Time is arithmetic: three forwards a step at a stated share of
+the GPU's peak (MFU), the optimiser's traffic at its memory bandwidth, and of the exchange of gradients what the
+backward pass cannot hide. docs/planning.md says how near it comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from engine import cli
+
+if TYPE_CHECKING:
+    from engine.config import Config
+
+GIB = 2**30
+RESERVE = 0.08  # of the memory: CUDA context, workspaces, fragments
+STATE_BYTES = {"weights": 4, "gradients": 4, "Adam moments": 8, "average (EMA)": 4}  # a parameter, all in fp32
+UPDATE_BYTES = 28 + 12 + 4  # a parameter, read and written: AdamW, average, norm
+VAE_ENCODE_FLOP = 0.273e12 / 256**2  # a pixel, of Stable Diffusion's autoencoder
+BACKWARD_SHARE = 2 / 3  # of a step's arithmetic, behind which the exchange of gradients can hide
+PER_NODE = 8
+LARGEST_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a maker's data sheet says: dense TFLOP/s by precision, memory in GB, bandwidths in GB/s.
+
+    `link` is one GPU's to the others of its node, one way; `network` its share of the node's to other nodes.
+    """
+
+    bf16: float
+    tf32: float
+    fp32: float
+    memory: float
+    bandwidth: float
+    link: float
+    network: float = 50.0  # 400 Gbit/s a GPU
+
+
+# fmt: off
+GPUS = {  #            bf16   tf32  fp32 memory bandwidth link network
+    "h200":       Gpu(989.0, 494.0, 67.0, 141.0, 4800.0, 450.0),
+    "h100":       Gpu(989.0, 494.0, 67.0,  80.0, 3350.0, 450.0),
+    "a100-80":    Gpu(312.0, 156.0, 19.5,  80.0, 2039.0, 300.0, 25.0),
+    "a100-40":    Gpu(312.0, 156.0, 19.5,  40.0, 1555.0, 300.0, 25.0),
+    "l40s":       Gpu(362.0, 183.0, 91.6,  48.0,  864.0,  32.0, 25.0),
+    "rtx4090":    Gpu(165.2,  82.6, 82.6,  24.0, 1008.0,  32.0, 3.0),
+    "rtx3090":    Gpu( 71.0,  35.6, 35.6,  24.0,  936.0,  32.0, 3.0),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one step of a config takes on one GPU. Bytes, seconds, FLOP."""
+
+    parameters: int
+    states: dict[str, float]
+    activations: float
+    capacity: float
+    flop: float
+    encoding_flop: float
+    compute_s: float
+    encoding_s: float
+    update_s: float
+    exchange_s: float
+
+    @property
+    def memory(self) -> float:
+        return sum(self.states.values()) + self.activations
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= self.capacity * (1 - RESERVE)
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.encoding_s + self.update_s + self.exchange_s
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a config's network is, whatever it is trained with: counts, FLOP of a clip's forward, bytes kept."""
+
+    parameters: int
+    forward_flop: float
+    kept: tuple[float, float]
+    kept_by_layer: float  # of a clip, without checkpointing
+
+
+def network_of(config: Config) -> Network:
+    """Counted once for all configs that differ in batch, schedule or names only."""
+    from dataclasses import replace
+
+    from engine.config import OptimConfig, SampleConfig, TrainConfig
+
+    train = TrainConfig(precision=config.train.precision)
+    return _counted(replace(config, train=train, optim=OptimConfig(), sample=SampleConfig()))
+
+
+@lru_cache
+def _counted(config: Config) -> Network:
+    from dataclasses import replace
+
+    from engine.build import build_model, count_parameters, macs_per_clip
+
+    plain = replace(config, model=replace(config.model, gradient_checkpointing=False))
+    data = config.data
+    return Network(
+        count_parameters(build_model(config, "meta")),
+        2 * macs_per_clip(config) * (data.num_frames + data.num_images) / data.num_frames,
+        kept_for_backward(config),
+        kept_for_backward(plain)[1] / config.model.size.depth,
+    )
+
+
+def kept_for_backward(config: Config) -> tuple[float, float]:
+    """Bytes that autograd keeps of one forward: (whatever the batch, for each clip). Nothing is computed.
+
+    Of a checkpointed network these are the inputs of its blocks, and one block as it is recomputed.
+    """
+    two, three = (_kept(config, batch) for batch in (2, 3))  # of a single clip some copies are views
+    return 3 * two - 2 * three, three - two
+
+
+def _kept(config: Config, batch: int) -> float:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from engine.build import build_model
+
+    kept: dict[int, Any] = {}  # storages, each once, and kept alive so that no address comes twice
+
+    with FakeTensorMode():
+        model = build_model(config)
+        own = {id_of(value) for value in (*model.parameters(), *model.buffers())}
+        frames = config.data.num_frames + config.data.num_images
+        shape = (batch, frames, config.codec.latent_channels, config.latent_size, config.latent_size)
+        labels = torch.zeros(batch, 1 + config.data.num_images, dtype=torch.long) if config.model.num_classes else None
+
+        def pack(value: torch.Tensor) -> torch.Tensor:
+            if id_of(value) not in own:
+                kept[id_of(value)] = value.untyped_storage()
+            return value
+
+        half = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half:
+            model(torch.zeros(shape), torch.zeros(batch), labels, num_images=config.data.num_images)
+        return float(sum(storage.nbytes() for storage in kept.values()))
+
+
+def id_of(value: Any) -> int:
+    """The address of a tensor's storage object."""
+    return value.untyped_storage()._cdata
+
+
+def need(config: Config, gpu: Gpu, gpus: int, mfu: float) -> Need:
+    """What a step of `config` takes on each of `gpus` GPUs."""
+    train, data = config.train, config.data
+    network = network_of(config)
+    parameters = network.parameters
+    sharded = train.parallel == "fsdp" and gpus > 1
+    states = {name: size * parameters / (gpus if sharded else 1) for name, size in STATE_BYTES.items()}
+    if train.precision == "bf16":
+        states["bf16 copy"] = 2 * parameters
+    fixed, per_clip = network.kept
+    if config.model.gradient_checkpointing:  # the layer that is recomputed
+        per_clip += network.kept_by_layer
+    clips = train.batch_size * train.grad_accum_steps
+    flop = 3 * network.forward_flop * clips
+    encoding = VAE_ENCODE_FLOP * data.image_size**2 * (data.num_frames + data.num_images) * clips
+    encoding *= config.codec.path is not None and not getattr(data, "latents", None)
+    rate = 1e12 * mfu * getattr(gpu, {"bf16": "bf16", "tf32": "tf32"}.get(train.precision, "fp32"))
+    compute = flop * (4 / 3 if config.model.gradient_checkpointing else 1) / rate
+    exchange = exchange_seconds(parameters, gpu, gpus, sharded=sharded, accumulation=train.grad_accum_steps)
+    return Need(
+        parameters=parameters,
+        states=states,
+        activations=max(0.0, fixed - states.get("bf16 copy", 0)) + per_clip * train.batch_size,
+        capacity=gpu.memory * 1e9,
+        flop=flop,
+        encoding_flop=encoding,
+        compute_s=compute,
+        encoding_s=encoding / rate,
+        update_s=UPDATE_BYTES * parameters / (gpus if sharded else 1) / (gpu.bandwidth * 1e9),
+        exchange_s=max(0.0, exchange - BACKWARD_SHARE * compute),
+    )
+
+
+def exchange_seconds(parameters: int, gpu: Gpu, gpus: int, *, sharded: bool, accumulation: int) -> float:
+    """A ring over all GPUs, as fast as its slowest link: fp32 gradients, and with FSDP the weights in bf16.
+
+    DDP sends each gradient twice around, once a step. FSDP sends it once and gathers the weights for the forward and
+    for the backward of every micro-step.
+    """
+    if gpus == 1:
+        return 0.0
+    speed = gpu.link if gpus <= PER_NODE else gpu.network
+    sent = parameters * (4 * 1 + 2 * 2 * accumulation if sharded else 4 * 2)
+    return sent * (gpus - 1) / gpus / (speed * 1e9)
+
+
+# ---- what to change ----------------------------------------------------------------------------------
+
+
+def changes(config: Config, gpus: int) -> Iterator[list[str]]:
+    """Overrides that need less memory and leave the global batch as it is, the cheapest first."""
+    first = [] if config.train.precision == "bf16" else ["train.precision=bf16"]
+    larger = [[]] if config.model.gradient_checkpointing else [[], ["model.gradient_checkpointing=true"]]
+    sharding = [[], ["train.parallel=fsdp"]] if gpus > 1 and config.train.parallel != "fsdp" else [[]]
+    for shard in sharding:
+        for checkpointing in larger:
+            batch, accumulation = config.train.batch_size, config.train.grad_accum_steps
+            while True:
+                split = [f"train.batch_size={batch}", f"train.grad_accum_steps={accumulation}"]
+                changed = split if batch != config.train.batch_size else []
+                yield [*first, *changed, *checkpointing, *shard]
+                if batch % 2:
+                    break
+                batch, accumulation = batch // 2, accumulation * 2
+
+
+def advice(config: Config, gpu: Gpu, gpus: int, mfu: float) -> tuple[list[str], Need] | None:
+    """The first of `changes` that fits and is within a twentieth of the fastest that does; None where none does."""
+    from engine.config import load_config
+
+    tried = [(each, load_config(None, each, base=config.to_dict())) for each in changes(config, gpus)]
+    found = [(each, need(changed, gpu, gpus, mfu)) for each, changed in tried]
+    fitting = [(each, needs) for each, needs in found if needs.fits]
+    fastest = min((needs.step_s for _, needs in fitting), default=0.0)
+    return next(((each, needs) for each, needs in fitting if needs.step_s <= 1.05 * fastest), None)
+
+
+def largest_batch(config: Config, gpu: Gpu, gpus: int, mfu: float) -> int:
+    """The largest batch_size of the config that fits, 0 for none."""
+    from engine.config import load_config
+
+    needs = [
+        need(load_config(None, [f"train.batch_size={size}"], base=config.to_dict()), gpu, gpus, mfu) for size in (1, 2)
+    ]
+    per_clip = needs[1].memory - needs[0].memory
+    room = needs[0].capacity * (1 - RESERVE) - (needs[0].memory - per_clip)
+    return max(0, min(LARGEST_BATCH, int(room // per_clip)))
+
+
+# ---- the report --------------------------------------------------------------------------------------
+
+
+def report(config: Config, name: str, gpus: int, mfu: float) -> dict[str, Any]:
+    """All figures, JSON-able."""
+    gpu = GPUS[name]
+    found = need(config, gpu, gpus, mfu)
+    clips = config.train.batch_size * config.train.grad_accum_steps * gpus
+    better = None if found.fits and config.train.precision == "bf16" else advice(config, gpu, gpus, mfu)
+    return {
+        "gpu": name,
+        "gpus": gpus,
+        "mfu": mfu,
+        "needs": asdict(found) | {"memory": found.memory, "fits": found.fits, "step_s": found.step_s},
+        "largest_batch_size": largest_batch(config, gpu, gpus, mfu),
+        "videos_per_second": clips / found.step_s,
+        "hours": found.step_s * config.train.max_steps / 3600,
+        "max_steps": config.train.max_steps,
+        "global_batch_size": clips,
+        "change": None
+        if better is None
+        else {"overrides": better[0], "memory": better[1].memory, "step_s": better[1].step_s},
+    }
+
+
+def lines(found: dict[str, Any], config: Config) -> Iterator[str]:
+    """The report for people, at 80 columns."""
+    needs = found["needs"]
+    yield f"{config.model.name}, {needs['parameters'] / 1e6:.1f} M parameters, on {found['gpus']} x {found['gpu']}"
+    yield ""
+    yield "memory of a GPU                            GiB"
+    for part, size in {**needs["states"], "kept for the backward pass": needs["activations"]}.items():
+        yield f"  {part:36s}{size / GIB:8.2f}"
+    verdict = "fits" if needs["fits"] else "DOES NOT FIT"
+    yield f"  {'together':36s}{needs['memory'] / GIB:8.2f}  of {needs['capacity'] / GIB:.1f}: {verdict}"
+    yield f"  largest train.batch_size              {found['largest_batch_size']:6d}"
+    yield ""
+    yield f"time of a step, at {found['mfu']:.0%} of the peak              ms"
+    for part in ("compute", "encoding", "update", "exchange"):
+        yield f"  {TIMES[part]:36s}{1000 * needs[f'{part}_s']:8.1f}"
+    yield f"  {'together':36s}{1000 * needs['step_s']:8.1f}"
+    yield ""
+    yield (
+        f"{found['videos_per_second']:.1f} clips a second in batches of {found['global_batch_size']}; "
+        f"{found['max_steps']:,} steps take {found['hours']:,.0f} hours"
+    )
+    if found["change"]:
+        better = found["change"]
+        yield f"better: {' '.join(better['overrides']) or 'as it is'}"
+        yield f"  {better['memory'] / GIB:.1f} GiB, {1000 * better['step_s']:.0f} ms a step"
+    elif not needs["fits"]:
+        yield "nothing here makes it fit: take a smaller model.name, fewer frames, or a larger GPU"
+    if needs["encoding_s"]:
+        yield "encoding is done once and for all with tools.cache_latents (data.latents=PATH)"
+
+
+TIMES = {
+    "compute": "forward and backward",
+    "encoding": "encoding the videos (SD's autoencoder)",
+    "update": "optimiser and average",
+    "exchange": "exchange that nothing hides",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Plan what the command line says."""
+    parser = cli.config_parser(__doc__ or "", "%(prog)s --config FILE [--gpu NAME] [key=value ...]")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} (h100)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes, one a GPU (1)")
+    parser.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (0.4)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    given = parser.parse_intermixed_args(argv)
+    if given.gpu not in GPUS:
+        raise ValueError(f"--gpu {given.gpu} is unknown; one of {', '.join(GPUS)}.")
+    if given.gpus < 1 or not 0 < given.mfu <= 1:
+        raise ValueError("--gpus must be at least 1, and --mfu above 0 and at most 1.")
+
+    from engine.config import load_config
+
+    config = load_config(given.config, given.overrides)
+    found = report(config, given.gpu, given.gpus, given.mfu)
+    print(json.dumps(found, indent=2) if given.json else "\n".join(lines(found, config)))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
