@@ -22,7 +22,6 @@ from engine.config import Config, all_keys, load_config
 from engine.official_keys import DROPPED, RENAMED
 from sample import sample
 from tools import convert_config
-from tools.metrics.distances import frechet_distance
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -261,29 +260,6 @@ def test_G3_every_key_stands_in_one_table() -> None:
     assert not set(RENAMED) & set(DROPPED)
     assert {*OFFICIAL_TRAIN, *OFFICIAL_SAMPLE} <= {*RENAMED, *DROPPED}
     assert set(RENAMED.values()) <= set(all_keys())
-
-
-# ---- G8: metrics -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("side", ["real", "fake"])
-def test_G8_features_that_are_no_numbers(bad: float, side: str) -> None:
-    """Substitute: of FVD there is the distance, without a detector and its cache yet; it refuses what it is given."""
-    features = {name: torch.randn(8, 4, generator=torch.Generator().manual_seed(0)) for name in ("real", "fake")}
-    features[side][3, 1] = bad
-    with pytest.raises(ValueError, match=rf"The {side} features hold NaN or infinity"):
-        frechet_distance(features["real"], features["fake"])
-
-
-@pytest.mark.parametrize("shape", [(1, 4), (0, 4), (4,), (2, 2, 4)])
-@pytest.mark.parametrize("side", ["real", "fake"])
-def test_G8_too_few_features(shape: tuple[int, ...], side: str) -> None:
-    """Substitute: as above. One clip has no covariance. Unequal numbers are the formula's right; the tool that
-    compares two folders is to refuse them, with the cache of another hash, when it is built."""
-    features = {name: torch.ones(8, 4) for name in ("real", "fake")} | {side: torch.ones(shape)}
-    with pytest.raises(ValueError, match=rf"The {side} features are .*2 or more"):
-        frechet_distance(features["real"], features["fake"])
 
 
 # ---- G9: sampling settings at the edge ---------------------------------------------------------------
