@@ -64,12 +64,12 @@ def draw_clips(root: Path) -> None:
 
 
 def write_h264(path: Path, video: Any, key_distance: int) -> None:
-    """Write a uint8 (T, H, W, 3) array as x264 does by default, but for the distance of key frames."""
+    """Write a uint8 (T, H, W, 3) array as x264 does by default, but with key frames at that distance alone."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"g": str(key_distance)})
+        stream = container.add_stream("libx264", rate=25, options={"g": str(key_distance), "sc_threshold": "0"})
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in video:
@@ -273,8 +273,8 @@ def report(
         "two; wall time. `x` is the ratio to whole files without workers.\n\n"
         f"{loading_table(loading)}\n"
         "## Training from latents\n\n"
-        f"Latte-S/2, batch 2, one loader worker, {len(waiting)} steps of {spread(steps, 2)} s: waiting for data took "
-        f"{spread(shares, 3)} % of a step.\n"
+        f"Latte-S/2, batch 2, one thread, one loader worker, {len(waiting)} steps of {spread(steps, 2)} s: waiting "
+        f"for data took {spread(shares, 3)} % of a step.\n"
     )
 
 
@@ -301,12 +301,10 @@ def main(argv: list[str]) -> int:
         draw_clips(root)
         overrides = [*SETTINGS, *save_codec(root / "codec"), f"data.path={root / 'frames'}"]
         cache_latents(load_config(None, overrides), root / "cache", "fp32", 64 * 10**6, World())
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in a loader's worker
+        torch.set_num_threads(1)  # as in a loader's worker; and the machine may have other users
         drawn = {f"a key frame every {each}": root / f"files{each}" / "0.mp4" for each in KEY_FRAMES}
         reading = measure_reading({**drawn, **{path.name: path for path in arguments.videos}}, arguments.rounds)
         loading = measure_loading(data_sets(root, root / "cache"), arguments.rounds)
-        torch.set_num_threads(threads)
         waiting = measure_waiting(root, [*overrides, f"data.latents={root / 'cache'}"], arguments.steps)
     finally:
         shutil.rmtree(root)
