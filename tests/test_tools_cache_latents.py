@@ -175,7 +175,7 @@ def test_too_small_a_disk_is_told_before_it_starts(
 
 
 def test_two_at_once_are_refused(tiny: list[str], tmp_path: Path) -> None:
-    with caching.locked(tmp_path / "made", World()), pytest.raises(OSError, match=r"--out .*made is being written by"):
+    with caching.locked(tmp_path / "made", World()), pytest.raises(OSError, match=r"--out=.*made is being written by"):
         cache(tiny, tmp_path / "made")
     assert cache(tiny, tmp_path / "made")
 
