@@ -451,10 +451,15 @@ class ShardEncoder:
             yield stored
 
     def encode(self, frames: Tensor) -> Tensor:
-        """(T, V, 3, H, W) -> (T, V, P, C, h, w), fp32: each view as a clip of its own."""
-        views = [self.codec.posterior(view[None].to(self.codec_device)) for view in frames.unbind(1)]
+        """(T, V, 3, H, W) -> (T, V, P, C, h, w), fp32: each view as a clip of its own.
+
+        Always in whole chunks, as in training: for another batch size kernels may add up in another order.
+        """
+        lacking = -len(frames) % self.codec.config.chunk_size
+        whole = torch.cat([frames, frames[-1:].expand(lacking, *frames.shape[1:])])
+        views = [self.codec.posterior(view[None].to(self.codec_device)) for view in whole.unbind(1)]
         parts = [torch.stack([part for part in view if part is not None], dim=2)[0] for view in views]
-        return torch.stack(parts, dim=1)
+        return torch.stack(parts, dim=1)[: len(frames)]
 
     @property
     def codec_device(self) -> torch.device:
