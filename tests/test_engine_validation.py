@@ -17,6 +17,7 @@ from engine.meter import Meter
 from engine.trainer import Trainer
 from engine.validation import spread
 from tests.fault_support import rows, run
+from tests.latent_support import cache
 
 BUCKETS = 4
 FEW_STEPS = ["diffusion.num_steps=40", "sample.steps=40"]
@@ -176,3 +177,20 @@ def test_the_clock_of_a_step_stands_still(monkeypatch: pytest.MonkeyPatch) -> No
 def test_settings_that_are_refused(settings: list[str], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         load_config(None, settings)
+
+
+@pytest.mark.parametrize("extra", [[], ["data.num_images=2"]], ids=str)
+def test_held_out_latents_give_what_held_out_videos_give(tiny: list[str], tmp_path: Path, extra: list[str]) -> None:
+    """From a cache the same clips are held out, and the numbers are the same in every bit (pixel space)."""
+    share = [*tiny, *extra, "data.val_share=0.4", "monitor.val_every=2", f"monitor.val_buckets={BUCKETS}"]
+    cached = [f"data.latents={cache(share, tmp_path / 'latents')}", f"train.output_dir={tmp_path / 'cached'}"]
+    run([*share, "train.max_steps=2"])
+    run([*share, *cached, "train.max_steps=2"])
+    online = val_rows(tmp_path / "run")
+    assert online == val_rows(tmp_path / "cached")
+    assert 0 < online[-1]["clips"] < 6
+
+
+def test_held_out_folders_are_not_in_a_cache(tiny: list[str]) -> None:
+    with pytest.raises(ValueError, match="data.val_path is not in the cache of data.latents"):
+        load_config(None, [*validated(tiny), "data.latents=anywhere"])
