@@ -192,5 +192,5 @@ def test_held_out_latents_give_what_held_out_videos_give(tiny: list[str], tmp_pa
 
 
 def test_held_out_folders_are_not_in_a_cache(tiny: list[str]) -> None:
-    with pytest.raises(ValueError, match="data.val_path is not in the cache of data.latents"):
+    with pytest.raises(ValueError, match=r"data.val_path is not in the cache of data.latents"):
         load_config(None, [*validated(tiny), "data.latents=anywhere"])
