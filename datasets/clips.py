@@ -202,6 +202,16 @@ class ClipDataset(Dataset[Sample]):
     def num_classes(self) -> int:
         return self.catalog.num_classes
 
+    @property
+    def latent_settings(self) -> dict[str, object]:
+        """What latents of its frames depend on, beside the codec."""
+        return {
+            "image_size": self.config.image_size,
+            "transform": self.transform_name,
+            "max_pixels": self.config.max_pixels,
+            "mirrored": self.flips,
+        }
+
     def describe(self) -> dict[str, object]:
         """What a run's log should say about its data."""
         return {
@@ -396,11 +406,5 @@ def _dataset(config: DataConfig, seed: int, *, held_out: bool) -> ClipDataset:
         else catalog_of(str(cache.path), cache.catalogued(), config, held_out=held_out)
     )
     dataset = ClipDataset(config, catalog, seed, cache)
-    settings = {
-        "image_size": config.image_size,
-        "transform": dataset.transform_name,
-        "max_pixels": config.max_pixels,
-        "mirrored": dataset.flips,
-    }
-    cache.check(settings, [*catalog.clips, *(dataset.images or [])])
+    cache.check(dataset.latent_settings, [*catalog.clips, *(dataset.images or [])])
     return dataset

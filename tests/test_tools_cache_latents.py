@@ -19,8 +19,9 @@ import torch
 from datasets.latents import INDEX, LatentCache, read_index
 from engine.config import load_config
 from engine.distributed import World
-from tests.fault_support import ROOT, run_ranks
-from tests.latent_support import cache, content, save_codec
+from engine.errors import TrainingAborted
+from tests.fault_support import ROOT, run, run_ranks
+from tests.latent_support import Deadly, cache, content, save_codec
 from tools import cache_latents, caching
 
 
@@ -105,6 +106,26 @@ def test_sigkill_of_the_command_line(tiny: list[str], tmp_path: Path) -> None:
     assert again.returncode == 0 and "shards are done" in said, said
     caching.cache_latents(load_config(None, overrides), tmp_path / "whole", "fp32", 64 * 10**6, World())
     assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.mark.dist
+def test_a_worker_that_dies_is_told_with_its_file(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder may take its process along."""
+    monkeypatch.setattr("datasets.clips.Pixels", Deadly)
+    with pytest.raises(TrainingAborted, match=r"a data loader worker died while it read .*rises/clip1: "):
+        cache([*tiny, "data.num_workers=1"], tmp_path / "made")
+
+
+def test_the_first_clips_of_a_run_are_those_of_its_cache(tiny: list[str], frame_folders: Path, tmp_path: Path) -> None:
+    """Of folders that are too short for a window, data.max_clips takes the next."""
+    root = tmp_path / "set"
+    shutil.copytree(frame_folders, root)
+    for file in sorted((root / "falls" / "clip0").iterdir())[2:]:
+        file.unlink()
+    overrides = [*tiny, f"data.path={root}", "data.max_clips=4", "train.max_steps=1"]
+    run([*overrides, f"data.latents={cache(overrides, tmp_path / 'made')}"])
 
 
 def value(overrides: list[str], key: str) -> str:

@@ -19,14 +19,14 @@ from fnmatch import fnmatch
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import Clip, ClipDataset, VideoError, build_dataset
+from datasets import Clip, VideoError, build_dataset
 from datasets.catalog import digest_of
 from datasets.clips import Pixels, reason_of
 from datasets.latents import (
@@ -40,10 +40,12 @@ from datasets.latents import (
     shard_file,
     write_shard,
 )
+from datasets.readers import Reader
 from engine.config import Config
 from engine.distributed import World, broadcast_object, gather_objects, on_main
+from engine.errors import TrainingAborted
 from engine.run_folder import FolderLock
-from engine.watch import prepare_worker
+from engine.watch import Breadcrumbs, prepare_worker
 from models.autoencoder import LatentCodec
 from models.codec_identity import codec_identity, same_codec
 from sample.video_io import write_atomically
@@ -67,6 +69,13 @@ class Job:
     identity: dict[str, Any]
     workers: int
     strict: bool
+    crumbs: Breadcrumbs
+
+    def open(self, clip: Clip) -> Reader:
+        """Its reader; should the process that opens it die, what it read is known."""
+        if self.workers:
+            self.crumbs(clip.path)
+        return self.source.open(clip)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,7 +94,7 @@ def cache_latents(config: Config, out: Path, dtype: str, shard_bytes: int, world
     Raises: ValueError, OSError where `out` is something else or too small, or the data or codec is unusable.
     """
     codec = LatentCodec.from_config(config.codec, world.device)
-    job = make_job(config, codec, dtype)
+    job = make_job(config, codec, dtype, Breadcrumbs(out, world.rank))
     with locked(out, world):
         if on_main(lambda: finished(out, job)):
             tell(world, f"{out} is complete already")
@@ -98,13 +107,15 @@ def cache_latents(config: Config, out: Path, dtype: str, shard_bytes: int, world
     tell(world, summary(out, index))
 
 
-def make_job(config: Config, codec: LatentCodec, dtype: str) -> Job:
+def make_job(config: Config, codec: LatentCodec, dtype: str, crumbs: Breadcrumbs) -> Job:
     """The clips that any window could be drawn from, and what their latents depend on."""
-    # clips too short for this run's window too, and those that it holds out
-    data = replace(config.data, num_frames=1, frame_interval=1, val_path=None, val_share=0.0)
-    dataset = build_dataset(data, seed=0)
-    if not isinstance(dataset.source, Pixels):
+    if config.data.latents is not None:
         raise ValueError("data.latents is what this makes: leave it out")
+    # clips for windows of any length, and those that are held out; or, of a run on the first n, these
+    every = replace(config.data, num_frames=1, frame_interval=1, val_path=None, val_share=0.0, max_clips=None)
+    few = config.data.max_clips is not None and not config.data.val_share
+    dataset = build_dataset(config.data if few else every, seed=0)
+    source = cast(Pixels, dataset.source)
     side = config.data.image_size // config.codec.downsample_factor
     images = dataset.images or []
     unique = list({clip.name: clip for clip in images}.values())
@@ -112,22 +123,12 @@ def make_job(config: Config, codec: LatentCodec, dtype: str) -> Job:
     identity = {
         "format": FORMAT,
         "codec": codec_identity(config.codec),
-        "settings": settings_of(dataset),
+        "settings": dataset.latent_settings,
         "data": digest_of(clips, []),
         "dtype": dtype,
         "shape": [1 + dataset.flips, 1 + codec.stochastic, config.codec.latent_channels, side, side],
     }
-    return Job(clips, len(unique), dataset.source, identity, config.data.num_workers, config.data.strict)
-
-
-def settings_of(dataset: ClipDataset) -> dict[str, Any]:
-    """What of the data's configuration latents depend on."""
-    return {
-        "image_size": dataset.config.image_size,
-        "transform": dataset.transform_name,
-        "max_pixels": dataset.config.max_pixels,
-        "mirrored": dataset.flips,
-    }
+    return Job(clips, len(unique), source, identity, config.data.num_workers, config.data.strict, crumbs)
 
 
 def tell(world: World, text: str) -> None:
@@ -226,7 +227,7 @@ class Measured:
         listed = number >= len(self.job.clips) - self.job.listed
         stored = StoredClip(clip.name, clip.size, clip.num_frames, listed=listed)
         try:
-            reader = self.job.source.open(clip)
+            reader = self.job.open(clip)
         except VideoError as error:
             return replace(stored, reason=reason_of(error, clip))
         return replace(stored, frames=len(reader), cut_off=reader.cut_off)
@@ -239,7 +240,7 @@ def planned(out: Path, job: Job, shard_bytes: int, world: World) -> list[StoredC
         share = list(range(world.rank, len(job.clips), world.size))
         with progress("measuring", "clip", len(share), world) as bar:
             found = []
-            for clip in loaded(Measured(job, share), job.workers):
+            for clip in loaded(Measured(job, share)):
                 found.append(clip)
                 bar.update()
         shares = gather_objects(found)
@@ -357,11 +358,11 @@ class Pieces:
             return nothing, [Run(1, 0, 0, reason_of(error, self.job.clips[number]))]
 
     def _read(self, number: int, indices: list[int]) -> tuple[Tensor, list[Run]]:
-        clip, source = self.job.clips[number], self.job.source
-        reader = source.open(clip)
+        clip = self.job.clips[number]
+        reader = self.job.open(clip)
         if len(reader) != self.plan[number].frames:
             raise VideoError(clip.path, f"has changed: {self.plan[number].frames} frames then, {len(reader)} now")
-        frames = source.read(reader, clip, indices)
+        frames = self.job.source.read(reader, clip, indices)
         return self._views(frames), [Run(len(indices), *frames.shape[-2:])]
 
     def _views(self, frames: Tensor) -> Tensor:
@@ -387,17 +388,30 @@ def pieces_of(job: Job, plan: Sequence[StoredClip], number: int) -> list[tuple[i
     ]
 
 
-def loaded(items: Measured | Pieces, workers: int) -> Iterable[Any]:
-    """The items in order, made by `workers` processes, which end with this one."""
+def loaded(items: Measured | Pieces) -> Iterator[Any]:
+    """The items in order, made by worker processes, which end with this one.
+
+    Raises: TrainingAborted where one died, with the file that it read.
+    """
+    job = items.job
     multiprocessing.set_forkserver_preload(["engine.loader_server"])
-    return DataLoader(
-        items,  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=as_it_is,
-        worker_init_fn=prepare_worker if workers else None,
-        multiprocessing_context="forkserver" if workers else None,
-    )
+    job.crumbs.clear()
+    try:
+        yield from DataLoader(
+            items,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=job.workers,
+            collate_fn=as_it_is,
+            worker_init_fn=prepare_worker if job.workers else None,
+            multiprocessing_context="forkserver" if job.workers else None,
+        )
+    except RuntimeError as error:
+        explained = job.crumbs.explain(error)
+        if explained is None:
+            raise
+        raise TrainingAborted(explained) from error
+    finally:
+        job.crumbs.clear()
 
 
 def as_it_is(item: Any) -> Any:
@@ -410,7 +424,7 @@ def encode_shards(out: Path, job: Job, plan: Sequence[StoredClip], codec: Latent
     frames = frames_of(plan)
     share = broadcast_object(left_to_do(out, plan))[world.rank :: world.size]
     pieces = {number: pieces_of(job, plan, number) for number in share}
-    stream = iter(loaded(Pieces(job, plan, [piece for number in share for piece in pieces[number]]), job.workers))
+    stream = loaded(Pieces(job, plan, [piece for number in share for piece in pieces[number]]))
     with progress("encoding", "frame", sum(frames[number] for number in share), world) as bar:
         for number in share:
             encoder = ShardEncoder(codec, job, plan, bar)
