@@ -1,10 +1,10 @@
-"""What an evaluation costs: clips/s from videos, arrays and a zip against pre-extracted frames; memory by clip count.
+"""What an evaluation costs: clips/s from videos and arrays against pre-extracted frames; memory by the clips.
 
     python -m tools.bench_metrics [--clips 256] [--out docs/benchmarks/metrics.md]
 
-Draws videos, and extracts their frames as JPEG, which the official tool needs first. A tiny network stands in I3D's
-place, so that reading is what is measured: a real one takes the same time whatever is read. All forms are measured
-in turn, twice, in one run, and the faster of each is taken; the figures are ratios.
+Draws long real and short generated videos, and extracts their frames as JPEG, which the official tool needs first. A
+tiny network stands in I3D's place, so that reading is what is measured: a real one takes the same time whatever is
+read. All ways are measured in turn, twice, in one run, and the faster of each is taken; the figures are ratios.
 """
 
 from __future__ import annotations
@@ -31,35 +31,51 @@ if TYPE_CHECKING:
     import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-FRAMES, SIZE = 64, 256  # of each drawn video
-DISTINCT = 64  # videos that are drawn; more clips are links to them
-FORMS = ("frames", "videos", "arrays", "zip")
+FRAMES, SIZE = {"real": 128, "fake": 16}, 256  # of each drawn video
+DISTINCT = 64  # videos of each side that are drawn; more clips are links to them
+# What is read: (real, fake, whether the real side is in the cache)
+WAYS = {
+    "frames, extracted beforehand": ("frames", "frames", False),
+    "videos": ("videos", "videos", False),
+    "videos, fakes as arrays": ("videos", "arrays", False),
+    "real side cached, fakes as arrays": ("videos", "arrays", True),
+}
 MEMORY_CLIPS = (256, 2048)
 
 
 def draw_sets(root: Path, clips: int) -> float:
-    """The same clips in every form; returns the seconds that extracting all frames took."""
+    """The clips of both sides in every form; returns the seconds that extracting all frames takes."""
     import numpy as np
+
+    from sample.video_io import write_mp4
+
+    seconds = 0.0
+    for side, frames in FRAMES.items():
+        drawn = root / side / "drawn"
+        for number in range(DISTINCT):
+            video = moving_shapes(number, frames)
+            write_mp4(drawn / f"{number:06d}.mp4", video)
+            np.save(drawn / f"{number:06d}.npy", video)
+        seconds += extract_frames(drawn)
+        for form, suffix in (("frames", ""), ("videos", ".mp4"), ("arrays", ".npy")):
+            link_clips(drawn, root / side / form, suffix, clips)
+    return seconds * clips / DISTINCT
+
+
+def extract_frames(folder: Path) -> float:
+    """Every frame of every mp4 as JPEG, a folder for each; the seconds that it took."""
     from PIL import Image
 
     from datasets.readers import open_video
-    from sample.video_io import write_mp4
 
-    for number in range(DISTINCT):
-        video = moving_shapes(number)
-        write_mp4(root / "drawn" / f"{number:06d}.mp4", video)
-        np.save(root / "drawn" / f"{number:06d}.npy", video)
     started = time.perf_counter()
-    for file in sorted((root / "drawn").glob("*.mp4")):
-        folder = root / "drawn" / file.stem
-        folder.mkdir()
-        for index, frame in enumerate(open_video(file).read(range(FRAMES)).permute(0, 2, 3, 1).numpy()):
-            Image.fromarray(frame).save(folder / f"{index:06d}.jpg")
-    seconds = time.perf_counter() - started
-    for form, suffix in (("frames", ""), ("videos", ".mp4"), ("arrays", ".npy")):
-        link_clips(root / "drawn", root / form, suffix, clips)
-    shutil.make_archive(str(root / "zip"), "zip", root / "videos")
-    return seconds * clips / DISTINCT
+    for file in sorted(folder.glob("*.mp4")):
+        target = folder / file.stem
+        target.mkdir()
+        reader = open_video(file)
+        for index, frame in enumerate(reader.read(range(len(reader))).permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(frame).save(target / f"{index:06d}.jpg")
+    return time.perf_counter() - started
 
 
 def link_clips(drawn: Path, folder: Path, suffix: str, clips: int) -> Path:
@@ -74,22 +90,23 @@ def link_clips(drawn: Path, folder: Path, suffix: str, clips: int) -> Path:
     return folder
 
 
-def moving_shapes(seed: int) -> np.ndarray:
-    """(FRAMES, SIZE, SIZE, 3) uint8: squares that move over a picture of smooth colours with a little noise."""
+def moving_shapes(seed: int, frames: int) -> np.ndarray:
+    """(frames, SIZE, SIZE, 3) uint8: squares that move over a grainy picture of smooth colours."""
     import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
     ground = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(np.int16)
-    video = np.clip(ground + rng.integers(-6, 7, (FRAMES, SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
+    video = np.clip(ground + rng.integers(-6, 7, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
+    video = np.repeat(video[None], frames, axis=0)
     for place, step, side, colour in zip(
         rng.integers(0, SIZE, (6, 2)),
         rng.integers(-5, 6, (6, 2)),
         rng.integers(20, 60, 6),
         rng.integers(0, 256, (6, 3)),
     ):
-        for frame in range(FRAMES):
+        for frame in range(frames):
             y, x = (place + step * frame) % (SIZE - side)
             video[frame, y : y + side, x : x + side] = colour
     return video
@@ -116,42 +133,41 @@ def write_detector(file: Path) -> Path:
     return file
 
 
-def command(root: Path, real: Path, clips: int, *more: str) -> list[str]:
-    """Arguments that compare `real` with itself."""
+def command(root: Path, real: Path, fake: Path, clips: int, *more: str) -> list[str]:
+    """Arguments that compare two folders."""
     return [
-        *("--real_data_path", str(real), "--fake_data_path", str(real), "--metrics", f"fvd{clips}_16f"),
+        *("--real_data_path", str(real), "--fake_data_path", str(fake), "--metrics", f"fvd{clips}_16f"),
         *("--protocol", "stylegan-v", "--detector", str(root / "tiny.pt"), "--out", str(root / "result.json")),
         *("--cache_dir", str(root / "cache"), "--verbose", "0", "--device", "cpu", "--checks", "floor", *more),
     ]
 
 
-def clips_per_second(root: Path, real: Path, clips: int, *more: str) -> float:
+def clips_per_second(root: Path, way: str, clips: int, workers: int) -> float:
     """Of the whole command, in this process; both sides count."""
     from tools.calc_metrics_for_dataset import main as evaluate
 
+    real, fake, cached = WAYS[way]
+    more = ("--use_cache", str(int(cached)), "--workers", str(workers))
     started = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluate(command(root, real, clips, *more))
+        evaluate(command(root, root / "real" / real, root / "fake" / fake, clips, *more))
     return 2 * clips / (time.perf_counter() - started)
 
 
 def measure_rates(root: Path, clips: int, workers: int) -> dict[str, float]:
-    """Clips/s of every form, and of videos whose real side is in the cache."""
-    found: dict[str, float] = {}
+    """Clips/s of every way; the first evaluation with the cache fills it."""
+    found = dict.fromkeys(WAYS, 0.0)
     for _ in range(2):
-        for form in FORMS:
-            real = root / ("zip.zip" if form == "zip" else form)
-            rate = clips_per_second(root, real, clips, "--use_cache", "0", "--workers", str(workers))
-            found[form] = max(found.get(form, 0.0), rate)
-    for _ in range(2):  # the first fills the cache
-        found["videos, real side cached"] = clips_per_second(root, root / "videos", clips, "--workers", str(workers))
+        for way in WAYS:
+            found[way] = max(found[way], clips_per_second(root, way, clips, workers))
     return found
 
 
 def peak_mib(root: Path, clips: int, workers: int) -> float:
-    """Largest resident set of any process of one command over `clips` videos."""
-    folder = link_clips(root / "drawn", root / f"memory{clips}", ".mp4", clips)
-    argv = command(root, folder, clips, "--use_cache", "0", "--workers", str(workers))
+    """Largest resident set of any process of one command that compares videos with arrays."""
+    real = link_clips(root / "real" / "drawn", root / f"real{clips}", ".mp4", clips)
+    fake = link_clips(root / "fake" / "drawn", root / f"fake{clips}", ".npy", clips)
+    argv = command(root, real, fake, clips, "--use_cache", "0", "--workers", str(workers))
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.calc_metrics_for_dataset", *argv], cwd=ROOT, stdout=subprocess.DEVNULL
     )
@@ -167,21 +183,21 @@ def report(rates: dict[str, float], seconds: float, memory: dict[int, float], cl
     import torch
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    frames = rates["frames"]
-    preparing = 2 * clips / (2 * clips / frames + 2 * seconds)  # both sides are extracted first
-    rows = [("frames (JPEG), extracted beforehand", frames), ("frames, with their extraction", preparing)]
-    rows += [(form, rate) for form, rate in rates.items() if form != "frames"]
+    frames = rates["frames, extracted beforehand"]
+    whole = 2 * clips / (2 * clips / frames + seconds)
+    rows = [*rates.items(), ("frames, with the time of extracting them", whole)]
     table = "".join(f"| {name} | {rate:.1f} | {rate / frames:.2f} |\n" for name, rate in rows)
     peaks = "".join(f"| {count} | {peak:.0f} MiB |\n" for count, peak in memory.items())
     return (
         "# What an evaluation costs\n\n"
-        f"{clips} clips of 16 frames a side, from videos of {FRAMES} frames of {SIZE} x {SIZE}; a tiny network in "
-        f"I3D's place, so that reading is what is measured; {platform.machine()}, {os.cpu_count()} cores (shared), "
+        f"{clips} clips of 16 frames a side, {SIZE} x {SIZE}, from real videos of {FRAMES['real']} frames and "
+        f"generated ones of {FRAMES['fake']}; a tiny network in I3D's place, so that reading is what is measured; "
+        f"{platform.machine()}, {os.cpu_count()} cores (shared), "
         f"{workers} loader processes, torch {torch.__version__}, commit {commit.strip()}; "
         f"`python -m tools.bench_metrics --clips {clips} --workers {workers}`.\n\n"
         "The whole command, from its start to the written result:\n\n"
         "| read from | clips/s | over frames |\n|---|---|---|\n" + table + "\n"
-        "Largest resident set of any process, over videos:\n\n"
+        "Largest resident set of any process, videos against arrays:\n\n"
         "| clips a side | peak |\n|---|---|\n" + peaks
     )
 

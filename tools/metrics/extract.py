@@ -160,7 +160,7 @@ class Extractor:
         requests = [Request(place) for place in source.order(rules)]
         if windows is not None:
             requests = [Request(window.clip, window) for window in windows]
-        wanted = len(requests) if rules.count is None else min(rules.count, len(requests))
+        gather.most = wanted = len(requests) if rules.count is None else min(rules.count, len(requests))
         tried = 0
         while tried < len(requests) and len(gather.result.windows) < wanted:
             some = requests[tried : tried + wanted - len(gather.result.windows)]
@@ -186,7 +186,7 @@ class Extractor:
                 lengths.append(length)
                 gather.problem(Reading(index, problem=problem))
             windows = frame_windows(lengths, rules)
-        wanted = sum(window.frames for window in windows)
+        gather.most = wanted = sum(window.frames for window in windows)
         if max_rows is not None and wanted > max_rows and self.world.is_main:
             gather.keep_moments(windows, rules.seed, [Moments(detector.dims, self.world.device) for _ in range(2)])
         self._judge(gather, rules, frame_tasks(windows), lambda readings: judge_frames(readings, detector), wanted)
@@ -248,7 +248,8 @@ class Gathered:
         self.source, self.keep = source, keep
         self.result = FeatureSet()
         self.pending: list[list[Tensor]] = [[], []]  # rows that are not in the moments yet
-        self.rows: dict[str, list[Tensor]] = {}
+        self.rows: dict[str, Tensor] = {}  # (most, D): one block of memory, or small ones would lie between large ones
+        self.most = 0  # items that there will be at most
         self.second_half: set[int] = set()
         self.done = 0  # items
 
@@ -284,12 +285,14 @@ class Gathered:
             if reading.window is not None and not reading.problem:
                 used.append(reading.window)
         self.result.windows += used
-        self.done += len(judged.rows.get(PLAIN, ()))
         if self.result.moments:
             self._add(judged.rows, used)
         elif self.keep:
             for name, rows in judged.rows.items():
-                self.rows.setdefault(name, []).append(rows)
+                if name not in self.rows:
+                    self.rows[name] = torch.empty(self.most, rows.shape[1])
+                self.rows[name][self.done : self.done + len(rows)] = rows
+        self.done += len(judged.rows.get(PLAIN, ()))
 
     def _add(self, rows: Mapping[str, Tensor], used: Sequence[Window]) -> None:
         """To the moments of the half that the clip belongs to; a task is of one clip."""
@@ -313,5 +316,5 @@ class Gathered:
             raise ValueError(f"none of the {len(self.source.clips)} clips in '{self.source.root}' can be used: {first}")
         for half in range(len(result.moments)):
             self._flush(half)
-        result.rows = {name: torch.cat(parts) for name, parts in self.rows.items()}
+        result.rows = {name: block[: self.done].clone() for name, block in self.rows.items()}
         return result
