@@ -225,7 +225,6 @@ FORBIDDEN_KEYWORDS = ("shell", "allow_pickle", "trust_remote_code")
 # (file, name) -> why it is right there
 ALLOWED = {
     ("tools/metrics/torchscript.py", "torch.jit.load"): "after the hash, the archive and what runs while it is loaded",
-    ("tests/test_datasets_archives.py", "allow_pickle="): "a payload, and the proof that it is live",
     ("tests/test_datasets_clips.py", "pickle.loads"): "a round trip of our own object",
     ("tests/test_datasets_readers.py", "pickle.loads"): "a round trip of our own object",
     ("tests/test_faults_data.py", "pickle.loads"): "a round trip of our own object",
