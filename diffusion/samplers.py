@@ -268,8 +268,12 @@ def _indices(process: Process, method: Method) -> list[int]:
 
 
 def evaluation_times(process: Process, method: str) -> list[float]:
-    """The network's timestep at every call of the denoiser that `sample` makes, in order, known before it begins."""
-    row = METHODS[method]
+    """The network's timestep at every call of the denoiser that `sample` makes, in order, known before it begins.
+
+    Raises:
+        ValueError: the method does not fit the process.
+    """
+    row = _method(method, process, DEFAULT)
     steps = _indices(process, row)
     visited = [range(index, max(-1, index - row.evaluations), -1) for index in steps]  # heun: both ends of a step
     return [process.step_times[index] for indices in visited for index in indices]
