@@ -7,7 +7,7 @@ from .flow import RectifiedFlow
 from .gaussian import GaussianDiffusion, PMeanVariance
 from .guidance import ConditionalDenoiser, Denoiser, guided
 from .losses import LossTerms
-from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, evaluation_times, sample
+from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, evaluations, sample
 from .timestep_sampler import (
     LossAwareTimestepSampler,
     TimestepSampler,
@@ -31,7 +31,7 @@ __all__ = [
     "build_diffusion",
     "build_timestep_sampler",
     "calc_bpd_loop",
-    "evaluation_times",
+    "evaluations",
     "guided",
     "sample",
 ]

@@ -42,6 +42,7 @@ class RectifiedFlow:
         # i + 1 to i
         self.step_times: list[float] = (self.times[1:].float() * config.num_steps).tolist()
         self.noise_levels: list[float] = self.times.tolist()
+        self.clean_gains: list[float] = self.noise_levels[1:]  # of the predicted x_0 with the velocity, at step i
 
     def to(self, device: torch.device | str) -> RectifiedFlow:
         """Move the grid to `device`; returns self."""

@@ -81,6 +81,9 @@ class GaussianDiffusion:
         # before (i + 1) and after it (i)
         self.step_times = [float(timestep) for timestep in kept]
         self.noise_levels = [0.0, *(1 / tables["alphas_cumprod"] - 1).sqrt().tolist()]
+        self.clean_gains: list[float] = (
+            self.tables["x_start_output"].abs().tolist()
+        )  # of x_0 with the output, at step i
 
     def to(self, device: torch.device | str) -> GaussianDiffusion:
         """Move the tables to `device`, once; returns self."""

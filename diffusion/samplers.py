@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -267,16 +267,34 @@ def _indices(process: Process, method: Method) -> list[int]:
     return list(steps if method.ascending else reversed(steps))
 
 
-def evaluation_times(process: Process, method: str) -> list[float]:
-    """The network's timestep at every call of the denoiser that `sample` makes, in order, known before it begins.
+class Evaluation(NamedTuple):
+    """One call of the denoiser in a walk.
+
+    Attributes:
+        time: the network's timestep.
+        clean_gain: how far the predicted clean clip moves when the output does.
+        share: of the noise that is there, the part that this evaluation's prediction takes away.
+    """
+
+    time: float
+    clean_gain: float
+    share: float
+
+
+def evaluations(process: Process, method: str) -> list[Evaluation]:
+    """Every call of the denoiser that `sample` makes, in order, known on the host before it begins.
 
     Raises:
         ValueError: the method does not fit the process.
     """
     row = _method(method, process, DEFAULT)
-    steps = _indices(process, row)
-    visited = [range(index, max(-1, index - row.evaluations), -1) for index in steps]  # heun: both ends of a step
-    return [process.step_times[index] for indices in visited for index in indices]
+    levels = process.noise_levels
+    found = []
+    for step in _indices(process, row):
+        visited = range(step, max(-1, step - row.evaluations), -1)  # heun: both ends of a step
+        share = abs(1 - levels[step] / levels[step + 1]) / len(visited)
+        found += [Evaluation(process.step_times[index], process.clean_gains[index], share) for index in visited]
+    return found
 
 
 @torch.no_grad()

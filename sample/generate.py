@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import ConditionalDenoiser, Denoiser, evaluation_times, guided
+from diffusion import ConditionalDenoiser, Denoiser, evaluations, guided
 from diffusion import sample as run_sampler
 from diffusion.samplers import Callback
 from engine.build import build_model, build_process
@@ -209,10 +209,10 @@ class Generator:
             ValueError: settings that the network or its diffusion cannot follow, in one sentence.
         """
         label_of = self.labels_for(labels, label_rule, seed)
-        shape = self._latent_shape(num_frames, image_size)
+        shape = self.latent_shape(num_frames, image_size)
         process = build_process(self.config, respacing=str(steps)).to(self.device)
-        method = self._method(method)
-        times = evaluation_times(process, method)
+        method = self.resolve_method(method)
+        times = [each.time for each in evaluations(process, method)]
         guidance = Guidance(guidance_scale, guidance_interval, batched_guidance)
         schedule = CacheSchedule.load(cache) if isinstance(cache, str | Path) else cache
         if schedule is not None:
@@ -228,7 +228,7 @@ class Generator:
                 table = self._modulations(times, wanted, guidance, modulation_mb) if modulation_mb else None
                 latents = run_sampler(
                     process,
-                    self.denoiser(wanted, guidance, walk, Calls(self.network, walk, table, schedule)),
+                    walk.counted(self.denoiser(wanted, guidance, walk, Calls(self.network, walk, table, schedule))),
                     noise.draw(shape),
                     method=method,
                     eta=eta,
@@ -268,12 +268,13 @@ class Generator:
             return None
         return self.class_names[label] if self.class_names else f"class-{label:03d}"
 
-    def _method(self, method: str) -> str:
+    def resolve_method(self, method: str) -> str:
+        """`method`, or what `auto` means for this diffusion."""
         if method != "auto":
             return method
         return "euler" if self.config.diffusion.prediction == "flow" else "ddpm"
 
-    def _latent_shape(self, num_frames: int | None, image_size: int | None) -> tuple[int, int, int, int]:
+    def latent_shape(self, num_frames: int | None, image_size: int | None) -> tuple[int, int, int, int]:
         """(F, C, h, w) of one video's latents."""
         size, factor = image_size or self.config.data.image_size, self.config.codec.downsample_factor
         if size % factor:
@@ -284,9 +285,9 @@ class Generator:
     def denoiser(
         self, labels: Sequence[int | None], guidance: Guidance, walk: Walk, network: ConditionalDenoiser
     ) -> Denoiser:
-        """The guided `network` of one batch, whose evaluations `walk` counts."""
+        """The guided `network` of one batch, where `walk` is."""
         y = torch.tensor(labels, device=self.device) if self.config.model.num_classes else None
-        denoiser = guided(
+        return guided(
             network,
             y,
             self.model.null_label,
@@ -295,7 +296,6 @@ class Generator:
             batched=guidance.batched,
             active=lambda: guidance.is_active(walk.fraction),
         )
-        return walk.counted(denoiser)
 
     def cache_settings(
         self, shape: Sequence[int], steps: int, method: str, eta: float, guidance: Guidance

@@ -15,7 +15,7 @@ from diffusion import (
     RectifiedFlow,
     StepOptions,
     build_diffusion,
-    evaluation_times,
+    evaluations,
     sample,
 )
 from diffusion.samplers import METHODS, ddim_step, ddpm_step, p_mean_variance
@@ -313,7 +313,7 @@ def test_stochastic_multistep_draws_the_data_distribution_from_the_given_noise()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_evaluation_times_are_those_that_the_network_is_asked_for(method: str) -> None:
+def test_evaluations_are_those_that_the_network_is_asked_for(method: str) -> None:
     for process in (gaussian("7", schedule="cosine"), flow("7", 3.0)):
         if isinstance(process, METHODS[method].process):
             asked = []
@@ -323,7 +323,7 @@ def test_evaluation_times_are_those_that_the_network_is_asked_for(method: str) -
                 return x / 2
 
             sample(process, denoiser, randn(*SHAPE).float(), method=method)
-            assert evaluation_times(process, method) == asked
+            assert [each.time for each in evaluations(process, method)] == asked
 
 
 # ---- the loop ----------------------------------------------------------------------------------
