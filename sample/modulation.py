@@ -38,7 +38,7 @@ class ModulationTable:
         self.compute = compute
         self.times = torch.tensor(times, dtype=torch.float32, device=device)  # (E,)
         self.labels = None if labels is None else torch.tensor(sorted(set(labels)), device=device)  # (K,)
-        self.columns = None if self.labels is None else _inverse(self.labels)
+        self.columns = None if labels is None else _places(sorted(set(labels))).to(device)
         self.budget = budget
         self.window = range(0)  # evaluations in the table
         self.table: Tensor | None = None  # (window, K, 1, 1, M)
@@ -78,8 +78,8 @@ class ModulationTable:
         return self.compute(*pairs).unflatten(0, (len(times), len(self.labels)))
 
 
-def _inverse(labels: Tensor) -> Tensor:
-    """From a label to its place in `labels`."""
-    places = torch.zeros(int(labels.max()) + 1, dtype=torch.long, device=labels.device)
-    places[labels] = torch.arange(len(labels), device=labels.device)
+def _places(labels: Sequence[int]) -> Tensor:
+    """From a label to its place in ascending `labels`."""
+    places = torch.zeros(labels[-1] + 1, dtype=torch.long)
+    places[torch.tensor(labels)] = torch.arange(len(labels))
     return places
