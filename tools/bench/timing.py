@@ -7,10 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 
 
 @dataclass

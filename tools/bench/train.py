@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import report
-from .timing import Timing, interleaved
+from .timing import Call, Timing, interleaved
 from .workload import Ours, Theirs, Workload, difference, forward_of, pair_of, teraflops
 
 COLUMNS = {
@@ -85,7 +85,7 @@ def _forward(
     modes: dict[str, Workload], device: torch.device, timing: dict[str, Any]
 ) -> tuple[dict[str, Timing], float]:
     """The reference and every mode; and how far apart the outputs are."""
-    calls, apart = {}, 0.0
+    calls: dict[str, Call] = {}
     for mode, workload in modes.items():
         model, plain = pair_of(workload, device)
         calls.setdefault("reference", forward_of(plain, workload, device))
@@ -100,7 +100,7 @@ def _forward(
 def _step(modes: dict[str, Workload], device: torch.device, timing: dict[str, Any]) -> tuple[dict[str, Timing], float]:
     """The reference and every mode; and how far apart the losses are before the first step."""
     with tempfile.TemporaryDirectory() as folder:
-        calls, apart = {}, 0.0
+        calls: dict[str, Call] = {}
         for mode, workload in modes.items():
             ours = Ours(workload, Path(folder), device)
             if not calls:
