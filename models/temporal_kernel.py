@@ -10,7 +10,9 @@ Letters: B batch, F frames, N tokens per frame, H heads, D width of all heads, d
 To import this file needs Triton. With TRITON_INTERPRET=1 the kernels run on a CPU, in Python: for tests.
 """
 
-# mypy: disable-error-code="no-untyped-def"  -- the arguments of kernels have the types of no Python value
+# The arguments of kernels have the types of no Python value.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
