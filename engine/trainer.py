@@ -125,6 +125,8 @@ class Trainer:
             null_label=self.model.null_label,
             label_dropout=config.model.label_dropout,
             num_images=config.data.num_images,
+            condition=config.condition,
+            tubelet_size=config.model.frames_per_token,
             seed=train.seed,
             device=world.device,
             dtype=dtype,
