@@ -12,11 +12,11 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as functional
-from einops import rearrange
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from .embeddings import Rotation, rotate
+from .attention import attend
+from .embeddings import Rotation
 
 Axis = Literal["spatial", "temporal"]
 Layer = tuple[tuple[Axis, ...], ...]
@@ -37,62 +37,6 @@ LAYER_PLANS: dict[str, Callable[[int], list[Layer]]] = {
 
 
 GELU_TANH = partial(nn.GELU, approximate="tanh")
-
-
-class View(NamedTuple):
-    """How one kind of attention folds tokens `(B, F, N, D)` to 4-D, and back."""
-
-    fold: str
-    unfold: str
-
-
-VIEWS: dict[str, View] = {
-    # among the N tokens of each frame
-    "spatial": View(
-        "batch frames tokens (heads dim) -> (batch frames) heads tokens dim",
-        "(batch frames) heads tokens dim -> batch frames tokens (heads dim)",
-    ),
-    # among the F frames, for each token position
-    "temporal": View(
-        "batch frames tokens (heads dim) -> (batch tokens) heads frames dim",
-        "(batch tokens) heads frames dim -> batch frames tokens (heads dim)",
-    ),
-    # all tokens of a clip as one row of queries, for the one row of words of its caption
-    "text": View(
-        "batch frames tokens (heads dim) -> batch heads (frames tokens) dim",
-        "batch heads (frames tokens) dim -> batch frames tokens (heads dim)",
-    ),
-}
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    view: str,
-    num_heads: int,
-    *,
-    mask: Tensor | None = None,
-    rotation: Rotation | None = None,
-) -> Tensor:
-    """Multi-head attention, folded to 4-D in between: fused attention takes nothing else.
-
-    Args:
-        q: queries `(B, F, N, D)`.
-        k, v: keys and values, the same shape, or that of what is attended to.
-        view: a key of `VIEWS`.
-        mask: what fused attention takes for the folded shapes.
-        rotation: turns queries and keys.
-
-    Returns:
-        `(B, F, N, D)`.
-    """
-    batch, frames = q.shape[:2]
-    q, k, v = (rearrange(each, VIEWS[view].fold, heads=num_heads) for each in (q, k, v))
-    if rotation is not None:
-        q, k = rotate(q, rotation), rotate(k, rotation)
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return rearrange(out, VIEWS[view].unfold, batch=batch, frames=frames)
 
 
 class Attention(nn.Module):
