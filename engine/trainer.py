@@ -180,10 +180,7 @@ class Trainer:
             notes += filter(None, [self._space_note()])
         for note in [*notes, self.headline(), self.data_line()]:
             self.log.say(note)
-        if train.compile:
-            for block in self.model.blocks:
-                block.compile()
-        self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
+        self.prepare()
         self.meter.clear()
         self.watch.tick()
         stopped = self.callbacks.at_start(self) or loop(self)
@@ -196,6 +193,13 @@ class Trainer:
         if self.world.is_main and not stopped:
             self.folder.mark(COMPLETED, self.step, **self._last_hashes())
         return not stopped
+
+    def prepare(self) -> None:
+        """Make the network ready for `train_step`: compiled, and with its gradients exchanged."""
+        if self.config.train.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
 
     def loop(self) -> int:
         """Steps until `train.max_steps`; returns the signal that stopped it earlier, or 0."""
