@@ -17,6 +17,15 @@ from engine import cli
 # command -> what it measures; its module in this package has `run(arguments)`
 COMMANDS = {
     "train": "training step and forward pass",
+    "memory": "peak memory of a training step",
+    "techniques": "each technique with and without",
+    "sample": "the sampling loop with each of its options",
+    "scaling": "cost by frames, size, depth, batch, images and ranks, with a plot",
+    "data": "reading clips from files, frames and latents; the training's wait for data",
+    "metrics": "an evaluation from videos, arrays and frames; its memory",
+    "saving": "checkpoints in and beside the training",
+    "gpu": "all that concerns the network on one GPU, in one command of under ten minutes",
+    "profile": "operators of a step by share of time and bound, with a trace; waits and copies",
 }
 
 
@@ -28,9 +37,28 @@ def parser() -> argparse.ArgumentParser:
     added = {name: commands.add_parser(name, help=what, description=what) for name, what in COMMANDS.items()}
     for each in added.values():
         each.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder (%(default)s)")
-    for name in ("train",):
+    for name in ("train", "memory", "techniques", "sample", "scaling", "profile", "gpu"):
         _add_workload(added[name])
+    added["techniques"].add_argument("--only", nargs="+", metavar="WORD", help="those whose name holds one of these")
+    added["sample"].add_argument("--steps", type=int, help="of each walk (4; on CUDA 250)")
+    added["scaling"].add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(1 2)")
+    _add_reading(added)
+    for name in ("profile", "gpu"):
+        added[name].add_argument("--traces", type=Path, default=Path("results/bench"), help="folder (%(default)s)")
+    added["gpu"].add_argument("--minutes", type=float, default=9.0, help="begin no table after (%(default)s)")
     return whole
+
+
+def _add_reading(added: dict[str, argparse.ArgumentParser]) -> None:
+    """Of the commands that read and write files."""
+    data, metrics, saving = (added[name] for name in ("data", "metrics", "saving"))
+    data.add_argument("--rounds", type=int, default=5, help="repetitions of each measurement (%(default)s)")
+    data.add_argument("--steps", type=int, default=10, help="of the training (%(default)s)")
+    data.add_argument("--videos", type=Path, nargs="*", default=[], metavar="FILE", help="read these too")
+    metrics.add_argument("--clips", type=int, default=256, help="of each side (%(default)s)")
+    metrics.add_argument("--workers", type=int, default=2, help="loader processes (%(default)s)")
+    saving.add_argument("--steps", type=int, default=40, help="of each run (%(default)s)")
+    saving.add_argument("--every", type=int, default=10, help="steps between checkpoints (%(default)s)")
 
 
 def _add_workload(command: argparse.ArgumentParser) -> None:

@@ -146,14 +146,28 @@ def describe(found: dict[str, Any]) -> str:
 
 def write(name: str, title: str, text: str, sections: Sequence[Section], out: Path, device: str = "cpu") -> None:
     """Print `sections`, and write them as `name`.md and `name`.json into `out`."""
-    known = facts(device)
     for section in sections:
-        sys.stdout.write(section.terminal() + "\n")
+        show(section)
+    known = save(name, title, text, sections, out, device)
     sys.stdout.write("\n" + textwrap.fill(describe(known), COLUMNS) + "\n")
-    out.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {title}", f"{text}\n\n{describe(known)}", *(section.markdown() for section in sections)]
-    (out / f"{name}.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
-    tables = [{"title": section.title, "rows": section.rows} for section in sections]
-    (out / f"{name}.json").write_text(json.dumps({"facts": known, "tables": tables}, indent=1) + "\n")
     sys.stdout.write(f"written: {out / name}.md, {out / name}.json\n")
     sys.stdout.flush()
+
+
+def show(section: Section) -> None:
+    """Print it."""
+    sys.stdout.write(section.terminal() + "\n")
+    sys.stdout.flush()
+
+
+def save(
+    name: str, title: str, text: str, sections: Sequence[Section], out: Path, device: str = "cpu"
+) -> dict[str, Any]:
+    """Write `sections` as `name`.md and `name`.json into `out`; returns the facts about this run."""
+    known = facts(device)
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {title}", text, describe(known), *(section.markdown() for section in sections)]
+    (out / f"{name}.md").write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
+    tables = [{"title": section.title, "rows": section.rows} for section in sections]
+    (out / f"{name}.json").write_text(json.dumps({"facts": known, "tables": tables}, indent=1) + "\n")
+    return known
