@@ -14,8 +14,11 @@ from pathlib import Path
 
 from engine import cli
 
+from . import report
+
 # command -> what it measures; its module in this package has `run(arguments)`
 COMMANDS = {
+    "all": "the network's benchmarks on this machine, one after the other: `make bench`",
     "train": "training step and forward pass",
     "memory": "peak memory of a training step",
     "techniques": "each technique with and without",
@@ -28,6 +31,17 @@ COMMANDS = {
     "profile": "operators of a step by share of time and bound, with a trace; waits and copies",
 }
 
+QUICK = "tiny sizes: does it run at all?"
+# what `all` runs: on two idle cores in about eight minutes
+EVERYTHING = [
+    "train --rounds 2",
+    "memory --kind reference,fp32 ours,fp32 ours,fp32,compiled",
+    "techniques --rounds 2 --batch 1 --latent 16",
+    "sample --rounds 2 --precision fp32",
+    "scaling --rounds 2",
+    "profile --batch 1",
+]
+
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line; loads no torch."""
@@ -39,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
         each.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder (%(default)s)")
     for name in ("train", "memory", "techniques", "sample", "scaling", "profile", "gpu"):
         _add_workload(added[name])
+    added["all"].add_argument("--quick", action="store_true", help=QUICK)
+    added["memory"].add_argument("--kind", nargs="+", metavar="NAME", help="default: all of them")
     added["techniques"].add_argument("--only", nargs="+", metavar="WORD", help="those whose name holds one of these")
     added["sample"].add_argument("--steps", type=int, help="of each walk (4; on CUDA 250)")
     added["scaling"].add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(1 2)")
@@ -74,12 +90,17 @@ def _add_workload(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rounds", type=int, default=3, help="of all in turn (%(default)s)")
     command.add_argument("--threads", type=int, help="of torch (its own choice)")
     command.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is shared")
-    command.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    command.add_argument("--quick", action="store_true", help=QUICK)
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
     arguments = parser().parse_args(argv)
+    report.begin(argv)
+    if arguments.command == "all":
+        for line in EVERYTHING:
+            main([*line.split(), "--out", str(arguments.out), *(["--quick"] if arguments.quick else [])])
+        return 0
     importlib.import_module(f"tools.bench.{arguments.command}").run(arguments)
     return 0
 

@@ -21,13 +21,13 @@ from . import report
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 # name -> keys of ours, or None for the reference in the same precision
 KINDS: dict[str, tuple[str, dict[str, Any] | None]] = {
-    "reference, fp32": ("fp32", None),
-    "ours, fp32": ("fp32", {}),
-    "ours, fp32, compiled": ("fp32", {"train.compile": True}),
-    "ours, fp32, recomputing": ("fp32", {"model.gradient_checkpointing": True}),
-    "reference, bf16": ("bf16", None),
-    "ours, bf16": ("bf16", {}),
-    "ours, bf16, compiled": ("bf16", {"train.compile": True}),
+    "reference,fp32": ("fp32", None),
+    "ours,fp32": ("fp32", {}),
+    "ours,fp32,compiled": ("fp32", {"train.compile": True}),
+    "ours,fp32,recomputing": ("fp32", {"model.gradient_checkpointing": True}),
+    "reference,bf16": ("bf16", None),
+    "ours,bf16": ("bf16", {}),
+    "ours,bf16,compiled": ("bf16", {"train.compile": True}),
 }
 
 
@@ -36,7 +36,7 @@ def measure(problem: dict[str, Any], device: str, kinds: list[str] | None = None
     peaks = {name: peak_of(problem, device, *KINDS[name]) for name in kinds or KINDS}
     rows = []
     for name, peak in peaks.items():
-        reference = peaks.get(f"reference, {KINDS[name][0]}")
+        reference = peaks.get(f"reference,{KINDS[name][0]}")
         share = peak / reference if reference and peak else None
         rows.append({"": name, "peak GB": peak and peak / 1e9, "of the reference": share})
     how = " ".join((__doc__ or "").split("\n\n")[1].split())
@@ -100,7 +100,10 @@ def run(arguments: argparse.Namespace) -> None:
     from .train import asked
 
     workload, device = asked(arguments)
-    section = measure({**asdict(workload), "keys": {}}, device.type)
+    for name in arguments.kind or []:
+        if name not in KINDS:
+            raise ValueError(f"--kind {name} is unknown: use {' '.join(KINDS)}.")
+    section = measure({**asdict(workload), "keys": {}}, device.type, arguments.kind)
     report.write("memory", "Memory", f"{workload}.", [section], arguments.out, device.type)
 
 

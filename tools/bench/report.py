@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = 80
-STARTED = time.time()
+_begun: dict[str, Any] = {"words": sys.argv[1:], "load": os.getloadavg()[0]}  # of the benchmark under way
 
 
 @dataclass
@@ -70,13 +70,18 @@ def _cell(value: Any, how: str) -> str:
     return format(value, how) if how and not isinstance(value, str) else str(value)
 
 
+def begin(words: Sequence[str]) -> None:
+    """Note what was asked for, and what the machine does beside it."""
+    _begun.update(words=list(words), load=os.getloadavg()[0])
+
+
 def facts(device: str = "cpu") -> dict[str, Any]:
     """Of the machine, the software, the code and the command."""
     import torch
 
     found = {
         "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "load": f"{_load(0)} before, {_load(1)} at the end",
+        "load": f"{_begun['load']:.1f} before, {os.getloadavg()[0]:.1f} at the end",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
@@ -86,14 +91,6 @@ def facts(device: str = "cpu") -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         found["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {_driver()}"
     return found
-
-
-_LOADS = [os.getloadavg()[0]]  # when this process began
-
-
-def _load(place: int) -> str:
-    """The mean number of running processes over a minute: before this one, now."""
-    return f"{(*_LOADS, os.getloadavg()[0])[place]:.1f}"
 
 
 def _driver() -> str:
@@ -131,7 +128,7 @@ def commit() -> str:
 
 def command() -> str:
     """What was typed; files by their names alone."""
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    words = [Path(word).name if word.startswith("/") else word for word in _begun["words"]]
     return " ".join(["python -m tools.bench", *map(shlex.quote, words)])
 
 
