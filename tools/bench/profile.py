@@ -53,7 +53,7 @@ def trace_of(step: Callable[[], Any], device: torch.device, file: Path | None = 
         step()
     wait_for(device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities, record_shapes=True, with_flops=True) as trace:
+    with profile(activities=activities, record_shapes=True, with_flops=True, acc_events=True) as trace:
         step()
         wait_for(device)
     if file is not None:

@@ -43,13 +43,7 @@ class Way:
 # To add one is to add a line.
 WAYS = [
     Way(MINE),
-    Way("+ modulations ahead", settings={"modulation_mb": 512}),
-    Way("+ compiled", network={"compiled": True}, settings={"modulation_mb": 512}),
     Way(MINE, True),
-    Way("one by one", True, settings={"batched_guidance": False}),
-    Way("+ modulations ahead", True, settings={"modulation_mb": 512}),
-    Way("+ guided in half of the steps", True, settings={"modulation_mb": 512, "guidance_interval": (0.0, 0.5)}),
-    Way("+ compiled", True, {"compiled": True}, {"modulation_mb": 512}),
 ]
 
 
