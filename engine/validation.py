@@ -95,7 +95,7 @@ class Validation:
         noise = torch.randn(shape, generator=generator).to(latents.device)
         uniform = torch.rand(self.buckets, generator=generator, dtype=torch.float64)
         terms = run.objective.terms(
-            network,
+            run.objective.called_with_labels(network),
             latents.to(run.objective.dtype).expand(shape),
             labels.expand(self.buckets, -1),
             self.timesteps(uniform).to(latents.device),
