@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .blocks import Modulation, attend, modulate
+from .attention import attend
+from .blocks import Modulation, modulate
 from .config_t2v import LatteT2VConfig
 from .embeddings import TimestepEmbedder, timestep_features
 
