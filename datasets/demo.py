@@ -1,4 +1,4 @@
-"""The demo set: eight classes, each a colour, a shape and a motion, and captions of them; and a tracker that names them.
+"""The demo set: eight classes, each a colour, a shape and a motion; captions of them; and a tracker that names them.
 
 `draw_clip` draws one clip (`tools/make_demo_data.py` writes many as mp4 files in the UCF101 layout); `track`
 reads colour and motion back from the pixels of any clip, knowing nothing of its label, and answers None where

@@ -195,7 +195,7 @@ class Generator:
             raise ValueError(f"{source.path} holds weights only: give the config of its network.")
         if config.model.is_text:
             raise ValueError(
-                f"{source.path} is a text network, which sample/sample_t2x.py samples: --ckpt {source.path} --prompt TEXT."
+                f"{source.path} is a text network: sample/sample_t2x.py --ckpt {source.path} --prompt TEXT samples it."
             )
         device = usable_device(device)
         model = cast(Latte, build_model(config, device))

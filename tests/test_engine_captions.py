@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 import train
 import train_with_img
-from engine.captions import EMPTY, Captions, EncodedFeatures, build_captions
+from engine.captions import EMPTY, Captions, EncodedFeatures
 from engine.checkpoint import load_checkpoint, step_folder
 from engine.config import load_config
 from engine.distributed import World
@@ -169,9 +168,9 @@ def test_what_makes_no_sense_is_refused(tiny_text: list[str], overrides: list[st
 
 
 def test_text_keys_belong_to_text_networks(tiny: list[str]) -> None:
-    with pytest.raises(ValueError, match="text.max_length is read only by a text network"):
+    with pytest.raises(ValueError, match=r"text.max_length is read only by a text network"):
         load_config(None, [*tiny, "text.max_length=7"])
-    with pytest.raises(ValueError, match="data.captions is read only with data.name=captions"):
+    with pytest.raises(ValueError, match=r"data.captions is read only with data.name=captions"):
         load_config(None, [*tiny, "data.captions=a.csv"])
 
 
@@ -181,7 +180,7 @@ def test_latte_1_is_the_published_network() -> None:
 
     config = load_config(None, ["model.name=Latte-1", "data.name=captions", "data.image_size=256"])
     assert text_network_config(config) == LATTE_1
-    with pytest.raises(ValueError, match="codec.latent_channels=16"):
+    with pytest.raises(ValueError, match=r"codec.latent_channels=16"):
         text_network_config(load_config(None, ["codec.latent_channels=16"], base=config.to_dict()))
 
 
