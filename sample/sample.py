@@ -70,9 +70,18 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--eta", type=float, metavar="X", help="of ddim: 0 deterministic, 1 as noisy as ddpm")
     add("--guidance_scale", type=float, metavar="X", help="1 is no guidance")
     add("--weights", metavar="KIND", help="ema or raw")
+    add("--lora", metavar="DIR", help="adapters to merge into the network, in peft's format")
+    add("--lora_scale", type=float, metavar="X", help="so much of them (1)")
     add("--precision", metavar="KIND", help="fp32, bf16 or fp16")
     add("--batch_size", type=int, metavar="N", help="videos at a time; changes the memory, not the videos")
     add("--fps", type=int, metavar="N", help="frames per second of the files")
+    add("--first_frame", action="append", metavar="IMAGE", help="begin with it; several are taken in turn by index")
+    add("--last_frame", action="append", metavar="IMAGE", help="end with it; several in turn")
+    add("--given", action="append", metavar="VIDEO", help="go on from its end; several in turn")
+    add("--given_frames", type=int, metavar="N", help="so many last frames of it (1)")
+    add("--window", type=int, metavar="N", help="sample longer videos in windows of N frames")
+    add("--overlap", type=int, metavar="N", help="frames that a window shares with the next (a quarter of it)")
+    add("--window_method", metavar="NAME", help="autoregressive, fused, or auto")
     add(
         "--device",
         default=None,
