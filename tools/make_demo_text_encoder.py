@@ -54,8 +54,8 @@ def train_tokenizer(captions: list[str]) -> T5Tokenizer:
     return T5Tokenizer(vocab=[*((piece, 0.0) for piece in SPECIAL), *pieces, *letters], extra_ids=0)
 
 
-def make(folder: Path, seed: int) -> int:
-    """Write both parts; returns the number of pieces."""
+def make(folder: Path, seed: int) -> None:
+    """Write both parts."""
     import torch
     from transformers import T5Config, T5EncoderModel
 
@@ -65,7 +65,6 @@ def make(folder: Path, seed: int) -> int:
     encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **sizes))
     tokenizer.save_pretrained(folder / "tokenizer")
     encoder.save_pretrained(folder / "text_encoder")
-    return len(tokenizer)
 
 
 def main(argv: list[str]) -> int:
