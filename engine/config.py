@@ -13,6 +13,7 @@ from datasets.clips import DataConfig
 from diffusion import ConditionConfig, DiffusionConfig
 from models.autoencoder import CodecConfig
 from models.latte import LatteConfig
+from models.lora import LoraConfig
 
 from .official_keys import DROPPED, RENAMED
 from .optim import OptimConfig
@@ -85,6 +86,8 @@ class SampleConfig:
     eta: float = 0.0  # DDIM only: 0 deterministic, 1 as noisy as DDPM
     guidance_scale: float = 1.0  # 1: no guidance
     weights: str = "ema"  # ema | raw
+    lora: str | None = None  # adapters to merge into the network: a folder in peft's format
+    lora_scale: float = 1.0  # so much of them
     precision: str = "fp32"  # fp32 | bf16 | fp16
     batch_size: int = 4
     fps: int = 8
@@ -108,6 +111,8 @@ class SampleConfig:
             0 <= self.guidance_scale < float("inf"),
             f"sample.guidance_scale must be zero or more and finite, not {self.guidance_scale}.",
         )
+        require(abs(self.lora_scale) < float("inf"), f"sample.lora_scale must be finite, not {self.lora_scale}.")
+        require(self.lora is not None or self.lora_scale == 1, "sample.lora_scale is read only with sample.lora.")
         words = {"method": METHODS, "weights": ("ema", "raw"), "precision": SAMPLE_PRECISIONS}
         for key, choices in (words | {"label_rule": LABEL_RULES, "window_method": WINDOW_METHODS}).items():
             value = getattr(self, key)
@@ -181,6 +186,7 @@ class Config:
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -237,6 +243,14 @@ class Config:
             self.sample.guidance_scale == 1 or (self.model.num_classes > 0 and self.model.label_dropout > 0),
             f"sample.guidance_scale={self.sample.guidance_scale} needs a class-conditional network with a null "
             "label: set model.num_classes and a model.label_dropout above 0, or sample.guidance_scale=1.",
+        )
+        require(
+            not self.lora.rank or self.train.init_from is not None,
+            f"lora.rank={self.lora.rank} trains adapters beside given weights: name these with train.init_from.",
+        )
+        require(
+            not (self.lora.rank and self.train.parallel == "fsdp"),
+            "lora.rank has little to shard: leave train.parallel at ddp.",
         )
         self._check_monitor()
 

@@ -28,6 +28,7 @@ from engine.objective import sample_generator
 from models.autoencoder import LatentCodec
 from models.convert import load_weights
 from models.latte import Latte
+from models.lora import Adapter
 
 from .class_names import UCF101_CLASSES
 from .given import GivenFrames, Plan, Windows, read_given
@@ -196,7 +197,10 @@ class Generator:
             raise ValueError(f"{source.path} holds weights only: give the config of its network.")
         device = usable_device(device)
         model = build_model(config, device)
-        load_weights(model, source.weights(weights), str(source.path))
+        own = source.weights(weights)
+        if config.sample.lora:
+            Adapter.from_folder(config.sample.lora).merge_into(own, config.sample.lora_scale)
+        load_weights(model, own, str(source.path))
         names = source.class_names or _known_class_names(config)
         codec = LatentCodec.from_config(config.codec, device=device)
         return cls(model.requires_grad_(False), codec, config, class_names=names, device=device, precision=precision)

@@ -70,6 +70,8 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--eta", type=float, metavar="X", help="of ddim: 0 deterministic, 1 as noisy as ddpm")
     add("--guidance_scale", type=float, metavar="X", help="1 is no guidance")
     add("--weights", metavar="KIND", help="ema or raw")
+    add("--lora", metavar="DIR", help="adapters to merge into the network, in peft's format")
+    add("--lora_scale", type=float, metavar="X", help="so much of them (1)")
     add("--precision", metavar="KIND", help="fp32, bf16 or fp16")
     add("--batch_size", type=int, metavar="N", help="videos at a time; changes the memory, not the videos")
     add("--fps", type=int, metavar="N", help="frames per second of the files")

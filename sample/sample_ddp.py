@@ -296,13 +296,16 @@ def settings_of(request: Request, generator: Generator) -> dict[str, Any]:
     """All on which the videos depend, by dotted key, and the contents of checkpoint and codec."""
     from engine.checkpoint import file_sha256
     from engine.config import all_keys
+    from models.lora import WEIGHTS_FILE
 
     config = request.config
+    lora = config.sample.lora
     keys = [key.split(".") for key in all_keys() if key.startswith(SECTIONS) and key not in FREE]
     return {
         "checkpoint_sha256": file_sha256(request.source.weights_file(config.sample.weights)),
         "codec_sha256": content_sha256(generator.codec),
-        "given_sha256": given_sha256(config),
+        **({"given_sha256": given} if (given := given_sha256(config)) else {}),
+        **({"lora_sha256": file_sha256(Path(lora) / WEIGHTS_FILE)} if lora else {}),
         **{f"{section}.{name}": getattr(getattr(config, section), name) for section, name in keys},
     }
 
