@@ -330,7 +330,9 @@ def given_sha256(config: Config) -> str | None:
     from sample.given import read_given
 
     given = read_given(config)
-    return given and hashlib.sha256(repr(given.places).encode() + given.pixels.numpy().tobytes()).hexdigest()
+    if given is None:
+        return None
+    return hashlib.sha256(repr(given.places).encode() + given.pixels.numpy().tobytes()).hexdigest()
 
 
 def machine(device: torch.device) -> str:

@@ -118,8 +118,8 @@ def measure(videos: np.ndarray, clips: np.ndarray, labels: list[int], case: Case
         named["motion_accuracy"],
         next_error,
         mean_error,
-        seam and seam.ratio,
-        seam and seam.error,
+        seam.ratio if seam else None,
+        seam.error if seam else None,
     )
 
 
