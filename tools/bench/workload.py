@@ -162,7 +162,7 @@ class Ours:
 
     @property
     def model(self) -> Latte:
-        return self.trainer.model
+        return cast(Latte, self.trainer.model)
 
     def loss(self, latents: Tensor, labels: Tensor | None, timesteps: Tensor, noise: Tensor) -> Tensor:
         """The mean loss for given draws."""
@@ -229,7 +229,7 @@ def pair_of(workload: Workload, device: torch.device, folder: Path = Path()) -> 
     """Both networks with the same weights, for forward passes."""
     config = workload.config(folder)
     torch.manual_seed(0)
-    model = build_model(config).to(device).eval()
+    model = cast(Latte, build_model(config)).to(device).eval()
     randomise(model)
     if config.train.compile:
         for block in model.blocks:
