@@ -8,17 +8,17 @@ Letters: B videos of a batch, n videos in all, F frames, C latent channels, h w 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import ConditionalDenoiser, Denoiser, evaluations, guided
-from diffusion import sample as run_sampler
+from diffusion import ConditionalDenoiser, Denoiser, Given, evaluations, guided, sample_given
 from diffusion.samplers import Callback
 from engine.build import build_model, build_process
 from engine.checkpoint import content_sha256
@@ -27,9 +27,11 @@ from engine.objective import sample_generator
 from models.autoencoder import LatentCodec
 from models.convert import load_weights
 from models.latte import Latte
+from models.lora import Adapter
 
 from .class_names import UCF101_CLASSES
 from .decoding import Decoder
+from .given import GivenFrames, Plan, Windows, read_given
 from .modulation import ModulationTable
 from .network import Calls, Network, Walk
 from .source import Source
@@ -151,9 +153,16 @@ class Generator:
         config = config or source.config
         if config is None:
             raise ValueError(f"{source.path} holds weights only: give the config of its network.")
+        if config.model.is_text:
+            raise ValueError(
+                f"{source.path} is a text network: sample/sample_t2x.py --ckpt {source.path} --prompt TEXT samples it."
+            )
         device = usable_device(device)
-        model = build_model(config, device)
-        load_weights(model, source.weights(weights), str(source.path))
+        model = cast(Latte, build_model(config, device))
+        own = source.weights(weights)
+        if config.sample.lora:
+            Adapter.from_folder(config.sample.lora).merge_into(own, config.sample.lora_scale)
+        load_weights(model, own, str(source.path))
         names = source.class_names or _known_class_names(config)
         codec = LatentCodec.from_config(config.codec, device=device)
         return cls(model.requires_grad_(False), codec, config, class_names=names, device=device, **network)
@@ -182,6 +191,8 @@ class Generator:
         cache: str | Path | CacheSchedule | None = None,
         overlap_decode: bool = True,
         indices: Sequence[int] | None = None,
+        given: GivenFrames | None = None,
+        windows: Windows | None = None,
         callback: Progress | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Sample in batches of at most `batch_size`.
@@ -201,6 +212,8 @@ class Generator:
             modulation_mb: memory for modulations computed ahead; 0 computes them in every step.
             cache: a schedule of tools.fit_cache, or its file.
             overlap_decode: on CUDA, decode a batch while the next one is sampled.
+            given: frames that the videos show, for networks trained with given frames.
+            windows: sample longer videos in windows; None: all frames at once.
 
         Yields:
             (indices, videos): videos are uint8 (B, F, H, W, 3).
@@ -214,29 +227,54 @@ class Generator:
         method = self.resolve_method(method)
         times = [each.time for each in evaluations(process, method)]
         guidance = Guidance(guidance_scale, guidance_interval, batched_guidance)
+        plan = self._plan(shape, given, windows)
         schedule = CacheSchedule.load(cache) if isinstance(cache, str | Path) else cache
+        if (given or windows) and (schedule or modulation_mb):
+            raise ValueError(
+                "sample.modulation_mb and sample.cache are for videos sampled at once and from noise alone: leave them "
+                "out with given frames or windows."
+            )
         if schedule is not None:
             settings = self.cache_settings(shape, steps, method, eta, guidance)
             schedule.check(content_sha256(self.model), settings, len(times), len(self.model.blocks))
         indices = list(range(num)) if indices is None else list(indices)
         chunks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        with Decoder(self.decode, self.device, ahead=overlap_decode and self.device.type == "cuda") as decoder:
-            for number, chunk in enumerate(chunks):
-                noise = VideoNoise(seed, chunk, self.device)
+        passes = itertools.count()
+
+        def sampler_of(chunk: list[int]) -> Callable[[Given | None, int], Tensor]:
+            noise = VideoNoise(seed, chunk, self.device)
+            wanted = [label_of(index) for index in chunk]
+            table = self._modulations(times, wanted, guidance, modulation_mb) if modulation_mb else None
+
+            def sample_pass(known: Given | None, frames: int) -> Tensor:
                 walk = Walk(times, self.config.diffusion.num_steps)
-                wanted = [label_of(index) for index in chunk]
-                table = self._modulations(times, wanted, guidance, modulation_mb) if modulation_mb else None
-                latents = run_sampler(
+                network = Calls(self.network, walk, table, schedule)
+                return sample_given(
                     process,
-                    walk.counted(self.denoiser(wanted, guidance, walk, Calls(self.network, walk, table, schedule))),
-                    noise.draw(shape),
+                    walk.counted(plan.denoiser(self.denoiser(wanted, guidance, walk, network))),
+                    noise.draw((frames, *shape[1:])),
+                    known,
                     method=method,
                     eta=eta,
                     noise_fn=noise.like,
-                    callback=_progress(callback, number, len(chunks)),
+                    callback=_progress(callback, next(passes), len(chunks) * plan.num_passes),
                 )
-                yield from decoder.push(chunk, latents)
+
+            return sample_pass
+
+        with Decoder(self.decode, self.device, ahead=overlap_decode and self.device.type == "cuda") as decoder:
+            for chunk in chunks:
+                yield from decoder.push(chunk, plan.sample(sampler_of(chunk), chunk))
             yield from decoder.rest()
+
+    def _plan(self, shape: tuple[int, int, int, int], given: GivenFrames | None, windows: Windows | None) -> Plan:
+        """What is known of the videos, and in which passes they are sampled; ValueError where that cannot be."""
+        plan = Plan(shape, torch.empty(0, device=self.device), windows=windows)
+        if given is not None:
+            latents = self.codec.encode(given.pixels.to(self.device))
+            plan = replace(plan, latents=latents, places=given.places)
+        plan.check(self.config.condition, self.config.model.frames_per_token)
+        return plan
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -254,13 +292,18 @@ class Generator:
         """
         if rule not in LABEL_RULES:
             raise ValueError(f"sample.label_rule must be one of {', '.join(LABEL_RULES)}, not {rule!r}.")
-        num_classes = self.config.model.num_classes
+        num_classes = self.num_classes
         chosen = resolve_labels(labels or [], num_classes, self.class_names) or list(range(num_classes))
         if not chosen:
             return lambda index: None
         if rule == "random":
             return lambda index: chosen[_drawn(seed, index) % len(chosen)]
         return lambda index: chosen[index % len(chosen)]
+
+    @property
+    def num_classes(self) -> int:
+        """Of the network's labels; of a text network, as many as it has captions."""
+        return len(self.class_names or ()) if self.config.model.is_text else self.config.model.num_classes
 
     def class_name(self, label: int | None) -> str | None:
         """The name of a class, `class-012` where names are not known, None for no label."""
@@ -286,7 +329,7 @@ class Generator:
         self, labels: Sequence[int | None], guidance: Guidance, walk: Walk, network: ConditionalDenoiser
     ) -> Denoiser:
         """The guided `network` of one batch, where `walk` is."""
-        y = torch.tensor(labels, device=self.device) if self.config.model.num_classes else None
+        y = torch.tensor(labels, device=self.device) if self.num_classes else None
         return guided(
             network,
             y,
@@ -333,7 +376,18 @@ def sampler_settings(config: Config) -> dict[str, Any]:
         *("guidance_scale", "guidance_interval", "batched_guidance", "modulation_mb", "cache", "overlap_decode"),
     )
     sizes = {"num_frames": config.data.num_frames, "image_size": config.data.image_size}
-    return {key: getattr(config.sample, key) for key in keys} | sizes
+    frames = {"given": read_given(config), "windows": windows_of(config)}
+    return {key: getattr(config.sample, key) for key in keys} | sizes | frames
+
+
+def windows_of(config: Config) -> Windows | None:
+    """The windows that `config` asks for; by default such that the network can sample in."""
+    wanted = config.sample
+    if wanted.window is None:
+        return None
+    fitting = "fused" if config.condition.frames == "none" else "autoregressive"
+    method = fitting if wanted.window_method == "auto" else wanted.window_method
+    return Windows(wanted.window, wanted.window_overlap, method)
 
 
 class VideoNoise:

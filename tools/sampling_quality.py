@@ -155,7 +155,7 @@ class Bench:
 
     def sample(self, cell: Cell) -> np.ndarray:
         """The videos of a cell: uint8 (n, F, H, W, 3)."""
-        settings = {"method": cell.method, "steps": cell.steps, "guidance_scale": cell.scale}
+        settings: dict[str, Any] = {"method": cell.method, "steps": cell.steps, "guidance_scale": cell.scale}
         if cell.interval:
             settings["guidance_interval"] = cell.interval
         cache = self.schedule(cell) if cell.computed else None
@@ -180,7 +180,7 @@ class Bench:
             depth = len(self.generator.model.blocks)
             fitted = fit_many(self.generator, config, CACHES[of], (0, depth))
             self.schedules[of] = dict(zip(CACHES[of], fitted, strict=True))
-        return self.schedules[of][cell.computed]
+        return self.schedules[of][cell.computed or 0]
 
     def save(self) -> None:
         """Write the file."""
