@@ -285,8 +285,8 @@ class Config:
         )
         require(
             not self.sample.modulation_mb or (self.model.injection == "adaln" and not self.model.is_text),
-            f"sample.modulation_mb: a network of model.name={self.model.name} and model.injection={self.model.injection} "
-            "has no modulations to hold; leave it out.",
+            f"sample.modulation_mb: model.name={self.model.name} with model.injection={self.model.injection} has no "
+            "modulations to hold; leave it out.",
         )
         self._check_monitor()
 
