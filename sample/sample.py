@@ -193,9 +193,11 @@ def write_overview(
 ) -> None:
     """The GIF and contact sheet of the videos `shown`, and samples.json with what made all of them, and `facts`."""
     import json
+    from dataclasses import asdict
 
     import numpy as np
 
+    from sample.generate import windows_of
     from sample.video_io import write_atomically, write_contact_sheet, write_gif
 
     videos = np.stack(shown)  # (n, F, H, W, 3)
@@ -204,7 +206,9 @@ def write_overview(
     write_contact_sheet(folder / "samples.png", videos, captions)
     settings = config.to_dict()["sample"] | {"ckpt": checkpoint}
     size = {"num_frames": videos.shape[1], "height": videos.shape[2], "width": videos.shape[3]}
-    content = {"checkpoint": checkpoint, **facts, **size, "sample": settings, "videos": files}
+    windows = windows_of(config)
+    made = {"windows": asdict(windows)} if windows else {}
+    content = {"checkpoint": checkpoint, **facts, **size, "sample": settings, **made, "videos": files}
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(folder / "samples.json", lambda temporary: temporary.write_text(text))
 
