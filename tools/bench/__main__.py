@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "training step and forward pass",
     "memory": "peak memory of a training step",
     "techniques": "each technique with and without",
+    "attention": "attention alone: its kernels by shape, with their errors",
     "sample": "the sampling loop with each of its options",
     "scaling": "cost by frames, size, depth, batch, images and ranks, with a plot",
     "data": "reading clips from files, frames and latents; the training's wait for data",
@@ -37,6 +38,7 @@ EVERYTHING = [
     "train --rounds 2",
     "memory --kind reference,fp32 ours,fp32 ours,fp32,compiled",
     "techniques --rounds 2 --batch 1 --latent 16",
+    "attention",
     "sample --rounds 2 --precision fp32",
     "scaling --rounds 2",
     "profile --batch 1",
@@ -51,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     added = {name: commands.add_parser(name, help=what, description=what) for name, what in COMMANDS.items()}
     for each in added.values():
         each.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder (%(default)s)")
-    for name in ("train", "memory", "techniques", "sample", "scaling", "profile", "gpu"):
+    for name in ("train", "memory", "techniques", "attention", "sample", "scaling", "profile", "gpu"):
         _add_workload(added[name])
     added["all"].add_argument("--quick", action="store_true", help=QUICK)
     added["memory"].add_argument("--kind", nargs="+", metavar="NAME", help="default: all of them")
