@@ -91,6 +91,8 @@ TECHNIQUES = [
     Technique("bf16 autocast", step({"train.precision": "bf16"}, {"train.precision": "fp32"})),
     Technique("compiled blocks, fp32", step({"train.compile": True}, {"train.compile": False})),
     Technique("compiled blocks, bf16", step({"train.compile": True}, {"train.compile": False}), "bf16"),
+    Technique("fused attention", step({"train.attention": "fused"}, {"train.attention": "plain"})),
+    Technique("own kernel over time", step({"train.attention": "triton"}, {"train.attention": "fused"}), "bf16", True),
     Technique("recomputed blocks (saves memory)", step({"model.gradient_checkpointing": True}, {})),
     Technique("network, forward pass: all at once", networks),
     Technique("modulation once per clip, alone", modulations),
