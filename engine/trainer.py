@@ -129,6 +129,8 @@ class Trainer:
             null_label=self.model.null_label,
             label_dropout=config.model.label_dropout,
             num_images=config.data.num_images,
+            condition=config.condition,
+            tubelet_size=config.model.frames_per_token,
             seed=train.seed,
             device=world.device,
             dtype=dtype,
@@ -182,10 +184,7 @@ class Trainer:
             notes += filter(None, [self._space_note()])
         for note in [*notes, self.headline(), self.data_line()]:
             self.log.say(note)
-        if train.compile:
-            for block in self.model.blocks:
-                block.compile()
-        self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
+        self.prepare()
         self.meter.clear()
         self.watch.tick()
         stopped = self.callbacks.at_start(self) or loop(self)
@@ -198,6 +197,13 @@ class Trainer:
         if self.world.is_main and not stopped:
             self.folder.mark(COMPLETED, self.step, **self._last_hashes())
         return not stopped
+
+    def prepare(self) -> None:
+        """Make the network ready for `train_step`: compiled, and with its gradients exchanged."""
+        if self.config.train.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
 
     def loop(self) -> int:
         """Steps until `train.max_steps`; returns the signal that stopped it earlier, or 0."""
