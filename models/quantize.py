@@ -5,7 +5,6 @@ Only the blocks are quantised, which hold nearly all weights; embeddings, norms 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -46,19 +45,19 @@ def _torchao(linear: nn.Linear, device: torch.device) -> nn.Module:
 
 
 def _bitsandbytes(linear: nn.Linear, device: torch.device, *, four: bool) -> nn.Module:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # remarks about kernels for other machines
     from bitsandbytes import nn as quantized
 
-    sizes: Any = linear.in_features, linear.out_features, linear.bias is not None
-    with torch.device("meta"):
-        if four:
-            made = quantized.Linear4bit(*sizes, compute_dtype=linear.weight.dtype, quant_type="nf4")
-        else:
-            made = quantized.Linear8bitLt(*sizes, has_fp16_weights=False)
+    frozen: dict[str, Any] = {"requires_grad": False}
     if four:
-        weight = quantized.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=made)
+        make: Any = partial(quantized.Linear4bit, compute_dtype=linear.weight.dtype, quant_type="nf4")
+        weight: Any = quantized.Params4bit(linear.weight.data, quant_type="nf4", **frozen)
     else:
-        weight = quantized.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        make = partial(quantized.Linear8bitLt, has_fp16_weights=False)
+        weight = quantized.Int8Params(linear.weight.data, has_fp16_weights=False, **frozen)
+    with torch.device("meta"):
+        made = make(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    if four:
+        weight.module = made
     made.weight, made.bias = weight, linear.bias
     return made.to(device)  # which is when they are quantised
 

@@ -139,6 +139,11 @@ size = ["--image_size", "16", "16", "--video_length", "1", "--num_sampling_steps
 assert not sample_t2x.main(["--pretrained_model_path", "me/latte", "--prompt", "a red disc", "--save_img_path", out,
                             "--precision", "fp32", "--device", "cpu", *size])
 assert not convert_t2v.main(["me/latte", out + "/converted", "--revision", "v1"])
+for number, arguments in enumerate((["me/absent"], ["me/latte", "--revision", "v9"])):
+    try:
+        convert_t2v.main([arguments[0], out + str(number), *arguments[1:]])
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
 """
 
 
@@ -154,18 +159,5 @@ def test_a_hub_name_works_wherever_a_folder_does(hub: Hub, tmp_path: Path) -> No
     assert done.stderr.count(f"me/latte: revision v1, commit {first}") == 2
     assert done.stderr.count(f"me/latte: revision main, commit {second}") == 1
     assert (tmp_path / "out" / "0000_a_red_disc.png").is_file()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["me/absent"], "me/absent is not a folder here, and could not be had from the hub (RepositoryNotFoundError)"),
-        (["me/latte", "--revision", "v9"], "could not be had from the hub (RevisionNotFoundError)"),
-    ],
-)
-def test_hub_names_that_are_not_there(arguments: list[str], words: str, hub: Hub, tmp_path: Path) -> None:
-    hub.commit("me/latte", {"config.json": b"{}"})
-    command = [sys.executable, "-m", "tools.convert_t2v", arguments[0], str(tmp_path / "out"), *arguments[1:]]
-    done = subprocess.run(command, cwd=ROOT, env=environment(hub, tmp_path / "home"), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    for name, reason in (("me/absent", "RepositoryNotFoundError"), ("me/latte", "RevisionNotFoundError")):
+        assert f"source={name} is not a folder here, and could not be had from the hub ({reason})" in done.stderr

@@ -17,6 +17,7 @@ from engine import cli
 # command -> what it measures; its module in this package has `run(arguments)`
 COMMANDS = {
     "train": "training step and forward pass",
+    "t2v": "text to video: sampling against diffusers' pipeline, quantised, compiled; decoding; encoding prompts",
 }
 
 
@@ -30,7 +31,17 @@ def parser() -> argparse.ArgumentParser:
         each.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder (%(default)s)")
     for name in ("train",):
         _add_workload(added[name])
+    _add_text(added["t2v"])
     return whole
+
+
+def _add_text(command: argparse.ArgumentParser) -> None:
+    """Of text to video."""
+    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    command.add_argument("--steps", type=int, help="of the sampler (50; on a CPU 4)")
+    command.add_argument("--rounds", type=int, default=3, help="of each row (%(default)s)")
+    command.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is shared")
+    command.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
 
 
 def _add_workload(command: argparse.ArgumentParser) -> None:
