@@ -30,6 +30,7 @@ COMMANDS = {
     "saving": "checkpoints in and beside the training",
     "gpu": "all that concerns the network on one GPU, in one command of under ten minutes",
     "profile": "operators of a step by share of time and bound, with a trace; waits and copies",
+    "t2v": "text to video: sampling against diffusers' pipeline, quantised, compiled; decoding; encoding prompts",
 }
 
 QUICK = "tiny sizes: does it run at all?"
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     added["sample"].add_argument("--steps", type=int, help="of each walk (4; on CUDA 250)")
     added["scaling"].add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(1 2)")
     _add_reading(added)
+    _add_text(added["t2v"])
     for name in ("profile", "gpu"):
         added[name].add_argument("--traces", type=Path, default=Path("results/bench"), help="folder (%(default)s)")
     added["gpu"].add_argument("--minutes", type=float, default=9.0, help="begin no table after (%(default)s)")
@@ -77,6 +79,15 @@ def _add_reading(added: dict[str, argparse.ArgumentParser]) -> None:
     metrics.add_argument("--workers", type=int, default=2, help="loader processes (%(default)s)")
     saving.add_argument("--steps", type=int, default=40, help="of each run (%(default)s)")
     saving.add_argument("--every", type=int, default=10, help="steps between checkpoints (%(default)s)")
+
+
+def _add_text(command: argparse.ArgumentParser) -> None:
+    """Of text to video."""
+    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    command.add_argument("--steps", type=int, help="of the sampler (50; on a CPU 4)")
+    command.add_argument("--rounds", type=int, default=3, help="of each row (%(default)s)")
+    command.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is shared")
+    command.add_argument("--quick", action="store_true", help=QUICK)
 
 
 def _add_workload(command: argparse.ArgumentParser) -> None:
