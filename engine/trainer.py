@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
+from models import attention
 from models.convert import init_from_dit, is_image_checkpoint, load_weights, weights_digest
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
@@ -106,6 +107,8 @@ class Trainer:
         self.watch = HangWatch(self.folder.path / "errors" / f"rank{world.rank}.stacks.txt", train.hang_timeout_s)
         if train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+        attention.choose(train.attention, world.device)
 
         dtype, autocast_dtype = DTYPES[train.precision]
         self.clips = build_dataset(config.data, seed=train.seed)
