@@ -10,21 +10,19 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
-from models.convert import init_from_dit, is_image_checkpoint, load_weights
-from models.latte import Latte
 
 from . import checkpoint as ckpt
-from . import resume
-from .build import build_codec, build_model, build_process, count_parameters
+from . import resume, start
+from .build import build_codec, build_model, build_process
 from .callbacks import Callback, Callbacks
-from .config import Config, require
+from .config import Config
 from .distributed import (
     World,
     broadcast_object,
@@ -105,8 +103,8 @@ class Trainer:
 
         dtype, autocast_dtype = DTYPES[train.precision]
         self.clips = build_dataset(config.data, seed=train.seed)
-        self._check_labels()
-        self._check_number()
+        start.check_labels(config, self.clips)
+        start.check_number(config, self.clips, world.size)
         validation = [Validation(config, self.clips)] if config.monitor.val_every else []
         self.callbacks = Callbacks([*validation, *callbacks])
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
@@ -169,14 +167,14 @@ class Trainer:
 
     def _fit(self, loop: Callable[[Trainer], int]) -> bool:
         train = self.config.train
-        self._check_ranks_agree()
+        start.check_ranks_agree(self.config, self.clips)
         notes = self.restore()
         if self.world.is_main:
             self.log = RunLogger(self.folder.path, start=self.step, total=train.max_steps)
             (self.folder.path / "config.yaml").write_text(self.config.to_yaml())
             self.folder.event("start", self.step, world_size=self.world.size)
-            notes += filter(None, [self._space_note()])
-        for note in [*notes, self.headline(), self.data_line()]:
+            notes += filter(None, [start.space_note(self)])
+        for note in [*notes, start.headline(self), start.data_line(self.clips)]:
             self.log.say(note)
         if train.compile:
             for block in self.model.blocks:
@@ -368,8 +366,8 @@ class Trainer:
 
     def load_state_dict(self, saved: ckpt.Checkpoint) -> None:
         """Continue exactly where `saved` stood."""
-        self._load_weights(self.model, saved.model, "the checkpoint's model")
-        self._load_weights(self.ema.model, saved.ema, "the checkpoint's running average")
+        resume.load_whole_weights(self.model, saved.model, "the checkpoint's model")
+        resume.load_whole_weights(self.ema.model, saved.ema, "the checkpoint's running average")
         self.ema.updates = saved.state["ema_updates"]
         state: dict[int, dict[str, Tensor]] = {}
         for index, (name, parameter) in enumerate(self.model.named_parameters() if saved.step else ()):
@@ -384,17 +382,6 @@ class Trainer:
             torch.set_rng_state(saved.rng[f"cpu/{self.world.rank}"])
         self.guard.load_state_dict(saved.state["guard"])
         self.step, self.samples_seen = saved.step, saved.samples_seen
-
-    def _load_weights(self, model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-        load_weights(cast(Latte, model), self._sharded_as_model(weights), source)
-
-    def _sharded_as_model(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`weights` cut as the network's own are; what has another name or shape stays for the loader to refuse."""
-        own = self.model.state_dict()
-        return {
-            name: shard_like(value, own[name]) if name in own and own[name].shape == value.shape else value
-            for name, value in weights.items()
-        }
 
     def save(self) -> None:
         """Rank 0 writes the checkpoint; all ranks learn of its outcome and take the same branch."""
@@ -411,77 +398,9 @@ class Trainer:
 
     def restore(self) -> list[str]:
         """Continue a checkpoint or take initial weights, as the config says; returns what to tell."""
-        source = self.config.train.resume
-        if source == "never":
-            held = ckpt.list_checkpoints(self.checkpoints)
-            require(
-                not held,
-                f"train.resume=never, but {self.checkpoints} holds {len(held)} checkpoint(s) of an earlier run: name "
-                "another train.output_dir, or move them away.",
-            )
-            return self.initialise()
-        folder, complaints = on_main(lambda: self._find_newest(self.checkpoints))
-        if folder is None and source != "auto":  # where the run has nothing of its own yet
-            folder = on_main(lambda: ckpt.find_checkpoint(Path(source)))
-        if folder is None:
-            require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {self.checkpoints}.")
-            return self.initialise()
-        return [f"warning: {text}" for text in complaints] + self._resume(folder)
+        return resume.restore(self)
 
-    @staticmethod
-    def _find_newest(root: Path) -> tuple[Path | None, list[str]]:
-        ckpt.remove_unfinished(root)
-        folder, complaints = ckpt.newest_verified(root)
-        if folder is not None:
-            ckpt.set_damaged_aside(folder)
-            complaints = [f"{text} It is set aside." for text in complaints]
-        return folder, complaints
-
-    def _resume(self, folder: Path) -> list[str]:
-        saved = ckpt.load_checkpoint(folder)
-        facts = {"global_batch_size": self.global_batch_size, "data_digest": self.clips.digest}
-        differences = resume.differences(folder, saved, self.config, facts, self.clips.class_names)
-        notes = resume.accepted(folder, differences, self.override)
-        notes += resume.generator_notes(folder, saved, self.world.size, self.allow_inexact_resume)
-        try:
-            self.load_state_dict(saved)
-        except KeyError as error:
-            raise ckpt.CheckpointError(f"checkpoint {folder} lacks {error}; it cannot be continued.") from None
-        if self.world.is_main:
-            self.folder.event("resume", self.step, checkpoint=folder.name, world_size=self.world.size)
-        return [*notes, f"continuing {folder} at step {self.step}"]
-
-    def initialise(self) -> list[str]:
-        """Take `train.init_from`'s weights into the network and its average."""
-        source = self.config.train.init_from
-        if source is None:
-            return []
-        weights = ckpt.load_model_weights(source)
-        if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
-            notes = str(init_from_dit(self.model, self._sharded_as_model(weights))).splitlines()
-        else:
-            self._load_weights(self.model, weights, source)
-            notes = [f"initial weights: {source}"]
-        self.ema.load_state_dict(self.model.state_dict())
-        return notes
-
-    # ---- words and numbers ---------------------------------------------------------------------
-
-    def headline(self) -> str:
-        """What this run is, in one line."""
-        millions = count_parameters(self.model) / 1e6
-        return (
-            f"{self.config.model.name} {self.config.model.variant}, {millions:.2f} M parameters, "
-            f"global batch {self.global_batch_size} on {self.world.size} process(es), "
-            f"{self.world.device.type} {self.config.train.precision}, steps {self.step} to "
-            f"{self.config.train.max_steps}, into {self.folder.path}"
-        )
-
-    def data_line(self) -> str:
-        """What it is trained on, in one line."""
-        facts = {key: value for key, value in self.clips.describe().items() if value}
-        facts["digest"] = str(facts["digest"])[:12]
-        return "data: " + ", ".join(f"{key} {value}" for key, value in facts.items())
+    # ---- numbers -------------------------------------------------------------------------------
 
     def log_metrics(self, meter: Meter) -> None:
         """One row: means over the steps since the last row and over ranks."""
@@ -503,53 +422,9 @@ class Trainer:
         history = self.timestep_sampler.state_dict()
         return states | {f"timestep_sampler/{key}": value.cpu() for key, value in history.items()}
 
-    def _check_labels(self) -> None:
-        classes = self.config.model.num_classes
-        if not classes:
-            return
-        require(
-            self.clips.num_classes > 0,
-            f"model.num_classes={classes}, but the clips of {self.config.data.path} have no classes: set "
-            "model.num_classes=0, or data.labels to where the classes are written.",
-        )
-        worst = max(self.clips.catalog.clips, key=lambda clip: clip.label)
-        require(
-            worst.label < classes,
-            f"{worst.path} is of class {self.clips.class_names[worst.label]!r}, "
-            f"label {worst.label}, but model.num_classes={classes} allows 0 to {classes - 1}; "
-            f"the data has {self.clips.num_classes} classes.",
-        )
-
-    def _check_number(self) -> None:
-        """A step never holds a clip twice."""
-        train = self.config.train
-        require(
-            len(self.clips) >= self.global_batch_size,
-            f"{self.config.data.path} has {len(self.clips)} clips, fewer than the global batch of "
-            f"{self.global_batch_size} (train.batch_size={train.batch_size} x train.grad_accum_steps="
-            f"{train.grad_accum_steps} x {self.world.size} processes): lower these, or add clips.",
-        )
-
-    def _check_ranks_agree(self) -> None:
-        """Every rank must see the same data, or they would wait for each other for ever."""
-        seen = gather_objects((len(self.clips), self.clips.digest))
-        for rank, (length, digest) in enumerate(seen):
-            require(
-                (length, digest) == seen[0],
-                f"rank {rank} finds {length} clips (list {digest[:12]}) under {self.config.data.path}, rank 0 "
-                f"{seen[0][0]} (list {seen[0][1][:12]}): every machine must hold the same files.",
-            )
-
     def _files_of(self, micro_batches: list[dict[str, Tensor]]) -> list[str]:
         clips = self.clips.catalog.clips
         return [str(clips[index].path) for batch in micro_batches for index in batch["index"].tolist()]
-
-    def _space_note(self) -> str | None:
-        """A warning where the next checkpoint will hardly fit: weights, average and two moments."""
-        state = self.model.state_dict().values()
-        needed = 4 * sum(value.numel() * value.element_size() for value in state)
-        warning = ckpt.space_warning(self.checkpoints, needed)
-        return f"warning: {warning}" if warning else None
 
     def _last_hashes(self) -> dict[str, Any]:
         """Name and file hashes of the newest checkpoint."""
