@@ -51,6 +51,8 @@ FREE_ON_RESUME = (
     "train.resume",
     "train.init_from",
     "train.compile",
+    "train.run_ahead",
+    "optim.fused",
     "optim.max_skips",
 )
 # what a checkpoint's state.json must hold, beside step and samples_seen

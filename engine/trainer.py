@@ -1,7 +1,8 @@
 """The training loop: resume, step, log, checkpoint. Progress is optimiser steps and samples seen.
 
-At every step boundary the ranks agree (one collective) on whether the gradient is finite, whether a signal asks
-to stop, and whether a checkpoint failed to be written; so they always take the same branch.
+In every step the ranks agree (one collective) on whether the gradient is finite, whether a signal asks to stop, and
+whether a checkpoint failed to be written; so they always take the same branch. The device acts on the first by itself.
+The host reads all of it when the next step is queued (`train.run_ahead`), so that no step waits for the device.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from .distributed import (
     broadcast_object,
     data_parallel,
     gather_objects,
-    max_over_ranks,
+    local,
     mean_over_ranks,
     on_main,
     replicated,
@@ -39,11 +41,13 @@ from .distributed import (
 )
 from .ema import EMA
 from .errors import CheckpointNotWritten, TrainingAborted
+from .garbage import CollectOnRequest
 from .guard import StepGuard, check_replicas
 from .logging import Logger, NullLogger, RunLogger
 from .meter import Meter, peak_memory_gib
 from .objective import Objective, StepLoss
-from .optim import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from .optim import build_optimizer, clip_gradients, gradient_norm, learning_rate_at, step_unless
+from .pending import Findings, Pending
 from .run_folder import COMPLETED, PREEMPTED, RunFolder
 from .signals import StopSignals
 from .stream import ClipStream, PositionBatches, load_micro_batches
@@ -90,12 +94,14 @@ class Trainer:
         self.global_batch_size = train.batch_size * train.grad_accum_steps * world.size
         self.step = 0
         self.samples_seen = 0
+        self.pending: Pending | None = None
         self.guard = StepGuard(config.optim)
         self.signals = StopSignals()
         self.log: Logger = NullLogger()
         self.crumbs = Breadcrumbs(self.folder.path, world.rank)
         self.batch_files: list[str] = []
         self.meter = Meter()
+        self.garbage = CollectOnRequest()
         self._under_way = False
         self.watch = HangWatch(self.folder.path / "errors" / f"rank{world.rank}.stacks.txt", train.hang_timeout_s)
         if train.precision == "tf32":
@@ -182,7 +188,10 @@ class Trainer:
         self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
         self.meter.clear()
         self.watch.tick()
-        stopped = self.callbacks.at_start(self) or loop(self)
+        stopped = self.callbacks.at_start(self)
+        if not stopped:
+            with self.garbage:
+                stopped = loop(self)
         self.watch.stop()
         if stopped:
             self._stop_early(stopped)
@@ -207,92 +216,128 @@ class Trainer:
     def advance(self, micro_batches: list[dict[str, Tensor]]) -> int:
         """One step with all that it is due: log, replica check, checkpoint, callbacks; the signal to stop, or 0."""
         before = self.step
-        parts, stop = self.train_step(micro_batches)
+        _, stop = self.train_step(micro_batches)
         if not self._under_way:
             set_timeout(self.config.train.timeout_s)
             self._under_way = True
         if self.step > before:
-            replaced = torch.cat([batch["replaced"] for batch in micro_batches]).float().mean()
-            self.meter.add({**parts, "replaced_share": replaced.to(parts["loss"])})
             self.log.advance(self.step)
-            self._at_step(self.meter)
+            self._at_step()
             stop = stop or self.callbacks.at_step(self)  # when stopped, they come first in the next session
         self.watch.tick()
         return stop
 
-    def _at_step(self, meter: Meter) -> None:
+    def _due(self, step: int) -> bool:
+        """Whether there is something to do at `step`, for which everything of it must be known."""
+        train = self.config.train
+        every = [train.log_every, train.checkpoint_every, *(callback.every for callback in self.callbacks.all)]
+        every += [train.drift_check_every] if self.replicas else []
+        return step == train.max_steps or any(number and step % number == 0 for number in every)
+
+    def _at_step(self) -> None:
         """What a new step is due: a row of the log, a comparison of the replicas, a checkpoint."""
         train = self.config.train
         last = self.step == train.max_steps
         if self.step % train.log_every == 0 or last:
-            self.log_metrics(meter)
-            meter.clear()
+            self.log_metrics(self.meter)
+            self.garbage.collect()
+            self.meter.clear()
         if self.replicas and train.drift_check_every and self.step % train.drift_check_every == 0:
             check_replicas(self.model.state_dict(), self.step)
         if self.step % train.checkpoint_every == 0 or last:
             self.save()
 
+    # ---- one step ------------------------------------------------------------------------------
+
     def train_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], int]:
         """One optimiser step over `grad_accum_steps` micro-batches, applied unless the guard refuses it.
+
+        With `train.run_ahead` it may be counted (`settle`) in the next call only.
 
         Returns:
             device scalars to log, and the signal that asks to stop (0: none).
         """
-        train, optim = self.config.train, self.config.optim
         self.batch_files = self._files_of(micro_batches)
-        learning_rate = learning_rate_at(self.step, optim, train.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
-        parts: dict[str, Tensor] = {}
-        results = []
-        for index, batch in enumerate(micro_batches):
-            with self.gradient_sync(index + 1 == len(micro_batches)):
-                result = self.objective(self.parallel_model, batch)
-                (result.loss / len(micro_batches)).backward()
-            results.append(result)
-            for name, value in result.parts.items():
-                parts[name] = parts.get(name, 0.0) + value / len(micro_batches)
-        norm = replicated(gradient_norm(self.model.parameters())).detach()
-        parts["grad_norm"] = norm
-        bad, stop, failed, total_norm = self._agree(parts["loss"], norm)
-        self._raise_failed_write(broadcast_object(self.writer.failure) if failed else None)
-        verdict = self.guard.judge(not bad, total_norm, self.step)
-        self.samples_seen += self.global_batch_size
-        if verdict.skip:
-            self._report_skip(verdict.skip, results)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.guard.check_streak()
-            return parts, stop
-        clip_gradients(self.model.parameters(), norm, verdict.limit)
-        self.optimizer.step()
-        self.ema.update(self.model)
-        for result in results:
-            self.timestep_sampler.update(result.timesteps, result.per_clip)
-        self.step += 1
+        parts, losses = self._backward(micro_batches)
+        stop = self.settle()  # the step before; the device has this one to work on meanwhile
+        self.pending = self._update(parts, losses)
+        if stop or not self.config.train.run_ahead or self._due(self.step + 1):
+            stop = self.settle() or stop
         return parts, stop
 
-    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[bool, int, bool, float]:
-        """Over all ranks: is anything not finite, which signal asks to stop, has a checkpoint failed; and the norm.
+    def _backward(self, micro_batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], list[StepLoss]]:
+        """The gradient of the mean loss; scalars to log and the losses of each micro-batch, detached."""
+        self.optimizer.zero_grad(set_to_none=True)
+        count = len(micro_batches)
+        parts: dict[str, Tensor] = {}
+        losses = []
+        for index, batch in enumerate(micro_batches):
+            with self.gradient_sync(index + 1 == count):
+                result = self.objective(self.parallel_model, batch)
+                (result.loss / count).backward()
+            losses.append(replace(result, loss=result.loss.detach()))
+            for name, value in result.parts.items():
+                parts[name] = parts.get(name, 0.0) + value / count
+        parts["grad_norm"] = replicated(gradient_norm(self.model.parameters())).detach()
+        replaced = torch.cat([batch["replaced"] for batch in micro_batches]).float().mean()
+        parts["replaced_share"] = torch.full_like(parts["loss"], float(replaced))
+        return parts, losses
 
-        One collective, and the step's one wait for the device.
-        """
-        bad = ~(loss.isfinite() & norm.isfinite())
-        asked = torch.tensor([self.signals.received, self.writer.failure is not None], dtype=norm.dtype)
-        known = torch.stack([bad.to(norm.dtype), norm.nan_to_num(0.0)])  # the norm is the same on every rank
-        not_finite, total_norm, signal, failed = max_over_ranks(torch.cat([known, asked.to(norm.device)])).tolist()
-        return bool(not_finite), int(signal), bool(failed), total_norm
+    def _update(self, parts: dict[str, Tensor], losses: list[StepLoss]) -> Pending:
+        """Apply the gradient unless the device finds that it must not be; the host need not know."""
+        norm = parts["grad_norm"]
+        findings = Findings.gather(parts["loss"], norm, self.signals.received, self.writer.failure is not None)
+        bounds = self.guard.bounds(self.step)
+        skip, limit = bounds.judge(findings.bad > 0, findings.norm)
+        if bounds.clipping:
+            gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+            clip_gradients(gradients, norm, limit)
+        learning_rate = learning_rate_at(self.step, self.config.optim, self.config.train.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        step_unless(skip, self.optimizer)
+        for loss in losses:
+            self.timestep_sampler.update(loss.timesteps, loss.per_clip, skip)
+        return Pending(findings, skip, bounds, losses, parts, self.batch_files)
 
-    def _report_skip(self, reason: str, results: list[StepLoss]) -> None:
+    def settle(self) -> int:
+        """Count the step in flight, if there is one; the signal that asks to stop, or 0. Collective where it failed."""
+        if self.pending is None:
+            return 0
+        pending, self.pending = self.pending, None
+        outcome = pending.outcome()
+        self._raise_failed_write(broadcast_object(self.writer.failure) if outcome.failed else None)
+        refused = self.guard.record(pending.bounds, outcome.skipped, outcome.finite, outcome.norm)
+        self.samples_seen += self.global_batch_size
+        if refused:
+            self._report_skip(refused, pending)
+            self.guard.check_streak()
+        else:
+            self.ema.update(self.model)  # no later step has changed it yet
+            self.meter.add(pending.parts)
+            self.step += 1
+        return outcome.signal
+
+    def _report_skip(self, reason: str, pending: Pending) -> None:
         """Say which files and timesteps a step was skipped over; collective."""
-        timesteps = torch.cat([result.timesteps for result in results]).tolist()
-        losses = [float(result.loss.detach()) for result in results]
-        facts = gather_objects({"files": self.batch_files, "timesteps": timesteps, "losses": losses})
+        timesteps = torch.cat([loss.timesteps for loss in pending.losses]).tolist()
+        losses = [float(loss.loss) for loss in pending.losses]
+        facts = gather_objects({"files": pending.files, "timesteps": timesteps, "losses": losses})
         self.log.say(f"step {self.step} skipped ({self.guard.skipped} so far): {reason}")
         if self.world.is_main:
             text = [str(loss) for rank in facts for loss in rank["losses"]]  # JSON has no NaN
             merged = {key: [value for rank in facts for value in rank[key]] for key in ("files", "timesteps")}
             self.folder.event("skip", self.step, reason=reason, samples_seen=self.samples_seen, losses=text, **merged)
+
+    def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
+        """Ranks exchange gradients in the last micro-step only."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        if last or self.world.size == 1 or self.sharded:
+            return contextlib.nullcontext()
+        return self.parallel_model.no_sync()  # type: ignore[operator]
+
+    # ---- the end, and the data -----------------------------------------------------------------
 
     def _stop_early(self, signal_number: int) -> None:
         """Save everything and leave the marker that asks to be started again."""
@@ -330,18 +375,11 @@ class Trainer:
                     raise
                 raise TrainingAborted(explained) from error
 
-    def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
-        """Ranks exchange gradients in the last micro-step only."""
-        if self.sharded:
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-        if last or self.world.size == 1 or self.sharded:
-            return contextlib.nullcontext()
-        return self.parallel_model.no_sync()  # type: ignore[operator]
-
     # ---- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> ckpt.Checkpoint:
         """Everything that a continuation needs, on the CPU, independent of the number of ranks. Collective."""
+        self.settle()
         names = [name for name, _ in self.model.named_parameters()]
         moments = self.optimizer.state_dict()["state"]
         optim = {f"{key}/{names[i]}": value for i, state in moments.items() for key, value in state.items()}
@@ -351,7 +389,7 @@ class Trainer:
             samples_seen=self.samples_seen,
             model=whole(self.model.state_dict(), copy=copy),
             ema=whole(self.ema.state_dict(), copy=copy),
-            optim=whole(optim, copy=copy),  # with AdamW's step counts, which are on the CPU even beside a GPU
+            optim=whole(optim, copy=copy),  # with AdamW's step counts
             rng=self._rng_state(),
             state={
                 "ema_updates": self.ema.updates,
