@@ -217,7 +217,8 @@ class Trainer:
         """One step with all that it is due: log, replica check, checkpoint, callbacks; the signal to stop, or 0."""
         before = self.step
         _, stop = self.train_step(micro_batches)
-        if not self._under_way:
+        if not self._under_way:  # from here on no rank has to compile or connect
+            stop = self.settle() or stop
             set_timeout(self.config.train.timeout_s)
             self._under_way = True
         if self.step > before:

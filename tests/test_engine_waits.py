@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.optim.optimizer as optimizers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,7 +60,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch lacks on `meta`: generators, autocast, and a name in the list of fused AdamW, which it has."""
     monkeypatch.setattr(objective, "sample_generator", lambda seed, position, device: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
 
 
 @pytest.fixture
@@ -94,7 +95,8 @@ def test_no_step_waits(tiny: list[str], tmp_path: Path, on_meta: None, read: lis
     run = Trainer(load_config(None, [*tiny, *QUIET, "optim.fused=true", *extra]), World(device=META))
     run.parallel_model = run.model
     batches = run.batches()
-    run.train_step(next(batches))  # the optimiser makes its state
+    with Crossings():
+        run.train_step(next(batches))  # the optimiser makes its state
     for _ in range(3):
         micro_batches, flight, before = next(batches), run.pending, len(read)
         with Crossings() as crossings:
@@ -125,7 +127,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     ("fault", "extra"),
     [
         ("nan@0:3", ["diffusion.timestep_sampler=loss_aware", "optim.schedule=cosine", "train.ema_warmup=true"]),
-        ("inf@0:5,nan@0:5,term@0:7", ["train.grad_accum_steps=2", "train.batch_size=1", "optim.fused=true"]),
+        ("inf@0:5,nan@0:5", ["train.grad_accum_steps=2", "train.batch_size=1", "optim.fused=true"]),
         ("spike@0:22", ["optim.spike_factor=10", "optim.clip_start_step=6", "optim.max_grad_norm=1e-3"]),
         ("spike@0:22", ["optim.spike_factor=10", "optim.spike_policy=clip", "optim.max_grad_norm=1e9"]),
     ],
@@ -139,16 +141,14 @@ def test_reading_late_changes_nothing(tiny: list[str], tmp_path: Path, fault: st
         folder = tmp_path / str(ahead)
         options = [*common, *extra, f"train.run_ahead={ahead}", f"train.output_dir={folder}"]
         with armed(fault):
-            first = run(options)
-        assert first.guard.skipped + first.guard.spikes
-        last = run(options)  # goes on where the signal stopped it, if there was one
-        assert last.step == 25
-        saved = last.state_dict()
+            done = run(options)
+        assert done.guard.skipped + done.guard.spikes and done.step == 25
+        saved = done.state_dict()
         states.append({**saved.model, **saved.optim, **{f"ema/{name}": value for name, value in saved.ema.items()}})
         states[-1] |= {f"rng/{name}": value for name, value in saved.rng.items()}
         logs.append((logged(folder), saved.state["guard"], saved.samples_seen))
         events = [row for row in rows(folder, "events.jsonl") if row["event"] == "skip"]
-        assert len(events) == first.guard.skipped and all(len(row["files"]) == 2 for row in events)
+        assert len(events) == done.guard.skipped and all(len(row["files"]) == 2 for row in events)
     assert logs[0] == logs[1]
     assert states[0].keys() == states[1].keys()
     assert not [name for name, value in states[0].items() if not torch.equal(value, states[1][name])]
