@@ -13,6 +13,7 @@ from diffusion import GaussianDiffusion, RectifiedFlow, build_diffusion
 from models.autoencoder import LatentCodec, StoredCodec
 from models.codec_identity import codec_identity, same_codec
 from models.latte import Latte
+from models.lora import add_lora, hold_frozen_linear_maps_in
 
 from .config import Config
 
@@ -26,6 +27,14 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> Latte:
             latent_size=config.latent_size,
             num_frames=config.data.num_frames,
         )
+
+
+def put_adapters(model: Latte, config: Config, autocast_dtype: torch.dtype | None = None) -> Latte:
+    """Freeze `model` and put the adapters of `config.lora` beside its weights, which change nothing yet."""
+    add_lora(model, config.lora)
+    if autocast_dtype is not None:
+        hold_frozen_linear_maps_in(model, autocast_dtype)
+    return model
 
 
 def build_process(config: Config, respacing: str = "") -> GaussianDiffusion | RectifiedFlow:
@@ -68,8 +77,9 @@ def macs_per_clip(config: Config) -> int:
 
 def describe(config: Config) -> dict[str, Any]:
     """What `--dry-run` prints: the resolved config, its parameter count and its cost. Opens no data."""
+    model = build_model(config, "meta")
     return {
         "config": config.to_dict(),
-        "trainable_parameters": count_parameters(build_model(config, "meta")),
+        "trainable_parameters": count_parameters(put_adapters(model, config) if config.lora.rank else model),
         "macs_per_clip": macs_per_clip(config),
     }

@@ -65,10 +65,10 @@ class OptimConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of `model`."""
+    """AdamW over the trainable parameters of `model`."""
     on_cuda = next(model.parameters()).device.type == "cuda"
     return torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

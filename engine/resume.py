@@ -9,12 +9,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from models.convert import init_from_dit, is_image_checkpoint, load_weights
+from models.convert import init_from_dit, is_image_checkpoint, load_weights, weights_digest
 from models.latte import Latte
+from models.lora import lora_weights
 
 from . import checkpoint as ckpt
+from .build import put_adapters
 from .config import Config, require
 from .distributed import on_main, shard_like
 
@@ -92,7 +95,7 @@ def find_newest(root: Path) -> tuple[Path | None, list[str]]:
 def resume(run: Trainer, folder: Path) -> list[str]:
     """Continue the checkpoint in `folder`; returns what to tell."""
     saved = ckpt.load_checkpoint(folder)
-    facts = {"global_batch_size": run.global_batch_size, "data_digest": run.clips.digest}
+    facts = {"global_batch_size": run.global_batch_size, "data_digest": run.clips.digest, **run.lora_base}
     changes = differences(folder, saved, run.config, facts, run.clips.class_names)
     notes = accepted(folder, changes, run.override)
     notes += generator_notes(folder, saved, run.world.size, run.allow_inexact_resume)
@@ -110,18 +113,33 @@ def initialise(run: Trainer) -> list[str]:
     source = run.config.train.init_from
     if source is None:
         return []
+    if run.lora_base:
+        return [f"adapters beside {source}, weights {run.lora_base['lora_base'][:12]}, which stay as they are"]
     weights = ckpt.load_model_weights(source)
     if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
         notes = str(init_from_dit(run.model, _sharded_as(run.model, weights))).splitlines()
     else:
-        load_whole_weights(run.model, weights, source)
+        load_weights(run.model, _sharded_as(run.model, weights), source)
         notes = [f"initial weights: {source}"]
     run.ema.load_state_dict(run.model.state_dict())
     return notes
 
 
-def load_whole_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Whole `weights` into a network that may be in shards; a strict report where they do not fit."""
+def put_adapters_beside(model: Latte, config: Config, autocast_dtype: torch.dtype | None) -> dict[str, str]:
+    """Take `train.init_from`'s weights and put adapters beside them; returns the hash of these weights."""
+    source = str(config.train.init_from)
+    weights = ckpt.load_model_weights(source)
+    load_weights(model, weights, source)
+    put_adapters(model, config, autocast_dtype)
+    return {"lora_base": weights_digest(weights)}
+
+
+def load_trained(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """The whole weights of a checkpoint, or its adapters, into a network that may be in shards; strict."""
+    own = model.state_dict()
+    adapters = lora_weights(own)
+    if adapters:  # what they are beside is there already
+        weights = {key: own[key] for key in own.keys() - adapters.keys()} | weights
     load_weights(cast(Latte, model), _sharded_as(model, weights), source)
 
 
@@ -140,14 +158,14 @@ def differences(
     """Lines `key: old -> new` for all in which the run of checkpoint `folder` was another experiment.
 
     Args:
-        facts: what the run now has of the state's `global_batch_size` and `data_digest`.
+        facts: what the run now has of the state's `global_batch_size`, `data_digest` and, with adapters, `lora_base`.
         class_names: of the data now, in the order of their labels.
     """
     lacking = [key for key in STATE_KEYS if key not in saved.state]
     require(not lacking, f"{folder / 'state.json'} lacks {', '.join(lacking)}; it cannot be continued.")
     before = ckpt.load_checkpoint_config(folder)
     changes = ckpt.config_changes(before, config, FREE_ON_RESUME) if before else []
-    changes += [f"{key}: {saved.state[key]} -> {now}" for key, now in facts.items() if saved.state[key] != now]
+    changes += [f"{key}: {saved.state.get(key)} -> {now}" for key, now in facts.items() if saved.state.get(key) != now]
     gone, new = set(saved.state["class_names"]) - set(class_names), set(class_names) - set(saved.state["class_names"])
     if gone or new:  # another folder would move the labels of those after it
         changes.append(f"class_names: {sorted(gone)} -> {sorted(new)}")

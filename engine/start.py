@@ -59,9 +59,10 @@ def check_ranks_agree(config: Config, clips: ClipDataset) -> None:
 
 def headline(run: Trainer) -> str:
     """What this run is, in one line."""
-    model, train = run.config.model, run.config.train
+    model, train, rank = run.config.model, run.config.train, run.config.lora.rank
     return (
-        f"{model.name} {model.variant}, {count_parameters(run.model) / 1e6:.2f} M parameters, "
+        f"{model.name} {model.variant}, {count_parameters(run.model) / 1e6:.2f} M parameters"
+        f"{f' in adapters of rank {rank}' if rank else ''}, "
         f"global batch {run.global_batch_size} on {run.world.size} process(es), "
         f"{run.world.device.type} {train.precision}, steps {run.step} to "
         f"{train.max_steps}, into {run.folder.path}"
@@ -77,7 +78,7 @@ def data_line(clips: ClipDataset) -> str:
 
 def space_note(run: Trainer) -> str | None:
     """A warning where the next checkpoint will hardly fit: weights, average and two moments."""
-    state = run.model.state_dict().values()
+    state = run.trained(run.model).values()
     needed = 4 * sum(value.numel() * value.element_size() for value in state)
     warning = ckpt.space_warning(run.checkpoints, needed)
     return f"warning: {warning}" if warning else None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
+from models.lora import lora_weights
 
 from . import checkpoint as ckpt
 from . import resume, start
@@ -115,6 +116,9 @@ class Trainer:
         self.callbacks = Callbacks([*validation, *callbacks])
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
         self.model = build_model(config).to(world.device, dtype)
+        self.lora_base: dict[str, str] = {}
+        if config.lora.rank:
+            self.lora_base = resume.put_adapters_beside(self.model, config, autocast_dtype)
         self.ema = EMA(self.model, train.ema_decay, train.ema_warmup)
         if self.sharded:
             shard(self.model, world, autocast_dtype)
@@ -129,6 +133,8 @@ class Trainer:
             null_label=self.model.null_label,
             label_dropout=config.model.label_dropout,
             num_images=config.data.num_images,
+            condition=config.condition,
+            tubelet_size=config.model.frames_per_token,
             seed=train.seed,
             device=world.device,
             dtype=dtype,
@@ -182,10 +188,7 @@ class Trainer:
             notes += filter(None, [start.space_note(self)])
         for note in [*notes, start.headline(self), start.data_line(self.clips)]:
             self.log.say(note)
-        if train.compile:
-            for block in self.model.blocks:
-                block.compile()
-        self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
+        self.prepare()
         self.meter.clear()
         self.watch.tick()
         stopped = self.callbacks.at_start(self)
@@ -201,6 +204,13 @@ class Trainer:
         if self.world.is_main and not stopped:
             self.folder.mark(COMPLETED, self.step, **self._last_hashes())
         return not stopped
+
+    def prepare(self) -> None:
+        """Make the network ready for `train_step`: compiled, and with its gradients exchanged."""
+        if self.config.train.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
 
     def loop(self) -> int:
         """Steps until `train.max_steps`; returns the signal that stopped it earlier, or 0."""
@@ -381,15 +391,15 @@ class Trainer:
     def state_dict(self) -> ckpt.Checkpoint:
         """Everything that a continuation needs, on the CPU, independent of the number of ranks. Collective."""
         self.settle()
-        names = [name for name, _ in self.model.named_parameters()]
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         moments = self.optimizer.state_dict()["state"]
         optim = {f"{key}/{names[i]}": value for i, state in moments.items() for key, value in state.items()}
         copy = self.config.train.async_checkpoint  # the training goes on in these very tensors
         return ckpt.Checkpoint(
             step=self.step,
             samples_seen=self.samples_seen,
-            model=whole(self.model.state_dict(), copy=copy),
-            ema=whole(self.ema.state_dict(), copy=copy),
+            model=whole(self.trained(self.model), copy=copy),
+            ema=whole(self.trained(self.ema.model), copy=copy),
             optim=whole(optim, copy=copy),  # with AdamW's step counts
             rng=self._rng_state(),
             state={
@@ -400,16 +410,22 @@ class Trainer:
                 "data_digest": self.clips.digest,
                 "num_clips": len(self.clips),
                 "class_names": self.clips.catalog.class_names,
+                **self.lora_base,
             },
         )
 
+    def trained(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint holds of a network: all of it, or the adapters."""
+        return lora_weights(model.state_dict()) if self.config.lora.rank else model.state_dict()
+
     def load_state_dict(self, saved: ckpt.Checkpoint) -> None:
         """Continue exactly where `saved` stood."""
-        resume.load_whole_weights(self.model, saved.model, "the checkpoint's model")
-        resume.load_whole_weights(self.ema.model, saved.ema, "the checkpoint's running average")
+        resume.load_trained(self.model, saved.model, "the checkpoint's model")
+        resume.load_trained(self.ema.model, saved.ema, "the checkpoint's running average")
         self.ema.updates = saved.state["ema_updates"]
         state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(self.model.named_parameters() if saved.step else ()):
+        trained = [each for each in self.model.named_parameters() if each[1].requires_grad]
+        for index, (name, parameter) in enumerate(trained if saved.step else ()):
             moments = {key: saved.optim[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
             state[index] = {key: shard_like(value, parameter) for key, value in moments.items()}
             state[index]["step"] = saved.optim[f"step/{name}"]

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from models.text_encoder import Prompt
     from sample.t2x_config import T2XConfig
-    from sample.text_to_video import Prompt
 
 SHOWN = 16  # videos on the contact sheet
 PROMPTS: dict[str, Any] = {"text_prompt": [], "prompt_file": None}  # where one is given, both are
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
 def encode_all(config: T2XConfig, folder: Path, prompts: list[str], device: torch.device) -> list[Prompt]:
     """Features of all prompts; the text encoder, by far the largest network, lives no longer than this."""
     from models.autoencoder import DTYPES
-    from sample.text_to_video import TextEncoder
+    from models.text_encoder import TextEncoder
 
     encoder = TextEncoder.from_folder(folder, DTYPES[config.precision], device)
     negative = config.negative_prompt if config.guidance_scale > 1 else None

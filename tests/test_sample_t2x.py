@@ -15,10 +15,11 @@ import torch
 from diffusers import LattePipeline
 from PIL import Image
 
+from models.text_encoder import TextEncoder, clean_caption
 from sample import sample_t2x
-from sample.captions import clean_caption, read_prompts
+from sample.captions import read_prompts
 from sample.t2x_config import SCHEDULERS, T2XConfig, load_t2x_config
-from sample.text_to_video import Sampler, TextEncoder, denoise, find_folder, load_codec, make_scheduler
+from sample.text_to_video import Sampler, denoise, find_folder, load_codec, make_scheduler
 from tests.t2v_support import ours_of, theirs, tiny_pipeline, tiny_vae
 
 ROOT = Path(__file__).resolve().parents[1]

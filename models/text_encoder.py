@@ -1,0 +1,102 @@
+"""T5 and its tokenizer: captions to the features that a text-conditioned network is conditioned on.
+
+transformers is imported only where an encoder is loaded.
+Letters: L words of a caption (T5's pieces), D width of the features.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .hub import require_part
+
+log = logging.getLogger(__name__)
+
+MAX_CAPTION = 100_000  # characters
+MAX_WORDS = 120  # of a prompt, in T5's pieces; what the weights were trained with
+PROBES = ("a red disc moving", "two blue squares resting")  # as many words; no tokenizer may take them for the same
+
+
+class Prompt(NamedTuple):
+    """Features of one prompt and of what it is guided away from, each (1, L, D)."""
+
+    positive: Tensor
+    negative: Tensor | None
+
+
+@dataclass
+class TextEncoder:
+    """T5 and its tokenizer."""
+
+    tokenizer: Any
+    network: Any
+
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> TextEncoder:
+        """From the sub-folders `tokenizer` and `text_encoder`.
+
+        Raises: FileNotFoundError, ValueError: one is missing or broken, or the tokenizer is not the encoder's.
+        """
+        from transformers import T5EncoderModel, T5Tokenizer
+
+        for name in ("tokenizer", "text_encoder"):
+            require_part(folder, name)
+        try:
+            tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
+            network = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"{folder}: tokenizer or text_encoder could not be loaded: {reason}") from error
+        check_tokenizer(tokenizer, network.config.vocab_size, folder)
+        return cls(tokenizer, network.eval().requires_grad_(False).to(device))
+
+    @torch.no_grad()
+    def features(self, text: str, length: int = MAX_WORDS) -> tuple[Tensor, int]:
+        """Features (1, `length`, D) of a text, padding included, and how many of them are words."""
+        tokens = self.tokenizer(
+            [text], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(self.network.device)
+        features = self.network(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return features, int(tokens.attention_mask.sum())
+
+    def encode(self, prompt: str, negative_prompt: str | None, *, clean: bool = True) -> Prompt:
+        """Features of the words of a prompt, and as many of the negative one; None: no guidance."""
+        prepare = clean_caption if clean else lambda text: text.lower().strip()
+        text = prepare(prompt)
+        count = len(self.tokenizer(text).input_ids)
+        if count > MAX_WORDS:
+            log.warning("a prompt of %d pieces is cut to the %d that the network knows", count, MAX_WORDS)
+        positive, words = self.features(text)
+        negative = None if negative_prompt is None else self.features(prepare(negative_prompt))[0][:, :words]
+        return Prompt(positive[:, :words], negative)
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int, folder: Path) -> None:
+    """Refuse a tokenizer that lost its vocabulary: it would make every prompt the same, without a word.
+
+    Raises: ValueError.
+    """
+    sizes = f"{folder}: the tokenizer knows {len(tokenizer)} pieces, the text encoder {vocab_size}"
+    if len(tokenizer) < vocab_size / 2 or len(tokenizer) > vocab_size:
+        raise ValueError(f"{sizes}: they do not belong together, or the tokenizer's files are not whole")
+    first, second = (tokenizer(probe).input_ids for probe in PROBES)
+    if first == second:
+        raise ValueError(f"{sizes}, but it takes different prompts for the same; copy the tokenizer again")
+
+
+def clean_caption(caption: str) -> str:
+    """A caption as the text encoder is to see it: without addresses, mark-up, file names, codes and shop talk.
+
+    The rules are those of DeepFloyd IF, which PixArt-alpha and Latte were trained with, as diffusers keeps them for its
+    own pipelines. Cleaned twice, as there: what one pass uncovers may need the next.
+    """
+    from diffusers.pipelines.latte.pipeline_latte import LattePipeline
+
+    clean = LattePipeline._clean_caption  # uses a pattern of the class, and no pipeline
+    return clean(LattePipeline, clean(LattePipeline, caption[:MAX_CAPTION]))
