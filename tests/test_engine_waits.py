@@ -81,6 +81,7 @@ KINDS = {
     "tubelets": ["model.variant=sequential", "model.patch_embedding=tubelet", "diffusion.loss=rescaled_kl"],
     "flow": ["diffusion.prediction=flow", "model.learn_sigma=false", "diffusion.timestep_density=logit_normal"],
     "tokens": ["model.injection=tokens", "model.variant=late_fusion", "diffusion.prediction=velocity"],
+    "given": ["condition.frames=random", "condition.max_frames=2"],
     "latents": ["data.latents="],
 }
 
