@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from models.convert import init_from_dit, is_image_checkpoint, load_weights, weights_digest
 from models.latte import Latte
+from models.latte_t2v import LatteT2V
 from models.lora import lora_weights
 
 from . import checkpoint as ckpt
 from .build import put_adapters
 from .config import Config, require
 from .distributed import on_main, shard_like
+from .text_start import start_text_network
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -115,6 +117,10 @@ def initialise(run: Trainer) -> list[str]:
         return []
     if run.lora_base:
         return [f"adapters beside {source}, weights {run.lora_base['lora_base'][:12]}, which stay as they are"]
+    if isinstance(run.model, LatteT2V):
+        notes = start_text_network(run.model, source, run.config)
+        run.ema.load_state_dict(run.model.state_dict())
+        return notes
     weights = ckpt.load_model_weights(source)
     if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
         notes = str(init_from_dit(run.model, _sharded_as(run.model, weights))).splitlines()
@@ -125,12 +131,12 @@ def initialise(run: Trainer) -> list[str]:
     return notes
 
 
-def put_adapters_beside(model: Latte, config: Config, autocast_dtype: torch.dtype | None) -> dict[str, str]:
+def put_adapters_beside(model: nn.Module, config: Config, autocast_dtype: torch.dtype | None) -> dict[str, str]:
     """Take `train.init_from`'s weights and put adapters beside them; returns the hash of these weights."""
     source = str(config.train.init_from)
     weights = ckpt.load_model_weights(source)
-    load_weights(model, weights, source)
-    put_adapters(model, config, autocast_dtype)
+    load_weights(cast(Latte, model), weights, source)
+    put_adapters(cast(Latte, model), config, autocast_dtype)
     return {"lora_base": weights_digest(weights)}
 
 

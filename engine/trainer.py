@@ -25,6 +25,7 @@ from . import checkpoint as ckpt
 from . import resume, start
 from .build import build_codec, build_model, build_process
 from .callbacks import Callback, Callbacks
+from .captions import build_captions, condition_of, set_temporal_position_scale
 from .config import Config
 from .distributed import (
     World,
@@ -114,6 +115,8 @@ class Trainer:
         start.check_number(config, self.clips, world.size)
         validation = [Validation(config, self.clips)] if config.monitor.val_every else []
         self.callbacks = Callbacks([*validation, *callbacks])
+        held_out = validation[0].clips if validation else None
+        captions = build_captions(config, self.clips, held_out, world.device)
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
         self.model = build_model(config).to(world.device, dtype)
         self.lora_base: dict[str, str] = {}
@@ -129,9 +132,7 @@ class Trainer:
             build_codec(config, self.clips, world.device),
             build_process(config).to(world.device),
             self.timestep_sampler,
-            conditional=config.model.num_classes > 0,
-            null_label=self.model.null_label,
-            label_dropout=config.model.label_dropout,
+            **condition_of(config, captions),
             num_images=config.data.num_images,
             condition=config.condition,
             tubelet_size=config.model.frames_per_token,
@@ -181,6 +182,7 @@ class Trainer:
         train = self.config.train
         start.check_ranks_agree(self.config, self.clips)
         notes = self.restore()
+        set_temporal_position_scale(self.config, self.step, self.model, self.ema.model)
         if self.world.is_main:
             self.log = RunLogger(self.folder.path, start=self.step, total=train.max_steps)
             (self.folder.path / "config.yaml").write_text(self.config.to_yaml())
@@ -227,6 +229,7 @@ class Trainer:
         """One step with all that it is due: log, replica check, checkpoint, callbacks; the signal to stop, or 0."""
         before = self.step
         _, stop = self.train_step(micro_batches)
+        set_temporal_position_scale(self.config, self.step, self.model, self.ema.model)
         if not self._under_way:  # from here on no rank has to compile or connect
             stop = self.settle() or stop
             set_timeout(self.config.train.timeout_s)
@@ -241,6 +244,8 @@ class Trainer:
     def _due(self, step: int) -> bool:
         """Whether there is something to do at `step`, for which everything of it must be known."""
         train = self.config.train
+        if self.config.model.is_text and step <= train.temporal_ramp_steps:  # the next forward depends on `step`
+            return True
         every = [train.log_every, train.checkpoint_every, *(callback.every for callback in self.callbacks.all)]
         every += [train.drift_check_every] if self.replicas else []
         return step == train.max_steps or any(number and step % number == 0 for number in every)

@@ -103,10 +103,10 @@ def with_keys(config: Config, keys: Keys) -> Config:
     return replace(config, **sections)
 
 
-def write_latents(workload: Workload, folder: Path) -> None:
-    """A latent cache of drawn values: a few more clips than a batch, in `folder`/latents."""
+def write_latents(workload: Workload, folder: Path, ranks: int = 1) -> None:
+    """A latent cache of drawn values: a few more clips than the ranks' batches, in `folder`/latents."""
     config = workload.config(folder)
-    out, count = folder / "latents", workload.batch + max(2, workload.images)
+    out, count = folder / "latents", workload.batch * ranks + max(2, workload.images)
     shape = (1, 2, config.codec.latent_channels, config.latent_size, config.latent_size)
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn((workload.frames, *shape), generator=generator).abs() for _ in range(count))
@@ -146,10 +146,11 @@ def randomise(model: torch.nn.Module) -> None:
 class Ours:
     """The trainer of a workload, of which one step after another is taken."""
 
-    def __init__(self, workload: Workload, folder: Path, device: torch.device) -> None:
+    def __init__(self, workload: Workload, folder: Path, device: torch.device, world: World | None = None) -> None:
+        world = world or World(device=device)
         if not (folder / "latents" / INDEX).exists():
-            write_latents(workload, folder)
-        self.trainer = Trainer(workload.config(folder), World(device=device))
+            write_latents(workload, folder, world.size)
+        self.trainer = Trainer(workload.config(folder), world)
         randomise(self.trainer.model)
         self.trainer.ema.load_state_dict(self.trainer.model.state_dict())
         self.trainer.prepare()
@@ -161,7 +162,7 @@ class Ours:
 
     @property
     def model(self) -> Latte:
-        return self.trainer.model
+        return cast(Latte, self.trainer.model)
 
     def loss(self, latents: Tensor, labels: Tensor | None, timesteps: Tensor, noise: Tensor) -> Tensor:
         """The mean loss for given draws."""
@@ -228,7 +229,7 @@ def pair_of(workload: Workload, device: torch.device, folder: Path = Path()) -> 
     """Both networks with the same weights, for forward passes."""
     config = workload.config(folder)
     torch.manual_seed(0)
-    model = build_model(config).to(device).eval()
+    model = cast(Latte, build_model(config)).to(device).eval()
     randomise(model)
     if config.train.compile:
         for block in model.blocks:
