@@ -12,6 +12,7 @@ from typing import Any
 from datasets.catalog import CAPTIONED
 from datasets.clips import DataConfig
 from diffusion import ConditionConfig, DiffusionConfig
+from models import attention
 from models.autoencoder import CodecConfig
 from models.latte import LatteConfig
 from models.lora import LoraConfig
@@ -55,6 +56,7 @@ class TrainConfig:
     precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
     compile: bool = False  # torch.compile each block in place
     run_ahead: bool = True  # queue the next step before a step's numbers are read; false: wait for each
+    attention: str = "auto"  # auto | fused | plain (the reference) | triton (over time, on CUDA): docs/attention.md
     parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
     drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
     timeout_s: float = 1800.0  # a collective that takes longer ends the run; until the first step at least 600
@@ -69,7 +71,8 @@ class TrainConfig:
         require(0 <= self.seed < MAX_SEED, f"train.seed must be zero or more and below 2**63, not {self.seed}.")
         require(0 < self.timeout_s < float("inf"), f"train.timeout_s must be positive, not {self.timeout_s}.")
         require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}.")
-        for key, choices in {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp")}.items():
+        choices_of = {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp"), "attention": attention.CHOICES}
+        for key, choices in choices_of.items():
             value = getattr(self, key)
             require(value in choices, f"train.{key} must be one of {', '.join(choices)}, not {value!r}.")
         require(bool(self.output_dir), "train.output_dir must name a folder.")

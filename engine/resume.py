@@ -58,6 +58,7 @@ FREE_ON_RESUME = (
     "train.compile",
     "train.run_ahead",
     "optim.fused",
+    "train.attention",
     "optim.max_skips",
 )
 # what a checkpoint's state.json must hold, beside step and samples_seen

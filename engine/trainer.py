@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
+from models import attention
 from models.lora import lora_weights
 
 from . import checkpoint as ckpt
@@ -108,6 +109,8 @@ class Trainer:
         self.watch = HangWatch(self.folder.path / "errors" / f"rank{world.rank}.stacks.txt", train.hang_timeout_s)
         if train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+        attention.choose(train.attention, world.device)
 
         dtype, autocast_dtype = DTYPES[train.precision]
         self.clips = build_dataset(config.data, seed=train.seed)

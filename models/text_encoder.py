@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .autoencoder import DTYPES
 from .hub import find_folder, require_part
+from .quantize import quantize
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +79,10 @@ class TextEncoder:
     network: Any
 
     @classmethod
-    def from_folder(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-        """From the sub-folders `tokenizer` and `text_encoder`.
+    def from_folder(
+        cls, folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+    ) -> TextEncoder:
+        """From the sub-folders `tokenizer` and `text_encoder`, quantised as `models.quantize` says.
 
         Raises: FileNotFoundError, ValueError: one is missing or broken, or the tokenizer is not the encoder's.
         """
@@ -94,7 +97,7 @@ class TextEncoder:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"{folder}: tokenizer or text_encoder could not be loaded: {reason}") from error
         check_tokenizer(tokenizer, network.config.vocab_size, folder)
-        return cls(tokenizer, network.eval().requires_grad_(False).to(device))
+        return cls(tokenizer, quantize(network.eval().requires_grad_(False), quantization, device))
 
     @torch.no_grad()
     def features(self, text: str, length: int = MAX_WORDS) -> tuple[Tensor, int]:
@@ -108,6 +111,8 @@ class TextEncoder:
         """Features of the words of a prompt, and as many of the negative one; None: no guidance."""
         prepare = clean_caption if clean else lambda text: text.lower().strip()
         text = prepare(prompt)
+        if not text:
+            log.warning("the prompt %r says nothing: its video is of what the network draws without a caption", prompt)
         count = len(self.tokenizer(text).input_ids)
         if count > MAX_WORDS:
             log.warning("a prompt of %d pieces is cut to the %d that the network knows", count, MAX_WORDS)

@@ -128,6 +128,17 @@ def test_the_gpu_bench_runs_where_little_is_installed(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "ours-bf16-cpu.json").read_text())["traceEvents"]
 
 
+def test_attention_has_a_row_for_each_candidate_with_its_error(tmp_path: Path) -> None:
+    main(["attention", "--device", "cpu", "--quick", "--rounds", "1", "--out", str(tmp_path)])
+    tables = {
+        table["title"]: table["rows"] for table in json.loads((tmp_path / "attention.json").read_text())["tables"]
+    }
+    over_time = {row[""]: row for row in tables["Over time, fp32, batch 1"]}
+    assert over_time.keys() == {"fused", "plain", "fused, a row for each token", "fused, three projections"}
+    assert all(row["error"] < 1e-6 and row["both ms"] > 0 for row in over_time.values())
+    assert all(row["error"] < 1e-2 for row in tables["Over space, bf16, batch 1"])
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

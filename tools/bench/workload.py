@@ -26,6 +26,7 @@ from engine.config import Config, TrainConfig
 from engine.distributed import World
 from engine.trainer import DTYPES as PRECISIONS
 from engine.trainer import Trainer
+from models import attention
 from models.autoencoder import CodecConfig
 from models.codec_identity import codec_identity
 from models.latte import Latte, LatteConfig
@@ -158,6 +159,7 @@ class Ours:
 
     def step(self) -> None:
         """Load, forward, backward, norm, AdamW, average: the trainer's own."""
+        attention.choose(self.trainer.config.train.attention, self.trainer.world.device)  # a choice of the process
         self.trainer.train_step(next(self.batches))
 
     @property
