@@ -23,7 +23,7 @@ from diffusion import Denoiser, Given, guided, sample_given
 from diffusion.samplers import Callback
 from engine.build import build_model, build_process
 from engine.checkpoint import find_checkpoint, load_model_weights, load_weights_file, weights_file
-from engine.config import LABEL_RULES, Config, load_config
+from engine.config import LABEL_RULES, Config, load_config, window_overlap
 from engine.objective import sample_generator
 from models.autoencoder import LatentCodec
 from models.convert import load_weights
@@ -345,7 +345,7 @@ def sampler_settings(config: Config) -> dict[str, Any]:
     """What `config` says to `Generator.batches`, but for which videos."""
     keys = ("labels", "label_rule", "seed", "steps", "method", "eta", "guidance_scale", "batch_size")
     sizes = {"num_frames": config.data.num_frames, "image_size": config.data.image_size}
-    frames = {"given": read_given(config), "windows": windows_of(config)}
+    frames = {"given": read_given(config.sample, config.data), "windows": windows_of(config)}
     return {key: getattr(config.sample, key) for key in keys} | sizes | frames
 
 
@@ -356,7 +356,7 @@ def windows_of(config: Config) -> Windows | None:
         return None
     fitting = "fused" if config.condition.frames == "none" else "autoregressive"
     method = fitting if wanted.window_method == "auto" else wanted.window_method
-    return Windows(wanted.window, wanted.window_overlap, method)
+    return Windows(wanted.window, window_overlap(wanted), method)
 
 
 class VideoNoise:

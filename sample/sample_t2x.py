@@ -23,6 +23,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from engine.cli import run
+from sample.sample import add_frame_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--decode_chunk_size", type=int, metavar="N", help="frames decoded at a time")
     add("--precision", metavar="KIND", help="fp16, bf16 or fp32")
     add("--fps", type=int, metavar="N", help="frames per second of the files")
+    add_frame_flags(parser)
     for switch in SWITCHES:
         add(f"--{switch}", action=argparse.BooleanOptionalAction)
     add("--device", default=None, metavar="NAME", help="cpu, cuda, cuda:1, ...; by default CUDA where there is one")
