@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets.catalog import CAPTIONED
 from datasets.clips import DataConfig
 from diffusion import ConditionConfig, DiffusionConfig
+from models import attention
 from models.autoencoder import CodecConfig
 from models.latte import LatteConfig
 from models.lora import LoraConfig
+from models.text_encoder import TextConfig
 
 from .official_keys import DROPPED, RENAMED
 from .optim import OptimConfig
@@ -48,9 +51,11 @@ class TrainConfig:
     async_checkpoint: bool = False  # write them in a thread beside the training
     resume: str = "auto"  # auto: the newest checkpoint in output_dir; never; or one to start from where it has none
     init_from: str | None = None  # weights only: our checkpoint, an official .pt, or an image DiT's
+    temporal_ramp_steps: int = 0  # text network begun from an image network: positions in time grow from 0 to 1
     seed: int = 0
     precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
     compile: bool = False  # torch.compile each block in place
+    attention: str = "auto"  # auto | fused | plain (the reference) | triton (over time, on CUDA): docs/attention.md
     parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
     drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
     timeout_s: float = 1800.0  # a collective that takes longer ends the run; until the first step at least 600
@@ -59,13 +64,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("max_steps", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"train.{key} must be at least 1, not {getattr(self, key)}.")
-        for key in ("keep_last", "keep_every", "drift_check_every", "hang_timeout_s"):
+        for key in ("keep_last", "keep_every", "temporal_ramp_steps", "drift_check_every", "hang_timeout_s"):
             value = getattr(self, key)
             require(0 <= value < float("inf"), f"train.{key} must be zero or more and finite, not {value}.")
         require(0 <= self.seed < MAX_SEED, f"train.seed must be zero or more and below 2**63, not {self.seed}.")
         require(0 < self.timeout_s < float("inf"), f"train.timeout_s must be positive, not {self.timeout_s}.")
         require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}.")
-        for key, choices in {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp")}.items():
+        choices_of = {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp"), "attention": attention.CHOICES}
+        for key, choices in choices_of.items():
             value = getattr(self, key)
             require(value in choices, f"train.{key} must be one of {', '.join(choices)}, not {value!r}.")
         require(bool(self.output_dir), "train.output_dir must name a folder.")
@@ -78,7 +84,7 @@ class SampleConfig:
     ckpt: str | None = None  # our checkpoint or run folder, or an official .pt
     save_video_path: str = "results/samples"
     num_videos: int = 4
-    labels: list[str] | None = None  # class numbers or names to sample; null: all classes
+    labels: list[str] | None = None  # class numbers or names to sample; null: all classes. Text network: captions
     label_rule: str = "balanced"  # balanced: in turn by index | random: drawn by (seed, index)
     seed: int = 0
     steps: int = 250
@@ -161,6 +167,7 @@ class Config:
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -190,12 +197,13 @@ class Config:
             "diffusion.fixed_variance is that of networks without a learned one: set model.learn_sigma=false, or "
             "leave it out.",
         )
+        conditional = self.model.num_classes > 0 or self.model.is_text
         require(
-            self.model.num_classes > 0 or not self.sample.labels,
+            conditional or not self.sample.labels,
             "sample.labels: this network is unconditional (model.num_classes is 0); leave labels out.",
         )
         require(
-            self.model.num_classes > 0 or self.sample.label_rule == "balanced",
+            conditional or self.sample.label_rule == "balanced",
             f"sample.label_rule={self.sample.label_rule}: this network is unconditional (model.num_classes is 0).",
         )
         flow = self.diffusion.prediction == "flow"
@@ -214,11 +222,14 @@ class Config:
             self.sample.eta == 0 or self.sample.method == "ddim",
             f"sample.eta={self.sample.eta} is read only with sample.method=ddim.",
         )
+        dropout = self.text.caption_dropout if self.model.is_text else self.model.label_dropout
         require(
-            self.sample.guidance_scale == 1 or (self.model.num_classes > 0 and self.model.label_dropout > 0),
+            self.sample.guidance_scale == 1 or (conditional and dropout > 0),
             f"sample.guidance_scale={self.sample.guidance_scale} needs a class-conditional network with a null "
-            "label: set model.num_classes and a model.label_dropout above 0, or sample.guidance_scale=1.",
+            "label: set model.num_classes and a model.label_dropout (of a text network, text.caption_dropout) above 0, "
+            "or sample.guidance_scale=1.",
         )
+        self._check_text()
         require(
             not self.lora.rank or self.train.init_from is not None,
             f"lora.rank={self.lora.rank} trains adapters beside given weights: name these with train.init_from.",
@@ -228,6 +239,40 @@ class Config:
             "lora.rank has little to shard: leave train.parallel at ddp.",
         )
         self._check_monitor()
+
+    def _check_text(self) -> None:
+        """A text network is trained on captions, and nothing else is."""
+        captioned = self.data.name in CAPTIONED
+        if not self.model.is_text:
+            require(
+                not captioned,
+                f"data.name={self.data.name} has captions, which model.name={self.model.name} does not read: set "
+                "model.name=custom-t2v or Latte-1, or data.name=folder.",
+            )
+            for item in fields(self.text):
+                require(
+                    getattr(self.text, item.name) == item.default,
+                    f"text.{item.name} is read only by a text network: set model.name=Latte-1 or custom-t2v, or leave "
+                    "it out.",
+                )
+            require(
+                self.train.temporal_ramp_steps == 0,
+                "train.temporal_ramp_steps is read only by a text network begun from an image network.",
+            )
+            return
+        require(
+            captioned,
+            f"model.name={self.model.name} is trained on captions: set data.name=captions, not {self.data.name}.",
+        )
+        require(
+            self.model.name != "custom-t2i" or self.data.num_frames == 1,
+            f"model.name=custom-t2i has no layers over time: set data.num_frames=1, not {self.data.num_frames}.",
+        )
+        require(
+            self.train.temporal_ramp_steps == 0 or self.train.init_from is not None,
+            f"train.temporal_ramp_steps={self.train.temporal_ramp_steps} is of a network begun from an image network: "
+            "name that with train.init_from, or set it to 0.",
+        )
 
     def _check_monitor(self) -> None:
         """What the `monitor` section needs of the others."""

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -195,8 +195,12 @@ class Generator:
         config = config or source.config
         if config is None:
             raise ValueError(f"{source.path} holds weights only: give the config of its network.")
+        if config.model.is_text:
+            raise ValueError(
+                f"{source.path} is a text network: sample/sample_t2x.py --ckpt {source.path} --prompt TEXT samples it."
+            )
         device = usable_device(device)
-        model = build_model(config, device)
+        model = cast(Latte, build_model(config, device))
         own = source.weights(weights)
         if config.sample.lora:
             Adapter.from_folder(config.sample.lora).merge_into(own, config.sample.lora_scale)
@@ -303,13 +307,18 @@ class Generator:
         """
         if rule not in LABEL_RULES:
             raise ValueError(f"sample.label_rule must be one of {', '.join(LABEL_RULES)}, not {rule!r}.")
-        num_classes = self.config.model.num_classes
+        num_classes = self.num_classes
         chosen = resolve_labels(labels or [], num_classes, self.class_names) or list(range(num_classes))
         if not chosen:
             return lambda index: None
         if rule == "random":
             return lambda index: chosen[_drawn(seed, index) % len(chosen)]
         return lambda index: chosen[index % len(chosen)]
+
+    @property
+    def num_classes(self) -> int:
+        """Of the network's labels; of a text network, as many as it has captions."""
+        return len(self.class_names or ()) if self.config.model.is_text else self.config.model.num_classes
 
     def class_name(self, label: int | None) -> str | None:
         """The name of a class, `class-012` where names are not known, None for no label."""
@@ -337,7 +346,7 @@ class Generator:
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
                 return self.model(x, timesteps, y).float()
 
-        y = torch.tensor(labels, device=self.device) if self.config.model.num_classes else None
+        y = torch.tensor(labels, device=self.device) if self.num_classes else None
         return guided(network, y, self.model.null_label, guidance_scale, channels=self.model.in_channels)
 
 

@@ -78,9 +78,11 @@ def generator_of(run: Trainer, network: nn.Module) -> Generator:
     """`network` of a training, ready to sample from as it is."""
     precision = "bf16" if run.config.train.precision == "bf16" else run.config.sample.precision
     names = run.clips.class_names if run.config.model.num_classes else None
+    if run.objective.captions is not None:
+        names = list(run.objective.captions.texts)
     codec = run.objective.codec
     return Generator(
-        cast(Latte, network),
+        cast(Latte, run.objective.called_with_labels(network)),
         codec if isinstance(codec, LatentCodec) else decoder(run.config.codec, run.world.device),
         run.config,
         class_names=names,
