@@ -22,7 +22,7 @@ def test_a_body_that_is_elsewhere_is_so_far_away() -> None:
     moved[:, 5:] = np.roll(clips[:, 5:], (1, 1), axis=(2, 3))  # one pixel down, one to the right
     moved[:, 5:, :1], moved[:, 5:, :, :1] = moved[:, 5:, 1:2], moved[:, 5:, :, 1:2]
     errors = position_errors(moved[:, :16], clips[:, :16])
-    assert errors[:, :5].max() == 0
+    assert errors[:, :5].max() < 1e-9
     np.testing.assert_allclose(errors[:, 5:], 2**0.5, atol=0.3)
     found = measure(moved[:, :16], clips, labels, Case((0, 1, 2, 3, 4), 16), window=16)
     assert found.next_error == pytest.approx(2**0.5, abs=0.3)
