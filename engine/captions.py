@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from datasets import ClipDataset
+from datasets.text_features import TextCache
 from models.autoencoder import DTYPES
 from models.latte_t2v import LatteT2V
 from models.text_encoder import TextConfig, TextEncoder
+from models.text_identity import comparable, text_identity
 
 from .config import Config, require
+from .distributed import on_main
 
 EMPTY = ""  # the caption of classifier-free guidance: what a sampler encodes where there is no negative prompt
 REMEMBERED = 256  # captions whose features are not computed again
@@ -164,7 +168,11 @@ def build_captions(
     if not config.model.is_text:
         return None
     texts = all_captions(config, clips, held_out)
-    return Captions(config.text, texts, EncodedFeatures(config.text, device), device)
+    if config.text.features is None:
+        return Captions(config.text, texts, EncodedFeatures(config.text, device), device)
+    cache = TextCache(Path(config.text.features))
+    cache.check(comparable(on_main(lambda: text_identity(config.text))), [EMPTY, *texts])
+    return Captions(config.text, texts, cache, device)
 
 
 def condition_of(config: Config, captions: Captions | None) -> dict[str, Any]:
