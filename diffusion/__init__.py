@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .conditioning import ConditionConfig, Given, conditioned, sample_given
 from .config import DiffusionConfig
 from .flow import RectifiedFlow
 from .gaussian import GaussianDiffusion, PMeanVariance
@@ -17,10 +18,12 @@ from .timestep_sampler import (
 
 __all__ = [
     "BitsPerDim",
+    "ConditionConfig",
     "ConditionalDenoiser",
     "Denoiser",
     "DiffusionConfig",
     "GaussianDiffusion",
+    "Given",
     "LossAwareTimestepSampler",
     "LossTerms",
     "PMeanVariance",
@@ -31,8 +34,10 @@ __all__ = [
     "build_diffusion",
     "build_timestep_sampler",
     "calc_bpd_loop",
+    "conditioned",
     "guided",
     "sample",
+    "sample_given",
 ]
 
 

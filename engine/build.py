@@ -16,6 +16,7 @@ from models.codec_identity import codec_identity, same_codec
 from models.config_t2v import LATTE_1, LatteT2VConfig
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
+from models.lora import add_lora, hold_frozen_linear_maps_in
 
 from .config import Config, require
 
@@ -87,6 +88,16 @@ def forward_inputs(config: Config, batch: int, device: torch.device | str, *, im
     }
 
 
+def put_adapters(
+    model: Latte | LatteT2V, config: Config, autocast_dtype: torch.dtype | None = None
+) -> Latte | LatteT2V:
+    """Freeze `model` and put the adapters of `config.lora` beside its weights, which change nothing yet."""
+    add_lora(model, config.lora)
+    if autocast_dtype is not None:
+        hold_frozen_linear_maps_in(model, autocast_dtype)
+    return model
+
+
 def build_process(config: Config, respacing: str = "") -> GaussianDiffusion | RectifiedFlow:
     """The diffusion process; `respacing` ("250", "ddim50", ...) shortens it for sampling."""
     return build_diffusion(config.diffusion, learn_sigma=config.model.learn_sigma, respacing=respacing)
@@ -124,8 +135,9 @@ def macs_per_clip(config: Config) -> int:
 
 def describe(config: Config) -> dict[str, Any]:
     """What `--dry-run` prints: the resolved config, its parameter count and its cost. Opens no data."""
+    model = build_model(config, "meta")
     return {
         "config": config.to_dict(),
-        "trainable_parameters": count_parameters(build_model(config, "meta")),
+        "trainable_parameters": count_parameters(put_adapters(model, config) if config.lora.rank else model),
         "macs_per_clip": macs_per_clip(config),
     }

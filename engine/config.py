@@ -11,9 +11,10 @@ from typing import Any
 
 from datasets.catalog import CAPTIONED
 from datasets.clips import DataConfig
-from diffusion import DiffusionConfig
+from diffusion import ConditionConfig, DiffusionConfig
 from models.autoencoder import CodecConfig
 from models.latte import LatteConfig
+from models.lora import LoraConfig
 from models.text_encoder import TextConfig
 
 from .official_keys import DROPPED, RENAMED
@@ -25,6 +26,7 @@ METHODS = (*GAUSSIAN_METHODS, *FLOW_METHODS[1:])
 TRAIN_PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
 SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
 LABEL_RULES = ("balanced", "random")
+WINDOW_METHODS = ("auto", "autoregressive", "fused")
 MAX_YAML_CHARACTERS = 65_536  # a config with every key takes 4,000
 MAX_YAML_EVENTS = 10_000  # of the parser: two for each section and list, one for each key and value
 MAX_YAML_DEPTH = 8  # file, section, list: 3
@@ -87,12 +89,23 @@ class SampleConfig:
     eta: float = 0.0  # DDIM only: 0 deterministic, 1 as noisy as DDPM
     guidance_scale: float = 1.0  # 1: no guidance
     weights: str = "ema"  # ema | raw
+    lora: str | None = None  # adapters to merge into the network: a folder in peft's format
+    lora_scale: float = 1.0  # so much of them
     precision: str = "fp32"  # fp32 | bf16 | fp16
     batch_size: int = 4
     fps: int = 8
+    first_frame: list[str] | None = None  # images that the videos begin with, in turn by index
+    last_frame: list[str] | None = None  # images that they end with, in turn
+    given: list[str] | None = None  # videos whose end they go on from, in turn
+    given_frames: int = 1  # so many last frames of them
+    window: int | None = None  # videos of more frames are sampled in windows of so many; null: all frames at once
+    overlap: int | None = None  # frames that a window shares with the next; null: a quarter of the window
+    window_method: str = (
+        "auto"  # autoregressive (networks trained with given frames) | fused; auto: the first that fits
+    )
 
     def __post_init__(self) -> None:
-        for key in ("num_videos", "steps", "batch_size", "fps"):
+        for key in ("num_videos", "steps", "batch_size", "fps", "given_frames"):
             require(getattr(self, key) >= 1, f"sample.{key} must be at least 1, not {getattr(self, key)}.")
         require(bool(self.save_video_path), "sample.save_video_path must name a folder.")
         require(0 <= self.seed < MAX_SEED, f"sample.seed must be zero or more and below 2**63, not {self.seed}.")
@@ -101,10 +114,38 @@ class SampleConfig:
             0 <= self.guidance_scale < float("inf"),
             f"sample.guidance_scale must be zero or more and finite, not {self.guidance_scale}.",
         )
+        require(abs(self.lora_scale) < float("inf"), f"sample.lora_scale must be finite, not {self.lora_scale}.")
+        require(self.lora is not None or self.lora_scale == 1, "sample.lora_scale is read only with sample.lora.")
         words = {"method": METHODS, "weights": ("ema", "raw"), "precision": SAMPLE_PRECISIONS}
-        for key, choices in (words | {"label_rule": LABEL_RULES}).items():
+        for key, choices in (words | {"label_rule": LABEL_RULES, "window_method": WINDOW_METHODS}).items():
             value = getattr(self, key)
             require(value in choices, f"sample.{key} must be one of {', '.join(choices)}, not {value!r}.")
+        require(
+            not (self.first_frame and self.given),
+            "sample.first_frame and sample.given both say how the videos begin: set one of them.",
+        )
+        require(
+            bool(self.given) or self.given_frames == 1,
+            f"sample.given_frames={self.given_frames} is read only with sample.given: name the videos to go on from.",
+        )
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        if self.window is None:
+            for key, default in {"overlap": None, "window_method": "auto"}.items():
+                value = getattr(self, key)
+                require(value == default, f"sample.{key}={value} is read only with sample.window: set that too.")
+            return
+        require(self.window >= 2, f"sample.window must be at least 2, not {self.window}.")
+        require(
+            self.overlap is None or 1 <= self.overlap < self.window,
+            f"sample.overlap must be from 1 to sample.window - 1 = {self.window - 1}, not {self.overlap}.",
+        )
+
+    @property
+    def window_overlap(self) -> int:
+        """Frames that a window shares with the next."""
+        return self.overlap or max(1, (self.window or 0) // 4)
 
 
 @dataclass(frozen=True)
@@ -145,9 +186,11 @@ class Config:
 
     model: LatteConfig = field(default_factory=LatteConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -166,6 +209,7 @@ class Config:
             self.data.num_frames % tubelet == 0,
             f"data.num_frames={self.data.num_frames} must be a multiple of model.tubelet_size={tubelet}.",
         )
+        self.condition.check_clip(self.data.num_frames, tubelet)
         require(
             not (self.diffusion.prediction == "flow" and self.model.learn_sigma),
             "diffusion.prediction=flow has no variance to learn: set model.learn_sigma=false.",
@@ -208,6 +252,14 @@ class Config:
             "or sample.guidance_scale=1.",
         )
         self._check_text()
+        require(
+            not self.lora.rank or self.train.init_from is not None,
+            f"lora.rank={self.lora.rank} trains adapters beside given weights: name these with train.init_from.",
+        )
+        require(
+            not (self.lora.rank and self.train.parallel == "fsdp"),
+            "lora.rank has little to shard: leave train.parallel at ddp.",
+        )
         self._check_monitor()
 
     def _check_text(self) -> None:

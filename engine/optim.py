@@ -64,9 +64,9 @@ class OptimConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of `model`; fused where the device has the kernel."""
+    """AdamW over the trainable parameters of `model`; fused where the device has the kernel."""
     return torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

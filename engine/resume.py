@@ -51,14 +51,14 @@ def differences(
     """Lines `key: old -> new` for all in which the run of checkpoint `folder` was another experiment.
 
     Args:
-        facts: what the run now has of the state's `global_batch_size` and `data_digest`.
+        facts: what the run now has of the state's `global_batch_size`, `data_digest` and, with adapters, `lora_base`.
         class_names: of the data now, in the order of their labels.
     """
     lacking = [key for key in STATE_KEYS if key not in saved.state]
     require(not lacking, f"{folder / 'state.json'} lacks {', '.join(lacking)}; it cannot be continued.")
     before = ckpt.load_checkpoint_config(folder)
     changes = ckpt.config_changes(before, config, FREE_ON_RESUME) if before else []
-    changes += [f"{key}: {saved.state[key]} -> {now}" for key, now in facts.items() if saved.state[key] != now]
+    changes += [f"{key}: {saved.state.get(key)} -> {now}" for key, now in facts.items() if saved.state.get(key) != now]
     gone, new = set(saved.state["class_names"]) - set(class_names), set(class_names) - set(saved.state["class_names"])
     if gone or new:  # another folder would move the labels of those after it
         changes.append(f"class_names: {sorted(gone)} -> {sorted(new)}")

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
-from models.convert import init_from_dit, is_image_checkpoint, load_weights
+from models.convert import init_from_dit, is_image_checkpoint, load_weights, weights_digest
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
+from models.lora import lora_weights
 
 from . import checkpoint as ckpt
 from . import resume
-from .build import build_codec, build_model, build_process, count_parameters
+from .build import build_codec, build_model, build_process, count_parameters, put_adapters
 from .callbacks import Callback, Callbacks
 from .captions import build_captions, condition_of, set_temporal_position_scale
 from .config import Config, require
@@ -116,6 +117,9 @@ class Trainer:
         captions = build_captions(config, self.clips, held_out, world.device)
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
         self.model = build_model(config).to(world.device, dtype)
+        self.lora_base: dict[str, str] = {}
+        if config.lora.rank:
+            self.lora_base = self._put_adapters(autocast_dtype)
         self.ema = EMA(self.model, train.ema_decay, train.ema_warmup)
         if self.sharded:
             shard(self.model, world, autocast_dtype)
@@ -128,6 +132,8 @@ class Trainer:
             self.timestep_sampler,
             **condition_of(config, captions),
             num_images=config.data.num_images,
+            condition=config.condition,
+            tubelet_size=config.model.frames_per_token,
             seed=train.seed,
             device=world.device,
             dtype=dtype,
@@ -182,10 +188,7 @@ class Trainer:
             notes += filter(None, [self._space_note()])
         for note in [*notes, self.headline(), self.data_line()]:
             self.log.say(note)
-        if train.compile:
-            for block in self.model.blocks:
-                block.compile()
-        self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
+        self.prepare()
         self.meter.clear()
         self.watch.tick()
         stopped = self.callbacks.at_start(self) or loop(self)
@@ -198,6 +201,13 @@ class Trainer:
         if self.world.is_main and not stopped:
             self.folder.mark(COMPLETED, self.step, **self._last_hashes())
         return not stopped
+
+    def prepare(self) -> None:
+        """Make the network ready for `train_step`: compiled, and with its gradients exchanged."""
+        if self.config.train.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
 
     def loop(self) -> int:
         """Steps until `train.max_steps`; returns the signal that stopped it earlier, or 0."""
@@ -349,15 +359,15 @@ class Trainer:
 
     def state_dict(self) -> ckpt.Checkpoint:
         """Everything that a continuation needs, on the CPU, independent of the number of ranks. Collective."""
-        names = [name for name, _ in self.model.named_parameters()]
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         moments = self.optimizer.state_dict()["state"]
         optim = {f"{key}/{names[i]}": value for i, state in moments.items() for key, value in state.items()}
         copy = self.config.train.async_checkpoint  # the training goes on in these very tensors
         return ckpt.Checkpoint(
             step=self.step,
             samples_seen=self.samples_seen,
-            model=whole(self.model.state_dict(), copy=copy),
-            ema=whole(self.ema.state_dict(), copy=copy),
+            model=whole(self._trained(self.model), copy=copy),
+            ema=whole(self._trained(self.ema.model), copy=copy),
             optim=whole(optim, copy=copy),  # with AdamW's step counts, which are on the CPU even beside a GPU
             rng=self._rng_state(),
             state={
@@ -368,8 +378,21 @@ class Trainer:
                 "data_digest": self.clips.digest,
                 "num_clips": len(self.clips),
                 "class_names": self.clips.catalog.class_names,
+                **self.lora_base,
             },
         )
+
+    def _put_adapters(self, autocast_dtype: torch.dtype | None) -> dict[str, str]:
+        """Take `train.init_from`'s weights and put adapters beside them; returns the hash of these weights."""
+        source = str(self.config.train.init_from)
+        weights = ckpt.load_model_weights(source)
+        load_weights(self.model, weights, source)
+        put_adapters(self.model, self.config, autocast_dtype)
+        return {"lora_base": weights_digest(weights)}
+
+    def _trained(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint holds of a network: all of it, or the adapters."""
+        return lora_weights(model.state_dict()) if self.config.lora.rank else model.state_dict()
 
     def load_state_dict(self, saved: ckpt.Checkpoint) -> None:
         """Continue exactly where `saved` stood."""
@@ -377,7 +400,8 @@ class Trainer:
         self._load_weights(self.ema.model, saved.ema, "the checkpoint's running average")
         self.ema.updates = saved.state["ema_updates"]
         state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(self.model.named_parameters() if saved.step else ()):
+        trained = [each for each in self.model.named_parameters() if each[1].requires_grad]
+        for index, (name, parameter) in enumerate(trained if saved.step else ()):
             moments = {key: saved.optim[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
             state[index] = {key: shard_like(value, parameter) for key, value in moments.items()}
             state[index]["step"] = saved.optim[f"step/{name}"]
@@ -391,6 +415,9 @@ class Trainer:
         self.step, self.samples_seen = saved.step, saved.samples_seen
 
     def _load_weights(self, model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+        if self.lora_base:  # what is beside them is there already
+            own = model.state_dict()
+            weights = {key: own[key] for key in own.keys() - lora_weights(own).keys()} | weights
         load_weights(cast(Latte, model), self._sharded_as_model(weights), source)
 
     def _sharded_as_model(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -444,7 +471,7 @@ class Trainer:
 
     def _resume(self, folder: Path) -> list[str]:
         saved = ckpt.load_checkpoint(folder)
-        facts = {"global_batch_size": self.global_batch_size, "data_digest": self.clips.digest}
+        facts = {"global_batch_size": self.global_batch_size, "data_digest": self.clips.digest, **self.lora_base}
         differences = resume.differences(folder, saved, self.config, facts, self.clips.class_names)
         notes = resume.accepted(folder, differences, self.override)
         notes += resume.generator_notes(folder, saved, self.world.size, self.allow_inexact_resume)
@@ -461,6 +488,8 @@ class Trainer:
         source = self.config.train.init_from
         if source is None:
             return []
+        if self.lora_base:
+            return [f"adapters beside {source}, weights {self.lora_base['lora_base'][:12]}, which stay as they are"]
         if isinstance(self.model, LatteT2V):
             notes = start_text_network(self.model, source, self.config)
             self.ema.load_state_dict(self.model.state_dict())
@@ -479,8 +508,10 @@ class Trainer:
     def headline(self) -> str:
         """What this run is, in one line."""
         millions = count_parameters(self.model) / 1e6
+        rank = self.config.lora.rank
         return (
-            f"{self.config.model.name} {self.config.model.variant}, {millions:.2f} M parameters, "
+            f"{self.config.model.name} {self.config.model.variant}, {millions:.2f} M parameters"
+            f"{f' in adapters of rank {rank}' if rank else ''}, "
             f"global batch {self.global_batch_size} on {self.world.size} process(es), "
             f"{self.world.device.type} {self.config.train.precision}, steps {self.step} to "
             f"{self.config.train.max_steps}, into {self.folder.path}"
@@ -555,7 +586,7 @@ class Trainer:
 
     def _space_note(self) -> str | None:
         """A warning where the next checkpoint will hardly fit: weights, average and two moments."""
-        state = self.model.state_dict().values()
+        state = self._trained(self.model).values()
         needed = 4 * sum(value.numel() * value.element_size() for value in state)
         warning = ckpt.space_warning(self.checkpoints, needed)
         return f"warning: {warning}" if warning else None

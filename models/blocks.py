@@ -94,12 +94,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def per_frame(rows: Tensor, num_frames: int) -> Tensor:
-    """`(B, 1 or 1+I, 1, D)` -> `(B, 1 or F+I, 1, D)`: the clip's row for its F frames, then one per image.
+def per_frame(rows: Tensor, num_frames: int, total: int) -> Tensor:
+    """`(B, 1, 1+I or F+I, 1, D)` -> `(B, 1 or F+I, 1, D)`: the clip's row for its F frames, then one per image.
 
-    A single row is left to broadcast.
+    A single row is left to broadcast, and one for each of the `total` F+I frames is there already.
     """
-    if rows.shape[1] == 1:
+    if rows.shape[1] in (1, total):
         return rows
     return torch.cat([rows[:, :1].expand(-1, num_frames, -1, -1), rows[:, 1:]], dim=1)
 
@@ -137,28 +137,31 @@ class Block(nn.Module):
         self.adaLN_modulation = conditioner(hidden_size, 6) if adaln else None
 
     def forward(self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None = None) -> Tensor:
-        """`(B, F+I, N, D)` -> the same; `condition (B, 1 or 1+I, 1, D)`: the clip's row, then the images'.
+        """`(B, F+I, N, D)` -> the same; `condition (B, 1, 1+I or F+I, 1, D)`: as for `per_frame`.
 
         `rotation` turns queries and keys of temporal attention. A layer over time only lets images pass.
         """
         if not self.temporal_only or x.shape[1] == num_frames:
             return self._transform(x, condition, num_frames, rotation)
-        clip_condition = None if condition is None else condition[:, :1]
+        num_images = x.shape[1] - num_frames
+        clip_condition = None if condition is None else condition[:, : max(1, condition.shape[1] - num_images)]
         clip = self._transform(x[:, :num_frames], clip_condition, num_frames, rotation)
         return torch.cat([clip, x[:, num_frames:]], dim=1)
 
     def _transform(self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None) -> Tensor:
-        attention, mlp = self._modulations(condition, num_frames)
+        attention, mlp = self._modulations(condition, num_frames, x.shape[1])
         for branch in self.branches:
             h = _enter(self.norm1(x), attention)
             mixed = [getattr(self, name)(h, num_frames, rotation) for name, _ in branch]
             x = x + _leave(sum(mixed[1:], start=mixed[0]), attention)
         return x + _leave(self.mlp(_enter(self.norm2(x), mlp)), mlp)
 
-    def _modulations(self, condition: Tensor | None, num_frames: int) -> tuple[Modulation | None, Modulation | None]:
+    def _modulations(
+        self, condition: Tensor | None, num_frames: int, total: int
+    ) -> tuple[Modulation | None, Modulation | None]:
         if self.adaLN_modulation is None:
             return None, None
-        parts = per_frame(modulation_rows(self.adaLN_modulation, condition), num_frames).chunk(6, dim=-1)
+        parts = per_frame(modulation_rows(self.adaLN_modulation, condition), num_frames, total).chunk(6, dim=-1)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
 
@@ -176,7 +179,7 @@ class FinalLayer(nn.Module):
         x = self.norm_final(x)
         if self.adaLN_modulation is not None:
             rows = modulation_rows(self.adaLN_modulation, condition)
-            shift, scale = per_frame(rows, num_frames).chunk(2, dim=-1)
+            shift, scale = per_frame(rows, num_frames, x.shape[1]).chunk(2, dim=-1)
             x = modulate(x, shift, scale)
         return self.linear(x)
 

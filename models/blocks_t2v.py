@@ -51,7 +51,7 @@ class AdaLayerNormSingle(nn.Module):
         self.linear = nn.Linear(hidden_size, 6 * hidden_size)
 
     def forward(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`(B,)`, whole or fractional -> the embedded timestep `(B, D)` and the modulation `(B, 6, D)`."""
+        """`(B, ...)`, whole or fractional -> the embedded timesteps `(B, ..., D)` and modulations `(B, ..., 6, D)`."""
         # fp32 at any precision of the weights, as in the code that trained them
         features = timestep_features(timesteps, TimestepEmbedder.num_features, torch.float32)
         embedded = self.emb["timestep_embedder"](features.to(dtype))
@@ -139,14 +139,14 @@ class T2VBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, config.width))
 
     def forward(self, x: Tensor, modulation: Tensor, num_frames: int, caption: Caption | None = None) -> Tensor:
-        """`(B, F+I, N, D)` -> the same; `modulation (B, 6, D)`. A block over time only lets images pass."""
+        """`(B, F+I, N, D)` -> the same; `modulation (B, 1 or F+I, 6, D)`. A block over time only lets images pass."""
         if self.axis == "spatial" or x.shape[1] == num_frames:
             return self._transform(x, modulation, num_frames, caption)
-        clip = self._transform(x[:, :num_frames], modulation, num_frames, caption)
+        clip = self._transform(x[:, :num_frames], modulation[:, :num_frames], num_frames, caption)
         return torch.cat([clip, x[:, num_frames:]], dim=1)
 
     def _transform(self, x: Tensor, modulation: Tensor, num_frames: int, caption: Caption | None) -> Tensor:
-        parts = (self.scale_shift_table + modulation)[:, None, None].unbind(-2)  # six of (B, 1, 1, D)
+        parts = (self.scale_shift_table + modulation)[:, :, None].unbind(-2)  # six of (B, 1 or F+I, 1, D)
         attention, mlp = Modulation(*parts[:3]), Modulation(*parts[3:])
         h = modulate(self.norm1(x), attention.shift, attention.scale)
         x = x + attention.gate * self.attn1(h, self.axis)

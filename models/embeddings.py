@@ -108,7 +108,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """`(B,)`, whole or fractional -> `(B, D)`."""
+        """`(B, ...)`, whole or fractional -> `(B, ..., D)`."""
         dtype = self.mlp[0].get_parameter("weight").dtype
         features = timestep_features(timesteps, self.num_features, torch.promote_types(dtype, torch.float32))
         return self.mlp(features.to(dtype))
@@ -127,10 +127,10 @@ class LabelEmbedder(nn.Module):
 
 
 def timestep_features(timesteps: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """`(B,)` -> `(B, count)`: cosines, then sines, of periods from 2 pi to 2 pi x 10000."""
+    """`(B, ...)` -> `(B, ..., count)`: cosines, then sines, of periods from 2 pi to 2 pi x 10000."""
     half = count // 2
     steps = torch.arange(half, dtype=dtype, device=timesteps.device)
-    angles = timesteps[:, None].to(dtype) * torch.exp(-math.log(MAX_PERIOD) * steps / half)
+    angles = timesteps[..., None].to(dtype) * torch.exp(-math.log(MAX_PERIOD) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -119,7 +119,8 @@ class Latte(nn.Module):
 
         Args:
             x: noisy latents `(B, F+I, C, H, W)`: a clip, then `num_images` independent images.
-            timesteps: `(B,)`, whole or fractional.
+            timesteps: `(B,)`, whole or fractional; or `(B, F+I)`, one for each frame, where some are less noisy than
+                others (a tubelet has that of its first frame).
             labels: `(B,)` or `(B, 1+I)` in [0, num_classes], the clip's label first; None if unconditional.
                 The range is the caller's to check: that would be a wait for the device.
             num_images: I, the number of frames at the end that are images.
@@ -219,14 +220,23 @@ class Latte(nn.Module):
     def _inject(
         self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_frames: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Timestep and label as a condition `(B, 1 or 1+I, 1, D)`, or as tokens at the end of every frame."""
-        parts = [self.t_embedder(timesteps)[:, None, None]]  # (B, 1, 1, D)
+        """Timestep and label as a condition `(B, 1, 1+I or F+I, 1, D)`, or as tokens at the end of every frame."""
+        parts = [self._embed_timesteps(timesteps, num_frames)]  # (B, 1 or F+I, 1, D)
         if labels is not None:
-            parts.append(self.y_embedder(labels.reshape(len(labels), -1))[:, :, None])  # (B, 1 or 1+I, 1, D)
+            label_rows = self.y_embedder(labels.reshape(len(labels), -1))[:, :, None]  # (B, 1 or 1+I, 1, D)
+            parts.append(label_rows if timesteps.ndim == 1 else per_frame(label_rows, num_frames, x.shape[1]))
         if self.config.injection == "adaln":
             return x, sum(parts[1:], start=parts[0])
-        tokens = [per_frame(part, num_frames).expand(-1, x.shape[1], -1, -1) for part in parts]
+        tokens = [per_frame(part, num_frames, x.shape[1]).expand(-1, x.shape[1], -1, -1) for part in parts]
         return torch.cat([x, *tokens], dim=2), None
+
+    def _embed_timesteps(self, timesteps: Tensor, num_frames: int) -> Tensor:
+        """`(B,)` -> `(B, 1, 1, D)`; `(B, F+I)` of frames -> `(B, F+I, 1, D)`, where `num_frames` F may be tubelets."""
+        if timesteps.ndim == 1:
+            return self.t_embedder(timesteps)[:, None, None]
+        span = self.config.frames_per_token
+        clip, images = timesteps[:, : num_frames * span : span], timesteps[:, num_frames * span :]
+        return self.t_embedder(torch.cat([clip, images], dim=1))[:, :, None]
 
     def _run(
         self,
@@ -290,8 +300,11 @@ class Latte(nn.Module):
     def _check_input(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_images: int) -> None:
         if x.ndim != 5 or x.shape[2] != self.in_channels:
             raise ValueError(f"the network takes latents (B, F+I, {self.in_channels}, H, W), not {tuple(x.shape)}")
-        if timesteps.shape != x.shape[:1]:
-            raise ValueError(f"timesteps must be of shape ({len(x)},), one per clip, not {tuple(timesteps.shape)}")
+        if timesteps.shape not in (x.shape[:1], x.shape[:2]):
+            raise ValueError(
+                f"timesteps must be of shape ({len(x)},), one per clip, or {tuple(x.shape[:2])}, one per frame, not "
+                f"{tuple(timesteps.shape)}"
+            )
         if num_images < 0:
             raise ValueError(f"num_images must be 0 or more, not {num_images}")
         self._check_clip(x.shape[1] - num_images, x.shape[3], x.shape[4])

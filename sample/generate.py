@@ -8,9 +8,10 @@ Letters: B videos of a batch, n videos in all, F frames, C latent channels, h w 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import Denoiser, guided
-from diffusion import sample as run_sampler
+from diffusion import Denoiser, Given, guided, sample_given
 from diffusion.samplers import Callback
 from engine.build import build_model, build_process
 from engine.checkpoint import find_checkpoint, load_model_weights, load_weights_file, weights_file
@@ -28,8 +28,10 @@ from engine.objective import sample_generator
 from models.autoencoder import LatentCodec
 from models.convert import load_weights
 from models.latte import Latte
+from models.lora import Adapter
 
 from .class_names import UCF101_CLASSES
+from .given import GivenFrames, Plan, Windows, read_given
 
 AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[int, int], None]  # (sampler steps done, sampler steps in all)
@@ -199,7 +201,10 @@ class Generator:
             )
         device = usable_device(device)
         model = cast(Latte, build_model(config, device))
-        load_weights(model, source.weights(weights), str(source.path))
+        own = source.weights(weights)
+        if config.sample.lora:
+            Adapter.from_folder(config.sample.lora).merge_into(own, config.sample.lora_scale)
+        load_weights(model, own, str(source.path))
         names = source.class_names or _known_class_names(config)
         codec = LatentCodec.from_config(config.codec, device=device)
         return cls(model.requires_grad_(False), codec, config, class_names=names, device=device, precision=precision)
@@ -223,6 +228,8 @@ class Generator:
         num_frames: int | None = None,
         image_size: int | None = None,
         indices: Sequence[int] | None = None,
+        given: GivenFrames | None = None,
+        windows: Windows | None = None,
         callback: Progress | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Sample in batches of at most `batch_size`.
@@ -236,6 +243,8 @@ class Generator:
             eta: of DDIM, 0 (deterministic) to 1 (as noisy as DDPM).
             guidance_scale: 1 is the plain conditional network.
             num_frames, image_size: of the videos; None is what the network was trained on.
+            given: frames that the videos show, for networks trained with given frames.
+            windows: sample longer videos in windows; None: all frames at once.
 
         Yields:
             (indices, videos): videos are uint8 (B, F, H, W, 3).
@@ -247,20 +256,40 @@ class Generator:
         shape = self._latent_shape(num_frames, image_size)
         process = build_process(self.config, respacing=str(steps)).to(self.device)
         method = self._method(method)
+        plan = self._plan(shape, given, windows)
         indices = list(range(num)) if indices is None else list(indices)
         chunks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        for number, chunk in enumerate(chunks):
+        passes = itertools.count()
+
+        def sampler_of(chunk: list[int]) -> Callable[[Given | None, int], Tensor]:
             noise = VideoNoise(seed, chunk, self.device)
-            latents = run_sampler(
-                process,
-                self._denoiser([label_of(index) for index in chunk], guidance_scale),
-                noise.draw(shape),
-                method=method,
-                eta=eta,
-                noise_fn=noise.like,
-                callback=_progress(callback, number, len(chunks)),
-            )
-            yield chunk, self.decode(latents)
+            denoiser = plan.denoiser(self._denoiser([label_of(index) for index in chunk], guidance_scale))
+
+            def sample_pass(known: Given | None, frames: int) -> Tensor:
+                return sample_given(
+                    process,
+                    denoiser,
+                    noise.draw((frames, *shape[1:])),
+                    known,
+                    method=method,
+                    eta=eta,
+                    noise_fn=noise.like,
+                    callback=_progress(callback, next(passes), len(chunks) * plan.num_passes),
+                )
+
+            return sample_pass
+
+        for chunk in chunks:
+            yield chunk, self.decode(plan.sample(sampler_of(chunk), chunk))
+
+    def _plan(self, shape: tuple[int, int, int, int], given: GivenFrames | None, windows: Windows | None) -> Plan:
+        """What is known of the videos, and in which passes they are sampled; ValueError where that cannot be."""
+        plan = Plan(shape, torch.empty(0, device=self.device), windows=windows)
+        if given is not None:
+            latents = self.codec.encode(given.pixels.to(self.device))
+            plan = replace(plan, latents=latents, places=given.places)
+        plan.check(self.config.condition, self.config.model.frames_per_token)
+        return plan
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -325,7 +354,18 @@ def sampler_settings(config: Config) -> dict[str, Any]:
     """What `config` says to `Generator.batches`, but for which videos."""
     keys = ("labels", "label_rule", "seed", "steps", "method", "eta", "guidance_scale", "batch_size")
     sizes = {"num_frames": config.data.num_frames, "image_size": config.data.image_size}
-    return {key: getattr(config.sample, key) for key in keys} | sizes
+    frames = {"given": read_given(config), "windows": windows_of(config)}
+    return {key: getattr(config.sample, key) for key in keys} | sizes | frames
+
+
+def windows_of(config: Config) -> Windows | None:
+    """The windows that `config` asks for; by default such that the network can sample in."""
+    wanted = config.sample
+    if wanted.window is None:
+        return None
+    fitting = "fused" if config.condition.frames == "none" else "autoregressive"
+    method = fitting if wanted.window_method == "auto" else wanted.window_method
+    return Windows(wanted.window, wanted.window_overlap, method)
 
 
 class VideoNoise:

@@ -70,9 +70,18 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--eta", type=float, metavar="X", help="of ddim: 0 deterministic, 1 as noisy as ddpm")
     add("--guidance_scale", type=float, metavar="X", help="1 is no guidance")
     add("--weights", metavar="KIND", help="ema or raw")
+    add("--lora", metavar="DIR", help="adapters to merge into the network, in peft's format")
+    add("--lora_scale", type=float, metavar="X", help="so much of them (1)")
     add("--precision", metavar="KIND", help="fp32, bf16 or fp16")
     add("--batch_size", type=int, metavar="N", help="videos at a time; changes the memory, not the videos")
     add("--fps", type=int, metavar="N", help="frames per second of the files")
+    add("--first_frame", action="append", metavar="IMAGE", help="begin with it; several are taken in turn by index")
+    add("--last_frame", action="append", metavar="IMAGE", help="end with it; several in turn")
+    add("--given", action="append", metavar="VIDEO", help="go on from its end; several in turn")
+    add("--given_frames", type=int, metavar="N", help="so many last frames of it (1)")
+    add("--window", type=int, metavar="N", help="sample longer videos in windows of N frames")
+    add("--overlap", type=int, metavar="N", help="frames that a window shares with the next (a quarter of it)")
+    add("--window_method", metavar="NAME", help="autoregressive, fused, or auto")
     add(
         "--device",
         default=None,
@@ -184,9 +193,11 @@ def write_overview(
 ) -> None:
     """The GIF and contact sheet of the videos `shown`, and samples.json with what made all of them, and `facts`."""
     import json
+    from dataclasses import asdict
 
     import numpy as np
 
+    from sample.generate import windows_of
     from sample.video_io import write_atomically, write_contact_sheet, write_gif
 
     videos = np.stack(shown)  # (n, F, H, W, 3)
@@ -195,7 +206,9 @@ def write_overview(
     write_contact_sheet(folder / "samples.png", videos, captions)
     settings = config.to_dict()["sample"] | {"ckpt": checkpoint}
     size = {"num_frames": videos.shape[1], "height": videos.shape[2], "width": videos.shape[3]}
-    content = {"checkpoint": checkpoint, **facts, **size, "sample": settings, "videos": files}
+    windows = windows_of(config)
+    made = {"windows": asdict(windows)} if windows else {}
+    content = {"checkpoint": checkpoint, **facts, **size, "sample": settings, **made, "videos": files}
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(folder / "samples.json", lambda temporary: temporary.write_text(text))
 
