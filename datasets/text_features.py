@@ -1,4 +1,4 @@
-"""A cache of text features: every caption as its encoder's features of words, without padding.
+"""A cache of text features: every caption as its encoder's features of words, without padding (the empty one: with).
 
     index.json              what it is of; written last
     captions.safetensors    for each caption: the SHA-256 of its text, its shard, its first row and its words

@@ -1,6 +1,8 @@
 """Captions as the condition of a text network: their numbers, which come as labels, become features of words.
 
 The features of a caption are a function of it alone: it is encoded by itself, and cut or padded to `text.max_length`.
+Dropping a caption is PixArt-alpha's: the features become those of the empty prompt, padding included, and the mask
+stays that of the caption, so that the network sees as many words. Samplers guide away from just that.
 Letters: B clips, F frames, I images, L words, D width of the features.
 """
 
@@ -32,7 +34,7 @@ class Features(Protocol):
     """Where the features of captions come from."""
 
     def __call__(self, caption: str) -> Tensor:
-        """The features of the words of a caption, without padding: (n, D), n from 1 to L; always on one device."""
+        """The features of a caption (n, D), always on one device: of its n words; of the empty one, of all L."""
         ...
 
 
@@ -55,14 +57,14 @@ class EncodedFeatures:
 
     def _encode(self, caption: str) -> Tensor:
         features, words = self.encoder.features(self.config.prepare(caption), self.config.max_length)
-        return features[0, :words]
+        return features[0] if caption == EMPTY else features[0, :words]
 
 
 class CaptionTable:
     """The captions of one micro-batch on the device, to be looked up there: row 0 is the empty one.
 
     Attributes:
-        labels: (B, 1+I), each caption's row.
+        labels: (B, 1+I), each caption's row, on the device.
     """
 
     null_label = 0
@@ -73,8 +75,11 @@ class CaptionTable:
         self.labels = labels
 
     def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows `(B, 1+I)` -> features `(B, 1+I, L, D)` and mask `(B, 1+I, L)`: 1 for words, 0 for padding."""
-        return self.features[labels], self.mask[labels]
+        """Rows `(B, 1+I)` -> features `(B, 1+I, L, D)` and mask `(B, 1+I, L)`: 1 for words, 0 for padding.
+
+        A row is that of its place in the table's own `labels`, or 0, the empty one.
+        """
+        return self.features[labels], self.mask[self.labels]
 
 
 class Captions:
@@ -96,15 +101,23 @@ class Captions:
         return len(self.texts) if self.config.caption_dropout > 0 else None
 
     def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `CaptionTable`, of numbers among all captions; waits for the device where `labels` is on it."""
-        features, mask = self._padded(labels.flatten().tolist())
+        """As `CaptionTable`, of numbers among all captions; waits for the device where `labels` is on it.
+
+        An empty caption in the second half of a batch stands in for the one in the first: so guidance calls it.
+        """
+        numbers = labels.flatten().tolist()
+        features, mask = self._padded(numbers)
+        half = len(numbers) // 2
+        for row, number in enumerate(numbers):
+            if row >= half and number == len(self.texts):
+                mask[row] = mask[row - half]
         return features.unflatten(0, labels.shape), mask.unflatten(0, labels.shape)
 
     def table(self, labels: Tensor) -> CaptionTable:
         """The captions of a micro-batch; `labels (B, 1+I)` on the CPU, so that nothing waits for the device."""
         numbers = labels.flatten().tolist()
         rows = torch.arange(1, 1 + len(numbers)).view(labels.shape)
-        return CaptionTable(*self._padded([len(self.texts), *numbers]), rows)
+        return CaptionTable(*self._padded([len(self.texts), *numbers]), self._moved(rows))
 
     def _padded(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Features (n, L, D) and mask (n, L) of those captions, on the device."""
