@@ -43,7 +43,7 @@ class EncodedFeatures:
 
     def __init__(self, config: TextConfig, device: torch.device) -> None:
         self.config = config
-        self.encoder = TextEncoder.from_folder(config.folder(), DTYPES[config.dtype], device)
+        self.encoder = TextEncoder.from_folder(config.folder(), DTYPES[config.dtype], device, config.max_length)
         width = self.encoder.network.config.d_model
         require(
             width == config.caption_channels,
@@ -56,7 +56,7 @@ class EncodedFeatures:
         return self._remembered(caption)
 
     def _encode(self, caption: str) -> Tensor:
-        features, words = self.encoder.features(self.config.prepare(caption), self.config.max_length)
+        features, words = self.encoder.features(self.config.prepare(caption))
         return features[0] if caption == EMPTY else features[0, :words]
 
 
@@ -198,9 +198,13 @@ def condition_of(config: Config, captions: Captions | None) -> dict[str, Any]:
     return {"conditional": model.num_classes > 0, "null_label": null_label, "label_dropout": model.label_dropout}
 
 
-def set_temporal_position_scale(config: Config, step: int, *models: nn.Module) -> None:
-    """How far positions in time are let in at `step`: of a network begun from an image network, 0 at first, then 1."""
+def temporal_position_scale(config: Config, step: int) -> float:
+    """How far positions in time are let in at `step`: 1, but of a network begun from images it grows from 0."""
     ramp = config.train.temporal_ramp_steps
+    return min(1.0, step / ramp) if ramp else 1.0
+
+
+def set_temporal_position_scale(config: Config, step: int, *models: nn.Module) -> None:
+    """Make it so in text networks; in others there is no such thing."""
     for model in models if config.model.is_text else ():
-        assert isinstance(model, LatteT2V)
-        model.temporal_position_scale = min(1.0, step / ramp) if ramp else 1.0
+        model.temporal_position_scale = temporal_position_scale(config, step)  # type: ignore[assignment]
