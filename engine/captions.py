@@ -43,7 +43,9 @@ class EncodedFeatures:
 
     def __init__(self, config: TextConfig, device: torch.device) -> None:
         self.config = config
-        self.encoder = TextEncoder.from_folder(config.folder(), DTYPES[config.dtype], device, config.max_length)
+        self.encoder = TextEncoder.from_folder(
+            config.folder(), DTYPES[config.dtype], device, max_length=config.max_length
+        )
         width = self.encoder.network.config.d_model
         require(
             width == config.caption_channels,

@@ -12,6 +12,8 @@ from typing import Any
 from datasets.catalog import CAPTIONED
 from datasets.clips import DataConfig
 from diffusion import ConditionConfig, DiffusionConfig
+from diffusion.multistep import SCHEDULERS
+from models import attention
 from models.autoencoder import CodecConfig
 from models.latte import LatteConfig
 from models.lora import LoraConfig
@@ -20,9 +22,9 @@ from models.text_encoder import TextConfig
 from .official_keys import DROPPED, RENAMED
 from .optim import OptimConfig
 
-GAUSSIAN_METHODS = ("auto", "ddpm", "ddim")
-FLOW_METHODS = ("auto", "euler", "heun")
-METHODS = (*GAUSSIAN_METHODS, *FLOW_METHODS[1:])
+GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *SCHEDULERS)
+FLOW_METHODS = ("auto", "euler", "heun", *SCHEDULERS)
+METHODS = tuple(dict.fromkeys((*GAUSSIAN_METHODS, *FLOW_METHODS)))
 TRAIN_PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
 SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
 LABEL_RULES = ("balanced", "random")
@@ -54,6 +56,8 @@ class TrainConfig:
     seed: int = 0
     precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
     compile: bool = False  # torch.compile each block in place
+    run_ahead: bool = True  # queue the next step before a step's numbers are read; false: wait for each
+    attention: str = "auto"  # auto | fused | plain (the reference) | triton (over time, on CUDA): docs/attention.md
     parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
     drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
     timeout_s: float = 1800.0  # a collective that takes longer ends the run; until the first step at least 600
@@ -68,7 +72,8 @@ class TrainConfig:
         require(0 <= self.seed < MAX_SEED, f"train.seed must be zero or more and below 2**63, not {self.seed}.")
         require(0 < self.timeout_s < float("inf"), f"train.timeout_s must be positive, not {self.timeout_s}.")
         require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}.")
-        for key, choices in {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp")}.items():
+        choices_of = {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp"), "attention": attention.CHOICES}
+        for key, choices in choices_of.items():
             value = getattr(self, key)
             require(value in choices, f"train.{key} must be one of {', '.join(choices)}, not {value!r}.")
         require(bool(self.output_dir), "train.output_dir must name a folder.")
@@ -85,13 +90,22 @@ class SampleConfig:
     label_rule: str = "balanced"  # balanced: in turn by index | random: drawn by (seed, index)
     seed: int = 0
     steps: int = 250
-    method: str = "auto"  # ddpm | ddim for Gaussian diffusion, euler | heun for flow; auto: the first
+    # ddpm | ddim for Gaussian diffusion, euler | heun for flow, dpm_solver++ | sde_dpm_solver++ | unipc for both;
+    # auto: ddpm, or euler for flow
+    method: str = "auto"
     eta: float = 0.0  # DDIM only: 0 deterministic, 1 as noisy as DDPM
     guidance_scale: float = 1.0  # 1: no guidance
+    guidance_interval: list[float] | None = None  # guide only noise levels from the first to the second, 0 to 1
+    batched_guidance: bool = True  # conditional and unconditional in one call; false: one by one, in half the memory
     weights: str = "ema"  # ema | raw
     lora: str | None = None  # adapters to merge into the network: a folder in peft's format
     lora_scale: float = 1.0  # so much of them
     precision: str = "fp32"  # fp32 | bf16 | fp16
+    cast_weights: bool = False  # the weights themselves in `precision`, in half the memory
+    compile: bool = False  # torch.compile the network; on CUDA with CUDA graphs
+    modulation_mb: int = 0  # memory for adaLN modulations computed ahead of the steps; 0: computed in every step
+    cache: str | None = None  # a schedule of tools.fit_cache: steps in which a range of layers is not run
+    overlap_decode: bool = True  # on CUDA, decode a batch while the next is sampled
     batch_size: int = 4
     fps: int = 8
     first_frame: list[str] | None = None  # images that the videos begin with, in turn by index
@@ -114,6 +128,19 @@ class SampleConfig:
             0 <= self.guidance_scale < float("inf"),
             f"sample.guidance_scale must be zero or more and finite, not {self.guidance_scale}.",
         )
+        require(self.modulation_mb >= 0, f"sample.modulation_mb must be zero or more, not {self.modulation_mb}.")
+        require(
+            not (self.cast_weights and self.precision == "fp32"),
+            "sample.cast_weights=true holds the weights in sample.precision: set that to bf16 or fp16.",
+        )
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval if len(self.guidance_interval) == 2 else (1, 0)
+            require(
+                0 <= low <= high <= 1,
+                "sample.guidance_interval must be two numbers, 0 (data) <= first <= second <= 1 (noise), not "
+                f"{self.guidance_interval}.",
+            )
+            require(self.guidance_scale != 1, "sample.guidance_interval is read only with a sample.guidance_scale.")
         require(abs(self.lora_scale) < float("inf"), f"sample.lora_scale must be finite, not {self.lora_scale}.")
         require(self.lora is not None or self.lora_scale == 1, "sample.lora_scale is read only with sample.lora.")
         words = {"method": METHODS, "weights": ("ema", "raw"), "precision": SAMPLE_PRECISIONS}
@@ -259,6 +286,11 @@ class Config:
         require(
             not (self.lora.rank and self.train.parallel == "fsdp"),
             "lora.rank has little to shard: leave train.parallel at ddp.",
+        )
+        require(
+            not self.sample.modulation_mb or (self.model.injection == "adaln" and not self.model.is_text),
+            f"sample.modulation_mb: model.name={self.model.name} with model.injection={self.model.injection} has no "
+            "modulations to hold; leave it out.",
         )
         self._check_monitor()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .autoencoder import DTYPES
 from .hub import find_folder, require_part
+from .quantize import quantize
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,15 @@ class TextEncoder:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, dtype: torch.dtype, device: torch.device, max_length: int = MAX_WORDS
+        cls,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str | None = None,
+        *,
+        max_length: int = MAX_WORDS,
     ) -> TextEncoder:
-        """From the sub-folders `tokenizer` and `text_encoder`.
+        """From the sub-folders `tokenizer` and `text_encoder`, quantised as `models.quantize` says.
 
         Raises: FileNotFoundError, ValueError: one is missing or broken, or the tokenizer is not the encoder's.
         """
@@ -97,7 +104,7 @@ class TextEncoder:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"{folder}: tokenizer or text_encoder could not be loaded: {reason}") from error
         check_tokenizer(tokenizer, network.config.vocab_size, folder)
-        return cls(tokenizer, network.eval().requires_grad_(False).to(device), max_length)
+        return cls(tokenizer, quantize(network.eval().requires_grad_(False), quantization, device), max_length)
 
     @torch.no_grad()
     def features(self, text: str) -> tuple[Tensor, int]:
@@ -112,6 +119,8 @@ class TextEncoder:
         """Features of the words of a prompt, and as many of the negative one; None: no guidance."""
         prepare = clean_caption if clean else lambda text: text.lower().strip()
         text = prepare(prompt)
+        if not text:
+            log.warning("the prompt %r says nothing: its video is of what the network draws without a caption", prompt)
         count = len(self.tokenizer(text).input_ids)
         if count > self.max_length:
             log.warning("a prompt of %d pieces is cut to the %d that the network knows", count, self.max_length)

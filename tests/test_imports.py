@@ -69,7 +69,7 @@ sys.meta_path.insert(0, Blocker())
 
 
 def test_a_class_conditional_run_needs_none_of_them(tiny: list[str], tmp_path: Path) -> None:
-    """Training from videos and from cached latents of a diffusers autoencoder, and sampling, with all of them barred."""
+    """Training from pixels and from latents of a diffusers autoencoder, and sampling, with all of them barred."""
     from tests.latent_support import cache, save_codec
 
     codec = save_codec(tmp_path / "codec", "AutoencoderKL")

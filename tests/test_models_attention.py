@@ -70,7 +70,7 @@ def test_fused_attention_gets_four_dimensions(axis: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
     mixer(axis)(tokens(), F)
-    shape = (B * F, HEADS, N, D // HEADS) if axis == "spatial" else (B * N, HEADS, F, D // HEADS)
+    shape = (B * F, HEADS, N, D // HEADS) if axis == "spatial" else (B, N * HEADS, F, D // HEADS)
     assert seen == [[shape] * 3]
 
 
