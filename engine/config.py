@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets.clips import DataConfig
 from diffusion import ConditionConfig, DiffusionConfig
+from models.attention import CHOICES as ATTENTION_CHOICES
 from models.autoencoder import CodecConfig
 from models.latte import LatteConfig
 from models.lora import LoraConfig
@@ -51,6 +52,7 @@ class TrainConfig:
     seed: int = 0
     precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
     compile: bool = False  # torch.compile each block in place
+    attention: str = "auto"  # the kernel of all attention; auto: the first of models.attention.KERNELS that fits
     parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
     drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
     timeout_s: float = 1800.0  # a collective that takes longer ends the run; until the first step at least 600
@@ -65,7 +67,8 @@ class TrainConfig:
         require(0 <= self.seed < MAX_SEED, f"train.seed must be zero or more and below 2**63, not {self.seed}.")
         require(0 < self.timeout_s < float("inf"), f"train.timeout_s must be positive, not {self.timeout_s}.")
         require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}.")
-        for key, choices in {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp")}.items():
+        named = {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp"), "attention": ATTENTION_CHOICES}
+        for key, choices in named.items():
             value = getattr(self, key)
             require(value in choices, f"train.{key} must be one of {', '.join(choices)}, not {value!r}.")
         require(bool(self.output_dir), "train.output_dir must name a folder.")

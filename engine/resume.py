@@ -39,6 +39,7 @@ FREE_ON_RESUME = (
     "train.resume",
     "train.init_from",
     "train.compile",
+    "train.attention",
     "optim.max_skips",
 )
 # what a checkpoint's state.json must hold, beside step and samples_seen

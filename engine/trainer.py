@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
+from models import attention
 from models.convert import init_from_dit, is_image_checkpoint, load_weights, weights_digest
 from models.latte import Latte
 from models.lora import lora_weights
@@ -104,6 +105,7 @@ class Trainer:
         if train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
+        attention.choose(train.attention)
         dtype, autocast_dtype = DTYPES[train.precision]
         self.clips = build_dataset(config.data, seed=train.seed)
         self._check_labels()
@@ -202,7 +204,7 @@ class Trainer:
         """Make the network ready for `train_step`: compiled, and with its gradients exchanged."""
         if self.config.train.compile:
             for block in self.model.blocks:
-                block.compile()
+                block.compile(dynamic=False)
         self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
 
     def loop(self) -> int:
