@@ -9,19 +9,22 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets.catalog import CAPTIONED
 from datasets.clips import DataConfig
 from diffusion import ConditionConfig, DiffusionConfig
-from models.attention import CHOICES as ATTENTION_CHOICES
+from diffusion.multistep import SCHEDULERS
+from models import attention
 from models.autoencoder import CodecConfig
 from models.latte import LatteConfig
 from models.lora import LoraConfig
+from models.text_encoder import TextConfig
 
 from .official_keys import DROPPED, RENAMED
 from .optim import OptimConfig
 
-GAUSSIAN_METHODS = ("auto", "ddpm", "ddim")
-FLOW_METHODS = ("auto", "euler", "heun")
-METHODS = (*GAUSSIAN_METHODS, *FLOW_METHODS[1:])
+GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *SCHEDULERS)
+FLOW_METHODS = ("auto", "euler", "heun", *SCHEDULERS)
+METHODS = tuple(dict.fromkeys((*GAUSSIAN_METHODS, *FLOW_METHODS)))
 TRAIN_PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
 SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
 LABEL_RULES = ("balanced", "random")
@@ -49,10 +52,11 @@ class TrainConfig:
     async_checkpoint: bool = False  # write them in a thread beside the training
     resume: str = "auto"  # auto: the newest checkpoint in output_dir; never; or one to start from where it has none
     init_from: str | None = None  # weights only: our checkpoint, an official .pt, or an image DiT's
+    temporal_ramp_steps: int = 0  # text network begun from an image network: positions in time grow from 0 to 1
     seed: int = 0
     precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
     compile: bool = False  # torch.compile each block in place
-    attention: str = "auto"  # the kernel of all attention; auto: the first of models.attention.KERNELS that fits
+    attention: str = "auto"  # auto | fused | plain (the reference) | triton (over time, on CUDA): docs/attention.md
     parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
     drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
     timeout_s: float = 1800.0  # a collective that takes longer ends the run; until the first step at least 600
@@ -61,14 +65,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("max_steps", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"train.{key} must be at least 1, not {getattr(self, key)}.")
-        for key in ("keep_last", "keep_every", "drift_check_every", "hang_timeout_s"):
+        for key in ("keep_last", "keep_every", "temporal_ramp_steps", "drift_check_every", "hang_timeout_s"):
             value = getattr(self, key)
             require(0 <= value < float("inf"), f"train.{key} must be zero or more and finite, not {value}.")
         require(0 <= self.seed < MAX_SEED, f"train.seed must be zero or more and below 2**63, not {self.seed}.")
         require(0 < self.timeout_s < float("inf"), f"train.timeout_s must be positive, not {self.timeout_s}.")
         require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}.")
-        named = {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp"), "attention": ATTENTION_CHOICES}
-        for key, choices in named.items():
+        choices_of = {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp"), "attention": attention.CHOICES}
+        for key, choices in choices_of.items():
             value = getattr(self, key)
             require(value in choices, f"train.{key} must be one of {', '.join(choices)}, not {value!r}.")
         require(bool(self.output_dir), "train.output_dir must name a folder.")
@@ -81,17 +85,26 @@ class SampleConfig:
     ckpt: str | None = None  # our checkpoint or run folder, or an official .pt
     save_video_path: str = "results/samples"
     num_videos: int = 4
-    labels: list[str] | None = None  # class numbers or names to sample; null: all classes
+    labels: list[str] | None = None  # class numbers or names to sample; null: all classes. Text network: captions
     label_rule: str = "balanced"  # balanced: in turn by index | random: drawn by (seed, index)
     seed: int = 0
     steps: int = 250
-    method: str = "auto"  # ddpm | ddim for Gaussian diffusion, euler | heun for flow; auto: the first
+    # ddpm | ddim for Gaussian diffusion, euler | heun for flow, dpm_solver++ | sde_dpm_solver++ | unipc for both;
+    # auto: ddpm, or euler for flow
+    method: str = "auto"
     eta: float = 0.0  # DDIM only: 0 deterministic, 1 as noisy as DDPM
     guidance_scale: float = 1.0  # 1: no guidance
+    guidance_interval: list[float] | None = None  # guide only noise levels from the first to the second, 0 to 1
+    batched_guidance: bool = True  # conditional and unconditional in one call; false: one by one, in half the memory
     weights: str = "ema"  # ema | raw
     lora: str | None = None  # adapters to merge into the network: a folder in peft's format
     lora_scale: float = 1.0  # so much of them
     precision: str = "fp32"  # fp32 | bf16 | fp16
+    cast_weights: bool = False  # the weights themselves in `precision`, in half the memory
+    compile: bool = False  # torch.compile the network; on CUDA with CUDA graphs
+    modulation_mb: int = 0  # memory for adaLN modulations computed ahead of the steps; 0: computed in every step
+    cache: str | None = None  # a schedule of tools.fit_cache: steps in which a range of layers is not run
+    overlap_decode: bool = True  # on CUDA, decode a batch while the next is sampled
     batch_size: int = 4
     fps: int = 8
     first_frame: list[str] | None = None  # images that the videos begin with, in turn by index
@@ -114,6 +127,19 @@ class SampleConfig:
             0 <= self.guidance_scale < float("inf"),
             f"sample.guidance_scale must be zero or more and finite, not {self.guidance_scale}.",
         )
+        require(self.modulation_mb >= 0, f"sample.modulation_mb must be zero or more, not {self.modulation_mb}.")
+        require(
+            not (self.cast_weights and self.precision == "fp32"),
+            "sample.cast_weights=true holds the weights in sample.precision: set that to bf16 or fp16.",
+        )
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval if len(self.guidance_interval) == 2 else (1, 0)
+            require(
+                0 <= low <= high <= 1,
+                "sample.guidance_interval must be two numbers, 0 (data) <= first <= second <= 1 (noise), not "
+                f"{self.guidance_interval}.",
+            )
+            require(self.guidance_scale != 1, "sample.guidance_interval is read only with a sample.guidance_scale.")
         require(abs(self.lora_scale) < float("inf"), f"sample.lora_scale must be finite, not {self.lora_scale}.")
         require(self.lora is not None or self.lora_scale == 1, "sample.lora_scale is read only with sample.lora.")
         words = {"method": METHODS, "weights": ("ema", "raw"), "precision": SAMPLE_PRECISIONS}
@@ -189,6 +215,7 @@ class Config:
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -218,12 +245,13 @@ class Config:
             "diffusion.fixed_variance is that of networks without a learned one: set model.learn_sigma=false, or "
             "leave it out.",
         )
+        conditional = self.model.num_classes > 0 or self.model.is_text
         require(
-            self.model.num_classes > 0 or not self.sample.labels,
+            conditional or not self.sample.labels,
             "sample.labels: this network is unconditional (model.num_classes is 0); leave labels out.",
         )
         require(
-            self.model.num_classes > 0 or self.sample.label_rule == "balanced",
+            conditional or self.sample.label_rule == "balanced",
             f"sample.label_rule={self.sample.label_rule}: this network is unconditional (model.num_classes is 0).",
         )
         flow = self.diffusion.prediction == "flow"
@@ -242,11 +270,14 @@ class Config:
             self.sample.eta == 0 or self.sample.method == "ddim",
             f"sample.eta={self.sample.eta} is read only with sample.method=ddim.",
         )
+        dropout = self.text.caption_dropout if self.model.is_text else self.model.label_dropout
         require(
-            self.sample.guidance_scale == 1 or (self.model.num_classes > 0 and self.model.label_dropout > 0),
+            self.sample.guidance_scale == 1 or (conditional and dropout > 0),
             f"sample.guidance_scale={self.sample.guidance_scale} needs a class-conditional network with a null "
-            "label: set model.num_classes and a model.label_dropout above 0, or sample.guidance_scale=1.",
+            "label: set model.num_classes and a model.label_dropout (of a text network, text.caption_dropout) above 0, "
+            "or sample.guidance_scale=1.",
         )
+        self._check_text()
         require(
             not self.lora.rank or self.train.init_from is not None,
             f"lora.rank={self.lora.rank} trains adapters beside given weights: name these with train.init_from.",
@@ -255,7 +286,46 @@ class Config:
             not (self.lora.rank and self.train.parallel == "fsdp"),
             "lora.rank has little to shard: leave train.parallel at ddp.",
         )
+        require(
+            not self.sample.modulation_mb or (self.model.injection == "adaln" and not self.model.is_text),
+            f"sample.modulation_mb: model.name={self.model.name} with model.injection={self.model.injection} has no "
+            "modulations to hold; leave it out.",
+        )
         self._check_monitor()
+
+    def _check_text(self) -> None:
+        """A text network is trained on captions, and nothing else is."""
+        captioned = self.data.name in CAPTIONED
+        if not self.model.is_text:
+            require(
+                not captioned,
+                f"data.name={self.data.name} has captions, which model.name={self.model.name} does not read: set "
+                "model.name=custom-t2v or Latte-1, or data.name=folder.",
+            )
+            for item in fields(self.text):
+                require(
+                    getattr(self.text, item.name) == item.default,
+                    f"text.{item.name} is read only by a text network: set model.name=Latte-1 or custom-t2v, or leave "
+                    "it out.",
+                )
+            require(
+                self.train.temporal_ramp_steps == 0,
+                "train.temporal_ramp_steps is read only by a text network begun from an image network.",
+            )
+            return
+        require(
+            captioned,
+            f"model.name={self.model.name} is trained on captions: set data.name=captions, not {self.data.name}.",
+        )
+        require(
+            self.model.name != "custom-t2i" or self.data.num_frames == 1,
+            f"model.name=custom-t2i has no layers over time: set data.num_frames=1, not {self.data.num_frames}.",
+        )
+        require(
+            self.train.temporal_ramp_steps == 0 or self.train.init_from is not None,
+            f"train.temporal_ramp_steps={self.train.temporal_ramp_steps} is of a network begun from an image network: "
+            "name that with train.init_from, or set it to 0.",
+        )
 
     def _check_monitor(self) -> None:
         """What the `monitor` section needs of the others."""

@@ -24,6 +24,8 @@ from diffusion import (
 )
 from models.autoencoder import LatentCodec, Posterior, StoredCodec
 
+from .captions import CaptionedNetwork, Captions
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -64,6 +66,7 @@ class Objective:
         conditional: whether the network takes labels.
         dtype: of latents, noise and loss.
         autocast_dtype: the network computes in it; the loss stays in `dtype`.
+        captions: what the labels are the numbers of, where the network is conditioned on text.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Objective:
         tubelet_size: int = 1,
         dtype: torch.dtype = torch.float32,
         autocast_dtype: torch.dtype | None = None,
+        captions: Captions | None = None,
     ) -> None:
         self.codec = codec
         self.diffusion = diffusion
@@ -96,14 +100,23 @@ class Objective:
         self.tubelet_size = tubelet_size
         self.dtype = dtype
         self.autocast_dtype = autocast_dtype
+        self.captions = captions
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepLoss:
         """Mean loss of one micro-batch {"video" or "latents", "labels", "position"} as the data loader gives it."""
-        labels = batch["labels"].to(self.device, non_blocking=True)
+        labels = batch["labels"]
+        if self.captions is not None:
+            table = self.captions.table(labels)
+            model, labels = CaptionedNetwork(model, table, table.null_label), table.labels
+        labels = labels.to(self.device, non_blocking=True)
         posterior = self.posterior(batch)
         draws = self.draw(batch["position"].tolist(), posterior.mean.shape, labels.shape[1])
         latents = posterior.latents(self.codec.config, draws.codec_noise).to(self.dtype)
         return self.loss(model, latents, labels, draws)
+
+    def called_with_labels(self, model: nn.Module) -> nn.Module:
+        """`model` as `terms` calls it, where labels are numbers of classes or among all captions."""
+        return model if self.captions is None else self.captions.network(model)
 
     def posterior(self, batch: Mapping[str, Tensor]) -> Posterior:
         """What the encoder says of the video (B, F+I, 3, H, W), or said before: latents (B, F+I, P, C, h, w)."""

@@ -20,12 +20,14 @@ from diffusion import build_timestep_sampler
 from models import attention
 from models.convert import init_from_dit, is_image_checkpoint, load_weights, weights_digest
 from models.latte import Latte
+from models.latte_t2v import LatteT2V
 from models.lora import lora_weights
 
 from . import checkpoint as ckpt
 from . import resume
 from .build import build_codec, build_model, build_process, count_parameters, put_adapters
 from .callbacks import Callback, Callbacks
+from .captions import build_captions, condition_of, set_temporal_position_scale
 from .config import Config, require
 from .distributed import (
     World,
@@ -51,6 +53,7 @@ from .optim import build_optimizer, clip_gradients, gradient_norm, learning_rate
 from .run_folder import COMPLETED, PREEMPTED, RunFolder
 from .signals import StopSignals
 from .stream import ClipStream, PositionBatches, load_micro_batches
+from .text_start import start_text_network
 from .validation import Validation
 from .watch import Breadcrumbs, HangWatch
 
@@ -105,13 +108,16 @@ class Trainer:
         if train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
-        attention.choose(train.attention)
+        attention.choose(train.attention, world.device)
+
         dtype, autocast_dtype = DTYPES[train.precision]
         self.clips = build_dataset(config.data, seed=train.seed)
         self._check_labels()
         self._check_number()
         validation = [Validation(config, self.clips)] if config.monitor.val_every else []
         self.callbacks = Callbacks([*validation, *callbacks])
+        held_out = validation[0].clips if validation else None
+        captions = build_captions(config, self.clips, held_out, world.device)
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
         self.model = build_model(config).to(world.device, dtype)
         self.lora_base: dict[str, str] = {}
@@ -127,9 +133,7 @@ class Trainer:
             build_codec(config, self.clips, world.device),
             build_process(config).to(world.device),
             self.timestep_sampler,
-            conditional=config.model.num_classes > 0,
-            null_label=self.model.null_label,
-            label_dropout=config.model.label_dropout,
+            **condition_of(config, captions),
             num_images=config.data.num_images,
             condition=config.condition,
             tubelet_size=config.model.frames_per_token,
@@ -179,6 +183,7 @@ class Trainer:
         train = self.config.train
         self._check_ranks_agree()
         notes = self.restore()
+        set_temporal_position_scale(self.config, self.step, self.model, self.ema.model)
         if self.world.is_main:
             self.log = RunLogger(self.folder.path, start=self.step, total=train.max_steps)
             (self.folder.path / "config.yaml").write_text(self.config.to_yaml())
@@ -222,6 +227,7 @@ class Trainer:
         """One step with all that it is due: log, replica check, checkpoint, callbacks; the signal to stop, or 0."""
         before = self.step
         parts, stop = self.train_step(micro_batches)
+        set_temporal_position_scale(self.config, self.step, self.model, self.ema.model)
         if not self._under_way:
             set_timeout(self.config.train.timeout_s)
             self._under_way = True
@@ -487,6 +493,10 @@ class Trainer:
             return []
         if self.lora_base:
             return [f"adapters beside {source}, weights {self.lora_base['lora_base'][:12]}, which stay as they are"]
+        if isinstance(self.model, LatteT2V):
+            notes = start_text_network(self.model, source, self.config)
+            self.ema.load_state_dict(self.model.state_dict())
+            return notes
         weights = ckpt.load_model_weights(source)
         if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
             notes = str(init_from_dit(self.model, self._sharded_as_model(weights))).splitlines()

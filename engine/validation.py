@@ -97,7 +97,7 @@ class Validation:
         num_uniforms = run.objective.num_given_uniforms(self.config.data.num_frames)
         given = run.objective.given_frames(torch.rand(self.buckets, num_uniforms, generator=generator))
         terms = run.objective.terms(
-            network,
+            run.objective.called_with_labels(network),
             latents.to(run.objective.dtype).expand(shape),
             labels.expand(self.buckets, -1),
             self.timesteps(uniform).to(latents.device),

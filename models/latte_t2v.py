@@ -54,6 +54,7 @@ class LatteT2V(nn.Module):
         gradient_checkpointing: recompute each block in the backward pass.
         temporal_position_scale: 1 is Latte. From 0 to 1 it lets the positions in time in, which no image network
             has: at 0, an image network with temporal blocks that do nothing yet computes what it did before.
+        temporal: False: no temporal blocks at all. This is PixArt-alpha's network, every frame an image.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class LatteT2V(nn.Module):
         text_mask: TextMask = "official",
         gradient_checkpointing: bool = False,
         temporal_position_scale: float = 1.0,
+        temporal: bool = True,
     ) -> None:
         super().__init__()
         if text_mask not in TEXT_MASKS:
@@ -77,7 +79,9 @@ class LatteT2V(nn.Module):
         self.adaln_single = AdaLayerNormSingle(width)
         self.caption_projection = TwoLayers(config.caption_channels or 0, width, nn.GELU(approximate="tanh"))
         self.transformer_blocks = nn.ModuleList(T2VBlock(config, "spatial") for _ in layers)
-        self.temporal_transformer_blocks = nn.ModuleList(T2VBlock(config, "temporal") for _ in layers)
+        self.temporal_transformer_blocks = nn.ModuleList(
+            T2VBlock(config, "temporal") for _ in (layers if temporal else ())
+        )
         self.norm_out = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = nn.Linear(width, patch * patch * out_channels)
@@ -112,6 +116,8 @@ class LatteT2V(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """All blocks in the order in which they run: a spatial one, a temporal one, and so on."""
+        if not self.temporal_transformer_blocks:
+            return list(self.transformer_blocks)
         pairs = zip(self.transformer_blocks, self.temporal_transformer_blocks)
         return [block for pair in pairs for block in pair]
 
@@ -165,8 +171,9 @@ class LatteT2V(nn.Module):
         if timestep.ndim == 1:  # one row for all frames
             embedded, modulation = embedded[:, None], modulation[:, None]  # (B, 1, D), (B, 1, 6, D)
         caption = self._caption(encoder_hidden_states, encoder_attention_mask, x.shape, num_images)
-        for index, block in enumerate(self.blocks if enable_temporal_attentions else self.transformer_blocks):
-            if index == 1 and enable_temporal_attentions:
+        over_time = enable_temporal_attentions and len(self.temporal_transformer_blocks) > 0
+        for index, block in enumerate(self.blocks if over_time else self.transformer_blocks):
+            if index == 1 and over_time:
                 x = self._add_time_positions(x, num_frames)
             x = self._run(block, x, modulation, num_frames, caption)
         shift, scale = (self.scale_shift_table + embedded[:, :, None])[:, :, None].unbind(-2)  # (B, 1 or F+I, 1, D)

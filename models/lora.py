@@ -9,7 +9,6 @@ Letters: r rank, D_in D_out the widths of a linear map; A (r, D_in), B (D_out, r
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -216,8 +215,7 @@ def _peft_config(config: LoraConfig, targets: list[str]) -> Any:
 
 
 def _peft() -> Any:
-    """The package, imported where it is needed, and without bitsandbytes' remarks about kernels for the CPU."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """The package, imported where it is needed."""
     import peft
 
     return peft

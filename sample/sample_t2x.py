@@ -19,6 +19,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
 
 import argparse
+import gc
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eta", type=float, metavar="X", help="of DDIM: 0 deterministic, 1 as noisy as DDPM")
     add("--guidance_scale", type=float, metavar="X", help="1 is no guidance")
     add("--decode_chunk_size", type=int, metavar="N", help="frames decoded at a time")
+    add("--lora", metavar="DIR", help="adapters to merge into the network, in peft's format")
+    add("--lora_scale", type=float, metavar="X", help="so much of them (1)")
     add("--precision", metavar="KIND", help="fp16, bf16 or fp32")
+    add("--quantize_text_encoder", metavar="KIND", help="int8; on CUDA also bnb8, bnb4 (bitsandbytes)")
+    add("--quantize_transformer", metavar="KIND", help="the same for the network")
     add("--fps", type=int, metavar="N", help="frames per second of the files")
     for switch in SWITCHES:
         add(f"--{switch}", action=argparse.BooleanOptionalAction)
@@ -90,11 +95,14 @@ def main(argv: list[str]) -> int:
     config = load_t2x_config(yaml, settings)
     prompts = config.prompts()
 
-    from sample.generate import usable_device  # torch is imported here: --help is quick
+    from models.quantize import check_device  # torch is imported here: --help is quick
+    from sample.generate import usable_device
     from sample.sample import make_writable
     from sample.text_to_video import find_folder
 
     device = usable_device(device_name)
+    for key in ("quantize_text_encoder", "quantize_transformer"):
+        check_device(getattr(config, key), device, key)
     target = Path(config.save_img_path)
     make_writable(target, "save_img_path")
     folder = find_folder(config)
@@ -110,9 +118,12 @@ def encode_all(config: T2XConfig, folder: Path, prompts: list[str], device: torc
     from models.autoencoder import DTYPES
     from models.text_encoder import TextEncoder
 
-    encoder = TextEncoder.from_folder(folder, DTYPES[config.precision], device)
+    encoder = TextEncoder.from_folder(folder, DTYPES[config.precision], device, config.quantize_text_encoder)
     negative = config.negative_prompt if config.guidance_scale > 1 else None
-    return [encoder.encode(prompt, negative, clean=config.clean_caption) for prompt in prompts]
+    encoded = [encoder.encode(prompt, negative, clean=config.clean_caption) for prompt in prompts]
+    del encoder
+    gc.collect()  # transformers' networks refer to themselves
+    return encoded
 
 
 def write_videos(

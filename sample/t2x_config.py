@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import MAX_SEED, SAMPLE_PRECISIONS, read_yaml, require
+from models.quantize import KINDS
 
 # The official names -> the class in diffusers and what it needs beside the beta schedule. A learned variance is
 # for DDPM alone: the other samplers have no use for it.
@@ -65,8 +66,12 @@ class T2XConfig:
     decode_chunk_size: int = 16  # frames at a time
     vae_slicing: bool = False
     vae_tiling: bool = False
+    lora: str | None = None  # adapters to merge into the network: a folder in peft's format
+    lora_scale: float = 1.0  # so much of them
     precision: str = "fp16"  # of all three networks
-    compile: bool = False
+    quantize_text_encoder: str | None = None  # int8 on any device; bnb8, bnb4 on CUDA
+    quantize_transformer: str | None = None
+    compile: bool = False  # each block of the network, and the decoder
     cpu_offload: bool = False  # network and decoder take turns on the device
     fps: int = 8
 
@@ -86,9 +91,18 @@ class T2XConfig:
             f"guidance_scale must be zero or more and finite, not {self.guidance_scale}",
         )
         require(0 < self.beta_start <= self.beta_end < 1, "beta_start and beta_end must be 0 < start <= end < 1")
+        require(abs(self.lora_scale) < math.inf, f"lora_scale must be finite, not {self.lora_scale}")
+        require(self.lora is not None or self.lora_scale == 1, "lora_scale is read only with lora")
+        require(
+            not (self.cpu_offload and self.quantize_transformer in ("bnb8", "bnb4")),
+            f"quantize_transformer={self.quantize_transformer} stays on the GPU: leave cpu_offload out, or use int8",
+        )
         for key, choices in {"sample_method": list(SCHEDULERS), "precision": list(SAMPLE_PRECISIONS)}.items():
             value = getattr(self, key)
             require(value in choices, f"{key} must be one of {', '.join(choices)}, not {value!r}")
+        for key in ("quantize_text_encoder", "quantize_transformer"):
+            value = getattr(self, key)
+            require(value in (None, *KINDS), f"{key} must be one of {', '.join(KINDS)}, or null, not {value!r}")
 
     def prompts(self) -> list[str]:
         """All prompts, of the list and of the file.

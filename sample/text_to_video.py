@@ -22,9 +22,11 @@ from torch import Tensor
 from engine.objective import sample_generator
 from models import hub
 from models.autoencoder import DTYPES, CodecConfig, LatentCodec
-from models.convert_t2v import load_t2v
+from models.convert_t2v import find_network, load_t2v
 from models.hub import require_part
 from models.latte_t2v import LatteT2V
+from models.lora import merge_lora
+from models.quantize import quantize
 from models.text_encoder import Prompt
 from sample.generate import to_uint8
 from sample.t2x_config import LEARNED_VARIANCE, SCHEDULERS, T2XConfig
@@ -103,8 +105,11 @@ def load_network(config: T2XConfig, folder: Path, device: torch.device) -> Latte
     """The text-conditioned network of the folder, or of `transformer`, ready to sample."""
     if config.transformer is None:
         require_part(folder, "transformer")
-    model = load_t2v(config.transformer or folder / "transformer", dtype=DTYPES[config.precision])
-    model.requires_grad_(False).to(device)
+    other = config.transformer and find_network(config.transformer, None, "transformer")
+    model = load_t2v(other or folder / "transformer", dtype=DTYPES[config.precision])
+    if config.lora:
+        merge_lora(model, config.lora, config.lora_scale)
+    quantize(model.requires_grad_(False), config.quantize_transformer, device)
     if config.compile:
         for block in model.blocks:
             block.compile()
@@ -137,6 +142,8 @@ def load_codec(config: T2XConfig, folder: Path, device: torch.device) -> LatentC
             raise ValueError(f"{described['_class_name']} has no {method}: leave vae_slicing and vae_tiling out")
         if wanted:
             getattr(network, method)()
+    if config.compile:
+        network.decoder.compile()
     return codec
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +100,29 @@ def operator_checks() -> dict[str, str]:
         (torch.randn(1, 2, 1, 48, requires_grad=True), 1),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+class Traced(Exception):
+    """The compiled graph was about to run."""
+
+
+def traced_launches(function: Any, *arguments: Any) -> list[dict[str, Any]]:
+    """The kernel launches in the one graph that torch.compile makes of `function`."""
+    launches = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        launches.extend(node.kwargs for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target))
+
+        def run(*_: Any) -> None:
+            raise Traced
+
+        return run
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    with suppress(Traced):
+        torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=backend))(*arguments)
+    return launches
 
 
 if __name__ == "__main__":

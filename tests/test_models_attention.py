@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from timm.layers import Attention as TimmAttention
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from models.attention import BACKENDS, KERNELS, Call, choose, plain
+from models.attention import BACKENDS, Call, fused, plain
 from models.blocks import LAYER_PLANS, MIXERS, Block
 from models.embeddings import axis_positions, rotary_table, rotate
 from models.linear import Linear
@@ -20,12 +19,6 @@ from models.linear import Linear
 B, F, N, D, HEADS = 2, 5, 6, 12, 3
 AXES = {"spatial": "bfnhd,bfmhd->bfhnm", "temporal": "bfnhd,bgnhd->bnhfg"}
 BACK = {"spatial": "bfhnm,bfmhd->bfnhd", "temporal": "bnhfg,bgnhd->bfnhd"}
-
-
-@pytest.fixture(autouse=True)
-def automatic() -> Iterator[None]:
-    yield
-    choose("auto")
 
 
 def tokens(frames: int = F) -> Tensor:
@@ -80,7 +73,7 @@ def test_fused_attention_gets_four_dimensions(axis: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
     mixer(axis)(tokens(), F)
-    shape = (B * F, HEADS, N, D // HEADS) if axis == "spatial" else (B * N, HEADS, F, D // HEADS)
+    shape = (B * F, HEADS, N, D // HEADS) if axis == "spatial" else (B, N * HEADS, F, D // HEADS)
     assert seen == [[shape] * 3]
 
 
@@ -177,38 +170,19 @@ def test_rotary_scores_depend_on_distance_only() -> None:
     assert torch.equal(turned_q[0], q)
 
 
-@pytest.mark.parametrize("masked", [None, torch.bool, torch.float64], ids=["no mask", "kept", "added"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=["kept", "added"])
 @pytest.mark.parametrize("view", ["spatial", "temporal", "text"])
-@pytest.mark.parametrize("name", KERNELS)
-def test_every_kernel_equals_plain_softmax(name: str, view: str, masked: torch.dtype | None) -> None:
-    """Forward and backward in float64, of calls that the kernel takes."""
+def test_masks_mean_the_same_to_both_kernels(view: str, dtype: torch.dtype) -> None:
+    """Fused against plain, forward and backward in float64."""
     q, k, v = (tokens().detach().roll(shift, -1).requires_grad_() for shift in range(3))
-    rows, length = {"spatial": (B * F, N), "temporal": (B * N, F), "text": (B, F * N)}[view]
-    mask = None
-    if masked is not None:
-        keep = torch.rand(rows, 1, length, length, generator=torch.Generator().manual_seed(4)) < 0.7
-        keep |= torch.eye(length, dtype=torch.bool)  # no row without a key
-        mask = keep if masked == torch.bool else keep.log().to(masked)
-    call = Call(q, k, v, view, HEADS, mask)
-    if not KERNELS[name].takes(call):
-        pytest.skip(f"{name} leaves this call to another")
-    first, second = KERNELS[name].run(call), plain(call)
+    rows, length = {"spatial": (B * F, N), "temporal": (B, F), "text": (B, F * N)}[view]
+    keep = torch.rand(rows, 1, length, length, generator=torch.Generator().manual_seed(4)) < 0.7
+    keep |= torch.eye(length, dtype=torch.bool)  # no row without a key
+    call = Call(q, k, v, view, HEADS, keep if dtype == torch.bool else keep.log().to(dtype))
+    first, second = fused(call), plain(call)
     torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (first, second)]
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
-
-
-def test_the_chosen_kernel_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = []
-    for name, kernel in KERNELS.items():
-        spy = kernel._replace(run=lambda call, name=name, run=kernel.run: used.append(name) or run(call))
-        monkeypatch.setitem(KERNELS, name, spy)
-    for choice in ("plain", "fused", "auto"):
-        choose(choice)
-        mixer("spatial")(tokens(), F)
-    assert used == ["plain", "fused", "fused"]
-    with pytest.raises(ValueError, match=r"attention must be one of auto, .*, not 'fast'"):
-        choose("fast")
 
 
 def test_backends_are_tried_in_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

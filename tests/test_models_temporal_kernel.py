@@ -6,14 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests import temporal_kernel_support as support
 
@@ -71,41 +68,6 @@ def test_compiled_equals_eager_on_cuda() -> None:
         assert torch.equal(eager, compiled)
 
 
-class Traced(Exception):
-    """The compiled graph was about to run."""
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Triton's compiler for a GPU that is not there."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    target = GPUTarget("cuda", 90, 32)
-    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: target))
-    yield target
-    torch._dynamo.reset()
-
-
-def traced_launches(function: Any, *arguments: Any) -> list[dict[str, Any]]:
-    """The kernel launches in the one graph that torch.compile makes of `function`."""
-    launches = []
-
-    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
-        launches.extend(node.kwargs for node in graph.graph.nodes if "triton_kernel_wrapper" in str(node.target))
-
-        def run(*_: Any) -> None:
-            raise Traced
-
-        return run
-
-    from torch._dynamo.backends.common import aot_autograd
-
-    with pytest.raises(Traced):
-        torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=backend))(*arguments)
-    return launches
-
-
 @pytest.mark.parametrize("packed", [True, False])
 def test_compiles_to_one_launch_without_copies(hopper: Any, packed: bool) -> None:
     """Only what a kernel writes may be cloned: that q, k, v are read in place is found by torch in Triton's code."""
@@ -114,12 +76,12 @@ def test_compiles_to_one_launch_without_copies(hopper: Any, packed: bool) -> Non
     qkv = torch.randn(2, 16, 3, 3 * 144)
     q, k, v = qkv.chunk(3, dim=-1)
     if packed:
-        (forward,) = traced_launches(temporal_kernel.packed_temporal_attention, qkv, 2)
+        (forward,) = support.traced_launches(temporal_kernel.packed_temporal_attention, qkv, 2)
     else:
-        (forward,) = traced_launches(temporal_kernel.temporal_attention, q, k, v, 2)
+        (forward,) = support.traced_launches(temporal_kernel.temporal_attention, q, k, v, 2)
     assert forward["tensors_to_clone"] == ["out_pointer"]
     assert forward["grid"] == [(3, 1, 1)]  # 2 clips x 3 tokens x 2 heads, four at a time
-    (backward,) = traced_launches(temporal_kernel._gradients, torch.randn(q.shape), q, k, v, 2, packed)
+    (backward,) = support.traced_launches(temporal_kernel._gradients, torch.randn(q.shape), q, k, v, 2, packed)
     assert backward["tensors_to_clone"] == ["grads_pointer"]
 
 

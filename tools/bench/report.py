@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = 80
-STARTED = time.time()
+_begun: dict[str, Any] = {"words": sys.argv[1:], "load": os.getloadavg()[0]}  # of the benchmark under way
 
 
 @dataclass
@@ -70,13 +70,18 @@ def _cell(value: Any, how: str) -> str:
     return format(value, how) if how and not isinstance(value, str) else str(value)
 
 
+def begin(words: Sequence[str]) -> None:
+    """Note what was asked for, and what the machine does beside it."""
+    _begun.update(words=list(words), load=os.getloadavg()[0])
+
+
 def facts(device: str = "cpu") -> dict[str, Any]:
     """Of the machine, the software, the code and the command."""
     import torch
 
     found = {
         "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "load": f"{_load(0)} before, {_load(1)} at the end",
+        "load": f"{_begun['load']:.1f} before, {os.getloadavg()[0]:.1f} at the end",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
@@ -86,14 +91,6 @@ def facts(device: str = "cpu") -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         found["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {_driver()}"
     return found
-
-
-_LOADS = [os.getloadavg()[0]]  # when this process began
-
-
-def _load(place: int) -> str:
-    """The mean number of running processes over a minute: before this one, now."""
-    return f"{(*_LOADS, os.getloadavg()[0])[place]:.1f}"
 
 
 def _driver() -> str:
@@ -131,7 +128,7 @@ def commit() -> str:
 
 def command() -> str:
     """What was typed; files by their names alone."""
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    words = [Path(word).name if word.startswith("/") else word for word in _begun["words"]]
     return " ".join(["python -m tools.bench", *map(shlex.quote, words)])
 
 
@@ -146,14 +143,28 @@ def describe(found: dict[str, Any]) -> str:
 
 def write(name: str, title: str, text: str, sections: Sequence[Section], out: Path, device: str = "cpu") -> None:
     """Print `sections`, and write them as `name`.md and `name`.json into `out`."""
-    known = facts(device)
     for section in sections:
-        sys.stdout.write(section.terminal() + "\n")
+        show(section)
+    known = save(name, title, text, sections, out, device)
     sys.stdout.write("\n" + textwrap.fill(describe(known), COLUMNS) + "\n")
-    out.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {title}", f"{text}\n\n{describe(known)}", *(section.markdown() for section in sections)]
-    (out / f"{name}.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
-    tables = [{"title": section.title, "rows": section.rows} for section in sections]
-    (out / f"{name}.json").write_text(json.dumps({"facts": known, "tables": tables}, indent=1) + "\n")
     sys.stdout.write(f"written: {out / name}.md, {out / name}.json\n")
     sys.stdout.flush()
+
+
+def show(section: Section) -> None:
+    """Print it."""
+    sys.stdout.write(section.terminal() + "\n")
+    sys.stdout.flush()
+
+
+def save(
+    name: str, title: str, text: str, sections: Sequence[Section], out: Path, device: str = "cpu"
+) -> dict[str, Any]:
+    """Write `sections` as `name`.md and `name`.json into `out`; returns the facts about this run."""
+    known = facts(device)
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {title}", text, describe(known), *(section.markdown() for section in sections)]
+    (out / f"{name}.md").write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
+    tables = [{"title": section.title, "rows": section.rows} for section in sections]
+    (out / f"{name}.json").write_text(json.dumps({"facts": known, "tables": tables}, indent=1) + "\n")
+    return known

@@ -41,7 +41,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def asked(arguments: argparse.Namespace) -> tuple[Workload, torch.device]:
-    """What the command line names."""
+    """What the command line names. ValueError for what cannot be."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no such device; use cpu.")
+    for name in ("batch", "frames", "latent", "rounds", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}.")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -26,6 +26,7 @@ from engine.config import Config, TrainConfig
 from engine.distributed import World
 from engine.trainer import DTYPES as PRECISIONS
 from engine.trainer import Trainer
+from models import attention
 from models.autoencoder import CodecConfig
 from models.codec_identity import codec_identity
 from models.latte import Latte, LatteConfig
@@ -103,10 +104,10 @@ def with_keys(config: Config, keys: Keys) -> Config:
     return replace(config, **sections)
 
 
-def write_latents(workload: Workload, folder: Path) -> None:
-    """A latent cache of drawn values: a few more clips than a batch, in `folder`/latents."""
+def write_latents(workload: Workload, folder: Path, ranks: int = 1) -> None:
+    """A latent cache of drawn values: a few more clips than the ranks' batches, in `folder`/latents."""
     config = workload.config(folder)
-    out, count = folder / "latents", workload.batch + max(2, workload.images)
+    out, count = folder / "latents", workload.batch * ranks + max(2, workload.images)
     shape = (1, 2, config.codec.latent_channels, config.latent_size, config.latent_size)
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn((workload.frames, *shape), generator=generator).abs() for _ in range(count))
@@ -146,10 +147,11 @@ def randomise(model: torch.nn.Module) -> None:
 class Ours:
     """The trainer of a workload, of which one step after another is taken."""
 
-    def __init__(self, workload: Workload, folder: Path, device: torch.device) -> None:
+    def __init__(self, workload: Workload, folder: Path, device: torch.device, world: World | None = None) -> None:
+        world = world or World(device=device)
         if not (folder / "latents" / INDEX).exists():
-            write_latents(workload, folder)
-        self.trainer = Trainer(workload.config(folder), World(device=device))
+            write_latents(workload, folder, world.size)
+        self.trainer = Trainer(workload.config(folder), world)
         randomise(self.trainer.model)
         self.trainer.ema.load_state_dict(self.trainer.model.state_dict())
         self.trainer.prepare()
@@ -157,11 +159,12 @@ class Ours:
 
     def step(self) -> None:
         """Load, forward, backward, norm, AdamW, average: the trainer's own."""
+        attention.choose(self.trainer.config.train.attention, self.trainer.world.device)  # a choice of the process
         self.trainer.train_step(next(self.batches))
 
     @property
     def model(self) -> Latte:
-        return self.trainer.model
+        return cast(Latte, self.trainer.model)
 
     def loss(self, latents: Tensor, labels: Tensor | None, timesteps: Tensor, noise: Tensor) -> Tensor:
         """The mean loss for given draws."""
@@ -228,7 +231,7 @@ def pair_of(workload: Workload, device: torch.device, folder: Path = Path()) -> 
     """Both networks with the same weights, for forward passes."""
     config = workload.config(folder)
     torch.manual_seed(0)
-    model = build_model(config).to(device).eval()
+    model = cast(Latte, build_model(config)).to(device).eval()
     randomise(model)
     if config.train.compile:
         for block in model.blocks:
