@@ -36,6 +36,13 @@ from sample.generate import to_uint8
 from sample.given import Plan, Windows, read_given
 from sample.t2x_config import LEARNED_VARIANCE, SCHEDULERS, T2XConfig
 
+LATTE_BETAS = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+}  # Latte's, where a folder says nothing
+BETAS = tuple(LATTE_BETAS)
+FIXED_VARIANCE = "fixed_large"  # of DDPM, of a network without a learned one
 PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae*")
 Progress = Callable[[int, int], object]
 
@@ -52,20 +59,24 @@ def find_folder(config: T2XConfig) -> Path:
 # ------------------------------------------------------------------------------------------ latents
 
 
-def make_scheduler(config: T2XConfig, folder: Path) -> Any:
-    """The sampler that `sample_method` names, on the noise schedule of the folder with the config's betas."""
+def make_scheduler(config: T2XConfig, folder: Path, *, learned_variance: bool = True) -> Any:
+    """The sampler that `sample_method` names, on the noise schedule of the folder, or with the config's betas.
+
+    Args:
+        learned_variance: whether the network predicts a variance beside the noise.
+    """
     import diffusers
 
     require_part(folder, "scheduler")
     name, options = SCHEDULERS[config.sample_method]
-    betas = {key: getattr(config, key) for key in ("beta_start", "beta_end", "beta_schedule")}
+    betas = {key: getattr(config, key) for key in BETAS if getattr(config, key) is not None}
     if config.sample_method in LEARNED_VARIANCE:
-        betas["variance_type"] = config.variance_type
+        betas["variance_type"] = config.variance_type if learned_variance else FIXED_VARIANCE
     owner = getattr(diffusers, name)
     given = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     known = inspect.signature(owner.__init__).parameters
     kept = {key: value for key, value in given.items() if key in known and key != "variance_type"}
-    return owner(**{**kept, **betas, **options})
+    return owner(**{**LATTE_BETAS, **kept, **betas, **options})
 
 
 @torch.no_grad()
@@ -173,15 +184,19 @@ class Sampler:
     """The network, its sampler and the decoder, for one video after the other.
 
     A video is a function of (seed, index): its noise comes from a generator of its own on the CPU.
+
+    Args:
+        codec: the decoder, in place of the folder's.
     """
 
-    def __init__(self, config: T2XConfig, folder: Path, device: torch.device) -> None:
+    def __init__(self, config: T2XConfig, folder: Path, device: torch.device, codec: CodecConfig | None = None) -> None:
         self.config = config
         self.device = device
         resting = torch.device("cpu") if config.cpu_offload else device
-        self.scheduler = make_scheduler(config, folder)
         self.model = load_network(config, folder, resting)
-        self.codec = load_codec(config, folder, resting)
+        channels, out_channels = self.model.config.channels
+        self.scheduler = make_scheduler(config, folder, learned_variance=out_channels == 2 * channels)
+        self.codec = LatentCodec.from_config(codec, resting) if codec else load_codec(config, folder, resting)
         self._check()
         self.plan = self._plan()
 
