@@ -113,7 +113,7 @@ TECHNIQUES = [
     Technique("fused attention, bf16", attending("fused", "plain"), "bf16"),
     Technique("own kernel over time", attending("triton", "fused"), "bf16", cuda=True),
     Technique("AdamW as one kernel", step({"optim.fused": True}, {"optim.fused": False})),
-    Technique("no wait in a step", step({"train.run_ahead": True}, {"train.run_ahead": False}), "bf16", cuda=True),
+    Technique("no wait in a step", step({"train.run_ahead": True}, {"train.run_ahead": False}), "bf16", True),
     Technique("recomputed blocks (saves memory)", step({"model.gradient_checkpointing": True}, {})),
     Technique("network, forward pass: all at once", networks),
     Technique("modulation once per clip, alone", modulations),
