@@ -263,6 +263,11 @@ class Config:
             not (self.lora.rank and self.train.parallel == "fsdp"),
             "lora.rank has little to shard: leave train.parallel at ddp.",
         )
+        require(
+            not (self.lora.rank and self.train.temporal_ramp_steps),
+            f"train.temporal_ramp_steps={self.train.temporal_ramp_steps} is of a network begun from images, whose "
+            "layers over time must be trained whole: leave lora.rank out.",
+        )
         self._check_monitor()
 
     def _check_text(self) -> None:

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
 from models import attention
-from models.convert import init_from_dit, is_image_checkpoint, load_weights, weights_digest
+from models.convert import init_from_dit, is_image_checkpoint, load_weights
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
 from models.lora import lora_weights
 
 from . import checkpoint as ckpt
 from . import resume
+from .adapters import load_base
 from .build import build_codec, build_model, build_process, count_parameters, put_adapters
 from .callbacks import Callback, Callbacks
 from .captions import build_captions, condition_of, set_temporal_position_scale
@@ -119,10 +120,13 @@ class Trainer:
         held_out = validation[0].clips if validation else None
         captions = build_captions(config, self.clips, held_out, world.device)
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
-        self.model = build_model(config).to(world.device, dtype)
+        self.model = build_model(config)
         self.lora_base: dict[str, str] = {}
         if config.lora.rank:
-            self.lora_base = self._put_adapters(autocast_dtype)
+            self.lora_base = {"lora_base": load_base(self.model, config)}
+        self.model.to(world.device, dtype)
+        if config.lora.rank:
+            put_adapters(self.model, config)
         self.ema = EMA(self.model, train.ema_decay, train.ema_warmup)
         if self.sharded:
             shard(self.model, world, autocast_dtype)
@@ -384,14 +388,6 @@ class Trainer:
                 **self.lora_base,
             },
         )
-
-    def _put_adapters(self, autocast_dtype: torch.dtype | None) -> dict[str, str]:
-        """Take `train.init_from`'s weights and put adapters beside them; returns the hash of these weights."""
-        source = str(self.config.train.init_from)
-        weights = ckpt.load_model_weights(source)
-        load_weights(self.model, weights, source)
-        put_adapters(self.model, self.config, autocast_dtype)
-        return {"lora_base": weights_digest(weights)}
 
     def _trained(self, model: nn.Module) -> dict[str, Tensor]:
         """What a checkpoint holds of a network: all of it, or the adapters."""
