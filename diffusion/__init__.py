@@ -8,7 +8,7 @@ from .flow import RectifiedFlow
 from .gaussian import GaussianDiffusion, PMeanVariance
 from .guidance import ConditionalDenoiser, Denoiser, guided
 from .losses import LossTerms
-from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, sample
+from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, evaluations, sample
 from .timestep_sampler import (
     LossAwareTimestepSampler,
     TimestepSampler,
@@ -35,6 +35,7 @@ __all__ = [
     "build_timestep_sampler",
     "calc_bpd_loop",
     "conditioned",
+    "evaluations",
     "guided",
     "sample",
     "sample_given",

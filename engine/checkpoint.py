@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.convert import read_state_dict
 from models.lora import LoraConfig, save_lora
@@ -439,6 +439,15 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def content_sha256(module: nn.Module) -> str:
+    """The SHA-256 over names and values of a module's tensors: the same from whatever file they came."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def file_sha256(file: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from datasets.catalog import CAPTIONED
 from datasets.clips import DataConfig
 from diffusion import ConditionConfig, DiffusionConfig
+from diffusion.multistep import SCHEDULERS
 from models import attention
 from models.autoencoder import CodecConfig
 from models.latte import LatteConfig
@@ -21,9 +22,9 @@ from models.text_encoder import TextConfig
 from .official_keys import DROPPED, RENAMED
 from .optim import OptimConfig
 
-GAUSSIAN_METHODS = ("auto", "ddpm", "ddim")
-FLOW_METHODS = ("auto", "euler", "heun")
-METHODS = (*GAUSSIAN_METHODS, *FLOW_METHODS[1:])
+GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *SCHEDULERS)
+FLOW_METHODS = ("auto", "euler", "heun", *SCHEDULERS)
+METHODS = tuple(dict.fromkeys((*GAUSSIAN_METHODS, *FLOW_METHODS)))
 TRAIN_PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
 SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
 LABEL_RULES = ("balanced", "random")
@@ -55,6 +56,7 @@ class TrainConfig:
     seed: int = 0
     precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
     compile: bool = False  # torch.compile each block in place
+    run_ahead: bool = True  # queue the next step before a step's numbers are read; false: wait for each
     attention: str = "auto"  # auto | fused | plain (the reference) | triton (over time, on CUDA): docs/attention.md
     parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
     drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
@@ -88,13 +90,22 @@ class SampleConfig:
     label_rule: str = "balanced"  # balanced: in turn by index | random: drawn by (seed, index)
     seed: int = 0
     steps: int = 250
-    method: str = "auto"  # ddpm | ddim for Gaussian diffusion, euler | heun for flow; auto: the first
+    # ddpm | ddim for Gaussian diffusion, euler | heun for flow, dpm_solver++ | sde_dpm_solver++ | unipc for both;
+    # auto: ddpm, or euler for flow
+    method: str = "auto"
     eta: float = 0.0  # DDIM only: 0 deterministic, 1 as noisy as DDPM
     guidance_scale: float = 1.0  # 1: no guidance
+    guidance_interval: list[float] | None = None  # guide only noise levels from the first to the second, 0 to 1
+    batched_guidance: bool = True  # conditional and unconditional in one call; false: one by one, in half the memory
     weights: str = "ema"  # ema | raw
     lora: str | None = None  # adapters to merge into the network: a folder in peft's format
     lora_scale: float = 1.0  # so much of them
     precision: str = "fp32"  # fp32 | bf16 | fp16
+    cast_weights: bool = False  # the weights themselves in `precision`, in half the memory
+    compile: bool = False  # torch.compile the network; on CUDA with CUDA graphs
+    modulation_mb: int = 0  # memory for adaLN modulations computed ahead of the steps; 0: computed in every step
+    cache: str | None = None  # a schedule of tools.fit_cache: steps in which a range of layers is not run
+    overlap_decode: bool = True  # on CUDA, decode a batch while the next is sampled
     batch_size: int = 4
     fps: int = 8
     first_frame: list[str] | None = None  # images that the videos begin with, in turn by index
@@ -108,7 +119,7 @@ class SampleConfig:
     )
 
     def __post_init__(self) -> None:
-        for key in ("num_videos", "steps", "batch_size", "fps", "given_frames"):
+        for key in ("num_videos", "steps", "batch_size", "fps"):
             require(getattr(self, key) >= 1, f"sample.{key} must be at least 1, not {getattr(self, key)}.")
         require(bool(self.save_video_path), "sample.save_video_path must name a folder.")
         require(0 <= self.seed < MAX_SEED, f"sample.seed must be zero or more and below 2**63, not {self.seed}.")
@@ -117,38 +128,26 @@ class SampleConfig:
             0 <= self.guidance_scale < float("inf"),
             f"sample.guidance_scale must be zero or more and finite, not {self.guidance_scale}.",
         )
+        require(self.modulation_mb >= 0, f"sample.modulation_mb must be zero or more, not {self.modulation_mb}.")
+        require(
+            not (self.cast_weights and self.precision == "fp32"),
+            "sample.cast_weights=true holds the weights in sample.precision: set that to bf16 or fp16.",
+        )
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval if len(self.guidance_interval) == 2 else (1, 0)
+            require(
+                0 <= low <= high <= 1,
+                "sample.guidance_interval must be two numbers, 0 (data) <= first <= second <= 1 (noise), not "
+                f"{self.guidance_interval}.",
+            )
+            require(self.guidance_scale != 1, "sample.guidance_interval is read only with a sample.guidance_scale.")
         require(abs(self.lora_scale) < float("inf"), f"sample.lora_scale must be finite, not {self.lora_scale}.")
         require(self.lora is not None or self.lora_scale == 1, "sample.lora_scale is read only with sample.lora.")
         words = {"method": METHODS, "weights": ("ema", "raw"), "precision": SAMPLE_PRECISIONS}
         for key, choices in (words | {"label_rule": LABEL_RULES, "window_method": WINDOW_METHODS}).items():
             value = getattr(self, key)
             require(value in choices, f"sample.{key} must be one of {', '.join(choices)}, not {value!r}.")
-        require(
-            not (self.first_frame and self.given),
-            "sample.first_frame and sample.given both say how the videos begin: set one of them.",
-        )
-        require(
-            bool(self.given) or self.given_frames == 1,
-            f"sample.given_frames={self.given_frames} is read only with sample.given: name the videos to go on from.",
-        )
-        self._check_windows()
-
-    def _check_windows(self) -> None:
-        if self.window is None:
-            for key, default in {"overlap": None, "window_method": "auto"}.items():
-                value = getattr(self, key)
-                require(value == default, f"sample.{key}={value} is read only with sample.window: set that too.")
-            return
-        require(self.window >= 2, f"sample.window must be at least 2, not {self.window}.")
-        require(
-            self.overlap is None or 1 <= self.overlap < self.window,
-            f"sample.overlap must be from 1 to sample.window - 1 = {self.window - 1}, not {self.overlap}.",
-        )
-
-    @property
-    def window_overlap(self) -> int:
-        """Frames that a window shares with the next."""
-        return self.overlap or max(1, (self.window or 0) // 4)
+        check_frame_keys(self, "sample.")
 
 
 @dataclass(frozen=True)
@@ -268,6 +267,11 @@ class Config:
             f"train.temporal_ramp_steps={self.train.temporal_ramp_steps} is of a network begun from images, whose "
             "layers over time must be trained whole: leave lora.rank out.",
         )
+        require(
+            not self.sample.modulation_mb or (self.model.injection == "adaln" and not self.model.is_text),
+            f"sample.modulation_mb: model.name={self.model.name} with model.injection={self.model.injection} has no "
+            "modulations to hold; leave it out.",
+        )
         self._check_monitor()
 
     def _check_text(self) -> None:
@@ -360,6 +364,37 @@ def require(condition: bool, sentence: str) -> None:
     """Raise ValueError(sentence) unless `condition`."""
     if not condition:
         raise ValueError(sentence)
+
+
+def window_overlap(wanted: Any) -> int:
+    """Frames that a window shares with the next: `overlap`, or a quarter of `window`."""
+    return wanted.overlap or max(1, wanted.window // 4)
+
+
+def check_frame_keys(wanted: Any, prefix: str) -> None:
+    """Check the keys for given frames and windows, which `sample` and the sampling of text have alike.
+
+    Raises:
+        ValueError: one sentence naming the key, with `prefix`.
+    """
+    require(wanted.given_frames >= 1, f"{prefix}given_frames must be at least 1, not {wanted.given_frames}.")
+    require(
+        not (wanted.first_frame and wanted.given),
+        f"{prefix}first_frame and {prefix}given both say how the videos begin: set one of them.",
+    )
+    defaults = {item.name: item.default for item in fields(wanted)}
+    for key, owner in {"given_frames": "given", "overlap": "window", "window_method": "window"}.items():
+        value = getattr(wanted, key)
+        require(
+            bool(getattr(wanted, owner)) or value == defaults[key],
+            f"{prefix}{key}={value} is read only with {prefix}{owner}: set that too.",
+        )
+    window, overlap = wanted.window, wanted.overlap
+    require(window is None or window >= 2, f"{prefix}window must be at least 2, not {window}.")
+    require(
+        overlap is None or 1 <= overlap < window,
+        f"{prefix}overlap must be from 1 to {prefix}window - 1 = {(window or 2) - 1}, not {overlap}.",
+    )
 
 
 def load_config(

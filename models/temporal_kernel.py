@@ -170,6 +170,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> bool:
     return (
         (q.is_cuda or INTERPRETED)
         and q.shape == k.shape == v.shape
+        and q.dtype == k.dtype == v.dtype
         and q.dtype in DTYPES
         and q.shape[1] <= MAX_FRAMES
         and q.shape[-1] // num_heads <= MAX_HEAD_WIDTH

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from engine.config import Config
-    from sample.generate import Generator, Source
+    from sample.generate import Generator
+    from sample.source import Source
 
 SHOWN = 16  # videos in the GIF and on the contact sheet
 SIZE_KEYS = ("data.num_frames=", "data.image_size=")
@@ -66,22 +67,23 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--num_videos", type=int, metavar="N")
     add("--seed", type=int, metavar="N")
     add("--steps", type=int, metavar="N", help="sampler steps")
-    add("--method", metavar="NAME", help="ddpm, ddim; of flow networks euler, heun; auto")
+    add("--method", metavar="NAME", help="ddpm, ddim; of flow networks euler, heun; of both dpm_solver++, unipc; auto")
     add("--eta", type=float, metavar="X", help="of ddim: 0 deterministic, 1 as noisy as ddpm")
     add("--guidance_scale", type=float, metavar="X", help="1 is no guidance")
+    add(
+        "--guidance_interval",
+        type=lambda text: [float(part) for part in text.split(",")],
+        metavar="LOW,HIGH",
+        help="guide only these noise levels, from 0 (data) to 1 (noise)",
+    )
+    add("--cache", metavar="FILE", help="a schedule of tools.fit_cache")
     add("--weights", metavar="KIND", help="ema or raw")
     add("--lora", metavar="DIR", help="adapters to merge into the network, in peft's format")
     add("--lora_scale", type=float, metavar="X", help="so much of them (1)")
     add("--precision", metavar="KIND", help="fp32, bf16 or fp16")
     add("--batch_size", type=int, metavar="N", help="videos at a time; changes the memory, not the videos")
     add("--fps", type=int, metavar="N", help="frames per second of the files")
-    add("--first_frame", action="append", metavar="IMAGE", help="begin with it; several are taken in turn by index")
-    add("--last_frame", action="append", metavar="IMAGE", help="end with it; several in turn")
-    add("--given", action="append", metavar="VIDEO", help="go on from its end; several in turn")
-    add("--given_frames", type=int, metavar="N", help="so many last frames of it (1)")
-    add("--window", type=int, metavar="N", help="sample longer videos in windows of N frames")
-    add("--overlap", type=int, metavar="N", help="frames that a window shares with the next (a quarter of it)")
-    add("--window_method", metavar="NAME", help="autoregressive, fused, or auto")
+    add_frame_flags(parser)
     add(
         "--device",
         default=None,
@@ -90,6 +92,18 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     )
     add("overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.num_frames=32")
     return parser
+
+
+def add_frame_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags for given frames and windows, which the sampling of text has too."""
+    add = parser.add_argument
+    add("--first_frame", action="append", metavar="IMAGE", help="begin with it; several are taken in turn by index")
+    add("--last_frame", action="append", metavar="IMAGE", help="end with it; several in turn")
+    add("--given", action="append", metavar="VIDEO", help="go on from its end; several in turn")
+    add("--given_frames", type=int, metavar="N", help="so many last frames of it (1)")
+    add("--window", type=int, metavar="N", help="sample longer videos in windows of N frames")
+    add("--overlap", type=int, metavar="N", help="frames that a window shares with the next (a quarter of it)")
+    add("--window_method", metavar="NAME", help="autoregressive (networks trained with given frames) or fused")
 
 
 def main(argv: list[str]) -> int:
@@ -105,7 +119,7 @@ def main(argv: list[str]) -> int:
 
 def resolve(arguments: dict[str, Any]) -> Request:
     """What the parsed `arguments`, the YAML and the checkpoint say together; verifies the checkpoint."""
-    from sample.generate import Source, sampling_config  # torch is imported here: --help is quick
+    from sample.source import Source, sampling_config  # torch is imported here: --help is quick
 
     settings = dict(arguments)
     yaml, device, overrides = (settings.pop(key) for key in ("config", "device", "overrides"))
@@ -121,7 +135,13 @@ def load_generator(request: Request, device: Any) -> Generator:
 
     wanted = request.config.sample
     return Generator.from_source(
-        request.source, config=request.trained, weights=wanted.weights, device=device, precision=wanted.precision
+        request.source,
+        config=request.trained,
+        weights=wanted.weights,
+        device=device,
+        precision=wanted.precision,
+        cast_weights=wanted.cast_weights,
+        compiled=wanted.compile,
     )
 
 

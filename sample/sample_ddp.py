@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from sample.generate import Generator
     from sample.sample_folder import SampleFolder
 
-# keys of the configuration on which the videos depend; of the codec's place its content counts instead
+# keys of the configuration on which the videos depend; of codec, step cache and given frames the content counts
 SECTIONS = ("model.", "diffusion.", "condition.", "codec.", "data.num_frames", "data.image_size", "sample.")
-FREE = {"sample.ckpt", "sample.save_video_path", "sample.num_videos", "codec.path", "codec.subfolder", "codec.revision"}
-FREE |= {"sample.first_frame", "sample.last_frame", "sample.given"}  # what is in these files counts
+FREE = {
+    *("sample.ckpt", "sample.save_video_path", "sample.num_videos", "sample.overlap_decode", "sample.cache"),
+    *("codec.path", "codec.subfolder", "codec.revision", "sample.first_frame", "sample.last_frame", "sample.given"),
+}
 TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0  # between two looks at what all processes have written
 START_TIMEOUT_S = 1800.0  # for the slowest process to load the checkpoint
 POLL_S = 0.5  # between two looks for the last videos of the others
@@ -294,7 +296,7 @@ class Progress:
 
 def settings_of(request: Request, generator: Generator) -> dict[str, Any]:
     """All on which the videos depend, by dotted key, and the contents of checkpoint and codec."""
-    from engine.checkpoint import file_sha256
+    from engine.checkpoint import content_sha256, file_sha256
     from engine.config import all_keys
     from models.lora import WEIGHTS_FILE
 
@@ -304,23 +306,11 @@ def settings_of(request: Request, generator: Generator) -> dict[str, Any]:
     return {
         "checkpoint_sha256": file_sha256(request.source.weights_file(config.sample.weights)),
         "codec_sha256": content_sha256(generator.codec),
+        **({"cache_sha256": file_sha256(Path(config.sample.cache))} if config.sample.cache else {}),
         **({"given_sha256": given} if (given := given_sha256(config)) else {}),
         **({"lora_sha256": file_sha256(Path(lora) / WEIGHTS_FILE)} if lora else {}),
         **{f"{section}.{name}": getattr(getattr(config, section), name) for section, name in keys},
     }
-
-
-def content_sha256(module: torch.nn.Module) -> str:
-    """The SHA-256 over names and values of a module's tensors: the same from whatever file they came."""
-    import hashlib
-
-    import torch
-
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def given_sha256(config: Config) -> str | None:
@@ -329,7 +319,7 @@ def given_sha256(config: Config) -> str | None:
 
     from sample.given import read_given
 
-    given = read_given(config)
+    given = read_given(config.sample, config.data)
     if given is None:
         return None
     return hashlib.sha256(repr(given.places).encode() + given.pixels.numpy().tobytes()).hexdigest()

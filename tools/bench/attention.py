@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from models import attention
-from models.latte import LatteConfig
 
 from . import report
 from .timing import Call, interleaved
 from .train import asked
-from .workload import PRECISIONS, TINY
+from .workload import PRECISIONS, Workload
 
 COPY = 4.3e12  # bytes/s that an H200 reads and writes: the floor of what waits for memory (docs/attention.md)
 SWEEP = (8, 16, 32)
@@ -35,6 +35,13 @@ class Shape(NamedTuple):
     tokens: int
     heads: int
     head_width: int
+
+    @classmethod
+    def of(cls, workload: Workload, batch: int) -> Shape:
+        """In the workload's network."""
+        size = workload.config(Path()).model.size
+        tokens = (workload.latent // size.patch_size) ** 2
+        return cls(batch, workload.frames, tokens, size.num_heads, size.hidden_size // size.num_heads)
 
 
 Attend = Callable[[list[Tensor]], Tensor]  # of [qkv], or of [q, k, v]
@@ -174,16 +181,12 @@ def _calls(
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, write."""
     workload, device = asked(arguments)
-    tiny = {name.removeprefix("model."): value for name, value in TINY.items()}
-    size = (LatteConfig(**tiny) if workload.size == "tiny" else LatteConfig(name=workload.size)).size  # type: ignore[arg-type]
-    tokens = (workload.latent // size.patch_size) ** 2
     sweep = device.type == "cuda" and arguments.batch is None and not arguments.quick
     sections = []
     for precision in arguments.precision or (["bf16"] if device.type == "cuda" else ["fp32", "bf16"]):
         for view in ("temporal", "spatial"):
             for batch in SWEEP if sweep else (workload.batch,):
-                shape = Shape(batch, workload.frames, tokens, size.num_heads, size.hidden_size // size.num_heads)
-                sections.append(measure(shape, view, precision, arguments, device))
+                sections.append(measure(Shape.of(workload, batch), view, precision, arguments, device))
                 torch.compiler.reset()
     text = (
         "`both` is forward and backward, from the packed projection to its gradient; `ratio` is how many times as fast "

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import profile, report, sample, techniques
+from . import attention, profile, report, sample, techniques
 from .timing import Call, Timing, interleaved
 from .train import asked
 from .workload import Keys, Ours, Theirs, Workload, forward_of, pair_of
@@ -132,7 +132,10 @@ def profiles(workload: Workload, device: torch.device, arguments: argparse.Names
 
 
 def tables(workload: Workload, device: torch.device, arguments: argparse.Namespace) -> Iterator[report.Section]:
-    """Techniques one by one."""
+    """Attention over time, then techniques one by one."""
+    for batch in (1,) if arguments.quick else (8, 32):
+        yield attention.measure(attention.Shape.of(workload, batch), "temporal", "bf16", arguments, device)
+    free(device)
     problem = replace(workload, batch=1 if arguments.quick else 4)
     yield techniques.measure(problem, device, 2, arguments.clock)
     free(device)

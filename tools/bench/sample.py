@@ -7,6 +7,7 @@ that of as many evaluations; in bf16 the network runs under autocast in both.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -39,11 +40,24 @@ class Way:
     network: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def fits(self, guided: bool, precision: str, device: torch.device) -> bool:
+        """fp32 weights cannot be cast, and compiling takes minutes on a CPU."""
+        casts, compiles = self.network.get("cast_weights"), self.network.get("compiled")
+        return self.guided == guided and not (casts and precision == "fp32") and not (compiles and device.type == "cpu")
+
 
 # To add one is to add a line.
 WAYS = [
     Way(MINE),
+    Way("modulations ahead", settings={"modulation_mb": 1024}),
+    Way("weights cast", network={"cast_weights": True}),
+    Way("compiled", network={"compiled": True}, settings={"modulation_mb": 1024}),
     Way(MINE, True),
+    Way("guidance one by one", True, settings={"batched_guidance": False}),
+    Way("guidance at 0.2 to 0.8", True, settings={"guidance_interval": (0.2, 0.8)}),
+    Way("modulations ahead", True, settings={"modulation_mb": 1024}),
+    Way("weights cast", True, network={"cast_weights": True}),
+    Way("compiled", True, network={"compiled": True}, settings={"modulation_mb": 1024}),
 ]
 
 
@@ -85,9 +99,8 @@ def table(
     calls: dict[str, Callable[[], Any]] = {
         "reference": reference_loop(plain, workload, device, steps, precision, guidance)
     }
-    calls |= {
-        way.name: loop(way, model, config, workload, device, steps, precision) for way in WAYS if way.guided == guidance
-    }
+    ways = [way for way in WAYS if way.fits(guidance, precision, device)]
+    calls |= {way.name: loop(way, model, config, workload, device, steps, precision) for way in ways}
     made = {name: call() for name, call in calls.items() if name != "reference"}
     found = interleaved(calls, rounds=rounds, warmup=0 if rounds < 3 else 1, clock=clock, device=device)
     rows = [row(name, found, workload.batch, steps, made) for name in found]
@@ -104,6 +117,8 @@ def loop(
 ) -> Callable[[], np.ndarray]:
     """One batch by the project's generator; its latents."""
     codec = cast(LatentCodec, Undecoded())
+    if way.network.get("cast_weights"):
+        model = copy.deepcopy(model)  # the others keep theirs
     generator = Latents(model, codec, config, device=device, precision=precision, **way.network)
     scale = {"guidance_scale": SCALE} if way.guided else {}
     settings = {"steps": steps, "batch_size": workload.batch, **scale, **way.settings}

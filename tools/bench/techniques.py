@@ -6,11 +6,14 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from einops import repeat
+
+from models import attention
 
 from . import report
 from .timing import Call, interleaved
@@ -43,6 +46,21 @@ def step(on: Keys, off: Keys) -> Build:
             for keys in (on, off)
         )
         return first.step, second.step
+
+    return build
+
+
+def attending(on: str, off: str) -> Build:
+    """A training step with the one or the other `train.attention`, of one trainer: the choice is the process's."""
+
+    def build(workload: Workload, folder: Path, device: torch.device) -> Pair:
+        ours = Ours(workload, folder, device)
+
+        def call(name: str) -> None:
+            attention.choose(name, device)
+            ours.step()
+
+        return partial(call, on), partial(call, off)
 
     return build
 
@@ -91,8 +109,11 @@ TECHNIQUES = [
     Technique("bf16 autocast", step({"train.precision": "bf16"}, {"train.precision": "fp32"})),
     Technique("compiled blocks, fp32", step({"train.compile": True}, {"train.compile": False})),
     Technique("compiled blocks, bf16", step({"train.compile": True}, {"train.compile": False}), "bf16"),
-    Technique("fused attention", step({"train.attention": "fused"}, {"train.attention": "plain"})),
-    Technique("own kernel over time", step({"train.attention": "triton"}, {"train.attention": "fused"}), "bf16", True),
+    Technique("fused attention", attending("fused", "plain")),
+    Technique("fused attention, bf16", attending("fused", "plain"), "bf16"),
+    Technique("own kernel over time", attending("triton", "fused"), "bf16", cuda=True),
+    Technique("AdamW as one kernel", step({"optim.fused": True}, {"optim.fused": False})),
+    Technique("no wait in a step", step({"train.run_ahead": True}, {"train.run_ahead": False}), "bf16", True),
     Technique("recomputed blocks (saves memory)", step({"model.gradient_checkpointing": True}, {})),
     Technique("network, forward pass: all at once", networks),
     Technique("modulation once per clip, alone", modulations),
@@ -115,6 +136,7 @@ def measure(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             on, off = technique.build(workload.and_keys(train__precision=technique.precision), folder, device)
             found = interleaved({"with": on, "without": off}, rounds=rounds, clock=clock, device=device)
+            attention.choose("auto", device)
         ratio = found["with"].times_as_fast_as(found["without"])
         rows.append(
             {"": technique.name, "with, s": found["with"].median, "without, s": found["without"].median, "ratio": ratio}
