@@ -214,7 +214,7 @@ class Trainer:
         """Make the network ready for `train_step`: compiled, and with its gradients exchanged."""
         if self.config.train.compile:
             for block in self.model.blocks:
-                block.compile()
+                block.compile(dynamic=False)
         self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
 
     def loop(self) -> int:

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from models.autoencoder import LatentCodec, local_folder
 from models.convert import load_weights, read_state_dict
 from models.convert_t2v import read_json, require_new
 from models.hub import find_folder
+from models.latte import Latte
 from models.taef2 import DECODER_FILE, ENCODER_FILE
 from sample.generate import Generator, sampler_settings, usable_device
 
@@ -106,7 +107,7 @@ class LatteVideoPipeline:
         folder = find_folder(str(name), revision, "pretrained model", FILES)
         config, class_names = _read_config(folder)
         device = usable_device(device)
-        model = build_model(config, device)
+        model = cast(Latte, build_model(config, device))
         load_weights(model, read_state_dict(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
         codec = LatentCodec.from_config(config.codec, device)
         precision = precision or config.sample.precision
