@@ -1,6 +1,8 @@
 """Captions as the condition of a text network: their numbers, which come as labels, become features of words.
 
 The features of a caption are a function of it alone: it is encoded by itself, and cut or padded to `text.max_length`.
+Dropping a caption is PixArt-alpha's: the features become those of the empty prompt, padding included, and the mask
+stays that of the caption, so that the network sees as many words. Samplers guide away from just that.
 Letters: B clips, F frames, I images, L words, D width of the features.
 """
 
@@ -8,17 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from datasets import ClipDataset
+from datasets.text_features import TextCache
 from models.autoencoder import DTYPES
 from models.latte_t2v import LatteT2V
 from models.text_encoder import TextConfig, TextEncoder
+from models.text_identity import comparable, text_identity
 
 from .config import Config, require
+from .distributed import on_main
 
 EMPTY = ""  # the caption of classifier-free guidance: what a sampler encodes where there is no negative prompt
 REMEMBERED = 256  # captions whose features are not computed again
@@ -28,7 +34,7 @@ class Features(Protocol):
     """Where the features of captions come from."""
 
     def __call__(self, caption: str) -> Tensor:
-        """The features of the words of a caption, without padding: (n, D), n from 1 to L; always on one device."""
+        """The features of a caption (n, D), always on one device: of its n words; of the empty one, of all L."""
         ...
 
 
@@ -37,7 +43,9 @@ class EncodedFeatures:
 
     def __init__(self, config: TextConfig, device: torch.device) -> None:
         self.config = config
-        self.encoder = TextEncoder.from_folder(config.folder(), DTYPES[config.dtype], device)
+        self.encoder = TextEncoder.from_folder(
+            config.folder(), DTYPES[config.dtype], device, max_length=config.max_length
+        )
         width = self.encoder.network.config.d_model
         require(
             width == config.caption_channels,
@@ -50,15 +58,15 @@ class EncodedFeatures:
         return self._remembered(caption)
 
     def _encode(self, caption: str) -> Tensor:
-        features, words = self.encoder.features(self.config.prepare(caption), self.config.max_length)
-        return features[0, :words]
+        features, words = self.encoder.features(self.config.prepare(caption))
+        return features[0] if caption == EMPTY else features[0, :words]
 
 
 class CaptionTable:
     """The captions of one micro-batch on the device, to be looked up there: row 0 is the empty one.
 
     Attributes:
-        labels: (B, 1+I), each caption's row.
+        labels: (B, 1+I), each caption's row, on the device.
     """
 
     null_label = 0
@@ -69,8 +77,11 @@ class CaptionTable:
         self.labels = labels
 
     def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows `(B, 1+I)` -> features `(B, 1+I, L, D)` and mask `(B, 1+I, L)`: 1 for words, 0 for padding."""
-        return self.features[labels], self.mask[labels]
+        """Rows `(B, 1+I)` -> features `(B, 1+I, L, D)` and mask `(B, 1+I, L)`: 1 for words, 0 for padding.
+
+        A row is that of its place in the table's own `labels`, or 0, the empty one.
+        """
+        return self.features[labels], self.mask[self.labels]
 
 
 class Captions:
@@ -92,15 +103,23 @@ class Captions:
         return len(self.texts) if self.config.caption_dropout > 0 else None
 
     def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `CaptionTable`, of numbers among all captions; waits for the device where `labels` is on it."""
-        features, mask = self._padded(labels.flatten().tolist())
+        """As `CaptionTable`, of numbers among all captions; waits for the device where `labels` is on it.
+
+        An empty caption in the second half of a batch stands in for the one in the first: so guidance calls it.
+        """
+        numbers = labels.flatten().tolist()
+        features, mask = self._padded(numbers)
+        half = len(numbers) // 2
+        for row, number in enumerate(numbers):
+            if row >= half and number == len(self.texts):
+                mask[row] = mask[row - half]
         return features.unflatten(0, labels.shape), mask.unflatten(0, labels.shape)
 
     def table(self, labels: Tensor) -> CaptionTable:
         """The captions of a micro-batch; `labels (B, 1+I)` on the CPU, so that nothing waits for the device."""
         numbers = labels.flatten().tolist()
         rows = torch.arange(1, 1 + len(numbers)).view(labels.shape)
-        return CaptionTable(*self._padded([len(self.texts), *numbers]), rows)
+        return CaptionTable(*self._padded([len(self.texts), *numbers]), self._moved(rows))
 
     def _padded(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Features (n, L, D) and mask (n, L) of those captions, on the device."""
@@ -164,7 +183,11 @@ def build_captions(
     if not config.model.is_text:
         return None
     texts = all_captions(config, clips, held_out)
-    return Captions(config.text, texts, EncodedFeatures(config.text, device), device)
+    if config.text.features is None:
+        return Captions(config.text, texts, EncodedFeatures(config.text, device), device)
+    cache = TextCache(Path(config.text.features))
+    cache.check(comparable(on_main(lambda: text_identity(config.text))), [EMPTY, *texts])
+    return Captions(config.text, texts, cache, device)
 
 
 def condition_of(config: Config, captions: Captions | None) -> dict[str, Any]:
@@ -177,9 +200,13 @@ def condition_of(config: Config, captions: Captions | None) -> dict[str, Any]:
     return {"conditional": model.num_classes > 0, "null_label": null_label, "label_dropout": model.label_dropout}
 
 
-def set_temporal_position_scale(config: Config, step: int, *models: nn.Module) -> None:
-    """How far positions in time are let in at `step`: of a network begun from an image network, 0 at first, then 1."""
+def temporal_position_scale(config: Config, step: int) -> float:
+    """How far positions in time are let in at `step`: 1, but of a network begun from images it grows from 0."""
     ramp = config.train.temporal_ramp_steps
+    return min(1.0, step / ramp) if ramp else 1.0
+
+
+def set_temporal_position_scale(config: Config, step: int, *models: nn.Module) -> None:
+    """Make it so in text networks; in others there is no such thing."""
     for model in models if config.model.is_text else ():
-        assert isinstance(model, LatteT2V)
-        model.temporal_position_scale = min(1.0, step / ramp) if ramp else 1.0
+        model.temporal_position_scale = temporal_position_scale(config, step)  # type: ignore[assignment]

@@ -7,16 +7,15 @@ Letters: B batch, F frames (tubelets count as frames here), I images, N tokens p
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as functional
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from .attention import attend
 from .embeddings import Rotation
+from .linear import Linear
 
 Axis = Literal["spatial", "temporal"]
 Layer = tuple[tuple[Axis, ...], ...]
@@ -36,9 +35,6 @@ LAYER_PLANS: dict[str, Callable[[int], list[Layer]]] = {
 }
 
 
-GELU_TANH = partial(nn.GELU, approximate="tanh")
-
-
 class Attention(nn.Module):
     """Multi-head self-attention along one axis of the tokens; a subclass says which."""
 
@@ -47,8 +43,8 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, hidden_size * 3)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.qkv = Linear(hidden_size, hidden_size * 3)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def attend(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """`(B, F, N, D)` -> the same."""
@@ -80,6 +76,19 @@ class TemporalAttention(Attention):
 
 
 MIXERS: dict[Axis, type[Attention]] = {"spatial": SpatialAttention, "temporal": TemporalAttention}
+
+
+class Mlp(nn.Module):
+    """Two linear maps with GELU (by tanh) between them, under timm's names."""
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden_size)
+        self.fc2 = Linear(hidden_size, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., D)` -> the same."""
+        return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Modulation(NamedTuple):
@@ -134,7 +143,7 @@ class Block(nn.Module):
             for name, axis in branch:
                 self.add_module(name, MIXERS[axis](hidden_size, num_heads // len(branch)))
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not adaln)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELU_TANH)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = conditioner(hidden_size, 6) if adaln else None
 
     def forward(self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None = None) -> Tensor:
@@ -172,7 +181,7 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_dim: int, *, adaln: bool) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not adaln)
-        self.linear = nn.Linear(hidden_size, patch_dim)
+        self.linear = Linear(hidden_size, patch_dim)
         self.adaLN_modulation = conditioner(hidden_size, 2) if adaln else None
 
     def forward(self, x: Tensor, condition: Tensor | None, num_frames: int) -> Tensor:

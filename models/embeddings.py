@@ -27,7 +27,9 @@ class UniformPatchEmbed(nn.Module):
         """`(B, F+I, C, H, W)` -> `(B, F+I, N, D)`; an image is a frame like any other."""
         batch = x.shape[0]
         x = self.proj(x.flatten(0, 1))  # (B*(F+I), D, H/p, W/p)
-        return rearrange(x, "(batch frames) dim rows columns -> batch frames (rows columns) dim", batch=batch)
+        # in memory too: the layers' sums would keep the convolution's order, and each norm would copy it
+        x = rearrange(x, "(batch frames) dim rows columns -> batch frames (rows columns) dim", batch=batch)
+        return x.contiguous()
 
 
 class TubeletPatchEmbed(nn.Module):
@@ -46,7 +48,7 @@ class TubeletPatchEmbed(nn.Module):
             images = x[:, num_frames:].repeat_interleave(self.tubelet_size, dim=1)
             x = torch.cat([x[:, :num_frames], images], dim=1)  # (B, F+I*s, C, H, W)
         x = self.proj(x.transpose(1, 2))  # (B, D, F/s+I, H/p, W/p)
-        return rearrange(x, "batch dim frames rows columns -> batch frames (rows columns) dim")
+        return rearrange(x, "batch dim frames rows columns -> batch frames (rows columns) dim").contiguous()
 
 
 class FrameUpsampler(nn.Module):

@@ -73,14 +73,21 @@ class TextConfig:
 
 @dataclass
 class TextEncoder:
-    """T5 and its tokenizer."""
+    """T5 and its tokenizer; `max_length`: pieces that a prompt is cut to."""
 
     tokenizer: Any
     network: Any
+    max_length: int = MAX_WORDS
 
     @classmethod
     def from_folder(
-        cls, folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+        cls,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str | None = None,
+        *,
+        max_length: int = MAX_WORDS,
     ) -> TextEncoder:
         """From the sub-folders `tokenizer` and `text_encoder`, quantised as `models.quantize` says.
 
@@ -97,11 +104,12 @@ class TextEncoder:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"{folder}: tokenizer or text_encoder could not be loaded: {reason}") from error
         check_tokenizer(tokenizer, network.config.vocab_size, folder)
-        return cls(tokenizer, quantize(network.eval().requires_grad_(False), quantization, device))
+        return cls(tokenizer, quantize(network.eval().requires_grad_(False), quantization, device), max_length)
 
     @torch.no_grad()
-    def features(self, text: str, length: int = MAX_WORDS) -> tuple[Tensor, int]:
-        """Features (1, `length`, D) of a text, padding included, and how many of them are words."""
+    def features(self, text: str) -> tuple[Tensor, int]:
+        """Features (1, L, D) of a text, padding included, and how many of them are words."""
+        length = self.max_length
         tokens = self.tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         words = int(tokens.attention_mask.sum())  # before it is on the device, which it would wait for
         tokens = tokens.to(self.network.device)
@@ -114,8 +122,8 @@ class TextEncoder:
         if not text:
             log.warning("the prompt %r says nothing: its video is of what the network draws without a caption", prompt)
         count = len(self.tokenizer(text).input_ids)
-        if count > MAX_WORDS:
-            log.warning("a prompt of %d pieces is cut to the %d that the network knows", count, MAX_WORDS)
+        if count > self.max_length:
+            log.warning("a prompt of %d pieces is cut to the %d that the network knows", count, self.max_length)
         positive, words = self.features(text)
         negative = None if negative_prompt is None else self.features(prepare(negative_prompt))[0][:, :words]
         return Prompt(positive[:, :words], negative)

@@ -320,7 +320,7 @@ def given_sha256(config: Config) -> str | None:
 
     from sample.given import read_given
 
-    given = read_given(config)
+    given = read_given(config.sample, config.data)
     if given is None:
         return None
     return hashlib.sha256(repr(given.places).encode() + given.pixels.numpy().tobytes()).hexdigest()

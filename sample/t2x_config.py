@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from engine.config import MAX_SEED, SAMPLE_PRECISIONS, read_yaml, require
+from diffusion.windows import METHODS
+from engine.config import MAX_SEED, SAMPLE_PRECISIONS, check_frame_keys, read_yaml, require
 from models.quantize import KINDS
 
 # The official names -> the class in diffusers and what it needs beside the beta schedule. A learned variance is
@@ -43,6 +44,7 @@ class T2XConfig:
 
     pretrained_model_path: str = "maxin-cn/Latte-1"  # a folder of transformer/, vae/, ..., or a hub name
     revision: str | None = None  # of a hub name
+    ckpt: str | None = None  # instead of both: a run or checkpoint of a training, which is sampled as its config says
     transformer: str | None = None  # other weights of the network: what models.convert_t2v loads
     save_img_path: str = "results/t2v"  # folder to write into
     text_prompt: list[str] = field(default_factory=list)
@@ -57,10 +59,10 @@ class T2XConfig:
     num_sampling_steps: int = 50
     eta: float = 0.0  # of DDIM
     guidance_scale: float = 7.5  # 1: no guidance
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    variance_type: str = "learned_range"  # of DDPM
+    beta_start: float | None = None  # this and the next two: null for those of the folder's scheduler
+    beta_end: float | None = None
+    beta_schedule: str | None = None
+    variance_type: str = "learned_range"  # of DDPM, where the network predicts a variance
     enable_temporal_attentions: bool = True  # false: every frame by itself
     enable_vae_temporal_decoder: bool = False
     decode_chunk_size: int = 16  # frames at a time
@@ -74,6 +76,13 @@ class T2XConfig:
     compile: bool = False  # each block of the network, and the decoder
     cpu_offload: bool = False  # network and decoder take turns on the device
     fps: int = 8
+    first_frame: list[str] | None = None  # images that the videos begin with, in turn by index
+    last_frame: list[str] | None = None  # images that they end with, in turn
+    given: list[str] | None = None  # videos whose end they go on from, in turn
+    given_frames: int = 1  # so many last frames of them, one after the other
+    window: int | None = None  # longer videos are sampled in windows of so many frames; null: all frames at once
+    overlap: int | None = None  # frames that a window shares with the next; null: a quarter of the window
+    window_method: str = "fused"  # fused | autoregressive (networks trained with given frames)
 
     def __post_init__(self) -> None:
         for key in ("video_length", "num_videos_per_prompt", "num_sampling_steps", "decode_chunk_size", "fps"):
@@ -90,19 +99,29 @@ class T2XConfig:
             0 <= self.guidance_scale < math.inf,
             f"guidance_scale must be zero or more and finite, not {self.guidance_scale}",
         )
-        require(0 < self.beta_start <= self.beta_end < 1, "beta_start and beta_end must be 0 < start <= end < 1")
+        require(
+            0 < (self.beta_start or 1e-9) <= (self.beta_end or 0.999) < 1,
+            "beta_start and beta_end must be 0 < start <= end < 1",
+        )
+        require(not (self.ckpt and self.transformer), "ckpt is a network, and so is transformer: give one of them")
         require(abs(self.lora_scale) < math.inf, f"lora_scale must be finite, not {self.lora_scale}")
         require(self.lora is not None or self.lora_scale == 1, "lora_scale is read only with lora")
         require(
             not (self.cpu_offload and self.quantize_transformer in ("bnb8", "bnb4")),
             f"quantize_transformer={self.quantize_transformer} stays on the GPU: leave cpu_offload out, or use int8",
         )
-        for key, choices in {"sample_method": list(SCHEDULERS), "precision": list(SAMPLE_PRECISIONS)}.items():
+        words = {"sample_method": list(SCHEDULERS), "precision": list(SAMPLE_PRECISIONS), "window_method": METHODS}
+        for key, choices in words.items():
             value = getattr(self, key)
             require(value in choices, f"{key} must be one of {', '.join(choices)}, not {value!r}")
         for key in ("quantize_text_encoder", "quantize_transformer"):
             value = getattr(self, key)
             require(value in (None, *KINDS), f"{key} must be one of {', '.join(KINDS)}, or null, not {value!r}")
+        check_frame_keys(self, "")
+        require(
+            not (self.first_frame or self.last_frame or self.given) or size[0] == size[1],
+            f"given frames are cut to a square: image_size must be one, not {size}",
+        )
 
     def prompts(self) -> list[str]:
         """All prompts, of the list and of the file.
@@ -116,8 +135,8 @@ class T2XConfig:
         return prompts
 
 
-def load_t2x_config(path: str | Path | None, settings: dict[str, Any]) -> T2XConfig:
-    """Defaults, then the YAML file, then `settings`.
+def load_t2x_config(path: str | Path | None, settings: dict[str, Any], base: dict[str, Any] | None = None) -> T2XConfig:
+    """Defaults, then `base`, then the YAML file, then `settings`.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names the file or key.
@@ -130,7 +149,7 @@ def load_t2x_config(path: str | Path | None, settings: dict[str, Any]) -> T2XCon
     for key in values:
         require(key in KEYS, f"{path}: unknown key {key!r}: {_hint(str(key))}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(T2XConfig), values, settings)
+        merged = OmegaConf.merge(OmegaConf.structured(T2XConfig), base or {}, values, settings)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         sentence = " ".join(str(error).split("\n    full_key")[0].split())

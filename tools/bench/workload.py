@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.catalog import RECIPES
 from datasets.clips import DataConfig
-from datasets.latents import DTYPES, FORMAT, INDEX, Run, StoredClip, shard_file, write_shard
+from datasets.latents import FORMAT, INDEX, TENSOR, Run, StoredClip
+from datasets.shards import DTYPES, shard_file, write_shard
 from engine.build import build_model
 from engine.config import Config, TrainConfig
 from engine.distributed import World
@@ -124,7 +125,7 @@ def write_latents(workload: Workload, folder: Path, ranks: int = 1) -> None:
         "image_size": side, "transform": recipe.transform, "max_pixels": config.data.max_pixels, "mirrored": False,
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    write_shard(shard_file(out, 0), "fp32", (count * workload.frames, *shape), rows)
+    write_shard(shard_file(out, 0), "fp32", (count * workload.frames, *shape), rows, TENSOR, FORMAT)
     index = {
         "format": FORMAT, "codec": codec_identity(config.codec), "settings": settings, "dtype": "fp32",
         "shape": shape, "shards": [count * workload.frames], "clips": [clip.to_json() for clip in clips],
