@@ -263,6 +263,11 @@ class Config:
             "lora.rank has little to shard: leave train.parallel at ddp.",
         )
         require(
+            not (self.lora.rank and self.train.temporal_ramp_steps),
+            f"train.temporal_ramp_steps={self.train.temporal_ramp_steps} is of a network begun from images, whose "
+            "layers over time must be trained whole: leave lora.rank out.",
+        )
+        require(
             not self.sample.modulation_mb or (self.model.injection == "adaln" and not self.model.is_text),
             f"sample.modulation_mb: model.name={self.model.name} with model.injection={self.model.injection} has no "
             "modulations to hold; leave it out.",

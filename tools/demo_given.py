@@ -173,9 +173,8 @@ def main(argv: list[str]) -> int:
             continue
         videos = sample_case(generator, case, clips, arguments.steps)
         rows[name] = measure(videos, clips, labels, case, window)
-        pairs = [
-            np.resize(each, videos.shape[1:]) if len(each) < len(videos[0]) else each[: case.frames] for each in clips
-        ]
+        held = np.concatenate([clips, clips[:, -1:].repeat(max(0, case.frames - REAL_FRAMES), axis=1)], axis=1)
+        pairs = held[:, : case.frames]  # of longer videos the real clip stands still at its end
         shown = [video for index in range(SHOWN) for video in (pairs[index], videos[index])]
         captions = [text for index in range(SHOWN) for text in (f"real {CLASSES[labels[index]].name}", "sampled")]
         slug = name.replace(",", "").replace(" ", "_")
