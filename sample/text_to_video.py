@@ -154,12 +154,13 @@ def load_codec(config: T2XConfig, folder: Path, device: torch.device) -> LatentC
     name = "vae_temporal_decoder" if config.enable_vae_temporal_decoder else "vae"
     require_part(folder, name)
     described = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+    widths = described.get("block_out_channels") or described["encoder_block_out_channels"]  # AutoencoderTiny's
     codec = LatentCodec.from_config(
         CodecConfig(
             path=str(folder),
             subfolder=name,
             latent_channels=described["latent_channels"],
-            downsample_factor=2 ** (len(described["block_out_channels"]) - 1),
+            downsample_factor=2 ** (len(widths) - 1),
             scale=described.get("scaling_factor", 0.18215),
             dtype=config.precision,
             chunk_size=config.decode_chunk_size,
