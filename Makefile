@@ -24,7 +24,7 @@ demo: setup  ## the main job: data -> training -> samples -> results/demo/index.
 	$(BIN)/python -m tools.demo
 
 test: setup lint  ## lint, types and the test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadgroup
 
 test-faults: setup  ## the 86 fault tests of docs/reliability.md, a line each at the end
 	$(BIN)/python -m pytest -q tests/test_faults_*.py
