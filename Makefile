@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults soak test-slow lint format lock clean
+.PHONY: help setup demo bench test test-faults soak test-slow lint format lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ $(STAMP): requirements.txt
 
 demo: setup  ## the main job: data -> training -> samples -> results/demo/index.html
 	$(BIN)/python -m tools.demo
+
+bench: setup  ## how fast it is, each figure a ratio to a reference: docs/benchmarks/
+	$(BIN)/python -m tools.bench all
 
 test: setup lint  ## lint, types and the test suite
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadgroup

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from .archives import is_archive, open_archive, size_and_time
 from .readers import ARRAY_SUFFIX, HIDDEN, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from .safe_paths import below
 
 if TYPE_CHECKING:
     from .clips import DataConfig
@@ -45,7 +46,10 @@ RECIPES: dict[str, Recipe] = {
     "folder": Recipe((VIDEOS, FRAMES), "auto", "resize_then_center_crop", False),
     # No flip: mirrored, "moves right" would carry the label "moves left".
     "demo": Recipe((VIDEOS,), "class_folders", "resize_then_center_crop", False),
+    # Clips with captions, of a list; their labels are the captions' numbers. No flip: captions say left and right.
+    "captions": Recipe((VIDEOS, FRAMES), "captions", "resize_then_center_crop", False),
 }
+CAPTIONED = [name for name, recipe in RECIPES.items() if recipe.labels == "captions"]
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,15 @@ class Clip:
     size: int
     num_frames: int | None = None
     label: int = 0
+    caption: str | None = None
 
 
 @dataclass(frozen=True)
 class Catalog:
     """Clips in the order of their names; `class_names[label]`; `digest` names the content, not the place.
 
-    `skipped` counts what was left out, by reason. Without labels `class_names` is empty and labels are 0.
+    `skipped` counts what was left out, by reason. Without labels `class_names` is empty and labels are 0. Of a set with
+    captions labels are the numbers of these, `captions[label]`, and there are no classes.
     """
 
     root: str
@@ -75,10 +81,16 @@ class Catalog:
     class_names: list[str]
     digest: str
     skipped: dict[str, int] = field(default_factory=dict)
+    captions: list[str] = field(default_factory=list)
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Caption -> its number."""
+        return {caption: number for number, caption in enumerate(self.captions)}
 
 
 def window_span(num_frames: int, frame_interval: int) -> int:
@@ -94,6 +106,11 @@ def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
     """
     root = _root(config.path)
     recipe = RECIPES[config.name]
+    if config.name in CAPTIONED:
+        from .captions import captioned_clips
+
+        clips, skipped = captioned_clips(config, root)
+        return catalog_of(str(root), clips, config, skipped, held_out=held_out)
     found, skipped = _found(root, recipe.clips)
     if not found:
         found, skipped = _found(root, (VIDEOS, FRAMES))
@@ -108,12 +125,13 @@ def catalog_of(
     """The catalog of clips that were `found`: those long enough and (not) held out, labelled, at most `max_clips`."""
     recipe, skipped = RECIPES[config.name], Counter() if skipped is None else skipped
     found = _long_enough(found, config, skipped)
-    names = class_names_of(found, recipe.labels if config.labels == "auto" else config.labels)
+    captioned = config.name in CAPTIONED
+    rule = recipe.labels if config.labels == "auto" else config.labels
+    names = [clip.caption for clip in found] if captioned else class_names_of(found, rule)
     classes = sorted({name for name in names if name is not None})
     numbers = {name: label for label, name in enumerate(classes)}
     labelled = [
-        Clip(clip.path, clip.name, clip.size, clip.num_frames, numbers[name] if name is not None else 0)
-        for clip, name in zip(found, names)
+        replace(clip, label=numbers[name] if name is not None else 0) for clip, name in zip(found, names, strict=True)
     ]
     chosen = [clip for clip in labelled if is_held_out(clip.name, config.val_share) == held_out]
     if not chosen:
@@ -121,7 +139,10 @@ def catalog_of(
     if config.val_share:
         skipped["for training" if held_out else "held out"] = len(labelled) - len(chosen)
     clips = chosen[: config.max_clips]
-    return Catalog(root, clips, classes, digest_of(clips, classes), dict(sorted(skipped.items())))
+    digest, left_out = digest_of(clips, classes), dict(sorted(skipped.items()))
+    if captioned:
+        return Catalog(root, clips, [], digest, left_out, captions=classes)
+    return Catalog(root, clips, classes, digest, left_out)
 
 
 def is_held_out(name: str, share: float) -> bool:
@@ -339,18 +360,11 @@ def _listed_frame(line: str, where: str, root: Path, classes: list[str]) -> Clip
     name, given = line.strip(), None
     if Path(name).suffix.lower() not in IMAGE_SUFFIXES and " " in name:
         name, given = name.rsplit(maxsplit=1)
-    if any(ord(character) < 32 for character in name) or "://" in name or ":" in name.split("/")[0]:
-        raise ValueError(f"{where}: {name!r} is not a plain path")
+    target = below(root, name, where)
     if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"{where}: {name!r} is no image ({' '.join(sorted(IMAGE_SUFFIXES))})")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{where}: {name!r} must be a path below data.path")
-    try:
-        target = (root / name).resolve(strict=True)
-    except OSError as error:
-        raise FileNotFoundError(f"{where}: there is no file {name!r} in data.path") from error
-    if not target.is_relative_to(root):
-        raise ValueError(f"{where}: {name!r} leads out of data.path")
+    if target is None:
+        raise FileNotFoundError(f"{where}: there is no file {name!r} in data.path")
     return Clip(str(target), name, target.stat().st_size, 1, _listed_label(name, given, where, classes))
 
 

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .captions import captioned_images, renumbered
 from .catalog import (
+    CAPTIONED,
     LABEL_RULES,
     RECIPES,
     Catalog,
@@ -48,12 +50,15 @@ PURPOSES = {"window": 1, "flip": 2, "replacement": 3, "image": 4, "frame": 5, "i
 class DataConfig:
     """The `data` section of a configuration."""
 
-    name: str = "folder"  # ffs | sky | taichi | ucf101 | folder | demo: a line of catalog.RECIPES
+    name: str = "folder"  # ffs | sky | taichi | ucf101 | folder | demo | captions: a line of catalog.RECIPES
     path: str = ""  # the folder of the data set
     val_path: str | None = None  # a folder laid out alike, of clips to validate on and never to train on
     val_share: float = 0.0  # or so many of the clips of data.path, by the hash of their names; not trained on
     latents: str | None = None  # read frames from this cache of tools.cache_latents instead of decoding and encoding
     labels: str = "auto"  # auto (as the data set says; `folder`: by its layout) | class_folders | file_name | none
+    captions: str | None = None  # list of files and captions; null: captions.csv, .jsonl or .parquet in data.path
+    file_column: str | None = None  # of the files in that list; null: file, path, video, ..., or WebVid's
+    caption_column: str | None = None  # of their captions; null: caption, text, prompt or name
     frame_list: str | None = None  # joint training: images from this list instead of the set's own videos
     num_frames: int = 16  # F
     frame_interval: int = 3  # every n-th frame of the video
@@ -84,6 +89,11 @@ class DataConfig:
             raise ValueError(f"data.max_unusable: {self.max_unusable} must be a share, from 0 to 1")
         if self.frame_list is not None and not self.num_images:
             raise ValueError("data.frame_list is read only in joint training: set data.num_images, or drop it")
+        for key in ("captions", "file_column", "caption_column"):
+            if getattr(self, key) is not None and self.name not in CAPTIONED:
+                raise ValueError(f"data.{key} is read only with data.name={CAPTIONED[0]}: set that, or leave it out")
+        if self.name in CAPTIONED and self.labels != "auto":
+            raise ValueError(f"data.labels={self.labels}: with data.name={self.name} captions take the place of labels")
         if not 0 <= self.val_share < 1:
             raise ValueError(f"data.val_share: {self.val_share} must be a share, from 0 to below 1")
         if self.val_share and self.val_path is not None:
@@ -184,11 +194,16 @@ class ClipDataset(Dataset[Sample]):
         self.transform_name = RECIPES[config.name].transform
         self.flips = flips(config)
         self.span = window_span(config.num_frames, config.frame_interval)
-        self.images = read_frame_list(config, catalog) if config.frame_list else None
+        self.images: list[Clip] | None = None
+        if config.frame_list and config.name in CAPTIONED:
+            self.catalog, self.images = captioned_images(config, catalog)
+        elif config.frame_list:
+            self.images = read_frame_list(config, catalog)
         self.skipped: dict[str, str] = {}
         self.cut_off: dict[str, str] = {}
         self.looped: dict[str, str] = {}
-        self.digest = digest_of([*catalog.clips, *(self.images or [])], catalog.class_names)
+        names = self.catalog.class_names or self.catalog.captions
+        self.digest = digest_of([*catalog.clips, *(self.images or [])], names)
         self.on_open: Callable[[str], None] | None = None  # told the path of each video before it is read
 
     def __len__(self) -> int:
@@ -201,6 +216,11 @@ class ClipDataset(Dataset[Sample]):
     @property
     def num_classes(self) -> int:
         return self.catalog.num_classes
+
+    @property
+    def captions(self) -> list[str]:
+        """Of a set with captions, those of its clips and images; labels are their numbers."""
+        return self.catalog.captions
 
     @property
     def latent_settings(self) -> dict[str, object]:
@@ -220,6 +240,7 @@ class ClipDataset(Dataset[Sample]):
             "latents": self.config.latents,
             "clips": len(self),
             "classes": self.num_classes,
+            "captions": len(self.captions),
             "skipped": self.catalog.skipped,
             "listed_images": len(self.images) if self.images is not None else None,
             "frames_per_window": self.span,
@@ -386,9 +407,16 @@ def build_held_out(config: DataConfig, clips: ClipDataset, *, seed: int) -> Clip
     key = "data.path" if config.val_path is None else "data.val_path"
     path = config.path if config.val_path is None else config.val_path
     fixed = replace(config, path=path, val_path=None, frame_list=None, horizontal_flip=False, max_clips=None)
+    if config.val_path is not None:  # which has a list of its own
+        fixed = replace(fixed, captions=None)
     try:
         found = _dataset(fixed, seed, held_out=config.val_path is None)
-        return ClipDataset(fixed, relabelled(found.catalog, clips.class_names), seed, found.source)
+        same_numbers = (
+            renumbered(found.catalog, clips.captions)
+            if config.name in CAPTIONED
+            else relabelled(found.catalog, clips.class_names)
+        )
+        return ClipDataset(fixed, same_numbers, seed, found.source)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(str(error).replace("data.path", key)) from None
 
@@ -398,8 +426,9 @@ def _dataset(config: DataConfig, seed: int, *, held_out: bool) -> ClipDataset:
         check_installed(config.reader)
         return ClipDataset(config, build_catalog(config, held_out=held_out), seed)
     cache = LatentCache(Path(config.latents))
-    if config.frame_list and not config.path:
-        raise ValueError("data.frame_list names files below data.path: give that too")
+    if not config.path and (config.frame_list or config.name in CAPTIONED):
+        key = "data.frame_list" if config.frame_list else "data.captions"
+        raise ValueError(f"{key} names files below data.path: give that too")
     catalog = (
         build_catalog(config, held_out=held_out)
         if config.path

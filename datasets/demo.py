@@ -1,4 +1,4 @@
-"""The demo set: eight classes, each a colour, a shape and a motion; and a tracker that names them.
+"""The demo set: eight classes, each a colour, a shape and a motion; captions of them; and a tracker that names them.
 
 `draw_clip` draws one clip (`tools/make_demo_data.py` writes many as mp4 files in the UCF101 layout); `track`
 reads colour and motion back from the pixels of any clip, knowing nothing of its label, and answers None where
@@ -66,6 +66,36 @@ CLASSES = (
     DemoClass("violet", "square", "shrink"),
 )
 MOTIONS = tuple(sorted({c.motion for c in CLASSES}))
+
+
+# ---------------------------------------------------------------------------------------------- captions
+
+# How a motion is said: in the -ing form, and after "that".
+SAYINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "left": (("moving left", "moves left"), ("going to the left", "goes to the left")),
+    "right": (("moving right", "moves right"), ("going to the right", "goes to the right")),
+    "up": (("moving up", "moves up"), ("rising to the top", "rises to the top")),
+    "down": (("moving down", "moves down"), ("falling to the bottom", "falls to the bottom")),
+    "grow": (("growing", "grows"), ("getting larger", "gets larger")),
+    "shrink": (("shrinking", "shrinks"), ("getting smaller", "gets smaller")),
+}
+WORDINGS = (
+    "{a} {colour} {shape} {moving}",
+    "{a} {colour} {shape} that {moves}",
+    "the {shape} is {colour} and {moves}",
+    "{moving}, a {shape} of {colour} colour",
+    "a video of one {colour} {shape} {moving}",
+)
+
+
+def captions_of(kind: DemoClass) -> list[str]:
+    """Every wording of a clip of that kind, which need not be one of `CLASSES`; the plainest first."""
+    article = "an" if kind.colour[0] in "aeiou" else "a"
+    return [
+        wording.format(a=article, colour=kind.colour, shape=kind.shape, moving=moving, moves=moves)
+        for moving, moves in SAYINGS[kind.motion]
+        for wording in WORDINGS
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- drawing

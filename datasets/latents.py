@@ -13,11 +13,8 @@ h w latent pixels.
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,32 +24,11 @@ from torch import Tensor
 
 from .catalog import Clip
 from .readers import VideoError
+from .shards import DTYPES, CacheError, map_shard, shard_file
 
 FORMAT = "latte-latents-1"
+TENSOR = "latents"  # what a shard's tensor is called
 INDEX = "index.json"
-OPEN_SHARDS = 512  # mapped at a time by one process; a map holds a file descriptor, of which there are often 1024
-MAX_HEADER = 2**16  # bytes; ours takes 200
-
-
-class Dtype(NamedTuple):
-    """A number format: its name in safetensors, what numpy maps it as, what torch sees it as."""
-
-    name: str
-    mapped: type[np.generic]
-    torch: torch.dtype
-
-
-DTYPES = {
-    "fp32": Dtype("F32", np.float32, torch.float32),
-    "fp16": Dtype("F16", np.float16, torch.float16),
-    "bf16": Dtype("BF16", np.uint16, torch.bfloat16),  # numpy has no bfloat16
-}
-
-
-class CacheError(VideoError):
-    """The cache itself is damaged: no other clip may stand in for what it lacks."""
-
-    ends_run = True
 
 
 class Run(NamedTuple):
@@ -200,7 +176,7 @@ class LatentCache:
 
     def _map(self, number: int) -> np.ndarray:
         """The shard (N, V, P, C, h, w), from disk when it is touched."""
-        return map_shard(shard_file(self.path, number), self.dtype, (self.shard_frames[number], *self.shape))
+        return map_shard(shard_file(self.path, number), self.dtype, (self.shard_frames[number], *self.shape), TENSOR)
 
     def _lacks(self, clip: Clip) -> bool:
         stored = self.clips.get(clip.name)
@@ -231,60 +207,3 @@ def read_index(path: Path) -> dict[str, Any]:
     if kind != FORMAT:
         raise ValueError(f"data.latents: {path} is of format {kind!r}; this version reads {FORMAT!r}")
     return dict(index)
-
-
-# ------------------------------------------------------------------------------------------------ shards
-
-
-def shard_file(folder: Path, number: int) -> Path:
-    """Where shard `number` of a cache lies."""
-    return folder / f"shard-{number:05d}.safetensors"
-
-
-def write_shard(file: Path, dtype: str, shape: Sequence[int], rows: Iterable[Tensor]) -> None:
-    """Write `rows`, each (n, V, P, C, h, w), as one tensor `latents` of `shape` (N, V, P, C, h, w), piece by piece.
-
-    The header comes first, so that no more than a piece is ever in memory. ValueError if the rows are not N.
-    """
-    kind, count = DTYPES[dtype], 0
-    with file.open("wb") as stream:
-        stream.write(_header(kind, shape))
-        for piece in rows:
-            stream.write(piece.to("cpu", kind.torch).contiguous().view(torch.uint8).numpy().tobytes())
-            count += len(piece)
-        stream.flush()
-        os.fsync(stream.fileno())
-    if count != shape[0]:
-        raise ValueError(f"{file}: {count} frames came for a shard of {shape[0]}")
-
-
-def _header(dtype: Dtype, shape: Sequence[int]) -> bytes:
-    """Of a safetensors file: its length in 8 bytes, then JSON, padded so that the tensor begins at a multiple of 64."""
-    entry = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [0, _bytes_of(dtype, shape)]}
-    text = json.dumps({"__metadata__": {"format": FORMAT}, "latents": entry}).encode()
-    text += b" " * (-(len(text) + 8) % 64)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes_of(dtype: Dtype, shape: Sequence[int]) -> int:
-    return math.prod(shape) * np.dtype(dtype.mapped).itemsize
-
-
-@lru_cache(maxsize=OPEN_SHARDS)
-def map_shard(file: Path, dtype: Dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor of a shard, read-only and mapped. CacheError unless its header and size are those of `shape`."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length) if length <= MAX_HEADER else b"")
-        found = (header["latents"]["dtype"], tuple(header["latents"]["shape"]))
-        size = file.stat().st_size - 8 - length
-    except FileNotFoundError:
-        raise CacheError(file, "is missing; make the cache anew") from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise CacheError(file, "cannot be read; make the cache anew") from None
-    if found != (dtype.name, shape) or size != _bytes_of(dtype, shape):
-        raise CacheError(
-            file, f"holds {found[0]} {list(found[1])} in {size} bytes, not {dtype.name} {list(shape)}; make it anew"
-        )
-    return np.asarray(np.memmap(file, dtype.mapped, "r", 8 + length, shape))

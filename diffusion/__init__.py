@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from .conditioning import ConditionConfig, Given, conditioned, sample_given
 from .config import DiffusionConfig
 from .flow import RectifiedFlow
 from .gaussian import GaussianDiffusion, PMeanVariance
 from .guidance import ConditionalDenoiser, Denoiser, guided
 from .losses import LossTerms
-from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, sample
+from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, evaluations, sample
 from .timestep_sampler import (
     LossAwareTimestepSampler,
     TimestepSampler,
@@ -17,10 +18,12 @@ from .timestep_sampler import (
 
 __all__ = [
     "BitsPerDim",
+    "ConditionConfig",
     "ConditionalDenoiser",
     "Denoiser",
     "DiffusionConfig",
     "GaussianDiffusion",
+    "Given",
     "LossAwareTimestepSampler",
     "LossTerms",
     "PMeanVariance",
@@ -31,8 +34,11 @@ __all__ = [
     "build_diffusion",
     "build_timestep_sampler",
     "calc_bpd_loop",
+    "conditioned",
+    "evaluations",
     "guided",
     "sample",
+    "sample_given",
 ]
 
 

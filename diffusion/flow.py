@@ -38,6 +38,11 @@ class RectifiedFlow:
         self.num_timesteps = len(respaced_timesteps(config.num_steps, respacing))
         even = torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64)
         self.times = shifted(even, config.timestep_shift)  # (T + 1,), ascending from data to noise
+        # on the host, for those that plan a walk: the network's timestep at step i, which goes from noise level
+        # i + 1 to i
+        self.step_times: list[float] = (self.times[1:].float() * config.num_steps).tolist()
+        self.noise_levels: list[float] = self.times.tolist()
+        self.clean_gains: list[float] = self.noise_levels[1:]  # of the predicted x_0 with the velocity, at step i
 
     def to(self, device: torch.device | str) -> RectifiedFlow:
         """Move the grid to `device`; returns self."""

@@ -77,6 +77,13 @@ class GaussianDiffusion:
         self.tables = tables | prediction_tables(tables, config.prediction)
         self.timestep_map = torch.tensor(kept)
         self.num_timesteps = len(kept)
+        # on the host, for those that plan a walk: the network's timestep at step i, and the ratio of noise to signal
+        # before (i + 1) and after it (i)
+        self.step_times = [float(timestep) for timestep in kept]
+        self.noise_levels = [0.0, *(1 / tables["alphas_cumprod"] - 1).sqrt().tolist()]
+        self.clean_gains: list[float] = (
+            self.tables["x_start_output"].abs().tolist()
+        )  # of x_0 with the output, at step i
 
     def to(self, device: torch.device | str) -> GaussianDiffusion:
         """Move the tables to `device`, once; returns self."""

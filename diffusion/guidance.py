@@ -20,11 +20,13 @@ def guided(
     scale: float,
     *,
     channels: int,
+    batched: bool = True,
+    active: Callable[[], bool] = lambda: True,
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022): unconditional + scale * (conditional - unconditional).
 
-    Conditional and unconditional run as one batch of 2B. Only the first `channels` output channels
-    are guided; the rest (learned sigma) are the conditional ones. Scale 1 is one plain conditional call.
+    Only the first `channels` output channels are guided; the rest (learned sigma) are the conditional ones. Scale 1
+    is one plain conditional call.
 
     Args:
         model_fn: the network, called with (x, timesteps, labels).
@@ -32,6 +34,9 @@ def guided(
         null_label: the network's label for "no label"; may be None at scale 1.
         scale: guidance scale; 0 is unconditional, above 1 exaggerates the condition.
         channels: C, the latent channels.
+        batched: conditional and unconditional in one call of 2B, else one after the other in half the memory.
+        active: asked at every call; where it says no, it is a plain conditional call (Kynkaanniemi et al. 2024:
+            guidance in a limited interval of the noise levels).
 
     Raises:
         ValueError: a scale other than 1 without labels or without a null label.
@@ -41,11 +46,18 @@ def guided(
     if labels is None or null_label is None:
         lacking = "labels" if labels is None else "a null label (it was trained with model.label_dropout=0)"
         raise ValueError(f"Guidance scale {scale} needs a network with {lacking}: use guidance_scale=1.")
-    both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
+    null_labels = torch.full_like(labels, null_label)
+    both_labels = torch.cat([labels, null_labels])
+
+    def both(x: Tensor, timesteps: Tensor) -> tuple[Tensor, ...]:
+        if batched:
+            return model_fn(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both_labels).chunk(2)
+        return model_fn(x, timesteps, labels), model_fn(x, timesteps, null_labels)
 
     def denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
-        output = model_fn(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both_labels)
-        conditional, unconditional = output.chunk(2)
+        if not active():
+            return model_fn(x, timesteps, labels)
+        conditional, unconditional = both(x, timesteps)
         noise, rest = conditional[:, :, :channels], conditional[:, :, channels:]
         baseline = unconditional[:, :, :channels]
         return torch.cat([baseline + scale * (noise - baseline), rest], dim=2)

@@ -36,6 +36,23 @@ class LossTerms:
         terms.loss = terms.per_frame().mean(1)
         return terms
 
+    def without(self, given: Tensor) -> LossTerms:
+        """The terms over those frames of the clip that are not `given`, (B, F) bool; images, which follow, stay.
+
+        Given frames become 0 and the others of the clip weigh F / (F - k), k of them being given: every mean over the
+        clip's F frames is then that over the frames to be learned, a clip counts as much as ever, and so do images.
+        """
+        learned = ~given
+        weight = learned.shape[1] / learned.sum(1, keepdim=True)  # (B, 1)
+
+        def only(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            clip, images = values[:, : given.shape[1]], values[:, given.shape[1] :]
+            return torch.cat([torch.where(learned, clip * weight.to(clip.dtype), 0), images], dim=1)
+
+        return LossTerms.from_frames(only(self.mse), only(self.vb))
+
     def per_frame(self) -> Tensor:
         """(B, F) loss of every frame."""
         present = [term for term in (self.mse, self.vb) if term is not None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .flow import RectifiedFlow, velocity
 from .gaussian import GaussianDiffusion, PMeanVariance
 from .guidance import Denoiser
 from .losses import frame_mean
+from .multistep import SCHEDULERS, MultistepSolver
 
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (steps done, T, x, pred_x_start)
 
@@ -182,30 +183,71 @@ def heun_step(
     return Step(x + (target - time) * (here.x + there.x) / 2, there.pred_x_start)
 
 
+# ---- both processes ----------------------------------------------------------------------------
+
+
+Process = GaussianDiffusion | RectifiedFlow
+StepFunction = Callable[..., Step]
+
+
+def multistep(name: str) -> Callable[[Process], StepFunction]:
+    """What begins a walk of solver `name`: its steps depend on those before."""
+
+    def begin(process: Process) -> StepFunction:
+        solver = MultistepSolver(name, process.noise_levels, flow=isinstance(process, RectifiedFlow))
+
+        def step(process: Process, denoiser: Denoiser, x: Tensor, timesteps: Tensor, options: StepOptions) -> Step:
+            x_start = _predicted_x_start(process, denoiser, x, timesteps, options)
+            return Step(solver.step(x_start, x, options.noise_fn(x) if solver.stochastic else None), x_start)
+
+        return step
+
+    return begin
+
+
+def _predicted_x_start(
+    process: Process, denoiser: Denoiser, x: Tensor, timesteps: Tensor, options: StepOptions
+) -> Tensor:
+    """The clean clip that the denoiser's output at x_t amounts to, whatever it predicts."""
+    if isinstance(process, GaussianDiffusion):
+        return p_mean_variance(process, denoiser, x, timesteps, options).pred_x_start
+    return _flow_velocity(process, denoiser, x, process.time(timesteps + 1, x), options).pred_x_start
+
+
 # ---- loops -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of METHODS: the process it needs, its step, the step at t = 0, and its direction."""
+    """A row of METHODS.
 
-    process: type
-    step: Callable[..., Step]
-    step_at_zero: Callable[..., Step]
+    Attributes:
+        process: the process, or processes, that it walks.
+        begin: what gives the step function of one walk.
+        step_at_zero: the step at t = 0, where it is another one.
+        evaluations: calls of the denoiser in a step, but for the one at t = 0, which makes one.
+        ascending: from data to noise.
+    """
+
+    process: type | tuple[type, ...]
+    begin: Callable[[Process], StepFunction]
+    step_at_zero: StepFunction | None = None
+    evaluations: int = 1
     ascending: bool = False
 
 
 METHODS = {
-    "ddpm": Method(GaussianDiffusion, ddpm_step, ddpm_step),
-    "ddim": Method(GaussianDiffusion, ddim_step, ddim_step),
-    "ddim_reverse": Method(GaussianDiffusion, ddim_reverse_step, ddim_reverse_step, ascending=True),
-    "euler": Method(RectifiedFlow, euler_step, euler_step),
+    "ddpm": Method(GaussianDiffusion, lambda _: ddpm_step),
+    "ddim": Method(GaussianDiffusion, lambda _: ddim_step),
+    "ddim_reverse": Method(GaussianDiffusion, lambda _: ddim_reverse_step, ascending=True),
+    "euler": Method(RectifiedFlow, lambda _: euler_step),
     # at data the velocity is that of clips no longer noisy, which networks know least: end with Euler
-    "heun": Method(RectifiedFlow, heun_step, euler_step),
+    "heun": Method(RectifiedFlow, lambda _: heun_step, euler_step, evaluations=2),
+    **{name: Method((GaussianDiffusion, RectifiedFlow), multistep(name)) for name in SCHEDULERS},
 }
 
 
-def _method(name: str, process: GaussianDiffusion | RectifiedFlow, options: StepOptions) -> Method:
+def _method(name: str, process: Process, options: StepOptions) -> Method:
     fitting = [key for key, method in METHODS.items() if isinstance(process, method.process)]
     if name not in fitting:
         raise ValueError(
@@ -214,14 +256,50 @@ def _method(name: str, process: GaussianDiffusion | RectifiedFlow, options: Step
         )
     if options.eta and name != "ddim":
         raise ValueError(f"eta={options.eta} belongs to method ddim; use eta=0 with {name}.")
-    if options.gradient_fn is not None and isinstance(process, RectifiedFlow):
-        raise ValueError("gradient_fn (classifier guidance) needs Gaussian diffusion, not a flow.")
+    if options.gradient_fn is not None and name not in ("ddpm", "ddim", "ddim_reverse"):
+        raise ValueError("gradient_fn (classifier guidance) needs Gaussian diffusion and ddpm or ddim.")
     return METHODS[name]
+
+
+def _indices(process: Process, method: Method) -> list[int]:
+    """The steps of a walk in order."""
+    steps = range(process.num_timesteps)
+    return list(steps if method.ascending else reversed(steps))
+
+
+class Evaluation(NamedTuple):
+    """One call of the denoiser in a walk.
+
+    Attributes:
+        time: the network's timestep.
+        clean_gain: how far the predicted clean clip moves when the output does.
+        share: of the noise that is there, the part that this evaluation's prediction takes away.
+    """
+
+    time: float
+    clean_gain: float
+    share: float
+
+
+def evaluations(process: Process, method: str) -> list[Evaluation]:
+    """Every call of the denoiser that `sample` makes, in order, known on the host before it begins.
+
+    Raises:
+        ValueError: the method does not fit the process.
+    """
+    row = _method(method, process, DEFAULT)
+    levels = process.noise_levels
+    found = []
+    for step in _indices(process, row):
+        visited = range(step, max(-1, step - row.evaluations), -1)  # heun: both ends of a step
+        share = abs(1 - levels[step] / levels[step + 1]) / len(visited)
+        found += [Evaluation(process.step_times[index], process.clean_gains[index], share) for index in visited]
+    return found
 
 
 @torch.no_grad()
 def sample(
-    diffusion: GaussianDiffusion | RectifiedFlow,
+    diffusion: Process,
     denoiser: Denoiser,
     noise: Tensor,
     *,
@@ -235,7 +313,8 @@ def sample(
         diffusion: on the device of `noise`; its respacing sets T.
         denoiser: the network, perhaps wrapped in guidance.
         noise: unit noise; for `ddim_reverse` clean clips, which become noise.
-        method: ddpm | ddim | ddim_reverse, or euler | heun for a flow.
+        method: a key of METHODS: ddpm | ddim | ddim_reverse, or euler | heun for a flow; for both dpm_solver++ |
+            sde_dpm_solver++ | unipc.
         callback: called after every step with (steps done, T, x, pred_x_start).
         options: fields of `StepOptions` (eta, clip_denoised, noise_fn, x_start_fn, gradient_fn).
 
@@ -244,12 +323,13 @@ def sample(
     """
     settings = StepOptions(**options)
     chosen = _method(method, diffusion, settings)
+    take_step = chosen.begin(diffusion)
     total = diffusion.num_timesteps
     x = noise
-    for done, index in enumerate(range(total) if chosen.ascending else reversed(range(total)), start=1):
+    for done, index in enumerate(_indices(diffusion, chosen), start=1):
         timesteps = torch.full((len(x),), index, device=x.device)
-        take_step = chosen.step_at_zero if index == 0 else chosen.step
-        step = take_step(diffusion, denoiser, x, timesteps, settings)
+        this_step = chosen.step_at_zero if index == 0 and chosen.step_at_zero else take_step
+        step = this_step(diffusion, denoiser, x, timesteps, settings)
         x = step.x
         if callback is not None:
             callback(done, total, x, step.pred_x_start)

@@ -47,8 +47,8 @@ class TimestepSampler(Protocol):
     def timesteps_from_uniform(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) in [0, 1) -> timesteps (B,) and weights (B,) of their losses."""
 
-    def update(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Learn from the losses (B,) that the timesteps (B,) had."""
+    def update(self, timesteps: Tensor, losses: Tensor, skip: Tensor | bool = False) -> None:
+        """Learn from the losses (B,) that the timesteps (B,) had, unless `skip` (a scalar on their device)."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs."""
@@ -71,7 +71,7 @@ class UniformTimestepSampler:
             timesteps = steps_from_uniform(uniform, self.config, self.config.num_steps)
         return timesteps, torch.ones_like(uniform)
 
-    def update(self, timesteps: Tensor, losses: Tensor) -> None:
+    def update(self, timesteps: Tensor, losses: Tensor, skip: Tensor | bool = False) -> None:
         """Nothing to learn."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -114,16 +114,17 @@ class LossAwareTimestepSampler:
         return steps, (1 / (self.num_steps * probabilities[steps])).to(uniform.dtype)
 
     @torch.no_grad()
-    def update(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Remember losses (B,) of timesteps (B,), of all ranks (B alike on each) in rank order."""
+    def update(self, timesteps: Tensor, losses: Tensor, skip: Tensor | bool = False) -> None:
+        """Remember losses (B,) of timesteps (B,), of all ranks (B alike on each) in rank order, unless `skip`."""
         self._to(timesteps.device)
         timesteps, losses = _from_all_ranks(timesteps), _from_all_ranks(losses.double())
         same = timesteps[:, None] == timesteps
         earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)
         slots = (self.counts[timesteps] + earlier) % self.history  # oldest first
-        rows = torch.where(later < self.history, timesteps, self.num_steps)
+        dropped = torch.zeros_like(same[0]) | skip
+        rows = timesteps.masked_fill(dropped | (later >= self.history), self.num_steps)
         self.losses[rows, slots] = torch.where(losses.isfinite(), losses, self.losses[rows, slots])
-        self.counts.index_add_(0, timesteps, torch.ones_like(timesteps))
+        self.counts.index_add_(0, timesteps, (~dropped).long())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Losses remembered and their counts."""

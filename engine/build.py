@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,20 +13,89 @@ from datasets.latents import LatentCache
 from diffusion import GaussianDiffusion, RectifiedFlow, build_diffusion
 from models.autoencoder import LatentCodec, StoredCodec
 from models.codec_identity import codec_identity, same_codec
+from models.config_t2v import LATTE_1, LatteT2VConfig
 from models.latte import Latte
+from models.latte_t2v import LatteT2V
+from models.lora import add_lora, hold_frozen_linear_maps_in
 
-from .config import Config
+from .config import Config, require
 
 
-def build_model(config: Config, device: torch.device | str = "cpu") -> Latte:
+def build_model(config: Config, device: torch.device | str = "cpu") -> Latte | LatteT2V:
     """The network for the latents that `config` describes, with its initial weights, on `device`."""
     with torch.device(device):
+        if config.model.is_text:
+            return LatteT2V(
+                text_network_config(config),
+                gradient_checkpointing=config.model.gradient_checkpointing,
+                temporal=config.model.name != "custom-t2i",
+            )
         return Latte(
             config.model,
             in_channels=config.codec.latent_channels,
             latent_size=config.latent_size,
             num_frames=config.data.num_frames,
         )
+
+
+def text_network_config(config: Config) -> LatteT2VConfig:
+    """Size and kind of the text network: Latte-1's, or of that kind in another size.
+
+    Latte-1 keeps the size of clips that it was trained on, whatever it is trained on now: positions are computed.
+    """
+    size, channels = config.model.size, config.codec.latent_channels
+    named = config.model.name == "Latte-1"
+    require(
+        not named or (channels, config.text.caption_channels) == (LATTE_1.in_channels, LATTE_1.caption_channels),
+        f"model.name=Latte-1 takes {LATTE_1.in_channels} latent channels and captions {LATTE_1.caption_channels} wide, "
+        f"not codec.latent_channels={channels} and text.caption_channels={config.text.caption_channels}.",
+    )
+    return replace(
+        LATTE_1,
+        num_attention_heads=size.num_heads,
+        attention_head_dim=size.hidden_size // size.num_heads,
+        cross_attention_dim=size.hidden_size,
+        num_layers=size.depth // (1 if config.model.name == "custom-t2i" else 2),
+        patch_size=size.patch_size,
+        in_channels=channels,
+        out_channels=channels * (2 if config.model.learn_sigma else 1),
+        sample_size=LATTE_1.sample_size if named else config.latent_size,
+        caption_channels=config.text.caption_channels,
+        video_length=LATTE_1.video_length if named else config.data.num_frames,
+    )
+
+
+def forward_inputs(config: Config, batch: int, device: torch.device | str, *, images: bool = True) -> dict[str, Any]:
+    """Empty arguments of a training step's `forward`, by name: what a network is counted and measured with."""
+    num_images = config.data.num_images if images else 0
+    frames, size, channels = config.data.num_frames + num_images, config.latent_size, config.codec.latent_channels
+    timesteps, text = torch.zeros(batch, device=device), config.text
+    if config.model.is_text:
+        words = (batch, 1 + num_images, text.max_length)
+        return {
+            "hidden_states": torch.zeros(batch, channels, frames, size, size, device=device),
+            "timestep": timesteps,
+            "encoder_hidden_states": torch.zeros(*words, text.caption_channels, device=device),
+            "encoder_attention_mask": torch.ones(words, device=device),
+            "num_images": num_images,
+        }
+    labels = torch.zeros(batch, 1 + num_images, dtype=torch.long, device=device)
+    return {
+        "x": torch.zeros(batch, frames, channels, size, size, device=device),
+        "timesteps": timesteps,
+        "labels": labels if config.model.num_classes else None,
+        "num_images": num_images,
+    }
+
+
+def put_adapters(
+    model: Latte | LatteT2V, config: Config, autocast_dtype: torch.dtype | None = None
+) -> Latte | LatteT2V:
+    """Freeze `model` and put the adapters of `config.lora` beside its weights, which change nothing yet."""
+    add_lora(model, config.lora)
+    if autocast_dtype is not None:
+        hold_frozen_linear_maps_in(model, autocast_dtype)
+    return model
 
 
 def build_process(config: Config, respacing: str = "") -> GaussianDiffusion | RectifiedFlow:
@@ -57,19 +127,17 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 def macs_per_clip(config: Config) -> int:
     """Multiply-adds of one forward of one clip, attention included, counted on the meta device."""
-    model = build_model(config, "meta").eval()
-    size = config.latent_size
-    x = torch.empty(1, config.data.num_frames, config.codec.latent_channels, size, size, device="meta")
-    labels = torch.empty(1, dtype=torch.long, device="meta") if config.model.num_classes else None
+    model = build_model(config, "meta").to("meta").eval()  # tables of positions are made on the CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x, torch.empty(1, dtype=torch.long, device="meta"), labels)
+        model(**forward_inputs(config, 1, "meta", images=False))
     return counter.get_total_flops() // 2
 
 
 def describe(config: Config) -> dict[str, Any]:
     """What `--dry-run` prints: the resolved config, its parameter count and its cost. Opens no data."""
+    model = build_model(config, "meta")
     return {
         "config": config.to_dict(),
-        "trainable_parameters": count_parameters(build_model(config, "meta")),
+        "trainable_parameters": count_parameters(put_adapters(model, config) if config.lora.rank else model),
         "macs_per_clip": macs_per_clip(config),
     }

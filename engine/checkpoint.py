@@ -1,7 +1,7 @@
 """Checkpoints: folders of safetensors and JSON, hashed, written aside and renamed into place. No pickle.
 
     step-0000012/
-        model.safetensors   weights after the step
+        model.safetensors   weights after the step; of a run with `lora.rank` the adapters alone
         ema.safetensors     their running average
         optim.safetensors   AdamW moments, as `<moment>/<parameter>`
         rng.safetensors     generator states of every rank, and the timestep sampler's history
@@ -26,16 +26,17 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.convert import read_state_dict
+from models.convert import read_state_dict, weights_digest
+from models.lora import Adapter, LoraConfig, save_lora
 
 from .config import Config, load_config, require
 
@@ -95,18 +96,34 @@ def save_checkpoint(
 
 
 def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
-    """Copy one set of weights of checkpoint `source` with its config: what sampling needs, and no more."""
+    """Copy one set of weights of checkpoint `source` with its config: what sampling needs, and no more.
+
+    Adapters are merged into what they were trained beside, so that the copy stands alone.
+    """
     folder = find_checkpoint(source)
     taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
     require(
         not taken or ((target / MANIFEST).is_file() and not (target / "optim.safetensors").exists()),
         f"{target} is there already and is no export of weights; name a new folder.",
     )
-    config = load_config(folder / "config.yaml")
+    config = replace(load_config(folder / "config.yaml"), lora=LoraConfig())
     state = _read_json(folder / "state.json")
-    state.pop("guard", None)  # of the training alone
+    for key in ("guard", "lora_base"):  # of the training alone
+        state.pop(key, None)
     file = "ema" if weights == "ema" else "model"
     return _write_folder(target, {file: load_weights_file(folder, weights)}, state, config)
+
+
+def export_adapter(source: Path, target: Path, weights: str = "ema") -> Path:
+    """Write the adapters of checkpoint `source` as a folder that peft loads; returns it.
+
+    Raises: ValueError where the run trained the whole network.
+    """
+    folder = find_checkpoint(source)
+    config = load_config(folder / "config.yaml")
+    require(config.lora.rank > 0, f"{folder} holds a whole network and no adapters: its lora.rank is 0.")
+    require(not target.exists(), f"{target} is there already; name a new folder.")
+    return save_lora(_read_tensors(weights_file(folder, weights)), config.lora, target)
 
 
 def _write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: Config) -> Path:
@@ -265,11 +282,30 @@ def weights_file(folder: Path, weights: str) -> Path:
 
 
 def load_weights_file(folder: Path, weights: str) -> dict[str, Tensor]:
-    """`ema` or `raw` weights of one verified checkpoint folder."""
+    """`ema` or `raw` weights of one verified checkpoint folder; adapters merged into what they were trained beside."""
     file = weights_file(folder, weights)
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
-    return _read_tensors(file)
+    own, config = _read_tensors(file), load_config(folder / "config.yaml")
+    return _beside_base(own, config, folder) if config.lora.rank else own
+
+
+def _beside_base(adapters: dict[str, Tensor], config: Config, folder: Path) -> dict[str, Tensor]:
+    """The whole network: `adapters` of the checkpoint `folder`, merged into the weights of `train.init_from`.
+
+    Raises: CheckpointError where those are not there, or are others than in training.
+    """
+    told = f"{folder} holds adapters beside train.init_from={config.train.init_from}"
+    try:
+        base = load_model_weights(str(config.train.init_from))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{told}, which cannot be had: {error}") from None
+    require(
+        weights_digest(base) == _read_json(folder / "state.json").get("lora_base"),
+        f"{told}, but those are other weights than in training: put the same back.",
+    )
+    Adapter.from_weights(adapters, lambda rank: config.lora.scale, str(folder)).merge_into(base)
+    return base
 
 
 def _prune(newest: Path, keep_last: int, keep_every: int) -> None:
@@ -417,6 +453,15 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def content_sha256(module: nn.Module) -> str:
+    """The SHA-256 over names and values of a module's tensors: the same from whatever file they came."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def file_sha256(file: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import logging
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import NoReturn
 from .errors import MISTAKE_EXIT, TrainingAborted
 from .text import printable
 
+NOISY = ("bitsandbytes", "diffusers.quantizers")  # remarks of optional packages about each other and other machines
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
@@ -25,6 +27,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     package that is not installed; TrainingAborted (exit code 3) is a run that cannot go on. Set LATTE_TRACEBACK=1
     to see where one came from.
     """
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = main(sys.argv[1:])
     except (ValueError, OSError, ModuleNotFoundError, TrainingAborted) as error:

@@ -9,20 +9,26 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets.catalog import CAPTIONED
 from datasets.clips import DataConfig
-from diffusion import DiffusionConfig
+from diffusion import ConditionConfig, DiffusionConfig
+from diffusion.multistep import SCHEDULERS
+from models import attention
 from models.autoencoder import CodecConfig
 from models.latte import LatteConfig
+from models.lora import LoraConfig
+from models.text_encoder import TextConfig
 
 from .official_keys import DROPPED, RENAMED
 from .optim import OptimConfig
 
-GAUSSIAN_METHODS = ("auto", "ddpm", "ddim")
-FLOW_METHODS = ("auto", "euler", "heun")
-METHODS = (*GAUSSIAN_METHODS, *FLOW_METHODS[1:])
+GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *SCHEDULERS)
+FLOW_METHODS = ("auto", "euler", "heun", *SCHEDULERS)
+METHODS = tuple(dict.fromkeys((*GAUSSIAN_METHODS, *FLOW_METHODS)))
 TRAIN_PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
 SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
 LABEL_RULES = ("balanced", "random")
+WINDOW_METHODS = ("auto", "autoregressive", "fused")
 MAX_YAML_CHARACTERS = 65_536  # a config with every key takes 4,000
 MAX_YAML_EVENTS = 10_000  # of the parser: two for each section and list, one for each key and value
 MAX_YAML_DEPTH = 8  # file, section, list: 3
@@ -46,9 +52,12 @@ class TrainConfig:
     async_checkpoint: bool = False  # write them in a thread beside the training
     resume: str = "auto"  # auto: the newest checkpoint in output_dir; never; or one to start from where it has none
     init_from: str | None = None  # weights only: our checkpoint, an official .pt, or an image DiT's
+    temporal_ramp_steps: int = 0  # text network begun from an image network: positions in time grow from 0 to 1
     seed: int = 0
     precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
     compile: bool = False  # torch.compile each block in place
+    run_ahead: bool = True  # queue the next step before a step's numbers are read; false: wait for each
+    attention: str = "auto"  # auto | fused | plain (the reference) | triton (over time, on CUDA): docs/attention.md
     parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
     drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
     timeout_s: float = 1800.0  # a collective that takes longer ends the run; until the first step at least 600
@@ -57,13 +66,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("max_steps", "batch_size", "grad_accum_steps", "log_every", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"train.{key} must be at least 1, not {getattr(self, key)}.")
-        for key in ("keep_last", "keep_every", "drift_check_every", "hang_timeout_s"):
+        for key in ("keep_last", "keep_every", "temporal_ramp_steps", "drift_check_every", "hang_timeout_s"):
             value = getattr(self, key)
             require(0 <= value < float("inf"), f"train.{key} must be zero or more and finite, not {value}.")
         require(0 <= self.seed < MAX_SEED, f"train.seed must be zero or more and below 2**63, not {self.seed}.")
         require(0 < self.timeout_s < float("inf"), f"train.timeout_s must be positive, not {self.timeout_s}.")
         require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}.")
-        for key, choices in {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp")}.items():
+        choices_of = {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp"), "attention": attention.CHOICES}
+        for key, choices in choices_of.items():
             value = getattr(self, key)
             require(value in choices, f"train.{key} must be one of {', '.join(choices)}, not {value!r}.")
         require(bool(self.output_dir), "train.output_dir must name a folder.")
@@ -76,20 +86,40 @@ class SampleConfig:
     ckpt: str | None = None  # our checkpoint or run folder, or an official .pt
     save_video_path: str = "results/samples"
     num_videos: int = 4
-    labels: list[str] | None = None  # class numbers or names to sample; null: all classes
+    labels: list[str] | None = None  # class numbers or names to sample; null: all classes. Text network: captions
     label_rule: str = "balanced"  # balanced: in turn by index | random: drawn by (seed, index)
     seed: int = 0
     steps: int = 250
-    method: str = "auto"  # ddpm | ddim for Gaussian diffusion, euler | heun for flow; auto: the first
+    # ddpm | ddim for Gaussian diffusion, euler | heun for flow, dpm_solver++ | sde_dpm_solver++ | unipc for both;
+    # auto: ddpm, or euler for flow
+    method: str = "auto"
     eta: float = 0.0  # DDIM only: 0 deterministic, 1 as noisy as DDPM
     guidance_scale: float = 1.0  # 1: no guidance
+    guidance_interval: list[float] | None = None  # guide only noise levels from the first to the second, 0 to 1
+    batched_guidance: bool = True  # conditional and unconditional in one call; false: one by one, in half the memory
     weights: str = "ema"  # ema | raw
+    lora: str | None = None  # adapters to merge into the network: a folder in peft's format
+    lora_scale: float = 1.0  # so much of them
     precision: str = "fp32"  # fp32 | bf16 | fp16
+    cast_weights: bool = False  # the weights themselves in `precision`, in half the memory
+    compile: bool = False  # torch.compile the network; on CUDA with CUDA graphs
+    modulation_mb: int = 0  # memory for adaLN modulations computed ahead of the steps; 0: computed in every step
+    cache: str | None = None  # a schedule of tools.fit_cache: steps in which a range of layers is not run
+    overlap_decode: bool = True  # on CUDA, decode a batch while the next is sampled
     batch_size: int = 4
     fps: int = 8
+    first_frame: list[str] | None = None  # images that the videos begin with, in turn by index
+    last_frame: list[str] | None = None  # images that they end with, in turn
+    given: list[str] | None = None  # videos whose end they go on from, in turn
+    given_frames: int = 1  # so many last frames of them
+    window: int | None = None  # videos of more frames are sampled in windows of so many; null: all frames at once
+    overlap: int | None = None  # frames that a window shares with the next; null: a quarter of the window
+    window_method: str = (
+        "auto"  # autoregressive (networks trained with given frames) | fused; auto: the first that fits
+    )
 
     def __post_init__(self) -> None:
-        for key in ("num_videos", "steps", "batch_size", "fps"):
+        for key in ("num_videos", "steps", "batch_size", "fps", "given_frames"):
             require(getattr(self, key) >= 1, f"sample.{key} must be at least 1, not {getattr(self, key)}.")
         require(bool(self.save_video_path), "sample.save_video_path must name a folder.")
         require(0 <= self.seed < MAX_SEED, f"sample.seed must be zero or more and below 2**63, not {self.seed}.")
@@ -98,10 +128,51 @@ class SampleConfig:
             0 <= self.guidance_scale < float("inf"),
             f"sample.guidance_scale must be zero or more and finite, not {self.guidance_scale}.",
         )
+        require(self.modulation_mb >= 0, f"sample.modulation_mb must be zero or more, not {self.modulation_mb}.")
+        require(
+            not (self.cast_weights and self.precision == "fp32"),
+            "sample.cast_weights=true holds the weights in sample.precision: set that to bf16 or fp16.",
+        )
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval if len(self.guidance_interval) == 2 else (1, 0)
+            require(
+                0 <= low <= high <= 1,
+                "sample.guidance_interval must be two numbers, 0 (data) <= first <= second <= 1 (noise), not "
+                f"{self.guidance_interval}.",
+            )
+            require(self.guidance_scale != 1, "sample.guidance_interval is read only with a sample.guidance_scale.")
+        require(abs(self.lora_scale) < float("inf"), f"sample.lora_scale must be finite, not {self.lora_scale}.")
+        require(self.lora is not None or self.lora_scale == 1, "sample.lora_scale is read only with sample.lora.")
         words = {"method": METHODS, "weights": ("ema", "raw"), "precision": SAMPLE_PRECISIONS}
-        for key, choices in (words | {"label_rule": LABEL_RULES}).items():
+        for key, choices in (words | {"label_rule": LABEL_RULES, "window_method": WINDOW_METHODS}).items():
             value = getattr(self, key)
             require(value in choices, f"sample.{key} must be one of {', '.join(choices)}, not {value!r}.")
+        require(
+            not (self.first_frame and self.given),
+            "sample.first_frame and sample.given both say how the videos begin: set one of them.",
+        )
+        require(
+            bool(self.given) or self.given_frames == 1,
+            f"sample.given_frames={self.given_frames} is read only with sample.given: name the videos to go on from.",
+        )
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        if self.window is None:
+            for key, default in {"overlap": None, "window_method": "auto"}.items():
+                value = getattr(self, key)
+                require(value == default, f"sample.{key}={value} is read only with sample.window: set that too.")
+            return
+        require(self.window >= 2, f"sample.window must be at least 2, not {self.window}.")
+        require(
+            self.overlap is None or 1 <= self.overlap < self.window,
+            f"sample.overlap must be from 1 to sample.window - 1 = {self.window - 1}, not {self.overlap}.",
+        )
+
+    @property
+    def window_overlap(self) -> int:
+        """Frames that a window shares with the next."""
+        return self.overlap or max(1, (self.window or 0) // 4)
 
 
 @dataclass(frozen=True)
@@ -142,8 +213,11 @@ class Config:
 
     model: LatteConfig = field(default_factory=LatteConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -162,6 +236,7 @@ class Config:
             self.data.num_frames % tubelet == 0,
             f"data.num_frames={self.data.num_frames} must be a multiple of model.tubelet_size={tubelet}.",
         )
+        self.condition.check_clip(self.data.num_frames, tubelet)
         require(
             not (self.diffusion.prediction == "flow" and self.model.learn_sigma),
             "diffusion.prediction=flow has no variance to learn: set model.learn_sigma=false.",
@@ -171,12 +246,13 @@ class Config:
             "diffusion.fixed_variance is that of networks without a learned one: set model.learn_sigma=false, or "
             "leave it out.",
         )
+        conditional = self.model.num_classes > 0 or self.model.is_text
         require(
-            self.model.num_classes > 0 or not self.sample.labels,
+            conditional or not self.sample.labels,
             "sample.labels: this network is unconditional (model.num_classes is 0); leave labels out.",
         )
         require(
-            self.model.num_classes > 0 or self.sample.label_rule == "balanced",
+            conditional or self.sample.label_rule == "balanced",
             f"sample.label_rule={self.sample.label_rule}: this network is unconditional (model.num_classes is 0).",
         )
         flow = self.diffusion.prediction == "flow"
@@ -195,12 +271,62 @@ class Config:
             self.sample.eta == 0 or self.sample.method == "ddim",
             f"sample.eta={self.sample.eta} is read only with sample.method=ddim.",
         )
+        dropout = self.text.caption_dropout if self.model.is_text else self.model.label_dropout
         require(
-            self.sample.guidance_scale == 1 or (self.model.num_classes > 0 and self.model.label_dropout > 0),
+            self.sample.guidance_scale == 1 or (conditional and dropout > 0),
             f"sample.guidance_scale={self.sample.guidance_scale} needs a class-conditional network with a null "
-            "label: set model.num_classes and a model.label_dropout above 0, or sample.guidance_scale=1.",
+            "label: set model.num_classes and a model.label_dropout (of a text network, text.caption_dropout) above 0, "
+            "or sample.guidance_scale=1.",
+        )
+        self._check_text()
+        require(
+            not self.lora.rank or self.train.init_from is not None,
+            f"lora.rank={self.lora.rank} trains adapters beside given weights: name these with train.init_from.",
+        )
+        require(
+            not (self.lora.rank and self.train.parallel == "fsdp"),
+            "lora.rank has little to shard: leave train.parallel at ddp.",
+        )
+        require(
+            not self.sample.modulation_mb or (self.model.injection == "adaln" and not self.model.is_text),
+            f"sample.modulation_mb: model.name={self.model.name} with model.injection={self.model.injection} has no "
+            "modulations to hold; leave it out.",
         )
         self._check_monitor()
+
+    def _check_text(self) -> None:
+        """A text network is trained on captions, and nothing else is."""
+        captioned = self.data.name in CAPTIONED
+        if not self.model.is_text:
+            require(
+                not captioned,
+                f"data.name={self.data.name} has captions, which model.name={self.model.name} does not read: set "
+                "model.name=custom-t2v or Latte-1, or data.name=folder.",
+            )
+            for item in fields(self.text):
+                require(
+                    getattr(self.text, item.name) == item.default,
+                    f"text.{item.name} is read only by a text network: set model.name=Latte-1 or custom-t2v, or leave "
+                    "it out.",
+                )
+            require(
+                self.train.temporal_ramp_steps == 0,
+                "train.temporal_ramp_steps is read only by a text network begun from an image network.",
+            )
+            return
+        require(
+            captioned,
+            f"model.name={self.model.name} is trained on captions: set data.name=captions, not {self.data.name}.",
+        )
+        require(
+            self.model.name != "custom-t2i" or self.data.num_frames == 1,
+            f"model.name=custom-t2i has no layers over time: set data.num_frames=1, not {self.data.num_frames}.",
+        )
+        require(
+            self.train.temporal_ramp_steps == 0 or self.train.init_from is not None,
+            f"train.temporal_ramp_steps={self.train.temporal_ramp_steps} is of a network begun from an image network: "
+            "name that with train.init_from, or set it to 0.",
+        )
 
     def _check_monitor(self) -> None:
         """What the `monitor` section needs of the others."""

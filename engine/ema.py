@@ -13,7 +13,8 @@ from .distributed import local
 class EMA:
     """`average <- decay * average + (1 - decay) * parameter`, once per optimiser step.
 
-    Only trainable parameters are averaged; buffers (position tables) are constant and stay as copied.
+    Only trainable parameters are averaged. Buffers (position tables) are constant and stay as copied; frozen
+    parameters are the network's own, shared.
 
     Args:
         model: the network; its present weights are the first average.
@@ -22,7 +23,8 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: bool = False) -> None:
-        self.model = deepcopy(model).requires_grad_(False).eval()
+        frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
+        self.model = deepcopy(model, frozen).requires_grad_(False).eval()
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
@@ -37,7 +39,8 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Take one optimiser step's new parameters into the average."""
         # lerp in fp32: 1 - decay = 1e-4 would be lost in half precision
-        averages, parameters = ([local(value) for value in net.parameters()] for net in (self.model, model))
+        pairs = [each for each in zip(self.model.parameters(), model.parameters()) if each[1].requires_grad]
+        averages, parameters = ([local(value) for value in values] for values in zip(*pairs))
         torch._foreach_lerp_(averages, parameters, 1 - self.current_decay())
         self.updates += 1
 

@@ -17,19 +17,38 @@ from .optim import OptimConfig, clip_limit
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What to do with one step's gradient: `skip` names the reason not to apply it; else clip it to `limit`."""
+class Bounds:
+    """What the gradient of one step is held against; known before the gradient is."""
 
-    skip: str | None = None
-    limit: float = math.inf
-    spike: bool = False
+    limit: float = math.inf  # it is clipped to that norm
+    median: float = math.nan  # of the norms applied last
+    spike: float = math.inf  # a norm above it is a spike
+    clip_spikes: bool = False  # to the median, in place of skipping the step
+
+    @property
+    def clipping(self) -> bool:
+        """Whether a gradient may have to be clipped."""
+        return self.limit < math.inf or (self.clip_spikes and self.spike < math.inf)
+
+    def judge(self, bad: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """On the device: whether the step is to be skipped, and the norm to clip to; scalars.
+
+        Args:
+            bad: whether anything is not finite, on any rank.
+            norm: of the whole gradient, float64, so that it is the host's number.
+        """
+        spike, limit = norm > self.spike, torch.full_like(norm, self.limit)
+        if self.clip_spikes:
+            return bad, limit.masked_fill(spike, min(self.limit, self.median))
+        return bad | spike, limit
 
 
 class StepGuard:
     """Skips what is not finite, and clips or skips spikes, the same on every rank.
 
     A spike is a gradient norm above `optim.spike_factor` x the median of the last `WINDOW` applied norms.
-    `optim.max_skips` skips in a row abort the run. Its state is part of the checkpoint.
+    `optim.max_skips` skips in a row abort the run. The device decides by `bounds`, so that the update needs no word
+    from the host; `record` is told what it decided. Its state is part of the checkpoint.
     """
 
     WINDOW = 100  # applied norms that are remembered
@@ -42,30 +61,27 @@ class StepGuard:
         self.in_a_row = 0
         self.spikes = 0
 
-    def judge(self, finite: bool, norm: float, step: int) -> Verdict:
-        """The verdict on a gradient of that total `norm`; `finite`: loss and gradient of all ranks are."""
-        verdict = self._verdict(finite, norm, step)
-        self.spikes += verdict.spike
-        if verdict.skip:
-            self.skipped += 1
-            self.in_a_row += 1
-        else:
-            self.in_a_row = 0
-            self.norms.append(norm)
-        return verdict
-
-    def _verdict(self, finite: bool, norm: float, step: int) -> Verdict:
-        if not finite:
-            return Verdict(skip="loss or gradient is not finite")
+    def bounds(self, step: int) -> Bounds:
+        """Those of the update from `step`."""
         limit = clip_limit(step, self.config)
         if not self.config.spike_factor or len(self.norms) < self.MINIMUM:
-            return Verdict(limit=limit)
+            return Bounds(limit)
         median = statistics.median(self.norms)
-        if norm <= self.config.spike_factor * median:
-            return Verdict(limit=limit)
-        if self.config.spike_policy == "clip":
-            return Verdict(limit=min(limit, median), spike=True)
-        return Verdict(skip=f"gradient norm {norm:.3g} is a spike over the median {median:.3g}", spike=True)
+        return Bounds(limit, median, self.config.spike_factor * median, self.config.spike_policy == "clip")
+
+    def record(self, bounds: Bounds, skipped: bool, finite: bool, norm: float) -> str | None:
+        """Count a step that was held against `bounds`; why it was skipped, or None."""
+        spike = finite and norm > bounds.spike
+        self.spikes += spike
+        if not skipped:
+            self.in_a_row = 0
+            self.norms.append(norm)
+            return None
+        self.skipped += 1
+        self.in_a_row += 1
+        if not finite:
+            return "loss or gradient is not finite"
+        return f"gradient norm {norm:.3g} is a spike over the median {bounds.median:.3g}"
 
     def check_streak(self) -> None:
         """TrainingAborted after `optim.max_skips` steps in a row that could not be applied."""

@@ -10,10 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from diffusion import GaussianDiffusion, LossTerms, RectifiedFlow, TimestepSampler
+from diffusion import (
+    ConditionConfig,
+    GaussianDiffusion,
+    Given,
+    LossTerms,
+    RectifiedFlow,
+    TimestepSampler,
+    conditioned,
+)
 from models.autoencoder import LatentCodec, Posterior, StoredCodec
+
+from .captions import CaptionedNetwork, Captions
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,7 @@ class Draws:
     label_uniform: Tensor  # (B, 1+I) in [0, 1): label dropout
     noise: Tensor  # (B, F+I, C, h, w)
     codec_noise: Tensor | None  # like noise: the codec's posterior sample
+    given: Tensor | None = None  # (B, F) bool: frames that are known, if any ever are
 
 
 @dataclass(frozen=True)
@@ -49,9 +61,12 @@ class Objective:
         codec: video (B, F+I, 3, H, W) to latents (B, F+I, C, h, w); or one whose posteriors the batch holds.
         null_label: the network's label for "none", or None; labels are dropped to it at `label_dropout`.
         num_images: I, trailing frames that are single images (joint image-video training).
+        condition: which frames of a clip are given.
+        tubelet_size: frames that are given together.
         conditional: whether the network takes labels.
         dtype: of latents, noise and loss.
         autocast_dtype: the network computes in it; the loss stays in `dtype`.
+        captions: what the labels are the numbers of, where the network is conditioned on text.
     """
 
     def __init__(
@@ -66,8 +81,11 @@ class Objective:
         num_images: int,
         seed: int,
         device: torch.device,
+        condition: ConditionConfig | None = None,
+        tubelet_size: int = 1,
         dtype: torch.dtype = torch.float32,
         autocast_dtype: torch.dtype | None = None,
+        captions: Captions | None = None,
     ) -> None:
         self.codec = codec
         self.diffusion = diffusion
@@ -78,16 +96,27 @@ class Objective:
         self.num_images = num_images
         self.seed = seed
         self.device = device
+        self.condition = condition or ConditionConfig()
+        self.tubelet_size = tubelet_size
         self.dtype = dtype
         self.autocast_dtype = autocast_dtype
+        self.captions = captions
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepLoss:
         """Mean loss of one micro-batch {"video" or "latents", "labels", "position"} as the data loader gives it."""
-        labels = batch["labels"].to(self.device, non_blocking=True)
+        labels = batch["labels"]
+        if self.captions is not None:
+            table = self.captions.table(labels)
+            model, labels = CaptionedNetwork(model, table, table.null_label), table.labels
+        labels = labels.to(self.device, non_blocking=True)
         posterior = self.posterior(batch)
         draws = self.draw(batch["position"].tolist(), posterior.mean.shape, labels.shape[1])
         latents = posterior.latents(self.codec.config, draws.codec_noise).to(self.dtype)
         return self.loss(model, latents, labels, draws)
+
+    def called_with_labels(self, model: nn.Module) -> nn.Module:
+        """`model` as `terms` calls it, where labels are numbers of classes or among all captions."""
+        return model if self.captions is None else self.captions.network(model)
 
     def posterior(self, batch: Mapping[str, Tensor]) -> Posterior:
         """What the encoder says of the video (B, F+I, 3, H, W), or said before: latents (B, F+I, P, C, h, w)."""
@@ -99,11 +128,23 @@ class Objective:
     def loss(self, model: nn.Module, latents: Tensor, labels: Tensor, draws: Draws) -> StepLoss:
         """Loss of given latents (B, F+I, C, h, w), labels (B, 1+I) and draws."""
         timesteps, weights = self.timestep_sampler.timesteps_from_uniform(draws.uniform)
-        terms = self.terms(model, latents, self.drop_labels(labels, draws.label_uniform), timesteps, draws.noise)
+        labels = self.drop_labels(labels, draws.label_uniform)
+        terms = self.terms(model, latents, labels, timesteps, draws.noise, draws.given)
         return StepLoss((weights * terms.loss).mean(), self.parts(terms), timesteps, terms.loss.detach())
 
-    def terms(self, model: nn.Module, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor) -> LossTerms:
-        """Loss terms of given latents (B, F+I, C, h, w), labels (B, 1+I), timesteps (B,) and noise like the latents."""
+    def terms(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        labels: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        given: Tensor | None = None,
+    ) -> LossTerms:
+        """Loss terms of given latents (B, F+I, C, h, w), labels (B, 1+I), timesteps (B,) and noise like the latents.
+
+        Frames that are `given` (B, F) stay clean; the terms are over the others.
+        """
         condition = labels if self.conditional else None
 
         def denoiser(noisy_latents: Tensor, t: Tensor) -> Tensor:
@@ -111,11 +152,16 @@ class Objective:
                 output = model(noisy_latents, t, condition, num_images=self.num_images)
             return output.to(noisy_latents.dtype)
 
-        return self.diffusion.training_losses(denoiser, latents, timesteps, noise.to(latents.dtype))
+        noise = noise.to(latents.dtype)
+        if given is None:
+            return self.diffusion.training_losses(denoiser, latents, timesteps, noise)
+        known = Given(latents, functional.pad(given, (0, self.num_images)))
+        return self.diffusion.training_losses(conditioned(denoiser, known), latents, timesteps, noise).without(given)
 
     def draw(self, positions: list[int], latent_shape: torch.Size, num_labels: int) -> Draws:
         """All random numbers of the samples at `positions`, each from its own generator, in a fixed order."""
         rows = []
+        num_uniforms = self.num_given_uniforms(latent_shape[1] - self.num_images)
         for position in positions:
             generator = sample_generator(self.seed, position, self.device)
             uniform = torch.rand(1 + num_labels, generator=generator, device=self.device)
@@ -125,14 +171,24 @@ class Objective:
                 if self.codec.stochastic
                 else None
             )
-            rows.append((uniform, noise, codec_noise))
-        uniforms = torch.stack([uniform for uniform, _, _ in rows])
+            given_uniform = torch.rand(num_uniforms, generator=generator, device=self.device)
+            rows.append((uniform, noise, codec_noise, given_uniform))
+        uniforms = torch.stack([uniform for uniform, *_ in rows])
         return Draws(
             uniform=uniforms[:, 0],
             label_uniform=uniforms[:, 1:],
-            noise=torch.stack([noise for _, noise, _ in rows]),
-            codec_noise=torch.stack([noise for _, _, noise in rows]) if self.codec.stochastic else None,  # type: ignore[misc]
+            noise=torch.stack([noise for _, noise, *_ in rows]),
+            codec_noise=torch.stack([noise for _, _, noise, _ in rows]) if self.codec.stochastic else None,  # type: ignore[misc]
+            given=self.given_frames(torch.stack([each for *_, each in rows])),
         )
+
+    def num_given_uniforms(self, num_frames: int) -> int:
+        """Random numbers that `given_frames` needs for a clip; 0 where no frame is ever given."""
+        return self.condition.num_uniforms(num_frames, self.tubelet_size)
+
+    def given_frames(self, uniform: Tensor) -> Tensor | None:
+        """`uniform` (B, `num_given_uniforms`) in [0, 1) -> the given frames (B, F), or None where none ever is."""
+        return self.condition.draw(uniform, self.tubelet_size) if uniform.shape[1] else None
 
     def drop_labels(self, labels: Tensor, uniform: Tensor) -> Tensor:
         """`labels` with the null label where `uniform` < label_dropout, each clip and image by itself."""

@@ -30,6 +30,7 @@ class OptimConfig:
     spike_factor: float = 0.0  # a norm above this x the running median is a spike; 0: none is
     spike_policy: str = "skip"  # skip | clip (to the median)
     max_skips: int = 20  # skipped steps in a row (spikes, non-finite) that end the run
+    fused: bool | None = None  # AdamW as one kernel: true, false (the plain one), null: on CUDA
 
     def __post_init__(self) -> None:
         positive = {"learning_rate": self.learning_rate, "eps": self.eps, "max_grad_norm": self.max_grad_norm}
@@ -64,15 +65,28 @@ class OptimConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of `model`; fused where the device has the kernel."""
+    """AdamW over the trainable parameters of `model`."""
+    on_cuda = next(model.parameters()).device.type == "cuda"
     return torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=next(model.parameters()).device.type == "cuda",
+        fused=on_cuda if config.fused is None else config.fused,
     )
+
+
+def step_unless(skip: Tensor, optimizer: torch.optim.AdamW) -> None:
+    """The optimiser's step, unless `skip` (a scalar on the device) is true.
+
+    The fused kernel reads `skip` itself, as it does a scaler's `found_inf`; for the plain one the host must wait.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skip:
+        optimizer.step()
 
 
 def learning_rate_at(step: int, config: OptimConfig, max_steps: int) -> float:
@@ -96,7 +110,7 @@ def clip_limit(step: int, config: OptimConfig) -> float:
     return config.max_grad_norm if step >= config.clip_start_step else math.inf
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
-    """Scale gradients of total `norm` down to `limit`, in place."""
-    if limit < math.inf:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+def clip_gradients(gradients: list[Tensor], norm: Tensor, limit: Tensor) -> None:
+    """Scale `gradients` of total `norm` down to `limit`, in place: torch's rule, with the limit on the device too."""
+    scale = (norm + 1e-6).reciprocal() * limit.to(norm.dtype)
+    torch._foreach_mul_(gradients, scale.clamp(max=1.0))

@@ -1,7 +1,8 @@
 """The training loop: resume, step, log, checkpoint. Progress is optimiser steps and samples seen.
 
-At every step boundary the ranks agree (one collective) on whether the gradient is finite, whether a signal asks
-to stop, and whether a checkpoint failed to be written; so they always take the same branch.
+In every step the ranks agree (one collective) on whether the gradient is finite, whether a signal asks to stop, and
+whether a checkpoint failed to be written; so they always take the same branch. The device acts on the first by itself.
+The host reads all of it when the next step is queued (`train.run_ahead`), so that no step waits for the device.
 """
 
 from __future__ import annotations
@@ -9,28 +10,30 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
-from models.convert import init_from_dit, is_image_checkpoint, load_weights
-from models.latte import Latte
+from models import attention
+from models.lora import lora_weights
 
 from . import checkpoint as ckpt
-from . import resume
-from .build import build_codec, build_model, build_process, count_parameters
+from . import resume, start
+from .build import build_codec, build_model, build_process
 from .callbacks import Callback, Callbacks
-from .config import Config, require
+from .captions import build_captions, condition_of, set_temporal_position_scale
+from .config import Config
 from .distributed import (
     World,
     broadcast_object,
     data_parallel,
     gather_objects,
-    max_over_ranks,
+    local,
     mean_over_ranks,
     on_main,
     replicated,
@@ -41,11 +44,13 @@ from .distributed import (
 )
 from .ema import EMA
 from .errors import CheckpointNotWritten, TrainingAborted
+from .garbage import CollectOnRequest
 from .guard import StepGuard, check_replicas
 from .logging import Logger, NullLogger, RunLogger
 from .meter import Meter, peak_memory_gib
 from .objective import Objective, StepLoss
-from .optim import build_optimizer, clip_gradients, gradient_norm, learning_rate_at
+from .optim import build_optimizer, clip_gradients, gradient_norm, learning_rate_at, step_unless
+from .pending import Findings, Pending
 from .run_folder import COMPLETED, PREEMPTED, RunFolder
 from .signals import StopSignals
 from .stream import ClipStream, PositionBatches, load_micro_batches
@@ -92,25 +97,34 @@ class Trainer:
         self.global_batch_size = train.batch_size * train.grad_accum_steps * world.size
         self.step = 0
         self.samples_seen = 0
+        self.pending: Pending | None = None
         self.guard = StepGuard(config.optim)
         self.signals = StopSignals()
         self.log: Logger = NullLogger()
         self.crumbs = Breadcrumbs(self.folder.path, world.rank)
         self.batch_files: list[str] = []
         self.meter = Meter()
+        self.garbage = CollectOnRequest()
         self._under_way = False
         self.watch = HangWatch(self.folder.path / "errors" / f"rank{world.rank}.stacks.txt", train.hang_timeout_s)
         if train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
+        attention.choose(train.attention, world.device)
+
         dtype, autocast_dtype = DTYPES[train.precision]
         self.clips = build_dataset(config.data, seed=train.seed)
-        self._check_labels()
-        self._check_number()
+        start.check_labels(config, self.clips)
+        start.check_number(config, self.clips, world.size)
         validation = [Validation(config, self.clips)] if config.monitor.val_every else []
         self.callbacks = Callbacks([*validation, *callbacks])
+        held_out = validation[0].clips if validation else None
+        captions = build_captions(config, self.clips, held_out, world.device)
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
         self.model = build_model(config).to(world.device, dtype)
+        self.lora_base: dict[str, str] = {}
+        if config.lora.rank:
+            self.lora_base = resume.put_adapters_beside(self.model, config, autocast_dtype)
         self.ema = EMA(self.model, train.ema_decay, train.ema_warmup)
         if self.sharded:
             shard(self.model, world, autocast_dtype)
@@ -121,10 +135,10 @@ class Trainer:
             build_codec(config, self.clips, world.device),
             build_process(config).to(world.device),
             self.timestep_sampler,
-            conditional=config.model.num_classes > 0,
-            null_label=self.model.null_label,
-            label_dropout=config.model.label_dropout,
+            **condition_of(config, captions),
             num_images=config.data.num_images,
+            condition=config.condition,
+            tubelet_size=config.model.frames_per_token,
             seed=train.seed,
             device=world.device,
             dtype=dtype,
@@ -169,22 +183,23 @@ class Trainer:
 
     def _fit(self, loop: Callable[[Trainer], int]) -> bool:
         train = self.config.train
-        self._check_ranks_agree()
+        start.check_ranks_agree(self.config, self.clips)
         notes = self.restore()
+        set_temporal_position_scale(self.config, self.step, self.model, self.ema.model)
         if self.world.is_main:
             self.log = RunLogger(self.folder.path, start=self.step, total=train.max_steps)
             (self.folder.path / "config.yaml").write_text(self.config.to_yaml())
             self.folder.event("start", self.step, world_size=self.world.size)
-            notes += filter(None, [self._space_note()])
-        for note in [*notes, self.headline(), self.data_line()]:
+            notes += filter(None, [start.space_note(self)])
+        for note in [*notes, start.headline(self), start.data_line(self.clips)]:
             self.log.say(note)
-        if train.compile:
-            for block in self.model.blocks:
-                block.compile()
-        self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
+        self.prepare()
         self.meter.clear()
         self.watch.tick()
-        stopped = self.callbacks.at_start(self) or loop(self)
+        stopped = self.callbacks.at_start(self)
+        if not stopped:
+            with self.garbage:
+                stopped = loop(self)
         self.watch.stop()
         if stopped:
             self._stop_early(stopped)
@@ -194,6 +209,13 @@ class Trainer:
         if self.world.is_main and not stopped:
             self.folder.mark(COMPLETED, self.step, **self._last_hashes())
         return not stopped
+
+    def prepare(self) -> None:
+        """Make the network ready for `train_step`: compiled, and with its gradients exchanged."""
+        if self.config.train.compile:
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+        self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
 
     def loop(self) -> int:
         """Steps until `train.max_steps`; returns the signal that stopped it earlier, or 0."""
@@ -209,92 +231,132 @@ class Trainer:
     def advance(self, micro_batches: list[dict[str, Tensor]]) -> int:
         """One step with all that it is due: log, replica check, checkpoint, callbacks; the signal to stop, or 0."""
         before = self.step
-        parts, stop = self.train_step(micro_batches)
-        if not self._under_way:
+        _, stop = self.train_step(micro_batches)
+        set_temporal_position_scale(self.config, self.step, self.model, self.ema.model)
+        if not self._under_way:  # from here on no rank has to compile or connect
+            stop = self.settle() or stop
             set_timeout(self.config.train.timeout_s)
             self._under_way = True
         if self.step > before:
-            replaced = torch.cat([batch["replaced"] for batch in micro_batches]).float().mean()
-            self.meter.add({**parts, "replaced_share": replaced.to(parts["loss"])})
             self.log.advance(self.step)
-            self._at_step(self.meter)
+            self._at_step()
             stop = stop or self.callbacks.at_step(self)  # when stopped, they come first in the next session
         self.watch.tick()
         return stop
 
-    def _at_step(self, meter: Meter) -> None:
+    def _due(self, step: int) -> bool:
+        """Whether there is something to do at `step`, for which everything of it must be known."""
+        train = self.config.train
+        if self.config.model.is_text and step <= train.temporal_ramp_steps:  # the next forward depends on `step`
+            return True
+        every = [train.log_every, train.checkpoint_every, *(callback.every for callback in self.callbacks.all)]
+        every += [train.drift_check_every] if self.replicas else []
+        return step == train.max_steps or any(number and step % number == 0 for number in every)
+
+    def _at_step(self) -> None:
         """What a new step is due: a row of the log, a comparison of the replicas, a checkpoint."""
         train = self.config.train
         last = self.step == train.max_steps
         if self.step % train.log_every == 0 or last:
-            self.log_metrics(meter)
-            meter.clear()
+            self.log_metrics(self.meter)
+            self.garbage.collect()
+            self.meter.clear()
         if self.replicas and train.drift_check_every and self.step % train.drift_check_every == 0:
             check_replicas(self.model.state_dict(), self.step)
         if self.step % train.checkpoint_every == 0 or last:
             self.save()
 
+    # ---- one step ------------------------------------------------------------------------------
+
     def train_step(self, micro_batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], int]:
         """One optimiser step over `grad_accum_steps` micro-batches, applied unless the guard refuses it.
+
+        With `train.run_ahead` it may be counted (`settle`) in the next call only.
 
         Returns:
             device scalars to log, and the signal that asks to stop (0: none).
         """
-        train, optim = self.config.train, self.config.optim
         self.batch_files = self._files_of(micro_batches)
-        learning_rate = learning_rate_at(self.step, optim, train.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
-        parts: dict[str, Tensor] = {}
-        results = []
-        for index, batch in enumerate(micro_batches):
-            with self.gradient_sync(index + 1 == len(micro_batches)):
-                result = self.objective(self.parallel_model, batch)
-                (result.loss / len(micro_batches)).backward()
-            results.append(result)
-            for name, value in result.parts.items():
-                parts[name] = parts.get(name, 0.0) + value / len(micro_batches)
-        norm = replicated(gradient_norm(self.model.parameters())).detach()
-        parts["grad_norm"] = norm
-        bad, stop, failed, total_norm = self._agree(parts["loss"], norm)
-        self._raise_failed_write(broadcast_object(self.writer.failure) if failed else None)
-        verdict = self.guard.judge(not bad, total_norm, self.step)
-        self.samples_seen += self.global_batch_size
-        if verdict.skip:
-            self._report_skip(verdict.skip, results)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.guard.check_streak()
-            return parts, stop
-        clip_gradients(self.model.parameters(), norm, verdict.limit)
-        self.optimizer.step()
-        self.ema.update(self.model)
-        for result in results:
-            self.timestep_sampler.update(result.timesteps, result.per_clip)
-        self.step += 1
+        parts, losses = self._backward(micro_batches)
+        stop = self.settle()  # the step before; the device has this one to work on meanwhile
+        self.pending = self._update(parts, losses)
+        if stop or not self.config.train.run_ahead or self._due(self.step + 1):
+            stop = self.settle() or stop
         return parts, stop
 
-    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[bool, int, bool, float]:
-        """Over all ranks: is anything not finite, which signal asks to stop, has a checkpoint failed; and the norm.
+    def _backward(self, micro_batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], list[StepLoss]]:
+        """The gradient of the mean loss; scalars to log and the losses of each micro-batch, detached."""
+        self.optimizer.zero_grad(set_to_none=True)
+        count = len(micro_batches)
+        parts: dict[str, Tensor] = {}
+        losses = []
+        for index, batch in enumerate(micro_batches):
+            with self.gradient_sync(index + 1 == count):
+                result = self.objective(self.parallel_model, batch)
+                (result.loss / count).backward()
+            losses.append(replace(result, loss=result.loss.detach()))
+            for name, value in result.parts.items():
+                parts[name] = parts.get(name, 0.0) + value / count
+        parts["grad_norm"] = replicated(gradient_norm(self.model.parameters())).detach()
+        replaced = torch.cat([batch["replaced"] for batch in micro_batches]).float().mean()
+        parts["replaced_share"] = torch.full_like(parts["loss"], float(replaced))
+        return parts, losses
 
-        One collective, and the step's one wait for the device.
-        """
-        bad = ~(loss.isfinite() & norm.isfinite())
-        asked = torch.tensor([self.signals.received, self.writer.failure is not None], dtype=norm.dtype)
-        known = torch.stack([bad.to(norm.dtype), norm.nan_to_num(0.0)])  # the norm is the same on every rank
-        not_finite, total_norm, signal, failed = max_over_ranks(torch.cat([known, asked.to(norm.device)])).tolist()
-        return bool(not_finite), int(signal), bool(failed), total_norm
+    def _update(self, parts: dict[str, Tensor], losses: list[StepLoss]) -> Pending:
+        """Apply the gradient unless the device finds that it must not be; the host need not know."""
+        norm = parts["grad_norm"]
+        findings = Findings.gather(parts["loss"], norm, self.signals.received, self.writer.failure is not None)
+        bounds = self.guard.bounds(self.step)
+        skip, limit = bounds.judge(findings.bad > 0, findings.norm)
+        if bounds.clipping:
+            gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+            clip_gradients(gradients, norm, limit)
+        learning_rate = learning_rate_at(self.step, self.config.optim, self.config.train.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        step_unless(skip, self.optimizer)
+        for loss in losses:
+            self.timestep_sampler.update(loss.timesteps, loss.per_clip, skip)
+        return Pending(findings, skip, bounds, losses, parts, self.batch_files)
 
-    def _report_skip(self, reason: str, results: list[StepLoss]) -> None:
+    def settle(self) -> int:
+        """Count the step in flight, if there is one; the signal that asks to stop, or 0. Collective where it failed."""
+        if self.pending is None:
+            return 0
+        pending, self.pending = self.pending, None
+        outcome = pending.outcome()
+        self._raise_failed_write(broadcast_object(self.writer.failure) if outcome.failed else None)
+        refused = self.guard.record(pending.bounds, outcome.skipped, outcome.finite, outcome.norm)
+        self.samples_seen += self.global_batch_size
+        if refused:
+            self._report_skip(refused, pending)
+            self.guard.check_streak()
+        else:
+            self.ema.update(self.model)  # no later step has changed it yet
+            self.meter.add(pending.parts)
+            self.step += 1
+        return outcome.signal
+
+    def _report_skip(self, reason: str, pending: Pending) -> None:
         """Say which files and timesteps a step was skipped over; collective."""
-        timesteps = torch.cat([result.timesteps for result in results]).tolist()
-        losses = [float(result.loss.detach()) for result in results]
-        facts = gather_objects({"files": self.batch_files, "timesteps": timesteps, "losses": losses})
+        timesteps = torch.cat([loss.timesteps for loss in pending.losses]).tolist()
+        losses = [float(loss.loss) for loss in pending.losses]
+        facts = gather_objects({"files": pending.files, "timesteps": timesteps, "losses": losses})
         self.log.say(f"step {self.step} skipped ({self.guard.skipped} so far): {reason}")
         if self.world.is_main:
             text = [str(loss) for rank in facts for loss in rank["losses"]]  # JSON has no NaN
             merged = {key: [value for rank in facts for value in rank[key]] for key in ("files", "timesteps")}
             self.folder.event("skip", self.step, reason=reason, samples_seen=self.samples_seen, losses=text, **merged)
+
+    def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
+        """Ranks exchange gradients in the last micro-step only."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        if last or self.world.size == 1 or self.sharded:
+            return contextlib.nullcontext()
+        return self.parallel_model.no_sync()  # type: ignore[operator]
+
+    # ---- the end, and the data -----------------------------------------------------------------
 
     def _stop_early(self, signal_number: int) -> None:
         """Save everything and leave the marker that asks to be started again."""
@@ -332,28 +394,21 @@ class Trainer:
                     raise
                 raise TrainingAborted(explained) from error
 
-    def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
-        """Ranks exchange gradients in the last micro-step only."""
-        if self.sharded:
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-        if last or self.world.size == 1 or self.sharded:
-            return contextlib.nullcontext()
-        return self.parallel_model.no_sync()  # type: ignore[operator]
-
     # ---- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> ckpt.Checkpoint:
         """Everything that a continuation needs, on the CPU, independent of the number of ranks. Collective."""
-        names = [name for name, _ in self.model.named_parameters()]
+        self.settle()
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         moments = self.optimizer.state_dict()["state"]
         optim = {f"{key}/{names[i]}": value for i, state in moments.items() for key, value in state.items()}
         copy = self.config.train.async_checkpoint  # the training goes on in these very tensors
         return ckpt.Checkpoint(
             step=self.step,
             samples_seen=self.samples_seen,
-            model=whole(self.model.state_dict(), copy=copy),
-            ema=whole(self.ema.state_dict(), copy=copy),
-            optim=whole(optim, copy=copy),  # with AdamW's step counts, which are on the CPU even beside a GPU
+            model=whole(self.trained(self.model), copy=copy),
+            ema=whole(self.trained(self.ema.model), copy=copy),
+            optim=whole(optim, copy=copy),  # with AdamW's step counts
             rng=self._rng_state(),
             state={
                 "ema_updates": self.ema.updates,
@@ -363,16 +418,22 @@ class Trainer:
                 "data_digest": self.clips.digest,
                 "num_clips": len(self.clips),
                 "class_names": self.clips.catalog.class_names,
+                **self.lora_base,
             },
         )
 
+    def trained(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint holds of a network: all of it, or the adapters."""
+        return lora_weights(model.state_dict()) if self.config.lora.rank else model.state_dict()
+
     def load_state_dict(self, saved: ckpt.Checkpoint) -> None:
         """Continue exactly where `saved` stood."""
-        self._load_weights(self.model, saved.model, "the checkpoint's model")
-        self._load_weights(self.ema.model, saved.ema, "the checkpoint's running average")
+        resume.load_trained(self.model, saved.model, "the checkpoint's model")
+        resume.load_trained(self.ema.model, saved.ema, "the checkpoint's running average")
         self.ema.updates = saved.state["ema_updates"]
         state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(self.model.named_parameters() if saved.step else ()):
+        trained = [each for each in self.model.named_parameters() if each[1].requires_grad]
+        for index, (name, parameter) in enumerate(trained if saved.step else ()):
             moments = {key: saved.optim[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
             state[index] = {key: shard_like(value, parameter) for key, value in moments.items()}
             state[index]["step"] = saved.optim[f"step/{name}"]
@@ -384,17 +445,6 @@ class Trainer:
             torch.set_rng_state(saved.rng[f"cpu/{self.world.rank}"])
         self.guard.load_state_dict(saved.state["guard"])
         self.step, self.samples_seen = saved.step, saved.samples_seen
-
-    def _load_weights(self, model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-        load_weights(cast(Latte, model), self._sharded_as_model(weights), source)
-
-    def _sharded_as_model(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`weights` cut as the network's own are; what has another name or shape stays for the loader to refuse."""
-        own = self.model.state_dict()
-        return {
-            name: shard_like(value, own[name]) if name in own and own[name].shape == value.shape else value
-            for name, value in weights.items()
-        }
 
     def save(self) -> None:
         """Rank 0 writes the checkpoint; all ranks learn of its outcome and take the same branch."""
@@ -411,77 +461,9 @@ class Trainer:
 
     def restore(self) -> list[str]:
         """Continue a checkpoint or take initial weights, as the config says; returns what to tell."""
-        source = self.config.train.resume
-        if source == "never":
-            held = ckpt.list_checkpoints(self.checkpoints)
-            require(
-                not held,
-                f"train.resume=never, but {self.checkpoints} holds {len(held)} checkpoint(s) of an earlier run: name "
-                "another train.output_dir, or move them away.",
-            )
-            return self.initialise()
-        folder, complaints = on_main(lambda: self._find_newest(self.checkpoints))
-        if folder is None and source != "auto":  # where the run has nothing of its own yet
-            folder = on_main(lambda: ckpt.find_checkpoint(Path(source)))
-        if folder is None:
-            require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {self.checkpoints}.")
-            return self.initialise()
-        return [f"warning: {text}" for text in complaints] + self._resume(folder)
+        return resume.restore(self)
 
-    @staticmethod
-    def _find_newest(root: Path) -> tuple[Path | None, list[str]]:
-        ckpt.remove_unfinished(root)
-        folder, complaints = ckpt.newest_verified(root)
-        if folder is not None:
-            ckpt.set_damaged_aside(folder)
-            complaints = [f"{text} It is set aside." for text in complaints]
-        return folder, complaints
-
-    def _resume(self, folder: Path) -> list[str]:
-        saved = ckpt.load_checkpoint(folder)
-        facts = {"global_batch_size": self.global_batch_size, "data_digest": self.clips.digest}
-        differences = resume.differences(folder, saved, self.config, facts, self.clips.class_names)
-        notes = resume.accepted(folder, differences, self.override)
-        notes += resume.generator_notes(folder, saved, self.world.size, self.allow_inexact_resume)
-        try:
-            self.load_state_dict(saved)
-        except KeyError as error:
-            raise ckpt.CheckpointError(f"checkpoint {folder} lacks {error}; it cannot be continued.") from None
-        if self.world.is_main:
-            self.folder.event("resume", self.step, checkpoint=folder.name, world_size=self.world.size)
-        return [*notes, f"continuing {folder} at step {self.step}"]
-
-    def initialise(self) -> list[str]:
-        """Take `train.init_from`'s weights into the network and its average."""
-        source = self.config.train.init_from
-        if source is None:
-            return []
-        weights = ckpt.load_model_weights(source)
-        if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
-            notes = str(init_from_dit(self.model, self._sharded_as_model(weights))).splitlines()
-        else:
-            self._load_weights(self.model, weights, source)
-            notes = [f"initial weights: {source}"]
-        self.ema.load_state_dict(self.model.state_dict())
-        return notes
-
-    # ---- words and numbers ---------------------------------------------------------------------
-
-    def headline(self) -> str:
-        """What this run is, in one line."""
-        millions = count_parameters(self.model) / 1e6
-        return (
-            f"{self.config.model.name} {self.config.model.variant}, {millions:.2f} M parameters, "
-            f"global batch {self.global_batch_size} on {self.world.size} process(es), "
-            f"{self.world.device.type} {self.config.train.precision}, steps {self.step} to "
-            f"{self.config.train.max_steps}, into {self.folder.path}"
-        )
-
-    def data_line(self) -> str:
-        """What it is trained on, in one line."""
-        facts = {key: value for key, value in self.clips.describe().items() if value}
-        facts["digest"] = str(facts["digest"])[:12]
-        return "data: " + ", ".join(f"{key} {value}" for key, value in facts.items())
+    # ---- numbers -------------------------------------------------------------------------------
 
     def log_metrics(self, meter: Meter) -> None:
         """One row: means over the steps since the last row and over ranks."""
@@ -503,53 +485,9 @@ class Trainer:
         history = self.timestep_sampler.state_dict()
         return states | {f"timestep_sampler/{key}": value.cpu() for key, value in history.items()}
 
-    def _check_labels(self) -> None:
-        classes = self.config.model.num_classes
-        if not classes:
-            return
-        require(
-            self.clips.num_classes > 0,
-            f"model.num_classes={classes}, but the clips of {self.config.data.path} have no classes: set "
-            "model.num_classes=0, or data.labels to where the classes are written.",
-        )
-        worst = max(self.clips.catalog.clips, key=lambda clip: clip.label)
-        require(
-            worst.label < classes,
-            f"{worst.path} is of class {self.clips.class_names[worst.label]!r}, "
-            f"label {worst.label}, but model.num_classes={classes} allows 0 to {classes - 1}; "
-            f"the data has {self.clips.num_classes} classes.",
-        )
-
-    def _check_number(self) -> None:
-        """A step never holds a clip twice."""
-        train = self.config.train
-        require(
-            len(self.clips) >= self.global_batch_size,
-            f"{self.config.data.path} has {len(self.clips)} clips, fewer than the global batch of "
-            f"{self.global_batch_size} (train.batch_size={train.batch_size} x train.grad_accum_steps="
-            f"{train.grad_accum_steps} x {self.world.size} processes): lower these, or add clips.",
-        )
-
-    def _check_ranks_agree(self) -> None:
-        """Every rank must see the same data, or they would wait for each other for ever."""
-        seen = gather_objects((len(self.clips), self.clips.digest))
-        for rank, (length, digest) in enumerate(seen):
-            require(
-                (length, digest) == seen[0],
-                f"rank {rank} finds {length} clips (list {digest[:12]}) under {self.config.data.path}, rank 0 "
-                f"{seen[0][0]} (list {seen[0][1][:12]}): every machine must hold the same files.",
-            )
-
     def _files_of(self, micro_batches: list[dict[str, Tensor]]) -> list[str]:
         clips = self.clips.catalog.clips
         return [str(clips[index].path) for batch in micro_batches for index in batch["index"].tolist()]
-
-    def _space_note(self) -> str | None:
-        """A warning where the next checkpoint will hardly fit: weights, average and two moments."""
-        state = self.model.state_dict().values()
-        needed = 4 * sum(value.numel() * value.element_size() for value in state)
-        warning = ckpt.space_warning(self.checkpoints, needed)
-        return f"warning: {warning}" if warning else None
 
     def _last_hashes(self) -> dict[str, Any]:
         """Name and file hashes of the newest checkpoint."""

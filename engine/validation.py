@@ -94,12 +94,15 @@ class Validation:
         shape = (self.buckets, *latents.shape)
         noise = torch.randn(shape, generator=generator).to(latents.device)
         uniform = torch.rand(self.buckets, generator=generator, dtype=torch.float64)
+        num_uniforms = run.objective.num_given_uniforms(self.config.data.num_frames)
+        given = run.objective.given_frames(torch.rand(self.buckets, num_uniforms, generator=generator))
         terms = run.objective.terms(
-            network,
+            run.objective.called_with_labels(network),
             latents.to(run.objective.dtype).expand(shape),
             labels.expand(self.buckets, -1),
             self.timesteps(uniform).to(latents.device),
             noise,
+            None if given is None else given.to(latents.device),
         )
         means = {name: float(value) for name, value in run.objective.parts(terms).items()}
         names = [

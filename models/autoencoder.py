@@ -20,9 +20,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .hub import find_folder
 from .taef2 import DECODER_FILE, ENCODER_FILE, Taef2
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CONFIG_FILE = "config.json"
+WEIGHTS = "diffusion_pytorch_model"  # what diffusers names them, before the suffix
 PROBE_SIZE = 64  # pixels of the empty frame that tells channels and down-sampling apart
 
 
@@ -120,18 +123,19 @@ def local_folder(config: CodecConfig) -> Path | None:
     return None
 
 
-def _config_file(config: CodecConfig, folder: Path | None) -> Path:
-    """The autoencoder's `config.json`, in a folder or from the hub.
+def codec_folder(config: CodecConfig) -> Path:
+    """The folder of the autoencoder itself: in the folder that `config.path` names, or downloaded from the hub.
 
     Raises: FileNotFoundError where there is none.
     """
-    if folder is None:
-        return _download_config(config)
-    file = folder / (config.subfolder or "") / "config.json"
-    if not file.is_file():
-        name = file.relative_to(folder)
-        raise FileNotFoundError(f"codec.path={config.path} holds neither {name} nor {ENCODER_FILE} and {DECODER_FILE}")
-    return file
+    folder, inside = local_folder(config), f"{config.subfolder}/" if config.subfolder else ""
+    for suffix in ("safetensors", "bin") if folder is None else ():
+        names = (CONFIG_FILE, f"{WEIGHTS}*.{suffix}", f"{WEIGHTS}*.json", ENCODER_FILE, DECODER_FILE)
+        found = find_folder(str(config.path), config.revision, "codec.path", [f"{inside}{name}" for name in names])
+        folder = found / inside
+        if any(folder.glob(f"{WEIGHTS}*.{suffix}")) or (folder / DECODER_FILE).is_file():
+            return folder
+    return cast(Path, folder) / inside
 
 
 def _class_name(config: CodecConfig, file: Path) -> str:
@@ -149,31 +153,13 @@ def _class_name(config: CodecConfig, file: Path) -> str:
     return str(name)
 
 
-def _download_config(config: CodecConfig) -> Path:
-    """`config.json` of a hub name.
-
-    Raises: FileNotFoundError, one sentence, where it cannot be had.
-    """
-    from huggingface_hub import hf_hub_download
-
-    try:
-        file = hf_hub_download(str(config.path), "config.json", subfolder=config.subfolder, revision=config.revision)
-    except (OSError, ValueError) as error:  # no network, no such name, or a name the hub would not have
-        raise FileNotFoundError(
-            f"codec.path={config.path} is not a folder here, and could not be had from the hub ({type(error).__name__})"
-        ) from error
-    return Path(file)
-
-
-def _load_diffusers(config: CodecConfig, folder: Path | None, class_name: str) -> nn.Module:
+def _load_diffusers(config: CodecConfig, folder: Path, class_name: str) -> nn.Module:
     """The autoencoder through `from_pretrained`, refusing weights that do not fill it exactly."""
     import diffusers  # slow to import: only runs with such a codec pay for it
 
     try:
         network, report = getattr(diffusers, class_name).from_pretrained(
-            config.path if folder is None else str(folder),
-            subfolder=config.subfolder,
-            revision=config.revision,
+            str(folder),
             torch_dtype=DTYPES[config.dtype],
             output_loading_info=True,
         )
@@ -193,12 +179,13 @@ def _load(config: CodecConfig) -> tuple[Kind, nn.Module]:
     """The network that `config.path` names, on the CPU, and how to call it."""
     if config.path is None:
         return KINDS["pixels"], nn.Identity()
-    folder = local_folder(config)
-    if folder is not None:
-        inner = folder / (config.subfolder or "")
-        if (inner / ENCODER_FILE).is_file() and (inner / DECODER_FILE).is_file():
-            return KINDS["Taef2"], Taef2.from_folder(inner).to(DTYPES[config.dtype])
-    class_name = _class_name(config, _config_file(config, folder))
+    folder = codec_folder(config)
+    if (folder / ENCODER_FILE).is_file() and (folder / DECODER_FILE).is_file():
+        return KINDS["Taef2"], Taef2.from_folder(folder).to(DTYPES[config.dtype])
+    if not (folder / CONFIG_FILE).is_file():
+        name = "/".join(filter(None, (config.subfolder, CONFIG_FILE)))
+        raise FileNotFoundError(f"codec.path={config.path} holds neither {name} nor {ENCODER_FILE} and {DECODER_FILE}")
+    class_name = _class_name(config, folder / CONFIG_FILE)
     return KINDS[class_name], _load_diffusers(config, folder, class_name)
 
 

@@ -7,16 +7,15 @@ Letters: B batch, F frames (tubelets count as frames here), I images, N tokens p
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as functional
-from einops import rearrange
-from timm.layers import Mlp
 from torch import Tensor, nn
 
-from .embeddings import Rotation, rotate
+from .attention import attend
+from .embeddings import Rotation
+from .linear import Linear
 
 Axis = Literal["spatial", "temporal"]
 Layer = tuple[tuple[Axis, ...], ...]
@@ -36,65 +35,6 @@ LAYER_PLANS: dict[str, Callable[[int], list[Layer]]] = {
 }
 
 
-GELU_TANH = partial(nn.GELU, approximate="tanh")
-
-
-class View(NamedTuple):
-    """How one kind of attention folds tokens `(B, F, N, D)` to 4-D, and back."""
-
-    fold: str
-    unfold: str
-
-
-VIEWS: dict[str, View] = {
-    # among the N tokens of each frame
-    "spatial": View(
-        "batch frames tokens (heads dim) -> (batch frames) heads tokens dim",
-        "(batch frames) heads tokens dim -> batch frames tokens (heads dim)",
-    ),
-    # among the F frames, for each token position
-    "temporal": View(
-        "batch frames tokens (heads dim) -> (batch tokens) heads frames dim",
-        "(batch tokens) heads frames dim -> batch frames tokens (heads dim)",
-    ),
-    # all tokens of a clip as one row of queries, for the one row of words of its caption
-    "text": View(
-        "batch frames tokens (heads dim) -> batch heads (frames tokens) dim",
-        "batch heads (frames tokens) dim -> batch frames tokens (heads dim)",
-    ),
-}
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    view: str,
-    num_heads: int,
-    *,
-    mask: Tensor | None = None,
-    rotation: Rotation | None = None,
-) -> Tensor:
-    """Multi-head attention, folded to 4-D in between: fused attention takes nothing else.
-
-    Args:
-        q: queries `(B, F, N, D)`.
-        k, v: keys and values, the same shape, or that of what is attended to.
-        view: a key of `VIEWS`.
-        mask: what fused attention takes for the folded shapes.
-        rotation: turns queries and keys.
-
-    Returns:
-        `(B, F, N, D)`.
-    """
-    batch, frames = q.shape[:2]
-    q, k, v = (rearrange(each, VIEWS[view].fold, heads=num_heads) for each in (q, k, v))
-    if rotation is not None:
-        q, k = rotate(q, rotation), rotate(k, rotation)
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return rearrange(out, VIEWS[view].unfold, batch=batch, frames=frames)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention along one axis of the tokens; a subclass says which."""
 
@@ -103,13 +43,14 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, hidden_size * 3)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.qkv = Linear(hidden_size, hidden_size * 3)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def attend(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """`(B, F, N, D)` -> the same."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.proj(attend(q, k, v, self.axis, self.num_heads, rotation=rotation))
+        qkv = self.qkv(x)
+        q, k, v = qkv.chunk(3, dim=-1)
+        return self.proj(attend(q, k, v, self.axis, self.num_heads, rotation=rotation, packed=qkv))
 
 
 class SpatialAttention(Attention):
@@ -137,6 +78,19 @@ class TemporalAttention(Attention):
 MIXERS: dict[Axis, type[Attention]] = {"spatial": SpatialAttention, "temporal": TemporalAttention}
 
 
+class Mlp(nn.Module):
+    """Two linear maps with GELU (by tanh) between them, under timm's names."""
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden_size)
+        self.fc2 = Linear(hidden_size, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., D)` -> the same."""
+        return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+
+
 class Modulation(NamedTuple):
     """What the condition does to one residual branch; each broadcasts over tokens `(B, F+I, N, D)`."""
 
@@ -150,12 +104,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def per_frame(rows: Tensor, num_frames: int) -> Tensor:
-    """`(B, 1 or 1+I, 1, D)` -> `(B, 1 or F+I, 1, D)`: the clip's row for its F frames, then one per image.
+def per_frame(rows: Tensor, num_frames: int, total: int) -> Tensor:
+    """`(B, 1, 1+I or F+I, 1, D)` -> `(B, 1 or F+I, 1, D)`: the clip's row for its F frames, then one per image.
 
-    A single row is left to broadcast.
+    A single row is left to broadcast, and one for each of the `total` F+I frames is there already.
     """
-    if rows.shape[1] == 1:
+    if rows.shape[1] in (1, total):
         return rows
     return torch.cat([rows[:, :1].expand(-1, num_frames, -1, -1), rows[:, 1:]], dim=1)
 
@@ -163,6 +117,12 @@ def per_frame(rows: Tensor, num_frames: int) -> Tensor:
 def conditioner(hidden_size: int, num_outputs: int) -> nn.Sequential:
     """The adaLN head: condition `(..., D)` -> `num_outputs` vectors of width D, side by side."""
     return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, num_outputs * hidden_size))
+
+
+def modulation_rows(head: nn.Sequential, condition: Tensor | None) -> Tensor:
+    """What the adaLN `head` makes of a condition `(..., D)`; one as wide as its output was made ahead (sampling)."""
+    assert condition is not None
+    return condition if condition.shape[-1] == head[1].out_features else head(condition)
 
 
 class Block(nn.Module):
@@ -183,32 +143,35 @@ class Block(nn.Module):
             for name, axis in branch:
                 self.add_module(name, MIXERS[axis](hidden_size, num_heads // len(branch)))
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not adaln)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELU_TANH)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = conditioner(hidden_size, 6) if adaln else None
 
     def forward(self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None = None) -> Tensor:
-        """`(B, F+I, N, D)` -> the same; `condition (B, 1 or 1+I, 1, D)`: the clip's row, then the images'.
+        """`(B, F+I, N, D)` -> the same; `condition (B, 1, 1+I or F+I, 1, D)`: as for `per_frame`.
 
         `rotation` turns queries and keys of temporal attention. A layer over time only lets images pass.
         """
         if not self.temporal_only or x.shape[1] == num_frames:
             return self._transform(x, condition, num_frames, rotation)
-        clip_condition = None if condition is None else condition[:, :1]
+        num_images = x.shape[1] - num_frames
+        clip_condition = None if condition is None else condition[:, : max(1, condition.shape[1] - num_images)]
         clip = self._transform(x[:, :num_frames], clip_condition, num_frames, rotation)
         return torch.cat([clip, x[:, num_frames:]], dim=1)
 
     def _transform(self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None) -> Tensor:
-        attention, mlp = self._modulations(condition, num_frames)
+        attention, mlp = self._modulations(condition, num_frames, x.shape[1])
         for branch in self.branches:
             h = _enter(self.norm1(x), attention)
             mixed = [getattr(self, name)(h, num_frames, rotation) for name, _ in branch]
             x = x + _leave(sum(mixed[1:], start=mixed[0]), attention)
         return x + _leave(self.mlp(_enter(self.norm2(x), mlp)), mlp)
 
-    def _modulations(self, condition: Tensor | None, num_frames: int) -> tuple[Modulation | None, Modulation | None]:
+    def _modulations(
+        self, condition: Tensor | None, num_frames: int, total: int
+    ) -> tuple[Modulation | None, Modulation | None]:
         if self.adaLN_modulation is None:
             return None, None
-        parts = per_frame(self.adaLN_modulation(condition), num_frames).chunk(6, dim=-1)
+        parts = per_frame(modulation_rows(self.adaLN_modulation, condition), num_frames, total).chunk(6, dim=-1)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
 
@@ -218,14 +181,15 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_dim: int, *, adaln: bool) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not adaln)
-        self.linear = nn.Linear(hidden_size, patch_dim)
+        self.linear = Linear(hidden_size, patch_dim)
         self.adaLN_modulation = conditioner(hidden_size, 2) if adaln else None
 
     def forward(self, x: Tensor, condition: Tensor | None, num_frames: int) -> Tensor:
         """`(B, F+I, N, D)` -> `(B, F+I, N, patch_dim)`; `condition` as in `Block`."""
         x = self.norm_final(x)
         if self.adaLN_modulation is not None:
-            shift, scale = per_frame(self.adaLN_modulation(condition), num_frames).chunk(2, dim=-1)
+            rows = modulation_rows(self.adaLN_modulation, condition)
+            shift, scale = per_frame(rows, num_frames, x.shape[1]).chunk(2, dim=-1)
             x = modulate(x, shift, scale)
         return self.linear(x)
 

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .blocks import Modulation, attend, modulate
+from .attention import attend
+from .blocks import Modulation, modulate
 from .config_t2v import LatteT2VConfig
 from .embeddings import TimestepEmbedder, timestep_features
+from .linear import Linear
 
 
 class Caption(NamedTuple):
@@ -50,7 +52,7 @@ class AdaLayerNormSingle(nn.Module):
         self.linear = nn.Linear(hidden_size, 6 * hidden_size)
 
     def forward(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`(B,)`, whole or fractional -> the embedded timestep `(B, D)` and the modulation `(B, 6, D)`."""
+        """`(B, ...)`, whole or fractional -> the embedded timesteps `(B, ..., D)` and modulations `(B, ..., 6, D)`."""
         # fp32 at any precision of the weights, as in the code that trained them
         features = timestep_features(timesteps, TimestepEmbedder.num_features, torch.float32)
         embedded = self.emb["timestep_embedder"](features.to(dtype))
@@ -64,10 +66,10 @@ class Projections(nn.Module):
         super().__init__()
         width, bias = config.width, config.attention_bias
         self.num_heads = config.num_attention_heads
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(width, width, bias=bias)
-        self.to_v = nn.Linear(width, width, bias=bias)
-        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(config.dropout))
+        self.to_q = Linear(width, width, bias=bias)
+        self.to_k = Linear(width, width, bias=bias)
+        self.to_v = Linear(width, width, bias=bias)
+        self.to_out = nn.Sequential(Linear(width, width), nn.Dropout(config.dropout))
 
 
 class SelfAttention(Projections):
@@ -99,7 +101,7 @@ class Projection(nn.Module):
         super().__init__()
         self.gated = activation == "geglu"
         self.approximate = "tanh" if activation == "gelu-approximate" else "none"
-        self.proj = nn.Linear(hidden_size, inner_size * (2 if self.gated else 1))
+        self.proj = Linear(hidden_size, inner_size * (2 if self.gated else 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., D)` -> `(..., inner_size)`."""
@@ -116,7 +118,7 @@ class FeedForward(nn.Module):
         super().__init__()
         width, inner = config.width, 4 * config.width
         first = Projection(width, inner, config.activation_fn)
-        self.net = nn.Sequential(first, nn.Dropout(config.dropout), nn.Linear(inner, width))
+        self.net = nn.Sequential(first, nn.Dropout(config.dropout), Linear(inner, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., D)` -> the same."""
@@ -138,14 +140,14 @@ class T2VBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, config.width))
 
     def forward(self, x: Tensor, modulation: Tensor, num_frames: int, caption: Caption | None = None) -> Tensor:
-        """`(B, F+I, N, D)` -> the same; `modulation (B, 6, D)`. A block over time only lets images pass."""
+        """`(B, F+I, N, D)` -> the same; `modulation (B, 1 or F+I, 6, D)`. A block over time only lets images pass."""
         if self.axis == "spatial" or x.shape[1] == num_frames:
             return self._transform(x, modulation, num_frames, caption)
-        clip = self._transform(x[:, :num_frames], modulation, num_frames, caption)
+        clip = self._transform(x[:, :num_frames], modulation[:, :num_frames], num_frames, caption)
         return torch.cat([clip, x[:, num_frames:]], dim=1)
 
     def _transform(self, x: Tensor, modulation: Tensor, num_frames: int, caption: Caption | None) -> Tensor:
-        parts = (self.scale_shift_table + modulation)[:, None, None].unbind(-2)  # six of (B, 1, 1, D)
+        parts = (self.scale_shift_table + modulation)[:, :, None].unbind(-2)  # six of (B, 1 or F+I, 1, D)
         attention, mlp = Modulation(*parts[:3]), Modulation(*parts[3:])
         h = modulate(self.norm1(x), attention.shift, attention.scale)
         x = x + attention.gate * self.attn1(h, self.axis)

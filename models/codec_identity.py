@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .autoencoder import CodecConfig, local_folder
+from .convert import weights_digest
 from .pickled import load_pickled
 from .taef2 import DECODER_FILE, ENCODER_FILE
 
@@ -58,7 +57,7 @@ def _sha256(config: CodecConfig) -> str | None:
         return None
     taef2 = [folder / name for name in (ENCODER_FILE, DECODER_FILE)]
     if all(file.is_file() for file in taef2):
-        return _digest({}, [_read(file) for file in taef2])
+        return weights_digest(*(_read(file) for file in taef2), facts=b"{}")
     files = next((found for pattern in WEIGHT_FILES if (found := _matching(folder, pattern))), [])
     if not files:
         return None
@@ -67,7 +66,8 @@ def _sha256(config: CodecConfig) -> str | None:
         facts = {key: value for key, value in facts.items() if key == "_class_name" or not key.startswith("_")}
     except (OSError, ValueError, AttributeError, RecursionError):
         raise ValueError(f"codec.path={config.path}: config.json does not describe an autoencoder") from None
-    return _digest(facts, [{name: value for file in files for name, value in _read(file).items()}])
+    weights = {name: value for file in files for name, value in _read(file).items()}
+    return weights_digest(weights, facts=json.dumps(facts, sort_keys=True).encode())
 
 
 def _folder(config: CodecConfig) -> Path | None:
@@ -96,12 +96,3 @@ def _read(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{file} cannot be read: {error}") from None
-
-
-def _digest(facts: dict[str, Any], groups: Iterable[dict[str, Tensor]]) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for group in groups:
-        for name, value in sorted(group.items()):
-            digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

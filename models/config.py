@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -41,6 +41,11 @@ PRESETS = {  #         width  heads  depth  joint
 PATCH_SIZES = (2, 4, 8)
 NAMES = [f"Latte-{size}/{patch}" for size in PRESETS for patch in PATCH_SIZES]
 SIZE_KEYS = ("hidden_size", "depth", "num_heads", "patch_size")
+TEXT_SIZES = {"Latte-1": (1152, 56, 16, 2)}  # width, layers, heads, patch of the text-conditioned networks
+TEXT_NAMES = (*TEXT_SIZES, "custom-t2v", "custom-t2i")
+CUSTOM = ("custom", *TEXT_NAMES[len(TEXT_SIZES) :])
+# What a text-conditioned network takes from here; everything else is of the class-conditional one.
+TEXT_KEYS = ("name", *SIZE_KEYS, "learn_sigma", "gradient_checkpointing")
 CHOICES: dict[str, Iterable[str]] = {
     "variant": tuple(LAYER_PLANS),
     "patch_embedding": ("uniform", "tubelet"),
@@ -65,8 +70,10 @@ class LatteConfig:
     A wrong value raises ValueError with a sentence that names the key.
     """
 
-    name: str = "Latte-XL/2"  # Latte-{S,B,L,XL}/{2,4,8}, LatteIMG-* for the same network, or custom
-    hidden_size: int | None = None  # this and the next three: only with `name: custom`
+    # Latte-{S,B,L,XL}/{2,4,8}, LatteIMG-* for the same network, or custom; conditioned on text: Latte-1, custom-t2v,
+    # and custom-t2i, which has no layers over time
+    name: str = "Latte-XL/2"
+    hidden_size: int | None = None  # this and the next three: only with `name: custom...`
     depth: int | None = None
     num_heads: int | None = None
     patch_size: int | None = None
@@ -87,6 +94,7 @@ class LatteConfig:
         self._check_choices()
         self._check_name()
         self._check_size()
+        self._check_text()
         require(0 < self.mlp_ratio <= 64, f"model.mlp_ratio must be above 0 and at most 64, not {self.mlp_ratio}")
         require(
             self.patch_embedding != "tubelet" or self.tubelet_size >= 2,
@@ -107,12 +115,19 @@ class LatteConfig:
     @property
     def size(self) -> ModelSize:
         """Width, depth, heads and patch size, from the name or as given."""
-        if self.name == "custom":
+        if self.name in CUSTOM:
             return ModelSize(*(getattr(self, key) for key in SIZE_KEYS))
+        if self.name in TEXT_SIZES:
+            return ModelSize(*TEXT_SIZES[self.name])
         letters, patch_size = official_name(self.name).removeprefix("Latte-").split("/")
         preset = PRESETS[letters]
         depth = preset.joint_depth if self._has_joint_layers else preset.depth
         return ModelSize(preset.hidden_size, depth, preset.num_heads, int(patch_size))
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is the text-conditioned network, which the `text` section belongs to."""
+        return self.name in TEXT_NAMES
 
     @property
     def frames_per_token(self) -> int:
@@ -135,13 +150,14 @@ class LatteConfig:
 
     def _check_name(self) -> None:
         given = [key for key in SIZE_KEYS if getattr(self, key) is not None]
-        if self.name == "custom":
+        if self.name in CUSTOM:
             missing = [f"model.{key}" for key in SIZE_KEYS if key not in given]
-            require(not missing, f"model.name custom needs {', '.join(missing)} as well")
+            require(not missing, f"model.name {self.name} needs {', '.join(missing)} as well")
             return
-        close = get_close_matches(str(self.name), [*NAMES, "custom"], n=1)
-        hint = f"; did you mean {close[0]}?" if close else f": one of {', '.join(NAMES)}, custom"
-        require(official_name(self.name) in NAMES, f"model.name {self.name!r} is unknown{hint}")
+        known = [*NAMES, *TEXT_SIZES, *CUSTOM]
+        close = get_close_matches(str(self.name), known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f": one of {', '.join(known)}"
+        require(official_name(self.name) in known, f"model.name {self.name!r} is unknown{hint}")
         require(
             not given,
             f"model.name {self.name} fixes {', '.join(f'model.{key}' for key in given)}: "
@@ -158,7 +174,7 @@ class LatteConfig:
             f"model.hidden_size ({width}) is not divisible by model.num_heads ({heads})",
         )
         require(
-            self._has_joint_layers or depth % 2 == 0,
+            self._has_joint_layers or depth % 2 == 0 or self.name == "custom-t2i",
             f"model.depth must be even with model.variant {self.variant}, which has as many spatial "
             f"as temporal layers, not {depth}",
         )
@@ -172,6 +188,16 @@ class LatteConfig:
             f"model.temporal_position rope turns pairs of values, so the width of a head must be even, "
             f"not {self.head_width} (model.hidden_size {width}, model.num_heads {heads})",
         )
+
+    def _check_text(self) -> None:
+        """A text-conditioned network is of one kind, and its captions are described in the `text` section."""
+        strange = [item for item in fields(self) if item.name not in TEXT_KEYS] if self.is_text else []
+        for item in strange:
+            value = getattr(self, item.name)
+            require(
+                value == item.default,
+                f"model.{item.name}={value} has no meaning with model.name={self.name}: leave it at {item.default}",
+            )
 
     @property
     def head_width(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -91,6 +93,16 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     if problems:
         raise ValueError(f"{source} does not fit the network: " + "; ".join(problems))
     model.load_state_dict(state_dict, assign=assign)
+
+
+def weights_digest(*groups: Mapping[str, Tensor], facts: bytes = b"") -> str:
+    """SHA-256 over names, shapes and numbers, in whatever order and file they are."""
+    total = hashlib.sha256(facts)
+    for group in groups:
+        for name, value in sorted(group.items()):
+            total.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+            total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def is_image_checkpoint(state_dict: Mapping[str, Tensor]) -> bool:

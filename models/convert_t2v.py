@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .config_t2v import CLASS_NAME, LATTE_1, LatteT2VConfig
 from .convert import InitReport, load_weights, read_state_dict
+from .hub import find_folder
 from .latte_t2v import LatteT2V
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,16 @@ LEFT_OF_IMAGES = {
         "the image's size and shape as a condition, which Latte does not have"
     ),
 }
+
+
+def find_network(source: str, revision: str | None, key: str) -> Path:
+    """The folder or file `source`, or the folder of a hub name, of which the state is said.
+
+    Raises: FileNotFoundError, one sentence that calls it `key`, where it is none of these.
+    """
+    if Path(source).exists():
+        return Path(source)
+    return find_folder(source, revision, key, [f"{SUBFOLDER}/*", CONFIG_FILE, f"{WEIGHTS}*"])
 
 
 def load_t2v(source: str | Path, **options: Any) -> LatteT2V:

@@ -27,7 +27,9 @@ class UniformPatchEmbed(nn.Module):
         """`(B, F+I, C, H, W)` -> `(B, F+I, N, D)`; an image is a frame like any other."""
         batch = x.shape[0]
         x = self.proj(x.flatten(0, 1))  # (B*(F+I), D, H/p, W/p)
-        return rearrange(x, "(batch frames) dim rows columns -> batch frames (rows columns) dim", batch=batch)
+        # in memory too: the layers' sums would keep the convolution's order, and each norm would copy it
+        x = rearrange(x, "(batch frames) dim rows columns -> batch frames (rows columns) dim", batch=batch)
+        return x.contiguous()
 
 
 class TubeletPatchEmbed(nn.Module):
@@ -46,7 +48,7 @@ class TubeletPatchEmbed(nn.Module):
             images = x[:, num_frames:].repeat_interleave(self.tubelet_size, dim=1)
             x = torch.cat([x[:, :num_frames], images], dim=1)  # (B, F+I*s, C, H, W)
         x = self.proj(x.transpose(1, 2))  # (B, D, F/s+I, H/p, W/p)
-        return rearrange(x, "batch dim frames rows columns -> batch frames (rows columns) dim")
+        return rearrange(x, "batch dim frames rows columns -> batch frames (rows columns) dim").contiguous()
 
 
 class FrameUpsampler(nn.Module):
@@ -108,7 +110,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """`(B,)`, whole or fractional -> `(B, D)`."""
+        """`(B, ...)`, whole or fractional -> `(B, ..., D)`."""
         dtype = self.mlp[0].get_parameter("weight").dtype
         features = timestep_features(timesteps, self.num_features, torch.promote_types(dtype, torch.float32))
         return self.mlp(features.to(dtype))
@@ -127,10 +129,10 @@ class LabelEmbedder(nn.Module):
 
 
 def timestep_features(timesteps: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """`(B,)` -> `(B, count)`: cosines, then sines, of periods from 2 pi to 2 pi x 10000."""
+    """`(B, ...)` -> `(B, ..., count)`: cosines, then sines, of periods from 2 pi to 2 pi x 10000."""
     half = count // 2
     steps = torch.arange(half, dtype=dtype, device=timesteps.device)
-    angles = timesteps[:, None].to(dtype) * torch.exp(-math.log(MAX_PERIOD) * steps / half)
+    angles = timesteps[..., None].to(dtype) * torch.exp(-math.log(MAX_PERIOD) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -6,11 +6,14 @@ N tokens per frame, D width. Between patch embedding and final layer F counts tu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import LAYER_PLANS, Block, FinalLayer, Layer, per_frame
+from .blocks import LAYER_PLANS, Block, FinalLayer, Layer, modulation_rows, per_frame
 from .config import LatteConfig
 from .embeddings import (
     FrameUpsampler,
@@ -25,6 +28,16 @@ from .embeddings import (
     sincos_table,
     unpatchify,
 )
+
+
+class Context(NamedTuple):
+    """What the layers of one forward pass share beside the tokens."""
+
+    conditions: Sequence[Tensor | None]  # of each layer and the final one: condition or modulation, or None
+    grid: tuple[int, int]  # rows and columns of tokens per frame
+    num_frames: int  # F in tokens, without images
+    num_images: int
+    rotation: Rotation | None
 
 
 class Latte(nn.Module):
@@ -91,15 +104,27 @@ class Latte(nn.Module):
         """The label that means "no label", or None where there is no such row."""
         return self.config.num_classes if self.config.has_null_label else None
 
-    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, *, num_images: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None = None,
+        *,
+        num_images: int = 0,
+        modulations: Tensor | None = None,
+    ) -> Tensor:
         """Predict noise (or what else the diffusion asks for), and with `learn_sigma` its variance.
+
+        It is `embed`, `run_layers` and `unembed`, which samplers may call one by one.
 
         Args:
             x: noisy latents `(B, F+I, C, H, W)`: a clip, then `num_images` independent images.
-            timesteps: `(B,)`, whole or fractional.
+            timesteps: `(B,)`, whole or fractional; or `(B, F+I)`, one for each frame, where some are less noisy than
+                others (a tubelet has that of its first frame).
             labels: `(B,)` or `(B, 1+I)` in [0, num_classes], the clip's label first; None if unconditional.
                 The range is the caller's to check: that would be a wait for the device.
             num_images: I, the number of frames at the end that are images.
+            modulations: what `modulations` gave for these timesteps and labels, which are then not read.
 
         Returns:
             `(B, F+I, C, H, W)`, or 2C channels with `learn_sigma`.
@@ -107,19 +132,66 @@ class Latte(nn.Module):
         Raises:
             ValueError: shapes that do not fit each other or the network.
         """
+        x, context = self.embed(x, timesteps, labels, num_images=num_images, modulations=modulations)
+        return self.unembed(self.run_layers(x, context), context)
+
+    def embed(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None = None,
+        *,
+        num_images: int = 0,
+        modulations: Tensor | None = None,
+    ) -> tuple[Tensor, Context]:
+        """The first part of `forward`: latents to tokens `(B, F+I, N, D)`, and what the layers need beside them."""
         self._check_input(x, timesteps, labels, num_images)
         grid = x.shape[3] // self.patch_size, x.shape[4] // self.patch_size
         x = self.x_embedder(x, num_images) + self._space_positions(grid)  # (B, F+I, N, D)
         num_frames = x.shape[1] - num_images
-        x, condition = self._inject(x, timesteps, labels, num_frames)  # N+1 or N+2 tokens with `tokens`
-        rotation = self._rotation(num_frames, x)
-        for index, block in enumerate(self.blocks):
+        conditions: Sequence[Tensor | None]
+        if modulations is None:
+            x, condition = self._inject(x, timesteps, labels, num_frames)  # N+1 or N+2 tokens with `tokens`
+            conditions = [condition] * (len(self.blocks) + 1)
+        else:
+            conditions = modulations.split([head[1].out_features for head in self._heads()], dim=-1)
+        return x, Context(conditions, grid, num_frames, num_images, self._rotation(num_frames, x))
+
+    def run_layers(self, x: Tensor, context: Context, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tokens `(B, F+I, N, D)` through the layers from `start` to `stop`, which is not run itself (None: all)."""
+        for index in range(start, len(self.blocks) if stop is None else stop):
             if index == self.first_temporal_layer:
-                x = self._add_time_positions(x, num_frames)
-            x = self._run(block, x, condition, num_frames, rotation)
-        x = self.final_layer(x[:, :, : grid[0] * grid[1]], condition, num_frames)  # (B, F+I, N, p*p*C)
-        x = unpatchify(x, grid, self.patch_size)  # (B, F+I, C, H, W)
-        return self.frame_upsampler(x, num_images) if self.config.patch_embedding == "tubelet" else x
+                x = self._add_time_positions(x, context.num_frames)
+            x = self._run(self.blocks[index], x, context.conditions[index], context.num_frames, context.rotation)
+        return x
+
+    def unembed(self, x: Tensor, context: Context) -> Tensor:
+        """The last part of `forward`: tokens to the output `(B, F+I, C or 2C, H, W)`."""
+        x = x[:, :, : context.grid[0] * context.grid[1]]
+        x = self.final_layer(x, context.conditions[-1], context.num_frames)  # (B, F+I, N, p*p*C)
+        x = unpatchify(x, context.grid, self.patch_size)  # (B, F+I, C, H, W)
+        return self.frame_upsampler(x, context.num_images) if self.config.patch_embedding == "tubelet" else x
+
+    def modulations(self, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+        """All that timesteps `(B,)` and labels `(B,)` do to the layers, for `forward`: `(B, 1, 1, M)`.
+
+        The adaLN heads' outputs side by side, M = (6 x layers + 2) x D numbers. They depend on nothing else, so
+        a sampler computes them once.
+
+        Raises:
+            ValueError: the network has no adaLN heads (`injection` is `tokens`).
+        """
+        if self.config.injection != "adaln":
+            raise ValueError(f"model.injection={self.config.injection} has no modulations to compute ahead")
+        condition = self.t_embedder(timesteps)[:, None, None]
+        if labels is not None:
+            condition = condition + self.y_embedder(labels)[:, None, None]
+        return torch.cat([modulation_rows(head, condition) for head in self._heads()], dim=-1)
+
+    def _heads(self) -> list[nn.Sequential]:
+        """The adaLN heads, that of the final layer last; none with `tokens`."""
+        layers = [*self.blocks, self.final_layer]
+        return [layer.adaLN_modulation for layer in layers if layer.adaLN_modulation is not None]
 
     def initialize_weights(self) -> None:
         """DiT's initialisation: layers start as the identity (`adaln`) and the network's output as zero."""
@@ -135,10 +207,9 @@ class Latte(nn.Module):
             nn.init.normal_(linear.get_parameter("weight"), std=0.02)
         if self.config.num_classes:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.config.label_init_std)
-        heads = [layer.adaLN_modulation for layer in (*self.blocks, self.final_layer)]
-        for linear in [self.final_layer.linear, *(head[1] for head in heads if head is not None)]:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for linear in [self.final_layer.linear, *(head[1] for head in self._heads())]:
+            nn.init.zeros_(linear.get_parameter("weight"))
+            nn.init.zeros_(linear.get_parameter("bias"))
 
     def _patch_embedder(self) -> UniformPatchEmbed | TubeletPatchEmbed:
         sizes = self.in_channels, self.config.size.hidden_size, self.patch_size
@@ -149,14 +220,23 @@ class Latte(nn.Module):
     def _inject(
         self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_frames: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Timestep and label as a condition `(B, 1 or 1+I, 1, D)`, or as tokens at the end of every frame."""
-        parts = [self.t_embedder(timesteps)[:, None, None]]  # (B, 1, 1, D)
+        """Timestep and label as a condition `(B, 1, 1+I or F+I, 1, D)`, or as tokens at the end of every frame."""
+        parts = [self._embed_timesteps(timesteps, num_frames)]  # (B, 1 or F+I, 1, D)
         if labels is not None:
-            parts.append(self.y_embedder(labels.reshape(len(labels), -1))[:, :, None])  # (B, 1 or 1+I, 1, D)
+            label_rows = self.y_embedder(labels.reshape(len(labels), -1))[:, :, None]  # (B, 1 or 1+I, 1, D)
+            parts.append(label_rows if timesteps.ndim == 1 else per_frame(label_rows, num_frames, x.shape[1]))
         if self.config.injection == "adaln":
             return x, sum(parts[1:], start=parts[0])
-        tokens = [per_frame(part, num_frames).expand(-1, x.shape[1], -1, -1) for part in parts]
+        tokens = [per_frame(part, num_frames, x.shape[1]).expand(-1, x.shape[1], -1, -1) for part in parts]
         return torch.cat([x, *tokens], dim=2), None
+
+    def _embed_timesteps(self, timesteps: Tensor, num_frames: int) -> Tensor:
+        """`(B,)` -> `(B, 1, 1, D)`; `(B, F+I)` of frames -> `(B, F+I, 1, D)`, where `num_frames` F may be tubelets."""
+        if timesteps.ndim == 1:
+            return self.t_embedder(timesteps)[:, None, None]
+        span = self.config.frames_per_token
+        clip, images = timesteps[:, : num_frames * span : span], timesteps[:, num_frames * span :]
+        return self.t_embedder(torch.cat([clip, images], dim=1))[:, :, None]
 
     def _run(
         self,
@@ -220,8 +300,11 @@ class Latte(nn.Module):
     def _check_input(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_images: int) -> None:
         if x.ndim != 5 or x.shape[2] != self.in_channels:
             raise ValueError(f"the network takes latents (B, F+I, {self.in_channels}, H, W), not {tuple(x.shape)}")
-        if timesteps.shape != x.shape[:1]:
-            raise ValueError(f"timesteps must be of shape ({len(x)},), one per clip, not {tuple(timesteps.shape)}")
+        if timesteps.shape not in (x.shape[:1], x.shape[:2]):
+            raise ValueError(
+                f"timesteps must be of shape ({len(x)},), one per clip, or {tuple(x.shape[:2])}, one per frame, not "
+                f"{tuple(timesteps.shape)}"
+            )
         if num_images < 0:
             raise ValueError(f"num_images must be 0 or more, not {num_images}")
         self._check_clip(x.shape[1] - num_images, x.shape[3], x.shape[4])

@@ -54,6 +54,7 @@ class LatteT2V(nn.Module):
         gradient_checkpointing: recompute each block in the backward pass.
         temporal_position_scale: 1 is Latte. From 0 to 1 it lets the positions in time in, which no image network
             has: at 0, an image network with temporal blocks that do nothing yet computes what it did before.
+        temporal: False: no temporal blocks at all. This is PixArt-alpha's network, every frame an image.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class LatteT2V(nn.Module):
         text_mask: TextMask = "official",
         gradient_checkpointing: bool = False,
         temporal_position_scale: float = 1.0,
+        temporal: bool = True,
     ) -> None:
         super().__init__()
         if text_mask not in TEXT_MASKS:
@@ -77,7 +79,9 @@ class LatteT2V(nn.Module):
         self.adaln_single = AdaLayerNormSingle(width)
         self.caption_projection = TwoLayers(config.caption_channels or 0, width, nn.GELU(approximate="tanh"))
         self.transformer_blocks = nn.ModuleList(T2VBlock(config, "spatial") for _ in layers)
-        self.temporal_transformer_blocks = nn.ModuleList(T2VBlock(config, "temporal") for _ in layers)
+        self.temporal_transformer_blocks = nn.ModuleList(
+            T2VBlock(config, "temporal") for _ in (layers if temporal else ())
+        )
         self.norm_out = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = nn.Linear(width, patch * patch * out_channels)
@@ -112,6 +116,8 @@ class LatteT2V(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """All blocks in the order in which they run: a spatial one, a temporal one, and so on."""
+        if not self.temporal_transformer_blocks:
+            return list(self.transformer_blocks)
         pairs = zip(self.transformer_blocks, self.temporal_transformer_blocks)
         return [block for pair in pairs for block in pair]
 
@@ -140,7 +146,8 @@ class LatteT2V(nn.Module):
 
         Args:
             hidden_states: noisy latents `(B, C, F+I, H, W)`: a clip, then `num_images` independent images.
-            timestep: `(B,)`, whole or fractional.
+            timestep: `(B,)`, whole or fractional; or `(B, F+I)`, one for each frame, where some are less noisy than
+                others.
             encoder_hidden_states: features of the captions `(B, L, C)`; with images `(B, 1+I, L, C)`, the clip's
                 first.
             encoder_attention_mask: `(B, L)`, with images `(B, 1+I, L)`; see `text_mask` for its meaning.
@@ -161,12 +168,15 @@ class LatteT2V(nn.Module):
         grid = hidden_states.shape[3] // patch, hidden_states.shape[4] // patch
         x = self.pos_embed(hidden_states.transpose(1, 2), num_images) + self._space_positions(grid)  # (B, F+I, N, D)
         embedded, modulation = self.adaln_single(timestep, x.dtype)
+        if timestep.ndim == 1:  # one row for all frames
+            embedded, modulation = embedded[:, None], modulation[:, None]  # (B, 1, D), (B, 1, 6, D)
         caption = self._caption(encoder_hidden_states, encoder_attention_mask, x.shape, num_images)
-        for index, block in enumerate(self.blocks if enable_temporal_attentions else self.transformer_blocks):
-            if index == 1 and enable_temporal_attentions:
+        over_time = enable_temporal_attentions and len(self.temporal_transformer_blocks) > 0
+        for index, block in enumerate(self.blocks if over_time else self.transformer_blocks):
+            if index == 1 and over_time:
                 x = self._add_time_positions(x, num_frames)
             x = self._run(block, x, modulation, num_frames, caption)
-        shift, scale = (self.scale_shift_table + embedded[:, None])[:, None, None].unbind(-2)  # each (B, 1, 1, D)
+        shift, scale = (self.scale_shift_table + embedded[:, :, None])[:, :, None].unbind(-2)  # (B, 1 or F+I, 1, D)
         x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, F+I, N, p*p*C)
         sample = unpatchify(x, grid, patch).transpose(1, 2)  # (B, C, F+I, H, W)
         return T2VOutput(sample) if return_dict else (sample,)
@@ -259,8 +269,12 @@ class LatteT2V(nn.Module):
             raise ValueError(
                 f"latents of {latents.shape[3]} x {latents.shape[4]} do not divide into patches of {patch} x {patch}"
             )
-        if timesteps.shape != latents.shape[:1]:
-            raise ValueError(f"timestep must be of shape ({len(latents)},), one per clip, not {tuple(timesteps.shape)}")
+        shapes = [(len(latents),), (len(latents), latents.shape[2])]
+        if tuple(timesteps.shape) not in shapes:
+            raise ValueError(
+                f"timestep must be of shape {shapes[0]}, one per clip, or {shapes[1]}, one per frame, not "
+                f"{tuple(timesteps.shape)}"
+            )
         captions = (features.shape[0], features.shape[1] if features.ndim == 4 else 1, features.shape[-1])
         if features.ndim not in (3, 4) or captions != (len(latents), 1 + num_images, self.config.caption_channels):
             rows = f"(B, {1 + num_images}, L" if num_images else "(B, L"

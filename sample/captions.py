@@ -1,22 +1,8 @@
-"""Captions as T5's features are made of them: cleaned the way the text-to-video weights were trained with."""
+"""Prompts from a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-MAX_CAPTION = 100_000  # characters
-
-
-def clean_caption(caption: str) -> str:
-    """A caption as the text encoder is to see it: without addresses, mark-up, file names, codes and shop talk.
-
-    The rules are those of DeepFloyd IF, which PixArt-alpha and Latte were trained with, as diffusers keeps them for its
-    own pipelines. Cleaned twice, as there: what one pass uncovers may need the next.
-    """
-    from diffusers.pipelines.latte.pipeline_latte import LattePipeline
-
-    clean = LattePipeline._clean_caption  # uses a pattern of the class, and no pipeline
-    return clean(LattePipeline, clean(LattePipeline, caption[:MAX_CAPTION]))
 
 
 def read_prompts(path: Path) -> list[str]:

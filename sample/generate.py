@@ -8,89 +8,36 @@ Letters: B videos of a batch, n videos in all, F frames, C latent channels, h w 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import Denoiser, guided
-from diffusion import sample as run_sampler
+from diffusion import ConditionalDenoiser, Denoiser, Given, evaluations, guided, sample_given
 from diffusion.samplers import Callback
 from engine.build import build_model, build_process
-from engine.checkpoint import find_checkpoint, load_model_weights, load_weights_file, weights_file
-from engine.config import LABEL_RULES, Config, load_config
+from engine.checkpoint import content_sha256
+from engine.config import LABEL_RULES, Config
 from engine.objective import sample_generator
 from models.autoencoder import LatentCodec
 from models.convert import load_weights
 from models.latte import Latte
+from models.lora import Adapter
 
 from .class_names import UCF101_CLASSES
+from .decoding import Decoder
+from .given import GivenFrames, Plan, Windows, read_given
+from .modulation import ModulationTable
+from .network import Calls, Network, Walk
+from .source import Source
+from .step_cache import CacheSchedule
 
-AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[int, int], None]  # (sampler steps done, sampler steps in all)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint to sample from: a folder of ours, with its config, or an official file, without."""
-
-    path: Path
-    config: Config | None
-    class_names: list[str] | None
-
-    @classmethod
-    def open(cls, path: str | Path) -> Source:
-        """Find and verify what `path` means: a checkpoint or run folder of ours, or a .pt/.safetensors file.
-
-        Raises:
-            ValueError: there is no sound checkpoint; the message names the file.
-        """
-        path = Path(path)
-        if path.is_file():
-            return cls(path, None, None)
-        folder = find_checkpoint(path)
-        state = json.loads((folder / "state.json").read_text())
-        return cls(folder, load_config(folder / "config.yaml"), state.get("class_names"))
-
-    def weights(self, kind: str) -> dict[str, Tensor]:
-        """The `ema` or the `raw` weights."""
-        if self.config is None:
-            return load_model_weights(self.path, kind)
-        return load_weights_file(self.path, kind)
-
-    def weights_file(self, kind: str) -> Path:
-        """The file that holds them."""
-        return self.path if self.config is None else weights_file(self.path, kind)
-
-
-def sampling_config(
-    source: Source, yaml: str | Path | None, settings: Mapping[str, Any], overrides: list[str]
-) -> Config:
-    """What to sample with, from the checkpoint, a YAML file and the command line.
-
-    A checkpoint of ours brings its own `model`, `diffusion`, `data` and `codec`; of a YAML beside it the
-    `sample` section and `codec.path` count. An official file brings nothing: the YAML says it all.
-
-    Args:
-        settings: keys of the `sample` section that stand above the YAML.
-        overrides: `section.key=value`, above everything.
-    """
-    given = load_config(yaml) if yaml else None
-    base = source.config or given
-    if base is None:
-        raise ValueError(f"{source.path} holds weights only: name the config of its network with --config.")
-    tree = base.to_dict()
-    if source.config and given:
-        tree["sample"] = given.to_dict()["sample"]
-        if given.codec.path:
-            tree["codec"] |= {key: getattr(given.codec, key) for key in ("path", "subfolder", "revision")}
-    tree["sample"] |= settings
-    return load_config(None, overrides, base=tree)
 
 
 def usable_device(name: torch.device | str | None) -> torch.device:
@@ -131,14 +78,27 @@ def _resolve_label(label: str, num_classes: int, class_names: Sequence[str]) -> 
     return int(label)
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of a walk: its scale, the noise levels it is for, and whether in one call of 2B."""
+
+    scale: float = 1.0
+    interval: Sequence[float] | None = None
+    batched: bool = True
+
+    def is_active(self, fraction: float) -> bool:
+        """Whether a noise level, from 0 (data) to 1 (noise), is guided."""
+        return self.interval is None or self.interval[0] <= fraction <= self.interval[1]
+
+
 class Generator:
     """A network with its codec, ready to sample.
 
     Args:
         config: the configuration the network was trained with.
         class_names: of the labels in order, where known.
-        precision: fp32, or bf16 or fp16 for the network under autocast (norms, softmax and the sampler's
-            arithmetic stay in fp32). The codec has its own, `codec.dtype`.
+        network: how the network is called: `precision`, `cast_weights` and `compiled`, as for `Network`. The
+            sampler's arithmetic is in fp32 in any case, and the codec has its own precision, `codec.dtype`.
     """
 
     def __init__(
@@ -149,16 +109,15 @@ class Generator:
         *,
         class_names: Sequence[str] | None = None,
         device: torch.device | str = "cpu",
-        precision: str = "fp32",
+        **network: Any,
     ) -> None:
-        if precision not in AUTOCAST:
-            raise ValueError(f"sample.precision must be one of {', '.join(AUTOCAST)}, not {precision!r}.")
         self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
+        self.network = Network(model, self.device, **network)
+        self.model = self.network.model
         self.codec = codec
         self.config = config
         self.class_names = list(class_names) if class_names else None
-        self.autocast_dtype = AUTOCAST[precision]
+        self._table: tuple[Any, ModulationTable] | None = None  # the last one, and what it is of
 
     @classmethod
     def from_checkpoint(
@@ -168,7 +127,7 @@ class Generator:
         config: Config | None = None,
         weights: str = "ema",
         device: torch.device | str | None = None,
-        precision: str = "fp32",
+        **network: Any,
     ) -> Generator:
         """Load a checkpoint or run folder of ours, or an official .pt file.
 
@@ -176,8 +135,9 @@ class Generator:
             config: needed for an official file; None takes the one in our checkpoint.
             weights: "ema" or "raw".
             device: None is CUDA where there is one.
+            network: as for `Generator`.
         """
-        return cls.from_source(Source.open(path), config=config, weights=weights, device=device, precision=precision)
+        return cls.from_source(Source.open(path), config=config, weights=weights, device=device, **network)
 
     @classmethod
     def from_source(
@@ -187,18 +147,25 @@ class Generator:
         config: Config | None = None,
         weights: str = "ema",
         device: torch.device | str | None = None,
-        precision: str = "fp32",
+        **network: Any,
     ) -> Generator:
         """`from_checkpoint` of an opened one."""
         config = config or source.config
         if config is None:
             raise ValueError(f"{source.path} holds weights only: give the config of its network.")
+        if config.model.is_text:
+            raise ValueError(
+                f"{source.path} is a text network: sample/sample_t2x.py --ckpt {source.path} --prompt TEXT samples it."
+            )
         device = usable_device(device)
-        model = build_model(config, device)
-        load_weights(model, source.weights(weights), str(source.path))
+        model = cast(Latte, build_model(config, device))
+        own = source.weights(weights)
+        if config.sample.lora:
+            Adapter.from_folder(config.sample.lora).merge_into(own, config.sample.lora_scale)
+        load_weights(model, own, str(source.path))
         names = source.class_names or _known_class_names(config)
         codec = LatentCodec.from_config(config.codec, device=device)
-        return cls(model.requires_grad_(False), codec, config, class_names=names, device=device, precision=precision)
+        return cls(model.requires_grad_(False), codec, config, class_names=names, device=device, **network)
 
     def sample(self, labels: Sequence[int | str] | None = None, num: int = 4, **settings: Any) -> np.ndarray:
         """`num` videos as uint8 (n, F, H, W, 3); `settings` as for `batches`."""
@@ -215,10 +182,17 @@ class Generator:
         method: str = "auto",
         eta: float = 0.0,
         guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] | None = None,
+        batched_guidance: bool = True,
         batch_size: int = 4,
         num_frames: int | None = None,
         image_size: int | None = None,
+        modulation_mb: int = 0,
+        cache: str | Path | CacheSchedule | None = None,
+        overlap_decode: bool = True,
         indices: Sequence[int] | None = None,
+        given: GivenFrames | None = None,
+        windows: Windows | None = None,
         callback: Progress | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Sample in batches of at most `batch_size`.
@@ -228,10 +202,18 @@ class Generator:
             num: videos 0 to num - 1; `indices` picks others, e.g. one process's share.
             seed: any whole number from 0.
             steps: of the sampler, at most `diffusion.num_steps` for Gaussian diffusion.
-            method: ddpm or ddim for Gaussian diffusion, euler or heun for flow; auto is the first.
+            method: ddpm or ddim for Gaussian diffusion, euler or heun for flow; auto is the first. For both
+                dpm_solver++, sde_dpm_solver++ and unipc, which need diffusers.
             eta: of DDIM, 0 (deterministic) to 1 (as noisy as DDPM).
             guidance_scale: 1 is the plain conditional network.
+            guidance_interval: (low, high) in [0, 1], 0 data and 1 noise: noise levels outside are not guided.
+            batched_guidance: conditional and unconditional as one batch, else one after the other.
             num_frames, image_size: of the videos; None is what the network was trained on.
+            modulation_mb: memory for modulations computed ahead; 0 computes them in every step.
+            cache: a schedule of tools.fit_cache, or its file.
+            overlap_decode: on CUDA, decode a batch while the next one is sampled.
+            given: frames that the videos show, for networks trained with given frames.
+            windows: sample longer videos in windows; None: all frames at once.
 
         Yields:
             (indices, videos): videos are uint8 (B, F, H, W, 3).
@@ -240,23 +222,59 @@ class Generator:
             ValueError: settings that the network or its diffusion cannot follow, in one sentence.
         """
         label_of = self.labels_for(labels, label_rule, seed)
-        shape = self._latent_shape(num_frames, image_size)
+        shape = self.latent_shape(num_frames, image_size)
         process = build_process(self.config, respacing=str(steps)).to(self.device)
-        method = self._method(method)
+        method = self.resolve_method(method)
+        times = [each.time for each in evaluations(process, method)]
+        guidance = Guidance(guidance_scale, guidance_interval, batched_guidance)
+        plan = self._plan(shape, given, windows)
+        schedule = CacheSchedule.load(cache) if isinstance(cache, str | Path) else cache
+        if (given or windows) and (schedule or modulation_mb):
+            raise ValueError(
+                "sample.modulation_mb and sample.cache are for videos sampled at once and from noise alone: leave them "
+                "out with given frames or windows."
+            )
+        if schedule is not None:
+            settings = self.cache_settings(shape, steps, method, eta, guidance)
+            schedule.check(content_sha256(self.model), settings, len(times), len(self.model.blocks))
         indices = list(range(num)) if indices is None else list(indices)
         chunks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        for number, chunk in enumerate(chunks):
+        passes = itertools.count()
+
+        def sampler_of(chunk: list[int]) -> Callable[[Given | None, int], Tensor]:
             noise = VideoNoise(seed, chunk, self.device)
-            latents = run_sampler(
-                process,
-                self._denoiser([label_of(index) for index in chunk], guidance_scale),
-                noise.draw(shape),
-                method=method,
-                eta=eta,
-                noise_fn=noise.like,
-                callback=_progress(callback, number, len(chunks)),
-            )
-            yield chunk, self.decode(latents)
+            wanted = [label_of(index) for index in chunk]
+            table = self._modulations(times, wanted, guidance, modulation_mb) if modulation_mb else None
+
+            def sample_pass(known: Given | None, frames: int) -> Tensor:
+                walk = Walk(times, self.config.diffusion.num_steps)
+                network = Calls(self.network, walk, table, schedule)
+                return sample_given(
+                    process,
+                    walk.counted(plan.denoiser(self.denoiser(wanted, guidance, walk, network))),
+                    noise.draw((frames, *shape[1:])),
+                    known,
+                    method=method,
+                    eta=eta,
+                    noise_fn=noise.like,
+                    callback=_progress(callback, next(passes), len(chunks) * plan.num_passes),
+                )
+
+            return sample_pass
+
+        with Decoder(self.decode, self.device, ahead=overlap_decode and self.device.type == "cuda") as decoder:
+            for chunk in chunks:
+                yield from decoder.push(chunk, plan.sample(sampler_of(chunk), chunk))
+            yield from decoder.rest()
+
+    def _plan(self, shape: tuple[int, int, int, int], given: GivenFrames | None, windows: Windows | None) -> Plan:
+        """What is known of the videos, and in which passes they are sampled; ValueError where that cannot be."""
+        plan = Plan(shape, torch.empty(0, device=self.device), windows=windows)
+        if given is not None:
+            latents = self.codec.encode(given.pixels.to(self.device))
+            plan = replace(plan, latents=latents, places=given.places)
+        plan.check(self.config.condition, self.config.model.frames_per_token)
+        return plan
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -274,7 +292,7 @@ class Generator:
         """
         if rule not in LABEL_RULES:
             raise ValueError(f"sample.label_rule must be one of {', '.join(LABEL_RULES)}, not {rule!r}.")
-        num_classes = self.config.model.num_classes
+        num_classes = self.num_classes
         chosen = resolve_labels(labels or [], num_classes, self.class_names) or list(range(num_classes))
         if not chosen:
             return lambda index: None
@@ -282,18 +300,24 @@ class Generator:
             return lambda index: chosen[_drawn(seed, index) % len(chosen)]
         return lambda index: chosen[index % len(chosen)]
 
+    @property
+    def num_classes(self) -> int:
+        """Of the network's labels; of a text network, as many as it has captions."""
+        return len(self.class_names or ()) if self.config.model.is_text else self.config.model.num_classes
+
     def class_name(self, label: int | None) -> str | None:
         """The name of a class, `class-012` where names are not known, None for no label."""
         if label is None:
             return None
         return self.class_names[label] if self.class_names else f"class-{label:03d}"
 
-    def _method(self, method: str) -> str:
+    def resolve_method(self, method: str) -> str:
+        """`method`, or what `auto` means for this diffusion."""
         if method != "auto":
             return method
         return "euler" if self.config.diffusion.prediction == "flow" else "ddpm"
 
-    def _latent_shape(self, num_frames: int | None, image_size: int | None) -> tuple[int, int, int, int]:
+    def latent_shape(self, num_frames: int | None, image_size: int | None) -> tuple[int, int, int, int]:
         """(F, C, h, w) of one video's latents."""
         size, factor = image_size or self.config.data.image_size, self.config.codec.downsample_factor
         if size % factor:
@@ -301,22 +325,69 @@ class Generator:
         side = size // factor
         return num_frames or self.config.data.num_frames, self.config.codec.latent_channels, side, side
 
-    def _denoiser(self, labels: list[int | None], guidance_scale: float) -> Denoiser:
-        dtype = self.autocast_dtype
+    def denoiser(
+        self, labels: Sequence[int | None], guidance: Guidance, walk: Walk, network: ConditionalDenoiser
+    ) -> Denoiser:
+        """The guided `network` of one batch, where `walk` is."""
+        y = torch.tensor(labels, device=self.device) if self.num_classes else None
+        return guided(
+            network,
+            y,
+            self.model.null_label,
+            guidance.scale,
+            channels=self.model.in_channels,
+            batched=guidance.batched,
+            active=lambda: guidance.is_active(walk.fraction),
+        )
 
-        def network(x: Tensor, timesteps: Tensor, y: Tensor | None) -> Tensor:
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                return self.model(x, timesteps, y).float()
+    def cache_settings(
+        self, shape: Sequence[int], steps: int, method: str, eta: float, guidance: Guidance
+    ) -> dict[str, Any]:
+        """On what a schedule of reused layers depends, beside the weights."""
+        return {
+            "latents": list(shape),
+            "steps": steps,
+            "method": method,
+            "eta": eta,
+            "guidance_scale": guidance.scale,
+            "guidance_interval": guidance.interval and list(guidance.interval),
+            "diffusion": asdict(self.config.diffusion),
+        }
 
-        y = torch.tensor(labels, device=self.device) if self.config.model.num_classes else None
-        return guided(network, y, self.model.null_label, guidance_scale, channels=self.model.in_channels)
+    def _modulations(
+        self, times: list[float], labels: Sequence[int | None], guidance: Guidance, budget_mb: int
+    ) -> ModulationTable:
+        """The table for a batch; that of the batch before where it serves."""
+        known = {label for label in labels if label is not None}
+        null = {self.model.null_label} if guidance.scale != 1 and self.model.null_label is not None else set()
+        key = times, known | null, budget_mb
+        if self._table is None or self._table[0] != key:
+            self._table = None  # before the next is made
+            asked = sorted(known | null) or None
+            table = ModulationTable(self.network.modulations, times, asked, budget_mb * 2**20, self.device)
+            self._table = key, table
+        return self._table[1]
 
 
 def sampler_settings(config: Config) -> dict[str, Any]:
     """What `config` says to `Generator.batches`, but for which videos."""
-    keys = ("labels", "label_rule", "seed", "steps", "method", "eta", "guidance_scale", "batch_size")
+    keys = (
+        *("labels", "label_rule", "seed", "steps", "method", "eta", "batch_size"),
+        *("guidance_scale", "guidance_interval", "batched_guidance", "modulation_mb", "cache", "overlap_decode"),
+    )
     sizes = {"num_frames": config.data.num_frames, "image_size": config.data.image_size}
-    return {key: getattr(config.sample, key) for key in keys} | sizes
+    frames = {"given": read_given(config), "windows": windows_of(config)}
+    return {key: getattr(config.sample, key) for key in keys} | sizes | frames
+
+
+def windows_of(config: Config) -> Windows | None:
+    """The windows that `config` asks for; by default such that the network can sample in."""
+    wanted = config.sample
+    if wanted.window is None:
+        return None
+    fitting = "fused" if config.condition.frames == "none" else "autoregressive"
+    method = fitting if wanted.window_method == "auto" else wanted.window_method
+    return Windows(wanted.window, wanted.window_overlap, method)
 
 
 class VideoNoise:

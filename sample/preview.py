@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from engine.trainer import Trainer
 
 SHOWN_FRAMES = 8  # columns of a sheet
+NOTHING_AHEAD = {"modulation_mb": 0, "cache": None}  # the weights change, and may be sharded
 
 
 class Preview:
@@ -78,9 +79,11 @@ def generator_of(run: Trainer, network: nn.Module) -> Generator:
     """`network` of a training, ready to sample from as it is."""
     precision = "bf16" if run.config.train.precision == "bf16" else run.config.sample.precision
     names = run.clips.class_names if run.config.model.num_classes else None
+    if run.objective.captions is not None:
+        names = list(run.objective.captions.texts)
     codec = run.objective.codec
     return Generator(
-        cast(Latte, network),
+        cast(Latte, run.objective.called_with_labels(network)),
         codec if isinstance(codec, LatentCodec) else decoder(run.config.codec, run.world.device),
         run.config,
         class_names=names,
@@ -114,6 +117,6 @@ def chunks_of(run: Trainer, indices: Sequence[int]) -> list[Sequence[int]]:
 
 def videos_of(run: Trainer, generator: Generator, indices: Sequence[int]) -> np.ndarray:
     """The videos of those indices, as one batch; the ranks agree to go on after every step of the sampler."""
-    settings = sampler_settings(run.config) | {"batch_size": len(indices)}
+    settings = sampler_settings(run.config) | {"batch_size": len(indices), **NOTHING_AHEAD}
     batches = generator.batches(indices=indices, callback=lambda done, total: agree(run), **settings)
     return np.concatenate([videos for _, videos in batches])

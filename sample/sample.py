@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from engine.config import Config
-    from sample.generate import Generator, Source
+    from sample.generate import Generator
+    from sample.source import Source
 
 SHOWN = 16  # videos in the GIF and on the contact sheet
 SIZE_KEYS = ("data.num_frames=", "data.image_size=")
@@ -66,13 +67,29 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--num_videos", type=int, metavar="N")
     add("--seed", type=int, metavar="N")
     add("--steps", type=int, metavar="N", help="sampler steps")
-    add("--method", metavar="NAME", help="ddpm, ddim; of flow networks euler, heun; auto")
+    add("--method", metavar="NAME", help="ddpm, ddim; of flow networks euler, heun; of both dpm_solver++, unipc; auto")
     add("--eta", type=float, metavar="X", help="of ddim: 0 deterministic, 1 as noisy as ddpm")
     add("--guidance_scale", type=float, metavar="X", help="1 is no guidance")
+    add(
+        "--guidance_interval",
+        type=lambda text: [float(part) for part in text.split(",")],
+        metavar="LOW,HIGH",
+        help="guide only these noise levels, from 0 (data) to 1 (noise)",
+    )
+    add("--cache", metavar="FILE", help="a schedule of tools.fit_cache")
     add("--weights", metavar="KIND", help="ema or raw")
+    add("--lora", metavar="DIR", help="adapters to merge into the network, in peft's format")
+    add("--lora_scale", type=float, metavar="X", help="so much of them (1)")
     add("--precision", metavar="KIND", help="fp32, bf16 or fp16")
     add("--batch_size", type=int, metavar="N", help="videos at a time; changes the memory, not the videos")
     add("--fps", type=int, metavar="N", help="frames per second of the files")
+    add("--first_frame", action="append", metavar="IMAGE", help="begin with it; several are taken in turn by index")
+    add("--last_frame", action="append", metavar="IMAGE", help="end with it; several in turn")
+    add("--given", action="append", metavar="VIDEO", help="go on from its end; several in turn")
+    add("--given_frames", type=int, metavar="N", help="so many last frames of it (1)")
+    add("--window", type=int, metavar="N", help="sample longer videos in windows of N frames")
+    add("--overlap", type=int, metavar="N", help="frames that a window shares with the next (a quarter of it)")
+    add("--window_method", metavar="NAME", help="autoregressive, fused, or auto")
     add(
         "--device",
         default=None,
@@ -96,7 +113,7 @@ def main(argv: list[str]) -> int:
 
 def resolve(arguments: dict[str, Any]) -> Request:
     """What the parsed `arguments`, the YAML and the checkpoint say together; verifies the checkpoint."""
-    from sample.generate import Source, sampling_config  # torch is imported here: --help is quick
+    from sample.source import Source, sampling_config  # torch is imported here: --help is quick
 
     settings = dict(arguments)
     yaml, device, overrides = (settings.pop(key) for key in ("config", "device", "overrides"))
@@ -112,7 +129,13 @@ def load_generator(request: Request, device: Any) -> Generator:
 
     wanted = request.config.sample
     return Generator.from_source(
-        request.source, config=request.trained, weights=wanted.weights, device=device, precision=wanted.precision
+        request.source,
+        config=request.trained,
+        weights=wanted.weights,
+        device=device,
+        precision=wanted.precision,
+        cast_weights=wanted.cast_weights,
+        compiled=wanted.compile,
     )
 
 
@@ -184,9 +207,11 @@ def write_overview(
 ) -> None:
     """The GIF and contact sheet of the videos `shown`, and samples.json with what made all of them, and `facts`."""
     import json
+    from dataclasses import asdict
 
     import numpy as np
 
+    from sample.generate import windows_of
     from sample.video_io import write_atomically, write_contact_sheet, write_gif
 
     videos = np.stack(shown)  # (n, F, H, W, 3)
@@ -195,7 +220,9 @@ def write_overview(
     write_contact_sheet(folder / "samples.png", videos, captions)
     settings = config.to_dict()["sample"] | {"ckpt": checkpoint}
     size = {"num_frames": videos.shape[1], "height": videos.shape[2], "width": videos.shape[3]}
-    content = {"checkpoint": checkpoint, **facts, **size, "sample": settings, "videos": files}
+    windows = windows_of(config)
+    made = {"windows": asdict(windows)} if windows else {}
+    content = {"checkpoint": checkpoint, **facts, **size, "sample": settings, **made, "videos": files}
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(folder / "samples.json", lambda temporary: temporary.write_text(text))
 

@@ -31,14 +31,18 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from engine.config import Config
     from engine.distributed import World
     from engine.signals import StopSignals
     from sample.generate import Generator
     from sample.sample_folder import SampleFolder
 
-# keys of the configuration on which the videos depend; of the codec's place its content counts instead
-SECTIONS = ("model.", "diffusion.", "codec.", "data.num_frames", "data.image_size", "sample.")
-FREE = {"sample.ckpt", "sample.save_video_path", "sample.num_videos", "codec.path", "codec.subfolder", "codec.revision"}
+# keys of the configuration on which the videos depend; of codec, step cache and given frames the content counts
+SECTIONS = ("model.", "diffusion.", "condition.", "codec.", "data.num_frames", "data.image_size", "sample.")
+FREE = {
+    *("sample.ckpt", "sample.save_video_path", "sample.num_videos", "sample.overlap_decode", "sample.cache"),
+    *("codec.path", "codec.subfolder", "codec.revision", "sample.first_frame", "sample.last_frame", "sample.given"),
+}
 TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0  # between two looks at what all processes have written
 START_TIMEOUT_S = 1800.0  # for the slowest process to load the checkpoint
 POLL_S = 0.5  # between two looks for the last videos of the others
@@ -292,29 +296,33 @@ class Progress:
 
 def settings_of(request: Request, generator: Generator) -> dict[str, Any]:
     """All on which the videos depend, by dotted key, and the contents of checkpoint and codec."""
-    from engine.checkpoint import file_sha256
+    from engine.checkpoint import content_sha256, file_sha256
     from engine.config import all_keys
+    from models.lora import WEIGHTS_FILE
 
     config = request.config
+    lora = config.sample.lora
     keys = [key.split(".") for key in all_keys() if key.startswith(SECTIONS) and key not in FREE]
     return {
         "checkpoint_sha256": file_sha256(request.source.weights_file(config.sample.weights)),
         "codec_sha256": content_sha256(generator.codec),
+        **({"cache_sha256": file_sha256(Path(config.sample.cache))} if config.sample.cache else {}),
+        **({"given_sha256": given} if (given := given_sha256(config)) else {}),
+        **({"lora_sha256": file_sha256(Path(lora) / WEIGHTS_FILE)} if lora else {}),
         **{f"{section}.{name}": getattr(getattr(config, section), name) for section, name in keys},
     }
 
 
-def content_sha256(module: torch.nn.Module) -> str:
-    """The SHA-256 over names and values of a module's tensors: the same from whatever file they came."""
+def given_sha256(config: Config) -> str | None:
+    """The SHA-256 over the pixels that the videos are to show, and where; None without such."""
     import hashlib
 
-    import torch
+    from sample.given import read_given
 
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    given = read_given(config)
+    if given is None:
+        return None
+    return hashlib.sha256(repr(given.places).encode() + given.pixels.numpy().tobytes()).hexdigest()
 
 
 def machine(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
     python sample/sample_t2x.py --config configs/t2x/t2v_sample.yaml --prompt "a dog in astronaut suit"
     python sample/sample_t2x.py --config configs/t2x/t2i_sample.yaml --prompt_file prompts.txt --seed 3
+    python sample/sample_t2x.py --ckpt results/t2v --prompt "a cat"     # a run or checkpoint of train.py
 
 Flags stand above the file; prompts on the command line replace the file's. First all prompts are encoded and the
 text encoder is let go; then each prompt is sampled, decoded and written.
@@ -19,6 +20,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
 
 import argparse
+import gc
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +31,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from models.text_encoder import Prompt
     from sample.t2x_config import T2XConfig
-    from sample.text_to_video import Prompt
+    from sample.t2x_run import TrainedRun
 
 SHOWN = 16  # videos on the contact sheet
 PROMPTS: dict[str, Any] = {"text_prompt": [], "prompt_file": None}  # where one is given, both are
@@ -59,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--negative_prompt", metavar="TEXT", help="what to guide away from")
     add("--pretrained_model_path", metavar="PATH", help="folder or hub name")
     add("--revision", metavar="NAME", help="of a hub name")
+    add("--ckpt", metavar="PATH", help="a run or checkpoint of a training, with sizes and sampler of its config")
     add("--transformer", metavar="PATH", help="other weights of the network: a folder or file")
     add("--save_img_path", metavar="DIR", help="folder to write into")
     add("--video_length", type=int, metavar="N", help="frames; 1 makes images")
@@ -70,7 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eta", type=float, metavar="X", help="of DDIM: 0 deterministic, 1 as noisy as DDPM")
     add("--guidance_scale", type=float, metavar="X", help="1 is no guidance")
     add("--decode_chunk_size", type=int, metavar="N", help="frames decoded at a time")
+    add("--lora", metavar="DIR", help="adapters to merge into the network, in peft's format")
+    add("--lora_scale", type=float, metavar="X", help="so much of them (1)")
     add("--precision", metavar="KIND", help="fp16, bf16 or fp32")
+    add("--quantize_text_encoder", metavar="KIND", help="int8; on CUDA also bnb8, bnb4 (bitsandbytes)")
+    add("--quantize_transformer", metavar="KIND", help="the same for the network")
     add("--fps", type=int, metavar="N", help="frames per second of the files")
     for switch in SWITCHES:
         add(f"--{switch}", action=argparse.BooleanOptionalAction)
@@ -86,37 +95,59 @@ def main(argv: list[str]) -> int:
         settings = PROMPTS | settings
 
     from sample.t2x_config import load_t2x_config
+    from sample.t2x_run import TrainedRun
 
-    config = load_t2x_config(yaml, settings)
+    run = TrainedRun.open(settings["ckpt"]) if settings.get("ckpt") else None
+    config = load_t2x_config(yaml, settings, run.settings() if run else None)
     prompts = config.prompts()
 
-    from sample.generate import usable_device  # torch is imported here: --help is quick
+    from models.quantize import check_device  # torch is imported here: --help is quick
+    from sample.generate import usable_device
     from sample.sample import make_writable
     from sample.text_to_video import find_folder
 
     device = usable_device(device_name)
+    for key in ("quantize_text_encoder", "quantize_transformer"):
+        check_device(getattr(config, key), device, key)
     target = Path(config.save_img_path)
     make_writable(target, "save_img_path")
-    folder = find_folder(config)
-    encoded = encode_all(config, folder, prompts, device)
-    files = write_videos(config, folder, prompts, encoded, device)
+    with run.folder() if run else nullcontext(None) as made:
+        folder = made or find_folder(config)
+        encoded = encode_all(config, folder, prompts, device, run)
+        files = write_videos(config, folder, prompts, encoded, device, run)
     print(f"{len(files)} videos in {target}: samples.png shows {min(SHOWN, len(files))} of them")
     print(f"peak memory: {peak_memory(device)}")
     return 0
 
 
-def encode_all(config: T2XConfig, folder: Path, prompts: list[str], device: torch.device) -> list[Prompt]:
+def encode_all(
+    config: T2XConfig, folder: Path, prompts: list[str], device: torch.device, run: TrainedRun | None = None
+) -> list[Prompt]:
     """Features of all prompts; the text encoder, by far the largest network, lives no longer than this."""
     from models.autoencoder import DTYPES
-    from sample.text_to_video import TextEncoder
+    from models.text_encoder import MAX_WORDS, TextEncoder
 
-    encoder = TextEncoder.from_folder(folder, DTYPES[config.precision], device)
+    encoder = TextEncoder.from_folder(
+        folder,
+        DTYPES[config.precision],
+        device,
+        config.quantize_text_encoder,
+        max_length=run.config.text.max_length if run else MAX_WORDS,
+    )
     negative = config.negative_prompt if config.guidance_scale > 1 else None
-    return [encoder.encode(prompt, negative, clean=config.clean_caption) for prompt in prompts]
+    encoded = [encoder.encode(prompt, negative, clean=config.clean_caption) for prompt in prompts]
+    del encoder
+    gc.collect()  # transformers' networks refer to themselves
+    return encoded
 
 
 def write_videos(
-    config: T2XConfig, folder: Path, prompts: list[str], encoded: list[Prompt], device: torch.device
+    config: T2XConfig,
+    folder: Path,
+    prompts: list[str],
+    encoded: list[Prompt],
+    device: torch.device,
+    run: TrainedRun | None = None,
 ) -> list[dict[str, Any]]:
     """Sample, decode and write each video as it comes, then the overview.
 
@@ -128,7 +159,7 @@ def write_videos(
     from sample.text_to_video import Sampler
     from sample.video_io import slug
 
-    sampler = Sampler(config, folder, device)
+    sampler = Sampler(config, folder, device, run.config.codec if run else None)
     target = Path(config.save_img_path)
     jobs = [
         (prompt, features) for prompt, features in zip(prompts, encoded) for _ in range(config.num_videos_per_prompt)

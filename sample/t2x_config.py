@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import MAX_SEED, SAMPLE_PRECISIONS, read_yaml, require
+from models.quantize import KINDS
 
 # The official names -> the class in diffusers and what it needs beside the beta schedule. A learned variance is
 # for DDPM alone: the other samplers have no use for it.
@@ -42,6 +43,7 @@ class T2XConfig:
 
     pretrained_model_path: str = "maxin-cn/Latte-1"  # a folder of transformer/, vae/, ..., or a hub name
     revision: str | None = None  # of a hub name
+    ckpt: str | None = None  # instead of both: a run or checkpoint of a training, which is sampled as its config says
     transformer: str | None = None  # other weights of the network: what models.convert_t2v loads
     save_img_path: str = "results/t2v"  # folder to write into
     text_prompt: list[str] = field(default_factory=list)
@@ -56,17 +58,21 @@ class T2XConfig:
     num_sampling_steps: int = 50
     eta: float = 0.0  # of DDIM
     guidance_scale: float = 7.5  # 1: no guidance
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    variance_type: str = "learned_range"  # of DDPM
+    beta_start: float | None = None  # this and the next two: null for those of the folder's scheduler
+    beta_end: float | None = None
+    beta_schedule: str | None = None
+    variance_type: str = "learned_range"  # of DDPM, where the network predicts a variance
     enable_temporal_attentions: bool = True  # false: every frame by itself
     enable_vae_temporal_decoder: bool = False
     decode_chunk_size: int = 16  # frames at a time
     vae_slicing: bool = False
     vae_tiling: bool = False
+    lora: str | None = None  # adapters to merge into the network: a folder in peft's format
+    lora_scale: float = 1.0  # so much of them
     precision: str = "fp16"  # of all three networks
-    compile: bool = False
+    quantize_text_encoder: str | None = None  # int8 on any device; bnb8, bnb4 on CUDA
+    quantize_transformer: str | None = None
+    compile: bool = False  # each block of the network, and the decoder
     cpu_offload: bool = False  # network and decoder take turns on the device
     fps: int = 8
 
@@ -85,10 +91,23 @@ class T2XConfig:
             0 <= self.guidance_scale < math.inf,
             f"guidance_scale must be zero or more and finite, not {self.guidance_scale}",
         )
-        require(0 < self.beta_start <= self.beta_end < 1, "beta_start and beta_end must be 0 < start <= end < 1")
+        require(
+            0 < (self.beta_start or 1e-9) <= (self.beta_end or 0.999) < 1,
+            "beta_start and beta_end must be 0 < start <= end < 1",
+        )
+        require(not (self.ckpt and self.transformer), "ckpt is a network, and so is transformer: give one of them")
+        require(abs(self.lora_scale) < math.inf, f"lora_scale must be finite, not {self.lora_scale}")
+        require(self.lora is not None or self.lora_scale == 1, "lora_scale is read only with lora")
+        require(
+            not (self.cpu_offload and self.quantize_transformer in ("bnb8", "bnb4")),
+            f"quantize_transformer={self.quantize_transformer} stays on the GPU: leave cpu_offload out, or use int8",
+        )
         for key, choices in {"sample_method": list(SCHEDULERS), "precision": list(SAMPLE_PRECISIONS)}.items():
             value = getattr(self, key)
             require(value in choices, f"{key} must be one of {', '.join(choices)}, not {value!r}")
+        for key in ("quantize_text_encoder", "quantize_transformer"):
+            value = getattr(self, key)
+            require(value in (None, *KINDS), f"{key} must be one of {', '.join(KINDS)}, or null, not {value!r}")
 
     def prompts(self) -> list[str]:
         """All prompts, of the list and of the file.
@@ -102,8 +121,8 @@ class T2XConfig:
         return prompts
 
 
-def load_t2x_config(path: str | Path | None, settings: dict[str, Any]) -> T2XConfig:
-    """Defaults, then the YAML file, then `settings`.
+def load_t2x_config(path: str | Path | None, settings: dict[str, Any], base: dict[str, Any] | None = None) -> T2XConfig:
+    """Defaults, then `base`, then the YAML file, then `settings`.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names the file or key.
@@ -116,7 +135,7 @@ def load_t2x_config(path: str | Path | None, settings: dict[str, Any]) -> T2XCon
     for key in values:
         require(key in KEYS, f"{path}: unknown key {key!r}: {_hint(str(key))}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(T2XConfig), values, settings)
+        merged = OmegaConf.merge(OmegaConf.structured(T2XConfig), base or {}, values, settings)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         sentence = " ".join(str(error).split("\n    full_key")[0].split())

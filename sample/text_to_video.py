@@ -10,144 +10,68 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.objective import sample_generator
+from models import hub
 from models.autoencoder import DTYPES, CodecConfig, LatentCodec
-from models.convert_t2v import load_t2v
+from models.convert_t2v import find_network, load_t2v
+from models.hub import require_part
 from models.latte_t2v import LatteT2V
-from sample.captions import clean_caption
+from models.lora import merge_lora
+from models.quantize import quantize
+from models.text_encoder import Prompt
 from sample.generate import to_uint8
 from sample.t2x_config import LEARNED_VARIANCE, SCHEDULERS, T2XConfig
 
-log = logging.getLogger(__name__)
-
-MAX_WORDS = 120  # of a prompt, in T5's pieces; what the weights were trained with
-PROBES = ("a red disc moving", "two blue squares resting")  # as many words; no tokenizer may take them for the same
+LATTE_BETAS = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+}  # Latte's, where a folder says nothing
+BETAS = tuple(LATTE_BETAS)
+FIXED_VARIANCE = "fixed_large"  # of DDPM, of a network without a learned one
 PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae*")
 Progress = Callable[[int, int], object]
 
 
-class Prompt(NamedTuple):
-    """Features of one prompt and of what it is guided away from, each (1, L, D)."""
-
-    positive: Tensor
-    negative: Tensor | None
-
-
 def find_folder(config: T2XConfig) -> Path:
-    """The folder of `pretrained_model_path`, downloaded where it is a hub name; says which state of it.
+    """The folder of `pretrained_model_path`.
 
-    Raises: FileNotFoundError, one sentence, where it is neither.
+    Raises: FileNotFoundError, one sentence, where it is neither a folder nor a hub name.
     """
-    folder = Path(config.pretrained_model_path).expanduser()
-    if folder.is_dir():
-        return folder
-    if config.pretrained_model_path.count("/") != 1 or config.pretrained_model_path.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"pretrained_model_path: there is no folder {folder}")
-    from huggingface_hub import snapshot_download
-
     patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
-    try:
-        path = snapshot_download(config.pretrained_model_path, revision=config.revision, allow_patterns=patterns)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"pretrained_model_path={config.pretrained_model_path} is not a folder here, and could not be had from "
-            f"the hub ({type(error).__name__})"
-        ) from error
-    log.warning("%s: revision %s, commit %s", config.pretrained_model_path, config.revision or "main", Path(path).name)
-    return Path(path)
-
-
-# ------------------------------------------------------------------------------------------ prompts
-
-
-@dataclass
-class TextEncoder:
-    """T5 and its tokenizer."""
-
-    tokenizer: Any
-    network: Any
-
-    @classmethod
-    def from_folder(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-        """From the sub-folders `tokenizer` and `text_encoder`.
-
-        Raises: FileNotFoundError, ValueError: one is missing or broken, or the tokenizer is not the encoder's.
-        """
-        from transformers import T5EncoderModel, T5Tokenizer
-
-        for name in ("tokenizer", "text_encoder"):
-            _require_part(folder, name)
-        try:
-            tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
-            network = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{folder}: tokenizer or text_encoder could not be loaded: {reason}") from error
-        check_tokenizer(tokenizer, network.config.vocab_size, folder)
-        return cls(tokenizer, network.eval().requires_grad_(False).to(device))
-
-    @torch.no_grad()
-    def features(self, text: str, length: int = MAX_WORDS) -> tuple[Tensor, int]:
-        """Features (1, `length`, D) of a text, padding included, and how many of them are words."""
-        tokens = self.tokenizer(
-            [text], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).to(self.network.device)
-        features = self.network(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        return features, int(tokens.attention_mask.sum())
-
-    def encode(self, prompt: str, negative_prompt: str | None, *, clean: bool = True) -> Prompt:
-        """Features of the words of a prompt, and as many of the negative one; None: no guidance."""
-        prepare = clean_caption if clean else lambda text: text.lower().strip()
-        text = prepare(prompt)
-        count = len(self.tokenizer(text).input_ids)
-        if count > MAX_WORDS:
-            log.warning("a prompt of %d pieces is cut to the %d that the network knows", count, MAX_WORDS)
-        positive, words = self.features(text)
-        negative = None if negative_prompt is None else self.features(prepare(negative_prompt))[0][:, :words]
-        return Prompt(positive[:, :words], negative)
-
-
-def check_tokenizer(tokenizer: Any, vocab_size: int, folder: Path) -> None:
-    """Refuse a tokenizer that lost its vocabulary: it would make every prompt the same, without a word.
-
-    Raises: ValueError.
-    """
-    sizes = f"{folder}: the tokenizer knows {len(tokenizer)} pieces, the text encoder {vocab_size}"
-    if len(tokenizer) < vocab_size / 2 or len(tokenizer) > vocab_size:
-        raise ValueError(f"{sizes}: they do not belong together, or the tokenizer's files are not whole")
-    first, second = (tokenizer(probe).input_ids for probe in PROBES)
-    if first == second:
-        raise ValueError(f"{sizes}, but it takes different prompts for the same; copy the tokenizer again")
+    return hub.find_folder(config.pretrained_model_path, config.revision, "pretrained_model_path", patterns)
 
 
 # ------------------------------------------------------------------------------------------ latents
 
 
-def make_scheduler(config: T2XConfig, folder: Path) -> Any:
-    """The sampler that `sample_method` names, on the noise schedule of the folder with the config's betas."""
+def make_scheduler(config: T2XConfig, folder: Path, *, learned_variance: bool = True) -> Any:
+    """The sampler that `sample_method` names, on the noise schedule of the folder, or with the config's betas.
+
+    Args:
+        learned_variance: whether the network predicts a variance beside the noise.
+    """
     import diffusers
 
-    _require_part(folder, "scheduler")
+    require_part(folder, "scheduler")
     name, options = SCHEDULERS[config.sample_method]
-    betas = {key: getattr(config, key) for key in ("beta_start", "beta_end", "beta_schedule")}
+    betas = {key: getattr(config, key) for key in BETAS if getattr(config, key) is not None}
     if config.sample_method in LEARNED_VARIANCE:
-        betas["variance_type"] = config.variance_type
+        betas["variance_type"] = config.variance_type if learned_variance else FIXED_VARIANCE
     owner = getattr(diffusers, name)
     given = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     known = inspect.signature(owner.__init__).parameters
     kept = {key: value for key, value in given.items() if key in known and key != "variance_type"}
-    return owner(**{**kept, **betas, **options})
+    return owner(**{**LATTE_BETAS, **kept, **betas, **options})
 
 
 @torch.no_grad()
@@ -191,9 +115,12 @@ def denoise(
 def load_network(config: T2XConfig, folder: Path, device: torch.device) -> LatteT2V:
     """The text-conditioned network of the folder, or of `transformer`, ready to sample."""
     if config.transformer is None:
-        _require_part(folder, "transformer")
-    model = load_t2v(config.transformer or folder / "transformer", dtype=DTYPES[config.precision])
-    model.requires_grad_(False).to(device)
+        require_part(folder, "transformer")
+    other = config.transformer and find_network(config.transformer, None, "transformer")
+    model = load_t2v(other or folder / "transformer", dtype=DTYPES[config.precision])
+    if config.lora:
+        merge_lora(model, config.lora, config.lora_scale)
+    quantize(model.requires_grad_(False), config.quantize_transformer, device)
     if config.compile:
         for block in model.blocks:
             block.compile()
@@ -206,7 +133,7 @@ def load_network(config: T2XConfig, folder: Path, device: torch.device) -> Latte
 def load_codec(config: T2XConfig, folder: Path, device: torch.device) -> LatentCodec:
     """The decoder of single frames, or the one of clips."""
     name = "vae_temporal_decoder" if config.enable_vae_temporal_decoder else "vae"
-    _require_part(folder, name)
+    require_part(folder, name)
     described = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
     codec = LatentCodec.from_config(
         CodecConfig(
@@ -226,13 +153,9 @@ def load_codec(config: T2XConfig, folder: Path, device: torch.device) -> LatentC
             raise ValueError(f"{described['_class_name']} has no {method}: leave vae_slicing and vae_tiling out")
         if wanted:
             getattr(network, method)()
+    if config.compile:
+        network.decoder.compile()
     return codec
-
-
-def _require_part(folder: Path, name: str) -> None:
-    """Raises: FileNotFoundError unless the folder has that sub-folder."""
-    if not (folder / name).is_dir():
-        raise FileNotFoundError(f"{folder} has no sub-folder {name}, which is a part of a Latte folder")
 
 
 # -------------------------------------------------------------------------------------------- whole
@@ -242,15 +165,19 @@ class Sampler:
     """The network, its sampler and the decoder, for one video after the other.
 
     A video is a function of (seed, index): its noise comes from a generator of its own on the CPU.
+
+    Args:
+        codec: the decoder, in place of the folder's.
     """
 
-    def __init__(self, config: T2XConfig, folder: Path, device: torch.device) -> None:
+    def __init__(self, config: T2XConfig, folder: Path, device: torch.device, codec: CodecConfig | None = None) -> None:
         self.config = config
         self.device = device
         resting = torch.device("cpu") if config.cpu_offload else device
-        self.scheduler = make_scheduler(config, folder)
         self.model = load_network(config, folder, resting)
-        self.codec = load_codec(config, folder, resting)
+        channels, out_channels = self.model.config.channels
+        self.scheduler = make_scheduler(config, folder, learned_variance=out_channels == 2 * channels)
+        self.codec = LatentCodec.from_config(codec, resting) if codec else load_codec(config, folder, resting)
         self._check()
 
     @property

@@ -150,7 +150,7 @@ def arm(text: str | None = None) -> None:
         self.batch_files = self._files_of(micro_batches)
         for fault in list(faults):
             kind, rank, step = fault
-            if rank == self.world.rank and step in (-1, self.step):
+            if rank == self.world.rank and step in (-1, self.step + (self.pending is not None)):
                 if step != -1:
                     faults.remove(fault)
                 if not _happened_before():

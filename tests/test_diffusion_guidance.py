@@ -50,6 +50,23 @@ def test_both_halves_run_as_one_batch_with_null_labels_second() -> None:
     assert seen.tolist() == [[1], [5], [NULL], [NULL]]
 
 
+def test_one_after_the_other_gives_the_same_in_calls_of_half_the_size() -> None:
+    x, timesteps, labels = inputs()
+    network = Network()
+    found = guided(network, labels, NULL, 7.0, channels=CHANNELS, batched=False)(x, timesteps)
+    assert [(size, seen.tolist()) for size, seen in network.calls] == [(2, [[1], [5]]), (2, [[NULL], [NULL]])]
+    torch.testing.assert_close(found, guided(Network(), labels, NULL, 7.0, channels=CHANNELS)(x, timesteps))
+
+
+def test_outside_of_its_interval_guidance_is_one_plain_conditional_call() -> None:
+    x, timesteps, labels = inputs()
+    network, answers = Network(), iter([False, True])
+    denoiser = guided(network, labels, NULL, 7.0, channels=CHANNELS, active=lambda: next(answers))
+    assert torch.equal(denoiser(x, timesteps), Network()(x, timesteps, labels))
+    assert not torch.equal(denoiser(x, timesteps), Network()(x, timesteps, labels))
+    assert [size for size, _ in network.calls] == [2, 4]
+
+
 @pytest.mark.parametrize("scale", [1.0, 1])
 def test_scale_one_is_one_plain_conditional_call(scale: float) -> None:
     x, timesteps, labels = inputs()

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import DiffusionConfig, GaussianDiffusion, RectifiedFlow, StepOptions, build_diffusion, sample
+from diffusion import (
+    DiffusionConfig,
+    GaussianDiffusion,
+    RectifiedFlow,
+    StepOptions,
+    build_diffusion,
+    evaluations,
+    sample,
+)
 from diffusion.samplers import METHODS, ddim_step, ddpm_step, p_mean_variance
 
 SHAPE = (2, 3, 2, 4, 5)  # B F C H W
@@ -151,7 +159,7 @@ def network(channels: int) -> Callable[[Tensor, Tensor], Tensor]:
 
     def call(x: Tensor, timesteps: Tensor) -> Tensor:
         time = timesteps.to(x.dtype).view(-1, 1, 1, 1, 1) / 1000
-        return torch.tanh(torch.einsum("oc,bfchw->bfohw", weight, x) + time)
+        return torch.tanh(torch.einsum("oc,bfchw->bfohw", weight.to(x.dtype), x) + time)
 
     return call
 
@@ -220,11 +228,109 @@ def test_euler_is_diffusers_flow_matching(shift: float) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+# ---- multistep solvers, which diffusers computes ------------------------------------------------
+
+
+MULTISTEP = ("dpm_solver++", "unipc")
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "flow"])
+@pytest.mark.parametrize("method", MULTISTEP)
+def test_multistep_solvers_are_of_second_order(method: str, kind: str) -> None:
+    """On the exact flow of Gaussian data; a first-order solver would gain a factor of 4, not 16."""
+    noise = randn(*SHAPE)
+
+    def error(steps: int) -> float:
+        if kind == "flow":
+            found = sample(flow(str(steps)), perfect_velocity, noise, method=method)
+            return (found - MEAN - DEVIATION * noise).abs().max().item()
+        signal = FULL_SIGNAL[-1]
+        deviation = (signal * DEVIATION**2 + 1 - signal).sqrt()
+        exact = MEAN + DEVIATION * (noise - signal.sqrt() * MEAN) / deviation
+        return (sample(gaussian(str(steps)), perfect_denoiser, noise, method=method) - exact).abs().max().item()
+
+    first_order = "euler" if kind == "flow" else "ddim"
+    coarse, fine = error(80), error(320)
+    assert 10 < coarse / fine < 45
+    assert fine < solution_error(first_order, 320) / 8
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+@pytest.mark.parametrize("learn_sigma", [False, True])
+@pytest.mark.parametrize("prediction", ["epsilon", "x_start", "velocity"])
+@pytest.mark.parametrize("method", MULTISTEP)
+def test_multistep_is_diffusers_scheduler_run_by_hand(
+    method: str, prediction: str, learn_sigma: bool, channels: int
+) -> None:
+    """The scheduler as its users run it: our timesteps, its own noise levels, epsilon or what the network predicts.
+
+    Learned variance must change nothing, in any number of channels (diffusers itself keeps the first three).
+    """
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    classes = {"dpm_solver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+    theirs = {"epsilon": "epsilon", "x_start": "sample", "velocity": "v_prediction"}[prediction]
+    # 12 of 1000 by numpy's linspace, as both of us take them
+    scheduler = classes[method](prediction_type=theirs)
+    scheduler.set_timesteps(12)
+    process = gaussian("12", learn_sigma, prediction=prediction)
+    times = process.timestep_map.flip(0)
+    scheduler.timesteps = times
+    levels = (1 / FULL_SIGNAL - 1).sqrt()[times]
+    scheduler.sigmas = torch.cat([levels, levels.new_zeros(1)]).float()
+    weight = randn(channels, channels, seed=9) / channels
+
+    def predicted(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(
+            torch.einsum("oc,bfchw->bfohw", weight.to(x.dtype), x) + t.to(x.dtype).view(-1, 1, 1, 1, 1) / 1000
+        )
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        output = predicted(x, t)
+        return torch.cat([output, torch.full_like(output, 0.7)], 2) if learn_sigma else output
+
+    noise = randn(2, 3, channels, 4, 5)
+    expected = noise.float()
+    for t in times:
+        output = predicted(expected, t.expand(2))
+        expected = scheduler.step(output.flatten(0, 1), t, expected.flatten(0, 1)).prev_sample.unflatten(0, (2, 3))
+    found = sample(process, denoiser, noise, method=method)
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=2e-5 * scale)
+
+
+def test_stochastic_multistep_draws_the_data_distribution_from_the_given_noise() -> None:
+    def draw() -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        noise_fn = lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)  # noqa: E731
+        noise = randn(1, 1, 1, 200, 100)
+        return sample(gaussian("250"), perfect_denoiser, noise, method="sde_dpm_solver++", noise_fn=noise_fn)
+
+    found = draw()
+    assert found.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert found.std().item() == pytest.approx(DEVIATION, abs=0.02)
+    assert torch.equal(found, draw())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluations_are_those_that_the_network_is_asked_for(method: str) -> None:
+    for process in (gaussian("7", schedule="cosine"), flow("7", 3.0)):
+        if isinstance(process, METHODS[method].process):
+            asked = []
+
+            def denoiser(x: Tensor, timesteps: Tensor, asked: list = asked) -> Tensor:
+                asked.append(timesteps[0].item())
+                return x / 2
+
+            sample(process, denoiser, randn(*SHAPE).float(), method=method)
+            assert [each.time for each in evaluations(process, method)] == asked
+
+
 # ---- the loop ----------------------------------------------------------------------------------
 
 
 def test_clipping_holds_for_every_method() -> None:
-    for method in ("ddpm", "ddim", "euler", "heun"):
+    for method in ("ddpm", "ddim", "euler", "heun", "dpm_solver++", "unipc"):
         process = flow("8") if METHODS[method].process is RectifiedFlow else gaussian("8")
         predictions = []
         found = sample(
@@ -279,9 +385,10 @@ def test_gradient_guidance_samples_the_posterior(method: str) -> None:
     ("process", "options", "message"),
     [
         (gaussian("4"), {"method": "euler"}, "'euler' does not fit diffusion.prediction=epsilon"),
-        (flow("4"), {"method": "ddpm"}, "choose euler | heun"),
-        (gaussian("4"), {"method": "plms"}, "choose ddpm | ddim | ddim_reverse"),
+        (flow("4"), {"method": "ddpm"}, "choose euler | heun | dpm_solver++ | sde_dpm_solver++ | unipc"),
+        (gaussian("4"), {"method": "plms"}, "choose ddpm | ddim | ddim_reverse | dpm_solver++"),
         (gaussian("4"), {"method": "ddpm", "eta": 0.5}, "eta=0.5 belongs to method ddim"),
+        (gaussian("4"), {"method": "unipc", "gradient_fn": perfect_denoiser}, "gradient_fn"),
         (flow("4"), {"method": "euler", "gradient_fn": perfect_denoiser}, "gradient_fn"),
     ],
 )

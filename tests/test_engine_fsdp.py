@@ -29,7 +29,11 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleran
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("extra", [[], ["train.grad_accum_steps=2", "train.batch_size=1"]], ids=["plain", "accumulate"])
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["train.grad_accum_steps=2", "train.batch_size=1", "train.log_every=4"]],  # each step counted, or in the next
+    ids=["plain", "accumulate"],
+)
 def test_losses_and_weights_are_those_of_ddp(tiny: list[str], tmp_path: Path, extra: list[str]) -> None:
     """float64, with clipping: 1e-12."""
     common = [*tiny, *FP64, *extra, "train.max_steps=4"]

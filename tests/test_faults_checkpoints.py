@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine import checkpoint as ckpt
+from engine import resume, start
 from engine.checkpoint import Checkpoint, CheckpointError
 from engine.config import Config, load_config
 from engine.distributed import World
@@ -842,10 +843,10 @@ def test_C13_the_next_boundary_raises(tiny: list[str], monkeypatch: pytest.Monke
     extra = ["train.async_checkpoint=true", "train.max_steps=500", "train.checkpoint_every=3"]
     trainer = Trainer(load_config(None, [*tiny, *extra]), World())
     if what[1] == "verify":  # restore() verifies too
-        trainer._find_newest = lambda root: (None, [])  # type: ignore[method-assign]
+        monkeypatch.setattr(resume, "find_newest", lambda root: (None, []))
     failing_from(monkeypatch, 6, what)
     if what[1] == "disk_usage":
-        monkeypatch.setattr(Trainer, "_space_note", lambda self: None)
+        monkeypatch.setattr(start, "space_note", lambda run: None)
         monkeypatch.setattr(ckpt.CheckpointWriter, "_room", lambda self, checkpoint: "")
     joined = ckpt.CheckpointWriter.save
 

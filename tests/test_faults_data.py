@@ -31,7 +31,7 @@ from PIL import Image
 
 from datasets import ClipDataset, DataConfig, VideoError, build_catalog, build_dataset, clips, open_video, readers
 from datasets.clips import MAX_ATTEMPTS
-from datasets.latents import CacheError
+from datasets.shards import CacheError
 from engine import trainer as trainer_module
 from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.config import load_config

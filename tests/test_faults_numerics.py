@@ -29,11 +29,19 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
+def judge(guard: StepGuard, norm: float, *, finite: bool = True, step: int = 0) -> tuple[str | None, float]:
+    """A step as the device judges it and the host records it: why it is skipped, and what it is clipped to."""
+    bounds = guard.bounds(step)
+    skip, limit = bounds.judge(torch.tensor(not finite), torch.tensor(norm, dtype=torch.float64))
+    return guard.record(bounds, bool(skip), finite, norm), float(limit)
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["nan", "inf", "report"], ids=["F1", "F2", "F1-report"])
 def test_F1_F2_one_rank_not_finite(tiny: list[str], tmp_path: Path, kind: str) -> None:
     """All ranks skip the same step, go on with the next clips, and the log names files and timesteps."""
-    results = run_ranks(2, tmp_path / "rendezvous", fit_rank, [*tiny, *STEPS], f"{kind}@1:3")
+    late = [] if kind == "nan" else ["train.log_every=6"]  # the host learns of it in the next step
+    results = run_ranks(2, tmp_path / "rendezvous", fit_rank, [*tiny, *STEPS, *late], f"{kind}@1:3")
     assert [error for _, error in results] == [None, None]
     first, second = (result for result, _ in results)
     for result in (first, second):
@@ -75,11 +83,11 @@ def test_F3_a_streak_aborts_with_a_code_and_a_dump(tiny: list[str], tmp_path: Pa
 def test_F3_skips_count_in_a_row_and_over_a_resume() -> None:
     guard = StepGuard(OptimConfig(max_skips=2))
     for finite in (False, True, False):
-        guard.judge(finite, 1.0, 0)
+        judge(guard, 1.0, finite=finite)
         guard.check_streak()
     continued = StepGuard(guard.config)
     continued.load_state_dict(guard.state_dict())
-    continued.judge(False, 1.0, 0)
+    judge(continued, 1.0, finite=False)
     with pytest.raises(TrainingAborted, match="2 steps in a row"):
         continued.check_streak()
 
@@ -103,11 +111,20 @@ def test_F4_spikes_by_policy(tiny: list[str], policy: str) -> None:
 def test_F4_a_clipped_spike_is_scaled_to_the_median() -> None:
     guard = StepGuard(OptimConfig(spike_factor=5.0, spike_policy="clip"))
     for norm in [2.0] * (StepGuard.MINIMUM - 1) + [8.0]:
-        assert guard.judge(True, norm, 0).limit == float("inf")
-    verdict = guard.judge(True, 10.1, 0)
-    assert verdict.spike and verdict.skip is None and verdict.limit == 2.0
-    assert not guard.judge(True, 9.9, 0).spike
-    assert guard.judge(True, 10.1, 20_000).limit == 0.1  # clipping as usual, where that is stricter
+        assert judge(guard, norm) == (None, float("inf"))
+    assert judge(guard, 10.1) == (None, 2.0) and guard.spikes == 1
+    assert judge(guard, 9.9) == (None, float("inf")) and guard.spikes == 1
+    assert judge(guard, 10.1, step=20_000) == (None, 0.1)  # clipping as usual, where that is stricter
+
+
+def test_F4_a_skipped_spike_is_not_remembered() -> None:
+    guard = StepGuard(OptimConfig(spike_factor=5.0))
+    for norm in [2.0] * StepGuard.MINIMUM:
+        judge(guard, norm)
+    reason, _ = judge(guard, 10.1)
+    assert reason == "gradient norm 10.1 is a spike over the median 2"
+    assert (guard.spikes, guard.skipped, max(guard.norms)) == (1, 1, 2.0)
+    assert judge(guard, 10.0)[0] is None  # no more than the factor
 
 
 def test_F5_not_finite_in_an_accumulation_micro_step(tiny: list[str], tmp_path: Path) -> None:

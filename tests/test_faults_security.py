@@ -50,8 +50,9 @@ from engine.text import printable
 from models.autoencoder import CodecConfig, LatentCodec
 from models.convert import read_state_dict
 from models.taef2 import DECODER_FILE, ENCODER_FILE, Taef2
-from sample.generate import Generator, Source
+from sample.generate import Generator
 from sample.sample import write_samples
+from sample.source import Source
 from sample.video_io import contact_sheet, slug, write_mp4
 from tests.conftest import TINY
 from tests.detector_stubs import write_stub

@@ -56,6 +56,34 @@ def test_training_and_sampling_import_no_text_encoder(modules: str) -> None:
     assert run_python(code).strip() == "[]"
 
 
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"transformers", "peft", "diffusers", "accelerate", "sentencepiece"}:
+            raise AssertionError(f"{name} is imported")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def test_a_class_conditional_run_needs_none_of_them(tiny: list[str], tmp_path: Path) -> None:
+    """Training from pixels and from latents of a diffusers autoencoder, and sampling, with all of them barred."""
+    from tests.latent_support import cache, save_codec
+
+    codec = save_codec(tmp_path / "codec", "AutoencoderKL")
+    cached = [*tiny, *codec, f"data.latents={cache([*tiny, *codec], tmp_path / 'latents')}"]
+    steps = ["train.max_steps=1", f"train.output_dir={tmp_path / 'cached'}"]
+    sample = ["--ckpt", str(tmp_path / "run"), "--num_videos", "1", "--save_video_path", str(tmp_path / "out")]
+    code = (
+        f"{BLOCKED}\nimport train\nfrom sample import sample\n"
+        f"assert train.main({[*tiny, steps[0]]!r}) == 0\nassert train.main({[*cached, *steps]!r}) == 0\n"
+        f"assert sample.main({[*sample, 'sample.steps=2']!r}) == 0\n"
+    )
+    run_python(code)
+
+
 def test_our_datasets_folder_is_the_one_imported() -> None:
     code = "import datasets, diffusers, transformers; print(datasets.__file__)"
     assert Path(run_python(code).strip()).parent == ROOT / "datasets"

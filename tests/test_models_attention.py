@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as functional
 from timm.layers import Attention as TimmAttention
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
+from models.attention import BACKENDS, Call, fused, plain
 from models.blocks import LAYER_PLANS, MIXERS, Block
 from models.embeddings import axis_positions, rotary_table, rotate
+from models.linear import Linear
 
 B, F, N, D, HEADS = 2, 5, 6, 12, 3
 AXES = {"spatial": "bfnhd,bfmhd->bfhnm", "temporal": "bfnhd,bgnhd->bnhfg"}
@@ -70,7 +73,7 @@ def test_fused_attention_gets_four_dimensions(axis: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
     mixer(axis)(tokens(), F)
-    shape = (B * F, HEADS, N, D // HEADS) if axis == "spatial" else (B * N, HEADS, F, D // HEADS)
+    shape = (B * F, HEADS, N, D // HEADS) if axis == "spatial" else (B, N * HEADS, F, D // HEADS)
     assert seen == [[shape] * 3]
 
 
@@ -165,3 +168,62 @@ def test_rotary_scores_depend_on_distance_only() -> None:
     assert scores[0, 1] != scores[0, 2]
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(9), rtol=1e-12, atol=1e-12)
     assert torch.equal(turned_q[0], q)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=["kept", "added"])
+@pytest.mark.parametrize("view", ["spatial", "temporal", "text"])
+def test_masks_mean_the_same_to_both_kernels(view: str, dtype: torch.dtype) -> None:
+    """Fused against plain, forward and backward in float64."""
+    q, k, v = (tokens().detach().roll(shift, -1).requires_grad_() for shift in range(3))
+    rows, length = {"spatial": (B * F, N), "temporal": (B, F), "text": (B, F * N)}[view]
+    keep = torch.rand(rows, 1, length, length, generator=torch.Generator().manual_seed(4)) < 0.7
+    keep |= torch.eye(length, dtype=torch.bool)  # no row without a key
+    call = Call(q, k, v, view, HEADS, keep if dtype == torch.bool else keep.log().to(dtype))
+    first, second = fused(call), plain(call)
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (first, second)]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
+
+
+def test_backends_are_tried_in_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "cpu", BACKENDS["cuda"])
+    original, seen = functional.scaled_dot_product_attention, []
+
+    def spy(*args: Tensor, **options: object) -> Tensor:
+        seen.append(torch._C._get_sdp_priority_order())
+        return original(*args, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    before = torch._C._get_sdp_priority_order()
+    mixer("spatial")(tokens(), F)
+    wanted = [int(backend) for backend in BACKENDS["cuda"]]
+    assert seen[0][: len(wanted)] == wanted
+    assert torch._C._get_sdp_priority_order() == before
+    assert all(order[-1] == SDPBackend.MATH for order in BACKENDS.values())  # which takes every call
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_wide_products_equal_those_in_bf16_and_are_no_less_exact(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast on a CPU that is slow in bf16: against float64, and against torch's product."""
+    torch.manual_seed(0)
+    linear, x = Linear(64, 48), torch.randn(2, 3, 5, 64)
+    linear.bias.data.normal_()
+    exact = functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+    distances = {}
+    for widen in (False, True):
+        monkeypatch.setattr(Linear, "widen", widen)
+        torch._dynamo.reset()
+        forward = torch.compile(linear, backend="aot_eager", fullgraph=True) if compiled else linear
+        with torch.autocast("cpu", torch.bfloat16):
+            out = forward(x)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=2**-7 * 3)
+        distances[widen] = (out.double() - exact).square().mean()
+        out.float().sum().backward()
+        assert linear.weight.grad.dtype == torch.float32
+    assert distances[True] <= distances[False]
+    for dtype in (torch.float32, torch.float64):
+        wide = linear.to(dtype)
+        assert torch.equal(wide(x.to(dtype)), functional.linear(x.to(dtype), wide.weight, wide.bias))

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.checkpoint import find_checkpoint, load_checkpoint_config, load_model_weights
+from engine.checkpoint import content_sha256, find_checkpoint, load_checkpoint_config, load_model_weights
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import SamplesNotWritten
@@ -26,7 +26,7 @@ from engine.objective import sample_generator
 from engine.run_folder import FolderLock
 from sample import sample_ddp
 from sample.generate import Generator, _drawn
-from sample.sample_ddp import content_sha256, main, parse
+from sample.sample_ddp import main, parse
 from sample.sample_folder import SampleFolder
 from sample.video_io import contact_sheet
 from tests.conftest import TINY, random_weights

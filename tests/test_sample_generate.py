@@ -17,8 +17,9 @@ from engine.build import build_model
 from engine.checkpoint import Checkpoint, save_checkpoint
 from engine.config import Config, load_config
 from models.autoencoder import LatentCodec
-from sample.generate import Generator, Source, VideoNoise, resolve_labels, sampling_config, to_uint8
+from sample.generate import Generator, VideoNoise, resolve_labels, to_uint8
 from sample.sample import main
+from sample.source import Source, sampling_config
 from sample.video_io import contact_sheet
 from tests.conftest import random_weights
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 from diffusers import LattePipeline
 from PIL import Image
 
+from engine.cli import run
+from models.text_encoder import TextEncoder, clean_caption
 from sample import sample_t2x
-from sample.captions import clean_caption, read_prompts
+from sample.captions import read_prompts
 from sample.t2x_config import SCHEDULERS, T2XConfig, load_t2x_config
-from sample.text_to_video import Sampler, TextEncoder, denoise, find_folder, load_codec, make_scheduler
-from tests.t2v_support import ours_of, theirs, tiny_pipeline, tiny_vae
+from sample.text_to_video import Sampler, denoise, find_folder, load_codec, make_scheduler
+from tests.t2v_support import inputs, ours_of, theirs, tiny_pipeline, tiny_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -316,3 +319,140 @@ def test_a_hub_name_through_a_local_stand_in(
     assert (asked["name"], asked["revision"]) == ("maxin-cn/Latte-1", "v1")
     assert "transformer/*" in asked["allow_patterns"]
     assert f"maxin-cn/Latte-1: revision v1, commit {latte.name}" in caplog.text
+
+
+# ------------------------------------------------------------------------------- memory and adapters
+
+
+def test_the_text_encoder_is_let_go_before_the_network_comes(latte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref] = []
+    plain = TextEncoder.from_folder.__func__  # type: ignore[attr-defined]
+
+    def remembered(cls: type, *arguments: Any) -> TextEncoder:
+        made = plain(cls, *arguments)
+        alive.append(weakref.ref(made.network))
+        return made
+
+    monkeypatch.setattr(TextEncoder, "from_folder", classmethod(remembered))
+    assert len(sample_t2x.encode_all(tiny(latte), latte, ["a", "b"], CPU)) == 2
+    assert alive[0]() is None
+
+
+def test_quantised_networks_sample_nearly_the_same_video(latte: Path, tmp_path: Path) -> None:
+    videos = []
+    for number, kind in enumerate(("int8", None)):
+        flags = ["--quantize_text_encoder", kind, "--quantize_transformer", kind] if kind else []
+        target = tmp_path / str(number)
+        assert command(latte, target, "--prompt", "a red disc", "--video_length", "1", *flags) == 0
+        videos.append(np.asarray(Image.open(target / "0000_a_red_disc.png")).astype(float))
+    assert 0 < np.abs(videos[0] - videos[1]).mean() < 4  # of 255
+
+
+def test_adapters_on_the_command_line(latte: Path, tmp_path: Path) -> None:
+    """Merged into what is sampled, in the share that --lora_scale says; and by the converter."""
+    from models.convert_t2v import load_t2v
+    from models.lora import LoraConfig, add_lora, lora_weights, save_lora
+    from tools import convert_t2v
+
+    model = ours_of(theirs())
+    add_lora(model, LoraConfig(rank=2))
+    for value in lora_weights(model.state_dict()).values():
+        torch.nn.init.normal_(value, std=0.5)
+    adapter = str(save_lora(lora_weights(model.state_dict()), LoraConfig(rank=2), tmp_path / "adapter"))
+    merged = str(tmp_path / "merged")
+    assert convert_t2v.main([str(latte), merged, "--lora", adapter, "--lora_scale", "0.5"]) == 0
+    given = inputs()
+    assert (load_t2v(merged)(**given).sample - ours_of(theirs())(**given).sample).abs().max() > 0.1
+    pictures = []
+    for number, flags in enumerate((["--lora", adapter, "--lora_scale", "0.5"], ["--transformer", merged], [])):
+        target = tmp_path / str(number)
+        assert command(latte, target, "--prompt", "a", "--video_length", "1", *flags) == 0
+        pictures.append((target / "0000_a.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_compile_reaches_the_blocks_and_the_decoder(latte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr("torch.nn.Module.compile", lambda self: compiled.append(type(self).__name__))
+    Sampler(tiny(latte, compile=True), latte, CPU)
+    assert compiled == ["T2VBlock"] * 4 + ["Decoder"]
+
+
+# -------------------------------------------------------------------- mistakes, as a user meets them
+
+
+def said_by(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and what is printed beside the progress bar, of the command line itself."""
+    fixed = ["--image_size", "16", "16", "--num_sampling_steps", "2", "--precision", "fp32", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["sample_t2x.py", *fixed, "--video_length", "1", *arguments])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(sample_t2x.main)
+    lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
+    return ended.value.code or 0, "\n".join(
+        line for line in lines if line and "step/s" not in line and "it/s" not in line
+    )
+
+
+def broken(latte: Path, folder: Path, without: str) -> Path:
+    """The folder without one of its parts."""
+    folder.mkdir()
+    for each in latte.iterdir():
+        if each.name != without:
+            (folder / each.name).symlink_to(each)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "sub-folder", "channels", "bitsandbytes", "lora", "hub"])
+def test_one_sentence_and_exit_code_2(
+    kind: str, latte: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, flags, words = latte, [], ""
+    if kind == "tokenizer":
+        from transformers import T5Tokenizer
+
+        folder = broken(latte, tmp_path / "latte", "tokenizer")
+        T5Tokenizer(vocab_file=str(latte / "tokenizer" / "spiece.model")).save_pretrained(folder / "tokenizer")
+        words = "the tokenizer knows"
+    elif kind == "sub-folder":
+        folder, words = broken(latte, tmp_path / "latte", "vae"), "has no sub-folder vae"
+    elif kind == "channels":
+        theirs(in_channels=3, out_channels=6).save_pretrained(tmp_path / "network")
+        flags, words = ["--transformer", str(tmp_path / "network")], "takes 4 latent channels, but the network makes 3"
+    elif kind == "bitsandbytes":
+        flags, words = ["--quantize_text_encoder", "bnb4"], "bitsandbytes', which needs CUDA; on cpu use int8"
+    elif kind == "lora":
+        flags, words = ["--lora", str(tmp_path)], "is no LoRA in peft's format"
+    else:
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
+        folder, words = Path("no_such_owner/no-such-model"), "could not be had from the hub"
+    code, said = said_by(monkeypatch, capfd, "--pretrained_model_path", str(folder), "--prompt", "a", "--save_img_path",
+                         str(tmp_path / "out"), *flags)  # fmt: skip
+    assert code == 2
+    assert said.startswith("error: ") and "\n" not in said and words in said, said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "the prompt '' says nothing: its video is of what the network draws without a caption"),
+        ("https://a.com/b", "the prompt 'https://a.com/b' says nothing"),
+        ("a blue square " * 720, "pieces is cut to the 120 that the network knows"),
+    ],
+    ids=["empty", "only an address", "long"],
+)
+def test_prompts_that_are_odd_are_sampled_and_said(
+    prompt: str,
+    words: str,
+    latte: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given = ["--pretrained_model_path", str(latte), "--prompt", prompt, "--save_img_path", str(tmp_path)]
+    code, said = said_by(monkeypatch, capfd, *given)
+    assert (code, said) == (0, "")
+    (warning,) = caplog.records  # which goes to stderr where pytest does not take it
+    assert words in warning.getMessage() and "\n" not in warning.getMessage()
+    assert len(list(tmp_path.glob("0000_*.png"))) == 1

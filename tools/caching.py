@@ -29,18 +29,9 @@ from tqdm import tqdm
 from datasets import Clip, VideoError, build_dataset
 from datasets.catalog import digest_of
 from datasets.clips import Pixels, reason_of
-from datasets.latents import (
-    DTYPES,
-    FORMAT,
-    INDEX,
-    LatentCache,
-    Run,
-    StoredClip,
-    read_index,
-    shard_file,
-    write_shard,
-)
+from datasets.latents import FORMAT, INDEX, TENSOR, LatentCache, Run, StoredClip, read_index
 from datasets.readers import Reader
+from datasets.shards import DTYPES, shard_file, write_shard
 from engine.config import Config
 from engine.distributed import World, broadcast_object, gather_objects, on_main
 from engine.errors import TrainingAborted
@@ -53,7 +44,7 @@ from sample.video_io import write_atomically
 PLAN = "plan.json"
 PIECE_BYTES = 2**26  # decoded frames that a loader worker hands over at a time
 LEAST_SHARDS = 64  # of a small set: what is lost by a kill stays small, and ranks have something to share
-LEFT_BY_A_KILL = (".shard-*", f".{PLAN[:-5]}.*", f".{INDEX[:-5]}.*")  # what `write_atomically` had begun
+LEFT_BY_A_KILL = (".shard-*", ".captions.*", f".{PLAN[:-5]}.*", f".{INDEX[:-5]}.*")  # what `write_atomically` had begun
 
 
 @dataclass(frozen=True)
@@ -119,7 +110,7 @@ def make_job(config: Config, codec: LatentCodec, dtype: str, crumbs: Breadcrumbs
     side = config.data.image_size // config.codec.downsample_factor
     images = dataset.images or []
     unique = list({clip.name: clip for clip in images}.values())
-    clips = [*dataset.catalog.clips, *unique]
+    clips = [*{clip.name: clip for clip in dataset.catalog.clips}.values(), *unique]  # a clip may have many captions
     identity = {
         "format": FORMAT,
         "codec": codec_identity(config.codec),
@@ -167,7 +158,7 @@ def _take(out: Path, lock: FolderLock) -> None:
     held = sorted(file.name for file in out.iterdir()) if out.exists() else []
     strangers = [name for name in held if not any(fnmatch(name, each) for each in (".lock", *LEFT_BY_A_KILL))]
     if strangers and not {PLAN, INDEX} & set(held):
-        raise ValueError(f"--out {out} holds {strangers[0]!r}, which is not of a latent cache; name a new folder")
+        raise ValueError(f"--out {out} holds {strangers[0]!r}, which is not of a cache; name a new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.take()
@@ -430,7 +421,9 @@ def encode_shards(out: Path, job: Job, plan: Sequence[StoredClip], codec: Latent
             encoder = ShardEncoder(codec, job, plan, bar)
             rows = encoder.rows(pieces[number], islice(stream, len(pieces[number])))
             shape = (frames[number], *job.shape)
-            write = partial(write_shard, dtype=job.identity["dtype"], shape=shape, rows=rows)
+            write = partial(
+                write_shard, dtype=job.identity["dtype"], shape=shape, rows=rows, name=TENSOR, format=FORMAT
+            )
             write_atomically(shard_file(out, number), write)
             write_json(record_file(out, number), encoder.record())
 

@@ -1,6 +1,6 @@
 """Convert a text-to-video or PixArt-alpha network to a folder that diffusers and this project load.
 
-    python -m tools.convert_t2v SOURCE FOLDER [--dtype fp16]
+    python -m tools.convert_t2v SOURCE FOLDER [--dtype fp16] [--lora ADAPTERS]
 
 SOURCE is a folder in diffusers' format (of a pipeline or of its transformer) or a file of weights: the official
 LatteT2V's, or PixArt-alpha's, whose image network becomes a video network with temporal blocks that do nothing yet.
@@ -29,25 +29,31 @@ BOUND = 1e-4  # relative, in fp32
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a folder in diffusers' format, or a .safetensors, .pt or .pth file")
+    parser.add_argument("source", help="a folder in diffusers' format, a hub name, or a .safetensors, .pt or .pth file")
     parser.add_argument("folder", type=Path, help="where to write; must be new or empty")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a config.json; default: beside the weights")
+    parser.add_argument("--revision", metavar="NAME", help="of a hub name")
+    parser.add_argument("--lora", type=Path, metavar="DIR", help="adapters to merge into it, in peft's format")
+    parser.add_argument("--lora_scale", type=float, default=1.0, metavar="X", help="so much of them (1)")
     parser.add_argument("--variant", help="e.g. fp16, of a folder with weights named so")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a .pt file (default: ema)")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="to write in (default: as they are)")
     arguments = parser.parse_args(argv)
 
     from models.autoencoder import DTYPES
-    from models.convert_t2v import convert_t2v, read_json, require_new, save_t2v
+    from models.convert_t2v import convert_t2v, find_network, read_json, require_new, save_t2v
+    from models.lora import merge_lora
 
     require_new(arguments.folder)
     model, report = convert_t2v(
-        arguments.source,
+        find_network(arguments.source, arguments.revision, "source"),
         config=read_json(arguments.config) if arguments.config else None,
         variant=arguments.variant,
         prefer=arguments.weights,
         dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
     )
+    if arguments.lora:
+        merge_lora(model, arguments.lora, arguments.lora_scale)
     save_t2v(model, arguments.folder)
     print(report)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -6,7 +6,7 @@
 writes OUT/RedDiscRight/v_RedDiscRight_g01_c01.mp4 and so on, 25 groups a class as in UCF101. The same
 parameters give the same files. A set that is already there is left alone; one made with other parameters is
 replaced. The set is drawn beside OUT and moved into place when complete, so OUT never holds half a set;
-OUT/.complete.json says how it was made.
+OUT/.complete.json says how it was made. OUT/captions.csv has a caption of every clip, in ten wordings a class.
 
 The files are H.264 in yuv444p at a constant rate factor of 6. Bodies are a few pixels wide and known by their
 hue: the usual half-resolution chroma (yuv420p) smears them to a round trip of 31 dB, 4:4:4 keeps 51 dB at 32
@@ -33,7 +33,7 @@ from typing import Any
 from engine import cli
 from tools.frames import write_video
 
-FORMAT = 2  # raised when the drawing or the encoding changes, so that old sets are made anew
+FORMAT = 3  # raised when the drawing or the encoding changes, so that old sets are made anew
 GROUPS = 25
 FPS = 8
 MARKER = ".complete.json"
@@ -77,6 +77,23 @@ def draw_set(root: Path, parameters: dict[str, int], workers: int) -> None:
         ]
         for job in jobs:
             job.result()
+    write_captions(root, clips)
+
+
+def write_captions(root: Path, clips: int) -> None:
+    """`file,caption` of every clip; the wordings of a class in turn."""
+    import csv
+
+    from datasets.demo import CLASSES, captions_of
+
+    with (root / "captions.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["file", "caption"])
+        for kind in CLASSES:
+            wordings = captions_of(kind)
+            for index in range(clips):
+                file = clip_path(root, kind.name, index).relative_to(root).as_posix()
+                writer.writerow([file, wordings[index % len(wordings)]])
 
 
 def is_complete(out: Path, parameters: dict[str, Any]) -> bool:

@@ -143,16 +143,14 @@ def _kept(config: Config, batch: int) -> float:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from engine.build import build_model
+    from engine.build import build_model, forward_inputs
 
     kept: dict[int, Any] = {}  # storages, each once, and kept alive so that no address comes twice
 
     with FakeTensorMode():
         model = build_model(config)
         own = {id_of(value) for value in (*model.parameters(), *model.buffers())}
-        frames = config.data.num_frames + config.data.num_images
-        shape = (batch, frames, config.codec.latent_channels, config.latent_size, config.latent_size)
-        labels = torch.zeros(batch, 1 + config.data.num_images, dtype=torch.long) if config.model.num_classes else None
+        inputs = forward_inputs(config, batch, "cpu")
 
         def pack(value: torch.Tensor) -> torch.Tensor:
             if id_of(value) not in own:
@@ -161,7 +159,7 @@ def _kept(config: Config, batch: int) -> float:
 
         half = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half:
-            model(torch.zeros(shape), torch.zeros(batch), labels, num_images=config.data.num_images)
+            model(**inputs)
         return float(sum(storage.nbytes() for storage in kept.values()))
 
 

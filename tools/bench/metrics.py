@@ -1,6 +1,6 @@
 """What an evaluation costs: clips/s from videos and arrays against pre-extracted frames; memory by the clips.
 
-    python -m tools.bench_metrics [--clips 256] [--out docs/benchmarks/metrics.md]
+    python -m tools.bench metrics [--clips 256] [--workers 2]
 
 Draws long real and short generated videos, and extracts their frames as JPEG, which the official tool needs first. A
 tiny network stands in I3D's place, so that reading is what is measured: a real one takes the same time whatever is
@@ -13,24 +13,19 @@ import argparse
 import contextlib
 import io
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from engine import cli
+from . import report
 
 if TYPE_CHECKING:
     import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
 FRAMES, SIZE = {"real": 128, "fake": 16}, 256  # of each drawn video
 DISTINCT = 64  # videos of each side that are drawn; more clips are links to them
 # What is read: (real, fake, whether the real side is in the cache)
@@ -169,7 +164,7 @@ def peak_mib(root: Path, clips: int, workers: int) -> float:
     fake = link_clips(root / "fake" / "drawn", root / f"fake{clips}", ".npy", clips)
     argv = command(root, real, fake, clips, "--use_cache", "0", "--workers", str(workers))
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.calc_metrics_for_dataset", *argv], cwd=ROOT, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "tools.calc_metrics_for_dataset", *argv], cwd=report.ROOT, stdout=subprocess.DEVNULL
     )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -178,53 +173,39 @@ def peak_mib(root: Path, clips: int, workers: int) -> float:
     return usage.ru_maxrss / 1024
 
 
-def report(rates: dict[str, float], seconds: float, memory: dict[int, float], clips: int, workers: int) -> str:
-    """The Markdown page."""
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+def sections_of(rates: dict[str, float], seconds: float, memory: dict[int, float], clips: int) -> list[report.Section]:
+    """The tables: rates against frames, and memory by the clips."""
     frames = rates["frames, extracted beforehand"]
     whole = 2 * clips / (2 * clips / frames + seconds)
-    rows = [*rates.items(), ("frames, with the time of extracting them", whole)]
-    table = "".join(f"| {name} | {rate:.1f} | {rate / frames:.2f} |\n" for name, rate in rows)
-    peaks = "".join(f"| {count} | {peak:.0f} MiB |\n" for count, peak in memory.items())
-    return (
-        "# What an evaluation costs\n\n"
-        f"{clips} clips of 16 frames a side, {SIZE} x {SIZE}, from real videos of {FRAMES['real']} frames and "
-        f"generated ones of {FRAMES['fake']}; a tiny network in I3D's place, so that reading is what is measured; "
-        f"{platform.machine()}, {os.cpu_count()} cores (shared), "
-        f"{workers} loader processes, torch {torch.__version__}, commit {commit.strip()}; "
-        f"`python -m tools.bench_metrics --clips {clips} --workers {workers}`.\n\n"
-        "Videos are drawn with a grain that does not change, and are longer than the 64 frames up to "
-        "which a clip is decoded whole once to prove its index. Shorter videos are decoded twice and "
-        "noisy ones take longer, so they are slower than here: with new noise in every frame and 64 "
-        "frames a video, one run on a busier machine had videos at 0.20 of frames.\n\n"
-        "The whole command, from its start to the written result:\n\n"
-        "| read from | clips/s | over frames |\n|---|---|---|\n" + table + "\n"
-        "Largest resident set of any process, videos against arrays:\n\n"
-        "| clips a side | peak |\n|---|---|\n" + peaks
+    found = {**rates, "frames, with the time of extracting them": whole}
+    rows: list[dict[str, Any]] = [
+        {"": name, "clips/s": rate, "over frames": rate / frames} for name, rate in found.items()
+    ]
+    peaks: list[dict[str, Any]] = [{"": f"{count} clips a side", "peak MiB": peak} for count, peak in memory.items()]
+    text = (
+        "The whole command, from its start to the written result. Videos are drawn with a grain that does not change, "
+        "and are longer than the 64 frames up to which a clip is decoded whole once to prove its index. Shorter videos "
+        "are decoded twice and noisy ones take longer, so they are slower than here."
     )
+    largest = "Largest resident set of any process, videos against arrays."
+    return [
+        report.Section("Clips/s by what is read", text, {"": "", "clips/s": ".1f", "over frames": ".2f"}, rows),
+        report.Section("Memory", largest, {"": "", "peak MiB": ".0f"}, peaks),
+    ]
 
 
-def main(argv: list[str]) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=256, help="of each side (%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/metrics.md"), help="page (%(default)s)")
-    arguments = parser.parse_args(argv)
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print, write."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         seconds = draw_sets(root, arguments.clips)
         write_detector(root / "tiny.pt")
         rates = measure_rates(root, arguments.clips, arguments.workers)
         memory = {count: peak_mib(root, count, arguments.workers) for count in MEMORY_CLIPS}
-    page = report(rates, seconds, memory, arguments.clips, arguments.workers)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(page)
-    print(page)
-    return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)
+    text = (
+        f"{arguments.clips} clips of 16 frames a side, {SIZE} x {SIZE}, from real videos of {FRAMES['real']} frames "
+        f"and generated ones of {FRAMES['fake']}; a tiny network in I3D's place, so that reading is what is measured; "
+        f"{arguments.workers} loader processes."
+    )
+    sections = sections_of(rates, seconds, memory, arguments.clips)
+    report.write("metrics", "What an evaluation costs", text, sections, arguments.out)

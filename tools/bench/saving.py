@@ -1,6 +1,6 @@
 """What checkpoints cost: the same steps without, with, and with asynchronous saving, in one run.
 
-    python -m tools.bench_saving [--steps 40] [--every 10] [--out docs/benchmarks/saving.md]
+    python -m tools.bench saving [--steps 40] [--every 10]
 
 Trains Latte-S/2 (a checkpoint of 0.5 GB) on the demo set in this process, all three ways in turn, twice, and takes
 the faster of each. The figures are ratios of whole loops, so that what a thread takes from the training counts too.
@@ -9,20 +9,14 @@ the faster of each. The figures are ratios of whole loops, so that what a thread
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from engine import cli
 from tools.make_demo_data import draw_set
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import report
+
 SETTINGS = [
     *("model.name=Latte-S/2", "model.num_classes=8", "codec.latent_channels=3", "codec.downsample_factor=1"),
     *("codec.scale=1", "data.name=demo", "data.num_frames=8", "data.frame_interval=1", "data.image_size=16"),
@@ -57,45 +51,22 @@ def seconds_of(mode: str, data: Path, steps: int, every: int) -> tuple[float, fl
         return time.perf_counter() - start, Timed.saving
 
 
-def report(found: dict[str, tuple[float, float]], steps: int, every: int) -> str:
-    """The Markdown page."""
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    plain = found["none"][0]
-    rows = "".join(
-        f"| {mode} | {total:.1f} | {total / plain:.3f} | {saving / total:.1%} |\n"
-        for mode, (total, saving) in found.items()
-    )
-    return (
-        "# What checkpoints cost\n\n"
-        f"Latte-S/2, {steps} steps, a checkpoint of 0.5 GB every {every}; {platform.machine()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit.strip()}; "
-        f"`python -m tools.bench_saving --steps {steps} --every {every}`.\n\n"
-        "| checkpoints | seconds | over none | time inside `save` |\n|---|---|---|---|\n" + rows
-    )
-
-
-def main(argv: list[str]) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40, help="of each run (%(default)s)")
-    parser.add_argument("--every", type=int, default=10, help="steps between checkpoints (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/saving.md"), help="page (%(default)s)")
-    arguments = parser.parse_args(argv)
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print, write."""
+    steps, every = arguments.steps, arguments.every
     with tempfile.TemporaryDirectory() as folder:
         draw_set(Path(folder), {"clips_per_class": 1, "size": 16, "frames": 16, "seed": 0}, workers=1)
         found: dict[str, tuple[float, float]] = {}
         for _ in range(2):
             for mode in MODES:
-                now = seconds_of(mode, Path(folder), arguments.steps, arguments.every)
+                now = seconds_of(mode, Path(folder), steps, every)
                 found[mode] = min(found.get(mode, now), now)
-    page = report(found, arguments.steps, arguments.every)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(page)
-    print(page)
-    return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)
+    plain = found["none"][0]
+    rows = [
+        {"": mode, "seconds": total, "over none": total / plain, "inside `save`": saving / total}
+        for mode, (total, saving) in found.items()
+    ]
+    columns = {"": "", "seconds": ".1f", "over none": ".3f", "inside `save`": ".1%"}
+    text = f"Latte-S/2, {steps} steps, a checkpoint of 0.5 GB every {every}; the faster of two runs of each."
+    section = report.Section("Whole loops", text, columns, rows)
+    report.write("saving", "What checkpoints cost", "", [section], arguments.out)

@@ -1,6 +1,6 @@
 """What it costs to read clips: from files, from frames and from latents, as ratios of one run.
 
-    python -m tools.bench_data [--rounds 5] [--videos FILE ...] [--out docs/benchmarks/data.md]
+    python -m tools.bench data [--rounds 5] [--videos FILE ...]
 
 Draws clips of 240 frames of 256 x 256, caches them by an autoencoder of the usual shape (4 channels, 8-fold, mean and
 deviation), reads 16 frames at a time by every way in turn, round after round, and trains a few steps of Latte-S/2 from
@@ -10,26 +10,17 @@ the latents. The reference is the whole file decoded, as the official loaders do
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-import os
-import platform
-import shutil
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from engine import cli
+from . import report
+from .timing import Timing, interleaved
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTH, SIZE, CLIPS = 240, 256, 2  # frames of a clip, its side in pixels, clips of each kind
 KEY_FRAMES = (12, 60, 240)  # frames from one to the next
 WORKERS = (0, 1, 2)
@@ -103,21 +94,8 @@ def whole_file(path: str | Path) -> Any:
 # ----------------------------------------------------------------------------------------------- reading
 
 
-def seconds_of(calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, list]:
-    """Seconds of each call in each round, all in turn; one call before them is not counted."""
-    found: dict[str, list] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            found[name].append(clock() - start)
-    return found
-
-
-def measure_reading(videos: dict[str, Path], rounds: int) -> dict[str, tuple[list[float], list[float]]]:
-    """CPU seconds of (the whole file, 16 frames of it from random places), for each video, on one thread."""
+def measure_reading(videos: dict[str, Path], rounds: int) -> dict[str, dict[str, Timing]]:
+    """CPU seconds of the whole file and of 16 frames of it from random places, for each video, on one thread."""
     import random
 
     from datasets import open_video
@@ -131,8 +109,7 @@ def measure_reading(videos: dict[str, Path], rounds: int) -> dict[str, tuple[lis
     for name, path in videos.items():
         draw = random.Random(0)
         calls = {"whole": partial(whole_file, path), "ours": partial(sixteen, path, draw)}
-        seconds = seconds_of(calls, 4 * rounds, time.process_time)
-        found[name] = (seconds["whole"], seconds["ours"])
+        found[name] = interleaved(calls, rounds=4 * rounds, clock="cpu")
     return found
 
 
@@ -222,70 +199,51 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def reading_table(found: dict[str, tuple[list[float], list[float]]]) -> str:
+def reading_section(found: dict[str, dict[str, Timing]]) -> report.Section:
     """Milliseconds and ratios of `measure_reading`."""
-    rows = ""
-    for name, (whole, ours) in found.items():
-        pairs = [[1e3 * value for value in column] for column in (whole, ours)]
+    rows = []
+    for name, timings in found.items():
+        whole, ours = ([1e3 * value for value in timings[key].seconds] for key in ("whole", "ours"))
         ratio = statistics.median(whole) / statistics.median(ours)
-        rows += f"| {name} | {spread(pairs[0])} | {spread(pairs[1])} | {ratio:.1f} |\n"
-    return "| file | whole file, ms | 16 frames, ms | times as fast |\n|---|---|---|---|\n" + rows
-
-
-def loading_table(found: dict[tuple[str, int], list[float]]) -> str:
-    """Clips/s of `measure_loading`, and their ratio to whole files."""
-    reference = statistics.median(found["whole files", 0])
-    rows = ""
-    for name in dict.fromkeys(name for name, _ in found):
-        cells = [
-            f"{spread(rates)}, x {statistics.median(rates) / reference:.1f}" if rates else "-"
-            for rates in (found.get((name, workers)) for workers in WORKERS)
-        ]
-        rows += f"| {name} | {' | '.join(cells)} |\n"
-    head = " | ".join(f"{workers} workers" for workers in WORKERS)
-    return f"| from | {head} |\n|---|{'---|' * len(WORKERS)}\n" + rows
-
-
-def report(
-    reading: dict[str, tuple[list[float], list[float]]],
-    loading: dict[tuple[str, int], list[float]],
-    waiting: list[dict[str, Any]],
-    command: str,
-) -> str:
-    """The Markdown page."""
-    import av
-    import torch
-
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    shares = [100 * row["data_wait_share"] for row in waiting]
-    steps = [row["seconds_per_step"] for row in waiting]
-    return (
-        "# What it costs to read clips\n\n"
-        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end (the machine was "
-        f"shared: compare ratios), Python {platform.python_version()}, torch {torch.__version__}, PyAV "
-        f"{av.__version__}; commit {commit}; `{command}`. Median (least to most).\n\n"
-        f"## Reading 16 frames of a file\n\nFrom a random place of clips of {LENGTH} frames, {SIZE} x {SIZE}, H.264 "
-        "(or the file named), against decoding every frame to RGB; CPU time, one thread. Frames between two key frames "
-        "can only be had by decoding from the first of these on, so rare key frames cost.\n\n"
-        f"{reading_table(reading)}\n"
-        "## Clips/s of the training's loader\n\nDecoded, cropped and brought to [-1, 1] (latents: read), in batches of "
-        "two; wall time. `x` is the ratio to whole files without workers.\n\n"
-        f"{loading_table(loading)}\n"
-        "## Training from latents\n\n"
-        f"Latte-S/2, batch 2, one thread, one loader worker, {len(waiting)} steps of {spread(steps, 2)} s: waiting "
-        f"for data took {spread(shares, 3)} % of a step.\n"
+        rows.append({"": name, "whole file, ms": spread(whole), "16 frames, ms": spread(ours), "ratio": ratio})
+    text = (
+        f"From a random place of clips of {LENGTH} frames, {SIZE} x {SIZE}, H.264 (or the file named), against "
+        "decoding every frame to RGB; CPU time, one thread; median (least to most). Frames between two key frames can "
+        "only be had by decoding from the first of these on, so rare key frames cost."
     )
+    columns = {"": "", "whole file, ms": "", "16 frames, ms": "", "ratio": ".1f"}
+    return report.Section("Reading 16 frames of a file", text, columns, rows)
 
 
-def main(argv: list[str]) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions of each measurement (%(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="of the training (%(default)s)")
-    parser.add_argument("--videos", type=Path, nargs="*", default=[], metavar="FILE", help="read these too")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/data.md"), help="page (%(default)s)")
-    arguments = parser.parse_args(argv)
+def loading_section(found: dict[tuple[str, int], list[float]]) -> report.Section:
+    """Clips/s of `measure_loading`, and their ratio to whole files without workers."""
+    reference = statistics.median(found["whole files", 0])
+    rows: dict[str, dict[str, Any]] = {}
+    for (name, workers), rates in found.items():
+        rate = statistics.median(rates)
+        row = rows.setdefault(name, {"": name})
+        row |= {f"{workers} workers": f"{rate:.1f}, x {rate / reference:.1f}", f"{workers} workers, all": rates}
+    text = (
+        "Clips/s, decoded, cropped and brought to [-1, 1] (latents: read), in batches of two; wall time, median. `x` "
+        "is the ratio to whole files without workers."
+    )
+    columns = {"": "", **{f"{workers} workers": "" for workers in WORKERS}}
+    return report.Section("Clips/s of the training's loader", text, columns, list(rows.values()))
+
+
+def waiting_section(waiting: list[dict[str, Any]]) -> report.Section:
+    """What the trainer's own log says."""
+    row = {
+        "": f"{len(waiting)} steps",
+        "s/step": spread([row["seconds_per_step"] for row in waiting], 2),
+        "waiting for data, %": spread([100 * row["data_wait_share"] for row in waiting], 3),
+    }
+    text = "Latte-S/2, batch 2, one thread, one loader worker; from `metrics.jsonl`: median (least to most)."
+    return report.Section("Training from latents", text, dict.fromkeys(row, ""), [row])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print, write. FileNotFoundError for a file of --videos that there is not."""
     for path in arguments.videos:
         if not path.is_file():
             raise FileNotFoundError(f"--videos: there is no file {path}.")
@@ -296,8 +254,8 @@ def main(argv: list[str]) -> int:
     from engine.distributed import World
     from tools.caching import cache_latents
 
-    root = Path(tempfile.mkdtemp())
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
         draw_clips(root)
         overrides = [*SETTINGS, *save_codec(root / "codec"), f"data.path={root / 'frames'}"]
         cache_latents(load_config(None, overrides), root / "cache", "fp32", 64 * 10**6, World())
@@ -306,16 +264,6 @@ def main(argv: list[str]) -> int:
         reading = measure_reading({**drawn, **{path.name: path for path in arguments.videos}}, arguments.rounds)
         loading = measure_loading(data_sets(root, root / "cache"), arguments.rounds)
         waiting = measure_waiting(root, [*overrides, f"data.latents={root / 'cache'}"], arguments.steps)
-    finally:
-        shutil.rmtree(root)
-    names = [path.name for path in arguments.videos]
-    command = " ".join(["python -m tools.bench_data", f"--rounds {arguments.rounds} --steps {arguments.steps}"])
-    page = report(reading, loading, waiting, " ".join([command, *(["--videos", *names] if names else [])]))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(page)
-    print(page)
-    return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)
+    sections = [reading_section(reading), loading_section(loading), waiting_section(waiting)]
+    text = "The reference is the whole file decoded for every clip, as the official loaders do."
+    report.write("data", "What it costs to read clips", text, sections, arguments.out)

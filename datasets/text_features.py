@@ -1,0 +1,128 @@
+"""A cache of text features: every caption as its encoder's features of words, without padding (the empty one: with).
+
+    index.json              what it is of; written last
+    captions.safetensors    for each caption: the SHA-256 of its text, its shard, its first row and its words
+    shard-00000.safetensors one tensor `features (N, D)`: the words of some captions, one after another
+
+Captions are found by their text, so a cache serves every list of which it holds all captions. docs/text_to_video.md.
+Letters: N words of a shard, n of a caption, D width of the features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .shards import DTYPES, CacheError, map_shard, shard_file
+
+FORMAT = "latte-text-1"
+INDEX = "index.json"
+TABLE = "captions.safetensors"
+TENSOR = "features"  # what a shard's tensor is called
+
+
+class Place(NamedTuple):
+    """Where the words of one caption are."""
+
+    shard: int
+    first: int
+    words: int
+
+
+def caption_key(caption: str) -> bytes:
+    """By what a caption is found: the SHA-256 of its text."""
+    return hashlib.sha256(caption.encode(errors="surrogatepass")).digest()
+
+
+def write_table(file: Path, captions: Sequence[str], places: Sequence[Place]) -> None:
+    """Write the table of all captions."""
+    keys = np.frombuffer(b"".join(caption_key(each) for each in captions), np.uint8).reshape(len(captions), 32)
+    save_file({"sha256": torch.from_numpy(keys.copy()), "places": torch.tensor(places, dtype=torch.int64)}, file)
+
+
+class TextCache:
+    """A finished cache in `path`, opened for reading: `cache(caption)` gives the words' features (n, D).
+
+    Attributes:
+        identity: what the features depend on, beside the captions.
+
+    Raises: FileNotFoundError, ValueError in one sentence where it is absent, unfinished or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        index = read_index(path)
+        try:
+            self.identity: dict[str, Any] = dict(index["identity"])
+            self.dtype = DTYPES[self.identity["dtype"]]
+            self.width = int(self.identity["width"])
+            self.shard_words = [int(count) for count in index["shards"]]
+            table = load_file(path / TABLE)
+            keys, places = table["sha256"].numpy(), table["places"].tolist()
+            self.places = {key.tobytes(): Place(*place) for key, place in zip(keys, places, strict=True)}
+            for place in self.places.values():
+                if not 0 <= place.first < place.first + place.words <= self.shard_words[place.shard]:
+                    raise ValueError(place)
+        except (OSError, LookupError, TypeError, ValueError, SafetensorError):
+            raise ValueError(f"text.features: {path} is damaged; make the cache anew") from None
+        for number in range(len(self.shard_words)):
+            self._map(number)
+
+    def __call__(self, caption: str) -> Tensor:
+        """The features of its words (n, D), in the cache's number format."""
+        place = self.places[caption_key(caption)]
+        rows = np.array(self._map(place.shard)[place.first : place.first + place.words])
+        features = torch.from_numpy(rows).view(self.dtype.torch)
+        if not features.isfinite().all():
+            file = shard_file(self.path, place.shard)
+            raise CacheError(file, f"holds features of {caption[:60]!r} that are not finite; make the cache anew")
+        return features
+
+    def check(self, identity: Mapping[str, Any], captions: Sequence[str]) -> None:
+        """ValueError unless it holds all of `captions`, made as `identity` says."""
+        differing = [
+            f"{key} {self.identity.get(key)} -> {now}" for key, now in identity.items() if self.identity.get(key) != now
+        ]
+        if differing:
+            raise ValueError(
+                f"text.features: {self.path} was made with other settings ({', '.join(differing)}); make a cache "
+                "with this configuration"
+            )
+        absent = [caption for caption in captions if caption_key(caption) not in self.places]
+        if absent:
+            raise ValueError(
+                f"text.features: {self.path} is of other captions: {len(absent)} of {len(captions)} are not in it "
+                f"({absent[0][:60]!r} the first); make a cache of these"
+            )
+
+    def _map(self, number: int) -> np.ndarray:
+        shape = (self.shard_words[number], self.width)
+        return map_shard(shard_file(self.path, number), self.dtype, shape, TENSOR)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a finished cache. FileNotFoundError, ValueError where there is none that this version reads."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"text.features: there is no folder '{path}'; tools.cache_text makes one")
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        kind = index["format"]
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"text.features: '{path}' is no finished cache, it has no {INDEX}; run tools.cache_text, again if it was "
+            "interrupted"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise ValueError(f"text.features: {path / INDEX} cannot be read; make the cache anew") from None
+    if kind != FORMAT:
+        raise ValueError(f"text.features: {path} is of format {kind!r}; this version reads {FORMAT!r}")
+    return dict(index)

@@ -1,0 +1,84 @@
+"""Before the first step: what must hold, each with a sentence where it does not, and what is told of the run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from datasets import ClipDataset
+
+from . import checkpoint as ckpt
+from .build import count_parameters
+from .config import Config, require
+from .distributed import gather_objects
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def check_labels(config: Config, clips: ClipDataset) -> None:
+    """A network with classes needs clips with classes, and none beyond its last."""
+    classes = config.model.num_classes
+    if not classes:
+        return
+    require(
+        clips.num_classes > 0,
+        f"model.num_classes={classes}, but the clips of {config.data.path} have no classes: set "
+        "model.num_classes=0, or data.labels to where the classes are written.",
+    )
+    worst = max(clips.catalog.clips, key=lambda clip: clip.label)
+    require(
+        worst.label < classes,
+        f"{worst.path} is of class {clips.class_names[worst.label]!r}, "
+        f"label {worst.label}, but model.num_classes={classes} allows 0 to {classes - 1}; "
+        f"the data has {clips.num_classes} classes.",
+    )
+
+
+def check_number(config: Config, clips: ClipDataset, world_size: int) -> None:
+    """A step never holds a clip twice."""
+    train = config.train
+    global_batch_size = train.batch_size * train.grad_accum_steps * world_size
+    require(
+        len(clips) >= global_batch_size,
+        f"{config.data.path} has {len(clips)} clips, fewer than the global batch of "
+        f"{global_batch_size} (train.batch_size={train.batch_size} x train.grad_accum_steps="
+        f"{train.grad_accum_steps} x {world_size} processes): lower these, or add clips.",
+    )
+
+
+def check_ranks_agree(config: Config, clips: ClipDataset) -> None:
+    """Every rank must see the same data, or they would wait for each other for ever. Collective."""
+    seen = gather_objects((len(clips), clips.digest))
+    for rank, (length, digest) in enumerate(seen):
+        require(
+            (length, digest) == seen[0],
+            f"rank {rank} finds {length} clips (list {digest[:12]}) under {config.data.path}, rank 0 "
+            f"{seen[0][0]} (list {seen[0][1][:12]}): every machine must hold the same files.",
+        )
+
+
+def headline(run: Trainer) -> str:
+    """What this run is, in one line."""
+    model, train, rank = run.config.model, run.config.train, run.config.lora.rank
+    return (
+        f"{model.name} {model.variant}, {count_parameters(run.model) / 1e6:.2f} M parameters"
+        f"{f' in adapters of rank {rank}' if rank else ''}, "
+        f"global batch {run.global_batch_size} on {run.world.size} process(es), "
+        f"{run.world.device.type} {train.precision}, steps {run.step} to "
+        f"{train.max_steps}, into {run.folder.path}"
+    )
+
+
+def data_line(clips: ClipDataset) -> str:
+    """What it is trained on, in one line."""
+    facts = {key: value for key, value in clips.describe().items() if value}
+    facts["digest"] = str(facts["digest"])[:12]
+    return "data: " + ", ".join(f"{key} {value}" for key, value in facts.items())
+
+
+def space_note(run: Trainer) -> str | None:
+    """A warning where the next checkpoint will hardly fit: weights, average and two moments."""
+    state = run.trained(run.model).values()
+    needed = 4 * sum(value.numel() * value.element_size() for value in state)
+    warning = ckpt.space_warning(run.checkpoints, needed)
+    return f"warning: {warning}" if warning else None

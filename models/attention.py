@@ -1,0 +1,228 @@
+"""Multi-head attention along one axis of the tokens: the views, the kernels, and which of them computes it.
+
+Letters: B batch, F frames, N tokens per frame, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .embeddings import Rotation, rotate
+
+
+class View(NamedTuple):
+    """How one kind of attention folds tokens `(B, F, N, D)` to `(rows, length, heads, D/H)`, and back."""
+
+    fold: str
+    unfold: str
+
+
+VIEWS: dict[str, View] = {
+    # among the N tokens of each frame
+    "spatial": View(
+        "batch frames tokens (heads dim) -> (batch frames) tokens heads dim",
+        "(batch frames) tokens heads dim -> batch frames tokens (heads dim)",
+    ),
+    # among the F frames, for each token position: tokens count as heads, so that none has to change its place
+    "temporal": View(
+        "batch frames tokens (heads dim) -> batch frames (tokens heads) dim",
+        "batch frames (tokens heads) dim -> batch frames tokens (heads dim)",
+    ),
+    # the same where there would be more heads than the fused kernels take
+    "temporal, large": View(
+        "batch frames tokens (heads dim) -> (batch tokens) frames heads dim",
+        "(batch tokens) frames heads dim -> batch frames tokens (heads dim)",
+    ),
+    # all tokens of a clip as one row of queries, for the one row of words of its caption
+    "text": View(
+        "batch frames tokens (heads dim) -> batch (frames tokens) heads dim",
+        "batch (frames tokens) heads dim -> batch frames tokens (heads dim)",
+    ),
+}
+MAX_HEADS = 65535  # of a call of a fused kernel on CUDA: the extent of a grid of thread blocks
+
+# torch's fused kernels in the order of preference; those that cannot take a call are passed over.
+BACKENDS: dict[str, list[SDPBackend]] = {
+    "cuda": [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ],
+}
+
+
+class Call(NamedTuple):
+    """One attention to compute: q `(B, F, N, D)`, k and v the same or what is attended to, strided as they come."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    view: str  # a key of `VIEWS`
+    num_heads: int
+    mask: Tensor | None = None  # what fused attention takes for the folded shapes
+    packed: Tensor | None = None  # q, k and v side by side, `(B, F, N, 3 D)`, where they are parts of one tensor
+
+    def folded(self) -> list[Tensor]:
+        """q, k, v in 4-D, `(rows, heads, length, D/H)`: fused attention takes nothing else."""
+        parts = (rearrange(each, self._how.fold, heads=self.num_heads) for each in (self.q, self.k, self.v))
+        return [each.transpose(1, 2) for each in parts]
+
+    def unfolded(self, out: Tensor) -> Tensor:
+        """The 4-D result as tokens `(B, F, N, D)`."""
+        batch, frames = self.q.shape[:2]
+        out = out.transpose(1, 2)
+        return rearrange(out, self._how.unfold, batch=batch, frames=frames, heads=self.num_heads)
+
+    @property
+    def _how(self) -> View:
+        large = self.view == "temporal" and self.q.shape[2] * self.num_heads > MAX_HEADS
+        return VIEWS["temporal, large" if large else self.view]
+
+
+class Kernel(NamedTuple):
+    """One way to compute a `Call`, and which calls it is for."""
+
+    takes: Callable[[Call], bool]
+    run: Callable[[Call], Tensor]  # -> (B, F, N, D)
+
+
+def fused(call: Call) -> Tensor:
+    """torch's scaled_dot_product_attention, with the backends in the order of `BACKENDS`.
+
+    On a CPU 16-bit numbers are multiplied as 32-bit ones: torch's kernel for them is several times as slow in the
+    backward pass (docs/attention.md).
+    """
+    q, k, v = call.folded()
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        return call.unfolded(_widened(q, k, v, call.mask))
+    with _backends(q.device.type):
+        return call.unfolded(functional.scaled_dot_product_attention(q, k, v, attn_mask=call.mask))
+
+
+def _widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and mask.dtype.is_floating_point:
+        mask = mask.float()
+    with torch.autocast("cpu", enabled=False):
+        out = functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    return out.to(q.dtype)
+
+
+def _backends(device: str) -> AbstractContextManager[None]:
+    return sdpa_kernel(BACKENDS[device], set_priority=True) if device in BACKENDS else nullcontext()
+
+
+def plain(call: Call) -> Tensor:
+    """softmax(q k^T / sqrt(D/H)) v, with the scores in memory: what the others must equal."""
+    q, k, v = call.folded()
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (rows, H, queries, keys)
+    if call.mask is not None and call.mask.dtype.is_floating_point:
+        scores = scores + call.mask
+    elif call.mask is not None:
+        scores = scores.masked_fill(~call.mask, float("-inf"))
+    return call.unfolded(scores.softmax(dim=-1) @ v)
+
+
+def triton(call: Call) -> Tensor:
+    """The kernels of models/temporal_kernel.py, for short clips on CUDA; they read a packed call in place."""
+    assert _temporal_kernel is not None
+    if call.packed is not None:
+        return _temporal_kernel.packed_temporal_attention(call.packed, call.num_heads)
+    return _temporal_kernel.temporal_attention(call.q, call.k, call.v, call.num_heads)
+
+
+def _triton_takes(call: Call) -> bool:
+    if _temporal_kernel is None or call.view != "temporal" or call.mask is not None:
+        return False
+    return _temporal_kernel.takes(call.q, call.k, call.v, call.num_heads)
+
+
+_temporal_kernel: ModuleType | None = None  # once it is chosen: to import it loads Triton
+
+
+def _load_temporal_kernel() -> None:
+    global _temporal_kernel
+    try:
+        _temporal_kernel = import_module("models.temporal_kernel")
+    except ImportError as error:
+        raise ValueError("attention triton needs the package triton, which is not installed; take fused") from error
+
+
+KERNELS: dict[str, Kernel] = {
+    "fused": Kernel(lambda call: True, fused),
+    "plain": Kernel(lambda call: True, plain),
+    "triton": Kernel(_triton_takes, triton),
+}
+CHOICES = ("auto", *KERNELS)
+# By name of the GPU: the kernels that `python -m tools.bench attention` found ahead of "fused" there, forward and
+# backward, at every size of its table. What was not measured is not taken.
+MEASURED: dict[str, tuple[str, ...]] = {}
+_order: tuple[str, ...] = ("fused",)
+
+
+def choose(name: str, device: torch.device | None = None) -> None:
+    """Compute all attention of this process with one kernel of `KERNELS`; what it does not take, with "fused".
+
+    Args:
+        name: "auto", the default, is what `MEASURED` names for the GPU, and "fused".
+        device: where it will be computed.
+    """
+    global _order
+    if name not in CHOICES:
+        raise ValueError(f"attention must be one of {', '.join(CHOICES)}, not {name!r}")
+    gpu = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else ""
+    first = MEASURED.get(gpu, ()) if name == "auto" else (name,)
+    if "triton" in first:
+        _load_temporal_kernel()
+    _order = (*first, "fused")
+
+
+def kernel_for(call: Call) -> Kernel:
+    """The chosen kernel where it takes `call`, else the next that does."""
+    return next(KERNELS[name] for name in _order if KERNELS[name].takes(call))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    view: str,
+    num_heads: int,
+    *,
+    mask: Tensor | None = None,
+    rotation: Rotation | None = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """Multi-head attention along the axis that `view` names.
+
+    Args:
+        q: queries `(B, F, N, D)`.
+        k, v: keys and values, the same shape, or that of what is attended to.
+        view: a key of `VIEWS`.
+        mask: what fused attention takes for the folded shapes.
+        rotation: turns queries and keys by their frame.
+        packed: `(B, F, N, 3 D)`, of which q, k and v are the three parts, where they are.
+
+    Returns:
+        `(B, F, N, D)`.
+    """
+    if rotation is not None:
+        q, k = (_turn(each, rotation, num_heads) for each in (q, k))
+        packed = None
+    call = Call(q, k, v, view, num_heads, mask, packed)
+    return kernel_for(call).run(call)
+
+
+def _turn(x: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+    cos, sin = (each[:, None, None] for each in rotation)  # (F, 1, 1, D/H/2)
+    return rotate(x.unflatten(-1, (num_heads, -1)), (cos, sin)).flatten(-2)

@@ -1,0 +1,279 @@
+"""Attention among the F frames of a clip, for each token position and head: Triton kernels for short clips.
+
+The score map of one pair of token and head is F x F, as a rule 16 x 16. Kernels made for long sequences pad those
+16 rows to 64 or 128, and want the tokens folded into the batch, which copies q, k and v. Here each program takes a
+few pairs, reads their rows where the `qkv` projection left them, and keeps everything in registers. The backward
+kernel computes the probabilities anew, so that nothing is kept but q, k and v.
+
+Letters: B batch, F frames, N tokens per frame, H heads, D width of all heads, d = D / H width of a head.
+
+To import this file needs Triton. With TRITON_INTERPRET=1 the kernels run on a CPU, in Python: for tests.
+"""
+
+# The arguments of kernels have the types of no Python value.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+_WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 wrongly, as the integers of the same bits
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_FRAMES = 32  # the score maps of longer clips do not fit the registers, and fused attention is made for them
+MAX_HEAD_WIDTH = 256
+
+
+@triton.jit
+def _rows(
+    first, tokens, stride_b, stride_f, stride_n,
+    H: tl.constexpr, d: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Where the rows (P pairs, R frames, 1) of the pairs from `first` on begin; in 64 bits, for big batches."""
+    pair = first + tl.arange(0, P)
+    position = pair // H
+    start = (position // tokens).to(tl.int64) * stride_b + (position % tokens).to(tl.int64) * stride_n + pair % H * d
+    return start[:, None, None] + tl.arange(0, R).to(tl.int64)[None, :, None] * stride_f
+
+
+@triton.jit
+def _load(pointer, rows, inside, d: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
+    """The d values of each row, as the first W0 and the other W1; zero where there are none."""
+    column = tl.arange(0, W0)[None, None, :]
+    first = tl.load(pointer + rows + column, mask=inside & (column < d), other=0.0)
+    rest = first
+    if W1 > 0:
+        column = W0 + tl.arange(0, W1)[None, None, :]
+        rest = tl.load(pointer + rows + column, mask=inside & (column < d), other=0.0)
+    return first, rest
+
+
+@triton.jit
+def _store(pointer, rows, inside, first, rest, d: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
+    column = tl.arange(0, W0)[None, None, :]
+    tl.store(pointer + rows + column, first.to(pointer.dtype.element_ty), mask=inside & (column < d))
+    if W1 > 0:
+        column = W0 + tl.arange(0, W1)[None, None, :]
+        tl.store(pointer + rows + column, rest.to(pointer.dtype.element_ty), mask=inside & (column < d))
+
+
+@triton.jit
+def _dot(a, b):
+    if _WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")  # fp32 stays fp32; has no effect on bf16 and fp16
+
+
+@triton.jit
+def _outer(a0, a1, b0, b1, W1: tl.constexpr):
+    """a b^T: (P, R, d) and (P, R, d) -> (P, R, R)."""
+    out = _dot(a0, tl.permute(b0, (0, 2, 1)))
+    if W1 > 0:
+        out += _dot(a1, tl.permute(b1, (0, 2, 1)))
+    return out
+
+
+@triton.jit
+def _inner(a, b0, b1, W1: tl.constexpr):
+    """a b: (P, R, R) and (P, R, d) -> (P, R, d)."""
+    a = a.to(b0.dtype)
+    first = _dot(a, b0)
+    rest = first
+    if W1 > 0:
+        rest = _dot(a, b1)
+    return first, rest
+
+
+@triton.jit
+def _probabilities(q0, q1, k0, k1, scale, F: tl.constexpr, R: tl.constexpr, W1: tl.constexpr):
+    """softmax(q k^T * scale) over the F frames that there are."""
+    scores = _outer(q0, q1, k0, k1, W1) * (scale * 1.4426950408889634)  # log2(e): the powers are of two
+    if F < R:
+        scores = tl.where(tl.arange(0, R)[None, None, :] < F, scores, float("-inf"))
+    weights = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
+    return weights / tl.sum(weights, 2)[:, :, None]
+
+
+@triton.jit
+def _forward_kernel(
+    q_pointer, k_pointer, v_pointer, out_pointer,
+    q_b, q_f, q_n, k_b, k_f, k_n, v_b, v_f, v_n, out_b, out_f, out_n,
+    tokens, pairs, scale,
+    F: tl.constexpr, H: tl.constexpr, d: tl.constexpr,
+    P: tl.constexpr, R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * P
+    inside = (first + tl.arange(0, P) < pairs)[:, None, None] & (tl.arange(0, R) < F)[None, :, None]
+    q0, q1 = _load(q_pointer, _rows(first, tokens, q_b, q_f, q_n, H, d, P, R), inside, d, W0, W1)
+    k0, k1 = _load(k_pointer, _rows(first, tokens, k_b, k_f, k_n, H, d, P, R), inside, d, W0, W1)
+    v0, v1 = _load(v_pointer, _rows(first, tokens, v_b, v_f, v_n, H, d, P, R), inside, d, W0, W1)
+    weights = _probabilities(q0, q1, k0, k1, scale, F, R, W1)
+    out0, out1 = _inner(weights, v0, v1, W1)
+    rows = _rows(first, tokens, out_b, out_f, out_n, H, d, P, R)
+    _store(out_pointer, rows, inside, out0, out1, d, W0, W1)
+
+
+@triton.jit
+def _backward_kernel(
+    q_pointer, k_pointer, v_pointer, grad_pointer, grads_pointer,
+    q_b, q_f, q_n, k_b, k_f, k_n, v_b, v_f, v_n, grad_b, grad_f, grad_n, grads_b, grads_f, grads_n,
+    tokens, pairs, scale, part,
+    F: tl.constexpr, H: tl.constexpr, d: tl.constexpr,
+    P: tl.constexpr, R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * P
+    inside = (first + tl.arange(0, P) < pairs)[:, None, None] & (tl.arange(0, R) < F)[None, :, None]
+    q0, q1 = _load(q_pointer, _rows(first, tokens, q_b, q_f, q_n, H, d, P, R), inside, d, W0, W1)
+    k0, k1 = _load(k_pointer, _rows(first, tokens, k_b, k_f, k_n, H, d, P, R), inside, d, W0, W1)
+    v0, v1 = _load(v_pointer, _rows(first, tokens, v_b, v_f, v_n, H, d, P, R), inside, d, W0, W1)
+    g0, g1 = _load(grad_pointer, _rows(first, tokens, grad_b, grad_f, grad_n, H, d, P, R), inside, d, W0, W1)
+    weights = _probabilities(q0, q1, k0, k1, scale, F, R, W1)
+    d_weights = _outer(g0, g1, v0, v1, W1)
+    d_scores = weights * (d_weights - tl.sum(weights * d_weights, 2)[:, :, None]) * scale
+
+    rows = _rows(first, tokens, grads_b, grads_f, grads_n, H, d, P, R)
+    dv0, dv1 = _inner(tl.permute(weights, (0, 2, 1)), g0, g1, W1)
+    _store(grads_pointer + 2 * part, rows, inside, dv0, dv1, d, W0, W1)
+    dq0, dq1 = _inner(d_scores, k0, k1, W1)
+    _store(grads_pointer, rows, inside, dq0, dq1, d, W0, W1)
+    dk0, dk1 = _inner(tl.permute(d_scores, (0, 2, 1)), q0, q1, W1)
+    _store(grads_pointer + part, rows, inside, dk0, dk1, d, W0, W1)
+
+
+class Tile(NamedTuple):
+    """How the kernels cut their work: compile-time constants."""
+
+    P: int  # pairs in a program: one for each of the four warps that Triton gives it
+    R: int  # rows of a score map: the frames, rounded up for the matrix units
+    W0: int  # values of a head, in two parts, since a part must be a power of two: 72 = 64 + 8 of 16
+    W1: int
+
+    @classmethod
+    def of(cls, num_frames: int, head_width: int) -> Tile:
+        """The tile for clips of `num_frames`, 1 to `MAX_FRAMES`, and heads of `head_width`."""
+        first = max(16, 1 << (head_width.bit_length() - 1))
+        rest = head_width - first
+        return cls(4, _padded(num_frames), first, _padded(rest) if rest > 0 else 0)
+
+
+def _padded(length: int) -> int:
+    return max(16, 1 << (length - 1).bit_length())
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> bool:
+    """Whether the kernels can compute this attention; by type and shape alone, so that it may be asked in a trace."""
+    return (
+        (q.is_cuda or INTERPRETED)
+        and q.shape == k.shape == v.shape
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in DTYPES
+        and q.shape[1] <= MAX_FRAMES
+        and q.shape[-1] // num_heads <= MAX_HEAD_WIDTH
+        and q.shape[-1] // num_heads % 8 == 0
+    )
+
+
+def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v among the frames, for each token and head.
+
+    Args:
+        q, k, v: `(B, F, N, D)` of one type of `DTYPES` and of any strides; none is copied that has a stride of
+            one along D.
+        num_heads: H.
+
+    Returns:
+        `(B, F, N, D)`, contiguous.
+    """
+    return _separate(q, k, v, num_heads)
+
+
+def packed_temporal_attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """The same for q, k, v side by side, `(B, F, N, 3 D)`: so is the gradient, which saves joining three."""
+    return _packed(qkv, num_heads)
+
+
+# To torch an interpreted kernel is none: there the operators are opaque, and are told the shape of what comes out.
+_operator = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+
+
+@_operator("latte::temporal_attention", mutates_args=())
+def _separate(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    return _forward(q, k, v, num_heads)
+
+
+@_operator("latte::packed_temporal_attention", mutates_args=())
+def _packed(qkv: Tensor, num_heads: int) -> Tensor:
+    q, k, v = qkv.chunk(3, dim=-1)
+    return _forward(q, k, v, num_heads)
+
+
+@_operator("latte::temporal_attention_backward", mutates_args=())
+def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, num_heads: int, packed: bool) -> Tensor:
+    """The gradients of q, k, v: `(B, F, N, 3 D)` if packed, else `(3, B, F, N, D)`."""
+    out = q.new_empty((*q.shape[:-1], 3 * q.shape[-1]) if packed else (3, *q.shape))
+    first = out[..., : q.shape[-1]] if packed else out[0]
+    part = q.shape[-1] if packed else q.numel()
+    grad, q, k, v = (_unit_stride(each) for each in (grad, q, k, v))
+    grid, last, constants = _launch(q, num_heads)
+    _kernel(_backward_kernel)[grid](q, k, v, grad, out, *_strides(q, k, v, grad, first), *last, part, **constants)
+    return out
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q, k, v = (_unit_stride(each) for each in (q, k, v))
+    grid, last, constants = _launch(q, num_heads)
+    _kernel(_forward_kernel)[grid](q, k, v, out, *_strides(q, k, v, out), *last, **constants)
+    return out
+
+
+def _launch(q: Tensor, num_heads: int) -> tuple[tuple[int], list[Any], dict[str, int]]:
+    """Grid, last arguments and compile-time constants of both kernels."""
+    batch, frames, tokens, width = q.shape
+    tile = Tile.of(frames, width // num_heads)
+    pairs = batch * tokens * num_heads
+    constants = {"F": frames, "H": num_heads, "d": width // num_heads, **tile._asdict()}
+    return (triton.cdiv(pairs, tile.P),), [tokens, pairs, (width // num_heads) ** -0.5], constants
+
+
+def _kernel(kernel: Any) -> Any:
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.num_heads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _separate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_gradients(grad, *ctx.saved_tensors, ctx.num_heads, False).unbind(), None)
+
+
+def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    q, k, v = ctx.saved_tensors[0].chunk(3, dim=-1)
+    return _gradients(grad, q, k, v, ctx.num_heads, True), None
+
+
+_separate.register_autograd(_separate_backward, setup_context=_keep)
+_packed.register_autograd(_packed_backward, setup_context=_keep)
+if INTERPRETED:
+    _separate.register_fake(lambda q, k, v, num_heads: q.new_empty(q.shape))
+    _packed.register_fake(lambda qkv, num_heads: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)))
+    _gradients.register_fake(
+        lambda grad, q, k, v, num_heads, packed: q.new_empty(
+            (*q.shape[:-1], 3 * q.shape[-1]) if packed else (3, *q.shape)
+        )
+    )

@@ -1,0 +1,167 @@
+"""Videos of which frames are known, or which are longer than a window: from files to passes of the sampler.
+
+Letters: V given sets of frames, k frames each, B videos of a batch, F frames, C latent channels, h w latent pixels,
+H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datasets.clips import DataConfig, Pixels
+from datasets.readers import VideoError, open_video
+from diffusion import ConditionConfig, Denoiser, Given
+from diffusion.windows import fused, slide, window_starts
+from engine.config import Config, require
+
+
+@dataclass(frozen=True)
+class GivenFrames:
+    """Known frames: video i shows set i modulo V.
+
+    Attributes:
+        pixels: (V, k, 3, H, W) in [-1, 1].
+        places: k places in the video, ascending.
+    """
+
+    pixels: Tensor
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Frames of a window, frames that it shares with the next, and a method of `diffusion.windows`."""
+
+    size: int
+    overlap: int
+    method: str
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def read_given(config: Config) -> GivenFrames | None:
+    """What `sample.first_frame`, `given` and `last_frame` name, resized and cropped as training clips are.
+
+    Raises:
+        ValueError: a file that cannot be read or has too few frames, in one sentence that names it.
+    """
+    wanted, data = config.sample, config.data
+    first = [_image(path, "first_frame", data) for path in wanted.first_frame or []]
+    begin = [_end_of(path, wanted.given_frames, data) for path in wanted.given or []] or first
+    end = [_image(path, "last_frame", data) for path in wanted.last_frame or []]
+    require(
+        not (begin and end) or len(begin) == len(end),
+        f"sample.last_frame names {len(end)} files, but {len(begin)} say how the videos begin: name as many.",
+    )
+    if not (begin or end):
+        return None
+    parts = [torch.stack(sets) for sets in (begin, end) if sets]
+    places = [*range(len(begin[0]) if begin else 0), *([data.num_frames - 1] if end else [])]
+    return GivenFrames(torch.cat(parts, dim=1), tuple(places))
+
+
+def _image(path: str, key: str, data: DataConfig) -> Tensor:
+    """(1, 3, H, W) in [-1, 1] of an image."""
+    return _frames(path, key, data, lambda length: [0] if length == 1 else None, "must be one image")
+
+
+def _end_of(path: str, count: int, data: DataConfig) -> Tensor:
+    """(`count`, 3, H, W): the last frames of a video, as far apart as those of a training clip."""
+    span = (count - 1) * data.frame_interval + 1
+    return _frames(
+        path,
+        "given",
+        data,
+        lambda length: range(length - span, length, data.frame_interval) if length >= span else None,
+        f"are too few for sample.given_frames={count} at data.frame_interval={data.frame_interval}",
+    )
+
+
+def _frames(
+    path: str, key: str, data: DataConfig, choose: Callable[[int], Sequence[int] | None], complaint: str
+) -> Tensor:
+    """The frames that `choose` picks of a file's; ValueError with the `complaint` where it picks none."""
+    pixels = Pixels(data)
+    try:
+        reader = open_video(path, data.reader, data.max_pixels)
+        chosen = choose(len(reader))
+        require(chosen is not None, f"sample.{key}: the {len(reader)} frames of {path} {complaint}.")
+        return pixels.finish(reader.read(chosen or []), mirrored=False)
+    except VideoError as error:
+        raise ValueError(f"sample.{key}: {error}.") from None
+
+
+# ------------------------------------------------------------------------------------------ passes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the videos of a job are made: what is known of them, and in which passes of the sampler.
+
+    Attributes:
+        shape: (F, C, h, w) of a video's latents.
+        latents: (V, k, C, h, w) of the known frames, on the sampler's device.
+        places: where they belong.
+        windows: None: one pass over all frames.
+    """
+
+    shape: tuple[int, int, int, int]
+    latents: Tensor
+    places: tuple[int, ...] = ()
+    windows: Windows | None = None
+
+    @property
+    def slides(self) -> bool:
+        """Whether windows are sampled one after the other."""
+        return self.windows is not None and self.windows.method == "autoregressive"
+
+    def known(self) -> list[set[int]]:
+        """Which frames of each window are known when it is sampled, counted from its first."""
+        frames, windows = self.shape[0], self.windows
+        if windows is None or frames <= windows.size:
+            return [set(self.places)]
+        starts = window_starts(frames, windows.size, windows.overlap, windows.method)
+        given = [{place - start for place in self.places if start <= place < start + windows.size} for start in starts]
+        before = set(range(windows.overlap)) if self.slides else set()
+        return [given[0], *(each | before for each in given[1:])]
+
+    @property
+    def num_passes(self) -> int:
+        """Passes of the sampler for each batch."""
+        return len(self.known()) if self.slides else 1
+
+    def check(self, condition: ConditionConfig, span: int) -> None:
+        """ValueError unless the network, trained with `condition`, can be given what is known of every window."""
+        size = min(self.shape[0], self.windows.size) if self.windows else self.shape[0]
+        for places in self.known():
+            condition.check_given(places, size, span)
+
+    def denoiser(self, denoiser: Denoiser) -> Denoiser:
+        """What the sampler calls: the network's denoiser, or the mean of its windows."""
+        if self.windows is None or self.slides:
+            return denoiser
+        return fused(denoiser, self.windows.size, self.windows.overlap)
+
+    def sample(self, sample_pass: Callable[[Given | None, int], Tensor], indices: Sequence[int]) -> Tensor:
+        """Latents (B, F, C, h, w) of the videos `indices`.
+
+        Args:
+            sample_pass: (what is known, frames) -> latents (B, frames, C, h, w).
+        """
+        known = self.latents.new_zeros(len(indices), *self.shape)
+        if self.places:
+            known[:, list(self.places)] = self.latents[[index % len(self.latents) for index in indices]]
+        there = [place in self.places for place in range(self.shape[0])]
+
+        def sample_window(latents: Tensor, places: list[bool]) -> Tensor:
+            given = Given(latents, torch.tensor([places], device=latents.device)) if any(places) else None
+            return sample_pass(given, latents.shape[1])
+
+        if not self.slides or self.num_passes == 1 or self.windows is None:
+            return sample_window(known, there)
+        return slide(sample_window, known, there, self.windows.size, self.windows.overlap)

@@ -1,0 +1,243 @@
+"""A class-conditional or unconditional Latte as one folder or hub name, in the manner of diffusers' pipelines.
+
+    pipeline = LatteVideoPipeline.from_checkpoint("results/ffs_train")
+    pipeline.save_pretrained("my-latte")
+    pipeline.push_to_hub("me/my-latte")
+    videos = LatteVideoPipeline.from_pretrained("me/my-latte")(num_videos=4, seed=0)  # uint8 (4, F, H, W, 3)
+
+The folder holds `config.json` (network, diffusion, codec, and how to sample where a call is silent),
+`model.safetensors`, the autoencoder in `codec/`, and a model card. Text to video has diffusers' own pipeline.
+
+Letters: n videos, F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from engine.build import build_model, count_parameters
+from engine.config import Config, load_config
+from models.autoencoder import LatentCodec, local_folder
+from models.convert import load_weights, read_state_dict
+from models.convert_t2v import read_json, require_new
+from models.hub import find_folder
+from models.latte import Latte
+from models.taef2 import DECODER_FILE, ENCODER_FILE
+from sample.generate import Generator, sampler_settings, usable_device
+
+CLASS_NAME = "LatteVideoPipeline"
+CONFIG_FILE, WEIGHTS_FILE, CODEC_FOLDER, CARD_FILE = "config.json", "model.safetensors", "codec", "README.md"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, f"{CODEC_FOLDER}/*")
+DATA_KEYS = ("num_frames", "image_size", "frame_interval")  # of the `data` section: what a clip is
+SAMPLE_KEYS = ("seed", "steps", "method", "eta", "guidance_scale", "batch_size", "precision", "fps")
+CARD = """---
+library_name: latte
+tags:
+- latte
+- video-generation
+- diffusion
+---
+
+# {name}
+
+A Latte ([arXiv 2401.03048](https://arxiv.org/abs/2401.03048)): a diffusion transformer that makes videos of {frames}
+frames of {size} x {size} pixels, {kind}.
+
+| | |
+|---|---|
+| network | {network}, {millions:.2f} M parameters |
+| diffusion | predicts {prediction}, {steps} steps |
+| latents | {channels} channels, 1/{factor} of the size, decoder in `codec/` |
+| frames | every {interval}. frame of the training clips |
+
+```python
+from sample.pipeline_latte import LatteVideoPipeline
+
+pipeline = LatteVideoPipeline.from_pretrained("PATH_OR_HUB_NAME")
+videos = pipeline(num_videos=4, seed=0)  # uint8 (4, {frames}, {size}, {size}, 3)
+```
+{classes}"""
+
+
+class LatteVideoPipeline:
+    """Network, diffusion and codec behind one call.
+
+    Args:
+        generator: what samples; its `config` says how where a call is silent.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **options: Any) -> LatteVideoPipeline:
+        """From a training's checkpoint or run folder, or an official file; see `Generator.from_checkpoint`."""
+        return cls(Generator.from_checkpoint(path, **options))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        device: torch.device | str | None = None,
+        precision: str | None = None,
+    ) -> LatteVideoPipeline:
+        """From a folder that `save_pretrained` wrote, or a hub name, of which `revision` and commit are printed.
+
+        Args:
+            device: None is CUDA where there is one.
+            precision: fp32, bf16 or fp16; None is what the folder says.
+
+        Raises:
+            FileNotFoundError: there is no such folder or name, or a file of it is missing.
+            ValueError: the folder holds something else, or is broken.
+        """
+        folder = find_folder(str(name), revision, "pretrained model", FILES)
+        config, class_names = _read_config(folder)
+        device = usable_device(device)
+        model = cast(Latte, build_model(config, device))
+        load_weights(model, read_state_dict(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+        codec = LatentCodec.from_config(config.codec, device)
+        precision = precision or config.sample.precision
+        model.requires_grad_(False)
+        return cls(Generator(model, codec, config, class_names=class_names, device=device, precision=precision))
+
+    def __call__(self, labels: Sequence[int | str] | None = None, num_videos: int = 4, **settings: Any) -> np.ndarray:
+        """`num_videos` videos as uint8 (n, F, H, W, 3); each is a function of the seed and its number.
+
+        Args:
+            labels: classes by number or name, taken in turn; None: all.
+            settings: seed, steps, method, eta, guidance_scale, batch_size, num_frames, image_size: see
+                `Generator.batches`.
+        """
+        defaults = sampler_settings(self.generator.config) | {"labels": None}
+        return self.generator.sample(**{**defaults, "labels": labels, **settings}, num=num_videos)
+
+    def save_pretrained(self, folder: str | Path, name: str | None = None) -> Path:
+        """Write the pipeline, whole or not at all; returns the folder.
+
+        Args:
+            name: what the model card calls it; None: as the folder.
+
+        Raises: FileExistsError: there is something in the folder already.
+        """
+        folder = require_new(Path(folder))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        try:
+            temporary.mkdir()
+            self._write(temporary, name or folder.name)
+            temporary.replace(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
+    def push_to_hub(self, name: str, *, private: bool | None = None, message: str = "Upload a Latte") -> str:
+        """Write the pipeline to a hub name, which is made where there is none; returns the address of the commit.
+
+        The hub is that of HF_ENDPOINT, the token that of HF_TOKEN or of `hf auth login`.
+
+        Raises: OSError, one sentence, where the hub does not take it.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        hub = HfApi()
+        with tempfile.TemporaryDirectory() as folder:
+            written = self.save_pretrained(Path(folder) / "pipeline", name.rpartition("/")[2])
+            try:
+                hub.create_repo(name, private=private, exist_ok=True)
+                return str(hub.upload_folder(repo_id=name, folder_path=written, commit_message=message))
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise OSError(f"{name} could not be written to the hub: {reason}") from error
+
+    def _write(self, folder: Path, name: str) -> None:
+        config = self.generator.config
+        weights = {key: value.detach().cpu().contiguous() for key, value in self.generator.model.state_dict().items()}
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        _save_codec(self.generator.codec, folder / CODEC_FOLDER)
+        described = {
+            "_class_name": CLASS_NAME,
+            "model": asdict(config.model),
+            "diffusion": asdict(config.diffusion),
+            "data": {key: getattr(config.data, key) for key in DATA_KEYS},
+            "codec": _codec_section(config),
+            "sample": {key: getattr(config.sample, key) for key in SAMPLE_KEYS},
+            "class_names": self.generator.class_names,
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (folder / CARD_FILE).write_text(self._card(name), encoding="utf-8")
+
+    def _card(self, name: str) -> str:
+        """The model card: what the network is and how to use it, and nothing that is not known."""
+        config, names = self.generator.config, self.generator.class_names
+        count = config.model.num_classes
+        listed = "".join(f"\n{number}. {each}" for number, each in enumerate(names or [])).lstrip("\n")
+        return CARD.format(
+            name=name,
+            frames=config.data.num_frames,
+            size=config.data.image_size,
+            kind=f"of {count} classes" if count else "unconditional",
+            network=f"{config.model.name}, variant {config.model.variant}",
+            millions=count_parameters(build_model(config, "meta")) / 1e6,
+            prediction=config.diffusion.prediction,
+            steps=config.diffusion.num_steps,
+            channels=config.codec.latent_channels,
+            factor=config.codec.downsample_factor,
+            interval=config.data.frame_interval,
+            classes=f"\n## Classes\n\n{listed}\n" if listed else "",
+        )
+
+
+def _codec_section(config: Config) -> dict[str, Any]:
+    """The `codec` section, its path within the folder."""
+    inside = None if config.codec.path is None else CODEC_FOLDER
+    return asdict(config.codec) | {"path": inside, "subfolder": None, "revision": None}
+
+
+def _save_codec(codec: LatentCodec, folder: Path) -> None:
+    """The autoencoder as `codec.path` takes it; nothing for pixel space."""
+    network: Any = codec.network
+    if codec.config.path is None:
+        return
+    folder.mkdir()
+    if hasattr(network, "save_config"):
+        network.save_config(folder)
+        weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+        save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        return
+    source = (local_folder(codec.config) or Path()) / (codec.config.subfolder or "")
+    for name in (ENCODER_FILE, DECODER_FILE):
+        shutil.copyfile(source / name, folder / name)
+
+
+def _read_config(folder: Path) -> tuple[Config, list[str] | None]:
+    """What the folder's `config.json` says, and the names of its classes.
+
+    Raises: FileNotFoundError, ValueError: a file is missing, or describes something else.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no pipeline of this project: it has no {name}")
+    described = read_json(folder / CONFIG_FILE)
+    kind = described.pop("_class_name", None)
+    if kind != CLASS_NAME:
+        raise ValueError(f"{folder / CONFIG_FILE} describes a {kind}, but {CLASS_NAME} is wanted")
+    names = described.pop("class_names", None)
+    codec = described.get("codec")
+    if isinstance(codec, dict) and codec.get("path"):
+        codec["path"] = str(folder / CODEC_FOLDER)
+    return load_config(None, base=described), names

@@ -1,0 +1,147 @@
+"""A trained text network as a Latte folder, which `sample_t2x.py` and diffusers' LattePipeline load.
+
+    transformer/ scheduler/ vae/ text_encoder/ tokenizer/ model_index.json
+
+The scheduler is the training's noise schedule and prediction; the decoder is a part where diffusers has its class. An
+image network becomes a PixArt-alpha folder: its transformer alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.build import text_network_config
+from engine.captions import temporal_position_scale
+from engine.checkpoint import find_checkpoint, load_checkpoint_config, weights_file
+from engine.config import Config, require
+from models.autoencoder import KINDS, CodecConfig, local_folder
+from models.config_t2v import LatteT2VConfig
+from models.convert_t2v import CONFIG_FILE, SCALE, WEIGHTS, require_new
+from models.text_encoder import PARTS
+
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # ours -> diffusers'
+PREDICTIONS = {"epsilon": "epsilon", "x_start": "sample", "velocity": "v_prediction"}
+IMAGE_CLASS = "PixArtTransformer2DModel"
+PIPELINE = {
+    "_class_name": "LattePipeline",
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "LatteTransformer3DModel"],
+}
+
+
+def export_run(source: str | Path, folder: Path, *, weights: str = "ema", link: bool = False) -> list[str]:
+    """Write the network of a run or checkpoint, with all parts of a pipeline that there are, into a new folder.
+
+    Args:
+        weights: `ema` or `raw`.
+        link: name large files in place of copying them.
+
+    Returns: what was left out, in words.
+
+    Raises: ValueError, OSError where the source is no text network, or diffusers has no sampler for its diffusion.
+    """
+    checkpoint = find_checkpoint(Path(source))
+    config = load_checkpoint_config(checkpoint)
+    assert config is not None  # of a folder
+    require(
+        config.model.is_text, f"{source} is no text network (model.name={config.model.name}): see sample/sample.py."
+    )
+    require(not config.lora.rank, f"{source} holds adapters only: merge them into their network first.")
+    require_new(folder)
+    aside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        left = _write_parts(checkpoint, config, aside, weights, shutil.copy if not link else _link)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside.replace(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return left
+
+
+def _write_parts(checkpoint: Path, config: Config, out: Path, weights: str, copy: Any) -> list[str]:
+    is_image = config.model.name == "custom-t2i"
+    described = describe_network(config, json.loads((checkpoint / "state.json").read_text())["step"])
+    file = weights_file(checkpoint, weights)
+    require(file.is_file(), f"{checkpoint} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
+    _write_json(out / "transformer" / CONFIG_FILE, described)
+    copy(file.resolve(), out / "transformer" / f"{WEIGHTS}.safetensors")
+    if is_image:
+        return ["scheduler, vae and text: an image network is a start for training (train.init_from)"]
+    _write_json(out / "scheduler" / "scheduler_config.json", describe_scheduler(config))
+    text = config.text.folder()
+    for part in PARTS:
+        shutil.copytree(text / part, out / part, copy_function=copy)
+    vae, reason = _codec_folder(config.codec)
+    if vae is None:
+        return [f"vae: {reason}"]
+    facts = {**json.loads((vae / CONFIG_FILE).read_text(encoding="utf-8")), "scaling_factor": config.codec.scale}
+    shutil.copytree(vae, out / "vae", copy_function=copy, ignore=shutil.ignore_patterns(CONFIG_FILE, ".*"))
+    _write_json(out / "vae" / CONFIG_FILE, facts)
+    _write_json(out / "model_index.json", {**PIPELINE, "vae": ["diffusers", facts["_class_name"]]})
+    return []
+
+
+def describe_network(config: Config, step: int) -> dict[str, Any]:
+    """The network's `config.json`."""
+    network: LatteT2VConfig = text_network_config(config)
+    described = network.to_dict()
+    if config.model.name == "custom-t2i":
+        del described["video_length"]
+        return {**described, "_class_name": IMAGE_CLASS, "use_additional_conditions": False}
+    scale = temporal_position_scale(config, step)
+    return described if scale == 1 else {**described, SCALE: scale}
+
+
+def describe_scheduler(config: Config) -> dict[str, Any]:
+    """The `scheduler_config.json` of the training's diffusion.
+
+    Raises: ValueError for a flow, of which LattePipeline has no sampler.
+    """
+    diffusion = config.diffusion
+    require(
+        diffusion.prediction in PREDICTIONS,
+        f"diffusion.prediction={diffusion.prediction} has no sampler in LattePipeline; {', '.join(PREDICTIONS)} have.",
+    )
+    ratio = 1000 / diffusion.num_steps
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": diffusion.num_steps,
+        "beta_schedule": SCHEDULES[diffusion.schedule],
+        "beta_start": 1e-4 * ratio,
+        "beta_end": 0.02 * ratio,
+        "prediction_type": PREDICTIONS[diffusion.prediction],
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+    }
+
+
+def _codec_folder(config: CodecConfig) -> tuple[Path | None, str]:
+    """The decoder's folder, or None and why it is no part of a pipeline."""
+    folder = local_folder(config) if config.path else None
+    if folder is None:
+        return None, "the codec is no folder here"
+    folder = folder / (config.subfolder or "")
+    file = folder / CONFIG_FILE
+    name = json.loads(file.read_text(encoding="utf-8")).get("_class_name") if file.is_file() else None
+    if name not in KINDS:
+        return None, f"{folder} is none of diffusers' autoencoders"
+    if config.shift:
+        return None, f"LattePipeline knows no codec.shift, which is {config.shift}"
+    return folder, ""
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    Path(target).symlink_to(Path(source).resolve())
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,267 @@
+"""Given frames and windows: draws, losses and sampling against brute force and closed forms in float64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion import (
+    ConditionConfig,
+    DiffusionConfig,
+    GaussianDiffusion,
+    Given,
+    LossTerms,
+    RectifiedFlow,
+    build_diffusion,
+    conditioned,
+    sample,
+    sample_given,
+)
+from diffusion.windows import fused, ramp, seams, slide, window_starts
+
+SHAPE = (3, 6, 2, 4, 4)  # B F C H W
+METHODS = {"ddpm": "epsilon", "ddim": "x_start", "euler": "flow", "heun": "flow"}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def process(prediction: str, steps: str = "", *, learn_sigma: bool = False) -> GaussianDiffusion | RectifiedFlow:
+    return build_diffusion(
+        DiffusionConfig(num_steps=50, prediction=prediction), learn_sigma=learn_sigma, respacing=steps
+    )
+
+
+def known(frames: list[list[int]]) -> Given:
+    """Latents of which in clip b the frames `frames[b]` are known; the rest is NaN, which nothing may touch."""
+    mask = torch.tensor([[place in places for place in range(SHAPE[1])] for places in frames])
+    latents = randn(len(frames), *SHAPE[1:], seed=9)
+    return Given(torch.where(mask[:, :, None, None, None], latents, torch.nan), mask)
+
+
+def frame_by_frame(x: Tensor, timesteps: Tensor) -> Tensor:
+    """A network that sees each frame, and its timestep, by itself."""
+    rows = timesteps if timesteps.ndim > 1 else timesteps[:, None]
+    return torch.tanh(x) * (0.5 + rows[:, :, None, None, None] / 100)
+
+
+# --- what is drawn
+
+
+@pytest.mark.parametrize("span", [1, 2])
+@pytest.mark.parametrize("frames", ["prefix", "random"])
+def test_draws_against_brute_force(frames: str, span: int) -> None:
+    config = ConditionConfig(frames=frames, probability=0.7, max_frames=4)
+    uniform = torch.rand(500, config.num_uniforms(8, span), generator=torch.Generator().manual_seed(0))
+    drawn = config.draw(uniform, span)
+    assert drawn.shape == (500, 8)
+    for row, mask in zip(uniform.tolist(), drawn.tolist(), strict=True):
+        some, share, half, *own = row
+        count = 0 if some >= 0.7 else 1 + int(share * (4 // span))
+        order = (
+            sorted(range(len(own)), key=own.__getitem__) if frames == "random" and half < 0.5 else [*range(len(own))]
+        )
+        units = set(order[:count])
+        assert mask == [place // span in units for place in range(8)]
+    counts = drawn.sum(1).bincount(minlength=5) / 500
+    assert counts[0] == pytest.approx(0.3, abs=0.05)
+    assert all(counts[k] == pytest.approx(0.7 * span / 4, abs=0.06) for k in range(span, 5, span))
+
+
+def test_configurations_without_sense_are_refused() -> None:
+    for keys, sentence in (
+        ({"frames": "last"}, "condition.frames"),
+        ({"frames": "prefix", "probability": 0.0}, "condition.probability"),
+        ({"frames": "prefix", "max_frames": 0}, "condition.max_frames"),
+        ({"probability": 0.9}, "read only with condition.frames"),
+        ({"max_frames": 3}, "read only with condition.frames"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            ConditionConfig(**keys)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        ConditionConfig(frames="prefix", max_frames=16).check_clip(16, 1)
+    with pytest.raises(ValueError, match=r"multiple of model\.tubelet_size=2"):
+        ConditionConfig(frames="prefix", max_frames=3).check_clip(16, 2)
+
+
+@pytest.mark.parametrize(
+    ("frames", "places", "span", "sentence"),
+    [
+        ("none", [0], 1, "trained without given frames"),
+        ("prefix", [1], 1, "not frames 1"),
+        ("prefix", [0, 1, 2], 1, "3 given frames are more than the 2"),
+        ("random", [8], 1, "nothing to sample"),
+        ("random", [1, 2], 2, "whole tubelets"),
+    ],
+)
+def test_what_a_network_cannot_be_given_is_refused(frames: str, places: list[int], span: int, sentence: str) -> None:
+    config = ConditionConfig() if frames == "none" else ConditionConfig(frames=frames, max_frames=2)
+    config.check_given([], 8, span)
+    with pytest.raises(ValueError, match=sentence):
+        config.check_given(places, 8, span)
+
+
+# --- training
+
+
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize(("prediction", "learn_sigma"), [("epsilon", True), ("velocity", False), ("flow", False)])
+def test_the_loss_is_over_the_other_frames_only(prediction: str, learn_sigma: bool, images: int) -> None:
+    diffusion = process(prediction, learn_sigma=learn_sigma)
+    clips, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    length = SHAPE[1] - images
+    mask = torch.tensor([[True, True, False, False], [False, True, False, True], [False] * 4])
+    mask = torch.cat([mask, torch.zeros(3, length - 4, dtype=torch.bool)], dim=1)
+    padded = torch.cat([mask, torch.zeros(3, images, dtype=torch.bool)], dim=1)
+    timesteps = torch.tensor([3, 20, 49])
+    output = randn(3, 6, 4 if learn_sigma else 2, 4, 4, seed=2)
+    seen: dict[str, Tensor] = {}
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.update(x=x, t=t)
+        return output
+
+    every = diffusion.training_losses(lambda x, t: output, clips, timesteps, noise)
+    terms = diffusion.training_losses(conditioned(network, Given(clips, padded)), clips, timesteps, noise).without(mask)
+    for clip in range(3):
+        learned = [frame for frame in range(length) if not mask[clip, frame]]
+        of_clip = sum(float(every.per_frame()[clip, frame]) for frame in learned) / len(learned)
+        of_images = sum(float(every.per_frame()[clip, frame]) for frame in range(length, 6))
+        assert float(terms.loss[clip]) == pytest.approx((of_clip * length + of_images) / 6, rel=1e-12)
+        for frame in range(6):
+            noisy = diffusion.q_sample(clips[clip : clip + 1], timesteps[clip : clip + 1], noise[clip : clip + 1])
+            expected = clips[clip, frame] if padded[clip, frame] else noisy[0, frame]
+            assert torch.equal(seen["x"][clip, frame], expected)
+            assert seen["t"][clip, frame] == (0 if padded[clip, frame] else timesteps[clip])
+
+
+def test_given_frames_have_no_gradient() -> None:
+    output = randn(1, 4, 2, 3, 3).requires_grad_()
+    given = torch.tensor([[True, False, True, False]])
+    LossTerms.from_frames(output.square().flatten(2).mean(2)).without(given).loss.sum().backward()
+    assert output.grad is not None
+    assert output.grad.flatten(2).abs().sum(2)[0].gt(0).tolist() == [False, True, False, True]
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_known_frames_come_out_bit_for_bit_and_the_others_as_ever(method: str) -> None:
+    diffusion, given, noise = process(METHODS[method], "7"), known([[0], [0, 5], [2, 3]]), randn(*SHAPE)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def network(x: Tensor, timesteps: Tensor) -> Tensor:
+        seen.append((x, timesteps))
+        return frame_by_frame(x, timesteps)
+
+    def draws() -> dict[str, object]:
+        generator = torch.Generator().manual_seed(3)
+        return {"noise_fn": lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)}
+
+    out = sample_given(diffusion, network, noise, given, method=method, **draws())
+    plain = sample(diffusion, frame_by_frame, noise, method=method, **draws())
+    assert torch.equal(out[given.frames], given.latents[given.frames])
+    torch.testing.assert_close(out[~given.frames], plain[~given.frames], rtol=1e-9, atol=1e-9)
+    for x, timesteps in seen:
+        assert torch.equal(x[given.frames], given.latents[given.frames])
+        assert (not timesteps[given.frames].any() and timesteps[~given.frames].all()) or timesteps.max() == 0
+
+
+def test_nothing_known_is_plain_sampling() -> None:
+    diffusion, noise = process("x_start", "5"), randn(*SHAPE)
+    assert torch.equal(
+        sample_given(diffusion, frame_by_frame, noise, None, method="ddim"),
+        sample(diffusion, frame_by_frame, noise, method="ddim"),
+    )
+
+
+# --- windows
+
+
+@pytest.mark.parametrize("method", ["autoregressive", "fused"])
+def test_windows_cover_every_frame_and_overlap_enough(method: str) -> None:
+    for total in range(1, 40):
+        for window in range(2, 9):
+            for overlap in range(1, window):
+                starts = window_starts(total, window, overlap, method)
+                covered = {place for start in starts for place in range(start, start + window)}
+                assert set(range(total)) <= covered
+                assert all(after - before <= window - overlap for before, after in pairwise(starts))
+                if method == "fused" and total >= window:
+                    assert max(covered) == total - 1
+                if len(starts) > 1:  # none is needless
+                    assert starts[-2] + window < total
+
+
+def test_seams_are_where_windows_begin_or_end() -> None:
+    assert seams(16, 16, 4, "fused") == seams(16, 16, 4, "autoregressive") == []
+    assert seams(32, 16, 4, "autoregressive") == [16, 28]
+    assert seams(32, 16, 4, "fused") == [12, 16, 28]
+
+
+def test_fused_is_the_weighted_mean_of_the_windows() -> None:
+    x, timesteps = randn(2, 11, 2, 3, 3), torch.tensor([4, 40])
+
+    def network(part: Tensor, t: Tensor) -> Tensor:  # mixes the frames of a window
+        return (
+            part.cumsum(1) * t[:, None, None, None, None] if t.ndim == 1 else part.cumsum(1) * t[..., None, None, None]
+        )
+
+    for times in (timesteps, timesteps[:, None] + torch.arange(11)):
+        found = fused(network, 5, 2)(x, times)
+        total, weight = torch.zeros_like(x), torch.zeros(11, dtype=torch.float64)
+        for start in (0, 3, 6):
+            part = network(x[:, start : start + 5], times if times.ndim == 1 else times[:, start : start + 5])
+            for place, share in enumerate((1, 2, 3, 2, 1)):
+                total[:, start + place] += share * part[:, place]
+                weight[start + place] += share
+        torch.testing.assert_close(found, total / weight[:, None, None, None], rtol=1e-12, atol=1e-12)
+    assert ramp(8, 2, x).tolist() == [1, 2, 3, 3, 3, 3, 2, 1]
+
+
+def test_one_window_over_all_frames_is_the_plain_network() -> None:
+    x, timesteps = randn(*SHAPE), torch.tensor([4, 40, 9])
+    assert torch.equal(fused(frame_by_frame, 6, 5)(x, timesteps), frame_by_frame(x, timesteps))
+
+
+@pytest.mark.parametrize("overlap", [1, 2, 4])
+def test_a_constant_prediction_has_no_seams(overlap: int) -> None:
+    diffusion, noise = process("x_start", "6"), randn(2, 17, 2, 3, 3)
+    answer = randn(1, 1, 2, 3, 3, seed=4)
+
+    def constant(x: Tensor, timesteps: Tensor) -> Tensor:
+        return answer.expand_as(x)
+
+    clips = sample(diffusion, fused(constant, 5, overlap), noise, method="ddim")
+    torch.testing.assert_close(clips, answer.expand_as(clips), rtol=1e-12, atol=1e-12)
+
+    def sample_window(latents: Tensor, places: list[bool]) -> Tensor:
+        given = Given(latents, torch.tensor([places])) if any(places) else None
+        return sample_given(diffusion, constant, torch.randn_like(latents), given, method="ddim")
+
+    clips = slide(sample_window, torch.zeros_like(noise), [False] * 17, 5, overlap)
+    torch.testing.assert_close(clips, answer.expand_as(clips), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("overlap", [1, 3])
+def test_sliding_windows_go_on_from_what_is_there(overlap: int) -> None:
+    """Windows that count on from their first known frame count through the whole clip, also from a known start."""
+    steps: list[list[bool]] = []
+
+    def count_on(latents: Tensor, places: list[bool]) -> Tensor:
+        steps.append(places)
+        first = places.index(True)
+        return latents[:, [first]] + torch.arange(len(places)).view(1, -1, 1, 1, 1) - first
+
+    start = torch.zeros(2, 14, 1, 1, 1, dtype=torch.float64)
+    start[:, 1] = 7.0
+    clips = slide(count_on, start, [place == 1 for place in range(14)], 5, overlap)
+    assert clips.flatten(1).tolist() == [[6.0 + place for place in range(14)]] * 2
+    assert steps[0] == [False, True, False, False, False]
+    assert steps[1:] == [[place < overlap for place in range(5)]] * (len(steps) - 1)
+    assert len(steps) == len(window_starts(14, 5, overlap, "autoregressive"))

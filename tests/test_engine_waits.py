@@ -1,0 +1,252 @@
+"""The host queues one step after the other: nothing in a step waits for the device, and reading late changes nothing.
+
+There is no GPU here, so a step runs on the `meta` device: whatever would wait for the device (`.item()`, `bool()`, a
+boolean index) is an error there, and every copy between host and device is seen. With a GPU, CUDA itself is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.optim.optimizer as optimizers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine import objective, trainer
+from engine.config import load_config
+from engine.distributed import World
+from engine.optim import clip_gradients
+from engine.pending import Pending
+from engine.trainer import Trainer
+from tests.fault_support import armed, rows, run
+from tests.latent_support import cache, save_codec
+
+META = torch.device("meta")
+QUIET = ["train.log_every=100", "train.max_steps=100"]  # steps that are due nothing
+TIMING = {"videos_per_second", "seconds_per_step", "data_wait_share", "memory_gib"}
+
+
+class Crossings(TorchDispatchMode):
+    """Records all that crosses from host to device or back: (from, to, how many numbers); refuses what waits.
+
+    Args:
+        first: in a first step the optimiser and the sampler make their state, and may wait.
+    """
+
+    def __init__(self, *, first: bool = False) -> None:
+        super().__init__()
+        self.first = first
+        self.seen: list[tuple[str, str, int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        keywords = keywords or {}
+        tensors = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)]
+        if function is torch.ops.aten._to_copy.default:
+            source, target = arguments[0], torch.device(keywords.get("device") or arguments[0].device)
+            if source.device.type != target.type:
+                assert keywords.get("non_blocking") or self.first, f"a copy of {tuple(source.shape)} to {target} waits"
+                self.seen.append((source.device.type, target.type, source.numel()))
+                if target.type == "cpu":
+                    return torch.zeros(source.shape, dtype=source.dtype)  # "all is well"
+        else:
+            assert len({tensor.device for tensor in tensors}) < 2, f"{function} of host and device"
+        return function(*arguments, **keywords)
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch lacks on `meta`: generators, autocast, and a name in the list of fused AdamW, which it has."""
+    monkeypatch.setattr(objective, "sample_generator", lambda seed, position, device: None)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[Pending]:
+    """The steps whose outcome the host has read."""
+    found: list[Pending] = []
+    outcome = Pending.outcome
+    monkeypatch.setattr(Pending, "outcome", lambda self: (found.append(self), outcome(self))[1])
+    return found
+
+
+KINDS = {
+    "plain": [],
+    "accumulation": ["train.grad_accum_steps=2", "train.batch_size=1", "optim.clip_start_step=5"],
+    "loss_aware": ["diffusion.timestep_sampler=loss_aware", "optim.spike_factor=3", "optim.spike_policy=clip"],
+    "images": ["data.num_images=2", "model.label_dropout=0.3", "model.gradient_checkpointing=true"],
+    "rope": ["model.variant=parallel", "model.temporal_position=rope", "train.precision=bf16"],
+    "tubelets": ["model.variant=sequential", "model.patch_embedding=tubelet", "diffusion.loss=rescaled_kl"],
+    "flow": ["diffusion.prediction=flow", "model.learn_sigma=false", "diffusion.timestep_density=logit_normal"],
+    "tokens": ["model.injection=tokens", "model.variant=late_fusion", "diffusion.prediction=velocity"],
+    "given": ["condition.frames=random", "condition.max_frames=2"],
+    "latents": ["data.latents="],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_waits(tiny: list[str], tmp_path: Path, on_meta: None, read: list[Pending], kind: str) -> None:
+    """A step's clips and labels go to the device, its five numbers come back, and are read one step later."""
+    extra = KINDS[kind]
+    if kind == "latents":
+        tiny = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderKL")]
+        extra = [f"data.latents={cache(tiny, tmp_path / 'cache')}"]
+    run = Trainer(load_config(None, [*tiny, *QUIET, "optim.fused=true", *extra]), World(device=META))
+    run.parallel_model = run.model
+    batches = run.batches()
+    with Crossings(first=True):
+        run.train_step(next(batches))
+    for _ in range(3):
+        micro_batches, flight, before = next(batches), run.pending, len(read)
+        with Crossings() as crossings:
+            run.train_step(micro_batches)
+        assert read[before:] == [flight]  # of the step before, and no other
+        clips = "latents" if kind == "latents" else "video"
+        sent = [batch[key].numel() for batch in micro_batches for key in ("labels", clips)]
+        assert crossings.seen == [*(("cpu", "meta", numel) for numel in sent), ("meta", "cpu", 5)]
+    assert (run.step, run.samples_seen, run.guard.skipped) == (3, 6, 0)
+
+
+def test_a_step_that_is_due_something_is_counted_at_once(tiny: list[str], on_meta: None, read: list[Pending]) -> None:
+    config = load_config(None, [*tiny, "train.log_every=3", "train.max_steps=5", "optim.fused=true"])
+    run = Trainer(config, World(device=META))
+    batches, counted = run.batches(), []
+    for _ in range(5):
+        with Crossings():
+            run.train_step(next(batches))
+        counted.append(run.step)
+    assert counted == [0, 1, 3, 3, 5]
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows(folder)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "extra"),
+    [
+        ("nan@0:3", ["diffusion.timestep_sampler=loss_aware", "optim.schedule=cosine", "train.ema_warmup=true"]),
+        ("inf@0:5,nan@0:5", ["train.grad_accum_steps=2", "train.batch_size=1", "optim.fused=true"]),
+        ("spike@0:22", ["optim.spike_factor=10", "optim.clip_start_step=6", "optim.max_grad_norm=1e-3"]),
+        ("spike@0:22", ["optim.spike_factor=10", "optim.spike_policy=clip", "optim.max_grad_norm=1e9"]),
+    ],
+    ids=["schedules", "fused", "spike", "clipped"],
+)
+def test_reading_late_changes_nothing(tiny: list[str], tmp_path: Path, fault: str, extra: list[str]) -> None:
+    """Skipped steps and all: every weight, average, moment and row of the log is that of a run that waits."""
+    common = [*tiny, "train.log_every=8", "train.max_steps=25", "optim.warmup_steps=4", "train.checkpoint_every=9"]
+    states, logs = [], []
+    for ahead in (True, False):
+        folder = tmp_path / str(ahead)
+        options = [*common, *extra, f"train.run_ahead={ahead}", f"train.output_dir={folder}"]
+        with armed(fault):
+            done = run(options)
+        assert done.guard.skipped + done.guard.spikes and done.step == 25
+        saved = done.state_dict()
+        states.append({**saved.model, **saved.optim, **{f"ema/{name}": value for name, value in saved.ema.items()}})
+        states[-1] |= {f"rng/{name}": value for name, value in saved.rng.items()}
+        logs.append((logged(folder), saved.state["guard"], saved.samples_seen))
+        events = [row for row in rows(folder, "events.jsonl") if row["event"] == "skip"]
+        assert len(events) == done.guard.skipped and all(len(row["files"]) == 2 for row in events)
+    assert logs[0] == logs[1]
+    assert states[0].keys() == states[1].keys()
+    assert not [name for name, value in states[0].items() if not torch.equal(value, states[1][name])]
+
+
+def test_a_signal_is_answered_one_step_later(tiny: list[str], tmp_path: Path) -> None:
+    for ahead, step in ((True, 5), (False, 4)):
+        options = [*tiny, *QUIET, f"train.run_ahead={ahead}", f"train.output_dir={tmp_path / str(ahead)}"]
+        with armed("term@0:3"):
+            stopped = run(options)
+        assert (stopped.step, stopped.samples_seen, stopped.pending) == (step, 2 * step, None)
+        assert (tmp_path / str(ahead) / "PREEMPTED").exists()
+
+
+def test_fused_is_the_plain_optimiser(tiny: list[str], tmp_path: Path) -> None:
+    """float64: one kernel rounds otherwise than eight."""
+    common = [*tiny, "train.precision=fp64", "train.max_steps=6", "optim.weight_decay=0.1"]
+    weights = []
+    for fused in ("true", "false", "null"):
+        with armed("nan@0:2"):
+            made = run([*common, f"optim.fused={fused}", f"train.output_dir={tmp_path / fused}"])
+        assert made.guard.skipped == 1
+        weights.append(made.model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=0, atol=1e-13)
+        assert torch.equal(weights[1][name], weights[2][name])  # there is no GPU here
+
+
+@pytest.mark.parametrize("limit", [0.1, 3.0, 1e6, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clipping_on_the_device_is_torchs(limit: float, dtype: torch.dtype) -> None:
+    """Bit for bit."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 3), (7,), ())]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    ours = [parameter.grad.clone() for parameter in parameters]
+    norm = torch.nn.utils.get_total_norm(ours)
+    clip_gradients(ours, norm, torch.tensor(limit, dtype=torch.float64))
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    for one, parameter in zip(ours, parameters, strict=True):
+        assert torch.equal(one, parameter.grad)
+
+
+@pytest.fixture
+def as_it_was() -> Iterator[None]:
+    yield
+    gc.set_debug(0)
+    gc.garbage.clear()
+    gc.unfreeze()
+    gc.enable()
+
+
+def test_steps_leave_no_garbage(tiny: list[str], as_it_was: None) -> None:
+    """So that collecting it at rows of the log only holds nothing on the device."""
+    run = Trainer(load_config(None, [*tiny, *QUIET]), World())
+    batches = run.batches()
+    for _ in range(2):
+        run.train_step(next(batches))
+    with run.garbage:
+        assert not gc.isenabled()
+        for _ in range(5):
+            run.train_step(next(batches))
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        run.garbage.collect()
+        assert not [each for each in gc.garbage if isinstance(each, Tensor)]
+        assert len(gc.garbage) < 50, gc.garbage[:5]
+    assert gc.isenabled() and not gc.get_freeze_count()
+
+
+def test_a_run_collects_when_it_logs(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[bool] = []
+    monkeypatch.setattr(trainer.CollectOnRequest, "collect", lambda self: enabled.append(gc.isenabled()))
+    run([*tiny, "train.max_steps=4", "train.log_every=2"])
+    assert enabled == [False, False] and gc.isenabled() and not gc.get_freeze_count()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "latents"])
+def test_cuda_sees_no_synchronisation(tiny: list[str], kind: str) -> None:
+    """PyTorch's own watch over synchronising calls, as errors."""
+    device = torch.device("cuda", 0)
+    run = Trainer(load_config(None, [*tiny, *QUIET, *KINDS[kind]]), World(device=device))
+    run.parallel_model = run.model
+    batches = run.batches()
+    for _ in range(3):
+        run.train_step(next(batches))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            run.train_step(next(batches))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.settle() == 0 and run.step == 6

@@ -1,0 +1,248 @@
+"""Adapters: against peft's own loading and merging, on our networks and on diffusers'; and trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from engine.checkpoint import export_adapter, export_weights, load_model_weights
+from engine.config import load_config
+from engine.distributed import World
+from engine.trainer import Trainer
+from models.config import LatteConfig
+from models.convert_t2v import to_diffusers
+from models.latte import Latte
+from models.lora import Adapter, LoraConfig, add_lora, lora_weights, merge_lora, save_lora
+from tests.t2v_support import inputs, ours_of, randomize, theirs
+
+SIZES: dict[str, Any] = {"name": "custom", "hidden_size": 16, "depth": 2, "num_heads": 2, "patch_size": 2}
+
+
+def latte(**changes: Any) -> Latte:
+    model = Latte(LatteConfig(**SIZES, num_classes=3, **changes), latent_size=8, num_frames=4)
+    return randomize(model, seed=1)  # type: ignore[return-value]
+
+
+def out(model: nn.Module) -> Tensor:
+    if isinstance(model, Latte):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 4, 4, 8, 8, generator=generator)
+        return model(x, torch.tensor([10.0, 700.0]), torch.tensor([0, 2])).detach()
+    return model(**inputs()).sample.detach()
+
+
+def adapted(model: nn.Module, config: LoraConfig) -> nn.Module:
+    """`model` with adapters that do something."""
+    add_lora(model, config)
+    generator = torch.Generator().manual_seed(3)
+    for value in lora_weights(model.state_dict()).values():
+        value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+mlp"])
+@pytest.mark.parametrize("kind", ["latte", "parallel", "text"])
+def test_adapters_start_as_the_identity_and_merge_into_the_weights(kind: str, targets: str, tmp_path: Path) -> None:
+    make = {"latte": latte, "parallel": lambda: latte(variant="parallel"), "text": lambda: ours_of(theirs())}[kind]
+    plain, config = out(make()), LoraConfig(rank=3, alpha=6.0, targets=targets)
+    fresh = make()
+    add_lora(fresh, config)
+    assert torch.equal(out(fresh), plain)
+    assert all((".lora_" in name) == each.requires_grad for name, each in fresh.named_parameters())
+    model = adapted(make(), config)
+    expected = out(model)
+    assert (expected - plain).abs().max() > 0.1, "adapters that do nothing"
+    folder = save_lora(lora_weights(model.state_dict()), config, tmp_path / "lora")
+    merged = make()
+    merge_lora(merged, folder)
+    assert (out(merged) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    merge_lora(merged, folder, scale=-1.0)
+    assert (out(merged) - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_peft_loads_our_adapters_onto_diffusers_network(tmp_path: Path) -> None:
+    config = LoraConfig(rank=2, targets="attention+mlp")
+    model = adapted(ours_of(theirs()), config)
+    folder = save_lora(lora_weights(model.state_dict()), config, tmp_path / "lora")
+    expected = out(model)
+    found = PeftModel.from_pretrained(to_diffusers(ours_of(theirs())), str(folder)).eval()
+    assert (out(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (out(found.merge_and_unload()) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"rank_pattern": {"attn2.to_q": 5}}], ids=str)
+def test_adapters_of_peft_merge_as_peft_does(changes: dict[str, Any], tmp_path: Path) -> None:
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    wanted = PeftConfig(r=2, lora_alpha=5, target_modules=["to_q", "to_v", "to_out.0"], **changes)
+    network = get_peft_model(to_diffusers(ours_of(theirs())), wanted)
+    for value in lora_weights(network.state_dict()).values():
+        nn.init.normal_(value, std=0.3)
+    network.save_pretrained(tmp_path)
+    model = ours_of(theirs())
+    merge_lora(model, tmp_path, scale=1.0)
+    expected = out(network.merge_and_unload())
+    assert (out(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def base(tiny: list[str], tmp_path: Path) -> Path:
+    """A run whose weights are all different from zero."""
+    trainer = Trainer(load_config(None, [*tiny, f"train.output_dir={tmp_path / 'base'}"]), World())
+    randomize(trainer.model, seed=2, std=0.1)
+    trainer.ema.load_state_dict(trainer.model.state_dict())
+    trainer.save()
+    return tmp_path / "base"
+
+
+def lora_run(tiny: list[str], base: Path, *overrides: str) -> Trainer:
+    keys = [*tiny, "lora.rank=2", f"train.init_from={base}", "optim.learning_rate=0.01", *overrides]
+    trainer = Trainer(load_config(None, keys), World())
+    trainer.fit()
+    return trainer
+
+
+def test_only_adapters_are_trained_saved_and_averaged(tiny: list[str], base: Path, tmp_path: Path) -> None:
+    trainer = lora_run(tiny, base, "train.max_steps=4", "train.ema_decay=0.5", "model.gradient_checkpointing=true")
+    model, average = trainer.model.state_dict(), trainer.ema.state_dict()
+    before = load_model_weights(base)
+    for name, value in before.items():
+        if f"{name.rpartition('.')[0]}.base_layer.{name.rpartition('.')[2]}" not in model:
+            assert torch.equal(model[name], value)
+    changed = [name for name in lora_weights(model) if "lora_B" in name and model[name].any()]
+    assert len(changed) == 4
+    assert (
+        average["blocks.0.attn.qkv.base_layer.weight"].data_ptr()
+        == model["blocks.0.attn.qkv.base_layer.weight"].data_ptr()
+    )
+    assert not torch.equal(average[changed[0]], model[changed[0]])
+    folder = tmp_path / "run" / "checkpoints" / "step-0000004"
+    for file in ("model", "ema"):
+        assert load_file(folder / f"{file}.safetensors").keys() == lora_weights(model).keys()
+    moments = load_file(folder / "optim.safetensors")
+    assert {key.partition("/")[2] for key in moments} == lora_weights(model).keys()
+
+
+def test_a_run_with_adapters_continues_bit_for_bit(tiny: list[str], base: Path, tmp_path: Path) -> None:
+    whole = lora_run(tiny, base, "train.max_steps=4", f"train.output_dir={tmp_path / 'whole'}")
+    lora_run(tiny, base, "train.max_steps=2", f"train.output_dir={tmp_path / 'parts'}")
+    continued = lora_run(tiny, base, "train.max_steps=4", f"train.output_dir={tmp_path / 'parts'}")
+    for first, second in ((whole.model, continued.model), (whole.ema.model, continued.ema.model)):
+        expected = first.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in second.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_first_loss_is_that_of_the_base_and_its_weights_are_held_in_half(
+    tiny: list[str], base: Path, tmp_path: Path, precision: str
+) -> None:
+    losses = []
+    for rank in (0, 2):
+        target = f"train.output_dir={tmp_path / str(rank)}"
+        trainer = lora_run(tiny, base, f"lora.rank={rank}", "train.max_steps=1", f"train.precision={precision}", target)
+        losses.append(json.loads((tmp_path / str(rank) / "metrics.jsonl").read_text())["loss"])
+    assert losses[0] == losses[1]
+    weight = trainer.model.blocks[0].attn.qkv.base_layer.weight
+    assert weight.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert trainer.model.blocks[0].attn.qkv.lora_A["default"].weight.dtype == torch.float32
+
+
+def test_sampling_and_exports_of_a_run_with_adapters(tiny: list[str], base: Path, tmp_path: Path) -> None:
+    from sample.generate import Generator
+
+    trainer = lora_run(tiny, base, "train.max_steps=3", "lora.alpha=4")
+    run = tmp_path / "run"
+    settings: dict[str, Any] = {"num": 2, "steps": 2, "seed": 5}
+    video = Generator.from_checkpoint(run, weights="raw").sample(**settings)
+    plain = Generator.from_checkpoint(base).sample(**settings)
+    assert (video != plain).any()
+    x = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = (x, torch.tensor([3.0, 400.0]), torch.tensor([0, 1]))
+    merged = Generator.from_checkpoint(run, weights="raw").model(*given)
+    torch.testing.assert_close(merged, trainer.model(*given), rtol=1e-5, atol=1e-5)
+    alone = export_weights(run, tmp_path / "alone", "raw")
+    assert load_config(alone / "config.yaml").lora.rank == 0
+    assert (Generator.from_checkpoint(alone, weights="raw").sample(**settings) == video).all()
+    export_adapter(run, tmp_path / "adapter", "raw")
+    for scale, expected in ((1.0, video), (0.0, plain)):
+        keys = [f"sample.lora={tmp_path / 'adapter'}", f"sample.lora_scale={scale}"]
+        config = load_config(base / "checkpoints" / "step-0000000" / "config.yaml", keys)
+        assert (Generator.from_checkpoint(base, config=config).sample(**settings) == expected).all()
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+
+def test_a_base_that_changed_is_refused(tiny: list[str], base: Path, tmp_path: Path) -> None:
+    lora_run(tiny, base, "train.max_steps=1")
+    save_file({key: value + 1 for key, value in load_model_weights(base).items()}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="lora_base: "):
+        lora_run(tiny, tmp_path / "other.safetensors", "train.max_steps=2")
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"holds adapters beside train.init_from=.*, which cannot be had"):
+        load_model_weights(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a whole network and no adapters"):
+        export_adapter(tmp_path / "elsewhere", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lora.rank=-1", "lora.rank must be zero or more"),
+        ("lora.alpha=2", "read only with a lora.rank above 0"),
+        ("lora.targets=attention+mlp", "read only with a lora.rank above 0"),
+        ("lora.rank=2", "name these with train.init_from"),
+        ("sample.lora_scale=2", "read only with sample.lora"),
+    ],
+)
+def test_sections_that_are_refused(override: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["lora.alpha=0"], "lora.alpha must be positive"),
+        (["lora.targets=all"], "lora.targets must be one of attention, attention"),
+        (["train.parallel=fsdp"], "leave train.parallel at ddp"),
+    ],
+)
+def test_settings_of_adapters_that_are_refused(keys: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_config(None, ["lora.rank=2", "train.init_from=a.pt", *keys])
+
+
+def test_files_that_are_refused(tmp_path: Path) -> None:
+    model = adapted(ours_of(theirs()), LoraConfig(rank=2))
+    folder = save_lora(lora_weights(model.state_dict()), LoraConfig(rank=2), tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"is for another network: this one has no "):
+        merge_lora(latte(), folder)
+    wide = theirs(num_attention_heads=4, cross_attention_dim=32)
+    with pytest.raises(ValueError, match=r"attn1.to_\w.* is \(16, 16\) there, \(32, 32\) here"):
+        merge_lora(ours_of(wide), folder)
+    with pytest.raises(FileNotFoundError, match="no LoRA in peft's format: it has no adapter_config"):
+        Adapter.from_folder(tmp_path)
+    file = folder / "adapter_config.json"
+    for text, words in (("{", "not peft's"), ("[]", "not peft's"), ('{"lora_alpha": "NaN"}', "no number"),
+                        ('{"lora_alpha": 2, "use_dora": true}', "use_dora is True; only plain LoRA")):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            Adapter.from_folder(folder)
+    file.write_text('{"lora_alpha": 2}')
+    weights = load_file(folder / "adapter_model.safetensors")
+    for lost in ({key: value for key, value in weights.items() if "0.attn1.to_q.lora_B" not in key}, {}):
+        save_file(lost or {"a.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=r"lacks a half|it holds a\.weight"):
+            Adapter.from_folder(folder)

@@ -1,0 +1,197 @@
+"""Given frames and windows from files to videos: a tiny network end to end, and every wrong file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.build import build_model
+from engine.checkpoint import Checkpoint, save_checkpoint
+from engine.config import Config, load_config
+from engine.objective import Objective, sample_generator
+from models.autoencoder import LatentCodec
+from sample.generate import Generator, sampler_settings
+from sample.given import read_given
+from sample.sample import main
+from tests.conftest import TINY, random_weights
+
+TRAINED = [*TINY, "diffusion.prediction=x_start", "model.learn_sigma=false", "sample.steps=4", "sample.method=ddim"]
+GIVEN = ["condition.frames=random", "condition.max_frames=3"]
+LONG = ["data.num_frames=11", "sample.window=4", "sample.overlap=2"]
+
+
+def generator_of(*overrides: str) -> Generator:
+    config = load_config(None, [*TRAINED, *GIVEN, *overrides])
+    trained = load_config(None, [*TRAINED, *GIVEN])
+    model = build_model(trained)
+    model.load_state_dict(random_weights(trained, 0))
+    return Generator(model, LatentCodec.from_config(config.codec), config)
+
+
+def videos_of(generator: Generator, num: int = 5, **changes: object) -> np.ndarray:
+    settings = sampler_settings(generator.config) | changes
+    return np.concatenate([videos for _, videos in generator.batches(num=num, **settings)])
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of 8x8 and 13x9 pixels, and a video of six frames whose values count."""
+    root = tmp_path_factory.mktemp("media")
+    rng = np.random.default_rng(0)
+    for name, size in (("a", (8, 8, 3)), ("b", (8, 8, 3)), ("wide", (9, 13, 3))):
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(root / f"{name}.png")
+    levels = np.arange(0, 60, 10, dtype=np.uint8)
+    np.save(root / "clip.npy", np.broadcast_to(levels[:, None, None, None], (6, 8, 8, 3)).copy())
+    (root / "text.png").write_text("no image")
+    return root
+
+
+# --- what comes out
+
+
+def test_the_given_frames_are_the_codecs_own_in_every_bit(media: Path) -> None:
+    """Pixel space: the codec changes nothing, so given pixels come back; videos take the images in turn."""
+    generator = generator_of(f"sample.first_frame=[{media}/a.png,{media}/b.png]")
+    videos = videos_of(generator)
+    for index, video in enumerate(videos):
+        np.testing.assert_array_equal(video[0], np.asarray(Image.open(media / f"{'ab'[index % 2]}.png")))
+    others = videos_of(generator_of())
+    assert (videos[:, 1:] != others[:, 1:]).any(axis=(1, 2, 3, 4)).all()  # the others follow from them
+    np.testing.assert_array_equal(videos_of(generator, method="ddpm")[:, 0], videos[:, 0])
+
+
+def test_first_and_last_frame_and_the_end_of_a_video(media: Path) -> None:
+    video = videos_of(generator_of(f"sample.given=[{media}/clip.npy]", "sample.given_frames=2"), num=1)[0]
+    assert [int(frame.mean()) for frame in video[:2]] == [40, 50]
+    spread = generator_of(f"sample.given=[{media}/clip.npy]", "sample.given_frames=2", "data.frame_interval=3")
+    assert [int(frame.mean()) for frame in videos_of(spread, num=1)[0, :2]] == [20, 50]
+    both = generator_of(f"sample.first_frame=[{media}/a.png]", f"sample.last_frame=[{media}/b.png]")
+    video = videos_of(both, num=1)[0]
+    for frame, name in ((video[0], "a"), (video[-1], "b")):
+        np.testing.assert_array_equal(frame, np.asarray(Image.open(media / f"{name}.png")))
+
+
+def test_images_of_any_size_are_cut_as_training_clips_are(media: Path) -> None:
+    from datasets.transforms import TRANSFORMS, to_signed_range
+
+    config = generator_of(f"sample.first_frame=[{media}/wide.png]").config
+    pixels = torch.from_numpy(np.asarray(Image.open(media / "wide.png"))).permute(2, 0, 1)[None]
+    given = read_given(config)
+    assert given is not None and given.places == (0,)
+    assert torch.equal(given.pixels[0], to_signed_range(TRANSFORMS["resize_then_center_crop"](pixels, 8)))
+
+
+# --- longer videos
+
+
+@pytest.mark.parametrize("method", ["autoregressive", "fused"])
+def test_a_long_video_is_a_function_of_seed_and_index(method: str, media: Path) -> None:
+    generator = generator_of(
+        *LONG, f"sample.window_method={method}", f"sample.first_frame=[{media}/a.png,{media}/b.png]"
+    )
+    videos = videos_of(generator, batch_size=5)
+    assert videos.shape == (5, 11, 8, 8, 3)
+    for changes in ({"batch_size": 2}, {"indices": [3, 1]}):
+        again = videos_of(generator, **changes)
+        expected = videos[[3, 1]] if "indices" in changes else videos
+        assert np.abs(again.astype(int) - expected).max() <= 1
+    assert np.abs(videos[0].astype(int) - videos[2]).max() > 1  # the same image and label, other noise
+
+
+def test_one_window_is_plain_sampling() -> None:
+    plain = videos_of(generator_of("data.num_frames=4"))
+    for method in ("autoregressive", "fused"):
+        wide = generator_of("data.num_frames=4", "sample.window=4", f"sample.window_method={method}")
+        np.testing.assert_array_equal(videos_of(wide), plain)
+
+
+def test_progress_counts_the_passes_of_all_windows() -> None:
+    seen: list[tuple[int, int]] = []
+    videos_of(generator_of(*LONG), num=3, batch_size=2, callback=lambda done, total: seen.append((done, total)))
+    assert seen == [(step, 2 * 5 * 4) for step in range(1, 41)]
+
+
+# --- training
+
+
+def test_draws_for_given_frames_come_after_all_others(tiny: list[str]) -> None:
+    """So that a run with given frames sees the noise, timesteps and labels of one without."""
+    objectives = [objective_of(load_config(None, [*tiny, *extra])) for extra in ([], GIVEN)]
+    shape = torch.Size((3, 4, 3, 8, 8))
+    plain, with_given = (each.draw([5, 6, 900], shape, 1) for each in objectives)
+    assert plain.given is None and with_given.given is not None and with_given.given.shape == (3, 4)
+    for name in ("uniform", "label_uniform", "noise"):
+        assert torch.equal(getattr(plain, name), getattr(with_given, name))
+    generator = sample_generator(0, 900, torch.device("cpu"))
+    torch.rand(2, generator=generator), torch.randn(shape[1:], generator=generator)
+    uniform = torch.rand(1, 3 + 4, generator=generator)
+    assert torch.equal(objectives[1].condition.draw(uniform, 1)[0], with_given.given[2])
+
+
+def objective_of(config: Config) -> Objective:
+    from engine.distributed import init_world
+    from engine.trainer import Trainer
+
+    return Trainer(config, init_world("cpu")).objective
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["sample.first_frame=[M/none.png]"], "sample.first_frame: M/none.png: is not a readable image"),
+        (["sample.first_frame=[M/text.png]"], "sample.first_frame: M/text.png: is not a readable image"),
+        (["sample.first_frame=[M/clip.npy]"], "sample.first_frame: the 6 frames of M/clip.npy must be one image"),
+        (["sample.given=[M/clip.npy]", "sample.given_frames=7"], "the 6 frames of M/clip.npy are too few"),
+        (["sample.given=[M/none.mp4]"], "sample.given: M/none.mp4: cannot be opened"),
+        (["sample.given=[M/clip.npy]", "sample.given_frames=4"], "leave nothing to sample"),
+        (["sample.first_frame=[M/a.png]", "sample.last_frame=[M/a.png,M/b.png]"], "names 2 files, but 1 say"),
+        (["sample.first_frame=[M/a.png]", "condition.frames=none", "condition.max_frames=1"], "without given frames"),
+        (["sample.last_frame=[M/a.png]", "condition.frames=prefix"], "condition.frames=prefix"),
+        (["data.num_frames=11", "sample.window=8", "sample.overlap=4"], "4 given frames are more than the 3"),
+    ],
+)
+def test_wrong_frames_are_one_sentence(overrides: list[str], sentence: str, media: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        videos_of(generator_of(*(each.replace("M/", f"{media}/") for each in overrides)), num=1)
+    message = str(error.value).replace(f"{media}/", "M/")
+    assert sentence in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("sample.overlap=2", "read only with sample.window"),
+        ("sample.window_method=fused", "read only with sample.window"),
+        ("sample.given_frames=2", "read only with sample.given"),
+        ("sample.window=1", "at least 2"),
+        ("sample.window=4 sample.overlap=4", "from 1 to sample.window - 1 = 3"),
+        ("sample.window=4 sample.window_method=both", "autoregressive, fused"),
+        ("sample.first_frame=[a.png] sample.given=[b.mp4]", "set one of them"),
+        ("condition.frames=prefix condition.max_frames=4", "condition.max_frames=4 leaves nothing to learn"),
+    ],
+)
+def test_wrong_keys_are_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        load_config(None, [*TRAINED, *override.split()])
+
+
+def test_the_command_line(tmp_path: Path, media: Path) -> None:
+    config = load_config(None, [*TRAINED, *GIVEN])
+    weights = random_weights(config, 0)
+    saved = Checkpoint(1, 2, weights, weights, {}, {}, {"class_names": ["falls", "rises"]})
+    run = save_checkpoint(saved, config, tmp_path / "run" / "checkpoints")
+    out = tmp_path / "out"
+    flags = ["--first_frame", f"{media}/a.png", "--first_frame", f"{media}/b.png", "--last_frame", f"{media}/b.png"]
+    flags += ["--last_frame", f"{media}/a.png", "--window", "4", "--overlap", "2", "data.num_frames=9"]
+    assert main(["--ckpt", str(run), "--save_video_path", str(out), "--num_videos", "2", *flags]) == 0
+    written = json.loads((out / "samples.json").read_text())
+    assert written["num_frames"] == 9 and written["sample"]["first_frame"] == [f"{media}/a.png", f"{media}/b.png"]
+    assert written["sample"]["window"] == 4

@@ -1,0 +1,163 @@
+"""The pipeline of our own: saved, loaded in a fresh process to the same videos, and through a hub on the loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.config import load_config
+from engine.distributed import World
+from engine.trainer import Trainer
+from sample.pipeline_latte import LatteVideoPipeline
+from tests.hub_stand_in import Hub, local_hub
+from tests.t2v_support import randomize, theirs, tiny_pipeline, tiny_vae
+from tools import make_pipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS: dict[str, Any] = {"num_videos": 3, "seed": 4, "steps": 2, "guidance_scale": 2.0}
+ALONE = """
+import hashlib, sys
+from sample.pipeline_latte import LatteVideoPipeline
+pipeline = LatteVideoPipeline.from_pretrained(sys.argv[1], device="cpu")
+videos = pipeline(num_videos=3, seed=4, steps=2, guidance_scale=2.0)
+print(hashlib.sha256(videos.tobytes()).hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with local_hub() as made:
+        yield made
+
+
+@pytest.fixture
+def checkpoint(tiny: list[str], tmp_path: Path) -> Path:
+    """A run of random weights whose codec has two layers of four latent channels."""
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    codec = [f"codec.path={tmp_path / 'vae'}", "codec.latent_channels=4", "codec.downsample_factor=2"]
+    trainer = Trainer(load_config(None, [*tiny, *codec, "data.image_size=8"]), World())
+    randomize(trainer.model, std=0.1)
+    trainer.ema.load_state_dict(trainer.model.state_dict())
+    trainer.save()
+    return tmp_path / "run"
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    return {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_none", "NO_PROXY": "127.0.0.1"}
+
+
+def alone(name: str, hub: Hub, home: Path) -> tuple[str, str]:
+    """Hash of the videos that a fresh process makes, and what it says beside them."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, name], cwd=ROOT, env=environment(hub, home), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+def test_pushed_and_loaded_elsewhere_it_makes_the_same_videos(checkpoint: Path, hub: Hub, tmp_path: Path) -> None:
+    """Written by the command in one process, loaded by hub name in another: bit for bit."""
+    expected = LatteVideoPipeline.from_checkpoint(checkpoint, device="cpu")(**SETTINGS)
+    assert expected.shape == (3, 4, 8, 8, 3) and expected.std() > 1
+    command = [
+        sys.executable,
+        "-m",
+        "tools.make_pipeline",
+        str(checkpoint),
+        str(tmp_path / "mine"),
+        "--push",
+        "me/mine",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment(hub, tmp_path / "a"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made, files = hub.find("me/mine", "main")
+    assert done.stdout.splitlines() == [str(tmp_path / "mine"), f"{hub.url}/me/mine/commit/{made}"]
+    assert set(files) == {"README.md", "config.json", "model.safetensors", "codec/config.json",
+                          "codec/diffusion_pytorch_model.safetensors"}  # fmt: skip
+    card = files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: latte\n") and "# mine" in card and "of 2 classes" in card
+    assert str(tmp_path) not in files["config.json"].decode(), "paths of this machine"
+    checkpoint.rename(tmp_path / "gone")
+    (tmp_path / "vae").rename(tmp_path / "gone_too")
+    found, said = alone("me/mine", hub, tmp_path / "b")
+    assert found == hashlib.sha256(expected.tobytes()).hexdigest()
+    assert f"me/mine: revision main, commit {made}" in said
+
+
+def test_a_folder_keeps_classes_and_settings(checkpoint: Path, tmp_path: Path) -> None:
+    assert make_pipeline.main([str(checkpoint), str(tmp_path / "mine")]) == 0
+    pipeline = LatteVideoPipeline.from_pretrained(tmp_path / "mine", device="cpu")
+    first = LatteVideoPipeline.from_checkpoint(checkpoint, device="cpu")
+    assert pipeline.generator.class_names == first.generator.class_names
+    name = pipeline.generator.class_names[1]
+    wanted = {**SETTINGS, "labels": [name], "num_frames": 6, "num_videos": 1}
+    assert np.array_equal(pipeline(**wanted), first(**wanted))
+    again = pipeline.save_pretrained(tmp_path / "again")
+    for file in ("config.json", "model.safetensors"):
+        assert (again / file).read_bytes() == (tmp_path / "mine" / file).read_bytes()
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        pipeline.save_pretrained(tmp_path / "mine")
+
+
+def test_folders_that_are_refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = LatteVideoPipeline.from_checkpoint(checkpoint, device="cpu").save_pretrained(tmp_path / "mine")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        LatteVideoPipeline.from_pretrained(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"no pipeline of this project: it has no config\.json"):
+        LatteVideoPipeline.from_pretrained(tmp_path)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, "_class_name": "LattePipeline"}))
+    with pytest.raises(ValueError, match="describes a LattePipeline, but"):
+        LatteVideoPipeline.from_pretrained(folder)
+    described["model"]["hidden_size"] = 32
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="does not fit the network: misshapen"):
+        LatteVideoPipeline.from_pretrained(folder, device="cpu")
+
+
+EVERYWHERE = """
+import sys
+from pathlib import Path
+import torch
+from models.autoencoder import CodecConfig, LatentCodec
+from models.text_encoder import TextEncoder
+from sample import sample_t2x
+from tools import convert_t2v
+out = sys.argv[1]
+codec = LatentCodec.from_config(CodecConfig(path="me/latte", subfolder="vae", revision="v1", downsample_factor=2))
+assert codec.network.config.latent_channels == 4
+size = ["--image_size", "16", "16", "--video_length", "1", "--num_sampling_steps", "2"]
+assert not sample_t2x.main(["--pretrained_model_path", "me/latte", "--prompt", "a red disc", "--save_img_path", out,
+                            "--precision", "fp32", "--device", "cpu", *size])
+assert not convert_t2v.main(["me/latte", out + "/converted", "--revision", "v1"])
+for number, arguments in enumerate((["me/absent"], ["me/latte", "--revision", "v9"])):
+    try:
+        convert_t2v.main([arguments[0], out + str(number), *arguments[1:]])
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+"""
+
+
+def test_a_hub_name_works_wherever_a_folder_does(hub: Hub, tmp_path: Path) -> None:
+    """A codec, a whole model to sample from, a network to convert: each says which commit it took."""
+    tiny_pipeline(theirs()).save_pretrained(tmp_path / "latte")
+    first = hub.add_folder("me/latte", tmp_path / "latte", "v1")
+    second = hub.add_folder("me/latte", tmp_path / "latte")
+    assert first != second
+    done = subprocess.run([sys.executable, "-c", EVERYWHERE, str(tmp_path / "out")], cwd=ROOT,
+                          env=environment(hub, tmp_path / "home"), capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"me/latte: revision v1, commit {first}") == 2
+    assert done.stderr.count(f"me/latte: revision main, commit {second}") == 1
+    assert (tmp_path / "out" / "0000_a_red_disc.png").is_file()
+    for name, reason in (("me/absent", "RepositoryNotFoundError"), ("me/latte", "RevisionNotFoundError")):
+        assert f"source={name} is not a folder here, and could not be had from the hub ({reason})" in done.stderr

@@ -1,0 +1,191 @@
+"""Trained text networks outside the training: exported to diffusers, sampled by sample_t2x.py, inflated from images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LattePipeline, PixArtTransformer2DModel
+
+import train
+from engine.build import build_model, build_process
+from engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, step_folder
+from engine.config import Config, load_config
+from engine.distributed import World
+from engine.trainer import Trainer
+from models.convert_t2v import load_t2v
+from models.latte_t2v import LatteT2V
+from sample import sample_t2x
+from sample.t2v_export import describe_scheduler, export_run
+from sample.t2x_config import load_t2x_config
+from sample.t2x_run import TrainedRun
+from sample.text_to_video import Sampler, denoise
+from tests.conftest import random_weights
+from tests.latent_support import save_codec
+from tests.text_support import TINY_TEXT, draw_captioned, save_text_encoder
+
+CPU = torch.device("cpu")
+IMAGES = ["model.name=custom-t2i", "model.depth=1", "data.num_frames=1"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(scope="module")
+def base(root: Path) -> list[str]:
+    """Overrides of a run of the tiny text network on the latents of a tiny AutoencoderKL."""
+    codec = save_codec(root / "codec", "AutoencoderKL")
+    clips, encoder = draw_captioned(root / "clips"), save_text_encoder(root / "encoder")
+    return [*TINY_TEXT, *codec, f"data.path={clips}", f"text.path={encoder}", "sample.steps=3", "sample.method=ddim"]
+
+
+def checkpoint(config: Config, root: Path, step: int = 1) -> Path:
+    """A checkpoint with weights that show what they are asked."""
+    weights = random_weights(config, 0)
+    return save_checkpoint(Checkpoint(step, 2, weights, weights, {}, {}, {"class_names": []}), config, root)
+
+
+def test_diffusers_pipeline_makes_the_same_video(base: list[str], tmp_path: Path) -> None:
+    """All of it from the exported folder; ours by `--ckpt`. Guidance too."""
+    predictions = ["model.learn_sigma=false", "diffusion.prediction=x_start", "sample.guidance_scale=3"]
+    config = load_config(None, [*base, *predictions])
+    source, folder = checkpoint(config, tmp_path / "run"), tmp_path / "latte"
+    assert export_run(source, folder) == []
+    run = TrainedRun.open(str(source))
+    settings = load_t2x_config(None, {"text_prompt": ["a stone falls"]}, run.settings())
+    sampler = Sampler(settings, folder, CPU, run.config.codec)
+    encoded = sample_t2x.encode_all(settings, folder, settings.prompts(), CPU, run)[0]
+    noise = torch.randn(sampler.noise_shape, generator=torch.Generator().manual_seed(0))
+    ours = sampler.codec.decode(denoise(sampler.model, sampler.scheduler, encoded, noise, settings).transpose(1, 2))
+    pipeline = LattePipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.config.force_upcast = False
+    theirs = pipeline(
+        "a stone falls",
+        latents=noise,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        clean_caption=False,
+        video_length=4,
+        height=8,
+        width=8,
+        output_type="pt",
+    ).frames
+    torch.testing.assert_close(ours / 2 + 0.5, theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("num_steps", [1000, 200])
+def test_the_scheduler_is_the_trainings(base: list[str], schedule: str, num_steps: int) -> None:
+    sizes = [f"diffusion.num_steps={num_steps}", f"diffusion.schedule={schedule}"]
+    config = load_config(None, [*base, *sizes, "diffusion.prediction=velocity"])
+    described = describe_scheduler(config)
+    theirs = DDIMScheduler.from_config(described)
+    ours = build_process(config)
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, atol=1e-5, rtol=1e-4)
+    x, noise, t = torch.randn(1, 2, 3, 4, 4), torch.randn(1, 2, 3, 4, 4), torch.tensor([num_steps // 3])
+    assert described["prediction_type"] == "v_prediction"
+    loss = ours.training_losses(lambda *_: torch.cat([theirs.get_velocity(x, noise, t)] * 2, dim=2), x, t, noise)
+    assert float(loss.mse) < 1e-6
+
+
+def test_a_run_is_sampled_by_its_name(base: list[str], tmp_path: Path) -> None:
+    source = checkpoint(load_config(None, base), tmp_path / "run" / "checkpoints")
+    out = ["--save_img_path", str(tmp_path / "out")]
+    assert sample_t2x.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a stone falls", *out]) == 0
+    told = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert told["sample"]["image_size"] == [8, 8]
+    assert told["videos"][0]["file"] == "0000_a-stone-falls.mp4"
+    first = (tmp_path / "out" / "0000_a-stone-falls.mp4").read_bytes()
+    assert sample_t2x.main(["--ckpt", str(source), "--prompt", "a stone falls", "--sample_method", "DDPM", *out]) == 0
+    assert (tmp_path / "out" / "0000_a-stone-falls.mp4").read_bytes() != first
+
+
+def test_an_image_network_is_pixart(base: list[str], tmp_path: Path) -> None:
+    config = load_config(None, [*base, *IMAGES])
+    export_run(checkpoint(config, tmp_path / "run"), tmp_path / "pixart")
+    theirs = PixArtTransformer2DModel.from_pretrained(tmp_path / "pixart" / "transformer").eval()
+    ours = build_model(config).eval()
+    ours.load_state_dict(random_weights(config, 0))
+    x, words, t = torch.randn(2, 5, 4, 4), torch.randn(2, 6, 12), torch.tensor([3, 900])
+    with torch.no_grad():
+        expected = theirs(x, encoder_hidden_states=words, timestep=t, added_cond_kwargs={}).sample
+        found = ours(x[:, :, None], t, words, return_dict=False)[0][:, :, 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["folder", "checkpoint"])
+def test_an_image_network_is_inflated(base: list[str], tmp_path: Path, kind: str) -> None:
+    """At the start every frame is the image network's; then positions in time are let in, step by step."""
+    images = load_config(None, [*base, *IMAGES])
+    source = checkpoint(images, tmp_path / "images")
+    if kind == "folder":
+        export_run(source, tmp_path / "pixart")
+        source = tmp_path / "pixart"
+    overrides = [*base, f"train.init_from={source}", "train.temporal_ramp_steps=4"]
+    run = Trainer(load_config(None, overrides), World())
+    run.restore()
+    image_network = build_model(images).eval()
+    image_network.load_state_dict(random_weights(images, 0))
+    assert isinstance(run.model, LatteT2V)
+    x, words, t = torch.randn(2, 5, 4, 4, 4), torch.randn(2, 6, 12), torch.tensor([3, 900])
+    with torch.no_grad():
+        video = run.model.eval()(x, t, words, return_dict=False)[0]
+        frames = [image_network(x[:, :, n : n + 1], t, words, return_dict=False)[0] for n in range(4)]
+    assert torch.equal(video, torch.cat(frames, dim=2))
+
+
+def test_the_ramp_goes_on_where_it_was(base: list[str], tmp_path: Path) -> None:
+    source = checkpoint(load_config(None, [*base, *IMAGES]), tmp_path / "images")
+    for name, stops in {"whole": [5], "broken": [2, 5]}.items():
+        for steps in stops:
+            run = [*base, f"train.init_from={source}", "train.temporal_ramp_steps=4", "optim.learning_rate=1e-2"]
+            assert train.main([*run, f"train.output_dir={tmp_path / name}", f"train.max_steps={steps}"]) == 0
+    first, second = (load_checkpoint(step_folder(tmp_path / name / "checkpoints", 5)) for name in ("whole", "broken"))
+    assert all(torch.equal(first.model[key], second.model[key]) for key in first.model)
+    export_run(step_folder(tmp_path / "broken" / "checkpoints", 2), tmp_path / "early")
+    export_run(step_folder(tmp_path / "broken" / "checkpoints", 5), tmp_path / "late")
+    assert load_t2v(tmp_path / "early").temporal_position_scale == 0.5
+    assert load_t2v(tmp_path / "late").temporal_position_scale == 1.0
+
+
+def test_a_video_network_is_a_start_too(base: list[str], tmp_path: Path) -> None:
+    """Ours from a checkpoint or as diffusers' folder; with neither a ramp, nor another size."""
+    config = load_config(None, base)
+    source = checkpoint(config, tmp_path / "run")
+    export_run(source, tmp_path / "latte")
+    for start in (source, tmp_path / "latte", tmp_path / "latte" / "transformer"):
+        run = Trainer(load_config(None, [*base, f"train.init_from={start}"]), World())
+        run.restore()
+        assert all(torch.equal(value, run.model.state_dict()[key]) for key, value in random_weights(config, 0).items())
+    for overrides, sentence in [
+        (["train.temporal_ramp_steps=4"], "is for a video network begun from an image network, which"),
+        (["model.hidden_size=32"], "is another network: attention_head_dim 8 there and 16 here"),
+    ]:
+        run = Trainer(load_config(None, [*base, f"train.init_from={tmp_path / 'latte'}", *overrides]), World())
+        with pytest.raises(ValueError, match=sentence):
+            run.restore()
+    images = checkpoint(load_config(None, [*base, *IMAGES]), tmp_path / "images")
+    run = Trainer(load_config(None, [*base, f"train.init_from={images}"]), World())
+    with pytest.raises(ValueError, match="let them in over a number of steps"):
+        run.restore()
+
+
+def test_what_cannot_be_exported(base: list[str], checkpoint_of_classes: Path, tmp_path: Path) -> None:
+    flow = load_config(None, [*base, "diffusion.prediction=flow", "model.learn_sigma=false", "sample.method=euler"])
+    with pytest.raises(ValueError, match="flow has no sampler in LattePipeline"):
+        export_run(checkpoint(flow, tmp_path / "flow"), tmp_path / "out")
+    with pytest.raises(ValueError, match="is no text network"):
+        export_run(checkpoint_of_classes, tmp_path / "out")
+    with pytest.raises(ValueError, match="is no text network"):
+        TrainedRun.open(str(checkpoint_of_classes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def checkpoint_of_classes(tiny: list[str], tmp_path: Path) -> Path:
+    return checkpoint(load_config(None, tiny), tmp_path / "classes")

@@ -1,0 +1,46 @@
+"""What the tests of text-to-video training share: a small set with captions, a text encoder, a tiny run on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.conftest import TINY, draw_frame_folders
+from tests.t2v_support import tiny_text_encoder, tiny_tokenizer
+
+# the tiny run of conftest, with a text network of two layers in place of the class-conditional one
+TINY_TEXT = [
+    *(each for each in TINY if "num_classes" not in each),
+    "model.name=custom-t2v",
+    "data.name=captions",
+    "text.caption_channels=12",
+    "text.max_length=24",
+    "text.clean_captions=false",
+    "text.caption_dropout=0.3",
+]
+CAPTIONS = {
+    "falls/clip0": "a stone falls",
+    "falls/clip1": "a leaf falls",
+    "falls/clip2": "a stone falls",
+    "rises/clip0": "a kite rises",
+    "rises/clip1": "smoke rises",
+    "rises/clip2": "a bird rises",
+}
+
+
+def write_captions(root: Path, captions: dict[str, str]) -> Path:
+    """`captions.csv` of a folder of clips."""
+    lines = ["file,caption", *(f'{file},"{caption}"' for file, caption in captions.items())]
+    (root / "captions.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def draw_captioned(root: Path) -> Path:
+    """Six clips of seven frames, with captions."""
+    return write_captions(draw_frame_folders(root, clips=3), CAPTIONS)
+
+
+def save_text_encoder(folder: Path, seed: int = 0) -> Path:
+    """`tokenizer` and `text_encoder`, 12 wide."""
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    tiny_text_encoder(seed).save_pretrained(folder / "text_encoder")
+    return folder
