@@ -254,7 +254,10 @@ class PyAVReader:
         reformatter = VideoReformatter()
         numbers = {int(self.index.pts[index]): index for index in targets}
         with _opened(self.source) as (container, stream):
-            frames = self._frames(_packets_from(container, stream, key))
+            packets = _packets_from(container, stream, key)
+            if stream.codec_context.name == "h264" and self.index.timed and not self.damage:
+                packets = _sparing(packets, stream.codec_context, min(numbers))
+            frames = self._frames(packets)
             first = next((frame for frame in frames if key is None or _stamp(frame) >= key), None)
             if key is not None and not (first and first.pts == key and first.key_frame):
                 yield from self._decode(targets, None)  # the seek missed, or the key frame is marked falsely
@@ -360,6 +363,14 @@ def _packets_from(container: Any, stream: Any, key: int | None) -> Iterator[av.P
     with suppress(av.FFmpegError):  # a file without an index: its packets are read from the start
         container.seek(key, stream=stream, backward=True)
     return dropwhile(lambda packet: packet.pts is None or packet.pts < key, packets)
+
+
+def _sparing(packets: Iterator[av.Packet], decoder: Any, first: int) -> Iterator[av.Packet]:
+    """The same packets; of those before timestamp `first`, the decoder leaves out what no other frame refers to."""
+    for packet in packets:
+        before = packet.pts is not None and packet.pts < first
+        decoder.skip_frame = "NONREF" if before else "DEFAULT"
+        yield packet
 
 
 def _decoded(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:

@@ -88,13 +88,14 @@ def forward_inputs(config: Config, batch: int, device: torch.device | str, *, im
     }
 
 
-def put_adapters(
-    model: Latte | LatteT2V, config: Config, autocast_dtype: torch.dtype | None = None
-) -> Latte | LatteT2V:
-    """Freeze `model` and put the adapters of `config.lora` beside its weights, which change nothing yet."""
+def put_adapters(model: Latte | LatteT2V, config: Config) -> Latte | LatteT2V:
+    """Freeze `model` and put the adapters of `config.lora` beside its weights, which change nothing yet.
+
+    Under bf16 autocast the frozen linear maps are kept in bf16.
+    """
     add_lora(model, config.lora)
-    if autocast_dtype is not None:
-        hold_frozen_linear_maps_in(model, autocast_dtype)
+    if config.train.precision == "bf16":
+        hold_frozen_linear_maps_in(model, torch.bfloat16)
     return model
 
 

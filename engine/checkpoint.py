@@ -35,8 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.convert import read_state_dict, weights_digest
-from models.lora import Adapter, LoraConfig, save_lora
+from models.convert import read_state_dict
+from models.lora import LoraConfig, save_lora
 
 from .config import Config, load_config, require
 
@@ -287,25 +287,11 @@ def load_weights_file(folder: Path, weights: str) -> dict[str, Tensor]:
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
     own, config = _read_tensors(file), load_config(folder / "config.yaml")
-    return _beside_base(own, config, folder) if config.lora.rank else own
+    if not config.lora.rank:
+        return own
+    from .adapters import beside_base  # which builds networks, and reads them through this module
 
-
-def _beside_base(adapters: dict[str, Tensor], config: Config, folder: Path) -> dict[str, Tensor]:
-    """The whole network: `adapters` of the checkpoint `folder`, merged into the weights of `train.init_from`.
-
-    Raises: CheckpointError where those are not there, or are others than in training.
-    """
-    told = f"{folder} holds adapters beside train.init_from={config.train.init_from}"
-    try:
-        base = load_model_weights(str(config.train.init_from))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{told}, which cannot be had: {error}") from None
-    require(
-        weights_digest(base) == _read_json(folder / "state.json").get("lora_base"),
-        f"{told}, but those are other weights than in training: put the same back.",
-    )
-    Adapter.from_weights(adapters, lambda rank: config.lora.scale, str(folder)).merge_into(base)
-    return base
+    return beside_base(own, config, _read_json(folder / "state.json").get("lora_base", ""), folder)
 
 
 def _prune(newest: Path, keep_last: int, keep_every: int) -> None:

@@ -119,7 +119,7 @@ class SampleConfig:
     )
 
     def __post_init__(self) -> None:
-        for key in ("num_videos", "steps", "batch_size", "fps", "given_frames"):
+        for key in ("num_videos", "steps", "batch_size", "fps"):
             require(getattr(self, key) >= 1, f"sample.{key} must be at least 1, not {getattr(self, key)}.")
         require(bool(self.save_video_path), "sample.save_video_path must name a folder.")
         require(0 <= self.seed < MAX_SEED, f"sample.seed must be zero or more and below 2**63, not {self.seed}.")
@@ -147,32 +147,7 @@ class SampleConfig:
         for key, choices in (words | {"label_rule": LABEL_RULES, "window_method": WINDOW_METHODS}).items():
             value = getattr(self, key)
             require(value in choices, f"sample.{key} must be one of {', '.join(choices)}, not {value!r}.")
-        require(
-            not (self.first_frame and self.given),
-            "sample.first_frame and sample.given both say how the videos begin: set one of them.",
-        )
-        require(
-            bool(self.given) or self.given_frames == 1,
-            f"sample.given_frames={self.given_frames} is read only with sample.given: name the videos to go on from.",
-        )
-        self._check_windows()
-
-    def _check_windows(self) -> None:
-        if self.window is None:
-            for key, default in {"overlap": None, "window_method": "auto"}.items():
-                value = getattr(self, key)
-                require(value == default, f"sample.{key}={value} is read only with sample.window: set that too.")
-            return
-        require(self.window >= 2, f"sample.window must be at least 2, not {self.window}.")
-        require(
-            self.overlap is None or 1 <= self.overlap < self.window,
-            f"sample.overlap must be from 1 to sample.window - 1 = {self.window - 1}, not {self.overlap}.",
-        )
-
-    @property
-    def window_overlap(self) -> int:
-        """Frames that a window shares with the next."""
-        return self.overlap or max(1, (self.window or 0) // 4)
+        check_frame_keys(self, "sample.")
 
 
 @dataclass(frozen=True)
@@ -288,6 +263,11 @@ class Config:
             "lora.rank has little to shard: leave train.parallel at ddp.",
         )
         require(
+            not (self.lora.rank and self.train.temporal_ramp_steps),
+            f"train.temporal_ramp_steps={self.train.temporal_ramp_steps} is of a network begun from images, whose "
+            "layers over time must be trained whole: leave lora.rank out.",
+        )
+        require(
             not self.sample.modulation_mb or (self.model.injection == "adaln" and not self.model.is_text),
             f"sample.modulation_mb: model.name={self.model.name} with model.injection={self.model.injection} has no "
             "modulations to hold; leave it out.",
@@ -384,6 +364,37 @@ def require(condition: bool, sentence: str) -> None:
     """Raise ValueError(sentence) unless `condition`."""
     if not condition:
         raise ValueError(sentence)
+
+
+def window_overlap(wanted: Any) -> int:
+    """Frames that a window shares with the next: `overlap`, or a quarter of `window`."""
+    return wanted.overlap or max(1, wanted.window // 4)
+
+
+def check_frame_keys(wanted: Any, prefix: str) -> None:
+    """Check the keys for given frames and windows, which `sample` and the sampling of text have alike.
+
+    Raises:
+        ValueError: one sentence naming the key, with `prefix`.
+    """
+    require(wanted.given_frames >= 1, f"{prefix}given_frames must be at least 1, not {wanted.given_frames}.")
+    require(
+        not (wanted.first_frame and wanted.given),
+        f"{prefix}first_frame and {prefix}given both say how the videos begin: set one of them.",
+    )
+    defaults = {item.name: item.default for item in fields(wanted)}
+    for key, owner in {"given_frames": "given", "overlap": "window", "window_method": "window"}.items():
+        value = getattr(wanted, key)
+        require(
+            bool(getattr(wanted, owner)) or value == defaults[key],
+            f"{prefix}{key}={value} is read only with {prefix}{owner}: set that too.",
+        )
+    window, overlap = wanted.window, wanted.overlap
+    require(window is None or window >= 2, f"{prefix}window must be at least 2, not {window}.")
+    require(
+        overlap is None or 1 <= overlap < window,
+        f"{prefix}overlap must be from 1 to {prefix}window - 1 = {(window or 2) - 1}, not {overlap}.",
+    )
 
 
 def load_config(

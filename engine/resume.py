@@ -9,16 +9,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from models.convert import init_from_dit, is_image_checkpoint, load_weights, weights_digest
+from models.convert import init_from_dit, is_image_checkpoint, load_weights
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
 from models.lora import lora_weights
 
 from . import checkpoint as ckpt
-from .build import put_adapters
 from .config import Config, require
 from .distributed import on_main, shard_like
 from .text_start import start_text_network
@@ -133,15 +131,6 @@ def initialise(run: Trainer) -> list[str]:
         notes = [f"initial weights: {source}"]
     run.ema.load_state_dict(run.model.state_dict())
     return notes
-
-
-def put_adapters_beside(model: nn.Module, config: Config, autocast_dtype: torch.dtype | None) -> dict[str, str]:
-    """Take `train.init_from`'s weights and put adapters beside them; returns the hash of these weights."""
-    source = str(config.train.init_from)
-    weights = ckpt.load_model_weights(source)
-    load_weights(cast(Latte, model), weights, source)
-    put_adapters(cast(Latte, model), config, autocast_dtype)
-    return {"lora_base": weights_digest(weights)}
 
 
 def load_trained(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 from torch import Tensor
 
 from models.convert import load_weights
-from models.convert_t2v import CONFIG_FILE, SUBFOLDER, TEMPORAL, convert_t2v
+from models.convert_t2v import CONFIG_FILE, SUBFOLDER, TEMPORAL, convert_t2v, find_network
 from models.latte_t2v import LatteT2V
 
 from . import checkpoint as ckpt
@@ -58,7 +57,7 @@ def start_text_network(model: LatteT2V, source: str, config: Config) -> list[str
 
 def _weights_of(model: LatteT2V, source: str) -> tuple[dict[str, Tensor], list[str]]:
     """Weights by our names, and the report of a conversion."""
-    path = Path(source)
+    path = find_network(source, None, "train.init_from")
     if path.is_dir() and not any((path / each / CONFIG_FILE).is_file() for each in ("", SUBFOLDER)):
         return ckpt.load_model_weights(path), []
     described = None if path.is_dir() else model.config.to_dict()

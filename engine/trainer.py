@@ -24,7 +24,8 @@ from models.lora import lora_weights
 
 from . import checkpoint as ckpt
 from . import resume, start
-from .build import build_codec, build_model, build_process
+from .adapters import load_base
+from .build import build_codec, build_model, build_process, put_adapters
 from .callbacks import Callback, Callbacks
 from .captions import build_captions, condition_of, set_temporal_position_scale
 from .config import Config
@@ -121,10 +122,13 @@ class Trainer:
         held_out = validation[0].clips if validation else None
         captions = build_captions(config, self.clips, held_out, world.device)
         torch.manual_seed(train.seed)  # initial weights: the same on every rank
-        self.model = build_model(config).to(world.device, dtype)
+        self.model = build_model(config)
         self.lora_base: dict[str, str] = {}
         if config.lora.rank:
-            self.lora_base = resume.put_adapters_beside(self.model, config, autocast_dtype)
+            self.lora_base = {"lora_base": load_base(self.model, config)}
+        self.model.to(world.device, dtype)
+        if config.lora.rank:
+            put_adapters(self.model, config)
         self.ema = EMA(self.model, train.ema_decay, train.ema_warmup)
         if self.sharded:
             shard(self.model, world, autocast_dtype)

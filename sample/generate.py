@@ -22,7 +22,7 @@ from diffusion import ConditionalDenoiser, Denoiser, Given, evaluations, guided,
 from diffusion.samplers import Callback
 from engine.build import build_model, build_process
 from engine.checkpoint import content_sha256
-from engine.config import LABEL_RULES, Config
+from engine.config import LABEL_RULES, Config, window_overlap
 from engine.objective import sample_generator
 from models.autoencoder import LatentCodec
 from models.convert import load_weights
@@ -376,7 +376,7 @@ def sampler_settings(config: Config) -> dict[str, Any]:
         *("guidance_scale", "guidance_interval", "batched_guidance", "modulation_mb", "cache", "overlap_decode"),
     )
     sizes = {"num_frames": config.data.num_frames, "image_size": config.data.image_size}
-    frames = {"given": read_given(config), "windows": windows_of(config)}
+    frames = {"given": read_given(config.sample, config.data), "windows": windows_of(config)}
     return {key: getattr(config.sample, key) for key in keys} | sizes | frames
 
 
@@ -387,7 +387,7 @@ def windows_of(config: Config) -> Windows | None:
         return None
     fitting = "fused" if config.condition.frames == "none" else "autoregressive"
     method = fitting if wanted.window_method == "auto" else wanted.window_method
-    return Windows(wanted.window, wanted.window_overlap, method)
+    return Windows(wanted.window, window_overlap(wanted), method)
 
 
 class VideoNoise:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from datasets.clips import DataConfig, Pixels
 from datasets.readers import VideoError, open_video
 from diffusion import ConditionConfig, Denoiser, Given
 from diffusion.windows import fused, slide, window_starts
-from engine.config import Config, require
+from engine.config import require
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,22 @@ class Windows:
 # ------------------------------------------------------------------------------------------- files
 
 
-def read_given(config: Config) -> GivenFrames | None:
-    """What `sample.first_frame`, `given` and `last_frame` name, resized and cropped as training clips are.
+def read_given(wanted: Any, data: DataConfig, prefix: str = "sample.") -> GivenFrames | None:
+    """What `first_frame`, `given` and `last_frame` name, resized and cropped as training clips are.
+
+    Args:
+        wanted: what has these keys; `prefix` is what stands before them in errors.
+        data: length and size of the videos, and how clips are read.
 
     Raises:
         ValueError: a file that cannot be read or has too few frames, in one sentence that names it.
     """
-    wanted, data = config.sample, config.data
-    first = [_image(path, "first_frame", data) for path in wanted.first_frame or []]
-    begin = [_end_of(path, wanted.given_frames, data) for path in wanted.given or []] or first
-    end = [_image(path, "last_frame", data) for path in wanted.last_frame or []]
+    first = [_image(path, f"{prefix}first_frame", data) for path in wanted.first_frame or []]
+    begin = [_end_of(path, f"{prefix}given", wanted.given_frames, data) for path in wanted.given or []] or first
+    end = [_image(path, f"{prefix}last_frame", data) for path in wanted.last_frame or []]
     require(
         not (begin and end) or len(begin) == len(end),
-        f"sample.last_frame names {len(end)} files, but {len(begin)} say how the videos begin: name as many.",
+        f"{prefix}last_frame names {len(end)} files, but {len(begin)} say how the videos begin: name as many.",
     )
     if not (begin or end):
         return None
@@ -70,15 +74,15 @@ def _image(path: str, key: str, data: DataConfig) -> Tensor:
     return _frames(path, key, data, lambda length: [0] if length == 1 else None, "must be one image")
 
 
-def _end_of(path: str, count: int, data: DataConfig) -> Tensor:
+def _end_of(path: str, key: str, count: int, data: DataConfig) -> Tensor:
     """(`count`, 3, H, W): the last frames of a video, as far apart as those of a training clip."""
     span = (count - 1) * data.frame_interval + 1
     return _frames(
         path,
-        "given",
+        key,
         data,
         lambda length: range(length - span, length, data.frame_interval) if length >= span else None,
-        f"are too few for sample.given_frames={count} at data.frame_interval={data.frame_interval}",
+        f"are too few for {key}_frames={count}, {data.frame_interval} apart",
     )
 
 
@@ -90,10 +94,10 @@ def _frames(
     try:
         reader = open_video(path, data.reader, data.max_pixels)
         chosen = choose(len(reader))
-        require(chosen is not None, f"sample.{key}: the {len(reader)} frames of {path} {complaint}.")
+        require(chosen is not None, f"{key}: the {len(reader)} frames of {path} {complaint}.")
         return pixels.finish(reader.read(chosen or []), mirrored=False)
     except VideoError as error:
-        raise ValueError(f"sample.{key}: {error}.") from None
+        raise ValueError(f"{key}: {error}.") from None
 
 
 # ------------------------------------------------------------------------------------------ passes

@@ -83,13 +83,7 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     add("--precision", metavar="KIND", help="fp32, bf16 or fp16")
     add("--batch_size", type=int, metavar="N", help="videos at a time; changes the memory, not the videos")
     add("--fps", type=int, metavar="N", help="frames per second of the files")
-    add("--first_frame", action="append", metavar="IMAGE", help="begin with it; several are taken in turn by index")
-    add("--last_frame", action="append", metavar="IMAGE", help="end with it; several in turn")
-    add("--given", action="append", metavar="VIDEO", help="go on from its end; several in turn")
-    add("--given_frames", type=int, metavar="N", help="so many last frames of it (1)")
-    add("--window", type=int, metavar="N", help="sample longer videos in windows of N frames")
-    add("--overlap", type=int, metavar="N", help="frames that a window shares with the next (a quarter of it)")
-    add("--window_method", metavar="NAME", help="autoregressive, fused, or auto")
+    add_frame_flags(parser)
     add(
         "--device",
         default=None,
@@ -98,6 +92,18 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     )
     add("overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.num_frames=32")
     return parser
+
+
+def add_frame_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags for given frames and windows, which the sampling of text has too."""
+    add = parser.add_argument
+    add("--first_frame", action="append", metavar="IMAGE", help="begin with it; several are taken in turn by index")
+    add("--last_frame", action="append", metavar="IMAGE", help="end with it; several in turn")
+    add("--given", action="append", metavar="VIDEO", help="go on from its end; several in turn")
+    add("--given_frames", type=int, metavar="N", help="so many last frames of it (1)")
+    add("--window", type=int, metavar="N", help="sample longer videos in windows of N frames")
+    add("--overlap", type=int, metavar="N", help="frames that a window shares with the next (a quarter of it)")
+    add("--window_method", metavar="NAME", help="autoregressive (networks trained with given frames) or fused")
 
 
 def main(argv: list[str]) -> int:

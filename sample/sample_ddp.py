@@ -299,6 +299,7 @@ def settings_of(request: Request, generator: Generator) -> dict[str, Any]:
     from engine.checkpoint import content_sha256, file_sha256
     from engine.config import all_keys
     from models.lora import WEIGHTS_FILE
+    from sample.step_cache import CacheSchedule
 
     config = request.config
     lora = config.sample.lora
@@ -306,7 +307,7 @@ def settings_of(request: Request, generator: Generator) -> dict[str, Any]:
     return {
         "checkpoint_sha256": file_sha256(request.source.weights_file(config.sample.weights)),
         "codec_sha256": content_sha256(generator.codec),
-        **({"cache_sha256": file_sha256(Path(config.sample.cache))} if config.sample.cache else {}),
+        **({"cache_sha256": CacheSchedule.load(config.sample.cache).sha256} if config.sample.cache else {}),
         **({"given_sha256": given} if (given := given_sha256(config)) else {}),
         **({"lora_sha256": file_sha256(Path(lora) / WEIGHTS_FILE)} if lora else {}),
         **{f"{section}.{name}": getattr(getattr(config, section), name) for section, name in keys},
@@ -319,7 +320,7 @@ def given_sha256(config: Config) -> str | None:
 
     from sample.given import read_given
 
-    given = read_given(config)
+    given = read_given(config.sample, config.data)
     if given is None:
         return None
     return hashlib.sha256(repr(given.places).encode() + given.pixels.numpy().tobytes()).hexdigest()

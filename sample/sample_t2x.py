@@ -26,6 +26,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from engine.cli import run
+from sample.sample import add_frame_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quantize_text_encoder", metavar="KIND", help="int8; on CUDA also bnb8, bnb4 (bitsandbytes)")
     add("--quantize_transformer", metavar="KIND", help="the same for the network")
     add("--fps", type=int, metavar="N", help="frames per second of the files")
+    add_frame_flags(parser)
     for switch in SWITCHES:
         add(f"--{switch}", action=argparse.BooleanOptionalAction)
     add("--device", default=None, metavar="NAME", help="cpu, cuda, cuda:1, ...; by default CUDA where there is one")

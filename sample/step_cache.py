@@ -7,6 +7,7 @@ It is static: known on the host before the walk begins, so that nothing waits fo
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -60,8 +61,15 @@ class CacheSchedule:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
-        Path(path).write_text(text)
+        Path(path).write_text(self._text())
+
+    @property
+    def sha256(self) -> str:
+        """Of what it says, however its file is written."""
+        return hashlib.sha256(self._text().encode()).hexdigest()
+
+    def _text(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
 
     def check(self, network_sha256: str, settings: Mapping[str, Any], evaluations: int, layers: int) -> None:
         """ValueError, one sentence, unless it was fitted to this network and these settings."""

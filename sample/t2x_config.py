@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from engine.config import MAX_SEED, SAMPLE_PRECISIONS, read_yaml, require
+from diffusion.windows import METHODS
+from engine.config import MAX_SEED, SAMPLE_PRECISIONS, check_frame_keys, read_yaml, require
 from models.quantize import KINDS
 
 # The official names -> the class in diffusers and what it needs beside the beta schedule. A learned variance is
@@ -75,6 +76,13 @@ class T2XConfig:
     compile: bool = False  # each block of the network, and the decoder
     cpu_offload: bool = False  # network and decoder take turns on the device
     fps: int = 8
+    first_frame: list[str] | None = None  # images that the videos begin with, in turn by index
+    last_frame: list[str] | None = None  # images that they end with, in turn
+    given: list[str] | None = None  # videos whose end they go on from, in turn
+    given_frames: int = 1  # so many last frames of them, one after the other
+    window: int | None = None  # longer videos are sampled in windows of so many frames; null: all frames at once
+    overlap: int | None = None  # frames that a window shares with the next; null: a quarter of the window
+    window_method: str = "fused"  # fused | autoregressive (networks trained with given frames)
 
     def __post_init__(self) -> None:
         for key in ("video_length", "num_videos_per_prompt", "num_sampling_steps", "decode_chunk_size", "fps"):
@@ -102,12 +110,18 @@ class T2XConfig:
             not (self.cpu_offload and self.quantize_transformer in ("bnb8", "bnb4")),
             f"quantize_transformer={self.quantize_transformer} stays on the GPU: leave cpu_offload out, or use int8",
         )
-        for key, choices in {"sample_method": list(SCHEDULERS), "precision": list(SAMPLE_PRECISIONS)}.items():
+        words = {"sample_method": list(SCHEDULERS), "precision": list(SAMPLE_PRECISIONS), "window_method": METHODS}
+        for key, choices in words.items():
             value = getattr(self, key)
             require(value in choices, f"{key} must be one of {', '.join(choices)}, not {value!r}")
         for key in ("quantize_text_encoder", "quantize_transformer"):
             value = getattr(self, key)
             require(value in (None, *KINDS), f"{key} must be one of {', '.join(KINDS)}, or null, not {value!r}")
+        check_frame_keys(self, "")
+        require(
+            not (self.first_frame or self.last_frame or self.given) or size[0] == size[1],
+            f"given frames are cut to a square: image_size must be one, not {size}",
+        )
 
     def prompts(self) -> list[str]:
         """All prompts, of the list and of the file.

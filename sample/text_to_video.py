@@ -12,6 +12,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.clips import DataConfig
+from diffusion import ConditionConfig, Given, conditioned
+from engine.config import window_overlap
 from engine.objective import sample_generator
 from models import hub
 from models.autoencoder import DTYPES, CodecConfig, LatentCodec
@@ -29,6 +33,7 @@ from models.lora import merge_lora
 from models.quantize import quantize
 from models.text_encoder import Prompt
 from sample.generate import to_uint8
+from sample.given import Plan, Windows, read_given
 from sample.t2x_config import LEARNED_VARIANCE, SCHEDULERS, T2XConfig
 
 LATTE_BETAS = {
@@ -83,10 +88,15 @@ def denoise(
     config: T2XConfig,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
+    *,
+    plan: Plan | None = None,
+    known: Given | None = None,
 ) -> Tensor:
     """Unit noise (1, C, F, h, w) -> latents of the same shape.
 
     Args:
+        plan: how windows of a longer video are put together.
+        known: frames that the network sees clean, and that come out as they are.
         generator: of the noise that some samplers add at each step.
         progress: called with the steps done and their number.
     """
@@ -96,20 +106,29 @@ def denoise(
     learned = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
     guided = config.guidance_scale > 1 and prompt.negative is not None
     captions = torch.cat([prompt.negative, prompt.positive]) if guided else prompt.positive  # type: ignore[list-item]
+
+    def network(x: Tensor, timesteps: Tensor) -> Tensor:
+        inputs = x.transpose(1, 2), timesteps, captions, None, config.enable_temporal_attentions
+        return model(*inputs, return_dict=False)[0].transpose(1, 2)  # (B, F, C or 2C, h, w)
+
+    denoiser = network if plan is None else plan.denoiser(network)
+    denoiser = denoiser if known is None else conditioned(denoiser, known)
     latents = noise * scheduler.init_noise_sigma
     for done, step in enumerate(scheduler.timesteps, start=1):
         entered = scheduler.scale_model_input(latents.expand(len(captions), -1, -1, -1, -1), step)
         timesteps = step.expand(len(captions)).to(noise.device)
-        output = model(entered, timesteps, captions, None, config.enable_temporal_attentions, return_dict=False)[0]
+        output = denoiser(entered.transpose(1, 2), timesteps).transpose(1, 2)
         if guided:
             without, with_caption = output.chunk(2)
             output = without + config.guidance_scale * (with_caption - without)
         if not learned:
             output = output[:, : noise.shape[1]]
+        if known is not None:  # what is said of known frames goes nowhere; zero, so that their state stays small
+            output = output.masked_fill(known.frames[:, None, :, None, None], 0)
         latents = scheduler.step(output, step, latents, **extra, return_dict=False)[0]
         if progress is not None:
             progress(done, len(scheduler.timesteps))
-    return latents
+    return latents if known is None else known.keep(latents.transpose(1, 2)).transpose(1, 2)
 
 
 def load_network(config: T2XConfig, folder: Path, device: torch.device) -> LatteT2V:
@@ -135,12 +154,13 @@ def load_codec(config: T2XConfig, folder: Path, device: torch.device) -> LatentC
     name = "vae_temporal_decoder" if config.enable_vae_temporal_decoder else "vae"
     require_part(folder, name)
     described = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+    widths = described.get("block_out_channels") or described["encoder_block_out_channels"]  # AutoencoderTiny's
     codec = LatentCodec.from_config(
         CodecConfig(
             path=str(folder),
             subfolder=name,
             latent_channels=described["latent_channels"],
-            downsample_factor=2 ** (len(described["block_out_channels"]) - 1),
+            downsample_factor=2 ** (len(widths) - 1),
             scale=described.get("scaling_factor", 0.18215),
             dtype=config.precision,
             chunk_size=config.decode_chunk_size,
@@ -179,22 +199,30 @@ class Sampler:
         self.scheduler = make_scheduler(config, folder, learned_variance=out_channels == 2 * channels)
         self.codec = LatentCodec.from_config(codec, resting) if codec else load_codec(config, folder, resting)
         self._check()
+        self.plan = self._plan()
 
     @property
     def num_steps(self) -> int:
         """Evaluations of the network for one video; some samplers take several for each step."""
         self.scheduler.set_timesteps(self.config.num_sampling_steps)
-        return len(self.scheduler.timesteps)
+        return len(self.scheduler.timesteps) * self.plan.num_passes
 
     def sample(self, prompt: Prompt, index: int, progress: Progress | None = None) -> np.ndarray:
         """The video of that index: uint8 (F, H, W, 3)."""
         generator = sample_generator(self.config.seed, index, torch.device("cpu"))
-        noise = torch.randn(self.noise_shape, generator=generator).to(self.device, self.model.dtype)
-        prompt = Prompt(*(each if each is None else each.to(noise) for each in prompt))  # type: ignore[arg-type]
+        placed = self.device, self.model.dtype
+        prompt = Prompt(*(each if each is None else each.to(*placed) for each in prompt))  # type: ignore[arg-type]
+        channels, _, *size = self.noise_shape[1:]
+
+        def sample_pass(known: Given | None, frames: int) -> Tensor:
+            noise = torch.randn(1, channels, frames, *size, generator=generator).to(*placed)
+            inputs = self.model, self.scheduler, prompt, noise, self.config, generator, progress
+            return denoise(*inputs, plan=self.plan, known=known).transpose(1, 2)
+
         with self._on_device(self.model):
-            latents = denoise(self.model, self.scheduler, prompt, noise, self.config, generator, progress)
+            latents = self.plan.sample(sample_pass, [index])
         with self._on_device(self.codec):
-            return to_uint8(self.codec.decode(latents.transpose(1, 2)))[0]
+            return to_uint8(self.codec.decode(latents))[0]
 
     @property
     def noise_shape(self) -> tuple[int, int, int, int, int]:
@@ -215,6 +243,21 @@ class Sampler:
             network.to("cpu")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _plan(self) -> Plan:
+        """What is known of the videos, and their windows; the network's files do not say what it was trained with."""
+        config = self.config
+        windows = Windows(config.window, window_overlap(config), config.window_method) if config.window else None
+        channels, frames, height, width = self.noise_shape[1:]
+        data = DataConfig(num_frames=frames, image_size=config.image_size[0], frame_interval=1)
+        given = read_given(config, data, prefix="")
+        plan = Plan((frames, channels, height, width), torch.empty(0).to(self.device, self.model.dtype), (), windows)
+        if given is not None:
+            with self._on_device(self.codec):
+                latents = self.codec.encode(given.pixels.to(self.device)).to(self.model.dtype)
+            plan = replace(plan, latents=latents, places=given.places)
+        plan.check(ConditionConfig(frames="random", max_frames=frames), span=1)
+        return plan
 
     def _check(self) -> None:
         """Raises: ValueError where network and decoder do not fit each other or the size."""

@@ -12,15 +12,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine.build import build_model
 from engine.checkpoint import export_adapter, export_weights, load_model_weights
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
 from models.config import LatteConfig
-from models.convert_t2v import to_diffusers
+from models.convert_t2v import save_t2v, to_diffusers
 from models.latte import Latte
 from models.lora import Adapter, LoraConfig, add_lora, lora_weights, merge_lora, save_lora
 from tests.t2v_support import inputs, ours_of, randomize, theirs
+from tests.text_support import TINY_TEXT, draw_captioned, save_text_encoder
 
 SIZES: dict[str, Any] = {"name": "custom", "hidden_size": 16, "depth": 2, "num_heads": 2, "patch_size": 2}
 
@@ -179,6 +181,25 @@ def test_sampling_and_exports_of_a_run_with_adapters(tiny: list[str], base: Path
         keys = [f"sample.lora={tmp_path / 'adapter'}", f"sample.lora_scale={scale}"]
         config = load_config(base / "checkpoints" / "step-0000000" / "config.yaml", keys)
         assert (Generator.from_checkpoint(base, config=config).sample(**settings) == expected).all()
+
+
+def test_a_text_network_is_tuned_and_its_adapters_fit_diffusers(tmp_path: Path) -> None:
+    """From a folder in diffusers' format to adapters that peft puts onto diffusers' network, with the same output."""
+    keys = [*TINY_TEXT, f"data.path={draw_captioned(tmp_path / 'clips')}", f"train.output_dir={tmp_path / 'run'}",
+            f"text.path={save_text_encoder(tmp_path / 'text')}"]  # fmt: skip
+    base = randomize(build_model(load_config(None, keys)), std=0.1)
+    save_t2v(base, tmp_path / "base")  # type: ignore[arg-type]
+    trainer = lora_run(keys, tmp_path / "base", "train.max_steps=2")
+    assert all((".lora_" in name) == each.requires_grad for name, each in trainer.model.named_parameters())
+    weights = load_model_weights(tmp_path / "run", "raw")
+    changed = [name for name, value in base.state_dict().items() if not torch.equal(value, weights[name])]
+    assert changed and all(".attn" in name and name.endswith("weight") for name in changed)
+    given = {"hidden_states": torch.randn(1, 3, 4, 8, 8), "timestep": torch.tensor([40]),
+             "encoder_hidden_states": torch.randn(1, 5, 12)}  # fmt: skip
+    expected = trainer.model(**given).sample.detach()
+    folder = export_adapter(tmp_path / "run", tmp_path / "adapter", "raw")
+    found = PeftModel.from_pretrained(to_diffusers(base), str(folder)).eval()(**given).sample  # type: ignore[arg-type]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 # ---------------------------------------------------------------------------------------- mistakes

@@ -81,7 +81,7 @@ def test_images_of_any_size_are_cut_as_training_clips_are(media: Path) -> None:
 
     config = generator_of(f"sample.first_frame=[{media}/wide.png]").config
     pixels = torch.from_numpy(np.asarray(Image.open(media / "wide.png"))).permute(2, 0, 1)[None]
-    given = read_given(config)
+    given = read_given(config.sample, config.data)
     assert given is not None and given.places == (0,)
     assert torch.equal(given.pixels[0], to_signed_range(TRANSFORMS["resize_then_center_crop"](pixels, 8)))
 
@@ -195,3 +195,14 @@ def test_the_command_line(tmp_path: Path, media: Path) -> None:
     written = json.loads((out / "samples.json").read_text())
     assert written["num_frames"] == 9 and written["sample"]["first_frame"] == [f"{media}/a.png", f"{media}/b.png"]
     assert written["sample"]["window"] == 4
+
+
+def test_a_job_over_many_processes_knows_its_frames_by_their_pixels(tmp_path: Path, media: Path) -> None:
+    from sample.sample_ddp import given_sha256
+
+    (tmp_path / "copy.png").write_bytes((media / "a.png").read_bytes())
+    names = (f"{media}/a.png", f"{tmp_path}/copy.png", f"{media}/b.png")
+    first, copy, other = (
+        given_sha256(load_config(None, [*TRAINED, *GIVEN, f"sample.first_frame=[{name}]"])) for name in names
+    )
+    assert first == copy != other and given_sha256(load_config(None, TRAINED)) is None

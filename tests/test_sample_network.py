@@ -20,6 +20,7 @@ from engine.config import Config, load_config
 from models.autoencoder import LatentCodec
 from sample.decoding import Decoder
 from sample.generate import Generator, Guidance, VideoNoise
+from sample.given import Windows
 from sample.modulation import ModulationTable
 from sample.network import Calls, Walk
 from sample.step_cache import CacheSchedule
@@ -258,6 +259,16 @@ def test_fit_cache_from_the_command_line(checkpoint: Path, tmp_path: Path, capsy
         with pytest.raises((ValueError, OSError), match=sentence) as caught:
             sample_main([*how, *folder, "--cache", str(out), *change])
         assert "\n" not in str(caught.value)
+
+
+def test_given_frames_and_windows_take_no_cache_and_no_tables() -> None:
+    windows = Windows(4, 2, "fused")
+    generator = generator_of()
+    for extra in ({"modulation_mb": 8}, {"cache": schedule_of(generator, [1] * 3)}):
+        with pytest.raises(ValueError, match="sampled at once and from noise alone"):
+            generator.sample(num=1, steps=3, method="ddim", windows=windows, **extra)
+    with pytest.raises(ValueError, match="sampled at once and from noise alone"):
+        fit_cache.fit(generator, config_of("sample.window=4", "sample.overlap=2"), 2, (0, 4))
 
 
 def test_a_schedule_for_other_weights_or_edited_is_refused(tmp_path: Path) -> None:

@@ -63,7 +63,6 @@ def test_diffusers_pipeline_makes_the_same_video(base: list[str], tmp_path: Path
     ours = sampler.codec.decode(denoise(sampler.model, sampler.scheduler, encoded, noise, settings).transpose(1, 2))
     pipeline = LattePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae.config.force_upcast = False
     theirs = pipeline(
         "a stone falls",
         latents=noise,
@@ -86,11 +85,11 @@ def test_the_scheduler_is_the_trainings(base: list[str], schedule: str, num_step
     described = describe_scheduler(config)
     theirs = DDIMScheduler.from_config(described)
     ours = build_process(config)
-    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, atol=1e-5, rtol=1e-4)
-    x, noise, t = torch.randn(1, 2, 3, 4, 4), torch.randn(1, 2, 3, 4, 4), torch.tensor([num_steps // 3])
+    x, noise, t = torch.randn(2, 2, 3, 4, 4), torch.randn(2, 2, 3, 4, 4), torch.tensor([num_steps // 3, num_steps - 2])
+    torch.testing.assert_close(ours.q_sample(x, t, noise), theirs.add_noise(x, noise, t), atol=1e-4, rtol=1e-4)
     assert described["prediction_type"] == "v_prediction"
     loss = ours.training_losses(lambda *_: torch.cat([theirs.get_velocity(x, noise, t)] * 2, dim=2), x, t, noise)
-    assert float(loss.mse) < 1e-6
+    assert float(loss.mse.max()) < 1e-6
 
 
 def test_a_run_is_sampled_by_its_name(base: list[str], tmp_path: Path) -> None:
@@ -99,10 +98,10 @@ def test_a_run_is_sampled_by_its_name(base: list[str], tmp_path: Path) -> None:
     assert sample_t2x.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a stone falls", *out]) == 0
     told = json.loads((tmp_path / "out" / "samples.json").read_text())
     assert told["sample"]["image_size"] == [8, 8]
-    assert told["videos"][0]["file"] == "0000_a-stone-falls.mp4"
-    first = (tmp_path / "out" / "0000_a-stone-falls.mp4").read_bytes()
+    assert told["videos"][0]["file"] == "0000_a_stone_falls.mp4"
+    first = (tmp_path / "out" / "0000_a_stone_falls.mp4").read_bytes()
     assert sample_t2x.main(["--ckpt", str(source), "--prompt", "a stone falls", "--sample_method", "DDPM", *out]) == 0
-    assert (tmp_path / "out" / "0000_a-stone-falls.mp4").read_bytes() != first
+    assert (tmp_path / "out" / "0000_a_stone_falls.mp4").read_bytes() != first
 
 
 def test_an_image_network_is_pixart(base: list[str], tmp_path: Path) -> None:

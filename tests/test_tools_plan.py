@@ -111,6 +111,20 @@ def test_time_of_the_largest_network_is_arithmetic() -> None:
     assert images.flop == pytest.approx(1.5 * found.flop)
 
 
+def test_adapters_are_planned_beside_frozen_weights() -> None:
+    """States of the adapters alone; the base in bf16, without gradients: two passes, three with checkpointing."""
+    keys = ["train.precision=bf16", "train.init_from=a.pt", "lora.rank=4"]
+    found, plain = plan.need(config_of(*keys), H100, 1, 0.4), plan.need(config_of(*keys[:1]), H100, 1, 0.4)
+    blocks, width = 12, 384
+    assert found.parameters == blocks * 4 * (width + 3 * width + width + width)  # A and B of qkv and of proj
+    assert found.states["frozen weights"] == 2 * plain.parameters
+    assert sum(found.states.values()) == 22 * found.parameters + 2 * plain.parameters
+    assert found.flop == pytest.approx(plain.flop * 2 / 3)
+    assert found.activations < 1.1 * plain.activations
+    again = plan.need(config_of(*keys, "model.gradient_checkpointing=true"), H100, 1, 0.4)
+    assert again.compute_s == pytest.approx(1.5 * found.compute_s)
+
+
 def test_exchange_is_a_ring() -> None:
     """8 bytes a parameter around DDP's ring; 8 around FSDP's, and 4 for each further micro-step."""
     speed = H100.link * 1e9

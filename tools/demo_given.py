@@ -152,6 +152,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/demo_given"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--videos", type=int, default=64, metavar="N", help="of each case (%(default)s)")
     parser.add_argument("--steps", type=int, default=25, metavar="N", help="of DDIM (%(default)s)")
+    parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help="only this one; may be repeated")
     arguments = parser.parse_args(argv)
     if arguments.videos < 8:
         raise ValueError(f"--videos must be at least 8, one of each class, not {arguments.videos}.")
@@ -166,14 +167,14 @@ def main(argv: list[str]) -> int:
     window = generator.config.data.num_frames
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = {"real clips": measure(clips, clips, labels, Case((), REAL_FRAMES), window)}
-    for name, case in CASES.items():
+    for name in arguments.case or CASES:
+        case = CASES[name]
         if case.given and not conditional:
             continue
         videos = sample_case(generator, case, clips, arguments.steps)
         rows[name] = measure(videos, clips, labels, case, window)
-        pairs = [
-            np.resize(each, videos.shape[1:]) if len(each) < len(videos[0]) else each[: case.frames] for each in clips
-        ]
+        held = np.concatenate([clips, clips[:, -1:].repeat(max(0, case.frames - REAL_FRAMES), axis=1)], axis=1)
+        pairs = held[:, : case.frames]  # of longer videos the real clip stands still at its end
         shown = [video for index in range(SHOWN) for video in (pairs[index], videos[index])]
         captions = [text for index in range(SHOWN) for text in (f"real {CLASSES[labels[index]].name}", "sampled")]
         slug = name.replace(",", "").replace(" ", "_")

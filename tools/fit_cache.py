@@ -86,8 +86,14 @@ def fit_many(
 ) -> list[CacheSchedule]:
     """A schedule for each number of full evaluations, from one measurement."""
     from engine.checkpoint import content_sha256
+    from sample.generate import sampler_settings
     from sample.step_cache import CacheSchedule
 
+    asked = sampler_settings(config)
+    if asked["given"] or asked["windows"]:
+        raise ValueError(
+            "a step cache is for videos sampled at once and from noise alone: leave out given frames and windows."
+        )
     costs, settings = measure(generator, config, span, window)
     weights = content_sha256(generator.model)
     found = []

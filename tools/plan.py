@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 RESERVE = 0.08  # of the memory: CUDA context, workspaces, fragments
+FROZEN_BYTES = {"bf16": 2}  # a parameter beside adapters; 4 in other precisions
 STATE_BYTES = {"weights": 4, "gradients": 4, "Adam moments": 8, "average (EMA)": 4}  # a parameter, all in fp32
 UPDATE_BYTES = 28 + 12 + 4  # a parameter, read and written: AdamW, average, norm
 VAE_ENCODE_FLOP = 0.273e12 / 256**2  # a pixel, of Stable Diffusion's autoencoder
@@ -98,7 +99,8 @@ class Need:
 class Network:
     """What a config's network is, whatever it is trained with: counts, FLOP of a clip's forward, bytes kept."""
 
-    parameters: int
+    parameters: int  # that are trained
+    frozen: int
     forward_flop: float
     kept: tuple[float, float]
     kept_by_layer: float  # of a clip, without checkpointing
@@ -110,7 +112,7 @@ def network_of(config: Config) -> Network:
 
     from engine.config import OptimConfig, SampleConfig, TrainConfig
 
-    train = TrainConfig(precision=config.train.precision)
+    train = TrainConfig(precision=config.train.precision, init_from=config.train.init_from)
     return _counted(replace(config, train=train, optim=OptimConfig(), sample=SampleConfig()))
 
 
@@ -118,12 +120,17 @@ def network_of(config: Config) -> Network:
 def _counted(config: Config) -> Network:
     from dataclasses import replace
 
-    from engine.build import build_model, count_parameters, macs_per_clip
+    from engine.build import build_model, count_parameters, macs_per_clip, put_adapters
 
     plain = replace(config, model=replace(config.model, gradient_checkpointing=False))
     data = config.data
+    model = build_model(config, "meta")
+    if config.lora.rank:
+        put_adapters(model, config)
+    trained = count_parameters(model)
     return Network(
-        count_parameters(build_model(config, "meta")),
+        trained,
+        sum(parameter.numel() for parameter in model.parameters()) - trained,
         2 * macs_per_clip(config) * (data.num_frames + data.num_images) / data.num_frames,
         kept_for_backward(config),
         kept_for_backward(plain)[1] / config.model.size.depth,
@@ -143,12 +150,15 @@ def _kept(config: Config, batch: int) -> float:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from engine.build import build_model, forward_inputs
+    from engine.build import build_model, forward_inputs, put_adapters
 
     kept: dict[int, Any] = {}  # storages, each once, and kept alive so that no address comes twice
 
+    model = build_model(config, "meta")
+    if config.lora.rank:
+        put_adapters(model, config)
     with FakeTensorMode():
-        model = build_model(config)
+        _take_to_cpu(model)
         own = {id_of(value) for value in (*model.parameters(), *model.buffers())}
         inputs = forward_inputs(config, batch, "cpu")
 
@@ -161,6 +171,21 @@ def _kept(config: Config, batch: int) -> float:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half:
             model(**inputs)
         return float(sum(storage.nbytes() for storage in kept.values()))
+
+
+def _take_to_cpu(model: Any) -> None:
+    """Weights on the meta device replaced by ones on the CPU: called where tensors have no data there either."""
+    import torch
+
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = torch.nn.Parameter(
+                    torch.empty(value.shape, dtype=value.dtype), value.requires_grad
+                )
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
 
 
 def id_of(value: Any) -> int:
@@ -177,15 +202,18 @@ def need(config: Config, gpu: Gpu, gpus: int, mfu: float) -> Need:
     states = {name: size * parameters / (gpus if sharded else 1) for name, size in STATE_BYTES.items()}
     if train.precision == "bf16":
         states["bf16 copy"] = 2 * parameters
+    if network.frozen:
+        states["frozen weights"] = FROZEN_BYTES.get(train.precision, 4) * network.frozen
     fixed, per_clip = network.kept
     if config.model.gradient_checkpointing:  # the layer that is recomputed
         per_clip += network.kept_by_layer
     clips = train.batch_size * train.grad_accum_steps
-    flop = 3 * network.forward_flop * clips
+    passes = 2 if network.frozen else 3  # gradients of frozen weights are not computed
+    flop = passes * network.forward_flop * clips
     encoding = VAE_ENCODE_FLOP * data.image_size**2 * (data.num_frames + data.num_images) * clips
     encoding *= config.codec.path is not None and not getattr(data, "latents", None)
     rate = 1e12 * mfu * getattr(gpu, {"bf16": "bf16", "tf32": "tf32"}.get(train.precision, "fp32"))
-    compute = flop * (4 / 3 if config.model.gradient_checkpointing else 1) / rate
+    compute = flop * ((passes + 1) / passes if config.model.gradient_checkpointing else 1) / rate
     exchange = exchange_seconds(parameters, gpu, gpus, sharded=sharded, accumulation=train.grad_accum_steps)
     return Need(
         parameters=parameters,
@@ -285,7 +313,9 @@ def report(config: Config, name: str, gpus: int, mfu: float) -> dict[str, Any]:
 def lines(found: dict[str, Any], config: Config) -> Iterator[str]:
     """The report for people, at 80 columns."""
     needs = found["needs"]
-    yield f"{config.model.name}, {needs['parameters'] / 1e6:.1f} M parameters, on {found['gpus']} x {found['gpu']}"
+    trained = "trained " if config.lora.rank else ""
+    size = f"{needs['parameters'] / 1e6:.1f} M {trained}parameters"
+    yield f"{config.model.name}, {size}, on {found['gpus']} x {found['gpu']}"
     yield ""
     yield "memory of a GPU                            GiB"
     for part, size in {**needs["states"], "kept for the backward pass": needs["activations"]}.items():
