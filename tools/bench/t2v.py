@@ -35,7 +35,7 @@ COLUMNS = {
     "median s": ".2f",
     "spread": ".0%",
     "ratio": ".2f",
-    "weights GiB": ".2f",
+    "weights MiB": ".1f",
     "peak GiB": ".2f",
     "apart": ".1e",
 }
@@ -105,7 +105,7 @@ class Measure:
         apart = None if first is None else float((result - first["result"]).norm() / first["result"].norm())
         return {
             "": name, "median s": timing.median, "spread": timing.spread, "ratio": base.median / timing.median,
-            "weights GiB": weight_bytes(network) / 2**30, "peak GiB": peak, "apart": apart,
+            "weights MiB": weight_bytes(network) / 2**20, "peak GiB": peak, "apart": apart,
             "timing": timing, "result": result,
         }  # fmt: skip
 
