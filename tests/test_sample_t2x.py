@@ -274,7 +274,7 @@ def test_a_missing_part_is_named(latte: Path, tmp_path: Path, part: str) -> None
         ("image_size: 512", "image_size"),
         ("video_length: 0", "video_length must be at least 1"),
         ("eta: 0.5\nsample_method: DDPM", "eta=0.5 is read only with"),
-        ("beta_start: 0.5", "beta_start and beta_end"),
+        ("beta_start: 0.5\nbeta_end: 0.1", "beta_start and beta_end"),
         ("seed:", "seed"),
         ("precision: int8", "precision must be one of"),
     ],
@@ -328,8 +328,8 @@ def test_the_text_encoder_is_let_go_before_the_network_comes(latte: Path, monkey
     alive: list[weakref.ref] = []
     plain = TextEncoder.from_folder.__func__  # type: ignore[attr-defined]
 
-    def remembered(cls: type, *arguments: Any) -> TextEncoder:
-        made = plain(cls, *arguments)
+    def remembered(cls: type, *arguments: Any, **options: Any) -> TextEncoder:
+        made = plain(cls, *arguments, **options)
         alive.append(weakref.ref(made.network))
         return made
 
