@@ -128,7 +128,7 @@ class Bench:
             content = json.loads(file.read_text())
             if content.get("facts", {}).get("videos") != videos:
                 raise ValueError(f"--out {file} holds figures of another number of videos: name another file.")
-            self.rows = content["rows"]
+            self.facts, self.rows = content["facts"], content["rows"]  # of the run that is continued
         self.generator: Generator = Generator.from_checkpoint(CHECKPOINT, device=device)
         self.schedules: dict[tuple[str, int], dict[int, Any]] = {}
 
@@ -351,7 +351,7 @@ def plot(rows: dict[str, dict[str, Any]], file: Path) -> None:
         axes.set_xticks(STEPS, [str(each) for each in STEPS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    for axes, ticks in ((panels[0], (1, 2, 5, 10, 20)), (panels[2], (100, 200, 500, 1000, 2000, 5000))):
+    for axes, ticks in ((panels[0], (0.2, 0.5, 1, 2, 5, 10, 20)), (panels[2], (100, 200, 500, 1000, 2000, 5000))):
         axes.set_yscale("log")
         axes.set_yticks(ticks, [str(each) for each in ticks])
         axes.minorticks_off()
