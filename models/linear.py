@@ -29,8 +29,9 @@ class Linear(nn.Linear):
         if dtype != torch.bfloat16 or not self.widen:
             return _affine(x, self.weight, self.bias)
         with torch.autocast("cpu", enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return _affine(x.float(), self.weight.float(), bias).to(dtype)
+            # the weights are those that a product in bf16 would see, also where they are held in bf16
+            bias = None if self.bias is None else self.bias.to(dtype).float()
+            return _affine(x.float(), self.weight.to(dtype).float(), bias).to(dtype)
 
 
 def _dtype_on_cpu(x: Tensor) -> torch.dtype:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from engine import objective, trainer
 from engine.config import load_config
 from engine.distributed import World
+from engine.errors import TrainingAborted
 from engine.optim import clip_gradients
 from engine.pending import Pending
 from engine.trainer import Trainer
@@ -125,15 +126,11 @@ def test_a_step_that_is_due_something_is_counted_at_once(tiny: list[str], on_met
     assert counted == [0, 1, 3, 3, 5]
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows(folder)]
-
-
 @pytest.mark.parametrize(
     ("fault", "extra"),
     [
         ("nan@0:3", ["diffusion.timestep_sampler=loss_aware", "optim.schedule=cosine", "train.ema_warmup=true"]),
-        ("inf@0:5,nan@0:5", ["train.grad_accum_steps=2", "train.batch_size=1", "optim.fused=true"]),
+        ("inf@0:5,nan@0:11", ["train.grad_accum_steps=2", "train.batch_size=1", "optim.fused=true"]),
         ("spike@0:22", ["optim.spike_factor=10", "optim.clip_start_step=6", "optim.max_grad_norm=1e-3"]),
         ("spike@0:22", ["optim.spike_factor=10", "optim.spike_policy=clip", "optim.max_grad_norm=1e9"]),
     ],
@@ -141,23 +138,56 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 )
 def test_reading_late_changes_nothing(tiny: list[str], tmp_path: Path, fault: str, extra: list[str]) -> None:
     """Skipped steps and all: every weight, average, moment and row of the log is that of a run that waits."""
-    common = [*tiny, "train.log_every=8", "train.max_steps=25", "optim.warmup_steps=4", "train.checkpoint_every=9"]
-    states, logs = [], []
-    for ahead in (True, False):
-        folder = tmp_path / str(ahead)
-        options = [*common, *extra, f"train.run_ahead={ahead}", f"train.output_dir={folder}"]
-        with armed(fault):
-            done = run(options)
-        assert done.guard.skipped + done.guard.spikes and done.step == 25
-        saved = done.state_dict()
-        states.append({**saved.model, **saved.optim, **{f"ema/{name}": value for name, value in saved.ema.items()}})
-        states[-1] |= {f"rng/{name}": value for name, value in saved.rng.items()}
-        logs.append((logged(folder), saved.state["guard"], saved.samples_seen))
-        events = [row for row in rows(folder, "events.jsonl") if row["event"] == "skip"]
-        assert len(events) == done.guard.skipped and all(len(row["files"]) == 2 for row in events)
-    assert logs[0] == logs[1]
-    assert states[0].keys() == states[1].keys()
-    assert not [name for name, value in states[0].items() if not torch.equal(value, states[1][name])]
+    early, late = (finished([*tiny, *extra], tmp_path / ahead, fault, ahead) for ahead in ("false", "true"))
+    assert_same_end(early, late)
+
+
+def finished(overrides: list[str], folder: Path, fault: str, ahead: str) -> tuple[Trainer, list[dict[str, Any]]]:
+    """A run of 25 steps with that fault in it, and its log."""
+    common = ["train.log_every=8", "train.max_steps=25", "optim.warmup_steps=4", "train.checkpoint_every=9"]
+    with armed(fault):
+        done = run([*overrides, *common, f"train.run_ahead={ahead}", f"train.output_dir={folder}"])
+    assert done.guard.skipped + done.guard.spikes and done.step == 25
+    skips = [row for row in rows(folder, "events.jsonl") if row["event"] == "skip"]
+    assert len(skips) == done.guard.skipped and all(len(row["files"]) == 2 for row in skips)
+    timeless = [{key: value for key, value in row.items() if key not in TIMING} for row in rows(folder)]
+    return done, timeless + skips
+
+
+def assert_same_end(one: tuple[Trainer, list[dict[str, Any]]], other: tuple[Trainer, list[dict[str, Any]]]) -> None:
+    """The same log, and everything that a checkpoint holds."""
+    assert [{**row, "time": None} for row in one[1]] == [{**row, "time": None} for row in other[1]]
+    first, second = one[0].state_dict(), other[0].state_dict()
+    assert (first.state, first.samples_seen) == (second.state, second.samples_seen)
+    for group in ("model", "ema", "optim", "rng"):
+        left, right = getattr(first, group), getattr(second, group)
+        assert left.keys() == right.keys() and not [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def spoil_gradients(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
+    """NaN gradients of the steps that hold samples at those positions."""
+    honest = Trainer._backward
+
+    def spoiled(self: Trainer, micro_batches: list[dict[str, Tensor]]) -> Any:
+        parts, losses = honest(self, micro_batches)
+        if positions & {position for batch in micro_batches for position in batch["position"].tolist()}:
+            parts["grad_norm"] = parts["grad_norm"] * torch.nan
+            for parameter in self.model.parameters():
+                parameter.grad.mul_(torch.nan)
+        return parts, losses
+
+    monkeypatch.setattr(Trainer, "_backward", spoiled)
+
+
+def test_steps_skipped_in_a_row(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is queued before the host knows of the first; and as many as `optim.max_skips` end the run."""
+    spoil_gradients(monkeypatch, {10, 12, 14})
+    extra = ["optim.schedule=cosine", "train.ema_warmup=true", "optim.fused=true"]
+    early, late = (finished([*tiny, *extra], tmp_path / ahead, "", ahead) for ahead in ("false", "true"))
+    assert late[0].guard.skipped == 3
+    assert_same_end(early, late)
+    with pytest.raises(TrainingAborted, match="2 steps in a row"):
+        finished([*tiny, "optim.max_skips=2"], tmp_path / "aborted", "", "true")
 
 
 def test_a_signal_is_answered_one_step_later(tiny: list[str], tmp_path: Path) -> None:
