@@ -169,13 +169,13 @@ def _kept(config: Config, batch: int) -> float:
             return value
 
         half = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half, _products_of_a_gpu():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half, products_of_a_gpu():
             model(**inputs)
         return float(sum(storage.nbytes() for storage in kept.values()))
 
 
 @contextmanager
-def _products_of_a_gpu() -> Iterator[None]:
+def products_of_a_gpu() -> Iterator[None]:
     """16-bit products stay so: a CPU may compute them in 32 bits, and then keeps those for the backward pass."""
     from models import attention
     from models.linear import Linear
