@@ -27,7 +27,7 @@ bench: setup  ## how fast it is, each figure a ratio to a reference: docs/benchm
 	$(BIN)/python -m tools.bench all
 
 test: setup lint  ## lint, types and the test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadgroup
 
 test-faults: setup  ## the 86 fault tests of docs/reliability.md, a line each at the end
 	$(BIN)/python -m pytest -q tests/test_faults_*.py

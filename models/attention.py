@@ -49,6 +49,7 @@ VIEWS: dict[str, View] = {
         "batch (frames tokens) heads dim -> batch frames tokens (heads dim)",
     ),
 }
+WIDEN_ON_CPU = True  # 16-bit attention on a CPU in 32 bits; the planner, which counts for GPUs, does without
 MAX_HEADS = 65535  # of a call of a fused kernel on CUDA: the extent of a grid of thread blocks
 
 # torch's fused kernels in the order of preference; those that cannot take a call are passed over.
@@ -104,7 +105,7 @@ def fused(call: Call) -> Tensor:
     backward pass (docs/attention.md).
     """
     q, k, v = call.folded()
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+    if WIDEN_ON_CPU and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         return call.unfolded(_widened(q, k, v, call.mask))
     with _backends(q.device.type):
         return call.unfolded(functional.scaled_dot_product_attention(q, k, v, attn_mask=call.mask))

@@ -94,9 +94,11 @@ class TextEncoder:
         Raises: FileNotFoundError, ValueError: one is missing or broken, or the tokenizer is not the encoder's.
         """
         from transformers import T5EncoderModel, T5Tokenizer
+        from transformers.utils import logging as remarks
 
         for name in PARTS:
             require_part(folder, name)
+        remarks.disable_progress_bar()  # of reading one file
         try:
             tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
             network = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)

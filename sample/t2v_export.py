@@ -14,6 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from engine.build import text_network_config
 from engine.captions import temporal_position_scale
 from engine.checkpoint import find_checkpoint, load_checkpoint_config, weights_file
@@ -40,7 +44,8 @@ def export_run(source: str | Path, folder: Path, *, weights: str = "ema", link: 
 
     Args:
         weights: `ema` or `raw`.
-        link: name large files in place of copying them.
+        link: name large files in place of copying them, for a sampler of ours that is about to read them. Otherwise a
+            network without a variance gets one, of zeros: LattePipeline takes half of the channels for it.
 
     Returns: what was left out, in words.
 
@@ -57,7 +62,7 @@ def export_run(source: str | Path, folder: Path, *, weights: str = "ema", link: 
     aside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        left = _write_parts(checkpoint, config, aside, weights, shutil.copy if not link else _link)
+        left = _write_parts(checkpoint, config, aside, weights, link)
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside.replace(folder)
     finally:
@@ -65,14 +70,10 @@ def export_run(source: str | Path, folder: Path, *, weights: str = "ema", link: 
     return left
 
 
-def _write_parts(checkpoint: Path, config: Config, out: Path, weights: str, copy: Any) -> list[str]:
-    is_image = config.model.name == "custom-t2i"
-    described = describe_network(config, json.loads((checkpoint / "state.json").read_text())["step"])
-    file = weights_file(checkpoint, weights)
-    require(file.is_file(), f"{checkpoint} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
-    _write_json(out / "transformer" / CONFIG_FILE, described)
-    copy(file.resolve(), out / "transformer" / f"{WEIGHTS}.safetensors")
-    if is_image:
+def _write_parts(checkpoint: Path, config: Config, out: Path, weights: str, link: bool) -> list[str]:
+    copy: Any = _link if link else shutil.copy
+    _write_network(checkpoint, config, out / "transformer", weights, link)
+    if config.model.name == "custom-t2i":
         return ["scheduler, vae and text: an image network is a start for training (train.init_from)"]
     _write_json(out / "scheduler" / "scheduler_config.json", describe_scheduler(config))
     text = config.text.folder()
@@ -86,6 +87,30 @@ def _write_parts(checkpoint: Path, config: Config, out: Path, weights: str, copy
     _write_json(out / "vae" / CONFIG_FILE, facts)
     _write_json(out / "model_index.json", {**PIPELINE, "vae": ["diffusers", facts["_class_name"]]})
     return []
+
+
+def _write_network(checkpoint: Path, config: Config, out: Path, weights: str, link: bool) -> None:
+    file, target = weights_file(checkpoint, weights), out / f"{WEIGHTS}.safetensors"
+    require(file.is_file(), f"{checkpoint} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
+    described = describe_network(config, json.loads((checkpoint / "state.json").read_text())["step"])
+    out.mkdir(parents=True)
+    if link:
+        _link(file, target)
+    elif config.model.learn_sigma or config.model.name == "custom-t2i":
+        shutil.copy(file, target)
+    else:
+        described["out_channels"] *= 2
+        save_file(with_variance(load_file(file), described["patch_size"] ** 2), target, metadata={"format": "pt"})
+    _write_json(out / CONFIG_FILE, described)
+
+
+def with_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
+    """Weights of a network that predicts C channels for each of the `pixels` of a patch, and now C zeros more."""
+    padded = dict(weights)
+    for key in ("proj_out.weight", "proj_out.bias"):
+        parts = weights[key].unflatten(0, (pixels, -1))  # (p*p, C, ...)
+        padded[key] = torch.cat([parts, torch.zeros_like(parts)], dim=1).flatten(0, 1)
+    return padded
 
 
 def describe_network(config: Config, step: int) -> dict[str, Any]:

@@ -45,6 +45,15 @@ TINY = [
 
 
 FAULT_TEST = re.compile(r"test_((?:[A-G]\d+_)+)")
+SEVERAL_PROCESSES = "dist"  # one worker runs all of these, after one another: each needs both cores for itself
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share the tests out over workers by file, so that a file's fixtures are made once."""
+    for item in items:
+        group = SEVERAL_PROCESSES if item.get_closest_marker("dist") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -52,7 +61,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     lines = []
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            name = report.nodeid.partition("::")[2]
+            name = re.sub(r"@\w+$", "", report.nodeid.partition("::")[2])  # without its group
             match = FAULT_TEST.match(name)
             if match and (report.when == "call" or outcome != "passed"):
                 ids = match[1].strip("_").split("_")

@@ -32,7 +32,7 @@ from PIL import Image
 from datasets import ClipDataset, DataConfig, VideoError, build_catalog, build_dataset, clips, open_video, readers
 from datasets.clips import MAX_ATTEMPTS
 from datasets.shards import CacheError
-from engine import trainer as trainer_module
+from engine import start
 from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.config import load_config
 from engine.distributed import World
@@ -636,7 +636,7 @@ def test_E8_the_frame_list_is_part_of_it(frame_folders: Path, tmp_path: Path) ->
 def test_E8_the_ranks_compare_it(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(load_config(None, tiny), World())
     for other, sentence in (((5, trainer.clips.digest), "rank 1 finds 5 clips"), ((6, "f" * 64), "list ffffffffffff")):
-        monkeypatch.setattr(trainer_module, "gather_objects", lambda value, other=other: [value, other])
+        monkeypatch.setattr(start, "gather_objects", lambda value, other=other: [value, other])
         with pytest.raises(ValueError, match=f"{sentence}.* every machine must hold the same files"):
             trainer.fit()
 

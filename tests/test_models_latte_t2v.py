@@ -259,7 +259,7 @@ def test_nothing_is_repeated_per_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen["caption_projection.linear_1"] == (2, 1, WORDS, 12)
     assert seen["transformer_blocks.1.attn2.to_k"] == seen["transformer_blocks.1.attn2.to_v"] == (2, 1, WORDS, 16)
     assert seen["transformer_blocks.1.attn1.to_k"] == (2, 4, 16, 16)
-    space, text, time = ((8, 2, 16, 8),) * 2, ((2, 2, 64, 8), (2, 2, WORDS, 8)), ((32, 2, 4, 8),) * 2
+    space, text, time = ((8, 2, 16, 8),) * 2, ((2, 2, 64, 8), (2, 2, WORDS, 8)), ((2, 32, 4, 8),) * 2
     assert shapes == [space, text, time] * 2
 
 

@@ -289,8 +289,8 @@ def test_a_schedule_for_other_weights_or_edited_is_refused(tmp_path: Path) -> No
     ("arguments", "sentence"),
     [
         (["--compute", "9"], "has 6 evaluations; give 1 to 6"),
-        (["--compute", "1", "--window", "2"], "too few"),
-        (["--compute", "3", "--window", "0"], "--window"),
+        (["--compute", "1", "--longest_reuse", "2"], "too few"),
+        (["--compute", "3", "--longest_reuse", "0"], "--longest_reuse"),
         (["--compute", "3", "--layers", "1:9"], "0 <= FIRST < END <= 2"),
         (["--compute", "3", "--out", "nowhere/at/all.json"], "no folder nowhere/at"),
     ],

@@ -77,6 +77,19 @@ def test_diffusers_pipeline_makes_the_same_video(base: list[str], tmp_path: Path
     torch.testing.assert_close(ours / 2 + 0.5, theirs, atol=2e-4, rtol=0)
 
 
+def test_a_network_without_a_variance_gets_one_of_zeros(base: list[str], tmp_path: Path) -> None:
+    config = load_config(None, [*base, "model.learn_sigma=false"])
+    source = checkpoint(config, tmp_path / "run")
+    export_run(source, tmp_path / "latte")
+    export_run(source, tmp_path / "links", link=True)
+    padded, plain = load_t2v(tmp_path / "latte"), load_t2v(tmp_path / "links")
+    x, words, t = torch.randn(2, 5, 4, 4, 4), torch.randn(2, 6, 12), torch.tensor([3, 900])
+    with torch.no_grad():
+        mean, variance = padded(x, t, words, return_dict=False)[0].chunk(2, dim=1)
+        assert torch.equal(mean, plain(x, t, words, return_dict=False)[0])
+    assert not variance.any()
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("num_steps", [1000, 200])
 def test_the_scheduler_is_the_trainings(base: list[str], schedule: str, num_steps: int) -> None:

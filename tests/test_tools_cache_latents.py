@@ -150,7 +150,7 @@ def test_two_ranks_make_the_same_cache(tiny: list[str], tmp_path: Path) -> None:
 def test_what_is_not_a_cache_is_left_alone(tiny: list[str], tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"full holds 'mine\.txt', which is not of a latent cache"):
+    with pytest.raises(ValueError, match=r"full holds 'mine\.txt', which is not of a cache"):
         cache(tiny, tmp_path / "full")
     with pytest.raises(ValueError, match=r"mine\.txt is a file"):
         cache(tiny, tmp_path / "full" / "mine.txt")

@@ -106,7 +106,7 @@ def test_a_foreign_cache_is_refused(run: list[str], cache: Path, tmp_path: Path)
     Trainer(with_cache(run, cache, f"text.path={copy}"), World())  # the same files elsewhere
     clips = draw_captioned(tmp_path / "clips")
     write_captions(clips, {**CAPTIONS, "falls/clip0": "a plum falls"})
-    with pytest.raises(ValueError, match=r"is of other captions: 1 of 6 .*'a plum falls'"):
+    with pytest.raises(ValueError, match=r"is of other captions: 1 of 7 .*'a plum falls'"):
         Trainer(with_cache(run, cache, f"data.path={clips}"), World())
     with pytest.raises(ValueError, match="holds another cache"):
         cache_text.cache_text(load_config(None, [*run, f"data.path={clips}"]), cache, World())

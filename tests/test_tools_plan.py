@@ -27,7 +27,7 @@ def config_of(*overrides: str) -> Config:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_what_is_kept_is_what_a_real_forward_keeps(precision: str, checkpointing: str) -> None:
-    """The same hooks on a network with numbers in it."""
+    """The same hooks on a network with numbers in it; 16-bit products as on a GPU."""
     config = config_of(f"train.precision={precision}", f"model.gradient_checkpointing={checkpointing}")
     model = build_model(config)
     own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
@@ -40,7 +40,7 @@ def test_what_is_kept_is_what_a_real_forward_keeps(precision: str, checkpointing
         return value
 
     half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half, plan.products_of_a_gpu():
         model(torch.randn(4, 8, 4, 16, 16), torch.zeros(4))
     fixed, per_clip = plan.kept_for_backward(config)
     assert fixed + 4 * per_clip == pytest.approx(sum(each.nbytes() for each in kept.values()), rel=1e-3)

@@ -44,11 +44,11 @@ def main(argv: list[str]) -> int:
     add("--out", type=Path, required=True, metavar="FILE", help="the schedule, JSON")
     add("--compute", type=int, required=True, metavar="N", help="evaluations that run all layers; the rest reuse")
     add("--layers", default=None, metavar="FIRST:END", help="the layers left out in the others; by default all")
-    add("--window", type=int, default=10, metavar="N", help="evaluations for which a reuse may last (10)")
+    add("--longest_reuse", type=int, default=10, metavar="N", help="evaluations for which a reuse may last (10)")
     arguments = vars(parser.parse_intermixed_args(argv))
-    out, compute, layers, window = (arguments.pop(key, None) for key in ("out", "compute", "layers", "window"))
+    out, compute, layers, window = (arguments.pop(key, None) for key in ("out", "compute", "layers", "longest_reuse"))
     if window < 1:
-        raise ValueError(f"--window must be at least 1, not {window}.")
+        raise ValueError(f"--longest_reuse must be at least 1, not {window}.")
     arguments["cache"] = None
     request = resolve(arguments)
     if not out.parent.is_dir():

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -168,9 +169,23 @@ def _kept(config: Config, batch: int) -> float:
             return value
 
         half = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half, products_of_a_gpu():
             model(**inputs)
         return float(sum(storage.nbytes() for storage in kept.values()))
+
+
+@contextmanager
+def products_of_a_gpu() -> Iterator[None]:
+    """16-bit products stay so: a CPU may compute them in 32 bits, and then keeps those for the backward pass."""
+    from models import attention
+    from models.linear import Linear
+
+    before = attention.WIDEN_ON_CPU, Linear.widen
+    attention.WIDEN_ON_CPU = Linear.widen = False
+    try:
+        yield
+    finally:
+        attention.WIDEN_ON_CPU, Linear.widen = before
 
 
 def _take_to_cpu(model: Any) -> None:

@@ -101,6 +101,8 @@ def seams_in(written: dict[str, Any], arguments: argparse.Namespace, num_frames:
         raise ValueError("these videos were sampled at once: say with --window and --overlap where seams would be.")
     overlap = arguments.overlap or made.get("overlap") or max(1, window // 4)
     method = arguments.window_method or made.get("method") or METHODS[0]
+    if method not in METHODS:
+        raise ValueError(f"--window_method must be one of {', '.join(METHODS)}, not {method!r}.")
     if not 1 <= overlap < window:
         raise ValueError(f"--overlap must be from 1 to {window - 1}, not {overlap}.")
     return seams(num_frames, window, overlap, method)
@@ -108,13 +110,11 @@ def seams_in(written: dict[str, Any], arguments: argparse.Namespace, num_frames:
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    from diffusion.windows import METHODS
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR")
     parser.add_argument("--window", type=int, metavar="N", help="frames of a window")
     parser.add_argument("--overlap", type=int, metavar="N", help="frames that it shares with the next")
-    parser.add_argument("--window_method", choices=METHODS)
+    parser.add_argument("--window_method", metavar="NAME", help="autoregressive or fused")
     arguments = parser.parse_args(argv)
     print(f"{'videos':40s}{'at seams':>10s}{'elsewhere':>11s}{'ratio':>8s}{'error':>8s}")
     for folder in arguments.folders:
