@@ -5,9 +5,9 @@
 
 The flags are those of sample.py: a schedule is for one network and one way of sampling, and refused for any other. A
 few videos are sampled; at each evaluation the layers run, and are then replaced by what they added to the tokens at
-each of the last --window evaluations. What that does to the predicted clean clip, times the part of the noise that the
-step takes away, is its cost; of all schedules with --compute full evaluations, dynamic programming finds the one of
-the least sum. At the end the same videos are sampled by it, and compared.
+each of the last --longest_reuse evaluations. What that does to the predicted clean clip, times the part of the noise
+that the step takes away, is its cost; of all schedules with --compute full evaluations, dynamic programming finds the
+one of the least sum. At the end the same videos are sampled by it, and compared.
 """
 
 from __future__ import annotations
@@ -221,8 +221,8 @@ def best_schedule(costs: Costs, compute: int) -> tuple[list[bool], float]:
         choices.append(choice)
     if math.isinf(best[0]):
         raise ValueError(
-            f"--compute {compute} is too few: a reuse lasts --window evaluations at most, and where guidance comes or "
-            "goes all layers run; give more, or a larger --window."
+            f"--compute {compute} is too few: a reuse lasts for --longest_reuse evaluations at most, and where guidance "
+            "comes or goes all layers run; give more, or a larger --longest_reuse."
         )
     computed, place = [False] * total, 0
     for choice in reversed(choices):
