@@ -221,7 +221,7 @@ def best_schedule(costs: Costs, compute: int) -> tuple[list[bool], float]:
         choices.append(choice)
     if math.isinf(best[0]):
         raise ValueError(
-            f"--compute {compute} is too few: a reuse lasts for --longest_reuse evaluations at most, and where guidance "
+            f"--compute {compute} is too few: a reuse lasts --longest_reuse evaluations at most, and where guidance "
             "comes or goes all layers run; give more, or a larger --longest_reuse."
         )
     computed, place = [False] * total, 0
