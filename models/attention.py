@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .embeddings import Rotation, rotate
+from .linear import SLOW_IN_BF16
 
 
 class View(NamedTuple):
@@ -49,7 +50,9 @@ VIEWS: dict[str, View] = {
         "batch (frames tokens) heads dim -> batch frames tokens (heads dim)",
     ),
 }
-WIDEN_ON_CPU = True  # 16-bit attention on a CPU in 32 bits; the planner, which counts for GPUs, does without
+# How "fused" computes 16-bit attention on a CPU, where torch's own kernels for it are slow (docs/attention.md): by
+# plain products where those are quick in bf16, else in 32 bits. The planner, which counts for GPUs, takes the kernels.
+ON_CPU: Literal["kernels", "plain", "widened"] = "widened" if SLOW_IN_BF16 else "plain"
 MAX_HEADS = 65535  # of a call of a fused kernel on CUDA: the extent of a grid of thread blocks
 
 # torch's fused kernels in the order of preference; those that cannot take a call are passed over.
@@ -101,11 +104,12 @@ class Kernel(NamedTuple):
 def fused(call: Call) -> Tensor:
     """torch's scaled_dot_product_attention, with the backends in the order of `BACKENDS`.
 
-    On a CPU 16-bit numbers are multiplied as 32-bit ones: torch's kernel for them is several times as slow in the
-    backward pass (docs/attention.md).
+    On a CPU 16-bit numbers go another way (`ON_CPU`).
     """
     q, k, v = call.folded()
-    if WIDEN_ON_CPU and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+    if ON_CPU != "kernels" and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        if ON_CPU == "plain" and q.dtype == torch.bfloat16:
+            return plain(call)
         return call.unfolded(_widened(q, k, v, call.mask))
     with _backends(q.device.type):
         return call.unfolded(functional.scaled_dot_product_attention(q, k, v, attn_mask=call.mask))

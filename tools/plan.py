@@ -180,12 +180,12 @@ def products_of_a_gpu() -> Iterator[None]:
     from models import attention
     from models.linear import Linear
 
-    before = attention.WIDEN_ON_CPU, Linear.widen
-    attention.WIDEN_ON_CPU = Linear.widen = False
+    before = attention.ON_CPU, Linear.widen
+    attention.ON_CPU, Linear.widen = "kernels", False
     try:
         yield
     finally:
-        attention.WIDEN_ON_CPU, Linear.widen = before
+        attention.ON_CPU, Linear.widen = before
 
 
 def _take_to_cpu(model: Any) -> None:
