@@ -11,10 +11,11 @@ from timm.layers import Attention as TimmAttention
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from models import attention
 from models.attention import BACKENDS, Call, fused, plain
 from models.blocks import LAYER_PLANS, MIXERS, Block
 from models.embeddings import axis_positions, rotary_table, rotate
-from models.linear import Linear
+from models.linear import Linear, quick_in_bf16
 
 B, F, N, D, HEADS = 2, 5, 6, 12, 3
 AXES = {"spatial": "bfnhd,bfmhd->bfhnm", "temporal": "bfnhd,bgnhd->bnhfg"}
@@ -227,3 +228,34 @@ def test_wide_products_equal_those_in_bf16_and_are_no_less_exact(
     for dtype in (torch.float32, torch.float64):
         wide = linear.to(dtype)
         assert torch.equal(wide(x.to(dtype)), functional.linear(x.to(dtype), wide.weight, wide.bias))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "quick"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({}, False),
+    ],
+)
+def test_which_cpus_multiply_quickly_in_bf16(capabilities: dict[str, object], quick: bool) -> None:
+    assert quick_in_bf16(capabilities) is quick
+
+
+@pytest.mark.parametrize("way", ["kernels", "plain", "widened"])
+@pytest.mark.parametrize("view", ["spatial", "temporal"])
+def test_each_way_of_a_cpu_in_bf16_is_attention(way: str, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against plain attention in float64, forward and backward, within the rounding of bf16."""
+    monkeypatch.setattr(attention, "ON_CPU", way)
+    generator = torch.Generator().manual_seed(5)
+    q, k, v, upstream = (torch.randn(2, 4, 9, 16, generator=generator).bfloat16() for _ in range(4))
+    results = []
+    for dtype, run in ((torch.bfloat16, attention.fused), (torch.float64, attention.plain)):
+        inputs = [each.detach().to(dtype).requires_grad_() for each in (q, k, v)]
+        out = run(attention.Call(*inputs, view, 2))
+        out.backward(upstream.to(dtype))
+        results.append([out.double(), *(each.grad.double() for each in inputs)])
+    for ours, exact in zip(*results):
+        torch.testing.assert_close(ours, exact, rtol=0.03, atol=0.03)

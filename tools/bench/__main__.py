@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine import cli
 
-from . import report
+from . import MODES, report
 
 # command -> what it measures; its module in this package has `run(arguments)`
 COMMANDS = {
@@ -37,7 +37,7 @@ QUICK = "tiny sizes: does it run at all?"
 # what `all` runs: on two idle cores in about eight minutes
 EVERYTHING = [
     "train --rounds 2",
-    "memory --kind reference,fp32 ours,fp32 ours,fp32,compiled",
+    "memory --kind reference,fp32 ours,fp32 ours,fp32,compiled ours,fp32,recomputing",
     "techniques --rounds 2 --batch 1 --latent 16",
     "attention",
     "sample --rounds 2 --precision fp32",
@@ -98,7 +98,7 @@ def _add_workload(command: argparse.ArgumentParser) -> None:
     command.add_argument("--frames", type=int, default=16)
     command.add_argument("--latent", type=int, default=32, help="side of the latents (%(default)s)")
     command.add_argument("--precision", nargs="+", choices=("fp32", "tf32", "bf16"), help="default: fp32 and bf16")
-    command.add_argument("--mode", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
+    command.add_argument("--mode", nargs="+", choices=MODES, default=[*MODES])
     command.add_argument("--part", nargs="+", choices=("forward", "step"), default=["forward", "step"])
     command.add_argument("--rounds", type=int, default=3, help="of all in turn (%(default)s)")
     command.add_argument("--threads", type=int, help="of torch (its own choice)")

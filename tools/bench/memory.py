@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "reference,fp32": ("fp32", None),
     "ours,fp32": ("fp32", {}),
     "ours,fp32,compiled": ("fp32", {"train.compile": True}),
-    "ours,fp32,recomputing": ("fp32", {"model.gradient_checkpointing": True}),
+    "ours,fp32,recomputing": ("fp32", {"train.compile": True, "model.gradient_checkpointing": True}),
     "reference,bf16": ("bf16", None),
     "ours,bf16": ("bf16", {}),
     "ours,bf16,compiled": ("bf16", {"train.compile": True}),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import report
+from . import MODES, report
 from .timing import Call, Timing, interleaved
 from .workload import Ours, Theirs, Workload, difference, forward_of, pair_of, teraflops
 
@@ -61,8 +62,9 @@ def measure(workload: Workload, part: str, arguments: argparse.Namespace, device
     """One table: the reference, then ours by mode."""
     precision = workload.keys["train.precision"]
     timing = {"rounds": arguments.rounds, "clock": arguments.clock, "device": device}
-    modes = {mode: workload.and_keys(train__compile=mode == "compiled") for mode in arguments.mode}
+    modes = {mode: replace(workload, keys={**workload.keys, **MODES[mode]}) for mode in arguments.mode}
     if part == "forward":
+        modes.pop("recomputing", None)
         found, apart = _forward(modes, device, timing)
     else:
         found, apart = _step(modes, device, timing)
