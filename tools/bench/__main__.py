@@ -34,7 +34,7 @@ COMMANDS = {
 }
 
 QUICK = "tiny sizes: does it run at all?"
-# what `all` runs: on two idle cores in about eight minutes
+# what `all` runs
 EVERYTHING = [
     "train --rounds 2",
     "memory --kind reference,fp32 ours,fp32 ours,fp32,compiled ours,fp32,recomputing",

@@ -11,6 +11,7 @@ import argparse
 import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from . import report
+from . import MODES, report
 from .timing import interleaved, wait_for
 from .workload import Ours, Theirs, Workload
 
@@ -143,7 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     workload, device = asked(arguments)
     precision = (arguments.precision or ["fp32"])[0]
-    workload = workload.and_keys(train__precision=precision, train__compile=arguments.mode == ["compiled"])
+    workload = replace(workload, keys={"train.precision": precision, **MODES[arguments.mode[0]]})
     sections = measure(workload, device, arguments.traces, arguments.quick)
     text = " ".join((__doc__ or "").split("\n\n")[1].split())
     report.write("profile", "Where a training step's time goes", text, sections, arguments.out, device.type)

@@ -65,6 +65,8 @@ def measure(workload: Workload, part: str, arguments: argparse.Namespace, device
     modes = {mode: replace(workload, keys={**workload.keys, **MODES[mode]}) for mode in arguments.mode}
     if part == "forward":
         modes.pop("recomputing", None)
+        if not modes:
+            raise ValueError("--mode recomputing concerns the training step: add --part step, or another mode.")
         found, apart = _forward(modes, device, timing)
     else:
         found, apart = _step(modes, device, timing)
