@@ -112,7 +112,7 @@ def worker_loader(dataset: Dataset, num_workers: int, prefetch_factor: int = 4, 
 
 
 def loaded_items(loader: DataLoader, timeout_s: float) -> Iterator[Any]:
-    """What `loader` gives; RuntimeError, torch's own, when a worker has died or has given nothing for `timeout_s`."""
+    """What `loader` gives; RuntimeError in torch's words when a worker died or gave nothing for `timeout_s`."""
     loader.timeout = min(loader.timeout, timeout_s)
     multiprocessing.set_forkserver_preload(["engine.loader_server"])
     with ignored_by_children():
@@ -126,6 +126,8 @@ def loaded_items(loader: DataLoader, timeout_s: float) -> Iterator[Any]:
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "timed out" not in str(error) or time.monotonic() + loader.timeout > deadline:
+                if "timed out" not in str(error):
                     raise
+                if time.monotonic() + loader.timeout > deadline:  # torch names its own, by which it was asked in turns
+                    raise RuntimeError(f"DataLoader timed out after {timeout_s:g} seconds") from error
         yield item

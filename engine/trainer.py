@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from datasets import build_dataset
 from diffusion import build_timestep_sampler
 from models import attention
+from models.compiling import compile_blocks
 from models.lora import lora_weights
 
 from . import checkpoint as ckpt
@@ -217,8 +218,7 @@ class Trainer:
     def prepare(self) -> None:
         """Make the network ready for `train_step`: compiled, and with its gradients exchanged."""
         if self.config.train.compile:
-            for block in self.model.blocks:
-                block.compile(dynamic=False)
+            compile_blocks(self.model.blocks)
         self.parallel_model = self.model if self.sharded else data_parallel(self.model, self.world)
 
     def loop(self) -> int:

@@ -221,13 +221,13 @@ def test_A10_A11_only_what_that_worker_read_is_named(tmp_path: Path, said: str, 
 
 
 def test_A11_a_loader_worker_hangs(tiny: list[str]) -> None:
-    config = load_config(None, [*tiny, *FOREVER, "data.num_workers=1", "data.worker_timeout_s=8"])
+    config = load_config(None, [*tiny, *FOREVER, "data.num_workers=1", "data.worker_timeout_s=20"])
     subject = Trainer(config, World())
     victim = subject.clips.catalog.clips[4]
     subject.clips = BadWorker(subject.clips, 4, "hang")  # type: ignore[assignment]
     with pytest.raises(TrainingAborted, match="did not answer in time while it read") as death:
         subject.fit()
-    assert str(victim.path) in str(death.value)
+    assert str(victim.path) in str(death.value) and "after 20 seconds" in str(death.value)
 
 
 def fit_with(world: World, overrides: list[list[str]]) -> None:

@@ -24,26 +24,63 @@ def config_of(*overrides: str) -> Config:
     return load_config(None, [*SMALL, *overrides])
 
 
+class Kept:
+    """What autograd keeps while it is watched, without the network's own tensors."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def watched(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda value: value)
+
+    def _pack(self, value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in self.own:
+            self.storages[storage.data_ptr()] = storage
+        return value
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.nbytes() for each in self.storages.values())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_what_is_kept_is_what_a_real_forward_keeps(precision: str, checkpointing: str) -> None:
     """The same hooks on a network with numbers in it; 16-bit products as on a GPU."""
     config = config_of(f"train.precision={precision}", f"model.gradient_checkpointing={checkpointing}")
     model = build_model(config)
-    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(value: torch.Tensor) -> torch.Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return value
-
+    kept = Kept(model)
     half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half, plan.products_of_a_gpu():
+    with kept.watched(), half, plan.products_of_a_gpu():
         model(torch.randn(4, 8, 4, 16, 16), torch.zeros(4))
     fixed, per_clip = plan.kept_for_backward(config)
-    assert fixed + 4 * per_clip == pytest.approx(sum(each.nbytes() for each in kept.values()), rel=1e-3)
+    assert fixed + 4 * per_clip == pytest.approx(kept.bytes, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_kept_of_compiled_blocks_is_at_most_what_is_planned(precision: str) -> None:
+    """The partitioner of the graphs may find less to keep than inputs, products and attention; it finds no more."""
+    from models.compiling import compile_blocks
+
+    keys = ["model.name=custom", "model.hidden_size=128", "model.depth=2", "model.num_heads=2", "model.patch_size=2"]
+    config = config_of(f"train.precision={precision}", "train.compile=true", *keys)
+    torch._dynamo.reset()
+    model = build_model(config)
+    kept = Kept(model)
+    inputs = torch.randn(4, 8, 4, 16, 16), torch.zeros(4)
+    compile_blocks(model.blocks)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with half, plan.products_of_a_gpu():
+        model(*inputs)  # compiles
+        with kept.watched():
+            model(*inputs)
+    fixed, per_clip = plan.kept_for_backward(config)
+    planned = fixed + 4 * per_clip
+    assert 0.85 * planned < kept.bytes <= planned
+    eager = plan.kept_for_backward(load_config(None, ["train.compile=false"], base=config.to_dict()))
+    assert planned < 0.65 * (eager[0] + 4 * eager[1])
 
 
 def test_the_largest_network_keeps_what_was_measured() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -34,6 +34,9 @@ FROZEN_BYTES = {"bf16": 2}  # a parameter beside adapters; 4 in other precisions
 STATE_BYTES = {"weights": 4, "gradients": 4, "Adam moments": 8, "average (EMA)": 4}  # a parameter, all in fp32
 UPDATE_BYTES = 28 + 12 + 4  # a parameter, read and written: AdamW, average, norm
 VAE_ENCODE_FLOP = 0.273e12 / 256**2  # a pixel, of Stable Diffusion's autoencoder
+KEPT_WHEN_COMPILED = (
+    "mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+)  # fmt: skip
 BACKWARD_SHARE = 2 / 3  # of a step's arithmetic, behind which the exchange of gradients can hide
 PER_NODE = 8
 LARGEST_BATCH = 128
@@ -113,7 +116,8 @@ def network_of(config: Config) -> Network:
 
     from engine.config import OptimConfig, SampleConfig, TrainConfig
 
-    train = TrainConfig(precision=config.train.precision, init_from=config.train.init_from)
+    kept = ("precision", "init_from", "compile")
+    train = TrainConfig(**{name: getattr(config.train, name) for name in kept})
     return _counted(replace(config, train=train, optim=OptimConfig(), sample=SampleConfig()))
 
 
@@ -139,9 +143,10 @@ def _counted(config: Config) -> Network:
 
 
 def kept_for_backward(config: Config) -> tuple[float, float]:
-    """Bytes that autograd keeps of one forward: (whatever the batch, for each clip). Nothing is computed.
+    """Bytes that are kept of one forward: (whatever the batch, for each clip). Nothing is computed.
 
-    Of a checkpointed network these are the inputs of its blocks, and one block as it is recomputed.
+    Of a checkpointed network these are the inputs of its blocks; of a compiled one these, and in each block products
+    and attention.
     """
     two, three = (_kept(config, batch) for batch in (2, 3))  # of a single clip some copies are views
     return 3 * two - 2 * three, three - two
@@ -154,7 +159,6 @@ def _kept(config: Config, batch: int) -> float:
     from engine.build import build_model, forward_inputs, put_adapters
 
     kept: dict[int, Any] = {}  # storages, each once, and kept alive so that no address comes twice
-
     model = build_model(config, "meta")
     if config.lora.rank:
         put_adapters(model, config)
@@ -168,10 +172,39 @@ def _kept(config: Config, batch: int) -> float:
                 kept[id_of(value)] = value.untyped_storage()
             return value
 
+        if config.train.compile and not config.model.gradient_checkpointing:
+            for block in model.blocks:
+                block.forward = _as_compiled(block.forward, pack)
         half = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half, products_of_a_gpu():
             model(**inputs)
         return float(sum(storage.nbytes() for storage in kept.values()))
+
+
+def _as_compiled(forward: Callable[..., Any], pack: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The same, but `pack` sees what `models.compiling` keeps: what enters, products and attention."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Kept(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = function(*args, **(kwargs or {}))
+            if function.overloadpacket.__name__ in KEPT_WHEN_COMPILED:
+                see(found)
+            return found
+
+    def see(values: Any) -> None:
+        for value in tree_leaves(values):
+            if isinstance(value, torch.Tensor):
+                pack(value)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        see((args, kwargs))
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: value, lambda value: value), Kept():
+            return forward(*args, **kwargs)
+
+    return run
 
 
 @contextmanager
