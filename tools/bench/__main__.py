@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from pathlib import Path
+from typing import Any
 
 from engine import cli
 
@@ -33,7 +34,34 @@ COMMANDS = {
     "t2v": "text to video: sampling against diffusers' pipeline, quantised, compiled; decoding; encoding prompts",
 }
 
-QUICK = "tiny sizes: does it run at all?"
+# what is computed, and how it is timed
+OPTIONS: dict[str, dict[str, Any]] = {
+    "device": {"choices": ("cpu", "cuda"), "help": "default: cuda where there is one"},
+    "size": {"metavar": "NAME", "help": "default: Latte-S/2; on CUDA Latte-XL/2"},
+    "batch": {"type": int, "help": "clips"},
+    "frames": {"type": int, "help": "of a clip (16)"},
+    "latent": {"type": int, "help": "side of the latents (32; on a CPU in `sample` 16)"},
+    "precision": {"nargs": "+", "choices": ("fp32", "tf32", "bf16"), "help": "default: fp32 and bf16"},
+    "mode": {"nargs": "+", "choices": MODES, "default": [*MODES], "help": "rows beside the reference (all)"},
+    "part": {"nargs": "+", "choices": ("forward", "step"), "default": ["forward", "step"], "help": "(both)"},
+    "rounds": {"type": int, "default": 3, "help": "of all in turn (%(default)s)"},
+    "threads": {"type": int, "help": "of torch (its own choice)"},
+    "clock": {"choices": ("wall", "cpu"), "default": "wall", "help": "cpu: for a machine that is shared"},
+    "quick": {"action": "store_true", "help": "tiny sizes: does it run at all?"},
+}
+PROBLEM, TIMING = "device size batch frames latent threads quick", "rounds clock"
+READS = {
+    "all": "quick",
+    "train": f"{PROBLEM} {TIMING} precision mode part",
+    "memory": "device size batch frames latent quick",
+    "techniques": f"{PROBLEM} {TIMING}",
+    "attention": f"{PROBLEM} {TIMING} precision",
+    "sample": f"{PROBLEM} {TIMING} precision",
+    "scaling": f"device size batch threads quick {TIMING}",
+    "profile": f"{PROBLEM} precision mode",
+    "gpu": f"device size frames latent quick {TIMING}",
+    "t2v": f"device quick {TIMING}",
+}
 # what `all` runs
 EVERYTHING = [
     "train --rounds 2",
@@ -54,15 +82,15 @@ def parser() -> argparse.ArgumentParser:
     added = {name: commands.add_parser(name, help=what, description=what) for name, what in COMMANDS.items()}
     for each in added.values():
         each.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder (%(default)s)")
-    for name in ("train", "memory", "techniques", "attention", "sample", "scaling", "profile", "gpu"):
-        _add_workload(added[name])
-    added["all"].add_argument("--quick", action="store_true", help=QUICK)
+    for name, options in READS.items():
+        for option in options.split():
+            added[name].add_argument(f"--{option}", **OPTIONS[option])
     added["memory"].add_argument("--kind", nargs="+", metavar="NAME", help="default: all of them")
     added["techniques"].add_argument("--only", nargs="+", metavar="WORD", help="those whose name holds one of these")
     added["sample"].add_argument("--steps", type=int, help="of each walk (4; on CUDA 250)")
     added["scaling"].add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="(1 2)")
     _add_reading(added)
-    _add_text(added["t2v"])
+    added["t2v"].add_argument("--steps", type=int, help="of the sampler (50; on a CPU 4)")
     for name in ("profile", "gpu"):
         added[name].add_argument("--traces", type=Path, default=Path("results/bench"), help="folder (%(default)s)")
     added["gpu"].add_argument("--minutes", type=float, default=9.0, help="begin no table after (%(default)s)")
@@ -79,31 +107,6 @@ def _add_reading(added: dict[str, argparse.ArgumentParser]) -> None:
     metrics.add_argument("--workers", type=int, default=2, help="loader processes (%(default)s)")
     saving.add_argument("--steps", type=int, default=40, help="of each run (%(default)s)")
     saving.add_argument("--every", type=int, default=10, help="steps between checkpoints (%(default)s)")
-
-
-def _add_text(command: argparse.ArgumentParser) -> None:
-    """Of text to video."""
-    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    command.add_argument("--steps", type=int, help="of the sampler (50; on a CPU 4)")
-    command.add_argument("--rounds", type=int, default=3, help="of each row (%(default)s)")
-    command.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is shared")
-    command.add_argument("--quick", action="store_true", help=QUICK)
-
-
-def _add_workload(command: argparse.ArgumentParser) -> None:
-    """Of what is computed, and how it is timed."""
-    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    command.add_argument("--size", metavar="NAME", help="default: Latte-S/2; on CUDA Latte-XL/2")
-    command.add_argument("--batch", type=int, help="clips (2; on CUDA a sweep)")
-    command.add_argument("--frames", type=int, default=16)
-    command.add_argument("--latent", type=int, default=32, help="side of the latents (%(default)s)")
-    command.add_argument("--precision", nargs="+", choices=("fp32", "tf32", "bf16"), help="default: fp32 and bf16")
-    command.add_argument("--mode", nargs="+", choices=MODES, default=[*MODES])
-    command.add_argument("--part", nargs="+", choices=("forward", "step"), default=["forward", "step"])
-    command.add_argument("--rounds", type=int, default=3, help="of all in turn (%(default)s)")
-    command.add_argument("--threads", type=int, help="of torch (its own choice)")
-    command.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is shared")
-    command.add_argument("--quick", action="store_true", help=QUICK)
 
 
 def main(argv: list[str]) -> int:

@@ -162,11 +162,8 @@ def row(name: str, found: dict[str, Timing], batch: int, steps: int, made: dict[
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print, write."""
-    workload, device = asked(arguments)
-    if not arguments.quick and device.type == "cpu":
-        workload = replace(workload, batch=arguments.batch or 1, latent=16)
-    elif not arguments.quick:
-        workload = replace(workload, batch=arguments.batch or 1)
+    workload, device = asked(arguments, latent=16)
+    workload = replace(workload, batch=arguments.batch or 1)
     steps = arguments.steps or (2 if arguments.quick else 250 if device.type == "cuda" else 4)
     precisions = arguments.precision or ["fp32", "bf16"]
     sections = measure(workload, device, steps, arguments.rounds, arguments.clock, precisions)

@@ -35,27 +35,29 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     text = (
         "The reference is the official algorithm at the official code's cost (`tools/bench/reference.py`), computed in "
-        "the same precision. All rows of a table were timed in turn, in one process, on the same weights; `ratio` is "
-        "how many times as fast as the reference, the median over rounds."
+        "the same precision; the official code itself computes in fp32, which tables in other precisions show in a row "
+        "of its own. All rows of a table were timed in turn, in one process, on the same weights; `ratio` is how many "
+        "times as fast as the reference, the median over rounds."
     )
     report.write("train", "Training step and forward pass", text, sections, arguments.out, device.type)
 
 
-def asked(arguments: argparse.Namespace) -> tuple[Workload, torch.device]:
-    """What the command line names. ValueError for what cannot be."""
+def asked(arguments: argparse.Namespace, **on_cpu: Any) -> tuple[Workload, torch.device]:
+    """What the command line names, else `on_cpu` there, else the defaults. ValueError for what cannot be."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no such device; use cpu.")
-    for name in ("batch", "frames", "latent", "rounds", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
+    given = {name: getattr(arguments, name, None) for name in ("size", "batch", "frames", "latent")}
+    threads = getattr(arguments, "threads", None)
+    for name, value in {**given, "rounds": getattr(arguments, "rounds", None), "threads": threads}.items():
+        if isinstance(value, int) and value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}.")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    size = arguments.size or ("Latte-XL/2" if device.type == "cuda" else "Latte-S/2")
+    if threads:
+        torch.set_num_threads(threads)
     if arguments.quick:
         return Workload("tiny", batch=1, frames=2, latent=8), device
-    return Workload(size, arguments.batch or 2, arguments.frames, arguments.latent), device
+    defaults = {"size": "Latte-XL/2"} if device.type == "cuda" else {"size": "Latte-S/2", **on_cpu}
+    return Workload(**{**defaults, **{name: value for name, value in given.items() if value is not None}}), device
 
 
 def measure(workload: Workload, part: str, arguments: argparse.Namespace, device: torch.device) -> report.Section:
@@ -91,6 +93,14 @@ def row(name: str, found: dict[str, Timing], batch: int, flop: float, reference:
     }
 
 
+def references(workload: Workload) -> dict[str, Workload]:
+    """The official algorithm in the workload's precision, and in the official code's."""
+    found = {"reference": workload}
+    if workload.keys["train.precision"] != "fp32":
+        found["reference, fp32"] = workload.and_keys(train__precision="fp32")
+    return found
+
+
 def _forward(
     modes: dict[str, Workload], device: torch.device, timing: dict[str, Any]
 ) -> tuple[dict[str, Timing], float]:
@@ -98,7 +108,8 @@ def _forward(
     calls: dict[str, Call] = {}
     for mode, workload in modes.items():
         model, plain = pair_of(workload, device)
-        calls.setdefault("reference", forward_of(plain, workload, device))
+        if not calls:
+            calls = {name: forward_of(plain, each, device) for name, each in references(workload).items()}
         calls[f"ours, {mode}"] = forward_of(model, workload, device)
     outputs = {name: call().float() for name, call in calls.items()}
     wanted = outputs["reference"]
@@ -114,8 +125,8 @@ def _step(modes: dict[str, Workload], device: torch.device, timing: dict[str, An
         for mode, workload in modes.items():
             ours = Ours(workload, Path(folder), device)
             if not calls:
-                theirs = Theirs(workload, ours.model, device)
-                apart = difference(ours, theirs)
-                calls["reference"] = theirs.step
+                theirs = {name: Theirs(each, ours.model, device) for name, each in references(workload).items()}
+                apart = difference(ours, theirs["reference"])
+                calls = {name: each.step for name, each in theirs.items()}
             calls[f"ours, {mode}"] = ours.step
         return interleaved(calls, **timing), apart
