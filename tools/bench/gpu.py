@@ -127,7 +127,7 @@ def forwards(workload: Workload, device: torch.device, arguments: argparse.Names
 def profiles(workload: Workload, device: torch.device, arguments: argparse.Namespace) -> Iterator[report.Section]:
     """Of the step that is compiled, at a moderate batch."""
     problem = replace(workload, batch=1 if arguments.quick else 8, keys=COMPILED)
-    yield from profile.measure(problem, device, arguments.traces, arguments.quick)
+    yield from profile.measure({"compiled": problem}, device, arguments.traces, arguments.quick)
     free(device)
 
 

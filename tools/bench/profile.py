@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.autograd import DeviceType
@@ -109,19 +109,24 @@ def waits(trace: profile) -> dict[str, int]:
     return {"waits": waited, **crossed}
 
 
-def measure(workload: Workload, device: torch.device, traces: Path, quick: bool = False) -> list[report.Section]:
-    """The operators of our step and of the reference's, and what each makes the host wait for."""
+def measure(
+    problems: Mapping[str, Workload], device: torch.device, traces: Path, quick: bool = False
+) -> list[report.Section]:
+    """The operators of our steps (by name; of one precision) and of the reference's, and what the host waits for."""
+    workload = next(iter(problems.values()))
     precision = str(workload.keys.get("train.precision", "fp32"))
     half = precision == "bf16"
     roof = roof_of(device, torch.bfloat16 if half else torch.float32, quick)
     sections: list[report.Section] = []
     waiting: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(workload, Path(folder), device)
-        theirs = Theirs(workload, ours.model, device)
-        for name, step in (("ours", ours.step), ("reference", theirs.step)):
+        subjects: dict[str, Ours | Theirs] = {
+            name: Ours(problem, Path(folder), device) for name, problem in problems.items()
+        }
+        subjects["reference"] = Theirs(workload, cast(Ours, next(iter(subjects.values()))).model, device)
+        for name, subject in subjects.items():
             file = traces / f"{name}-{precision}-{device.type}.json"
-            trace = trace_of(step, device, file)
+            trace = trace_of(subject.step, device, file)
             rows = operators(trace, roof, 2 if half else 4, device.type == "cuda")
             waiting.append({"": name, **waits(trace)})
             text = (
@@ -130,7 +135,7 @@ def measure(workload: Workload, device: torch.device, traces: Path, quick: bool 
                 f"these; `host` is neither. The trace is {file}."
             )
             columns = {"": "", "calls": "", "ms": ".2f", "share": ".1%", "bound": "", "of the roof": ".0%"}
-            sections.append(report.Section(f"Operators of a step, {name}", text, columns, rows))
+            sections.append(report.Section(f"Operators of a step, {precision}, {name}", text, columns, rows))
     if device.type != "cuda":  # here nothing waits; tests/test_engine_waits.py counts what would
         return sections
     columns = {"": "", "waits": "", "Memcpy HtoD": "", "Memcpy DtoH": ""}
@@ -143,8 +148,9 @@ def run(arguments: argparse.Namespace) -> None:
     from .train import asked
 
     workload, device = asked(arguments)
-    precision = (arguments.precision or ["fp32"])[0]
-    workload = replace(workload, keys={"train.precision": precision, **MODES[arguments.mode[0]]})
-    sections = measure(workload, device, arguments.traces, arguments.quick)
+    sections: list[report.Section] = []
+    for precision in arguments.precision or ["fp32", "bf16"]:
+        named = {mode: replace(workload, keys={"train.precision": precision, **MODES[mode]}) for mode in arguments.mode}
+        sections += measure(named, device, arguments.traces, arguments.quick)
     text = " ".join((__doc__ or "").split("\n\n")[1].split())
     report.write("profile", "Where a training step's time goes", text, sections, arguments.out, device.type)

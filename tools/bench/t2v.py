@@ -26,7 +26,7 @@ from models.quantize import KINDS as QUANTISED
 from models.quantize import quantize
 
 from . import report
-from .timing import Call, Timing, interleaved
+from .timing import Call, interleaved
 
 GUIDANCE = 7.5
 WORDS = 24  # of the prompt
@@ -87,40 +87,44 @@ def run(arguments: argparse.Namespace) -> None:
 
 @dataclass
 class Measure:
-    """How rows are timed, each by itself, since peak memory is that of one network at a time."""
+    """How rows are timed: each in turn with the first of its table, which stays while others come and go."""
 
     device: torch.device
     rounds: int
     clock: str
 
     @torch.no_grad()
-    def row(self, name: str, call: Call, network: nn.Module, first: dict[str, Any] | None) -> dict[str, Any]:
-        """One line of a table; `first` is that of the row that others are compared with."""
-        result = call().float().cpu()  # compiles, too
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        timing = interleaved({name: call}, rounds=self.rounds, warmup=0, clock=self.clock, device=self.device)[name]
-        peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
-        base: Timing = first["timing"] if first else timing
-        apart = None if first is None else float((result - first["result"]).norm() / first["result"].norm())
-        return {
-            "": name, "median s": timing.median, "spread": timing.spread, "ratio": base.median / timing.median,
-            "weights MiB": weight_bytes(network) / 2**20, "peak GiB": peak, "apart": apart,
-            "timing": timing, "result": result,
-        }  # fmt: skip
-
     def table(self, title: str, text: str, makers: dict[str, Callable[[], tuple[Call, nn.Module]]]) -> report.Section:
-        """Each network made, timed and let go."""
+        """A line for each; the peak is that of one network, without what the first holds."""
         rows: list[dict[str, Any]] = []
+        kept: dict[str, Call] = {}
+        expected: Tensor | None = None
         for name, make in makers.items():
+            held = self._allocated("memory_allocated") if kept else 0
             call, network = make()
-            rows.append(self.row(name, call, network, rows[0] if rows else None))
+            result = call().float().cpu()  # compiles, too
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+                call()
+            peak = self._allocated("max_memory_allocated")
+            kept, expected = kept or {name: call}, result if expected is None else expected
+            calls = {**kept, name: call}
+            found = interleaved(calls, rounds=self.rounds, warmup=0, clock=self.clock, device=self.device)
+            rows.append({
+                "": name, "median s": found[name].median, "spread": found[name].spread,
+                "ratio": found[name].times_as_fast_as(found[next(iter(kept))]),
+                "weights MiB": weight_bytes(network) / 2**20, "peak GiB": (peak - held) / 2**30 if peak else None,
+                "apart": float((result - expected).norm() / expected.norm()) if len(rows) else None,
+                **found[name].to_json(),
+            })  # fmt: skip
             del call, network
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        kept = [{key: value for key, value in row.items() if key not in ("timing", "result")} for row in rows]
-        return report.Section(title, text, COLUMNS, kept)
+        return report.Section(title, text, COLUMNS, rows)
+
+    def _allocated(self, counter: str) -> int:
+        return int(getattr(torch.cuda, counter)(self.device)) if self.device.type == "cuda" else 0
 
 
 # ---- the network --------------------------------------------------------------------------------------
