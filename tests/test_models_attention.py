@@ -259,3 +259,14 @@ def test_each_way_of_a_cpu_in_bf16_is_attention(way: str, view: str, monkeypatch
         results.append([out.double(), *(each.grad.double() for each in inputs)])
     for ours, exact in zip(*results):
         torch.testing.assert_close(ours, exact, rtol=0.03, atol=0.03)
+
+
+def test_plain_stays_plain_when_compiled() -> None:
+    """Inductor replaces what it takes for attention by torch's kernels, which in bf16 are slow on a CPU."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    q, k, v = torch.randn(3, 1, 4, 6, 16, requires_grad=True).bfloat16()  # of a single clip it did
+    torch.compile(lambda: plain(Call(q, k, v, "temporal", 2)), fullgraph=True)()
+    assert "fuse_attention" not in counters["inductor"]

@@ -127,7 +127,7 @@ def test_the_gpu_bench_runs_where_little_is_installed(tmp_path: Path) -> None:
     assert ahead["apart"] < 1e-2  # they change no result
     page = (tmp_path / "gpu.md").read_text()
     assert "commit" in page and "--quick" in page and "| reference, tf32 |" in page
-    assert json.loads((tmp_path / "ours-bf16-cpu.json").read_text())["traceEvents"]
+    assert json.loads((tmp_path / "compiled-bf16-cpu.json").read_text())["traceEvents"]
 
 
 def test_attention_has_a_row_for_each_candidate_with_its_error(tmp_path: Path) -> None:
