@@ -171,7 +171,7 @@ def find_root(path: str, key: str) -> Path:
     with suppress(RuntimeError):  # the home of a user that there is not
         root = root.expanduser()
     if not root.exists():
-        raise FileNotFoundError(f"{key}: there is no folder '{path}'")
+        raise FileNotFoundError(f"{key}: there is no folder or zip archive '{path}'")
     if not root.is_dir() and not is_archive(root):
         raise ValueError(f"{key}: '{path}' is a file, not a folder or a zip archive of clips")
     return root

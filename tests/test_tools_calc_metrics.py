@@ -20,10 +20,12 @@ import pytest
 import torch
 from torch import nn
 
+from datasets.catalog import Clip
+from datasets.readers import VideoError
 from sample.video_io import write_mp4
 from tests.detector_stubs import StubI3D, write_network, write_stub
 from tools import calc_metrics_for_dataset as command
-from tools.metrics import extract, measure
+from tools.metrics import extract, measure, sources
 from tools.metrics.detectors import DETECTORS, load_detector
 from tools.metrics.distances import frechet_distance, frechet_from_moments, inception_score, kernel_distance
 
@@ -141,7 +143,7 @@ def test_clip_metrics_are_the_formulae_on_the_clips_of_the_manifest(sets: tuple[
 def test_frame_metrics_see_all_real_frames_and_the_first_fakes(
     sets: tuple[Path, Path], detectors: Path, monkeypatch: pytest.MonkeyPatch, max_rows: int
 ) -> None:
-    """Also where only moments of the real frames are kept."""
+    """Also where there are too many real frames to keep."""
     monkeypatch.setattr(measure, "MAX_ROWS", max_rows)
     monkeypatch.setattr(extract, "MOMENT_ROWS", 64)
     result = run(*sets, detectors, "fid100_full,kid100_full,is100", "--report", "clip,frame", "--checks", "floor")
@@ -153,7 +155,9 @@ def test_frame_metrics_see_all_real_frames_and_the_first_fakes(
     assert (entry["counts"]["real"]["used"], entry["counts"]["fake"]["used"]) == (sum(range(16, 36)), 100)
     assert entry["value"] == pytest.approx(frechet_distance(real, fake), rel=1e-6)
     assert entry["floor_counts"][0] + entry["floor_counts"][1] == len(real) and entry["floor"] > 0
-    assert result["metrics"]["kid100_full"]["value"] == pytest.approx(kernel_distance(real, fake)[0], rel=1e-5)
+    kid, (mean, spread) = result["metrics"]["kid100_full"], kernel_distance(real, fake, subset_size=max_rows)
+    assert abs(kid["value"] - mean) <= (1e-5 * abs(mean) if max_rows > len(real) else 3 * spread)
+    assert kid["counts"] == entry["counts"]
     classes = features(sets[1], "inception_is", detectors / "inception.pt")[:100]
     assert result["metrics"]["is100"]["value"] == pytest.approx(inception_score(classes)[0], rel=1e-6)
     assert "shuffled" not in entry  # frames by themselves have no order
@@ -218,8 +222,14 @@ def test_all_clips_once_and_unequal_counts_are_warned_of(tmp_path: Path, detecto
 def test_one_clip_is_refused_and_two_are_finite(tmp_path: Path, detectors: Path) -> None:
     one, two = arrays(tmp_path / "one", range(1)), arrays(tmp_path / "two", range(50, 52))
     for sides in ((one, two), (two, one)):
-        with pytest.raises(ValueError, match=r"features are \(1, 400\); they must be \(2 or more"):
+        with pytest.raises(ValueError, match=r"one' has 1 clip that can be used, but fvd2048_16f needs 2 or more"):
             run(*sides, detectors, "fvd2048_16f")
+    (two / "000001.npy").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"two' has 1 clip that can be used, but fvd2048_16f needs 2 or more"):
+        run(two, two, detectors, "fvd2048_16f")
+    np.save(two / "000001.npy", moving(51, 16))
+    with pytest.raises(ValueError, match=r"two' has 2 clips that can be used, but isv2048_ucf needs 10 or more"):
+        run(None, two, detectors, "isv2048_ucf")
     entry = run(two, arrays(tmp_path / "other", range(7, 9)), detectors, "fvd2048_16f")["metrics"]["fvd2048_16f"]
     assert 0 < entry["value"] < 100 and "floor" not in entry  # halves of one clip have no covariance
 
@@ -248,6 +258,106 @@ def test_seeds_move_the_real_clips_and_give_a_deviation(sets: tuple[Path, Path],
     assert alone["values"] == entry["values"][1:2] and alone["std"] is None
     still = run(*sets, detectors, "fid100_full", "--num_runs", "3")["metrics"]["fid100_full"]
     assert still["protocol"]["seeds"] == [0] and still["std"] is None  # nothing is drawn: one run says all
+
+
+def test_what_nothing_is_drawn_of_is_read_once(sets: tuple[Path, Path], detectors: Path, extracted: list[str]) -> None:
+    """`latte` draws, but only where there is more than is asked for: not of 510 real and 320 fake frames."""
+    latte = ["--protocol", "latte", "--seeds", "0,1,2"]
+    found = run(*sets, detectors, "fid50k_full,kid50k_full,is50k", *latte)["metrics"]
+    for entry in found.values():
+        assert len(entry["values"]) == 1 and entry["std"] is None and entry["protocol"]["seeds"] == [0]
+    assert extracted == ["real", "fake", "fake"]  # FID and KID share; IS has another detector
+    other = run(*sets, detectors, "fid50k_full", *latte, "--seeds", "7")["metrics"]["fid50k_full"]
+    assert other["values"] == found["fid50k_full"]["values"] and extracted[3:] == ["fake"]
+    # fakes are drawn where fewer are asked for, not taken of those that were read whole; the real side is read once
+    extracted.clear()
+    some = run(*sets, detectors, "fid50k_full,fid100_full", *latte, "--use_cache", "0")["metrics"]["fid100_full"]
+    assert len(set(some["values"])) == 3 and some["counts"]["fake"]["used"] == 100
+    assert extracted == ["real", "fake", "fake", "fake", "fake"]
+    # and so they are with the list of what was read
+    manifest = sets[0].parent / "kept.json"
+    shutil.copy(sets[0].parent / "out" / "result.manifest.json", manifest)
+    np.save(sets[0] / "000000000.npy", moving(999, 40))
+    again = run(*sets, detectors, "fid50k_full,fid100_full", *latte, "--manifest", str(manifest))["metrics"]
+    assert again["fid100_full"]["values"] == some["values"]
+    assert again["fid50k_full"]["values"] == found["fid50k_full"]["values"]
+
+
+def test_counts_and_warnings_are_those_of_all_seeds(tmp_path: Path, detectors: Path) -> None:
+    """2 of 5 clips are drawn: the broken one, and the short one, in some draws only."""
+    real = arrays(tmp_path / "real", range(5), lambda number: 15 if number == 1 else 48)
+    (real / "000003.npy").write_bytes(b"broken")
+    fake = arrays(tmp_path / "fake", range(50, 53))
+    few = [run(real, fake, detectors, "fvd2_16f", "--protocol", "latte", "--seeds", str(seed))["metrics"]["fvd2_16f"]
+           for seed in range(6)]  # fmt: skip
+    dropped = [{**each["dropped"]["real"]["too_short"], **each["dropped"]["real"]["unreadable"]} for each in few]
+    assert len({len(each) for each in dropped}) > 1  # or the seeds below tell nothing
+    seeds = "0,1,2,3,4,5"
+    every = run(real, fake, detectors, "fvd2_16f", "--protocol", "latte", "--seeds", seeds)["metrics"]["fvd2_16f"]
+    counts = every["counts"]["real"]
+    assert (counts["used"], counts["too_short"], counts["unreadable"]) == (2, 1, 1)
+    assert every["values"] == [value for each in few for value in each["values"]]
+    assert any("1 unreadable, 1 too short" in warning for warning in every["warnings"])
+
+
+def test_a_clip_that_can_be_read_in_part_is_used_and_told(
+    sets: tuple[Path, Path], detectors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one of the two parts in which the 35 frames of the last clip are read something is broken."""
+    original = sources.read_frames
+
+    def failing(reader: Any, clip: Any, indices: list[int]) -> torch.Tensor:
+        if clip.name == "000019.npy" and indices[0] > 0:
+            raise VideoError(clip.path, "broken behind")
+        return original(reader, clip, indices)
+
+    monkeypatch.setattr(sources, "read_frames", failing)
+    entry = run(*sets, detectors, "fid100_full")["metrics"]["fid100_full"]
+    counts, dropped = entry["counts"]["real"], entry["dropped"]["real"]
+    assert (counts["used"], counts["clips_used"], counts["unreadable"], counts["cut_off"]) == (510 - 3, 20, 0, 1)
+    assert dropped["unreadable"] == {} and dropped["cut_off"] == {"000019.npy": "used in part: broken behind"}
+    assert any("1 real files are cut off or damaged" in warning for warning in entry["warnings"])
+
+
+def test_scores_where_fewer_frames_are_there_than_asked_for(sets: tuple[Path, Path], detectors: Path) -> None:
+    """320 frames, 32 in each of the 10 splits; 101 do not divide, and are split at floor(10.1 i)."""
+    found = run(None, sets[1], detectors, "is50k,is101")
+    classes = features(sets[1], "inception_is", detectors / "inception.pt")
+    for name, used in (("is50k", 320), ("is101", 101)):
+        entry = found["metrics"][name]
+        assert entry["value"] == pytest.approx(inception_score(classes[:used])[0], rel=1e-9)
+        assert entry["counts"]["fake"]["used"] == used
+    said = " | ".join(found["metrics"]["is50k"]["warnings"])
+    assert "320 fake frames were used; 50000 are asked for" in said
+    assert not any("asked for" in each for each in found["metrics"]["is101"]["warnings"])
+
+
+def test_fewer_than_2048_clips_are_warned_of(sets: tuple[Path, Path], detectors: Path) -> None:
+    for metric, told in (("fvd20_16f", True), ("kvd20_16f", False)):
+        said = " | ".join(run(*sets, detectors, metric)["metrics"][metric]["warnings"])
+        assert ("fewer than 2048 clips: their number alone raises the value" in said) == told  # KVD has no such bias
+
+
+def test_a_sample_of_a_stream_is_fair_and_belongs_together() -> None:
+    """Item i of 40 is kept in the share 10/40, wherever it stands; its row, number and clip go together."""
+    source = sources.Source("root", [Clip(path=name, name=name, size=1) for name in "abcd"])
+    runs, seen = 600, np.zeros(40)
+    for seed in range(runs):
+        gather = extract.Gathered(source, keep=True)
+        gather.sampling = np.random.default_rng(seed)
+        windows = [sources.Window(clip, 0, 1, 10) for clip in range(4)]
+        gather.summarise(windows, 10, [extract.Moments(1), extract.Moments(1)])
+        for window in windows:
+            values = torch.arange(10.0).view(10, 1) + 10 * window.clip
+            gather.take(extract.Judged([extract.Reading(window.clip, window)], {"plain": values}, [(8, 8)]))
+        found = gather.finished()
+        assert found.rows["plain"].shape == (10, 1) and found.count == 40
+        assert found.kept is not None and found.kept.tolist() == found.rows["plain"].flatten().tolist()
+        assert found.clips().tolist() == [int(value) // 10 for value in found.rows["plain"].flatten()]
+        seen[found.kept.numpy()] += 1
+    assert sum(moments.mean.item() * moments.count for moments in found.moments) == sum(range(40))
+    expected = runs / 4
+    assert ((seen - expected) ** 2 / (expected * 0.75)).sum() < 75  # chi square of 39 degrees: 1 in 2,000 is larger
 
 
 def test_a_manifest_reads_the_same_clips_again(sets: tuple[Path, Path], detectors: Path) -> None:
@@ -347,6 +457,10 @@ def test_the_cache_knows_content(
     assert values() != first and extracted == ["real", "fake", "real", "fake"]
     values()
     assert extracted == ["fake", "fake"]
+    threads = torch.get_num_threads()
+    values("--threads", str(threads + 1))
+    assert len(extracted) == 4  # another number of threads moves the last bits
+    torch.set_num_threads(threads)
     changed.rename(sets[0] / "000099.npy")
     values()
     assert len(extracted) == 4
@@ -374,7 +488,7 @@ def test_a_damaged_cache_is_made_anew(
     elif damage == "cut record":
         record.write_text(record.read_text()[:-100])
     elif damage == "another version":
-        record.write_text(record.read_text().replace('"version": 1', '"version": 0'))
+        record.write_text(record.read_text().replace('"version": 2', '"version": 1'))
     else:
         content = bytearray(stored.read_bytes())
         content[-1] ^= 1
@@ -424,6 +538,44 @@ def test_lossy_fakes_and_a_test_split_are_warned_of(tmp_path: Path, detectors: P
     assert "does not look like" not in said
 
 
+def test_real_against_itself_and_an_unknown_detector_are_told(sets: tuple[Path, Path], detectors: Path) -> None:
+    said = " | ".join(run(sets[0], sets[0] / ".." / "real", detectors, "fvd8_16f")["warnings"])
+    assert "real and fake clips are the same, '" in said and "the value judges no sample" in said
+    assert "not the known i3d_torchscript.pt: its SHA-256 is another one" in said
+    assert "are the same" not in " | ".join(run(*sets, detectors, "fvd8_16f")["warnings"])
+
+
+def test_results_without_a_name_get_one_that_is_free(
+    sets: tuple[Path, Path], detectors: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named after job and protocol; nothing is ever replaced."""
+    monkeypatch.chdir(sets[0].parent)
+    real = arrays(Path("long"), range(9), lambda _: 48)
+    for job in ("run.v1", "run.v2"):
+        shutil.copytree(sets[1], Path(job) / "lossless")
+    for job in ("run.v1", "run.v1", "run.v2"):
+        argv = arguments(real, Path(job) / "lossless", detectors, "fvd8_16f", "--dataset", "ffs", "--protocol", "latte")
+        del argv[argv.index("--out") : argv.index("--out") + 2]
+        assert command.main(argv) == 0
+    names = {path.name for path in Path("results/metrics").iterdir() if "manifest" not in path.name}
+    assert names == {f"{name}-lossless-latte-ffs{number}.json"
+                     for name, number in (("run.v1", ""), ("run.v1", "-2"), ("run.v2", ""))}  # fmt: skip
+    assert "results/metrics/run.v2-lossless-latte-ffs.json" in capsys.readouterr().out
+
+
+@pytest.mark.dist
+def test_the_official_script_takes_paths_of_where_it_is_called(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    write_stub("i3d", tmp_path / "weights").rename(tmp_path / "weights" / "i3d_torchscript.pt")
+    given = {"REAL": "real", "FAKE": "fake", "METRICS": "fvd8_16f", "PROTOCOL": "stylegan-v", "DETECTORS": "weights"}
+    call = ["bash", str(ROOT / "tools" / "eval_metrics.sh"), "--device", "cpu", "--out", "found.json"]
+    env = {**os.environ, **given}
+    done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert result["metrics"]["fvd8_16f"]["value"] > 0 and result["sources"]["real"]["path"] == "real"
+
+
 def test_a_strangers_file_is_not_overwritten(sets: tuple[Path, Path], detectors: Path) -> None:
     out = sets[0].parent / "out" / "result.json"
     out.parent.mkdir()
@@ -460,7 +612,9 @@ def test_mistakes_are_one_sentence(sets: tuple[Path, Path], detectors: Path, mis
     assert "\n" not in str(error.value)
 
 
-def test_mistakes_of_the_data_are_one_sentence(sets: tuple[Path, Path], detectors: Path, tmp_path: Path) -> None:
+def test_mistakes_of_the_data_are_one_sentence(
+    sets: tuple[Path, Path], detectors: Path, tmp_path: Path, extracted: list[str]
+) -> None:
     real, fake = sets
     short = arrays(tmp_path / "short", range(3), lambda _: 15)
     large = arrays(tmp_path / "large", range(3))
@@ -475,9 +629,12 @@ def test_mistakes_of_the_data_are_one_sentence(sets: tuple[Path, Path], detector
         ((large, fake), "fvd2048_16f", "differ in size .24x24 and 32x32.: give --resolution"),
         ((other, fake), "fvd2048_16f", "the real ones 32x32 and the fake ones 24x24: give --resolution"),
         ((real, fake), "fvd2048_8f", "i3d takes clips of 10 or more frames, not 8"),
+        ((tmp_path / "gone", fake), "fvd2048_16f", "--real_data_path: there is no folder or zip archive '.*gone'"),
     ):
-        with pytest.raises(ValueError, match=sentence):
+        extracted.clear()
+        with pytest.raises((ValueError, OSError), match=sentence):
             run(*sides, detectors, metric)
+        assert "fake" not in extracted or metric == "fvd2048_8f"  # nothing is computed for it
     run(large, other, detectors, "fvd2048_16f", "--resolution", "24")
     assert "fvd2048_16f" not in run(None, fake, detectors, "isv2048_ucf")["metrics"]  # needs no real data
 

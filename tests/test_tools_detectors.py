@@ -70,7 +70,9 @@ def test_every_metric_has_a_detector_and_a_name_of_its_own() -> None:
         assert name == spec.name and spec.input in ("clip", "frame") and spec.output in ("features", "probabilities")
         assert ("is" in spec.metrics or "isv" in spec.metrics) == (spec.output == "probabilities")
         assert "://" in spec.origin and Path(spec.file).suffix in (".pt", ".pth")
-        assert spec.sha256 is None  # a hash is stated by a file's maker, or it is not here
+        assert spec.sha256 is None or len(bytes.fromhex(spec.sha256)) == 32
+    # torchvision's file names end in the first digits of their hash
+    assert DETECTORS["mobilenet_v2"].file.endswith(f"-{str(DETECTORS['mobilenet_v2'].sha256)[:8]}.pth")
 
 
 def test_the_i3d_is_called_as_stylegan_v_calls_it() -> None:
@@ -222,12 +224,17 @@ def test_a_hash_is_always_there_and_must_be_the_given_one(stubs: dict[str, Path]
         load_detector("i3d", stubs["i3d"], sha256=wrong)
 
 
-def test_a_hash_of_the_table_counts_where_none_is_given(
-    stubs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(DETECTORS, "i3d", dataclasses.replace(DETECTORS["i3d"], sha256="0" * 64))
-    with pytest.raises(ValueError, match=f"but {'0' * 64} is expected"):
-        load_detector("i3d", stubs["i3d"])
+def test_a_file_that_is_no_detector_is_one_sentence(stubs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("no network")
+    for spec, needed in ((None, "a TorchScript network, nor weights"), (DETECTORS["mobilenet_v2"], "weights")):
+        with pytest.raises(ValueError, match=rf"text\.pt is not {needed} for a stand-in: get one from .*") as error:
+            DetectorFile.read(tmp_path / "text.pt", spec=spec)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"text\.pt is no TorchScript file, or not whole; .*: get it from https"):
+        load_detector("i3d", tmp_path / "text.pt")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt is none of the detectors i3d, .*: it holds other weights"):
+        DetectorFile.read(tmp_path / "other.pt").told()
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -402,9 +409,10 @@ def test_check_of_detectors_without_published_values(
 ) -> None:
     code, lines = run(capsys, stubs[name])
     assert code == 0 and lines[-1] == f"{number} of {number} checks hold (cpu)"
-    assert [line for line in lines if line.startswith("note")] == [
-        f"note  no published value is known for {kind}" for kind in kinds
-    ]
+    notes = [line for line in lines if line.startswith("note  no published")]
+    assert notes == [f"note  no published value is known for {kind}" for kind in kinds]
+    known = [line for line in lines if line.startswith("note  not the known ")]
+    assert len(known) == sum(DETECTORS[kind].sha256 is not None for kind in kinds)
     assert any("probabilities" in line for line in lines)
 
 

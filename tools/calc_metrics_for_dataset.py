@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 KIND = "latte metrics"  # tells our results from other files
 DETECTOR_FOLDER = Path("share_ckpts/detectors")
+RESULT_FOLDER = Path("results/metrics")
 CACHE_FOLDER = Path("results/metrics_cache")
 
 
@@ -78,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checks", type=names, default="floor,shuffle", help="beside the value; none (%(default)s)")
     add("--report", type=names, default="clip", help="clip; and frame: along the clip (%(default)s)")
     add("--manifest", metavar="FILE", help="read exactly the clips of this list")
-    add("--out", type=Path, metavar="FILE", help="result (results/metrics/<fakes>.json)")
+    add("--out", type=Path, metavar="FILE", help="result (a new file in results/metrics)")
     add("--use_cache", type=switch, default=True, metavar="0|1", help="keep and find real features (1)")
     add("--cache_dir", type=Path, default=CACHE_FOLDER, metavar="DIR", help="of these (%(default)s)")
     add("--workers", type=int, default=2, metavar="N", help="loader processes per rank (%(default)s)")
@@ -103,9 +105,8 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     torch.set_num_threads(arguments.threads)
     metrics = check(arguments)
-    out = arguments.out or Path("results/metrics") / f"{Path(arguments.fake_data_path).resolve().stem}.json"
     world = init_world(arguments.device)
-    on_main(lambda: make_writable(out))
+    out = on_main(lambda: make_writable(arguments.out or free_name(arguments)))
     evaluation = prepare(arguments, metrics, world)
     entries = {metric.name: evaluation.measure(metric, arguments.seeds) for metric in metrics}
     if world.is_main:
@@ -144,19 +145,29 @@ def check(arguments: argparse.Namespace) -> list[Metric]:
     return metrics
 
 
-def make_writable(out: Path) -> None:
+def free_name(arguments: argparse.Namespace) -> Path:
+    """A result file that does not exist, named after the fakes' folder, the one above it and the protocol."""
+    fakes = Path(arguments.fake_data_path).resolve()
+    name = fakes.name.removesuffix(".zip")
+    name = "-".join(part for part in (fakes.parent.name, name, arguments.protocol, arguments.dataset) if part)
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(path for each in names if not (path := RESULT_FOLDER / f"{each}.json").exists())
+
+
+def make_writable(out: Path) -> Path:
     """See that the result can be written before anything is computed, and that no stranger's file is in its place."""
     from sample.sample import make_writable as make_folder
 
-    make_folder(out.parent)
+    make_folder(out.parent, "--out")
     if not out.exists():
-        return
+        return out
     try:
         ours = json.loads(out.read_text(encoding="utf-8"))["kind"] == KIND
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         ours = False
     if not ours:
         raise ValueError(f"--out {out} exists and is no result of this tool: name another file")
+    return out
 
 
 def prepare(arguments: argparse.Namespace, metrics: Sequence[Metric], world: World) -> Evaluation:
@@ -202,7 +213,7 @@ def load_detectors(given: Sequence[str], folder: Path, metrics: Sequence[Metric]
         if name is not None and name not in DETECTORS:
             raise ValueError(f"--detector: there is no detector '{name}'; they are {', '.join(DETECTORS)}")
         file = DetectorFile.read(path, sha256=sha256, spec=DETECTORS[name] if name else None)
-        files += [(each, file) for each in ([name] if name else [spec.name for spec in file.kinds()])]
+        files += [(each, file) for each in ([name] if name else [spec.name for spec in file.told()])]
     loaded: dict[str, Detector] = {}
     for family in dict.fromkeys(metric.family for metric in metrics):
         specs = [spec for spec in DETECTORS.values() if family in spec.metrics]  # the official one comes first

@@ -25,7 +25,7 @@ from engine import cli
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tools.metrics.detectors import Detector, DetectorFile, DetectorSpec, Golden
+    from tools.metrics.detectors import Detector, DetectorSpec, Golden
 
 SIZE = 64  # pixels
 SAME = 1e-4  # how far a sample's features may move with its batch, as a share of the largest
@@ -47,11 +47,13 @@ def main(argv: list[str]) -> int:
     print(f"file    {file.path} ({file.path.stat().st_size / 1e6:.1f} MB)\nsha256  {file.sha256}")
     print(f"takes   {', '.join(file.arguments)}" if file.arguments else f"holds   {len(file.weights or {})} tensors")
     results = []
-    for each in [spec] if spec else told(file):
+    for each in [spec] if spec else file.told():
         print(f"\n{each.name}: {', '.join(each.metrics)}{', a stand-in' if each.stand_in else ''}")
         for name, holds, seen in checks(Detector(each, file, device), arguments.long):
             print(f"{'ok  ' if holds else 'FAIL'}  {name:<24}{seen}", flush=True)
             results.append(holds)
+        if each.sha256:
+            print(f"note  {'this is' if file.sha256 == each.sha256 else 'not'} the known {each.file} {each.sha256}")
         if not each.goldens:
             print(f"note  no published value is known for {each.name}")
     print(f"\n{sum(results)} of {len(results)} checks hold ({device})")
@@ -76,15 +78,6 @@ def spec_of(kind: str | None) -> DetectorSpec | None:
     if kind is not None and kind not in DETECTORS:
         raise ValueError(f"--kind {kind}: there is no such detector; they are {', '.join(DETECTORS)}.")
     return DETECTORS[kind] if kind else None
-
-
-def told(file: DetectorFile) -> list[DetectorSpec]:
-    """What the file can be; ValueError for none of the detectors."""
-    from tools.metrics.detectors import DETECTORS
-
-    if not file.kinds():
-        raise ValueError(f"{file.path} is none of the detectors {', '.join(DETECTORS)}: {file.described()}.")
-    return file.kinds()
 
 
 def checks(detector: Detector, long: bool) -> Iterator[Check]:

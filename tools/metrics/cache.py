@@ -1,7 +1,8 @@
 """Real features that were computed before, found again by content: safetensors and JSON, no pickle.
 
-An entry is found by the protocol's rules, the list of all clips with their sizes, and the detector's SHA-256. It
-counts only if every file that it was made from still has the SHA-256 that it had.
+An entry is found by the protocol's rules, the list of all clips with their sizes, the detector's SHA-256, and what
+moves the last bits (device, threads, versions). It counts only if every file that it was made from still has the
+SHA-256 that it had.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .extract import FeatureSet
 from .protocols import SideRules
 from .sources import Source, Window, content_digest, window_to_json, windows_from_json
 
-VERSION = 1  # of the entries; another one is not read
+VERSION = 2  # of the entries; another one is not read
 NOTES = ("short", "unreadable", "cut_off")
 
 
@@ -35,8 +36,8 @@ class FeatureCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def load(self, key: str, source: Source) -> FeatureSet | None:
-        """The entry, or None where there is none, it is not whole, or one of its files has changed."""
+    def load(self, key: str, source: Source, rules: SideRules) -> FeatureSet | None:
+        """The entry, or None where there is none, it is more than `rules` allow, or one of its files has changed."""
         try:
             record = json.loads(self._record(key).read_text(encoding="utf-8"))
             content = self._features(key).read_bytes()
@@ -45,19 +46,23 @@ class FeatureCache:
             features = _from_record(record, load(content), source)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        return features if _digests(source, features) == record["contents"] else None
+        fits = rules.allows(features.windows) and _digests(source, features) == record["contents"]
+        return features if fits else None
 
     def store(self, key: str, source: Source, features: FeatureSet, about: Mapping[str, Any]) -> None:
         """Write an entry; `about` is for people who look into it. OSError where that fails."""
         tensors = {f"rows/{name}": rows.contiguous() for name, rows in features.rows.items()}
         for place, moments in enumerate(features.moments):
             tensors |= {f"moments/{place}/{name}": tensor.cpu() for name, tensor in moments.state().items()}
+        if features.kept is not None:
+            tensors["kept"] = features.kept
         content = save(tensors)
         record = {
             "version": VERSION,
             "about": dict(about),
             "sha256": hashlib.sha256(content).hexdigest(),
             "size": features.size,
+            "whole": features.whole,
             "windows": [window_to_json(window, source) for window in features.windows],
             **{note: getattr(features, note) for note in NOTES},
             "contents": _digests(source, features),
@@ -86,9 +91,15 @@ def _from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor], sourc
         prefix = f"moments/{place}/"
         state = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
         moments.append(Moments.from_state(state))
-    windows = windows_from_json(record["windows"], source, "cache")
-    size = record["size"]
-    return FeatureSet(rows, moments, windows, (size[0], size[1]), **{note: dict(record[note]) for note in NOTES})
+    return FeatureSet(
+        rows,
+        moments,
+        kept=tensors.get("kept"),
+        windows=windows_from_json(record["windows"], source, "cache"),
+        size=(record["size"][0], record["size"][1]),
+        whole=bool(record["whole"]),
+        **{note: dict(record[note]) for note in NOTES},
+    )
 
 
 def _digests(source: Source, features: FeatureSet) -> dict[str, str]:

@@ -37,7 +37,7 @@ class Golden:
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """What is known of a detector. `sha256` is None where no maker states one."""
+    """What is known of a detector."""
 
     name: str
     metrics: tuple[str, ...]  # fvd kvd fid kid is isv
@@ -49,8 +49,14 @@ class DetectorSpec:
     frames: tuple[int, int | None] = (1, None)  # fewest and most in a clip
     arguments: Mapping[str, bool] = field(default_factory=dict)  # of its forward, beside the pixels
     stand_in: str | None = None  # the kind of `StandIn`; None: a TorchScript network
-    sha256: str | None = None
     goldens: tuple[Golden, ...] = ()
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the usual file, as projects that pin it state it alike; None where we know of none. Another file of the
+        same make works too, and the result says that it is another.
+        """
+        return _SHA256.get(self.file)
 
 
 _CONSTANT = "JunyaoHu/common_metrics_on_video_quality, README"
@@ -66,6 +72,11 @@ _C3D = f"{DROPBOX}/jxpu7avzdc9n97q/c3d_ucf101.pt (StyleGAN-V)"
 _INCEPTION = f"{NVIDIA}/inception-2015-12-05.pt (NVIDIA)"
 _MOBILENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth (torchvision)"
 _MOBILENET_FILE = "mobilenet_v2-b0353104.pth"
+_SHA256 = {  # docs/metrics.md says who states them
+    "i3d_torchscript.pt": "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
+    "inception-2015-12-05.pt": "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+    _MOBILENET_FILE: "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
+}
 
 DETECTORS: dict[str, DetectorSpec] = {
     spec.name: spec
@@ -118,13 +129,17 @@ class DetectorFile:
         """
         path = Path(path)
         origin = spec.origin if spec else "the address that docs/metrics.md gives for it"
-        content, digest = read_bytes(path, origin, sha256 or (spec.sha256 if spec else None))
+        content, digest = read_bytes(path, origin, sha256)
         wants_weights = spec.stand_in if spec else not is_torchscript(content) and path.suffix != ".pkl"
         if not wants_weights:
             return cls(path, digest, network=load_torchscript(content, path, origin))
         if is_torchscript(content):
             raise ValueError(f"{path} is a TorchScript file, but weights are needed: get them from {origin}.")
-        return cls(path, digest, weights=read_state_dict(path))
+        try:
+            return cls(path, digest, weights=read_state_dict(path))
+        except ValueError as error:
+            needed = "" if spec else "a TorchScript network, nor "
+            raise ValueError(f"{path} is not {needed}weights for a stand-in: get one from {origin}.") from error
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -146,6 +161,12 @@ class DetectorFile:
             if spec.stand_in or (needed <= set(self.arguments) if needed else len(self.arguments) == 1):
                 found.append(spec)
         return found
+
+    def told(self) -> list[DetectorSpec]:
+        """`kinds`; ValueError for a file that is no detector."""
+        if not self.kinds():
+            raise ValueError(f"{self.path} is none of the detectors {', '.join(DETECTORS)}: {self.described()}.")
+        return self.kinds()
 
     def described(self) -> str:
         """What is in it, for people."""

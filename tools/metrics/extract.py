@@ -7,11 +7,12 @@ on W. Only features are kept: pixels of a few calls at a time are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -69,30 +70,37 @@ class FeatureSet:
     """What is known of one side. On ranks other than 0 without features.
 
     Args:
-        rows: by variant, (N, D) float32, in the order of the windows' frames; none where only moments are kept.
-        moments: of the plain features of two halves of the clips, where only moments are kept; their sum is all.
+        rows: by variant, (N, D) float32, in the order of the windows' frames.
+        moments: of all plain features, in two halves of the clips, where there are too many to keep; rows are then a
+            drawn sample of them.
+        kept: the numbers of the items in that sample, (rows,) int64; None where all are there.
         windows: what was read, in order.
         size: (H, W) of all frames.
-        short, unreadable, cut_off: clips by name, with the reason; the last were used.
+        whole: all that there is was taken, and nothing drawn; see `SideRules.whole`.
+        short, unreadable, cut_off: clips by name, with the reason; the last were used, as far as they can be read.
     """
 
     rows: dict[str, Tensor] = field(default_factory=dict)
     moments: list[Moments] = field(default_factory=list)
+    kept: Tensor | None = None
     windows: list[Window] = field(default_factory=list)
     size: tuple[int, int] | None = None
+    whole: bool = False
     short: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     cut_off: dict[str, str] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
-        """N: items whose features are here."""
+        """N: items that were seen."""
         return sum(half.count for half in self.moments) if self.moments else len(self.rows[PLAIN])
 
-    def items_per_window(self) -> list[int]:
-        """Rows that each window has: one for a clip, one for each of its frames where those are the items."""
-        of_clips = len(self.rows[PLAIN]) == len(self.windows)
-        return [1 if of_clips else window.frames for window in self.windows]
+    def clips(self) -> np.ndarray:
+        """The clip, a place in the source, that each row is of."""
+        of_clips = self.count == len(self.windows)
+        items = np.repeat([window.clip for window in self.windows],
+                          [1 if of_clips else window.frames for window in self.windows])  # fmt: skip
+        return items if self.kept is None else items[self.kept.numpy()]
 
 
 @dataclass
@@ -135,7 +143,8 @@ class Extractor:
 
         Args:
             windows: exactly these, instead of those that the rules choose.
-            max_rows: of more frames than these only moments are kept, for any number of them in the same memory.
+            max_rows: of more frames than these their moments and a drawn sample of so many are kept, for any number of
+                them in the same memory.
 
         Raises:
             ValueError: no clip can be used, or frames differ in size.
@@ -161,6 +170,7 @@ class Extractor:
         if windows is not None:
             requests = [Request(window.clip, window) for window in windows]
         gather.most = wanted = len(requests) if rules.count is None else min(rules.count, len(requests))
+        gather.result.whole = wanted == len(source.clips) and rules.offset == "start"
         tried = 0
         while tried < len(requests) and len(gather.result.windows) < wanted:
             some = requests[tried : tried + wanted - len(gather.result.windows)]
@@ -186,9 +196,10 @@ class Extractor:
                 lengths.append(length)
                 gather.problem(Reading(index, problem=problem))
             windows = frame_windows(lengths, rules)
+            gather.result.whole = sum(window.frames for window in windows) == sum(lengths)
         gather.most = wanted = sum(window.frames for window in windows)
         if max_rows is not None and wanted > max_rows and self.world.is_main:
-            gather.keep_moments(windows, rules.seed, [Moments(detector.dims, self.world.device) for _ in range(2)])
+            gather.summarise(windows, max_rows, [Moments(detector.dims, self.world.device) for _ in range(2)])
         self._judge(gather, rules, frame_tasks(windows), lambda readings: judge_frames(readings, detector), wanted)
 
     def _judge(
@@ -249,16 +260,15 @@ class Gathered:
         self.result = FeatureSet()
         self.pending: list[list[Tensor]] = [[], []]  # rows that are not in the moments yet
         self.rows: dict[str, Tensor] = {}  # (most, D): one block of memory, or small ones would lie between large ones
-        self.most = 0  # items that there will be at most
+        self.most = 0  # rows that there will be at most
         self.second_half: set[int] = set()
+        self.sampling = draw(0, "sample")
         self.done = 0  # items
 
-    def keep_moments(self, windows: Sequence[Window], seed: int | None, moments: list[Moments]) -> None:
-        """From now on sum up, in two `moments`, the features of two random halves of the clips, and keep none."""
-        self.result.moments = moments
-        clips = sorted({window.clip for window in windows})
-        order = draw(seed, "halves").permutation(len(clips))
-        self.second_half = {clips[place] for place in order[len(clips) // 2 :]}
+    def summarise(self, windows: Sequence[Window], most: int, moments: list[Moments]) -> None:
+        """From now on sum up the features of two random halves of the clips in `moments`, and keep `most` rows."""
+        self.result.moments, self.result.kept, self.most = moments, torch.arange(most), most
+        self.second_half = set(halves([window.clip for window in windows], seed=0)[1].tolist())
 
     def problem(self, reading: Reading) -> None:
         """Note what is wrong with a clip, if anything."""
@@ -287,12 +297,24 @@ class Gathered:
         self.result.windows += used
         if self.result.moments:
             self._add(judged.rows, used)
-        elif self.keep:
-            for name, rows in judged.rows.items():
-                if name not in self.rows:
-                    self.rows[name] = torch.empty(self.most, rows.shape[1])
-                self.rows[name][self.done : self.done + len(rows)] = rows
+        if self.keep:
+            self._keep(judged.rows)
         self.done += len(judged.rows.get(PLAIN, ()))
+
+    def _keep(self, rows: Mapping[str, Tensor]) -> None:
+        """Into the blocks. Once they are full item i goes, with probability most / (i + 1), to a drawn place in them:
+        any `most` items are then as likely as any others (Vitter, 1985, algorithm R).
+        """
+        free = self.most - self.done
+        for name, features in rows.items():
+            if name not in self.rows:
+                self.rows[name] = torch.empty(self.most, features.shape[1])
+            if free > 0:
+                self.rows[name][self.done : self.done + len(features)] = features[:free]
+        for item, row in islice(enumerate(rows.get(PLAIN, ()), self.done), max(free, 0), None):
+            place = int(self.sampling.integers(item + 1))
+            if place < self.most and self.result.kept is not None:
+                self.rows[PLAIN][place], self.result.kept[place] = row, item
 
     def _add(self, rows: Mapping[str, Tensor], used: Sequence[Window]) -> None:
         """To the moments of the half that the clip belongs to; a task is of one clip."""
@@ -316,5 +338,16 @@ class Gathered:
             raise ValueError(f"none of the {len(self.source.clips)} clips in '{self.source.root}' can be used: {first}")
         for half in range(len(result.moments)):
             self._flush(half)
-        result.rows = {name: block[: self.done].clone() for name, block in self.rows.items()}
+        if result.kept is not None:
+            result.kept = result.kept[: self.done]
+        for name, block in self.rows.items():
+            result.rows[name] = block if self.done >= len(block) else block[: self.done].clone()
+        for name in {self.source.clips[window.clip].name for window in result.windows} & set(result.unreadable):
+            result.cut_off[name] = f"used in part: {result.unreadable.pop(name)}"
         return result
+
+
+def halves(clips: Iterable[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two random halves of the different clips; of an odd number one more is in the second."""
+    order = draw(seed, "halves").permutation(np.unique(list(clips)))
+    return order[: len(order) // 2], order[len(order) // 2 :]

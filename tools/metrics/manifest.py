@@ -44,15 +44,21 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"--manifest: '{path}' is not a manifest that this tool wrote") from error
 
-    def __call__(self, side: str, rules: SideRules) -> Sequence[Window]:
-        """The windows of one side. ValueError where it was not read under these rules."""
-        lines = self.entries.get((side, _key(asdict(rules))))
-        if lines is None:
-            raise ValueError(
-                f"--manifest: '{self.path}' holds no {side} clips for these settings: repeat the metrics, protocol "
-                "and seeds that wrote it"
-            )
-        return windows_from_json(lines, self.sources[side], f"--manifest: '{self.path}'")
+    def __call__(self, side: str, rules: SideRules) -> tuple[SideRules, Sequence[Window]]:
+        """The rules that an entry was read under, `rules` or `rules.whole`, and its windows.
+
+        Raises: ValueError where there is no such entry.
+        """
+        for each in (rules.whole, rules):
+            lines = self.entries.get((side, _key(asdict(each))))
+            if lines is not None:
+                windows = windows_from_json(lines, self.sources[side], f"--manifest: '{self.path}'")
+                if rules.allows(windows):
+                    return each, windows
+        raise ValueError(
+            f"--manifest: '{self.path}' holds no {side} clips for these settings: repeat the metrics, protocol "
+            "and seeds that wrote it"
+        )
 
 
 def _key(rules: Any) -> str:

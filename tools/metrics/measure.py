@@ -6,21 +6,22 @@ import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import torch
 
 from datasets.readers import VIDEO_SUFFIXES
-from engine.distributed import broadcast_object
+from engine.distributed import broadcast_object, on_main
 
 from .cache import FeatureCache, cache_key
 from .detectors import DETECTORS, Detector
 from .distances import Moments, frechet_distance, frechet_from_moments, inception_score, kernel_distance
-from .extract import PLAIN, Extractor, FeatureSet
+from .extract import PLAIN, Extractor, FeatureSet, halves
 from .protocols import Metric, Protocol, SideRules, protocol_for
-from .sources import Source, Window, draw
+from .report import library_versions
+from .sources import Source, Window, first_size
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +32,10 @@ SHORTEST = 16  # frames of the shortest part of a clip that `frame` reports on
 POSITIONS = 16  # frames of a clip at most that `frame` reports on
 SPLITS, SUBSETS, SUBSET_SIZE = 10, 100, 1000
 MOMENT_ROWS = 4096
-MAX_ROWS = 50_000  # real features that are kept; of more, for a Frechet distance, only the moments
+MAX_ROWS = 50_000  # features of real frames that are kept; of more, their moments and a sample of so many
 Score = tuple[float, float | None]  # value, and its deviation over subsets or splits
 
-Taken = Callable[[str, SideRules], "Sequence[Window] | None"]  # (side, rules) -> windows of a manifest
+Listed = Callable[[str, SideRules], tuple[SideRules, "Sequence[Window]"]]  # `Manifest`
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Evaluation:
     detectors: Mapping[str, Detector]
     extractor: Extractor
     cache: FeatureCache | None = None
-    windows: Taken | None = None
+    windows: Listed | None = None
     checks: Sequence[str] = CHECKS
     reports: Sequence[str] = ("clip",)
     known: dict[tuple[Any, ...], FeatureSet] = field(default_factory=dict)
@@ -65,38 +66,59 @@ class Evaluation:
         """The whole entry of one metric in the result file; {} on ranks other than 0."""
         sides = [side for side in ("real", "fake") if getattr(metric, f"num_{side}") != 0]
         protocols = [protocol_for(metric, self.protocol, seed) for seed in seeds]
-        if all(protocols[0].side(side).seed is None for side in sides):
-            protocols = protocols[:1]  # nothing is drawn, so every seed would give the same
+        on_main(lambda: self._look(metric, protocols[0], sides))
         runs = []
         for protocol in protocols:
             sets = {side: self.features(side, metric, protocol.side(side)) for side in sides}
             if self.extractor.world.is_main:
-                _same_size(self, sets)
+                _usable(self, metric, sets)
                 runs.append((sets, self._scores(metric, protocol, sets)))
+            if all(protocol.side(side).seed is None or sets[side].whole for side in sides):
+                break  # nothing was drawn, so every seed would give the same
         if not runs:
             return {}
         entry = _summary([scores for _, scores in runs])
+        counts = {side: _counts(getattr(self, side), metric, [sets[side] for sets, _ in runs]) for side in sides}
         entry["detector"] = self.detectors[metric.family].name
-        entry["protocol"] = protocols[0].to_dict() | {"seed": None, "seeds": [each.seed for each in protocols]}
-        entry["counts"] = {
-            side: _counts(getattr(self, side), metric, [sets[side] for sets, _ in runs]) for side in sides
-        }
+        entry["protocol"] = protocols[0].to_dict() | {"seed": None, "seeds": list(seeds[: len(runs)])}
+        entry["counts"] = counts
         entry["dropped"] = {side: _dropped([sets[side] for sets, _ in runs]) for side in sides}
-        entry["warnings"] = _warnings(self, metric, protocols[0], {side: runs[0][0][side] for side in sides})
+        entry["warnings"] = _warnings(self, metric, protocols[0], counts)
         return entry
+
+    def _look(self, metric: Metric, protocol: Protocol, sides: Sequence[str]) -> None:
+        """Find before anything is computed what a few clips can tell. ValueError as of `_usable`."""
+        sizes = {}
+        for side in sides:
+            source = self._source(side)
+            if metric.unit == "clip":
+                _enough(metric, source, len(source.clips))
+            if self.windows is None and protocol.resolution is None and len(sides) > 1:
+                sizes[side] = first_size(source, protocol.side(side))
+        _same_size(sizes)
 
     # ---- features ----------------------------------------------------------------------------------
 
     def features(self, side: str, metric: Metric, rules: SideRules) -> FeatureSet:
         """The features of one side; the same ones are computed once."""
         detector, variants = self.detectors[metric.family], self._variants(side, metric)
-        max_rows = MAX_ROWS if side == "real" and metric.kind == "frechet" else None
-        asked = (side, rules, detector.name, variants, max_rows)
-        if asked not in self.known:
-            windows = self.windows(side, rules) if self.windows else None
-            self.known[asked] = self._cached(side, rules, detector, variants, windows, max_rows)
-        self.read[side, rules] = self.known[asked]
-        return self.known[asked]
+        max_rows = MAX_ROWS if side == "real" and metric.unit == "frame" else None
+        what = (side, detector.name, variants, max_rows)
+        for each in (rules.whole, rules):
+            found = self.known.get((*what, each))
+            if found and rules.allows(found.windows):
+                break
+        else:
+            found = self._cached(side, rules, detector, variants, max_rows)
+            each = rules.whole if found.whole else rules
+            self.known[(*what, each)] = found
+        self.read[side, each] = found
+        return found
+
+    def _source(self, side: str) -> Source:
+        source = self.real if side == "real" else self.fake
+        assert source is not None  # checked before anything is read
+        return source
 
     def _variants(self, side: str, metric: Metric) -> tuple[str, ...]:
         """What else than the clips themselves the detector is shown."""
@@ -118,20 +140,31 @@ class Evaluation:
         rules: SideRules,
         detector: Detector,
         variants: tuple[str, ...],
-        windows: Sequence[Window] | None,
         max_rows: int | None,
     ) -> FeatureSet:
-        source, world = self.real if side == "real" else self.fake, self.extractor.world
-        assert source is not None  # checked before anything is read
+        """From the cache, or else computed; on ranks other than 0 without features."""
+        source, world = self._source(side), self.extractor.world
         cache = self.cache if side == "real" and world.is_main else None
-        more = {"variants": variants, "windows": windows, "max_rows": max_rows, "device": world.device.type}
-        key = cache_key(rules, source, f"{detector.name} {detector.sha256}", **more)
-        found = cache.load(key, source) if cache else None
-        if not broadcast_object(found is not None):
-            found = self.extractor.extract(source, rules, detector, variants, windows, max_rows)
-            if cache:
-                _keep(cache, key, source, found, {"root": source.root, "detector": detector.name, "rules": vars(rules)})
-        return found or FeatureSet()
+        given, windows = self.windows(side, rules) if self.windows else (rules, None)
+        bits = {"device": world.device.type, "threads": torch.get_num_threads(), "versions": library_versions()}
+        more = bits | {"variants": variants, "windows": windows, "max_rows": max_rows}
+
+        def key(rules: SideRules) -> str:
+            return cache_key(rules, source, f"{detector.name} {detector.sha256}", **more)
+
+        entries = (cache.load(key(each), source, rules) for each in (given.whole, given)) if cache else ()
+        found = next(filter(None, entries), None)
+        known = broadcast_object(found and replace(found, rows={}, moments=[], kept=None))
+        if known:
+            return found or known
+        found = self.extractor.extract(source, given, detector, variants, windows, max_rows)
+        if windows is not None:
+            found.whole = given == rules.whole
+        if cache:
+            under = given.whole if found.whole else given
+            about = {"root": source.root, "detector": detector.name, "rules": vars(under)}
+            _keep(cache, key(under), source, found, about)
+        return found
 
     # ---- values ------------------------------------------------------------------------------------
 
@@ -179,7 +212,7 @@ def score(metric: Metric, protocol: Protocol, real: FeatureSet | None, fake: Fea
     if metric.kind == "kernel":
         x, y = real.rows[PLAIN], fake.rows[PLAIN]
         return kernel_distance(x, y, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=protocol.seed)
-    if protocol.divisor == "n" and real.rows and fake.rows:
+    if protocol.divisor == "n" and not (real.moments or fake.moments):
         return frechet_distance(real.rows[PLAIN], fake.rows[PLAIN]), None
     return frechet_from_moments(moments_of(real), moments_of(fake), protocol.divisor), None
 
@@ -197,15 +230,16 @@ def moments_of(features: FeatureSet) -> Moments:
 
 def real_halves(features: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
     """Two random halves of the clips, as many in one as in the other; no clip has frames in both."""
-    if features.moments:
-        first, second = (FeatureSet(moments=[half]) for half in features.moments)
-        return first, second
-    clips = np.repeat([window.clip for window in features.windows], features.items_per_window())
-    order = draw(seed, "halves").permutation(np.unique(clips))
-    half = len(order) // 2
-    rows = features.rows[PLAIN]
-    parts = [rows[torch.from_numpy(np.isin(clips, some))] for some in (order[:half], order[half : 2 * half])]
-    return FeatureSet({PLAIN: parts[0]}), FeatureSet({PLAIN: parts[1]})
+    clips, rows = features.clips(), features.rows[PLAIN]
+    if features.moments:  # whose halves are always the same
+        parts = halves([window.clip for window in features.windows], seed=0)
+    else:
+        parts = halves(clips, seed)
+        parts = (parts[0], parts[1][: len(parts[0])])
+    first, second = (FeatureSet({PLAIN: rows[torch.from_numpy(np.isin(clips, some))]}) for some in parts)
+    for half, moments in zip((first, second), features.moments):
+        half.moments = [moments]
+    return first, second
 
 
 def _keep(cache: FeatureCache, *entry: Any) -> None:
@@ -239,26 +273,40 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return entry
 
 
-def _same_size(evaluation: Evaluation, sets: Mapping[str, FeatureSet]) -> None:
-    sizes = {side: features.size for side, features in sets.items()}
-    if len(set(sizes.values())) > 1:
-        said = " and ".join(f"the {side} ones {size[1]}x{size[0]}" for side, size in sizes.items() if size)
+def _usable(evaluation: Evaluation, metric: Metric, sets: Mapping[str, FeatureSet]) -> None:
+    """ValueError where the sides differ in size, or one has too few items for the metric."""
+    _same_size({side: features.size for side, features in sets.items()})
+    for side, features in sets.items():
+        _enough(metric, evaluation._source(side), features.count)
+
+
+def _same_size(sizes: Mapping[str, tuple[int, int] | None]) -> None:
+    known = {side: size for side, size in sizes.items() if size}
+    if len(set(known.values())) > 1:
+        said = " and ".join(f"the {side} ones {width}x{height}" for side, (height, width) in known.items())
         raise ValueError(f"the frames differ in size, {said}: give --resolution, to which all are cropped and resized")
 
 
+def _enough(metric: Metric, source: Source, count: int) -> None:
+    fewest = SPLITS if metric.kind == "inception_score" else 2
+    if count < fewest:
+        raise ValueError(
+            f"'{source.root}' has {count} {metric.unit}{'s' * (count != 1)} that can be used, but {metric.name} needs "
+            f"{fewest} or more"
+        )
+
+
 def _counts(source: Source, metric: Metric, sets: Sequence[FeatureSet]) -> dict[str, Any]:
-    """What was asked for, found, used and left out on one side; of several seeds, the first."""
-    features = sets[0]
+    """What was found, used and left out on one side. Of several seeds the fewest that one used, and all left out."""
+    dropped, size = _dropped(sets), sets[0].size
     return {
-        "used": features.count,
+        "used": min(features.count for features in sets),
         "unit": metric.unit,
-        "clips_used": len({window.clip for window in features.windows}),
+        "clips_used": min(len({window.clip for window in features.windows}) for features in sets),
         "clips_found": len(source.clips),
-        "too_short": len(features.short),
-        "unreadable": len(features.unreadable),
-        "cut_off": len(features.cut_off),
-        "height": features.size[0] if features.size else None,
-        "width": features.size[1] if features.size else None,
+        **{reason: len(names) for reason, names in dropped.items()},
+        "height": size[0] if size else None,
+        "width": size[1] if size else None,
     }
 
 
@@ -272,15 +320,20 @@ def _dropped(sets: Sequence[FeatureSet]) -> dict[str, dict[str, str]]:
     return merged
 
 
-def _warnings(evaluation: Evaluation, metric: Metric, protocol: Protocol, sets: Mapping[str, FeatureSet]) -> list[str]:
-    """What makes this value less than it seems, a sentence each."""
-    counts = {side: features.count for side, features in sets.items()}
-    found = [*_count_warnings(metric, protocol, counts), *_data_warnings(evaluation, protocol, sets)]
+def _warnings(
+    evaluation: Evaluation, metric: Metric, protocol: Protocol, counts: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """What makes this value less than it seems, a sentence each. `counts`: of `_counts`, by side."""
+    used = {side: each["used"] for side, each in counts.items()}
+    found = [*_count_warnings(metric, protocol, used), *_data_warnings(evaluation, protocol, counts)]
     detector = evaluation.detectors[metric.family]
-    if DETECTORS[detector.name].stand_in:
+    spec = DETECTORS[detector.name]
+    if spec.stand_in:
         found.append(f"{detector.name} is a stand-in: the value compares with no published one")
-    if metric.kind == "frechet" and min(counts.values()) <= detector.dims:
-        found.append(f"{min(counts.values())} items for {detector.dims} features: the covariance is not of full rank")
+    elif spec.sha256 and detector.sha256 != spec.sha256:
+        found.append(f"the detector is not the known {spec.file}: its SHA-256 is another one")
+    if metric.kind == "frechet" and min(used.values()) <= detector.dims:
+        found.append(f"{min(used.values())} items for {detector.dims} features: the covariance is not of full rank")
     if protocol.changed:
         found.append(f"not the protocol {protocol.name} as it is known: {', '.join(protocol.changed)}")
     return found
@@ -301,16 +354,24 @@ def _count_warnings(metric: Metric, protocol: Protocol, counts: Mapping[str, int
     return found
 
 
-def _data_warnings(evaluation: Evaluation, protocol: Protocol, sets: Mapping[str, FeatureSet]) -> list[str]:
+def _same_place(*sources: Source) -> bool:
+    return len({Path(source.root).resolve() for source in sources}) == 1
+
+
+def _data_warnings(
+    evaluation: Evaluation, protocol: Protocol, counts: Mapping[str, Mapping[str, Any]]
+) -> list[str]:  # fmt: skip
     found = []
-    for side, features in sets.items():
-        dropped = [f"{len(features.unreadable)} unreadable", f"{len(features.short)} too short"]
-        if features.unreadable or features.short:
+    for side, each in counts.items():
+        dropped = [f"{each['unreadable']} unreadable", f"{each['too_short']} too short"]
+        if each["unreadable"] or each["too_short"]:
             found.append(f"{side} clips were left out: {', '.join(dropped)}; the result file names them")
-        if features.cut_off:
-            found.append(f"{len(features.cut_off)} {side} files are cut off, and were used as far as they go")
+        if each["cut_off"]:
+            found.append(f"{each['cut_off']} {side} files are cut off or damaged, and were used as far as they go")
+    if "real" in counts and evaluation.real and _same_place(evaluation.real, evaluation.fake):
+        found.append(f"real and fake clips are the same, '{evaluation.fake.root}': the value judges no sample")
     words = {word.lower() for word in PurePath(evaluation.real.root).parts} if evaluation.real else set()
-    if "real" in sets and protocol.split == "train" and words & {"test", "val", "valid", "validation"}:
+    if "real" in counts and protocol.split == "train" and words & {"test", "val", "valid", "validation"}:
         found.append(f"'{evaluation.real.root}' does not look like the training split that is stated: see --split")  # type: ignore[union-attr]
     lossy = sum(PurePath(clip.name).suffix.lower() in VIDEO_SUFFIXES for clip in evaluation.fake.clips)
     if lossy and protocol.fake_storage == "as read":

@@ -7,6 +7,7 @@ what is done with their pixels. Together they make a `Protocol`, all of which st
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -126,6 +127,16 @@ class SideRules:
     seed: int | None
 
     @property
+    def whole(self) -> SideRules:
+        """The same where all that there is was taken, which no seed and no count has a say in."""
+        return replace(self, count=ALL, selection="first", seed=None)
+
+    def allows(self, windows: Sequence[Any]) -> bool:
+        """Whether these (`sources.Window`) are no more items than asked for: else, taken whole, they are too many."""
+        items = len(windows) if self.unit == "clip" else sum(window.frames for window in windows)
+        return self.count is ALL or items <= self.count
+
+    @property
     def span(self) -> int:
         """Frames of the shortest video that is kept."""
         return self.frames * self.stride
@@ -162,10 +173,12 @@ class Protocol:
     def side(self, side: str) -> SideRules:
         """The rules of the "real" or "fake" side."""
         own = {key: getattr(self, f"{side}_{key}") for key in ("stride", "offset", "storage")}
-        drawn = self.selection == "random" or (own["offset"] == "uniform" and self.unit == "clip")
+        count = getattr(self, f"num_{side}")
+        offset = own["offset"] == "uniform" and self.unit == "clip"
+        drawn = offset or (self.selection == "random" and count is not ALL)
         return SideRules(
             unit=self.unit,
-            count=getattr(self, f"num_{side}"),
+            count=count,
             frames=self.frames,
             selection=self.selection,
             crop=self.crop,

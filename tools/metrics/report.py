@@ -18,20 +18,23 @@ NAMED = 5  # dropped clips that the table names; the file names all
 
 def versions() -> dict[str, str | None]:
     """Of everything that touches pixels or numbers."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        **library_versions(),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that may move the last bits of features."""
     import av
     import numpy
     import PIL
     import torch
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "commit": git.stdout.strip() or None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "av": av.__version__,
-        "pillow": PIL.__version__,
-    }
+    modules = {"torch": torch, "numpy": numpy, "av": av, "pillow": PIL}
+    return {name: module.__version__ for name, module in modules.items()}
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -90,7 +93,7 @@ def _along(metrics: Mapping[str, Any]) -> str:
     lines = []
     for name, entry in metrics.items():
         for key, what in (("by_length", "first frames"), ("by_frame", "frame")):
-            if key in entry:
+            if entry.get(key):
                 steps = "  ".join(f"{place}: {_number(value)}" for place, value in entry[key].items())
                 lines.append(_wrapped(f"{name} by {what}  {steps}"))
     return "\n".join(lines)

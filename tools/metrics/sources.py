@@ -26,7 +26,7 @@ from datasets.readers import Reader, VideoError, list_frames, open_video
 from .pixels import STORAGE, fit
 from .protocols import SideRules
 
-PURPOSES = {"offset": 1, "selection": 2, "shuffle": 3, "halves": 4}
+PURPOSES = {"offset": 1, "selection": 2, "shuffle": 3, "halves": 4, "sample": 5}
 CALL_FRAMES = 128  # frames in one call of a clip detector; part of no result on the CPU, but of the last bits on a GPU
 TASK_FRAMES = 32  # frames read and judged at a time where frames are the items
 
@@ -101,8 +101,8 @@ class Source:
         return [(clip.name, clip.size) for clip in self.clips]
 
     def order(self, rules: SideRules) -> list[int]:
-        """Places of all clips, in the order in which they are tried."""
-        if rules.selection == "first":
+        """Places of all clips, in the order in which they are tried: that of the names, unless some are drawn."""
+        if rules.selection == "first" or rules.count is None or rules.count >= len(self.clips):
             return list(range(len(self.clips)))
         return draw(rules.seed, "selection").permutation(len(self.clips)).tolist()
 
@@ -160,6 +160,16 @@ class ClipReader(Dataset[list[Reading]]):
 
     def _treat(self, frames: Tensor) -> Tensor:
         return STORAGE[self.rules.storage](fit(frames, self.rules.crop, self.rules.resolution))
+
+
+def first_size(source: Source, rules: SideRules) -> tuple[int, int] | None:
+    """(H, W) of the first clip that can be used, as a detector would see it; None where none can."""
+    for place in source.order(rules):
+        (reading,) = ClipReader(source, rules, [(Request(place),)])[0]
+        if reading.frames is not None:
+            height, width = reading.frames.shape[-2:]
+            return height, width
+    return None
 
 
 def read_frames(reader: Reader, clip: Clip, indices: list[int]) -> Tensor:
