@@ -629,12 +629,13 @@ def test_mistakes_of_the_data_are_one_sentence(
         ((large, fake), "fvd2048_16f", "differ in size .24x24 and 32x32.: give --resolution"),
         ((other, fake), "fvd2048_16f", "the real ones 32x32 and the fake ones 24x24: give --resolution"),
         ((real, fake), "fvd2048_8f", "i3d takes clips of 10 or more frames, not 8"),
+        ((real, fake), "fvd2048_16f,fvd2048_64f", "none of the 20 clips in '.*real' can be used: .*, a clip needs 64"),
         ((tmp_path / "gone", fake), "fvd2048_16f", "--real_data_path: there is no folder or zip archive '.*gone'"),
     ):
         extracted.clear()
         with pytest.raises((ValueError, OSError), match=sentence):
             run(*sides, detectors, metric)
-        assert "fake" not in extracted or metric == "fvd2048_8f"  # nothing is computed for it
+        assert not extracted or metric == "fvd2048_8f" or sides[0] == large  # nothing is computed for it
     run(large, other, detectors, "fvd2048_16f", "--resolution", "24")
     assert "fvd2048_16f" not in run(None, fake, detectors, "isv2048_ucf")["metrics"]  # needs no real data
 

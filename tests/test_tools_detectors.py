@@ -405,14 +405,23 @@ def test_check_of_a_detector_that_does_not(stubs: dict[str, Path], capsys: pytes
     ("name", "kinds", "number"), [("c3d", ["c3d"], 5), ("inception", ["inception", "inception_is"], 9)]
 )
 def test_check_of_detectors_without_published_values(
-    stubs: dict[str, Path], capsys: pytest.CaptureFixture, name: str, kinds: list[str], number: int
+    stubs: dict[str, Path],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kinds: list[str],
+    number: int,
 ) -> None:
     code, lines = run(capsys, stubs[name])
     assert code == 0 and lines[-1] == f"{number} of {number} checks hold (cpu)"
-    notes = [line for line in lines if line.startswith("note  no published")]
-    assert notes == [f"note  no published value is known for {kind}" for kind in kinds]
-    known = [line for line in lines if line.startswith("note  not the known ")]
-    assert len(known) == sum(DETECTORS[kind].sha256 is not None for kind in kinds)
+    assert [line for line in lines if line.startswith("note")] == [
+        f"note  no published value is known for {kind}" for kind in kinds
+    ]
+    spec = DETECTORS[kinds[0]]
+    known = [f"known   not {spec.file}, SHA-256", f"        {spec.sha256}"] if spec.sha256 else []
+    assert lines[3:5] == [*known, "", f"{spec.name}: {', '.join(spec.metrics)}"][:2]
+    monkeypatch.setattr(detectors, "_SHA256", {spec.file: hashlib.sha256(stubs[name].read_bytes()).hexdigest()})
+    assert run(capsys, stubs[name])[1][3] == f"known   this is {spec.file}, SHA-256"
     assert any("probabilities" in line for line in lines)
 
 

@@ -108,6 +108,7 @@ def main(argv: list[str]) -> int:
     world = init_world(arguments.device)
     out = on_main(lambda: make_writable(arguments.out or free_name(arguments)))
     evaluation = prepare(arguments, metrics, world)
+    evaluation.look(metrics)
     entries = {metric.name: evaluation.measure(metric, arguments.seeds) for metric in metrics}
     if world.is_main:
         result = describe(argv, arguments, evaluation, entries, world, time.perf_counter() - started)

@@ -47,13 +47,14 @@ def main(argv: list[str]) -> int:
     print(f"file    {file.path} ({file.path.stat().st_size / 1e6:.1f} MB)\nsha256  {file.sha256}")
     print(f"takes   {', '.join(file.arguments)}" if file.arguments else f"holds   {len(file.weights or {})} tensors")
     results = []
-    for each in [spec] if spec else file.told():
+    kinds = [spec] if spec else file.told()
+    for name, known in {each.file: each.sha256 for each in kinds if each.sha256}.items():
+        print(f"known   {'this is' if known == file.sha256 else 'not'} {name}, SHA-256\n        {known}")
+    for each in kinds:
         print(f"\n{each.name}: {', '.join(each.metrics)}{', a stand-in' if each.stand_in else ''}")
         for name, holds, seen in checks(Detector(each, file, device), arguments.long):
             print(f"{'ok  ' if holds else 'FAIL'}  {name:<24}{seen}", flush=True)
             results.append(holds)
-        if each.sha256:
-            print(f"note  {'this is' if file.sha256 == each.sha256 else 'not'} the known {each.file} {each.sha256}")
         if not each.goldens:
             print(f"note  no published value is known for {each.name}")
     print(f"\n{sum(results)} of {len(results)} checks hold ({device})")

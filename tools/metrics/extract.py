@@ -35,6 +35,7 @@ from .sources import (
     draw,
     frame_tasks,
     frame_windows,
+    none_usable,
     shuffled,
 )
 
@@ -333,9 +334,7 @@ class Gathered:
         """All that was taken in. ValueError where that is nothing."""
         result = self.result
         if not result.windows:
-            reasons = {**result.unreadable, **result.short}
-            first = "; ".join(f"{name}: {reason}" for name, reason in islice(reasons.items(), 3))
-            raise ValueError(f"none of the {len(self.source.clips)} clips in '{self.source.root}' can be used: {first}")
+            raise none_usable(self.source, {**result.unreadable, **result.short})
         for half in range(len(result.moments)):
             self._flush(half)
         if result.kept is not None:

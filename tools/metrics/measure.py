@@ -64,9 +64,8 @@ class Evaluation:
 
     def measure(self, metric: Metric, seeds: Sequence[int]) -> dict[str, Any]:
         """The whole entry of one metric in the result file; {} on ranks other than 0."""
-        sides = [side for side in ("real", "fake") if getattr(metric, f"num_{side}") != 0]
+        sides = _sides(metric)
         protocols = [protocol_for(metric, self.protocol, seed) for seed in seeds]
-        on_main(lambda: self._look(metric, protocols[0], sides))
         runs = []
         for protocol in protocols:
             sets = {side: self.features(side, metric, protocol.side(side)) for side in sides}
@@ -86,14 +85,20 @@ class Evaluation:
         entry["warnings"] = _warnings(self, metric, protocols[0], counts)
         return entry
 
-    def _look(self, metric: Metric, protocol: Protocol, sides: Sequence[str]) -> None:
-        """Find before anything is computed what a few clips can tell. ValueError as of `_usable`."""
+    def look(self, metrics: Sequence[Metric]) -> None:
+        """Find what a clip of each side can tell of all metrics, before anything is computed; on every rank.
+
+        Raises: ValueError for too few clips, none that is long enough or readable, or another size on either side.
+        """
+        on_main(lambda: [self._look(metric, protocol_for(metric, self.protocol, 0)) for metric in metrics])
+
+    def _look(self, metric: Metric, protocol: Protocol) -> None:
         sizes = {}
-        for side in sides:
+        for side in _sides(metric):
             source = self._source(side)
             if metric.unit == "clip":
                 _enough(metric, source, len(source.clips))
-            if self.windows is None and protocol.resolution is None and len(sides) > 1:
+            if self.windows is None:  # whose clips are known, and were read before
                 sizes[side] = first_size(source, protocol.side(side))
         _same_size(sizes)
 
@@ -204,6 +209,10 @@ class Evaluation:
         return {"by_frame": {place: score(metric, protocol, real, each)[0] for place, each in at.items()}}
 
 
+def _sides(metric: Metric) -> list[str]:
+    return [side for side in ("real", "fake") if getattr(metric, f"num_{side}") != 0]
+
+
 def score(metric: Metric, protocol: Protocol, real: FeatureSet | None, fake: FeatureSet) -> Score:
     """The metric of two sets of features; its deviation where it is a mean over subsets or splits."""
     if metric.kind == "inception_score":
@@ -211,7 +220,8 @@ def score(metric: Metric, protocol: Protocol, real: FeatureSet | None, fake: Fea
     assert real is not None  # a distance has two sides
     if metric.kind == "kernel":
         x, y = real.rows[PLAIN], fake.rows[PLAIN]
-        return kernel_distance(x, y, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=protocol.seed)
+        value, spread = kernel_distance(x, y, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=protocol.seed)
+        return value, None if len(x) == len(y) <= SUBSET_SIZE else spread  # each subset is all there is
     if protocol.divisor == "n" and not (real.moments or fake.moments):
         return frechet_distance(real.rows[PLAIN], fake.rows[PLAIN]), None
     return frechet_from_moments(moments_of(real), moments_of(fake), protocol.divisor), None

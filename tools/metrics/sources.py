@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,14 +162,22 @@ class ClipReader(Dataset[list[Reading]]):
         return STORAGE[self.rules.storage](fit(frames, self.rules.crop, self.rules.resolution))
 
 
-def first_size(source: Source, rules: SideRules) -> tuple[int, int] | None:
-    """(H, W) of the first clip that can be used, as a detector would see it; None where none can."""
+def first_size(source: Source, rules: SideRules) -> tuple[int, int]:
+    """(H, W) of the first clip that can be used, as a detector would see it. ValueError where none can."""
+    problems: dict[str, str] = {}
     for place in source.order(rules):
         (reading,) = ClipReader(source, rules, [(Request(place),)])[0]
         if reading.frames is not None:
             height, width = reading.frames.shape[-2:]
             return height, width
-    return None
+        problems[source.clips[place].name] = str(reading.problem)
+    raise none_usable(source, problems)
+
+
+def none_usable(source: Source, problems: Mapping[str, str]) -> ValueError:
+    """What is wrong where no clip can be used; `problems`: by name."""
+    some = "; ".join(f"{name}: {problem}" for name, problem in islice(problems.items(), 3))
+    return ValueError(f"none of the {len(source.clips)} clips in '{source.root}' can be used: {some}")
 
 
 def read_frames(reader: Reader, clip: Clip, indices: list[int]) -> Tensor:
