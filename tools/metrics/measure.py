@@ -90,17 +90,18 @@ class Evaluation:
 
         Raises: ValueError for too few clips, none that is long enough or readable, or another size on either side.
         """
-        on_main(lambda: [self._look(metric, protocol_for(metric, self.protocol, 0)) for metric in metrics])
+        on_main(lambda: self._look(metrics))
 
-    def _look(self, metric: Metric, protocol: Protocol) -> None:
-        sizes = {}
-        for side in _sides(metric):
-            source = self._source(side)
-            if metric.unit == "clip":
-                _enough(metric, source, len(source.clips))
-            if self.windows is None:  # whose clips are known, and were read before
-                sizes[side] = first_size(source, protocol.side(side))
-        _same_size(sizes)
+    def _look(self, metrics: Sequence[Metric]) -> None:
+        for metric in metrics:
+            protocol, sizes = protocol_for(metric, self.protocol, seed=0), {}
+            for side in _sides(metric):
+                source = self._source(side)
+                if metric.unit == "clip":
+                    _enough(metric, source, len(source.clips))
+                if self.windows is None:  # whose clips are known, and were read before
+                    sizes[side] = first_size(source, protocol.side(side))
+            _same_size(sizes)
 
     # ---- features ----------------------------------------------------------------------------------
 
