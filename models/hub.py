@@ -14,7 +14,8 @@ def find_folder(path: str, revision: str | None, key: str, patterns: Sequence[st
     """The folder that `path` names, downloaded where it is a hub name; says which state of it.
 
     Args:
-        revision: of a hub name.
+        path: a folder, `owner/name`, or `owner/name@revision`.
+        revision: of a hub name that states none.
         key: what `path` is called in a configuration.
         patterns: the files that are needed of a hub name.
 
@@ -29,13 +30,14 @@ def find_folder(path: str, revision: str | None, key: str, patterns: Sequence[st
         raise FileNotFoundError(f"{key}: there is no folder {folder}")
     from huggingface_hub import snapshot_download
 
+    name, _, stated = path.partition("@")
     try:
-        found = snapshot_download(path, revision=revision, allow_patterns=list(patterns))
+        found = snapshot_download(name, revision=stated or revision, allow_patterns=list(patterns))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{key}={path} is not a folder here, and could not be had from the hub ({type(error).__name__})"
         ) from error
-    log.warning("%s: revision %s, commit %s", path, revision or "main", Path(found).name)
+    log.warning("%s: revision %s, commit %s", name, stated or revision or "main", Path(found).name)
     return Path(found)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .config import require
 from .convert import read_state_dict
+from .hub import find_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -133,13 +134,13 @@ class Adapter(NamedTuple):
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Adapter:
-        """From a folder of peft: `adapter_config.json` and `adapter_model.safetensors`.
+        """From a folder of peft, or a hub name: `adapter_config.json` and `adapter_model.safetensors`.
 
         Raises:
             FileNotFoundError: there is no such folder.
             ValueError: it is broken, or of a kind that is not merged by W + scale * B A.
         """
-        folder = Path(folder)
+        folder = find_folder(str(folder), None, "lora", (CONFIG_FILE, WEIGHTS_FILE))
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is no LoRA in peft's format: it has no {name}")
@@ -169,7 +170,7 @@ class Adapter(NamedTuple):
 
 
 def merge_lora(model: nn.Module, folder: str | Path, scale: float = 1.0) -> None:
-    """Merge the adapters of a folder of peft into a network."""
+    """Merge the adapters of a folder of peft, or of a hub name, into a network."""
     weights = model.state_dict()
     Adapter.from_folder(folder).merge_into(weights, scale)
     model.load_state_dict(weights, assign=True)

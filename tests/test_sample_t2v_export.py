@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,15 +20,18 @@ from engine.distributed import World
 from engine.trainer import Trainer
 from models.convert_t2v import load_t2v
 from models.latte_t2v import LatteT2V
+from models.lora import LoraConfig, add_lora, lora_weights, save_lora
 from sample import sample_t2x
 from sample.t2v_export import describe_scheduler, export_run
 from sample.t2x_config import load_t2x_config
 from sample.t2x_run import TrainedRun
 from sample.text_to_video import Sampler, denoise
 from tests.conftest import random_weights
+from tests.hub_stand_in import local_hub
 from tests.latent_support import save_codec
 from tests.text_support import TINY_TEXT, draw_captioned, save_text_encoder
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 IMAGES = ["model.name=custom-t2i", "model.depth=1", "data.num_frames=1"]
 
@@ -185,6 +191,52 @@ def test_a_video_network_is_a_start_too(base: list[str], tmp_path: Path) -> None
     run = Trainer(load_config(None, [*base, f"train.init_from={images}"]), World())
     with pytest.raises(ValueError, match="let them in over a number of steps"):
         run.restore()
+
+
+HUB = """
+import sys
+from engine.config import load_config
+from engine.distributed import World
+from engine.trainer import Trainer
+from models.latte_t2v import LatteT2V
+from sample import sample_t2x
+from tools import convert_t2v
+out, *keys = sys.argv[1:]
+run = Trainer(load_config(None, [*keys, "text.path=me/mine", "text.revision=v1", "train.init_from=me/mine@v1",
+                                 f"train.output_dir={out}/run", "train.max_steps=1"]), World())
+run.fit()
+tuned = Trainer(load_config(None, [*keys, "text.path=me/mine", "train.init_from=me/mine", "lora.rank=2",
+                                   f"train.output_dir={out}/tuned", "train.max_steps=1"]), World())
+tuned.fit()
+size = ["--image_size", "16", "16", "--video_length", "1", "--num_sampling_steps", "2", "--precision", "fp32"]
+assert not sample_t2x.main(["--pretrained_model_path", "me/mine", "--transformer", "me/mine@v1", "--lora", "me/lora@v2",
+                            "--prompt", "a stone", "--save_img_path", f"{out}/seen", "--device", "cpu", *size])
+assert not convert_t2v.main(["me/mine", f"{out}/merged", "--lora", "me/lora"])
+"""
+
+
+def test_hub_names_in_training_and_of_adapters(base: list[str], tmp_path: Path) -> None:
+    """Encoder, start and adapters by name and revision, in a process that knows a hub of ours; each says its commit."""
+    config = load_config(None, base)
+    export_run(checkpoint(config, tmp_path / "run"), tmp_path / "latte")
+    network = build_model(config)
+    add_lora(network, LoraConfig(rank=2))
+    save_lora(lora_weights(network.state_dict()), LoraConfig(rank=2), tmp_path / "lora")
+    keys = [each for each in base if not each.startswith("text.path")]
+    with local_hub() as hub:
+        commits = {name: hub.add_folder(*name.split("@")[:1], tmp_path / folder, name.split("@")[1])
+                   for name, folder in (("me/mine@v1", "latte"), ("me/mine@main", "latte"),
+                                        ("me/lora@v2", "lora"), ("me/lora@main", "lora"))}  # fmt: skip
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run([sys.executable, "-c", HUB, str(tmp_path / "out"), *keys], cwd=ROOT, env=env,
+                              capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(set(commits.values())) == 4
+    for name, commit in commits.items():
+        repository, revision = name.split("@")
+        assert f"{repository}: revision {revision}, commit {commit}" in done.stderr
+    assert list((tmp_path / "out" / "seen").glob("0000_*.png"))
+    assert (tmp_path / "out" / "merged" / "config.json").is_file()
 
 
 def test_what_cannot_be_exported(base: list[str], checkpoint_of_classes: Path, tmp_path: Path) -> None:

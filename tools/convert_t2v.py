@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="where to write; must be new or empty")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a config.json; default: beside the weights")
     parser.add_argument("--revision", metavar="NAME", help="of a hub name")
-    parser.add_argument("--lora", type=Path, metavar="DIR", help="adapters to merge into it, in peft's format")
+    parser.add_argument("--lora", metavar="DIR", help="adapters to merge into it, in peft's format")
     parser.add_argument("--lora_scale", type=float, default=1.0, metavar="X", help="so much of them (1)")
     parser.add_argument("--variant", help="e.g. fp16, of a folder with weights named so")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="of a .pt file (default: ema)")
