@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .hub import find_folder
+from .hub import find_folder, refuse_revision
 from .taef2 import DECODER_FILE, ENCODER_FILE, Taef2
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -129,6 +129,8 @@ def codec_folder(config: CodecConfig) -> Path:
     Raises: FileNotFoundError where there is none.
     """
     folder, inside = local_folder(config), f"{config.subfolder}/" if config.subfolder else ""
+    if folder is not None:
+        refuse_revision(str(config.path), config.revision, "codec.path")
     for suffix in ("safetensors", "bin") if folder is None else ():
         names = (CONFIG_FILE, f"{WEIGHTS}*.{suffix}", f"{WEIGHTS}*.json", ENCODER_FILE, DECODER_FILE)
         found = find_folder(str(config.path), config.revision, "codec.path", [f"{inside}{name}" for name in names])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .config_t2v import CLASS_NAME, LATTE_1, LatteT2VConfig
 from .convert import InitReport, load_weights, read_state_dict
-from .hub import find_folder
+from .hub import find_folder, read_json
 from .latte_t2v import LatteT2V
 
 log = logging.getLogger(__name__)
@@ -237,20 +237,6 @@ def _config(given: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
     if name not in CLASS_NAMES:
         raise ValueError(f"{folder} describes a {name} network; the class must be one of {', '.join(CLASS_NAMES)}")
     return config
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The names and values of a JSON file.
-
-    Raises: OSError where it cannot be read; ValueError where it is broken or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not whole JSON; copy it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no names and values; copy it again")
-    return content
 
 
 # ----------------------------------------------------------------------------------------- weights

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .autoencoder import DTYPES
-from .hub import find_folder, require_part
+from .hub import find_folder, read_json, require_part
 from .quantize import quantize
 
 log = logging.getLogger(__name__)
@@ -98,13 +99,26 @@ class TextEncoder:
 
         for name in PARTS:
             require_part(folder, name)
+        read_json(folder / "text_encoder" / "config.json")
         remarks.disable_progress_bar()  # of reading one file
+        told = remarks.get_verbosity()
+        remarks.set_verbosity(logging.CRITICAL)  # a table of all weights that do not fit
         try:
             tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
-            network = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            network, report = T5EncoderModel.from_pretrained(
+                folder / "text_encoder", dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"{folder}: tokenizer or text_encoder could not be loaded: {reason}") from error
+        finally:
+            remarks.set_verbosity(told)
+        lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
+        if lost:
+            raise ValueError(
+                f"{folder / 'text_encoder'}: {len(lost)} weights are missing or of another shape than its config.json "
+                f"says, {lost[0]} the first"
+            )
         check_tokenizer(tokenizer, network.config.vocab_size, folder)
         return cls(tokenizer, quantize(network.eval().requires_grad_(False), quantization, device), max_length)
 

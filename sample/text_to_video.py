@@ -9,7 +9,7 @@ Letters: B batch (2 with guidance), L words of a prompt, F frames, C latent chan
 from __future__ import annotations
 
 import inspect
-import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +26,7 @@ from engine.config import window_overlap
 from engine.objective import sample_generator
 from models import hub
 from models.autoencoder import DTYPES, CodecConfig, LatentCodec
+from models.config import require
 from models.convert_t2v import find_network, load_t2v
 from models.hub import require_part
 from models.latte_t2v import LatteT2V
@@ -42,6 +43,8 @@ LATTE_BETAS = {
     "beta_schedule": "linear",
 }  # Latte's, where a folder says nothing
 BETAS = tuple(LATTE_BETAS)
+log = logging.getLogger(__name__)
+
 FIXED_VARIANCE = "fixed_large"  # of DDPM, of a network without a learned one
 PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae*")
 Progress = Callable[[int, int], object]
@@ -73,10 +76,13 @@ def make_scheduler(config: T2XConfig, folder: Path, *, learned_variance: bool = 
     if config.sample_method in LEARNED_VARIANCE:
         betas["variance_type"] = config.variance_type if learned_variance else FIXED_VARIANCE
     owner = getattr(diffusers, name)
-    given = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    given = hub.read_json(folder / "scheduler" / "scheduler_config.json")
     known = inspect.signature(owner.__init__).parameters
     kept = {key: value for key, value in given.items() if key in known and key != "variance_type"}
-    return owner(**{**LATTE_BETAS, **kept, **betas, **options})
+    scheduler = owner(**{**LATTE_BETAS, **kept, **betas, **options})
+    steps, most = config.num_sampling_steps, scheduler.config.num_train_timesteps
+    require(steps <= most, f"num_sampling_steps={steps} is more than the {most} steps of the noise schedule")
+    return scheduler
 
 
 @torch.no_grad()
@@ -153,7 +159,7 @@ def load_codec(config: T2XConfig, folder: Path, device: torch.device) -> LatentC
     """The decoder of single frames, or the one of clips."""
     name = "vae_temporal_decoder" if config.enable_vae_temporal_decoder else "vae"
     require_part(folder, name)
-    described = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+    described = hub.read_json(folder / name / "config.json")
     widths = described.get("block_out_channels") or described["encoder_block_out_channels"]  # AutoencoderTiny's
     codec = LatentCodec.from_config(
         CodecConfig(
@@ -193,6 +199,8 @@ class Sampler:
     def __init__(self, config: T2XConfig, folder: Path, device: torch.device, codec: CodecConfig | None = None) -> None:
         self.config = config
         self.device = device
+        if config.cpu_offload and device.type == "cpu":
+            log.warning("cpu_offload changes nothing here: the networks would take turns on a GPU")
         resting = torch.device("cpu") if config.cpu_offload else device
         self.model = load_network(config, folder, resting)
         channels, out_channels = self.model.config.channels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -288,6 +289,10 @@ def test_configs_that_are_refused(tmp_path: Path, text: str, words: str) -> None
 
 
 def test_other_mistakes(latte: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a folder here, which has no revision v1: leave that out"):
+        find_folder(T2XConfig(pretrained_model_path=str(latte), revision="v1"))
+    with pytest.raises(ValueError, match="num_sampling_steps=1001 is more than the 1000 steps of the noise schedule"):
+        make_scheduler(tiny(latte, num_sampling_steps=1001), latte)
     with pytest.raises(ValueError, match="there is no prompt"):
         command(latte, tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -392,6 +397,43 @@ def said_by(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     return ended.value.code or 0, "\n".join(
         line for line in lines if line and "step/s" not in line and "it/s" not in line
     )
+
+
+BROKEN = [  # file, what is said where it is missing, and where it is cut off
+    ("text_encoder/model.safetensors", "text_encoder could not be loaded: Error no file named", "could not be loaded"),
+    ("text_encoder/config.json", "text_encoder/config.json is missing", "text_encoder/config.json is not whole JSON"),
+    ("tokenizer/tokenizer.json", "the tokenizer knows", "could not be loaded"),
+    ("transformer/diffusion_pytorch_model.safetensors", "transformer holds no weights", "is not a whole safetensors"),
+    ("transformer/config.json", "transformer holds no network", "transformer/config.json is not whole JSON"),
+    ("scheduler/scheduler_config.json", "scheduler_config.json is missing", "scheduler_config.json is not whole JSON"),
+    ("vae/diffusion_pytorch_model.safetensors", "could not be loaded as AutoencoderKL", "could not be loaded as Auto"),
+    ("vae/config.json", "vae/config.json is missing", "vae/config.json is not whole JSON"),
+]
+
+
+@pytest.mark.parametrize(("file", "missing", "cut"), BROKEN, ids=[each[0] for each in BROKEN])
+def test_a_broken_file_is_one_sentence(
+    file: str, missing: str, cut: str, latte: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "latte"
+    shutil.copytree(latte, folder)
+    given = ["--pretrained_model_path", str(folder), "--prompt", "a", "--save_img_path", str(tmp_path / "out")]
+    for words in (cut, missing):
+        (folder / file).write_bytes((folder / file).read_bytes()[:100]) if words == cut else (folder / file).unlink()
+        code, said = said_by(monkeypatch, capfd, *given)
+        assert code == 2 and words in said.splitlines()[-1] and "Traceback" not in said, said
+        assert said.splitlines()[-1].startswith("error: ")
+
+
+def test_an_encoder_that_is_not_its_configs_is_one_sentence(latte: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "latte"
+    shutil.copytree(latte, folder)
+    described = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps({**described, "d_ff": 64}))
+    with pytest.raises(ValueError, match="weights are missing or of another shape than its config.json says") as raised:
+        TextEncoder.from_folder(folder, torch.float32, CPU)
+    assert "\n" not in str(raised.value)
 
 
 def broken(latte: Path, folder: Path, without: str) -> Path:
