@@ -187,7 +187,10 @@ def _transformer_folder(source: Path) -> Path | None:
         raise FileNotFoundError(f"there is no folder or file {source}")
     folders = [folder for folder in (source / SUBFOLDER, source) if (folder / CONFIG_FILE).is_file()]
     if not folders:
-        raise FileNotFoundError(f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}")
+        raise FileNotFoundError(
+            f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}; of a training run "
+            "tools.export_t2v makes such a folder"
+        )
     return folders[0]
 
 
