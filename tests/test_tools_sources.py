@@ -127,10 +127,12 @@ def test_random_selection_is_seeded_and_complete(tmp_path: Path) -> None:
     for number in range(40):
         array(tmp_path / f"{number:06d}.npy", 16)
     source = Source.find(str(tmp_path), "--real_data_path")
-    orders = [source.order(rules(protocol="latte", seed=seed)) for seed in (0, 0, 1)]
+    every = rules(protocol="latte")
+    orders = [source.order(replace(every, count=39, seed=seed)) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
-    assert all(sorted(order) == list(range(40)) for order in orders)
+    assert all(sorted(order) == list(range(40)) for order in orders)  # the last steps in where one cannot be used
     assert orders[0] != sorted(orders[0])
+    assert source.order(replace(every, count=40)) == source.order(replace(every, count=None)) == list(range(40))
 
 
 def test_arrays_are_the_samples_and_videos_beside_them_their_copies(tmp_path: Path) -> None:
