@@ -54,6 +54,9 @@ def asked(arguments: argparse.Namespace, **on_cpu: Any) -> tuple[Workload, torch
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if threads:
         torch.set_num_threads(threads)
+    sizes = [name for name, value in given.items() if value is not None]
+    if arguments.quick and sizes:
+        raise ValueError(f"--quick takes tiny sizes of its own: leave --{sizes[0]} out.")
     if arguments.quick:
         return Workload("tiny", batch=1, frames=2, latent=8), device
     defaults = {"size": "Latte-XL/2"} if device.type == "cuda" else {"size": "Latte-S/2", **on_cpu}
