@@ -365,9 +365,8 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     make_video(tmp_path / "in" / "a.mp4")
     convert(tmp_path / "in", tmp_path / "out", "--target_size", "8")
     before = tree(tmp_path / "out")
-    with pytest.raises(
-        ValueError, match=r"with other settings \(format 'png' there, 'jpeg' now, size 8 there, 9 now\)"
-    ):
+    said = "with other settings (format 'png' there, 'jpeg' now, quality None there, 95 now, size 8 there, 9 now)"
+    with pytest.raises(ValueError, match=re.escape(said)):
         convert(tmp_path / "in", tmp_path / "out", "--target_size", "9", "--format", "jpeg")
     assert tree(tmp_path / "out") == before
 
@@ -385,6 +384,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     ("flags", "sentence"),
     [
         (["--quality", "0"], "quality is 0, but must be from 1 to 100"),
+        (["--quality", "90"], "quality is of JPEG files: it needs the format jpeg, not png"),
         (["--target_size", "0"], "size is 0, but must be from 1"),
         (["--force_fps", "-1"], "fps is -1"),
         (["--num_workers", "0"], "--num_workers is 0"),

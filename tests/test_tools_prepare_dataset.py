@@ -399,6 +399,9 @@ def test_group_keeps_what_belongs_together(tmp_path: Path) -> None:
         (["--group", "("], "is no regular expression"),
         (["--test_share", "1"], "--test_share is 1.0"),
         (["--workers", "0"], "--workers is 0"),
+        (["--quality", "90", "--format", "png"], "quality is of JPEG files: it needs the format jpeg, not png"),
+        (["--lists", "x"], "--lists is of ucf101: leave it out for folder"),
+        (["--csv", "x"], "--csv is of taichi: leave it out for folder"),
         (["--labels", "class_folders"], "lies in no class folder"),
     ],
 )

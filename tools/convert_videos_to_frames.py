@@ -77,7 +77,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--target_size", type=int, metavar="N", help="centre crop and resize to N x N (unchanged)")
     add("--force_fps", type=int, metavar="N", help="pick frames by time, N a second (every frame)")
     add("--format", choices=("png", "jpeg"), default="png", help="of the frames (png)")
-    add("--quality", type=int, default=95, metavar="Q", help="JPEG quality, 1 to 100 (95)")
+    add("--quality", type=int, metavar="Q", help="of JPEG files, 1 to 100 (95)")
     add("--num_workers", "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
     add("--compute_fps_only", action="store_true", help="only print the frame rates")
     arguments = parser.parse_args(argv)

@@ -23,20 +23,21 @@ if TYPE_CHECKING:
 FORMATS = ("link", "video", "png", "jpeg")
 SUFFIXES = {"link": "", "video": ".mp4", "png": ".png", "jpeg": ".jpg"}
 LANCZOS = "center_crop_then_lanczos"
+JPEG_QUALITY = 95
 PNG_LEVEL = 2  # of 9: three times as fast as Pillow's 6 for files a tenth larger
 UNKNOWN_FPS = 25  # of videos made from folders of frames, which have no rate
 
 
 @dataclass(frozen=True)
 class Form:
-    """How clips are written: `format`, the JPEG `quality` (1 to 100), and how their pixels are treated.
+    """How clips are written: `format`, the JPEG `quality` (1 to 100; None: 95), and how their pixels are treated.
 
     With `size` each frame becomes a square of that side by `transform`: a key of datasets.transforms.TRANSFORMS,
     or LANCZOS. `fps` picks frames by time, so that so many make a second. `min_frames`: shorter clips are skipped.
     """
 
     format: str = "png"
-    quality: int = 95
+    quality: int | None = None
     size: int | None = None
     transform: str = "resize_then_center_crop"
     fps: int | None = None
@@ -51,6 +52,10 @@ class Form:
         ):
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{key} is {value}, but must be from {least} to {most}")
+        if self.quality is not None and self.format != "jpeg":
+            raise ValueError(f"quality is of JPEG files: it needs the format jpeg, not {self.format}")
+        if self.format == "jpeg":
+            object.__setattr__(self, "quality", self.quality or JPEG_QUALITY)
         if self.format == "link" and self.size:
             raise ValueError("links leave the pixels as they are: size needs the format video, png or jpeg")
 

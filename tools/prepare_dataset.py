@@ -377,7 +377,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("out", type=Path, metavar="OUT", help="folder to fill")
     add("--format", choices=FORMATS, default="link", help="link (no copies), video (mp4), png or jpeg frames (link)")
     add("--size", type=int, metavar="N", help="crop and resize to N x N as training does (unchanged)")
-    add("--quality", type=int, default=95, metavar="Q", help="JPEG quality, 1 to 100 (95)")
+    add("--quality", type=int, metavar="Q", help="of JPEG files, 1 to 100 (95)")
     add("--min_frames", type=int, default=1, metavar="N", help="skip shorter clips (1)")
     add("--split", choices=SPLITS, default="auto", help="auto: the data set's own; 1, 2, 3: of UCF101 (auto)")
     add("--test_share", type=float, default=0.1, metavar="X", help="share of source videos to test, if hashed (0.1)")
@@ -396,6 +396,9 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
     """The arguments, if their values make sense."""
     if arguments.workers < 1:
         raise ValueError(f"--workers is {arguments.workers}, but must be at least 1")
+    for flag, dataset in (("lists", "ucf101"), ("csv", "taichi")):
+        if getattr(arguments, flag) and arguments.dataset != dataset:
+            raise ValueError(f"--{flag} is of {dataset}: leave it out for {arguments.dataset}")
     if not 0 <= arguments.test_share < 1:
         raise ValueError(f"--test_share is {arguments.test_share}, but must be at least 0 and below 1")
     try:
