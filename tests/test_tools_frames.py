@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
