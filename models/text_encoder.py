@@ -22,6 +22,7 @@ from .quantize import quantize
 log = logging.getLogger(__name__)
 
 MAX_CAPTION = 100_000  # characters
+LONGEST = 4096  # pieces that the encoder is given at most: its memory grows with their square
 MAX_WORDS = 120  # of a prompt, in T5's pieces; what the weights were trained with
 PARTS = ("tokenizer", "text_encoder")
 PROBES = ("a red disc moving", "two blue squares resting")  # as many words; no tokenizer may take them for the same
@@ -48,9 +49,9 @@ class TextConfig:
     features: str | None = None  # read features from this cache of tools.cache_text instead of encoding
 
     def __post_init__(self) -> None:
-        for key in ("caption_channels", "max_length"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"text.{key} must be at least 1, not {getattr(self, key)}.")
+        for key, most in (("caption_channels", 2**16), ("max_length", LONGEST)):
+            if not 1 <= getattr(self, key) <= most:
+                raise ValueError(f"text.{key} must be from 1 to {most}, not {getattr(self, key)}.")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"text.caption_dropout must be in [0, 1), not {self.caption_dropout}.")
         if self.dtype not in DTYPES:
