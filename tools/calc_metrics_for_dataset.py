@@ -106,13 +106,13 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(arguments.threads)
     metrics = check(arguments)
     world = init_world(arguments.device)
-    out = on_main(lambda: make_writable(arguments.out or free_name(arguments)))
+    on_main(lambda: make_writable(arguments.out or free_name(arguments)))
     evaluation = prepare(arguments, metrics, world)
     evaluation.look(metrics)
     entries = {metric.name: evaluation.measure(metric, arguments.seeds) for metric in metrics}
     if world.is_main:
         result = describe(argv, arguments, evaluation, entries, world, time.perf_counter() - started)
-        write(out, result, evaluation)
+        write(arguments.out or free_name(arguments), result, evaluation)  # free now, if another job took the first
     close_world()
     return cli.leave(0)
 
@@ -155,20 +155,19 @@ def free_name(arguments: argparse.Namespace) -> Path:
     return next(path for each in names if not (path := RESULT_FOLDER / f"{each}.json").exists())
 
 
-def make_writable(out: Path) -> Path:
+def make_writable(out: Path) -> None:
     """See that the result can be written before anything is computed, and that no stranger's file is in its place."""
     from sample.sample import make_writable as make_folder
 
     make_folder(out.parent, "--out")
     if not out.exists():
-        return out
+        return
     try:
         ours = json.loads(out.read_text(encoding="utf-8"))["kind"] == KIND
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         ours = False
     if not ours:
         raise ValueError(f"--out {out} exists and is no result of this tool: name another file")
-    return out
 
 
 def prepare(arguments: argparse.Namespace, metrics: Sequence[Metric], world: World) -> Evaluation:

@@ -77,7 +77,7 @@ class Evaluation:
         if not runs:
             return {}
         entry = _summary([scores for _, scores in runs])
-        counts = {side: _counts(getattr(self, side), metric, [sets[side] for sets, _ in runs]) for side in sides}
+        counts = {side: _counts(self.source(side), metric, [sets[side] for sets, _ in runs]) for side in sides}
         entry["detector"] = self.detectors[metric.family].name
         entry["protocol"] = protocols[0].to_dict() | {"seed": None, "seeds": list(seeds[: len(runs)])}
         entry["counts"] = counts
@@ -96,7 +96,7 @@ class Evaluation:
         for metric in metrics:
             protocol, sizes = protocol_for(metric, self.protocol, seed=0), {}
             for side in _sides(metric):
-                source = self._source(side)
+                source = self.source(side)
                 if metric.unit == "clip":
                     _enough(metric, source, len(source.clips))
                 if self.windows is None:  # whose clips are known, and were read before
@@ -121,7 +121,8 @@ class Evaluation:
         self.read[side, each] = found
         return found
 
-    def _source(self, side: str) -> Source:
+    def source(self, side: str) -> Source:
+        """The real or the fake clips."""
         source = self.real if side == "real" else self.fake
         assert source is not None  # checked before anything is read
         return source
@@ -149,7 +150,7 @@ class Evaluation:
         max_rows: int | None,
     ) -> FeatureSet:
         """From the cache, or else computed; on ranks other than 0 without features."""
-        source, world = self._source(side), self.extractor.world
+        source, world = self.source(side), self.extractor.world
         cache = self.cache if side == "real" and world.is_main else None
         given, windows = self.windows(side, rules) if self.windows else (rules, None)
         bits = {"device": world.device.type, "threads": torch.get_num_threads(), "versions": library_versions()}
@@ -288,7 +289,7 @@ def _usable(evaluation: Evaluation, metric: Metric, sets: Mapping[str, FeatureSe
     """ValueError where the sides differ in size, or one has too few items for the metric."""
     _same_size({side: features.size for side, features in sets.items()})
     for side, features in sets.items():
-        _enough(metric, evaluation._source(side), features.count)
+        _enough(metric, evaluation.source(side), features.count)
 
 
 def _same_size(sizes: Mapping[str, tuple[int, int] | None]) -> None:
