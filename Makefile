@@ -17,7 +17,7 @@ $(STAMP): requirements.txt
 		{ echo "Python 3.11 to 3.13 is needed; name one with: make setup PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement requirements.txt
 	@touch $@
 
 demo: setup  ## the main job: data -> training -> samples -> results/demo/index.html
