@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import MISTAKE_EXIT, TrainingAborted
+from .errors import INTERRUPTED_EXIT, MISTAKE_EXIT, TrainingAborted
+from .signals import die_with_parent
 from .text import printable
 
 NOISY = ("bitsandbytes", "diffusers.quantizers")  # remarks of optional packages about each other and other machines
@@ -27,6 +28,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     package that is not installed; TrainingAborted (exit code 3) is a run that cannot go on. Set LATTE_TRACEBACK=1
     to see where one came from.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # before the slow imports, so that torchrun's death is noticed during them
+        die_with_parent()
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -43,7 +46,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = leave(getattr(error, "exit_code", MISTAKE_EXIT))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        code = leave(130)
+        code = leave(INTERRUPTED_EXIT)
     except Exception:
         traceback.print_exc()
         code = leave(1)

@@ -15,7 +15,6 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .signals import die_with_parent
 
 CPU = torch.device("cpu")
 T = TypeVar("T")
@@ -42,24 +41,49 @@ def init_world(device: str | None = None, timeout_s: float = 1800.0, backend: st
     `device` is "cpu", "cuda" or None for CUDA where there is one. `timeout_s` of a collective is lengthened to
     START_TIMEOUT_S until `set_timeout`. `backend` None is NCCL on CUDA, gloo on the CPU.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank, size, local_rank = launch_variables(os.environ)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(target)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(device=target)
     if not dist.is_initialized():
         backend = backend or ("nccl" if kind == "cuda" else "gloo")
         timeout = timedelta(seconds=max(timeout_s, START_TIMEOUT_S))
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        except dist.DistError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise OSError(
+                f"rank {rank} of {size} cannot meet the others at MASTER_ADDR:MASTER_PORT={where}: "
+                f"{str(error).splitlines()[0]} If the port is in use, set another MASTER_PORT for all ranks."
+            ) from None
         # torchrun's store outlives a restart: without a name of its own, a start may find the addresses of the last
         attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, target)
+
+
+def launch_variables(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """Returns (RANK, WORLD_SIZE, LOCAL_RANK) as the launcher set them, by default those of a single process.
+
+    Raises: ValueError where they are no numbers or do not belong together.
+    """
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    texts = {name: environment.get(name, default) for name, default in names.items()}
+    wrong = [f"{name}={text!r}" for name, text in texts.items() if not (text.isascii() and text.isdigit())]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)}: must be a number; the launcher (torchrun) sets it, so unset it otherwise."
+        )
+    rank, size, local_rank = (int(text) for text in texts.values())
+    if not (rank < size and local_rank < size):
+        raise ValueError(
+            f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local_rank} do not belong together: ranks go from 0 to "
+            "WORLD_SIZE - 1. The launcher (torchrun) sets them; unset them to train with one process."
+        )
+    return rank, size, local_rank
 
 
 def set_timeout(timeout_s: float) -> None:

@@ -1,31 +1,42 @@
-"""torchrun, with two things that the pinned torch's lacks. Flags are torchrun's, and `--shutdown-timeout`.
+"""torchrun, with longer time to save, no restarts that are bound to fail, and a sentence at the end.
 
     python -m engine.elastic --standalone --nproc_per_node=8 --shutdown-timeout=240 train.py --config FILE
+
+Flags are torchrun's, and `--shutdown-timeout`.
 
 - Workers that are asked to stop have `--shutdown-timeout` seconds to write their checkpoint before they are killed.
   torch 2.11 always gives them 30, which a large network on a slow disk exceeds; later ones have this very flag.
 - A worker whose exit code says that it would end the same way again ends the run: `--max-restarts` is for crashes.
+- The last line says how the run ended, where torchrun prints a traceback of its own. Exit code: 75 if a signal stopped
+  the run and every worker saved, 130 after Ctrl-C, 143 or 138 if a signal stopped workers that did not save; else that
+  of the worker that failed first.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import signal
 import sys
 
-from torch.distributed import run
+from torch.distributed import DistError, run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import PContext
+from torch.distributed.elastic.multiprocessing import PContext, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
-from .errors import MISTAKE_EXIT, PREEMPTED_EXIT, TrainingAborted
+from .errors import INTERRUPTED_EXIT, MISTAKE_EXIT, PREEMPTED_EXIT, TrainingAborted
 
-FINAL_EXITS = (MISTAKE_EXIT, TrainingAborted.exit_code, PREEMPTED_EXIT)
+SAVED_EXITS = (0, PREEMPTED_EXIT, INTERRUPTED_EXIT)
+FINAL_EXITS = (MISTAKE_EXIT, TrainingAborted.exit_code, PREEMPTED_EXIT, INTERRUPTED_EXIT)
 
 
 class Agent(LocalElasticAgent):
-    """Starts, watches and restarts the workers of this node."""
+    """Starts, watches and restarts the workers of this node; `exit_codes` of the last ones that it stopped."""
+
+    exit_codes: tuple[int, ...] = ()
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -33,16 +44,54 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0
         return result
 
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM) -> None:
+        super()._shutdown(death_sig)
+        handlers = getattr(self._pcontext, "subprocess_handlers", {})
+        Agent.exit_codes = tuple(handler.proc.poll() for handler in handlers.values())
 
-def main(argv: list[str]) -> None:
-    """Run the command; ends with torchrun's exit code, which is 1 for whatever a worker failed of."""
+
+def describe_stop(number: signal.Signals, codes: tuple[int, ...]) -> tuple[int, str]:
+    """Returns the exit code and the last line of a launch that signal `number` stopped, its workers ending by `codes`."""
+    saved = bool(codes) and all(code in SAVED_EXITS for code in codes)
+    code = PREEMPTED_EXIT if saved else 128 + number
+    if saved:
+        line = "every process has saved; run the same command to continue"
+    else:
+        line = (
+            "not every process has saved; run the same command to continue from the newest checkpoint, if there is one"
+        )
+    return INTERRUPTED_EXIT if number == signal.SIGINT else code, f"stopped by {number.name}: {line}"
+
+
+def describe_failure(error: ChildFailedError) -> tuple[int, str]:
+    """Returns the exit code and the last line of a launch in which a worker failed."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        return 128 - failure.exitcode, f"error: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}"
+    reason = "stopped by a signal, saved" if failure.exitcode in SAVED_EXITS else "its message is above"
+    return failure.exitcode, f"error: rank {rank} ended with exit code {failure.exitcode} ({reason})"
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command and returns the exit code."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--shutdown-timeout", type=int, default=30)
     own, torchrun = parser.parse_known_args(argv)
     PContext.close = functools.partialmethod(PContext.close, timeout=own.shutdown_timeout)  # type: ignore
     api.LocalElasticAgent = Agent  # type: ignore[misc]
-    run.main(torchrun)
+    try:
+        run.main(torchrun)
+    except SignalException as stop:
+        code, line = describe_stop(stop.sigval, Agent.exit_codes)
+    except ChildFailedError as error:
+        code, line = describe_failure(error)
+    except (DistError, RendezvousError, OSError) as error:
+        code, line = MISTAKE_EXIT, f"error: the launch failed, is the port in use? {str(error).splitlines()[0]}"
+    else:
+        return 0
+    sys.stderr.write(f"{line}\n")
+    return code
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 MISTAKE_EXIT = 2  # a user's mistake, told in one sentence
 PREEMPTED_EXIT = 75  # EX_TEMPFAIL: stopped by a signal with everything saved; start it again
+INTERRUPTED_EXIT = 130  # stopped by Ctrl-C (SIGINT); a training has saved everything
 
 
 class TrainingAborted(RuntimeError):

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .cli import config_parser, leave
-from .errors import PREEMPTED_EXIT
 
 if TYPE_CHECKING:
     from .callbacks import Callback
@@ -56,15 +55,18 @@ def train(
         return 0
 
     from .distributed import close_world, init_world
+    from .start import check_ranks_agree_on_config
     from .trainer import Trainer
 
+    world = init_world(timeout_s=config.train.timeout_s)
+    check_ranks_agree_on_config(config, override=sorted(arguments.override))
     trainer = Trainer(
         config,
-        init_world(timeout_s=config.train.timeout_s),
+        world,
         override=arguments.override,
         allow_inexact_resume=arguments.allow_inexact_resume,
         callbacks=callbacks(config) if callbacks else (),
     )
     reached = fit(trainer) if fit else trainer.fit()
     close_world()  # after a clean end only
-    return leave(0 if reached else PREEMPTED_EXIT)
+    return leave(0 if reached else trainer.signals.exit_code)

@@ -8,17 +8,15 @@ the Trainer joins them as ever.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule
-from lightning import Trainer as Loop
+from lightning import Trainer as LightningTrainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from .signals import STOPPING
 from .trainer import Trainer
 
 MicroBatches = list[dict[str, Tensor]]
@@ -38,12 +36,6 @@ class LatteModule(LightningModule):
         """The Trainer's optimiser."""
         return self.run.optimizer
 
-    def on_train_start(self) -> None:
-        """Take the signals back, which Lightning's loop would answer without saving."""
-        if self.run.signals.installed:
-            for number in STOPPING:
-                signal.signal(number, self.run.signals.remember)
-
     def transfer_batch_to_device(self, batch: MicroBatches, device: Any, dataloader_idx: int) -> MicroBatches:
         """The objective moves what it needs."""
         return batch
@@ -53,6 +45,14 @@ class LatteModule(LightningModule):
         self.stop = self.run.advance(batch)
         if self.stop or self.run.step >= self.run.config.train.max_steps:
             self.trainer.should_stop = True
+
+
+class Loop(LightningTrainer):
+    """Lightning's loop, which leaves the stop signals to the run: its own answer to SIGTERM saves nothing."""
+
+    @property
+    def received_sigterm(self) -> bool:
+        return False
 
 
 class Steps(IterableDataset):

@@ -1,14 +1,17 @@
-"""Imported by the fork server of the data loaders, and by nothing else: it forks workers that are ready to read.
+"""Preloaded by the fork server of the data loaders, and imported by nothing else.
 
-It imports once what every worker needs, and dies with the training process. Without that both would outlive a
-killed one: the server waits for its workers, and they watch the server.
+Ties the server to the training process before the slow imports, then imports once what every loader worker needs.
+Each worker holds a pipe of the server open, so both would outlive a killed training process otherwise.
 """
 
-import torch  # noqa: F401
+import os
 
-import datasets.clips  # noqa: F401
+from .signals import LOADER_PARENT, die_with_parent
 
-from . import stream  # noqa: F401
-from .signals import die_with_parent
+die_with_parent(int(os.environ.get(LOADER_PARENT, "0")) or None)
 
-die_with_parent()
+import torch  # noqa: E402, F401
+
+import datasets.clips  # noqa: E402, F401
+
+from . import stream  # noqa: E402, F401

@@ -1,7 +1,8 @@
-"""Stopping in time: SIGTERM and SIGUSR1 are remembered, and acted on at the next step boundary.
+"""Stop signals: a flag that is read at the next step boundary, and helper processes that do not receive them.
 
-A pre-empted job gets one of them some time before it is killed. torchrun passes SIGTERM on to its workers, and
-SIGUSR1 if started with `--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1` (train_scripts/launch.sh does).
+A pre-empted job gets SIGTERM or SIGUSR1 some time before it is killed; Ctrl-C sends SIGINT. torchrun passes SIGTERM
+and SIGINT on to the process group of each rank, and SIGUSR1 if started with `--signals-to-handle`
+(train_scripts/launch.sh).
 """
 
 from __future__ import annotations
@@ -12,23 +13,28 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+from .errors import INTERRUPTED_EXIT, PREEMPTED_EXIT
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LOADER_PARENT = "LATTE_LOADER_PARENT"  # environment variable: process id of the training process, for its fork server
 
 
 class StopSignals:
-    """While entered, remembers the last stopping signal of this process in `received` (0: none)."""
+    """While entered, records the last of the stop signals `numbers` of this process in `received` (0: none)."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Sequence[signal.Signals] = STOPPING) -> None:
+        self.numbers = numbers
         self.received = 0
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            self._before = {number: signal.signal(number, self.remember) for number in STOPPING}
+            self._before = {number: signal.signal(number, self.remember) for number in self.numbers}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -37,34 +43,40 @@ class StopSignals:
         self._before = {}
 
     @property
-    def installed(self) -> bool:
-        """Whether this process has the handlers."""
-        return bool(self._before)
+    def exit_code(self) -> int:
+        """Exit code of a program that a signal stopped after everything was saved: 130 after Ctrl-C, else 75."""
+        return INTERRUPTED_EXIT if self.received == signal.SIGINT else PREEMPTED_EXIT
 
     def remember(self, number: int, frame: FrameType | None) -> None:
-        """The handler: sets a flag, and nothing else."""
+        """Sets a flag, and nothing else: the signal handler."""
         self.received = number
 
 
 @contextlib.contextmanager
-def ignored_by_children() -> Iterator[None]:
-    """Processes started meanwhile ignore the stopping signals: the loop, not its helpers, answers them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
+def blocked_in_children() -> Iterator[None]:
+    """Starts child processes with the stop signals blocked for good; this process receives them afterwards.
+
+    torchrun and schedulers signal whole process groups. A blocked mask survives exec and fork, while an ignored
+    signal does not survive torch, whose loader workers install a SIGTERM handler of their own.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
+        resource_tracker.ensure_running()  # unblocks SIGTERM and SIGINT when it starts the tracker
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, so that none is orphaned. Linux only."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Has the kernel kill this process when its parent dies, so that no process is orphaned. Linux only.
+
+    Args:
+        parent: process id of the parent, if known: if it has died already, this process ends at once.
+    """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
+    if os.getppid() != parent:  # it died before the call
         os.kill(os.getpid(), signal.SIGKILL)

@@ -46,6 +46,25 @@ def check_number(config: Config, clips: ClipDataset, world_size: int) -> None:
     )
 
 
+def check_ranks_agree_on_config(config: Config, **flags: object) -> None:
+    """Raises ValueError, on every rank, where ranks were started with different configurations. Collective.
+
+    Args:
+        flags: command-line flags that must be equal too.
+    """
+    sections = config.to_dict().items()
+    everyone = gather_objects(
+        {f"{name}.{key}": value for name, keys in sections for key, value in keys.items()} | flags
+    )
+    for rank, own in enumerate(everyone):
+        changed = [f"{key} {own[key]!r}, not {value!r}" for key, value in everyone[0].items() if own[key] != value]
+        require(
+            not changed,
+            f"rank {rank} was started with another configuration than rank 0 ({'; '.join(changed)}): start every "
+            "rank with the same command and the same config file.",
+        )
+
+
 def check_ranks_agree(config: Config, clips: ClipDataset) -> None:
     """Every rank must see the same data, or they would wait for each other for ever. Collective."""
     seen = gather_objects((len(clips), clips.digest))

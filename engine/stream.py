@@ -8,10 +8,13 @@ number of workers or processes changes nothing.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count
+from multiprocessing import popen_forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datasets.clips import ClipDataset
 from datasets.readers import VideoError
 
-from .signals import ignored_by_children
+from .signals import LOADER_PARENT, blocked_in_children
 from .watch import prepare_worker
 
 
@@ -96,6 +99,25 @@ def load_micro_batches(
         yield batch
 
 
+class _WorkerPopen(popen_forkserver.Popen):
+    """Ends a worker by SIGKILL: workers block SIGTERM."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _WorkerProcess(ForkServerProcess):
+    @staticmethod
+    def _Popen(process: Any) -> _WorkerPopen:
+        return _WorkerPopen(process)
+
+
+class WorkerContext(ForkServerContext):
+    """The forkserver start method, with workers that a DataLoader can end although they block SIGTERM."""
+
+    Process = _WorkerProcess
+
+
 def worker_loader(dataset: Dataset, num_workers: int, prefetch_factor: int = 4, **settings: Any) -> DataLoader:
     """A DataLoader whose workers end with this process, and whose death `loaded_items` notices."""
     return DataLoader(
@@ -105,7 +127,7 @@ def worker_loader(dataset: Dataset, num_workers: int, prefetch_factor: int = 4, 
         timeout=POLL_S if num_workers else 0,
         worker_init_fn=prepare_worker if num_workers else None,
         # without an explicit context a loader in a threaded parent may fork into a held lock
-        multiprocessing_context="forkserver" if num_workers else None,
+        multiprocessing_context=WorkerContext() if num_workers else None,
         generator=torch.Generator(),  # the loader's own seed draw must not touch the global generator
         **settings,
     )
@@ -115,7 +137,8 @@ def loaded_items(loader: DataLoader, timeout_s: float) -> Iterator[Any]:
     """What `loader` gives; RuntimeError in torch's words when a worker died or gave nothing for `timeout_s`."""
     loader.timeout = min(loader.timeout, timeout_s)
     multiprocessing.set_forkserver_preload(["engine.loader_server"])
-    with ignored_by_children():
+    os.environ[LOADER_PARENT] = str(os.getpid())
+    with blocked_in_children():
         loaded = iter(loader)
     while True:
         deadline = time.monotonic() + timeout_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -368,7 +369,8 @@ class Trainer:
             self.save()
         self.writer.wait()
         self._raise_failed_write(broadcast_object(self.writer.failure))
-        self.log.say(f"stopped by signal {signal_number} at step {self.step}, saved; run the same command to go on")
+        name = signal.Signals(signal_number).name
+        self.log.say(f"stopped by {name} at step {self.step}, saved; run the same command to continue")
         if self.world.is_main:
             self.folder.event("preempted", self.step, signal=signal_number)
             self.folder.mark(PREEMPTED, self.step, signal=signal_number)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import hashlib
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import IO
@@ -56,8 +58,11 @@ class Breadcrumbs:
 
 
 def prepare_worker(worker_id: int) -> None:
-    """What every loader worker does first."""
+    """Ties a loader worker to its fork server, and through it to the training process; runs first in each worker."""
     die_with_parent()
+    trainer = multiprocessing.parent_process()
+    if trainer is not None and not trainer.is_alive():  # the server may have died with it before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class HangWatch:

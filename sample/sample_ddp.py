@@ -12,6 +12,7 @@ all is there. docs/sampling.md has more.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> int:
     from engine.signals import StopSignals
 
     torch.set_num_threads(threads)
-    with StopSignals() as signals:
+    with StopSignals((signal.SIGTERM, signal.SIGUSR1)) as signals:  # Ctrl-C need not wait for a batch
         request = resolve(arguments)
         job = Job(request, join(request.device), signals, {"lossless": lossless, "threads": threads})
         try:

@@ -102,11 +102,13 @@ def _full_disk(trainer: Trainer) -> None:
 FAULTS: dict[str, Callable[[Trainer], None]] = {
     "killparent": _signal_parent(signal.SIGKILL),
     "termparent": _signal_parent(signal.SIGTERM),
+    "intparent": _signal_parent(signal.SIGINT),
     "usr1parent": _signal_parent(signal.SIGUSR1),
     "disk": _full_disk,
     "kill": _signal_self(signal.SIGKILL),
     "stop": _signal_self(signal.SIGSTOP),
     "term": _signal_self(signal.SIGTERM),
+    "int": _signal_self(signal.SIGINT),
     "usr1": _signal_self(signal.SIGUSR1),
     "raise": _raise,
     "nan": lambda trainer: _spoil_next_loss(trainer, "loss", "per_clip"),

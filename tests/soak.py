@@ -31,7 +31,7 @@ from tests.conftest import TINY, draw_frame_folders
 from tests.fault_support import Torchrun
 
 # what may hit a session, and how often: SIGKILL of a rank or of torchrun, signals, a full disk, a loader worker
-KINDS = ("kill", "kill", "killparent", "term", "usr1", "termparent", "usr1parent", "disk", "loader")
+KINDS = ("kill", "kill", "killparent", "term", "int", "usr1", "termparent", "intparent", "usr1parent", "disk", "loader")
 SIGNALS = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--max-restarts=0")
 STAY = {"checkpoints", "config.yaml", "metrics.jsonl", "events.jsonl", "tensorboard", "COMPLETED"}
 
@@ -72,20 +72,19 @@ def differences(a: Path, b: Path) -> list[str]:
     return found
 
 
-def soak(kills: int, seed: int, work: Path) -> list[str]:
+def soak(kills: int, seed: int, workers: int, work: Path) -> list[str]:
     """Everything that went wrong."""
     draw_frame_folders(work / "data", clips=4)
     steps = 6 * kills + 20
     common = [*TINY, f"data.path={work / 'data'}", f"train.max_steps={steps}", "train.checkpoint_every=5"]
-    common += ["train.log_every=1", "train.timeout_s=20", "model.label_dropout=0.5"]
+    common += ["train.log_every=1", "train.timeout_s=20", "model.label_dropout=0.5", f"data.num_workers={workers}"]
     disturbed = [*common, f"train.output_dir={work / 'disturbed'}"]
     rng, counts, started = random.Random(seed), Counter[str](), time.monotonic()
     for number in range(1, kills + 1):
         kind, rank, before = rng.choice(KINDS), rng.randrange(2), last_step(work / "disturbed")
         rank = 0 if kind == "disk" else rank  # which is the one that writes
         step = before + rng.randint(0, 9)
-        workers = f"data.num_workers={int(kind == 'loader')}"  # they cost seconds to start, and change nothing
-        code = session([*disturbed, workers], f"{kind}@{rank}:{min(step, steps - 2)}")
+        code = session(disturbed, f"{kind}@{rank}:{min(step, steps - 2)}")
         left = wait_for_the_end(str(work))
         if left:
             return [f"fault {number} ({kind}): {len(left)} processes survive: {left[0][:200]}"]
@@ -108,9 +107,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="loader workers of each rank")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="latte_soak_") as folder:
-        wrong = soak(arguments.kills, arguments.seed, Path(folder))
+        wrong = soak(arguments.kills, arguments.seed, arguments.workers, Path(folder))
     for line in wrong:
         print(line)
     print("FAILED" if wrong else "bit-identical to the undisturbed run; nothing left over; no process survives")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import shutil
 import sys
 from collections import defaultdict
@@ -23,7 +22,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import Clip, VideoError, build_dataset
@@ -36,7 +34,8 @@ from engine.config import Config
 from engine.distributed import World, broadcast_object, gather_objects, on_main
 from engine.errors import TrainingAborted
 from engine.run_folder import FolderLock
-from engine.watch import Breadcrumbs, prepare_worker
+from engine.stream import loaded_items, worker_loader
+from engine.watch import Breadcrumbs
 from models.autoencoder import LatentCodec
 from models.codec_identity import codec_identity, same_codec
 from sample.video_io import write_atomically
@@ -385,17 +384,10 @@ def loaded(items: Measured | Pieces) -> Iterator[Any]:
     Raises: TrainingAborted where one died, with the file that it read.
     """
     job = items.job
-    multiprocessing.set_forkserver_preload(["engine.loader_server"])
     job.crumbs.clear()
+    loader = worker_loader(items, job.workers, prefetch_factor=2, batch_size=None, collate_fn=as_it_is)  # type: ignore[arg-type]
     try:
-        yield from DataLoader(
-            items,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=job.workers,
-            collate_fn=as_it_is,
-            worker_init_fn=prepare_worker if job.workers else None,
-            multiprocessing_context="forkserver" if job.workers else None,
-        )
+        yield from loaded_items(loader, timeout_s=math.inf)
     except RuntimeError as error:
         explained = job.crumbs.explain(error)
         if explained is None:

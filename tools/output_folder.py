@@ -169,9 +169,7 @@ def _start_worker(parent: int) -> None:
     """One thread each; Ctrl-C is the program's to handle; and no worker outlives it."""
     from engine.signals import die_with_parent
 
-    die_with_parent()
-    if os.getppid() != parent:  # it died before we asked
-        os._exit(1)
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
