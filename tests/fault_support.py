@@ -285,6 +285,19 @@ def all_gone(processes: list[psutil.Process], timeout: float) -> bool:
     return not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+TAG = "LATTE_TEST_TAG"  # environment variable that a test's processes inherit, fork servers and loader workers too
+
+
+def with_tag(tag: str) -> list[psutil.Process]:
+    """Returns all processes that live and whose TAG is `tag`, this one apart."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(TAG) == tag:
+                found += [process] if process.status() != psutil.STATUS_ZOMBIE else []
+    return found
+
+
 def _rank_main(rank: int, size: int, rendezvous: str, function: Callable[..., Any], arguments: tuple, out: Any) -> None:
     """One rank: join, call `function(world, *arguments)`, send what it returns or raised."""
     from datetime import timedelta

@@ -11,6 +11,7 @@ anything differs.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import tempfile
@@ -22,13 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-import psutil
 import torch
 
 from engine import checkpoint as ckpt
 from engine.watch import Breadcrumbs
 from tests.conftest import TINY, draw_frame_folders
-from tests.fault_support import Torchrun
+from tests.fault_support import TAG, Torchrun, with_tag
 
 # what may hit a session, and how often: SIGKILL of a rank or of torchrun, signals, a full disk, a loader worker
 KINDS = ("kill", "kill", "killparent", "term", "int", "usr1", "termparent", "intparent", "usr1parent", "disk", "loader")
@@ -50,15 +50,12 @@ def session(overrides: list[str], fault: str) -> int:
     return code
 
 
-def wait_for_the_end(marker: str, seconds: float = 15.0) -> list[str]:
-    """Command lines of processes that still name `marker` after `seconds`."""
+def survivors(tag: str, seconds: float = 15.0) -> list[str]:
+    """Returns the command lines of processes with `tag` that still live after `seconds`."""
     deadline = time.monotonic() + seconds
-    while True:
-        alive = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
-        left = [line for line in alive if marker in line and "soak.py" not in line]
-        if not left or time.monotonic() > deadline:
-            return left
+    while (left := with_tag(tag)) and time.monotonic() < deadline:
         time.sleep(0.2)
+    return [" ".join(process.cmdline()) for process in left if process.is_running()]
 
 
 def differences(a: Path, b: Path) -> list[str]:
@@ -74,6 +71,7 @@ def differences(a: Path, b: Path) -> list[str]:
 
 def soak(kills: int, seed: int, workers: int, work: Path) -> list[str]:
     """Everything that went wrong."""
+    os.environ[TAG] = str(work)
     draw_frame_folders(work / "data", clips=4)
     steps = 6 * kills + 20
     common = [*TINY, f"data.path={work / 'data'}", f"train.max_steps={steps}", "train.checkpoint_every=5"]
@@ -85,7 +83,7 @@ def soak(kills: int, seed: int, workers: int, work: Path) -> list[str]:
         rank = 0 if kind == "disk" else rank  # which is the one that writes
         step = before + rng.randint(0, 9)
         code = session(disturbed, f"{kind}@{rank}:{min(step, steps - 2)}")
-        left = wait_for_the_end(str(work))
+        left = survivors(str(work))
         if left:
             return [f"fault {number} ({kind}): {len(left)} processes survive: {left[0][:200]}"]
         counts[kind] += 1

@@ -247,7 +247,7 @@ def test_two_nodes(two_nodes: list[tuple[str, str, str]], frame_folders: Path, t
         assert alone.wait(timeout=90) == 0, (tmp_path / "one.log").read_text()[-3000:]
 
     job = {"NNODES": "2", "HEAD_NODE": two_nodes[0][1], "RDZV_PORT": "10123", "RDZV_ID": "123", "GPUS": "1"}
-    for stop, codes, marker in ((True, [1, 1], "PREEMPTED"), (False, [0, 0], "COMPLETED")):
+    for stop, codes, marker in ((True, [75, 75], "PREEMPTED"), (False, [0, 0], "COMPLETED")):
         logs = [tmp_path / f"{marker}{rank}.log" for rank in range(2)]
         processes = [
             launch(

@@ -23,7 +23,7 @@ from engine import checkpoint as ckpt
 from engine import elastic
 from engine.distributed import launch_variables
 from tests.conftest import TINY
-from tests.fault_support import ROOT, all_gone, rows
+from tests.fault_support import ROOT, TAG, all_gone, rows, with_tag
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
@@ -192,16 +192,6 @@ def test_H1_every_signal_under_every_launcher(
     stop_and_continue(launcher, number, frame_folders, tmp_path, undisturbed)
 
 
-def with_tag(tag: str) -> list[psutil.Process]:
-    """Returns all processes whose environment holds `tag`."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("LATTE_TEST_TAG") == tag and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(10))
 def test_H4_no_orphans_of_a_rank_killed_during_its_start(
@@ -209,7 +199,7 @@ def test_H4_no_orphans_of_a_rank_killed_during_its_start(
 ) -> None:
     """The moments are spread over the imports of the rank, of its fork server and of its workers."""
     tag = str(tmp_path)
-    monkeypatch.setenv("LATTE_TEST_TAG", tag)
+    monkeypatch.setenv(TAG, tag)
     process = start(
         LAUNCHERS["python"][0],
         [*TINY, *data(frame_folders), f"train.output_dir={tmp_path / 'run'}", "train.max_steps=100000"],
