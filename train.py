@@ -9,33 +9,28 @@ Run the same command again to continue an interrupted run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from engine import cli, launch
-
-if TYPE_CHECKING:
-    from engine.callbacks import Callback
-    from engine.config import Config
+from engine.callbacks import Callback
+from engine.config import Config
+from sample.preview import Preview
+from tools.metrics.during import Metric
 
 
 def refuse_images(num_images: int) -> str | None:
-    """Joint image-video configs have their own script, as in the official repository."""
+    """Refuses joint image-video configs, which have a script of their own, as in the official repository."""
     if num_images:
         return f"data.num_images={num_images} is joint image-video training: run train_with_img.py, or set it to 0."
     return None
 
 
 def callbacks(config: Config) -> list[Callback]:
-    """What looks at the training beside its validation; sampling is imported here, so that --help is quick."""
-    from sample.preview import Preview
-    from tools.metrics.during import Metric
-
+    """Returns the callbacks of a run, in addition to its validation."""
     return [Preview(config), Metric(config)]
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", refuse_images, callbacks=callbacks)
+    return launch.train(argv, __doc__ or "", refuse_images, callbacks)
 
 
 if __name__ == "__main__":

@@ -2,30 +2,26 @@
 
     torchrun --nproc_per_node=8 train_pl.py --config configs/ffs/ffs_train.yaml data.path=data/ffs
 
-Either script continues what the other has begun. Needs the extra `lightning` (`make setup` installs it).
+Either script continues the runs of the other. Needs the extra `lightning` (`make setup` installs it).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from engine import cli, launch
+from engine.trainer import Trainer
 from train import callbacks, refuse_images
 
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
-
-def fit(trainer: Trainer) -> bool:
-    """Lightning is imported here, so that --help is quick."""
+def loop(trainer: Trainer) -> int:
+    """Trains under Lightning, which is slow to import; returns the stop signal, or 0."""
     from engine import lightning
 
-    return lightning.fit(trainer)
+    return lightning.loop(trainer)
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", refuse_images, fit, callbacks)
+    return launch.train(argv, __doc__ or "", refuse_images, callbacks, loop)
 
 
 if __name__ == "__main__":

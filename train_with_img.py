@@ -12,7 +12,7 @@ from train import callbacks
 
 
 def require_images(num_images: int) -> str | None:
-    """This script is for data.num_images of 1 or more."""
+    """Refuses configs without images."""
     if not num_images:
         return "data.num_images=0 has no images to train with: set it to 1 or more, or run train.py."
     return None
@@ -20,7 +20,7 @@ def require_images(num_images: int) -> str | None:
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", require_images, callbacks=callbacks)
+    return launch.train(argv, __doc__ or "", require_images, callbacks)
 
 
 if __name__ == "__main__":

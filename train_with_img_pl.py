@@ -2,20 +2,20 @@
 
     torchrun --nproc_per_node=8 train_with_img_pl.py --config configs/ffs/ffs_img_train.yaml data.path=data/ffs
 
-Either script continues what the other has begun. Needs the extra `lightning` (`make setup` installs it).
+Either script continues the runs of the other. Needs the extra `lightning` (`make setup` installs it).
 """
 
 from __future__ import annotations
 
 from engine import cli, launch
 from train import callbacks
-from train_pl import fit
+from train_pl import loop
 from train_with_img import require_images
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", require_images, fit, callbacks)
+    return launch.train(argv, __doc__ or "", require_images, callbacks, loop)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from .conditioning import ConditionConfig, Given, conditioned, sample_given
 from .config import DiffusionConfig
 from .flow import RectifiedFlow
 from .gaussian import GaussianDiffusion, PMeanVariance
-from .guidance import ConditionalDenoiser, Denoiser, guided
+from .guidance import Denoiser, guided
 from .losses import LossTerms
 from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, evaluations, sample
 from .timestep_sampler import (
@@ -19,7 +19,6 @@ from .timestep_sampler import (
 __all__ = [
     "BitsPerDim",
     "ConditionConfig",
-    "ConditionalDenoiser",
     "Denoiser",
     "DiffusionConfig",
     "GaussianDiffusion",

@@ -1,65 +1,71 @@
-"""Denoisers: what samplers and losses call, and classifier-free guidance as a wrapper around one."""
+"""Classifier-free guidance (Ho & Salimans 2022) as a wrapper around a denoiser.
+
+A denoiser maps noisy latents (B, F, C, H, W) and timesteps (B,) to the network's output.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-# (noisy_latents (B, F, C, H, W), timesteps (B,)) -> model_output (B, F, C or 2C, H, W)
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-# (noisy_latents, timesteps, labels) -> model_output
-ConditionalDenoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Guidable(Protocol):
+    """A batch of conditions that guidance can double."""
+
+    def null(self) -> Any:
+        """Returns the batch without its conditions. Raises: ValueError if the network was trained without a null."""
+
+    def join(self, other: Any) -> Any:
+        """Returns this batch followed by another one."""
+
+
+C = TypeVar("C", bound=Guidable)
 
 
 def guided(
-    model_fn: ConditionalDenoiser,
-    labels: Tensor | None,
-    null_label: int | None,
+    model_fn: Callable[[Tensor, Tensor, C], Tensor],
+    condition: C,
     scale: float,
     *,
-    channels: int,
+    channels: int | None,
     batched: bool = True,
     active: Callable[[], bool] = lambda: True,
 ) -> Denoiser:
-    """Classifier-free guidance (Ho & Salimans 2022): unconditional + scale * (conditional - unconditional).
-
-    Only the first `channels` output channels are guided; the rest (learned sigma) are the conditional ones. Scale 1
-    is one plain conditional call.
+    """Returns a denoiser of unconditional + scale * (conditional - unconditional).
 
     Args:
-        model_fn: the network, called with (x, timesteps, labels).
-        labels: (B,) or (B, 1+I) long; None for an unconditional network, which allows scale 1 only.
-        null_label: the network's label for "no label"; may be None at scale 1.
-        scale: guidance scale; 0 is unconditional, above 1 exaggerates the condition.
-        channels: C, the latent channels.
-        batched: conditional and unconditional in one call of 2B, else one after the other in half the memory.
-        active: asked at every call; where it says no, it is a plain conditional call (Kynkaanniemi et al. 2024:
-            guidance in a limited interval of the noise levels).
+        model_fn: (x, timesteps, condition) -> (B, F, C or 2C, H, W), of any batch size.
+        condition: of the batch to be denoised.
+        scale: 1 is the plain conditional network; 0 the unconditional one.
+        channels: C; channels beyond it (a learned variance) are the conditional ones; None: all are guided.
+        batched: one call of 2B, else two of B: half the memory.
+        active: asked in each call; False: that call is the plain conditional network (guidance in an interval of
+            noise levels, Kynkäänniemi et al. 2024).
 
     Raises:
-        ValueError: a scale other than 1 without labels or without a null label.
+        ValueError: a scale other than 1 for a condition without a null.
     """
     if scale == 1.0:
-        return lambda x, timesteps: model_fn(x, timesteps, labels)
-    if labels is None or null_label is None:
-        lacking = "labels" if labels is None else "a null label (it was trained with model.label_dropout=0)"
-        raise ValueError(f"Guidance scale {scale} needs a network with {lacking}: use guidance_scale=1.")
-    null_labels = torch.full_like(labels, null_label)
-    both_labels = torch.cat([labels, null_labels])
-
-    def both(x: Tensor, timesteps: Tensor) -> tuple[Tensor, ...]:
-        if batched:
-            return model_fn(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both_labels).chunk(2)
-        return model_fn(x, timesteps, labels), model_fn(x, timesteps, null_labels)
+        return lambda x, timesteps: model_fn(x, timesteps, condition)
+    null = condition.null()
+    joined = condition.join(null)
 
     def denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
         if not active():
-            return model_fn(x, timesteps, labels)
-        conditional, unconditional = both(x, timesteps)
-        noise, rest = conditional[:, :, :channels], conditional[:, :, channels:]
-        baseline = unconditional[:, :, :channels]
+            return model_fn(x, timesteps, condition)
+        if batched:
+            output = model_fn(torch.cat([x, x]), torch.cat([timesteps, timesteps]), joined)
+            conditional, unconditional = output.chunk(2)
+        else:
+            conditional, unconditional = model_fn(x, timesteps, condition), model_fn(x, timesteps, null)
+        count = conditional.shape[2] if channels is None else channels
+        noise, rest = conditional[:, :, :count], conditional[:, :, count:]
+        baseline = unconditional[:, :, :count]
         return torch.cat([baseline + scale * (noise - baseline), rest], dim=2)
 
     return denoiser

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import ClipDataset
 from datasets.latents import LatentCache
-from diffusion import GaussianDiffusion, RectifiedFlow, build_diffusion
+from diffusion import GaussianDiffusion, RectifiedFlow, TimestepSampler, build_diffusion
 from models.autoencoder import LatentCodec, StoredCodec
 from models.codec_identity import codec_identity, same_codec
 from models.config_t2v import LATTE_1, LatteT2VConfig
@@ -18,7 +18,16 @@ from models.latte import Latte
 from models.latte_t2v import LatteT2V
 from models.lora import add_lora, hold_frozen_linear_maps_in
 
+from .conditions import Conditions
 from .config import Config, require
+from .objective import FP32, Objective, Precision
+
+PRECISIONS = {  # by train.precision
+    "fp32": FP32,
+    "tf32": FP32,
+    "bf16": Precision(torch.float32, torch.bfloat16),
+    "fp64": Precision(torch.float64),
+}
 
 
 def build_model(config: Config, device: torch.device | str = "cpu") -> Latte | LatteT2V:
@@ -119,6 +128,24 @@ def build_codec(config: Config, clips: ClipDataset, device: torch.device | str =
             f"({', '.join(differing)}); make a cache with this one, or name that one"
         )
     return StoredCodec(config.codec, clips.source.stochastic)
+
+
+def build_objective(
+    config: Config, clips: ClipDataset, conditions: Conditions, timestep_sampler: TimestepSampler, device: torch.device
+) -> Objective:
+    """Returns the training objective on `device`."""
+    return Objective(
+        build_codec(config, clips, device),
+        build_process(config).to(device),
+        timestep_sampler,
+        conditions,
+        num_images=config.data.num_images,
+        seed=config.train.seed,
+        device=device,
+        precision=PRECISIONS[config.train.precision],
+        given=config.condition,
+        tubelet_size=config.model.frames_per_token,
+    )
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -1,7 +1,7 @@
-"""What looks at a training now and then without changing it: when it is called, on which rank, and what if it fails.
+"""Read-only training callbacks: schedule, ranks, failure handling.
 
-A callback works on all ranks together and in small pieces, between which the ranks agree to go on: a signal stops it
-in time, and what fails on one rank stops it on all, with a warning, and the training goes on.
+A callback works on all ranks together and in small pieces, between which the ranks agree to continue: a stop signal
+ends it in time, and a failure on one rank ends it on all, with a warning, and training continues.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from .distributed import gather_objects, max_over_ranks, on_main, reshard
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .objective import Objective
+from .run import Run
+from .state import TrainState
 
 T = TypeVar("T")
 
 
-class Look(NamedTuple):
-    """What a callback found: the numbers of its row in the log, and the line for people."""
+class Observation(NamedTuple):
+    """The numbers of a callback's row in the log, and the line for people."""
 
     values: dict[str, Any]
     line: str
@@ -37,11 +37,11 @@ class Callback(Protocol):
     kind: str
     every: int
 
-    def prepare(self, run: Trainer) -> list[str]:
-        """Before the first step of every start: raise what is a user's mistake; returns what to tell."""
+    def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
+        """Runs before the first step of every start: raises on a user's mistake; returns lines for the log."""
 
-    def look(self, run: Trainer) -> Look:
-        """What there is to see at `run.step`; called on all ranks, rank 0's answer counts."""
+    def observe(self, run: Run, state: TrainState, objective: Objective) -> Observation:
+        """Returns the observation at `state.step`; called on all ranks, rank 0's answer counts."""
 
 
 class Interrupted(Exception):
@@ -57,66 +57,65 @@ class Failed(Exception):
 
 
 class Callbacks:
-    """The callbacks of a run, those that are switched on (`every` is not 0)."""
+    """The callbacks of a run that are switched on (`every` is not 0)."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.all = [callback for callback in callbacks if callback.every]
 
-    def at_start(self, run: Trainer) -> int:
-        """Prepare all, and do what is due at this step and not in the log; the signal to stop, or 0.
+    def at_start(self, run: Run, state: TrainState, objective: Objective) -> int:
+        """Prepares all, and calls those that are due at this step and not in the log; returns the stop signal, or 0.
 
-        So a run that was stopped within a callback makes up for it, and step 0 is looked at too.
+        So a run that was stopped within a callback makes up for it, and step 0 is observed too.
         """
         try:
             for callback in self.all:
-                with undisturbed(run):
-                    notes = callback.prepare(run)
+                with undisturbed(run, state):
+                    notes = callback.prepare(run, state, objective)
                 for note in notes:
                     run.log.say(note)
         except Interrupted as stop:
             return stop.signal
         except Failed as failure:
             raise ValueError(str(failure)) from None
-        held = on_main(lambda: [each.kind for each in self.all if run.log.holds(run.step, each.kind)])
-        return self._call(run, [each for each in self.all if each.kind not in held])
+        held = on_main(lambda: [each.kind for each in self.all if run.log.holds(state.step, each.kind)])
+        return self._call(run, state, objective, [each for each in self.all if each.kind not in held])
 
-    def at_step(self, run: Trainer) -> int:
-        """Call those that are due; the signal to stop, or 0."""
-        return self._call(run, self.all)
+    def at_step(self, run: Run, state: TrainState, objective: Objective) -> int:
+        """Calls those that are due; returns the stop signal, or 0."""
+        return self._call(run, state, objective, self.all)
 
-    def _call(self, run: Trainer, callbacks: Sequence[Callback]) -> int:
+    def _call(self, run: Run, state: TrainState, objective: Objective, callbacks: Sequence[Callback]) -> int:
+        last = run.config.train.max_steps
         for callback in callbacks:
-            if run.step % callback.every and run.step < run.config.train.max_steps:
+            if state.step % callback.every and state.step < last:
                 continue
             started = time.perf_counter()
             try:
-                with undisturbed(run):
-                    found = callback.look(run)
+                with undisturbed(run, state):
+                    found = callback.observe(run, state, objective)
             except Interrupted as stop:
                 return stop.signal
             except Failed as failure:
-                _report(run, callback.kind, str(failure))
+                _report_failure(run, state.step, callback.kind, str(failure))
                 continue
             seconds = time.perf_counter() - started
-            run.log.metrics(run.step, {**found.values, "seconds": seconds}, callback.kind)
-            run.log.say(
-                f"step {run.step}/{run.config.train.max_steps}  {callback.kind}: {found.line} ({seconds:.1f} s)"
-            )
+            run.log.metrics(state.step, {**found.values, "seconds": seconds}, callback.kind)
+            run.log.say(f"step {state.step}/{last}  {callback.kind}: {found.line} ({seconds:.1f} s)")
         return 0
 
 
-def _report(run: Trainer, kind: str, failure: str) -> None:
-    run.log.say(f"warning: step {run.step}, {kind}: {failure}; the training goes on")
+def _report_failure(run: Run, step: int, kind: str, failure: str) -> None:
+    run.log.say(f"warning: step {step}, {kind}: {failure}; the training continues")
     if run.world.is_main:
-        run.folder.event("callback_failed", run.step, callback=kind, error=failure)
-    if run.world.device.type == "cuda":  # what it had of the memory may be what it ran out of
+        run.folder.event("callback_failed", step, callback=kind, error=failure)
+    if run.world.device.type == "cuda":  # its share of the memory may be what it ran out of
         torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
-def undisturbed(run: Trainer) -> Iterator[None]:
-    """Leaves the training as it was: mode, generators, clock, compiled blocks, what a rank holds of the weights."""
-    training = run.model.training
+def undisturbed(run: Run, state: TrainState) -> Iterator[None]:
+    """Restores mode, generators, clock, compiled blocks and sharded weights of the training at its end."""
+    training = state.model.training
     devices = [run.world.device] if run.world.device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
         if run.config.train.compile:  # other shapes would be compiled too, and could move the training to these
@@ -124,24 +123,26 @@ def undisturbed(run: Trainer) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(run.meter.paused())
-        run.model.eval()
+        state.model.eval()
         try:
             yield
         finally:
-            run.model.train(training)
-            if run.sharded:
-                reshard(run.model)
-                reshard(run.ema.model)
+            state.model.train(training)
+            if run.is_sharded:
+                reshard(state.model)
+                reshard(state.ema.model)
 
 
 # ---- working in pieces -----------------------------------------------------------------------------
 
 
-def agree(run: Trainer, failure: str | None = None) -> None:
-    """Between two pieces of a callback's work, on every rank equally often: a sign of life, and whether to go on.
+def agree(run: Run, failure: str | None = None) -> None:
+    """Tells the hang watch that the run lives, and lets the ranks agree to continue.
+
+    Called between two pieces of a callback's work, on every rank equally often.
 
     Args:
-        failure: what went wrong on this rank, if something has.
+        failure: of this rank, if there was one.
 
     Raises: Interrupted or Failed, on all ranks.
     """
@@ -154,11 +155,11 @@ def agree(run: Trainer, failure: str | None = None) -> None:
         raise Failed(next(text for text in gather_objects(failure) if text is not None))
 
 
-def attempt(run: Trainer, action: Callable[[], T], *, fatal: bool = False) -> T:
-    """`action()`, and then `agree`; so all ranks must call it.
+def attempt(run: Run, action: Callable[[], T], *, fatal: bool = False) -> T:
+    """Returns `action()` after all ranks have agreed to continue, so all ranks must call it.
 
     Args:
-        fatal: an error ends the run, for want of a way on: other ranks wait within `action` for this one.
+        fatal: an error ends the run, because other ranks wait within `action` for this one.
     """
     failure = None
     try:
@@ -173,20 +174,20 @@ def attempt(run: Trainer, action: Callable[[], T], *, fatal: bool = False) -> T:
     return result
 
 
-def share_out(run: Trainer, count: int, work: Callable[[int], T]) -> dict[int, T]:
-    """`work` of each of the numbers below `count`, in turn by rank; this rank's results.
+def distribute(run: Run, count: int, work: Callable[[int], T]) -> dict[int, T]:
+    """Calls `work` for the numbers below `count`, in turn by rank; returns this rank's results.
 
-    Where numbers are left over, the ranks that have none do the last one too: a network in shards needs all ranks,
-    and so does an `agree` within `work`.
+    In the last round, ranks without a number of their own repeat the last one: a sharded network needs all ranks, and
+    so does an `agree` within `work`.
     """
     results: dict[int, T] = {}
     for first in range(0, count, run.world.size):
         number = min(first + run.world.rank, count - 1)
-        results[number] = attempt(run, lambda number=number: work(number), fatal=run.sharded)  # type: ignore[misc]
+        results[number] = attempt(run, lambda number=number: work(number), fatal=run.is_sharded)  # type: ignore[misc]
     return results
 
 
-def put_together(results: dict[int, T]) -> list[T]:
-    """What `share_out` gave the ranks, in order, on every rank."""
+def collect(results: dict[int, T]) -> list[T]:
+    """Returns the results of `distribute` in order, on every rank."""
     merged = {number: value for part in gather_objects(results) for number, value in part.items()}
     return [merged[number] for number in sorted(merged)]

@@ -12,7 +12,7 @@
 `latest` beside them names the newest. `NAME.tmp-01234567` is being written or deleted, and is cleared at the next
 start; `NAME.damaged-01234567` gave way to an older one when a run was continued.
 
-A folder with fewer of the weight files (an export) is the same format: see `export_weights`.
+A folder with fewer of the weight files (an export) is the same format: see `engine.weights.export_weights`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from models.convert import read_state_dict
-from models.lora import LoraConfig, save_lora
 
 from .config import Config, load_config, require
 
@@ -88,45 +85,14 @@ def save_checkpoint(
         if bad:
             raise CheckpointError(f"refusing to save step {checkpoint.step}: {name} has non-finite values in {bad[0]}.")
     state = {"step": checkpoint.step, "samples_seen": checkpoint.samples_seen, **checkpoint.state}
-    folder = _write_folder(step_folder(root, checkpoint.step), tensors, state, config)
+    folder = write_folder(step_folder(root, checkpoint.step), tensors, state, config)
     verify(folder)
     _point_to(folder)
     _prune(folder, keep_last, keep_every)
     return folder
 
 
-def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
-    """Copy one set of weights of checkpoint `source` with its config: what sampling needs, and no more.
-
-    Adapters are merged into what they were trained beside, so that the copy stands alone.
-    """
-    folder = find_checkpoint(source)
-    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    require(
-        not taken or ((target / MANIFEST).is_file() and not (target / "optim.safetensors").exists()),
-        f"{target} is there already and is no export of weights; name a new folder.",
-    )
-    config = replace(load_config(folder / "config.yaml"), lora=LoraConfig())
-    state = _read_json(folder / "state.json")
-    for key in ("guard", "lora_base"):  # of the training alone
-        state.pop(key, None)
-    file = "ema" if weights == "ema" else "model"
-    return _write_folder(target, {file: load_weights_file(folder, weights)}, state, config)
-
-
-def export_adapter(source: Path, target: Path, weights: str = "ema") -> Path:
-    """Write the adapters of checkpoint `source` as a folder that peft loads; returns it.
-
-    Raises: ValueError where the run trained the whole network.
-    """
-    folder = find_checkpoint(source)
-    config = load_config(folder / "config.yaml")
-    require(config.lora.rank > 0, f"{folder} holds a whole network and no adapters: its lora.rank is 0.")
-    require(not target.exists(), f"{target} is there already; name a new folder.")
-    return save_lora(_read_tensors(weights_file(folder, weights)), config.lora, target)
-
-
-def _write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: Config) -> Path:
+def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: Config) -> Path:
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(final)
     aside.mkdir()
@@ -250,8 +216,8 @@ def find_checkpoint(path: Path) -> Path:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read and verify a training checkpoint, whole."""
     verify(folder)
-    state = _read_json(folder / "state.json")
-    tensors = {name: _read_tensors(folder / f"{name}.safetensors") for name in ("model", "ema", "optim", "rng")}
+    state = read_json(folder / "state.json")
+    tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in ("model", "ema", "optim", "rng")}
     try:
         return Checkpoint(step=state.pop("step"), samples_seen=state.pop("samples_seen"), state=state, **tensors)
     except KeyError as error:
@@ -265,33 +231,9 @@ def load_checkpoint_config(path: str | Path) -> Config | None:
     return load_config(find_checkpoint(Path(path)) / "config.yaml")
 
 
-def load_model_weights(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
-    """Network weights from a checkpoint folder or run of ours, or from an official file.
-
-    Args:
-        weights: "ema" for the running average, "raw" for the last step's weights.
-    """
-    if Path(path).is_file():
-        return read_state_dict(path, prefer="ema" if weights == "ema" else "model")
-    return load_weights_file(find_checkpoint(Path(path)), weights)
-
-
 def weights_file(folder: Path, weights: str) -> Path:
     """Where a checkpoint folder holds its `ema` or `raw` weights."""
     return folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
-
-
-def load_weights_file(folder: Path, weights: str) -> dict[str, Tensor]:
-    """`ema` or `raw` weights of one verified checkpoint folder; adapters merged into what they were trained beside."""
-    file = weights_file(folder, weights)
-    if not file.is_file():
-        raise CheckpointError(f"{folder} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
-    own, config = _read_tensors(file), load_config(folder / "config.yaml")
-    if not config.lora.rank:
-        return own
-    from .adapters import beside_base  # which builds networks, and reads them through this module
-
-    return beside_base(own, config, _read_json(folder / "state.json").get("lora_base", ""), folder)
 
 
 def _prune(newest: Path, keep_last: int, keep_every: int) -> None:
@@ -423,7 +365,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
@@ -433,7 +375,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     require(file.is_file(), f"{file.parent} is not a training checkpoint: {file.name} is missing.")
     try:
         return load_file(file)

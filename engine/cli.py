@@ -6,11 +6,14 @@ import argparse
 import atexit
 import logging
 import os
+import re
 import sys
 import time
+import tomllib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 from .errors import INTERRUPTED_EXIT, MISTAKE_EXIT, TrainingAborted
@@ -21,6 +24,26 @@ NOISY = ("bitsandbytes", "diffusers.quantizers")  # remarks of optional packages
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
+def report_early(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ends a program that fails while it is still importing: Ctrl-C and missing packages get one line."""
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write("interrupted\n")
+        code = INTERRUPTED_EXIT
+    elif isinstance(error, ModuleNotFoundError):
+        sys.stderr.write(f"error: {_sentence(error)}\n")
+        code = MISTAKE_EXIT
+    else:
+        sys.__excepthook__(kind, error, trace)
+        return
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if "TORCHELASTIC_RUN_ID" in os.environ:  # every script imports this module before the slow ones
+    die_with_parent()
+sys.excepthook = report_early
+
+
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main(argv)` and exit with its code; a user's mistake ends in one sentence and exit code 2.
 
@@ -28,8 +51,6 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     package that is not installed; TrainingAborted (exit code 3) is a run that cannot go on. Set LATTE_TRACEBACK=1
     to see where one came from.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # before the slow imports, so that torchrun's death is noticed during them
-        die_with_parent()
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -79,9 +100,6 @@ def _sentence(error: Exception) -> str:
 
 def _extra_with(package: str) -> str | None:
     """The optional extra of pyproject.toml that brings `package`."""
-    import re
-    import tomllib
-
     extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
     names = {extra: [re.match(r"[\w.-]+", each)[0] for each in needs] for extra, needs in extras.items()}  # type: ignore[index]
     return next((extra for extra, needs in names.items() if package.replace("_", "-") in needs), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-
 
 CPU = torch.device("cpu")
 T = TypeVar("T")
@@ -158,9 +158,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def data_parallel(model: nn.Module, world: World) -> nn.Module:
-    """`model` under DistributedDataParallel where there are several ranks, else itself."""
-    if world.size == 1:
-        return model
+    """Returns `model` under DistributedDataParallel."""
     device_ids = [world.device] if world.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(
         model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -218,6 +216,23 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return value.to(like.device)
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def shards_like(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns `weights` sharded as `own` are; those of another name or shape stay, for the loader to refuse."""
+    return {
+        name: shard_like(value, own[name]) if name in own and own[name].shape == value.shape else value
+        for name, value in weights.items()
+    }
+
+
+def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
+    """Returns a context for a micro-step's backward pass; ranks exchange gradients in the `last` one only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def local(value: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Agent(LocalElasticAgent):
 
 
 def describe_stop(number: signal.Signals, codes: tuple[int, ...]) -> tuple[int, str]:
-    """Returns the exit code and the last line of a launch that signal `number` stopped, its workers ending by `codes`."""
+    """Returns exit code and last line of a launch that signal `number` stopped, its workers ending with `codes`."""
     saved = bool(codes) and all(code in SAVED_EXITS for code in codes)
     code = PREEMPTED_EXIT if saved else 128 + number
     if saved:

@@ -1,33 +1,33 @@
-"""What train.py and train_with_img.py do: read the config, check it, train."""
+"""The command line of the training scripts: reads the config, checks it, trains."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
+from .build import describe
+from .callbacks import Callback
 from .cli import config_parser, leave
-
-if TYPE_CHECKING:
-    from .callbacks import Callback
-    from .config import Config
-    from .trainer import Trainer
+from .config import Config, load_config, require
+from .distributed import close_world, init_world
+from .start import check_ranks_agree_on_config
+from .trainer import Trainer
 
 
 def train(
     argv: list[str],
     description: str,
     check: Callable[[int], str | None],
-    fit: Callable[[Trainer], bool] | None = None,
-    callbacks: Callable[[Config], list[Callback]] | None = None,
+    callbacks: Callable[[Config], Sequence[Callback]],
+    loop: Callable[[Trainer], int] | None = None,
 ) -> int:
-    """Train as the command line says.
+    """Trains as the command line says; returns the exit code.
 
     Args:
         check: given `data.num_images`, the sentence that refuses it for this script, or None.
-        fit: what trains, in place of `Trainer.fit`.
-        callbacks: makes those of a run.
+        callbacks: makes the callbacks of a run.
+        loop: calls `Trainer.train_step` in place of `Trainer.loop`.
     """
     parser = config_parser(description, "%(prog)s --config FILE [--dry-run] [key=value ...]")
     parser.add_argument("--dry-run", action="store_true", help="print config, parameters and cost as JSON, and exit")
@@ -42,21 +42,12 @@ def train(
         "--allow-inexact-resume", action="store_true", help="continue a checkpoint that lacks generator states"
     )
     arguments = parser.parse_intermixed_args(argv)
-
-    from .config import load_config, require  # torch is imported here, so that --help is quick
-
     config = load_config(arguments.config, arguments.overrides)
     refusal = check(config.data.num_images)
     require(refusal is None, refusal or "")
     if arguments.dry_run:
-        from .build import describe
-
         sys.stdout.write(json.dumps(describe(config), indent=2) + "\n")
         return 0
-
-    from .distributed import close_world, init_world
-    from .start import check_ranks_agree_on_config
-    from .trainer import Trainer
 
     world = init_world(timeout_s=config.train.timeout_s)
     check_ranks_agree_on_config(config, override=sorted(arguments.override))
@@ -65,8 +56,8 @@ def train(
         world,
         override=arguments.override,
         allow_inexact_resume=arguments.allow_inexact_resume,
-        callbacks=callbacks(config) if callbacks else (),
+        callbacks=callbacks(config),
     )
-    reached = fit(trainer) if fit else trainer.fit()
+    reached = trainer.fit(loop)
     close_world()  # after a clean end only
-    return leave(0 if reached else trainer.signals.exit_code)
+    return leave(0 if reached else trainer.run.signals.exit_code)

@@ -14,36 +14,33 @@ from typing import Any
 from lightning import Callback, LightningModule
 from lightning import Trainer as LightningTrainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from .run import MicroBatches
 from .trainer import Trainer
-
-MicroBatches = list[dict[str, Tensor]]
 
 
 class LatteModule(LightningModule):
     """The Trainer's step as a LightningModule; `stop` is the signal that ended it, or 0."""
 
-    def __init__(self, run: Trainer) -> None:
+    def __init__(self, latte: Trainer) -> None:
         super().__init__()
         self.automatic_optimization = False  # accumulation, clipping after it, and skipping are the step's own
-        self.run = run
-        self.network = run.model
+        self.latte = latte
+        self.network = latte.state.model
         self.stop = 0
 
     def configure_optimizers(self) -> Any:
-        """The Trainer's optimiser."""
-        return self.run.optimizer
+        return self.latte.state.optimizer
 
     def transfer_batch_to_device(self, batch: MicroBatches, device: Any, dataloader_idx: int) -> MicroBatches:
-        """The objective moves what it needs."""
+        """Returns the batch as it is: the objective moves what it needs."""
         return batch
 
     def training_step(self, batch: MicroBatches, batch_idx: int) -> None:
-        """One optimiser step with all that it is due."""
-        self.stop = self.run.advance(batch)
-        if self.stop or self.run.step >= self.run.config.train.max_steps:
+        """Runs one optimizer step with everything that it is due."""
+        self.stop = self.latte.train_step(batch)
+        if self.stop or self.latte.state.step >= self.latte.config.train.max_steps:
             self.trainer.should_stop = True
 
 
@@ -56,23 +53,24 @@ class Loop(LightningTrainer):
 
 
 class Steps(IterableDataset):
-    """The Trainer's batches, until it needs no more."""
+    """The Trainer's batches, until `train.max_steps`."""
 
-    def __init__(self, run: Trainer) -> None:
-        self.run = run
+    def __init__(self, latte: Trainer) -> None:
+        self.latte = latte
 
     def __iter__(self) -> Iterator[MicroBatches]:
-        batches = self.run.batches()
-        while self.run.step < self.run.config.train.max_steps:
-            with self.run.meter.waiting():
+        run, state = self.latte.run, self.latte.state
+        batches = run.batches(state.samples_seen)
+        while state.step < run.config.train.max_steps:
+            with run.meter.waiting():
                 micro_batches = next(batches)
             yield micro_batches
 
 
-def loop(run: Trainer, callbacks: Sequence[Callback] = ()) -> int:
-    """`Trainer.loop` by Lightning; returns the signal that stopped it early, or 0."""
+def loop(latte: Trainer, callbacks: Sequence[Callback] = ()) -> int:
+    """Runs `Trainer.loop` under Lightning; returns the signal that stopped it early, or 0."""
     os.environ.setdefault("PYTORCH_LIGHTNING_DISABLE_TIPS", "1")
-    device = run.world.device
+    device = latte.world.device
     lightning = Loop(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index or 0] if device.type == "cuda" else 1,
@@ -85,12 +83,7 @@ def loop(run: Trainer, callbacks: Sequence[Callback] = ()) -> int:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    module = LatteModule(run)
-    if run.step < run.config.train.max_steps:
-        lightning.fit(module, DataLoader(Steps(run), batch_size=None))
+    module = LatteModule(latte)
+    if latte.state.step < latte.config.train.max_steps:
+        lightning.fit(module, DataLoader(Steps(latte), batch_size=None))
     return module.stop
-
-
-def fit(run: Trainer) -> bool:
-    """`Trainer.fit` under Lightning's loop."""
-    return run.fit(loop)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,22 @@ from diffusion import (
 )
 from models.autoencoder import LatentCodec, Posterior, StoredCodec
 
-from .captions import CaptionedNetwork, Captions
+from .conditions import Condition, Conditions
+
+
+class Precision(NamedTuple):
+    """Number formats of a training.
+
+    Attributes:
+        dtype: of weights, latents, noise and loss.
+        autocast: what the network computes in; None: `dtype`.
+    """
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+
+
+FP32 = Precision(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -58,15 +74,12 @@ class Objective:
     """`objective(model, batch) -> StepLoss`.
 
     Args:
-        codec: video (B, F+I, 3, H, W) to latents (B, F+I, C, h, w); or one whose posteriors the batch holds.
-        null_label: the network's label for "none", or None; labels are dropped to it at `label_dropout`.
+        codec: video (B, F+I, 3, H, W) to latents (B, F+I, C, h, w); or a stored one, whose posteriors the batch holds.
+        conditions: of the batch's labels.
         num_images: I, trailing frames that are single images (joint image-video training).
-        condition: which frames of a clip are given.
+        precision: dtype of latents, noise and loss, and of the network's autocast.
+        given: which frames of a clip are given.
         tubelet_size: frames that are given together.
-        conditional: whether the network takes labels.
-        dtype: of latents, noise and loss.
-        autocast_dtype: the network computes in it; the loss stays in `dtype`.
-        captions: what the labels are the numbers of, where the network is conditioned on text.
     """
 
     def __init__(
@@ -74,49 +87,33 @@ class Objective:
         codec: LatentCodec | StoredCodec,
         diffusion: GaussianDiffusion | RectifiedFlow,
         timestep_sampler: TimestepSampler,
+        conditions: Conditions,
         *,
-        conditional: bool,
-        null_label: int | None,
-        label_dropout: float,
         num_images: int,
         seed: int,
         device: torch.device,
-        condition: ConditionConfig | None = None,
+        precision: Precision = FP32,
+        given: ConditionConfig | None = None,
         tubelet_size: int = 1,
-        dtype: torch.dtype = torch.float32,
-        autocast_dtype: torch.dtype | None = None,
-        captions: Captions | None = None,
     ) -> None:
         self.codec = codec
         self.diffusion = diffusion
         self.timestep_sampler = timestep_sampler
-        self.conditional = conditional
-        self.null_label = null_label
-        self.label_dropout = label_dropout
+        self.conditions = conditions
         self.num_images = num_images
         self.seed = seed
         self.device = device
-        self.condition = condition or ConditionConfig()
+        self.precision = precision
+        self.given = given or ConditionConfig()
         self.tubelet_size = tubelet_size
-        self.dtype = dtype
-        self.autocast_dtype = autocast_dtype
-        self.captions = captions
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepLoss:
-        """Mean loss of one micro-batch {"video" or "latents", "labels", "position"} as the data loader gives it."""
-        labels = batch["labels"]
-        if self.captions is not None:
-            table = self.captions.table(labels)
-            model, labels = CaptionedNetwork(model, table, table.null_label), table.labels
-        labels = labels.to(self.device, non_blocking=True)
+        """Returns the mean loss of a micro-batch {"video" or "latents", "labels", "position"} of the data loader."""
+        condition = self.conditions.batch(batch["labels"])
         posterior = self.posterior(batch)
-        draws = self.draw(batch["position"].tolist(), posterior.mean.shape, labels.shape[1])
-        latents = posterior.latents(self.codec.config, draws.codec_noise).to(self.dtype)
-        return self.loss(model, latents, labels, draws)
-
-    def called_with_labels(self, model: nn.Module) -> nn.Module:
-        """`model` as `terms` calls it, where labels are numbers of classes or among all captions."""
-        return model if self.captions is None else self.captions.network(model)
+        draws = self.draw(batch["position"].tolist(), posterior.mean.shape, batch["labels"].shape[1])
+        latents = posterior.latents(self.codec.config, draws.codec_noise).to(self.precision.dtype)
+        return self.loss(model, latents, condition, draws)
 
     def posterior(self, batch: Mapping[str, Tensor]) -> Posterior:
         """What the encoder says of the video (B, F+I, 3, H, W), or said before: latents (B, F+I, P, C, h, w)."""
@@ -125,31 +122,31 @@ class Objective:
         mean, *std = batch["latents"].to(self.device, non_blocking=True).unbind(2)
         return Posterior(mean, std[0] if std else None)
 
-    def loss(self, model: nn.Module, latents: Tensor, labels: Tensor, draws: Draws) -> StepLoss:
-        """Loss of given latents (B, F+I, C, h, w), labels (B, 1+I) and draws."""
+    def loss(self, model: nn.Module, latents: Tensor, condition: Condition, draws: Draws) -> StepLoss:
+        """Returns the loss of latents (B, F+I, C, h, w) under a condition and draws."""
         timesteps, weights = self.timestep_sampler.timesteps_from_uniform(draws.uniform)
-        labels = self.drop_labels(labels, draws.label_uniform)
-        terms = self.terms(model, latents, labels, timesteps, draws.noise, draws.given)
+        condition = condition.drop(draws.label_uniform, self.conditions.dropout)
+        terms = self.terms(model, latents, condition, timesteps, draws.noise, draws.given)
         return StepLoss((weights * terms.loss).mean(), self.parts(terms), timesteps, terms.loss.detach())
 
     def terms(
         self,
         model: nn.Module,
         latents: Tensor,
-        labels: Tensor,
+        condition: Condition,
         timesteps: Tensor,
         noise: Tensor,
         given: Tensor | None = None,
     ) -> LossTerms:
-        """Loss terms of given latents (B, F+I, C, h, w), labels (B, 1+I), timesteps (B,) and noise like the latents.
+        """Returns the loss terms of latents (B, F+I, C, h, w) at timesteps (B,), with noise like the latents.
 
         Frames that are `given` (B, F) stay clean; the terms are over the others.
         """
-        condition = labels if self.conditional else None
+        autocast = self.precision.autocast
 
         def denoiser(noisy_latents: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                output = model(noisy_latents, t, condition, num_images=self.num_images)
+            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+                output = condition.call(model, noisy_latents, t, self.num_images)
             return output.to(noisy_latents.dtype)
 
         noise = noise.to(latents.dtype)
@@ -184,17 +181,11 @@ class Objective:
 
     def num_given_uniforms(self, num_frames: int) -> int:
         """Random numbers that `given_frames` needs for a clip; 0 where no frame is ever given."""
-        return self.condition.num_uniforms(num_frames, self.tubelet_size)
+        return self.given.num_uniforms(num_frames, self.tubelet_size)
 
     def given_frames(self, uniform: Tensor) -> Tensor | None:
         """`uniform` (B, `num_given_uniforms`) in [0, 1) -> the given frames (B, F), or None where none ever is."""
-        return self.condition.draw(uniform, self.tubelet_size) if uniform.shape[1] else None
-
-    def drop_labels(self, labels: Tensor, uniform: Tensor) -> Tensor:
-        """`labels` with the null label where `uniform` < label_dropout, each clip and image by itself."""
-        if self.null_label is None or self.label_dropout == 0:
-            return labels
-        return torch.where(uniform < self.label_dropout, self.null_label, labels)
+        return self.given.draw(uniform, self.tubelet_size) if uniform.shape[1] else None
 
     def parts(self, terms: LossTerms) -> dict[str, Tensor]:
         """Means to log: loss, mse, vb, and video and image frames apart in joint training."""

@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
     failed: bool
 
 
-class Pending:
+class InFlight:
     """One step in flight.
 
     Args:

@@ -1,4 +1,4 @@
-"""Where a run begins: at its newest checkpoint, or from initial weights.
+"""The start of a run: its newest checkpoint, or initial weights.
 
 Only the same experiment may continue a checkpoint, unless the command line says otherwise.
 """
@@ -7,22 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-from torch import Tensor, nn
-
-from models.convert import init_from_dit, is_image_checkpoint, load_weights
-from models.latte import Latte
-from models.latte_t2v import LatteT2V
-from models.lora import lora_weights
+from typing import Any, NamedTuple
 
 from . import checkpoint as ckpt
 from .config import Config, require
-from .distributed import on_main, shard_like
-from .text_start import start_text_network
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .distributed import on_main
+from .run import Run
+from .state import TrainState
+from .weights import initialise
 
 # what may change between a checkpoint and its continuation; everything else is the experiment itself
 FREE_ON_RESUME = (
@@ -62,32 +54,45 @@ FREE_ON_RESUME = (
     "train.attention",
     "optim.max_skips",
 )
-# what a checkpoint's state.json must hold, beside step and samples_seen
+# what a checkpoint's state.json must hold in addition to step and samples_seen
 STATE_KEYS = ("ema_updates", "guard", "global_batch_size", "world_size", "data_digest", "num_clips", "class_names")
 
 
-def restore(run: Trainer) -> list[str]:
-    """Continue a checkpoint or take initial weights, as the config says; returns what to tell. Collective."""
-    source = run.config.train.resume
+class Rules(NamedTuple):
+    """What a continuation may accept.
+
+    Attributes:
+        override: keys whose change since the checkpoint is accepted.
+        allow_inexact: whether generator states may be missing.
+    """
+
+    override: frozenset[str] = frozenset()
+    allow_inexact: bool = False
+
+
+def restore(run: Run, state: TrainState, rules: Rules = Rules()) -> list[str]:  # noqa: B008
+    """Continues a checkpoint or loads initial weights, as the config says; returns lines for the log. Collective."""
+    config, root = run.config, run.folder.checkpoints
+    source = config.train.resume
     if source == "never":
-        held = ckpt.list_checkpoints(run.checkpoints)
+        held = ckpt.list_checkpoints(root)
         require(
             not held,
-            f"train.resume=never, but {run.checkpoints} holds {len(held)} checkpoint(s) of an earlier run: name "
-            "another train.output_dir, or move them away.",
+            f"train.resume=never, but {root} holds {len(held)} checkpoint(s) of an earlier run: name another "
+            "train.output_dir, or move them away.",
         )
-        return initialise(run)
-    folder, complaints = on_main(lambda: find_newest(run.checkpoints))
+        return initialise(state.model, state.ema, config, state.lora_base)
+    folder, complaints = on_main(lambda: find_newest(root))
     if folder is None and source != "auto":  # where the run has nothing of its own yet
         folder = on_main(lambda: ckpt.find_checkpoint(Path(source)))
     if folder is None:
-        require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {run.checkpoints}.")
-        return initialise(run)
-    return [f"warning: {text}" for text in complaints] + resume(run, folder)
+        require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {root}.")
+        return initialise(state.model, state.ema, config, state.lora_base)
+    return [f"warning: {text}" for text in complaints] + resume(run, state, folder, rules)
 
 
 def find_newest(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under `root` that verifies, newer ones set aside; and what to tell of these."""
+    """Returns the newest checkpoint that verifies, and a sentence for each newer one, which is set aside."""
     ckpt.remove_unfinished(root)
     folder, complaints = ckpt.newest_verified(root)
     if folder is not None:
@@ -96,65 +101,27 @@ def find_newest(root: Path) -> tuple[Path | None, list[str]]:
     return folder, complaints
 
 
-def resume(run: Trainer, folder: Path) -> list[str]:
-    """Continue the checkpoint in `folder`; returns what to tell."""
+def resume(run: Run, state: TrainState, folder: Path, rules: Rules) -> list[str]:
+    """Continues the checkpoint in `folder`; returns lines for the log."""
     saved = ckpt.load_checkpoint(folder)
-    facts = {"global_batch_size": run.global_batch_size, "data_digest": run.clips.digest, **run.lora_base}
-    changes = differences(folder, saved, run.config, facts, run.clips.class_names)
-    notes = accepted(folder, changes, run.override)
-    notes += generator_notes(folder, saved, run.world.size, run.allow_inexact_resume)
+    facts = {"global_batch_size": run.global_batch_size, "data_digest": run.clips.digest}
+    facts |= {} if state.lora_base is None else {"lora_base": state.lora_base}
+    changes = find_differences(folder, saved, run.config, facts, run.clips.class_names)
+    notes = check_differences(folder, changes, rules.override)
+    notes += check_generators(folder, saved, run.world.size, rules.allow_inexact)
     try:
-        run.load_state_dict(saved)
+        state.load_state_dict(saved, run.world.rank)
     except KeyError as error:
         raise ckpt.CheckpointError(f"checkpoint {folder} lacks {error}; it cannot be continued.") from None
     if run.world.is_main:
-        run.folder.event("resume", run.step, checkpoint=folder.name, world_size=run.world.size)
-    return [*notes, f"continuing {folder} at step {run.step}"]
+        run.folder.event("resume", state.step, checkpoint=folder.name, world_size=run.world.size)
+    return [*notes, f"continuing {folder} at step {state.step}"]
 
 
-def initialise(run: Trainer) -> list[str]:
-    """Take `train.init_from`'s weights into the network and its average; returns what to tell."""
-    source = run.config.train.init_from
-    if source is None:
-        return []
-    if run.lora_base:
-        return [f"adapters beside {source}, weights {run.lora_base['lora_base'][:12]}, which stay as they are"]
-    if isinstance(run.model, LatteT2V):
-        notes = start_text_network(run.model, source, run.config)
-        run.ema.load_state_dict(run.model.state_dict())
-        return notes
-    weights = ckpt.load_model_weights(source)
-    if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
-        notes = str(init_from_dit(run.model, _sharded_as(run.model, weights))).splitlines()
-    else:
-        load_weights(run.model, _sharded_as(run.model, weights), source)
-        notes = [f"initial weights: {source}"]
-    run.ema.load_state_dict(run.model.state_dict())
-    return notes
-
-
-def load_trained(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """The whole weights of a checkpoint, or its adapters, into a network that may be in shards; strict."""
-    own = model.state_dict()
-    adapters = lora_weights(own)
-    if adapters:  # what they are beside is there already
-        weights = {key: own[key] for key in own.keys() - adapters.keys()} | weights
-    load_weights(cast(Latte, model), _sharded_as(model, weights), source)
-
-
-def _sharded_as(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` cut as the network's own are; what has another name or shape stays for the loader to refuse."""
-    own = model.state_dict()
-    return {
-        name: shard_like(value, own[name]) if name in own and own[name].shape == value.shape else value
-        for name, value in weights.items()
-    }
-
-
-def differences(
+def find_differences(
     folder: Path, saved: ckpt.Checkpoint, config: Config, facts: Mapping[str, Any], class_names: Sequence[str]
 ) -> list[str]:
-    """Lines `key: old -> new` for all in which the run of checkpoint `folder` was another experiment.
+    """Returns lines `key: old -> new` for everything in which checkpoint `folder` is of another experiment.
 
     Args:
         facts: what the run now has of the state's `global_batch_size`, `data_digest` and, with adapters, `lora_base`.
@@ -171,8 +138,8 @@ def differences(
     return changes
 
 
-def accepted(folder: Path, differences: Sequence[str], override: Collection[str]) -> list[str]:
-    """What to tell of `differences`, if `override` names the key of each; ValueError with the others otherwise."""
+def check_differences(folder: Path, differences: Sequence[str], override: Collection[str]) -> list[str]:
+    """Returns lines for the log. Raises: ValueError for differences whose key `override` does not name."""
     refused = [change for change in differences if change.partition(":")[0] not in override]
     require(
         not refused,
@@ -182,8 +149,8 @@ def accepted(folder: Path, differences: Sequence[str], override: Collection[str]
     return [f"warning: accepted by --override: {change}" for change in differences]
 
 
-def generator_notes(folder: Path, saved: ckpt.Checkpoint, world_size: int, allow_inexact: bool) -> list[str]:
-    """What to tell where the ranks are others, or generator states are missing and that is allowed."""
+def check_generators(folder: Path, saved: ckpt.Checkpoint, world_size: int, allow_inexact: bool) -> list[str]:
+    """Returns lines for the log. Raises: ValueError where generator states are missing, unless `allow_inexact`."""
     before = saved.state["world_size"]
     missing = [f"cpu/{rank}" for rank in range(before) if f"cpu/{rank}" not in saved.rng]
     require(

@@ -1,8 +1,6 @@
-"""Before the first step: what must hold, each with a sentence where it does not, and what is told of the run."""
+"""Checks before the first step, and the first lines of the log."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from datasets import ClipDataset
 
@@ -10,9 +8,8 @@ from . import checkpoint as ckpt
 from .build import count_parameters
 from .config import Config, require
 from .distributed import gather_objects
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .run import Run
+from .state import TrainState
 
 
 def check_labels(config: Config, clips: ClipDataset) -> None:
@@ -76,28 +73,24 @@ def check_ranks_agree(config: Config, clips: ClipDataset) -> None:
         )
 
 
-def headline(run: Trainer) -> str:
-    """What this run is, in one line."""
-    model, train, rank = run.config.model, run.config.train, run.config.lora.rank
-    return (
-        f"{model.name} {model.variant}, {count_parameters(run.model) / 1e6:.2f} M parameters"
-        f"{f' in adapters of rank {rank}' if rank else ''}, "
-        f"global batch {run.global_batch_size} on {run.world.size} process(es), "
-        f"{run.world.device.type} {train.precision}, steps {run.step} to "
-        f"{train.max_steps}, into {run.folder.path}"
-    )
-
-
-def data_line(clips: ClipDataset) -> str:
-    """What it is trained on, in one line."""
-    facts = {key: value for key, value in clips.describe().items() if value}
+def describe(run: Run, state: TrainState) -> list[str]:
+    """Returns the first lines of the log: little room for checkpoints, the run, its data."""
+    config, rank = run.config, run.config.lora.rank
+    adapters = f" in adapters of rank {rank}" if rank else ""
+    lines = [
+        f"{config.model.name} {config.model.variant}, {count_parameters(state.model) / 1e6:.2f} M parameters"
+        f"{adapters}, global batch {run.global_batch_size} on {run.world.size} process(es), {run.world.device.type} "
+        f"{config.train.precision}, steps {state.step} to {config.train.max_steps}, into {run.folder.path}"
+    ]
+    facts = {key: value for key, value in run.clips.describe().items() if value}
     facts["digest"] = str(facts["digest"])[:12]
-    return "data: " + ", ".join(f"{key} {value}" for key, value in facts.items())
+    lines.append("data: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+    return [*_warn_of_space(run, state), *lines] if run.world.is_main else lines
 
 
-def space_note(run: Trainer) -> str | None:
-    """A warning where the next checkpoint will hardly fit: weights, average and two moments."""
-    state = run.trained(run.model).values()
-    needed = 4 * sum(value.numel() * value.element_size() for value in state)
-    warning = ckpt.space_warning(run.checkpoints, needed)
-    return f"warning: {warning}" if warning else None
+def _warn_of_space(run: Run, state: TrainState) -> list[str]:
+    """Returns a warning if the next checkpoint will hardly fit: weights, average and two moments."""
+    weights = state.trained_weights(state.model).values()
+    needed = 4 * sum(value.numel() * value.element_size() for value in weights)
+    warning = ckpt.space_warning(run.folder.checkpoints, needed)
+    return [f"warning: {warning}"] if warning else []

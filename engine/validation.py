@@ -8,7 +8,7 @@ Letters: B is one clip's K noised copies; F frames, I images, C latent channels,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from datasets import ClipDataset, build_held_out
 
-from .callbacks import Look, put_together, share_out
+from .callbacks import Observation, collect, distribute
 from .config import Config, require
 from .distributed import CPU, gather_objects
-from .objective import sample_generator
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .objective import Objective, sample_generator
+from .run import Run
+from .state import TrainState
 
 FIRST_POSITION = 2**48  # beyond every position of a training, so that none has the same generator
 
@@ -48,63 +47,64 @@ class Validation:
         self.indices = spread(len(self.clips), monitor.val_clips)
         self.latents: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def prepare(self, run: Trainer) -> list[str]:
-        """Read and encode the clips; ValueError where one cannot be had."""
+    def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
+        """Reads and encodes the clips. Raises: ValueError where one cannot be read."""
         digests = gather_objects(self.clips.digest)
         require(
             len(set(digests)) == 1,
             "the ranks find different clips to validate on: every machine must hold the same files.",
         )
-        self.latents = share_out(run, len(self.indices), lambda number: self._encode(run, number))
+        self.latents = distribute(run, len(self.indices), lambda number: self._encode(objective, number))
         return [
             f"validation: {len(self.indices)} of {len(self.clips)} held-out clips of {self.clips.catalog.root}, digest "
             f"{self.clips.digest[:12]}, every {self.every} steps"
         ]
 
-    def look(self, run: Trainer) -> Look:
-        """Mean losses over the clips and over each bucket, as `ema/loss`, `raw/loss_t0.00-0.10`, ..."""
-        networks = {"ema": run.ema.model, "raw": run.model}
+    def observe(self, run: Run, state: TrainState, objective: Objective) -> Observation:
+        """Returns mean losses over the clips and over each bucket, as `ema/loss`, `raw/loss_t0.00-0.10`, ..."""
+        networks = {"ema": state.ema.model, "raw": state.model}
 
         def losses(number: int) -> dict[str, float]:
             parts: dict[str, float] = {}
             for name, network in networks.items():
-                found = self._losses(run, network, number)
+                found = self._losses(objective, network, number)
                 parts |= {f"{name}/{key}": value for key, value in found.items()}
             return parts
 
-        rows = put_together(share_out(run, len(self.indices), losses))
+        rows = collect(distribute(run, len(self.indices), losses))
         means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
         values = {**means, "clips": len(rows)}
-        return Look(values, ", ".join(f"{name} loss {means[f'{name}/loss']:.4f}" for name in networks))
+        return Observation(values, ", ".join(f"{name} loss {means[f'{name}/loss']:.4f}" for name in networks))
 
-    def _encode(self, run: Trainer, number: int) -> tuple[Tensor, Tensor]:
-        """Latents (F+I, C, h, w) and labels (1+I,) of the clip at that place of `indices`, on the CPU."""
+    def _encode(self, objective: Objective, number: int) -> tuple[Tensor, Tensor]:
+        """Returns latents (F+I, C, h, w) and labels (1+I,) of the clip at that place of `indices`, on the CPU."""
         item = self.clips[0, self.indices[number]]
-        codec, frames = run.objective.codec, cast(Tensor, item[self.clips.source.key])  # type: ignore[literal-required]
-        posterior = run.objective.posterior({self.clips.source.key: frames[None]})
+        codec, frames = objective.codec, cast(Tensor, item[self.clips.source.key])  # type: ignore[literal-required]
+        posterior = objective.posterior({self.clips.source.key: frames[None]})
         noise = None
         if codec.stochastic:
             noise = torch.randn(posterior.mean.shape, generator=self._generator(number, 0)).to(posterior.mean.device)
         return posterior.latents(codec.config, noise)[0].to(CPU), item["labels"]
 
-    def _losses(self, run: Trainer, network: nn.Module, number: int) -> dict[str, float]:
-        """Means of one clip, and its loss in each bucket."""
-        latents, labels = (value.to(run.world.device) for value in self.latents[number])
+    def _losses(self, objective: Objective, network: nn.Module, number: int) -> dict[str, float]:
+        """Returns the means of one clip, and its loss in each bucket."""
+        latents, labels = self.latents[number]
+        latents = latents.to(objective.device)
         generator = self._generator(number, 1)
         shape = (self.buckets, *latents.shape)
         noise = torch.randn(shape, generator=generator).to(latents.device)
         uniform = torch.rand(self.buckets, generator=generator, dtype=torch.float64)
-        num_uniforms = run.objective.num_given_uniforms(self.config.data.num_frames)
-        given = run.objective.given_frames(torch.rand(self.buckets, num_uniforms, generator=generator))
-        terms = run.objective.terms(
-            run.objective.called_with_labels(network),
-            latents.to(run.objective.dtype).expand(shape),
-            labels.expand(self.buckets, -1),
+        num_uniforms = objective.num_given_uniforms(self.config.data.num_frames)
+        given = objective.given_frames(torch.rand(self.buckets, num_uniforms, generator=generator))
+        terms = objective.terms(
+            network,
+            latents.to(objective.precision.dtype).expand(shape),
+            objective.conditions.batch(labels.expand(self.buckets, -1)),
             self.timesteps(uniform).to(latents.device),
             noise,
             None if given is None else given.to(latents.device),
         )
-        means = {name: float(value) for name, value in run.objective.parts(terms).items()}
+        means = {name: float(value) for name, value in objective.parts(terms).items()}
         names = [
             f"loss_t{bucket / self.buckets:.2f}-{(bucket + 1) / self.buckets:.2f}" for bucket in range(self.buckets)
         ]

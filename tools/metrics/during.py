@@ -8,24 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from datasets import ClipDataset, build_held_out
-from engine.callbacks import Look, agree, attempt, put_together, share_out
+from engine.callbacks import Observation, agree, attempt, collect, distribute
 from engine.config import Config, require
+from engine.objective import Objective
+from engine.run import Run
+from engine.state import TrainState
 from engine.validation import spread
 from sample.generate import to_uint8
-from sample.preview import chunks_of, generator_of, videos_of
+from sample.preview import build_generator, sample_chunk, split_chunks
 
 from .detectors import DETECTORS, Detector, load_detector
 from .distances import frechet_distance
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 METRICS = {"fvd", "fid"}  # of a detector, one of which it must be made for
 
@@ -48,7 +47,7 @@ class Metric:
             fitting = [spec.name for spec in DETECTORS.values() if METRICS & set(spec.metrics)]
             require(name in fitting, f"monitor.metric_detector={name} is none of {', '.join(fitting)}.")
 
-    def prepare(self, run: Trainer) -> list[str]:
+    def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
         """Load the detector and try it on an empty clip; the clips are read when they are needed."""
         monitor, data = self.config.monitor, self.config.data
         self.detector = load_detector(
@@ -66,19 +65,19 @@ class Metric:
             f"{self.clips.catalog.root}, detector {self.detector.name}, sha256 {self.detector.sha256}"
         ]
 
-    def look(self, run: Trainer) -> Look:
+    def observe(self, run: Run, state: TrainState, objective: Objective) -> Observation:
         """The distance as `ema/frechet_<detector>`, with both numbers."""
         if self.real is None:
             self.real = self._shared(run, self.indices, lambda indices: real_videos(self.clips, indices))
-        generator = generator_of(run, run.ema.model)
+        generator = build_generator(self.config, state.ema.model, objective)
         fake = self._shared(
-            run, range(self.config.monitor.metric_videos), lambda indices: videos_of(run, generator, indices)
+            run, range(self.config.monitor.metric_videos), lambda indices: sample_chunk(run, generator, indices)
         )
         real = self.real
         distance = attempt(run, lambda: frechet_distance(real, fake) if run.world.is_main else 0.0)
         name = f"ema/frechet_{self.config.monitor.metric_detector}"
         values = {name: distance, "videos": self.config.monitor.metric_videos, "clips": len(self.indices)}
-        return Look(values, f"{name} {distance:.4g}")
+        return Observation(values, f"{name} {distance:.4g}")
 
     def features(self, videos: np.ndarray) -> Tensor:
         """uint8 (n, F, H, W, 3) -> (n, D) of clips, or (n F, D) of their frames, as the detector takes them."""
@@ -86,9 +85,9 @@ class Metric:
         pixels = torch.from_numpy(videos).permute(0, 1, 4, 2, 3)
         return self.detector(pixels if self.detector.input == "clip" else pixels.flatten(0, 1))
 
-    def _shared(self, run: Trainer, indices: Sequence[int], videos: Callable[[Sequence[int]], np.ndarray]) -> Tensor:
+    def _shared(self, run: Run, indices: Sequence[int], videos: Callable[[Sequence[int]], np.ndarray]) -> Tensor:
         """The features of all those videos, shared out over the ranks, on all of them."""
-        chunks = chunks_of(run, indices)
+        chunks = split_chunks(run, indices)
 
         def work(place: int) -> Tensor:
             pixels, rows = videos(chunks[place]), []
@@ -97,7 +96,7 @@ class Metric:
                 agree(run)
             return torch.cat(rows)
 
-        return torch.cat(put_together(share_out(run, len(chunks), work)))
+        return torch.cat(collect(distribute(run, len(chunks), work)))
 
 
 def real_videos(clips: ClipDataset, indices: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,265 @@
+"""What a network is conditioned on: class labels, captions or nothing, behind one protocol.
+
+`Conditions` belong to a run: they turn the labels of a batch into a `Condition` on the device. A `Condition` belongs
+to a batch: it can be dropped, replaced by its null, doubled for guidance, and passed to the network. The objective,
+guidance, validation, previews and sampling use these two and nothing else.
+
+Captions are numbered: the label of a clip is the number of its caption. The features of a caption depend on it alone:
+it is encoded by itself, and cut or padded to `text.max_length`. Dropping a caption is PixArt-alpha's: its features
+become those of the empty prompt, padding included, and its mask stays, so that the network sees as many words.
+
+Letters: B clips, F frames, I images, L words, D width of the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from datasets import ClipDataset
+from datasets.text_features import TextCache
+from models.autoencoder import DTYPES
+from models.text_encoder import TextConfig, TextEncoder
+from models.text_identity import comparable, text_identity
+
+from .config import Config, require
+from .distributed import on_main
+
+EMPTY = ""  # the caption of classifier-free guidance
+REMEMBERED = 256  # captions whose features are not computed again
+Features = Callable[[str], Tensor]  # caption -> (n, D) of its n words; of the empty one all L rows
+
+
+class Condition(Protocol):
+    """The conditions of one batch: of each clip and of its images."""
+
+    def drop(self, uniform: Tensor, rate: float) -> Condition:
+        """Replaces conditions by the null where `uniform` (B, 1+I), in [0, 1), is below `rate`."""
+
+    def null(self) -> Condition:
+        """Returns the batch without its conditions. Raises: ValueError if the network was trained without a null."""
+
+    def join(self, other: Any) -> Condition:
+        """Returns this batch followed by another one of its kind."""
+
+    def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
+        """Runs the network on `x` (B, F+I, C, H, W); returns the same shape, or 2C channels."""
+
+
+class Conditions(Protocol):
+    """The conditions of a run.
+
+    Attributes:
+        count: number of different conditions; 0 for an unconditional network.
+        names: their names in order, where known.
+        dropout: probability that training replaces one by the null.
+    """
+
+    count: int
+    names: Sequence[str] | None
+    dropout: float
+
+    def batch(self, labels: Tensor) -> Condition:
+        """Returns the conditions of `labels` (B, 1+I), which are on the CPU; waits for no device."""
+
+
+# ---- none, and classes -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NoCondition:
+    """A batch of an unconditional network."""
+
+    def drop(self, uniform: Tensor, rate: float) -> NoCondition:
+        return self
+
+    def null(self) -> NoCondition:
+        raise ValueError("guidance needs a network with labels: use guidance_scale=1.")
+
+    def join(self, other: NoCondition) -> NoCondition:
+        return self
+
+    def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
+        return network(x, timesteps, None, num_images=num_images)
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """Class labels `values` (B,) or (B, 1+I); `null_label` is the network's label of no class."""
+
+    values: Tensor
+    null_label: int | None = None
+
+    def drop(self, uniform: Tensor, rate: float) -> ClassLabels:
+        if self.null_label is None or rate == 0:
+            return self
+        return replace(self, values=torch.where(uniform < rate, self.null_label, self.values))
+
+    def null(self) -> ClassLabels:
+        if self.null_label is None:
+            raise ValueError(
+                "guidance needs a network with a null label, but this one was trained with model.label_dropout=0: "
+                "use guidance_scale=1."
+            )
+        return replace(self, values=torch.full_like(self.values, self.null_label))
+
+    def join(self, other: ClassLabels) -> ClassLabels:
+        return replace(self, values=torch.cat([self.values, other.values]))
+
+    def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
+        return network(x, timesteps, self.values, num_images=num_images)
+
+
+@dataclass(frozen=True)
+class ClassConditions:
+    """The classes of a network, or none of an unconditional one."""
+
+    count: int
+    null_label: int | None
+    dropout: float
+    device: torch.device
+    names: Sequence[str] | None = None
+
+    def batch(self, labels: Tensor) -> ClassLabels | NoCondition:
+        return ClassLabels(labels.to(self.device, non_blocking=True), self.null_label) if self.count else NoCondition()
+
+
+# ---- captions --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Features of captions for a text network.
+
+    Attributes:
+        features: (B, 1+I, L, D) of the captions.
+        mask: (B, 1+I, L), 1 for words and 0 for padding; None: all are words.
+        null_features: of no caption, to broadcast over `features`; None where the network was trained without.
+    """
+
+    features: Tensor
+    mask: Tensor | None
+    null_features: Tensor | None
+
+    def drop(self, uniform: Tensor, rate: float) -> TextFeatures:
+        if self.null_features is None or rate == 0:
+            return self
+        dropped = (uniform < rate)[..., None, None]  # (B, 1+I, 1, 1)
+        return replace(self, features=torch.where(dropped, self.null_features, self.features))
+
+    def null(self) -> TextFeatures:
+        if self.null_features is None:
+            raise ValueError(
+                "guidance needs a network that knows the empty caption, but this one was trained with "
+                "text.caption_dropout=0: use guidance_scale=1."
+            )
+        return replace(self, features=self.null_features.expand_as(self.features))
+
+    def join(self, other: TextFeatures) -> TextFeatures:
+        mask = None if self.mask is None or other.mask is None else torch.cat([self.mask, other.mask])
+        return replace(self, features=torch.cat([self.features, other.features]), mask=mask)
+
+    def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
+        features, mask = self.features.to(x.dtype), None if self.mask is None else self.mask.to(x.dtype)
+        output = network(x.transpose(1, 2), timesteps, features, mask, return_dict=False, num_images=num_images)
+        return output[0].transpose(1, 2)  # (B, F+I, C or 2C, H, W)
+
+
+class EncodedFeatures:
+    """Features of captions, computed by the text encoder when they are asked for."""
+
+    def __init__(self, config: TextConfig, device: torch.device) -> None:
+        self.config = config
+        self.encoder = TextEncoder.from_folder(
+            config.folder(), DTYPES[config.dtype], device, max_length=config.max_length
+        )
+        width = self.encoder.network.config.d_model
+        require(
+            width == config.caption_channels,
+            f"text.caption_channels is {config.caption_channels}, but the features of text.path={config.path} are "
+            f"{width} wide: set text.caption_channels={width}.",
+        )
+        self._remembered = lru_cache(REMEMBERED)(self._encode)
+
+    def __call__(self, caption: str) -> Tensor:
+        return self._remembered(caption)
+
+    def _encode(self, caption: str) -> Tensor:
+        features, words = self.encoder.features(self.config.prepare(caption))
+        return features[0] if caption == EMPTY else features[0, :words]
+
+
+class Captions:
+    """All captions that a run may need, by number.
+
+    Args:
+        texts: `texts[label]`.
+        features: where their features come from.
+    """
+
+    def __init__(self, config: TextConfig, texts: Sequence[str], features: Features, device: torch.device) -> None:
+        self.config = config
+        self.names = texts
+        self.count = len(texts)
+        self.dropout = config.caption_dropout
+        self.features = features
+        self.device = device
+
+    def batch(self, labels: Tensor) -> TextFeatures:
+        features, mask = self._padded([self.names[label] for label in labels.flatten().tolist()])
+        null = self._null if self.dropout > 0 else None
+        return TextFeatures(features.unflatten(0, labels.shape), mask.unflatten(0, labels.shape), null)
+
+    @cached_property
+    def _null(self) -> Tensor:
+        """Features (L, D) of the empty caption."""
+        return self._padded([EMPTY])[0][0]
+
+    def _padded(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Returns features (n, L, D) and mask (n, L) of the captions, on the device."""
+        words = [self.features(each) for each in captions]
+        features = words[0].new_zeros(len(words), self.config.max_length, self.config.caption_channels)
+        mask = torch.zeros(len(words), self.config.max_length)
+        for row, found in enumerate(words):
+            features[row, : len(found)] = found
+            mask[row, : len(found)] = 1
+        return self._move(features), self._move(mask)
+
+    def _move(self, value: Tensor) -> Tensor:
+        """Copies to the device without waiting for it."""
+        if self.device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()
+        return value.to(self.device, non_blocking=True)
+
+
+def all_captions(config: Config, clips: ClipDataset, held_out: ClipDataset | None = None) -> list[str]:
+    """Returns every caption that a run may need, by number: of its clips, of the held-out ones, and of its samples."""
+    texts = held_out.captions if held_out is not None else clips.captions  # which begin with those of `clips`
+    known = set(texts)
+    return [*texts, *dict.fromkeys(label for label in config.sample.labels or [] if label not in known)]
+
+
+def build_conditions(
+    config: Config, clips: ClipDataset, held_out: ClipDataset | None, device: torch.device
+) -> Conditions:
+    """Returns the conditions of a run. Collective for a text network.
+
+    Raises: ValueError, FileNotFoundError where the text encoder or the cache of its features does not fit.
+    """
+    model = config.model
+    if not model.is_text:
+        null_label = model.num_classes if model.has_null_label else None
+        names = clips.class_names if model.num_classes else None
+        return ClassConditions(model.num_classes, null_label, model.label_dropout, device, names)
+    texts = all_captions(config, clips, held_out)
+    if config.text.features is None:
+        return Captions(config.text, texts, EncodedFeatures(config.text, device), device)
+    cache = TextCache(Path(config.text.features))
+    cache.check(comparable(on_main(lambda: text_identity(config.text))), [EMPTY, *texts])
+    return Captions(config.text, texts, cache, device)

@@ -1,0 +1,124 @@
+"""The training state: what changes from step to step, and how a checkpoint holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from diffusion import TimestepSampler, build_timestep_sampler
+from models.convert import load_weights
+from models.latte import Latte
+from models.latte_t2v import LatteT2V
+from models.lora import lora_weights
+
+from .build import PRECISIONS, build_model, put_adapters
+from .checkpoint import Checkpoint
+from .config import Config
+from .distributed import World, gather_objects, shard, shard_like, shards_like, whole
+from .ema import EMA
+from .guard import StepGuard
+from .optim import build_optimizer
+from .weights import load_base
+
+
+@dataclass
+class TrainState:
+    """Network, average, optimizer, timestep sampler, guard and counters.
+
+    Attributes:
+        lora_base: SHA-256 of the base weights of a LoRA run; None: the whole network is trained.
+        step: optimizer steps.
+        samples_seen: clips, those of skipped steps included.
+    """
+
+    model: Latte | LatteT2V
+    ema: EMA
+    optimizer: torch.optim.AdamW
+    timestep_sampler: TimestepSampler
+    guard: StepGuard
+    lora_base: str | None = None
+    step: int = 0
+    samples_seen: int = 0
+
+    def trained_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns what a checkpoint holds of a network: all of it, or the adapters."""
+        return model.state_dict() if self.lora_base is None else lora_weights(model.state_dict())
+
+    def state_dict(self, facts: dict[str, Any], *, copy: bool = False) -> Checkpoint:
+        """Returns everything that a continuation needs, on the CPU, independent of the number of ranks. Collective.
+
+        Args:
+            facts: of the run and its data (`Run.facts`).
+            copy: copy tensors that are on the CPU already, so that training may go on in them.
+        """
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        moments = self.optimizer.state_dict()["state"]
+        optim = {f"{key}/{names[i]}": value for i, state in moments.items() for key, value in state.items()}
+        rng = {f"cpu/{rank}": state for rank, state in enumerate(gather_objects(torch.get_rng_state()))}
+        history = self.timestep_sampler.state_dict()
+        rng |= {f"timestep_sampler/{key}": value.cpu() for key, value in history.items()}
+        base = {} if self.lora_base is None else {"lora_base": self.lora_base}
+        return Checkpoint(
+            step=self.step,
+            samples_seen=self.samples_seen,
+            model=whole(self.trained_weights(self.model), copy=copy),
+            ema=whole(self.trained_weights(self.ema.model), copy=copy),
+            optim=whole(optim, copy=copy),  # with AdamW's step counts
+            rng=rng,
+            state={"ema_updates": self.ema.updates, "guard": self.guard.state_dict(), **facts, **base},
+        )
+
+    def load_state_dict(self, saved: Checkpoint, rank: int = 0) -> None:
+        """Continues exactly where `saved` stood. Raises: KeyError for a missing entry, ValueError for wrong weights."""
+        load_trained(self.model, saved.model, "the checkpoint's model")
+        load_trained(self.ema.model, saved.ema, "the checkpoint's running average")
+        self.ema.updates = saved.state["ema_updates"]
+        state: dict[int, dict[str, Tensor]] = {}
+        trained = [each for each in self.model.named_parameters() if each[1].requires_grad]
+        for index, (name, parameter) in enumerate(trained if saved.step else ()):
+            moments = {key: saved.optim[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
+            state[index] = {key: shard_like(value, parameter) for key, value in moments.items()}
+            state[index]["step"] = saved.optim[f"step/{name}"]
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        history = {key: value for key, value in saved.rng.items() if key.startswith("timestep_sampler/")}
+        self.timestep_sampler.load_state_dict({key.partition("/")[2]: value for key, value in history.items()})
+        if f"cpu/{rank}" in saved.rng:
+            torch.set_rng_state(saved.rng[f"cpu/{rank}"])
+        self.guard.load_state_dict(saved.state["guard"])
+        self.step, self.samples_seen = saved.step, saved.samples_seen
+
+
+def load_trained(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Loads the weights of a checkpoint, the whole network's or its adapters', into a network that may be sharded."""
+    own = model.state_dict()
+    adapters = lora_weights(own)
+    if adapters:  # the base weights are there already
+        weights = {key: own[key] for key in own.keys() - adapters.keys()} | weights
+    load_weights(cast(Latte, model), shards_like(weights, own), source)
+
+
+def build_state(config: Config, world: World) -> TrainState:
+    """Returns the state before the first step, drawn with `train.seed`: the same on every rank."""
+    precision = PRECISIONS[config.train.precision]
+    torch.manual_seed(config.train.seed)
+    model = build_model(config)
+    lora_base = load_base(model, config) if config.lora.rank else None
+    model.to(world.device, precision.dtype)
+    if config.lora.rank:
+        put_adapters(model, config)
+    ema = EMA(model, config.train.ema_decay, config.train.ema_warmup)
+    if config.train.parallel == "fsdp" and world.size > 1:
+        shard(model, world, precision.autocast)
+        shard(ema.model, world)
+    return TrainState(
+        model,
+        ema,
+        build_optimizer(model, config.optim),
+        build_timestep_sampler(config.diffusion),
+        StepGuard(config.optim),
+        lora_base,
+    )

@@ -1,0 +1,210 @@
+"""Network weights from files: of checkpoints and runs, to begin a training from, below adapters, and for exports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor, nn
+
+from models.convert import init_from_dit, is_image_checkpoint, load_weights, read_state_dict, weights_digest
+from models.convert_t2v import CONFIG_FILE, SUBFOLDER, TEMPORAL, convert_t2v, find_network
+from models.latte import Latte
+from models.latte_t2v import LatteT2V
+from models.lora import Adapter, LoraConfig, save_lora
+
+from .build import build_model
+from .checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    find_checkpoint,
+    read_json,
+    read_tensors,
+    weights_file,
+    write_folder,
+)
+from .config import Config, load_config, require
+from .distributed import shards_like
+from .ema import EMA
+
+SIZES_OF_TRAINING = ("sample_size", "video_length")  # may differ: positions are computed
+UNREAD = ("num_embeds_ada_norm", "dropout")  # by any network; for training alone
+
+
+def load_model_weights(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
+    """Loads the network of a checkpoint folder or run of ours, or of an official file.
+
+    Args:
+        weights: "ema" for the running average, "raw" for the last step's weights.
+    """
+    if Path(path).is_file():
+        return read_state_dict(path, prefer="ema" if weights == "ema" else "model")
+    return load_checkpoint_weights(find_checkpoint(Path(path)), weights)
+
+
+def load_checkpoint_weights(folder: Path, weights: str) -> dict[str, Tensor]:
+    """Loads `ema` or `raw` weights of a verified checkpoint folder; adapters are merged into their base weights."""
+    file = weights_file(folder, weights)
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
+    own, config = read_tensors(file), load_config(folder / "config.yaml")
+    if not config.lora.rank:
+        return own
+    return _merge_into_base(own, config, read_json(folder / "state.json").get("lora_base", ""), folder)
+
+
+# ---- the start of a training -----------------------------------------------------------------------
+
+
+def initialise(model: Latte | LatteT2V, ema: EMA, config: Config, lora_base: str | None) -> list[str]:
+    """Loads `train.init_from`, if it is set, into the network and its average; returns lines for the log."""
+    source = config.train.init_from
+    if source is None:
+        return []
+    if lora_base is not None:
+        return [f"adapters on base weights {source} ({lora_base[:12]}), which stay as they are"]
+    notes = _load_text(model, source, config) if isinstance(model, LatteT2V) else _load_latte(model, source)
+    ema.load_state_dict(model.state_dict())
+    return notes
+
+
+def _load_latte(model: Latte, source: str) -> list[str]:
+    """Loads a Latte's weights, or the spatial blocks of an image DiT; returns lines for the log."""
+    weights = load_model_weights(source)
+    own = model.state_dict()
+    if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
+        return str(init_from_dit(model, shards_like(weights, own))).splitlines()
+    load_weights(model, shards_like(weights, own), source)
+    return [f"initial weights: {source}"]
+
+
+def _load_text(model: LatteT2V, source: str, config: Config) -> list[str]:
+    """Loads a text network; of an image network, temporal blocks start as the identity. Returns lines for the log.
+
+    Args:
+        source: a checkpoint or run folder of ours; a folder in diffusers' format; or a file of weights.
+
+    Raises: ValueError, OSError where they do not fit or `train.temporal_ramp_steps` does not suit them.
+    """
+    weights, notes = _read_text_weights(model, source)
+    own = model.state_dict()
+    temporal = {key: value for key, value in own.items() if key.startswith(TEMPORAL)}
+    from_images = bool(temporal) and not any(key.startswith(TEMPORAL) for key in weights)
+    ramp = config.train.temporal_ramp_steps
+    require(
+        ramp > 0 or not from_images,
+        f"train.init_from={source} is an image network, which knows no positions in time: let them in over a number of "
+        "steps, e.g. train.temporal_ramp_steps=1000.",
+    )
+    require(
+        ramp == 0 or from_images,
+        f"train.temporal_ramp_steps={ramp} is for a video network that starts from an image network, which "
+        f"train.init_from={source} is not: set it to 0.",
+    )
+    load_weights(model, {**(temporal if from_images else {}), **shards_like(weights, own)}, source)
+    if from_images:
+        model.start_as_image_network()
+        notes.append(f"temporal blocks start as the identity; positions in time grow from 0 to 1 in {ramp} steps")
+    return [f"initial weights: {source}", *notes]
+
+
+def _read_text_weights(model: LatteT2V, source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns weights by our names, and the report of a conversion."""
+    path = find_network(source, None, "train.init_from")
+    if path.is_dir() and not any((path / each / CONFIG_FILE).is_file() for each in ("", SUBFOLDER)):
+        return load_model_weights(path), []
+    described = None if path.is_dir() else model.config.to_dict()
+    loaded, report = convert_t2v(path, config=described, dtype=None)
+    theirs, ours = asdict(loaded.config), asdict(model.config)
+    differing = [key for key in ours if ours[key] != theirs[key] and key not in (*SIZES_OF_TRAINING, *UNREAD)]
+    require(
+        not differing,
+        f"train.init_from={source} is another network: "
+        + ", ".join(f"{key} {theirs[key]} there and {ours[key]} here" for key in differing),
+    )
+    weights = dict(loaded.state_dict())
+    if loaded.temporal_position_scale == 0:  # an image network's, which `convert_t2v` gave temporal blocks
+        weights = {key: value for key, value in weights.items() if not key.startswith(TEMPORAL)}
+    return weights, str(report).splitlines()
+
+
+def temporal_position_scale(config: Config, step: int) -> float:
+    """Returns the factor of temporal positions at `step`: 1, but from 0 to 1 in a network that starts from images."""
+    ramp = config.train.temporal_ramp_steps
+    return min(1.0, step / ramp) if ramp else 1.0
+
+
+def ramp_temporal_positions(config: Config, step: int, *models: nn.Module) -> None:
+    """Sets that factor in text networks; others have none."""
+    for model in models if config.model.is_text else ():
+        model.temporal_position_scale = temporal_position_scale(config, step)  # type: ignore[assignment]
+
+
+# ---- adapters --------------------------------------------------------------------------------------
+
+
+def load_base(model: nn.Module, config: Config) -> str:
+    """Loads the base weights of a LoRA run, `train.init_from`, into `model`; returns their SHA-256.
+
+    Raises: ValueError, OSError where they are missing, or leave a part of the network as it was drawn.
+    """
+    source = str(config.train.init_from)
+    if isinstance(model, LatteT2V):
+        _load_text(model, source, config)
+    else:
+        load_weights(cast(Latte, model), load_model_weights(source), source)
+    return weights_digest(model.state_dict())
+
+
+def _merge_into_base(adapters: Mapping[str, Tensor], config: Config, digest: str, folder: Path) -> dict[str, Tensor]:
+    """Returns the whole network: `adapters` of the checkpoint `folder` merged into base weights of SHA-256 `digest`.
+
+    Raises: CheckpointError where the base weights are missing, or are not those of the training.
+    """
+    told = f"{folder} holds adapters on train.init_from={config.train.init_from}"
+    model = build_model(config)
+    try:
+        found = load_base(model, config)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{told}, which cannot be loaded: {error}") from None
+    if found != digest:
+        raise CheckpointError(f"{told}, but those are other weights than in training: put the same back.")
+    weights = dict(model.state_dict())
+    Adapter.from_weights(dict(adapters), lambda rank: config.lora.scale, str(folder)).merge_into(weights)
+    return weights
+
+
+# ---- exports ---------------------------------------------------------------------------------------
+
+
+def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
+    """Copies one set of weights of checkpoint `source` with its config, which is all that sampling needs.
+
+    Adapters are merged into their base weights, so that the copy stands alone.
+    """
+    folder = find_checkpoint(source)
+    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    require(
+        not taken or ((target / MANIFEST).is_file() and not (target / "optim.safetensors").exists()),
+        f"{target} exists and is no export of weights; name a new folder.",
+    )
+    config = replace(load_config(folder / "config.yaml"), lora=LoraConfig())
+    state = read_json(folder / "state.json")
+    for key in ("guard", "lora_base"):  # of the training alone
+        state.pop(key, None)
+    file = "ema" if weights == "ema" else "model"
+    return write_folder(target, {file: load_checkpoint_weights(folder, weights)}, state, config)
+
+
+def export_adapter(source: Path, target: Path, weights: str = "ema") -> Path:
+    """Writes the adapters of checkpoint `source` as a folder that peft loads; returns it.
+
+    Raises: ValueError where the run trained the whole network.
+    """
+    folder = find_checkpoint(source)
+    config = load_config(folder / "config.yaml")
+    require(config.lora.rank > 0, f"{folder} holds a whole network and no adapters: its lora.rank is 0.")
+    require(not target.exists(), f"{target} exists; name a new folder.")
+    return save_lora(read_tensors(weights_file(folder, weights)), config.lora, target)
