@@ -61,9 +61,14 @@ class Conditions(Protocol):
         dropout: probability that training replaces one by the null.
     """
 
-    count: int
-    names: Sequence[str] | None
-    dropout: float
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def names(self) -> Sequence[str] | None: ...
+
+    @property
+    def dropout(self) -> float: ...
 
     def batch(self, labels: Tensor) -> Condition:
         """Returns the conditions of `labels` (B, 1+I), which are on the CPU; waits for no device."""

@@ -185,7 +185,7 @@ def measure_waiting(root: Path, overrides: Sequence[str], steps: int) -> list[di
     out = Path(tempfile.mkdtemp(dir=root))
     keys = [f"train.output_dir={out}", f"train.max_steps={steps + 1}", "train.checkpoint_every=1000000"]
     trainer = Trainer(load_config(None, [*SETTINGS, *STEP, *overrides, *keys]), World())
-    trainer.save = lambda: None  # type: ignore[method-assign]
+    trainer.run.save = lambda state: None  # type: ignore[method-assign]
     trainer.fit()
     shown = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return shown[1:]

@@ -75,7 +75,7 @@ def peak_here(problem: dict[str, Any], device_name: str, plain: bool) -> int:
             optimizer = subject.training.optimizer
         else:
             subject = Ours(workload, Path(folder), device)
-            optimizer = subject.trainer.optimizer
+            optimizer = subject.trainer.state.optimizer
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

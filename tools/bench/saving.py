@@ -30,25 +30,26 @@ def seconds_of(mode: str, data: Path, steps: int, every: int) -> tuple[float, fl
     """(seconds of the loop, of them inside `save`) of one run; the last checkpoint is waited for."""
     from engine.config import load_config
     from engine.distributed import World
+    from engine.state import TrainState
     from engine.trainer import Trainer
-
-    class Timed(Trainer):
-        saving = 0.0
-
-        def save(self) -> None:
-            start = time.perf_counter()
-            if mode != "none":
-                super().save()
-            Timed.saving += time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as out:
         overrides = [f"data.path={data}", f"train.output_dir={out}/run", f"train.max_steps={steps}", MODES[mode]]
-        trainer = Timed(load_config(None, [*SETTINGS, *overrides, f"train.checkpoint_every={every}"]), World())
-        Timed.saving = 0.0
+        trainer = Trainer(load_config(None, [*SETTINGS, *overrides, f"train.checkpoint_every={every}"]), World())
+        save, saving = trainer.run.save, 0.0
+
+        def timed(state: TrainState) -> None:
+            nonlocal saving
+            start = time.perf_counter()
+            if mode != "none":
+                save(state)
+            saving += time.perf_counter() - start
+
+        trainer.run.save = timed  # type: ignore[method-assign]
         start = time.perf_counter()
         trainer.loop()
-        trainer.writer.wait()
-        return time.perf_counter() - start, Timed.saving
+        trainer.run.writer.wait()
+        return time.perf_counter() - start, saving
 
 
 def run(arguments: argparse.Namespace) -> None:

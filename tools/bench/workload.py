@@ -22,10 +22,9 @@ from datasets.catalog import RECIPES
 from datasets.clips import DataConfig
 from datasets.latents import FORMAT, INDEX, TENSOR, Run, StoredClip
 from datasets.shards import DTYPES, shard_file, write_shard
-from engine.build import build_model
+from engine.build import PRECISIONS, build_model
 from engine.config import Config, TrainConfig
 from engine.distributed import World
-from engine.trainer import DTYPES as PRECISIONS
 from engine.trainer import Trainer
 from models import attention
 from models.autoencoder import CodecConfig
@@ -153,25 +152,27 @@ class Ours:
         if not (folder / "latents" / INDEX).exists():
             write_latents(workload, folder, world.size)
         self.trainer = Trainer(workload.config(folder), world)
-        randomise(self.trainer.model)
-        self.trainer.ema.load_state_dict(self.trainer.model.state_dict())
+        state = self.trainer.state
+        randomise(state.model)
+        state.ema.load_state_dict(state.model.state_dict())
         self.trainer.prepare()
-        self.batches = self.trainer.batches()
+        self.batches = self.trainer.run.batches(0)
 
     def step(self) -> None:
         """Load, forward, backward, norm, AdamW, average: the trainer's own."""
         attention.choose(self.trainer.config.train.attention, self.trainer.world.device)  # a choice of the process
-        self.trainer.train_step(next(self.batches))
+        self.trainer.launch_step(next(self.batches))
 
     @property
     def model(self) -> Latte:
-        return cast(Latte, self.trainer.model)
+        return cast(Latte, self.trainer.state.model)
 
     def loss(self, latents: Tensor, labels: Tensor | None, timesteps: Tensor, noise: Tensor) -> Tensor:
         """The mean loss for given draws."""
         objective = self.trainer.objective
         labels = torch.zeros(len(latents), 1 + objective.num_images) if labels is None else labels
-        return objective.terms(self.model, latents, labels, timesteps, noise).loss.mean()
+        condition = objective.conditions.batch(labels)
+        return objective.terms(self.model, latents, condition, timesteps, noise).loss.mean()
 
 
 # ---- the reference -----------------------------------------------------------------------------
@@ -183,7 +184,7 @@ class Theirs:
     def __init__(self, workload: Workload, model: Latte, device: torch.device) -> None:
         self.workload = workload
         precision = cast(str, workload.keys.get("train.precision", "fp32"))
-        self.training = ReferenceTraining(ReferenceLatte.like(model).train(), autocast_dtype=PRECISIONS[precision][1])
+        self.training = ReferenceTraining(ReferenceLatte.like(model).train(), autocast_dtype=PRECISIONS[precision].autocast)
         self.latents, self.labels = drawn(workload, device)
 
     def step(self) -> None:
@@ -218,7 +219,7 @@ def forward_of(model: torch.nn.Module, workload: Workload, device: torch.device)
     """A forward pass without gradients, in the workload's precision."""
     latents, labels = drawn(workload, device)
     timesteps = torch.linspace(0, 999, workload.batch, device=device).long()
-    dtype = PRECISIONS[cast(str, workload.keys.get("train.precision", "fp32"))][1]
+    dtype = PRECISIONS[cast(str, workload.keys.get("train.precision", "fp32"))].autocast
 
     @torch.no_grad()
     def call() -> Tensor:

@@ -19,6 +19,7 @@ from datasets import transforms
 from diffusion import DiffusionConfig, GaussianDiffusion, StepOptions, guided, sample
 from diffusion.samplers import ddim_reverse_step, ddim_step, ddpm_step
 from engine.ema import EMA
+from engine.conditions import ClassLabels
 from models.convert import load_weights
 from models.latte import Latte, LatteConfig
 from tools.metrics.distances import frechet_distance
@@ -140,7 +141,9 @@ def guidance(golden: Goldens, network: Callable[..., Tensor]) -> Tensor:
     if not (null_labels == null_label).all():
         raise Mismatch(f"the second half of cfg_y is not the null label {null_label}")
     with torch.no_grad():
-        conditional = guided(network, labels, null_label, golden.config["cfg_scale"], channels=channels)(x, timesteps)
+        condition = ClassLabels(labels, null_label)
+        call = lambda x, t, condition: network(x, t, condition.values)  # noqa: E731
+        conditional = guided(call, condition, golden.config["cfg_scale"], channels=channels)(x, timesteps)
         unconditional = network(x, null_timesteps, null_labels)
     rest = unconditional[:, :, channels:]
     return torch.cat([conditional, torch.cat([conditional[:, :, :channels], rest], dim=2)])
