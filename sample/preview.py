@@ -88,6 +88,7 @@ def generator_of(run: Trainer, network: nn.Module) -> Generator:
         run.config,
         class_names=names,
         device=run.world.device,
+        check_videos=False,
         precision=precision,
     )
 
