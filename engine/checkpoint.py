@@ -107,7 +107,7 @@ def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
         f"{target} is there already and is no export of weights; name a new folder.",
     )
     config = replace(load_config(folder / "config.yaml"), lora=LoraConfig())
-    state = _read_json(folder / "state.json")
+    state = read_state(folder)
     for key in ("guard", "lora_base"):  # of the training alone
         state.pop(key, None)
     file = "ema" if weights == "ema" else "model"
@@ -196,6 +196,7 @@ def verify(folder: Path) -> None:
     unlisted = [file.name for file in sorted(folder.glob("*.safetensors")) if file.name not in files]
     if unlisted:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not list {', '.join(unlisted)}.")
+    _require_step(manifest, folder / MANIFEST)
     for name, (size, digest) in files.items():
         file = folder / name
         if not file.is_file():
@@ -250,7 +251,7 @@ def find_checkpoint(path: Path) -> Path:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read and verify a training checkpoint, whole."""
     verify(folder)
-    state = _read_json(folder / "state.json")
+    state = read_state(folder)
     tensors = {name: _read_tensors(folder / f"{name}.safetensors") for name in ("model", "ema", "optim", "rng")}
     try:
         return Checkpoint(step=state.pop("step"), samples_seen=state.pop("samples_seen"), state=state, **tensors)
@@ -291,7 +292,7 @@ def load_weights_file(folder: Path, weights: str) -> dict[str, Tensor]:
         return own
     from .adapters import beside_base  # which builds networks, and reads them through this module
 
-    return beside_base(own, config, _read_json(folder / "state.json").get("lora_base", ""), folder)
+    return beside_base(own, config, read_state(folder).get("lora_base", ""), folder)
 
 
 def _prune(newest: Path, keep_last: int, keep_every: int) -> None:
@@ -421,6 +422,24 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Returns the content of a checkpoint's state.json; raises CheckpointError where its step or classes are none."""
+    file = folder / "state.json"
+    state = _read_json(file)
+    _require_step(state, file)
+    names = state.get("class_names") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{file}: class_names must be a list of names; copy the checkpoint again.")
+    return state
+
+
+def _require_step(content: dict[str, Any], file: Path) -> None:
+    """Raises CheckpointError unless the `step` that `file` states is a whole number from 0."""
+    step = content.get("step")
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{file}: step must be a whole number from 0, not {step!r}; copy the checkpoint again.")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

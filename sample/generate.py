@@ -316,7 +316,8 @@ class Generator:
         """The name of a class, `class-012` where names are not known, None for no label."""
         if label is None:
             return None
-        return self.class_names[label] if self.class_names else f"class-{label:03d}"
+        names = self.class_names or []
+        return names[label] if label < len(names) else f"class-{label:03d}"
 
     def resolve_method(self, method: str) -> str:
         """`method`, or what `auto` means for this diffusion."""

@@ -27,7 +27,7 @@ from engine import cli
 from engine.errors import PREEMPTED_EXIT, SamplesNotWritten
 from models.autoencoder import LatentCodec
 from sample import sample, sample_ddp, sample_folder, sample_t2x
-from sample.generate import require_finite_videos
+from sample.generate import Generator, require_finite_videos
 from sample.pipeline_latte import LatteVideoPipeline
 from tests.fault_support import Torchrun, all_gone, seal
 from tests.t2v_support import theirs, tiny_pipeline
@@ -340,6 +340,63 @@ def test_H3_text_to_video_that_is_not_finite(
     }
     assert sentences[fault] in line
     assert videos_in(out) == (["0000_a_disc.mp4"] if fault == "codec" else [])
+
+
+STATES = {
+    "[]": "holds no names and values",
+    "null": "holds no names and values",
+    "half": "is missing or not JSON",
+    "{}": "step must be a whole number from 0, not None",
+    '{"step": -1}': "step must be a whole number from 0, not -1",
+    '{"step": NaN}': "step must be a whole number from 0, not nan",
+    '{"step": 1, "class_names": 3}': "class_names must be a list of names",
+    '{"step": 1, "class_names": [1, 2]}': "class_names must be a list of names",
+}
+
+
+@pytest.mark.parametrize("text", STATES)
+def test_H5_a_state_that_is_none(
+    checkpoint: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    (folder / "state.json").write_text(text)
+    seal(folder)
+    for main in (sample.main, sample_ddp.main):
+        line = refused(main, ["--ckpt", str(folder), "--save_video_path", str(tmp_path / "out")], capsys)
+        assert f"{folder / 'state.json'}" in line and STATES[text] in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_H5_fewer_names_than_classes(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    (folder / "state.json").write_text('{"step": 1, "class_names": ["falls"]}')
+    seal(folder)
+    generator = Generator.from_checkpoint(folder, device="cpu")
+    assert [generator.class_name(label) for label in (0, 1, None)] == ["falls", "class-001", None]
+
+
+def test_H5_too_many_videos(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for main in (sample.main, sample_ddp.main):
+        command = ["--ckpt", str(checkpoint), "--save_video_path", str(tmp_path / "out"), "--steps", "2"]
+        line = refused(main, [*command, "--num_videos", "1000000000"], capsys)
+        assert "--num_videos 1000000000 is more than the 1000000 that" in line
+    assert "num_videos_per_prompt must be at most 1000000" in refused(
+        sample_t2x.main, ["--prompt", "a disc", "--num_videos_per_prompt", "1000000000"], capsys
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", [-1, math.nan, math.inf, 1.5, True, "1", None])
+def test_H7_a_manifest_whose_step_is_none(
+    checkpoint: Path, tmp_path: Path, step: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"step": step}))
+    for main in (sample.main, sample_ddp.main):
+        line = refused(main, ["--ckpt", str(folder), "--save_video_path", str(tmp_path / "out")], capsys)
+        assert f"{folder / 'manifest.json'}: step must be a whole number from 0, not {step!r}" in line
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the real thing: torchrun, the demo's weights ----------------------------------------------------
