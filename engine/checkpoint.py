@@ -162,6 +162,7 @@ def verify(folder: Path) -> None:
     unlisted = [file.name for file in sorted(folder.glob("*.safetensors")) if file.name not in files]
     if unlisted:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not list {', '.join(unlisted)}.")
+    _require_step(manifest, folder / MANIFEST)
     for name, (size, digest) in files.items():
         file = folder / name
         if not file.is_file():
@@ -216,7 +217,7 @@ def find_checkpoint(path: Path) -> Path:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read and verify a training checkpoint, whole."""
     verify(folder)
-    state = read_json(folder / "state.json")
+    state = read_state(folder)
     tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in ("model", "ema", "optim", "rng")}
     try:
         return Checkpoint(step=state.pop("step"), samples_seen=state.pop("samples_seen"), state=state, **tensors)
@@ -363,6 +364,24 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Returns the content of a checkpoint's state.json; raises CheckpointError where its step or classes are none."""
+    file = folder / "state.json"
+    state = read_json(file)
+    _require_step(state, file)
+    names = state.get("class_names") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{file}: class_names must be a list of names; copy the checkpoint again.")
+    return state
+
+
+def _require_step(content: dict[str, Any], file: Path) -> None:
+    """Raises CheckpointError unless the `step` that `file` states is a whole number from 0."""
+    step = content.get("step")
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{file}: step must be a whole number from 0, not {step!r}; copy the checkpoint again.")
 
 
 def read_json(file: Path) -> dict[str, Any]:

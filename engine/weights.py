@@ -20,7 +20,7 @@ from .checkpoint import (
     MANIFEST,
     CheckpointError,
     find_checkpoint,
-    read_json,
+    read_state,
     read_tensors,
     weights_file,
     write_folder,
@@ -52,7 +52,7 @@ def load_checkpoint_weights(folder: Path, weights: str) -> dict[str, Tensor]:
     own, config = read_tensors(file), load_config(folder / "config.yaml")
     if not config.lora.rank:
         return own
-    return _merge_into_base(own, config, read_json(folder / "state.json").get("lora_base", ""), folder)
+    return _merge_into_base(own, config, read_state(folder).get("lora_base", ""), folder)
 
 
 # ---- the start of a training -----------------------------------------------------------------------
@@ -191,7 +191,7 @@ def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
         f"{target} exists and is no export of weights; name a new folder.",
     )
     config = replace(load_config(folder / "config.yaml"), lora=LoraConfig())
-    state = read_json(folder / "state.json")
+    state = read_state(folder)
     for key in ("guard", "lora_base"):  # of the training alone
         state.pop(key, None)
     file = "ema" if weights == "ema" else "model"

@@ -95,6 +95,13 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     model.load_state_dict(state_dict, assign=assign)
 
 
+def require_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raises ValueError that names `source` and the first of the `weights` that holds NaN or infinity."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise ValueError(f"{source}: {name} holds NaN or infinity, no weights to sample with; use another file")
+
+
 def weights_digest(*groups: Mapping[str, Tensor], facts: bytes = b"") -> str:
     """SHA-256 over names, shapes and numbers, in whatever order and file they are."""
     total = hashlib.sha256(facts)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config_t2v import CLASS_NAME, LATTE_1, LatteT2VConfig
-from .convert import InitReport, load_weights, read_state_dict
+from .convert import InitReport, load_weights, read_state_dict, require_finite
 from .hub import find_folder, read_json
 from .latte_t2v import LatteT2V
 
@@ -225,7 +225,9 @@ def _shards(index: Path) -> list[Path]:
 def _read(files: list[Path], prefer: str) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in files:
-        weights |= read_state_dict(file, prefer)
+        own = read_state_dict(file, prefer)
+        require_finite(own, file.resolve())  # not the link to it in a temporary folder
+        weights |= own
     return weights
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import require
-from .convert import read_state_dict
+from .convert import read_state_dict, require_finite
 from .hub import find_folder
 
 CONFIG_FILE = "adapter_config.json"
@@ -147,6 +147,7 @@ class Adapter(NamedTuple):
         config = _read_config(folder / CONFIG_FILE)
         alpha, root = config["lora_alpha"], bool(config.get("use_rslora"))
         weights = read_state_dict(folder / WEIGHTS_FILE)
+        require_finite(weights, folder / WEIGHTS_FILE)
         return cls.from_weights(weights, lambda rank: alpha / (math.sqrt(rank) if root else rank), str(folder))
 
     @torch.no_grad()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Decode = Callable[[Tensor], np.ndarray]
+Decode = Callable[[Sequence[int], Tensor], np.ndarray]
 Batch = tuple[list[int], np.ndarray]
 
 
@@ -17,7 +17,7 @@ class Decoder:
     """Gives the videos of each batch in order; ahead, one batch later.
 
     Args:
-        decode: latents (B, F, C, h, w) -> uint8 (B, F, H, W, 3).
+        decode: (indices of videos, latents (B, F, C, h, w)) -> uint8 (B, F, H, W, 3).
         ahead: decode in the background. It changes no bit of the videos. Where the same cores sample and decode
             (on a CPU), it gains nothing.
     """
@@ -38,11 +38,11 @@ class Decoder:
     def push(self, indices: list[int], latents: Tensor) -> Iterator[Batch]:
         """Take the next batch; yields those that are to be had now."""
         if self.executor is None:
-            yield indices, self.decode(latents)
+            yield indices, self.decode(indices, latents)
             return
         ready = torch.cuda.current_stream(latents.device).record_event() if self.stream is not None else None
         before = list(self.pending)
-        self.pending = [(indices, self.executor.submit(self._in_stream, latents, ready))]
+        self.pending = [(indices, self.executor.submit(self._in_stream, indices, latents, ready))]
         yield from ((each, future.result()) for each, future in before)
 
     def rest(self) -> Iterator[Batch]:
@@ -50,11 +50,11 @@ class Decoder:
         yield from ((each, future.result()) for each, future in self.pending)
         self.pending = []
 
-    def _in_stream(self, latents: Tensor, ready: torch.cuda.Event | None) -> np.ndarray:
+    def _in_stream(self, indices: Sequence[int], latents: Tensor, ready: torch.cuda.Event | None) -> np.ndarray:
         if self.stream is None:
-            return self.decode(latents)
+            return self.decode(indices, latents)
         with torch.cuda.stream(self.stream):
             if ready is not None:
                 self.stream.wait_event(ready)
             latents.record_stream(self.stream)
-            return self.decode(latents)
+            return self.decode(indices, latents)

@@ -25,7 +25,7 @@ from engine.checkpoint import content_sha256
 from engine.config import LABEL_RULES, Config, window_overlap
 from engine.objective import sample_generator
 from models.autoencoder import LatentCodec
-from models.convert import load_weights
+from models.convert import load_weights, require_finite
 from models.latte import Latte
 from models.lora import Adapter
 
@@ -99,6 +99,7 @@ class Generator:
         class_names: of the labels in order, where known.
         network: how the network is called: `precision`, `cast_weights` and `compiled`, as for `Network`. The
             sampler's arithmetic is in fp32 in any case, and the codec has its own precision, `codec.dtype`.
+        check_videos: raise ValueError for a video that is not finite. Off for previews, which end no training.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Generator:
         *,
         class_names: Sequence[str] | None = None,
         device: torch.device | str = "cpu",
+        check_videos: bool = True,
         **network: Any,
     ) -> None:
         self.device = torch.device(device)
@@ -116,6 +118,7 @@ class Generator:
         self.model = self.network.model
         self.codec = codec
         self.config = config
+        self.check_videos = check_videos
         self.class_names = list(class_names) if class_names else None
         self._table: tuple[Any, ModulationTable] | None = None  # the last one, and what it is of
 
@@ -160,6 +163,7 @@ class Generator:
         device = usable_device(device)
         model = cast(Latte, build_model(config, device))
         own = source.weights(weights)
+        require_finite(own, source.weights_file(weights))
         if config.sample.lora:
             Adapter.from_folder(config.sample.lora).merge_into(own, config.sample.lora_scale)
         load_weights(model, own, str(source.path))
@@ -277,9 +281,12 @@ class Generator:
         return plan
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents (B, F, C, h, w) -> uint8 (B, F, H, W, 3)."""
-        return to_uint8(self.codec.decode(latents))
+    def decode(self, indices: Sequence[int], latents: Tensor) -> np.ndarray:
+        """Returns the videos `indices`, uint8 (B, F, H, W, 3), of latents (B, F, C, h, w)."""
+        video = self.codec.decode(latents)
+        if self.check_videos:
+            require_finite_videos(indices, latents, video)
+        return to_uint8(video)
 
     def labels_for(
         self, labels: Sequence[int | str] | None = None, rule: str = "balanced", seed: int = 0
@@ -309,7 +316,8 @@ class Generator:
         """The name of a class, `class-012` where names are not known, None for no label."""
         if label is None:
             return None
-        return self.class_names[label] if self.class_names else f"class-{label:03d}"
+        names = self.class_names or []
+        return names[label] if label < len(names) else f"class-{label:03d}"
 
     def resolve_method(self, method: str) -> str:
         """`method`, or what `auto` means for this diffusion."""
@@ -409,6 +417,21 @@ class VideoNoise:
 def _drawn(seed: int, index: int) -> int:
     """A random number of 64 bits for video `index`, independent of its noise."""
     return int(np.random.SeedSequence([seed, index], spawn_key=(1,)).generate_state(1, np.uint64)[0])
+
+
+def require_finite_videos(indices: Sequence[int], latents: Tensor, video: Tensor) -> None:
+    """Raises ValueError that names the first of the videos `indices` whose latents or pixels are not finite.
+
+    Args:
+        latents, video: (B, ...), one after the other those of `indices`.
+    """
+    finite = latents.isfinite().flatten(1).all(1) & video.isfinite().flatten(1).all(1)
+    bad = [index for index, good in zip(indices, finite.tolist(), strict=True) if not good]
+    if bad:
+        raise ValueError(
+            f"video {bad[0]} holds NaN or infinity and is not written: use a smaller guidance_scale, fp32 as precision "
+            "or another checkpoint."
+        )
 
 
 def to_uint8(video: Tensor) -> np.ndarray:

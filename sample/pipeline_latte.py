@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from engine.build import build_model, count_parameters
 from engine.config import Config, load_config
 from models.autoencoder import LatentCodec, local_folder
-from models.convert import load_weights, read_state_dict
+from models.convert import load_weights, read_state_dict, require_finite
 from models.convert_t2v import read_json, require_new
 from models.hub import find_folder
 from models.latte import Latte
@@ -108,7 +108,9 @@ class LatteVideoPipeline:
         config, class_names = _read_config(folder)
         device = usable_device(device)
         model = cast(Latte, build_model(config, device))
-        load_weights(model, read_state_dict(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+        weights = read_state_dict(folder / WEIGHTS_FILE)
+        require_finite(weights, folder / WEIGHTS_FILE)
+        load_weights(model, weights, str(folder / WEIGHTS_FILE))
         codec = LatentCodec.from_config(config.codec, device)
         precision = precision or config.sample.precision
         model.requires_grad_(False)

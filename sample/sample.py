@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sample.source import Source
 
 SHOWN = 16  # videos in the GIF and on the contact sheet
+MAX_VIDEOS = 1_000_000  # of one command; names of six digits sort as numbers do
 SIZE_KEYS = ("data.num_frames=", "data.image_size=")
 
 
@@ -125,6 +126,11 @@ def resolve(arguments: dict[str, Any]) -> Request:
     yaml, device, overrides = (settings.pop(key) for key in ("config", "device", "overrides"))
     source = Source.open(checkpoint_path(yaml, settings, overrides))
     config = sampling_config(source, yaml, settings, overrides)
+    if config.sample.num_videos > MAX_VIDEOS:
+        raise ValueError(
+            f"--num_videos {config.sample.num_videos} is more than the {MAX_VIDEOS} that file names have room for; "
+            "sample more with another --seed into another folder."
+        )
     trained = sampling_config(source, yaml, settings, [each for each in overrides if not each.startswith(SIZE_KEYS)])
     return Request(source, config, trained, device)
 

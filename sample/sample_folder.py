@@ -29,7 +29,6 @@ from engine.run_folder import FolderLock
 
 from .video_io import write_atomically, write_lossless, write_mp4
 
-MAX_VIDEOS = 1_000_000  # six digits: names sort as numbers do
 SUFFIXES = {"videos": ".mp4", "lossless": ".npy"}
 NAME = re.compile(r"(\d{6})\.(mp4|npy)")
 UNFINISHED_NAME = re.compile(r"\.?(\d{6}|samples|settings)(\.\d+)?\.(mp4|npy|json|gif|png)")
@@ -44,8 +43,6 @@ class SampleFolder:
     """
 
     def __init__(self, path: Path, num_videos: int, lossless: bool) -> None:
-        if num_videos > MAX_VIDEOS:
-            raise ValueError(f"--num_videos {num_videos} is more than the {MAX_VIDEOS} that file names have room for.")
         self.path = path
         self.num_videos = num_videos
         self.kinds = ("videos", "lossless") if lossless else ("videos",)

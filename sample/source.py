@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.checkpoint import find_checkpoint, load_model_weights, load_weights_file, weights_file
+from engine.checkpoint import find_checkpoint, load_model_weights, load_weights_file, read_state, weights_file
 from engine.config import Config, load_config
 
 
@@ -33,8 +32,7 @@ class Source:
         if path.is_file():
             return cls(path, None, None)
         folder = find_checkpoint(path)
-        state = json.loads((folder / "state.json").read_text())
-        return cls(folder, load_config(folder / "config.yaml"), state.get("class_names"))
+        return cls(folder, load_config(folder / "config.yaml"), read_state(folder).get("class_names"))
 
     def weights(self, kind: str) -> dict[str, Tensor]:
         """The `ema` or the `raw` weights."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.build import text_network_config
 from engine.captions import temporal_position_scale
-from engine.checkpoint import find_checkpoint, load_checkpoint_config, weights_file
+from engine.checkpoint import find_checkpoint, load_checkpoint_config, read_state, weights_file
 from engine.config import Config, require
 from models.autoencoder import KINDS, CodecConfig, local_folder
 from models.config_t2v import LatteT2VConfig
@@ -92,7 +92,7 @@ def _write_parts(checkpoint: Path, config: Config, out: Path, weights: str, link
 def _write_network(checkpoint: Path, config: Config, out: Path, weights: str, link: bool) -> None:
     file, target = weights_file(checkpoint, weights), out / f"{WEIGHTS}.safetensors"
     require(file.is_file(), f"{checkpoint} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
-    described = describe_network(config, json.loads((checkpoint / "state.json").read_text())["step"])
+    described = describe_network(config, read_state(checkpoint)["step"])
     out.mkdir(parents=True)
     if link:
         _link(file, target)

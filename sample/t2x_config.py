@@ -11,6 +11,7 @@ from typing import Any
 from diffusion.windows import METHODS
 from engine.config import MAX_SEED, SAMPLE_PRECISIONS, check_frame_keys, read_yaml, require
 from models.quantize import KINDS
+from sample.sample import MAX_VIDEOS
 
 # The official names -> the class in diffusers and what it needs beside the beta schedule. A learned variance is
 # for DDPM alone: the other samplers have no use for it.
@@ -87,6 +88,10 @@ class T2XConfig:
     def __post_init__(self) -> None:
         for key in ("video_length", "num_videos_per_prompt", "num_sampling_steps", "decode_chunk_size", "fps"):
             require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
+        require(
+            self.num_videos_per_prompt <= MAX_VIDEOS,
+            f"num_videos_per_prompt must be at most {MAX_VIDEOS}, not {self.num_videos_per_prompt}",
+        )
         size = self.image_size
         require(
             len(size) == 2 and all(side >= 8 and side % 8 == 0 for side in size),

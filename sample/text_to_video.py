@@ -33,7 +33,7 @@ from models.latte_t2v import LatteT2V
 from models.lora import merge_lora
 from models.quantize import quantize
 from models.text_encoder import Prompt
-from sample.generate import to_uint8
+from sample.generate import require_finite_videos, to_uint8
 from sample.given import Plan, Windows, read_given
 from sample.t2x_config import LEARNED_VARIANCE, SCHEDULERS, T2XConfig
 
@@ -230,7 +230,9 @@ class Sampler:
         with self._on_device(self.model):
             latents = self.plan.sample(sample_pass, [index])
         with self._on_device(self.codec):
-            return to_uint8(self.codec.decode(latents))[0]
+            video = self.codec.decode(latents)
+            require_finite_videos([index], latents, video)
+            return to_uint8(video)[0]
 
     @property
     def noise_shape(self) -> tuple[int, int, int, int, int]:

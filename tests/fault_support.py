@@ -7,6 +7,7 @@ before the update from that step. `python tests/fault_support.py ARGS` is train.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -277,6 +278,15 @@ class Torchrun:
             assert self.process.poll() is None, self.process.communicate()[0][-3000:]
             time.sleep(0.05)
         raise AssertionError(f"step {step} was not reached in {timeout} s")
+
+
+def seal(folder: Path) -> None:
+    """Rewrite the manifest of a checkpoint to fit its files."""
+    manifest = json.loads((folder / ckpt.MANIFEST).read_text())
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / ckpt.MANIFEST).write_text(json.dumps(manifest))
 
 
 def all_gone(processes: list[psutil.Process], timeout: float) -> bool:

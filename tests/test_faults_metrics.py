@@ -1,10 +1,11 @@
-"""G8: what cannot be measured gives a sentence and no number, by the whole command and by the formula."""
+"""G8, H7: what cannot be measured gives a sentence and no number, by the whole command and by the formula."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,13 +34,13 @@ def clips(folder: Path, count: int, *, dark: bool = False) -> Path:
     return folder
 
 
-def measured(tmp_path: Path, real: Path, fake: Path, detector: Path) -> dict[str, object]:
+def measured(tmp_path: Path, real: Path, fake: Path, detector: Path, metric: str = "fvd16_16f") -> dict[str, object]:
     """The result of the command, all of whose files lie below `tmp_path`."""
     out = tmp_path / "result.json"
     sides = ["--real_data_path", str(real), "--fake_data_path", str(fake), "--detector", f"i3d={detector}"]
     more = ["--workers", "0", "--verbose", "0", "--checks", "none", "--protocol", "stylegan-v"]
-    command.main([*sides, *more, "--metrics", "fvd16_16f", "--cache_dir", str(tmp_path / "cache"), "--out", str(out)])
-    return json.loads(out.read_text())["metrics"]["fvd16_16f"]
+    command.main([*sides, *more, "--metrics", metric, "--cache_dir", str(tmp_path / "cache"), "--out", str(out)])
+    return json.loads(out.read_text())["metrics"][metric]
 
 
 @pytest.fixture
@@ -71,6 +72,15 @@ def test_G8_unequal_counts_are_told(tmp_path: Path, i3d: Path) -> None:
     """The protocols allow them (StyleGAN-V drops short clips on either side), so there is a number with a warning."""
     found = measured(tmp_path, clips(tmp_path / "real", 6), clips(tmp_path / "fake", 4), i3d)
     assert any("6 real against 4 fake" in warning for warning in found["warnings"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("metric", ["fvd999999999999_16f", "fvd4_16f"])
+def test_H7_the_number_of_clips_is_the_true_one(tmp_path: Path, i3d: Path, metric: str) -> None:
+    real, fake = clips(tmp_path / "real", 6), clips(tmp_path / "fake", 5)
+    found: Any = measured(tmp_path, real, fake, i3d, metric)
+    used = (4, 4) if metric == "fvd4_16f" else (6, 5)
+    assert (found["protocol"]["num_real"], found["protocol"]["num_fake"]) == used
+    assert (found["counts"]["real"]["used"], found["counts"]["fake"]["used"]) == used
 
 
 def test_G8_a_cache_of_another_hash_is_not_used(tmp_path: Path, i3d: Path) -> None:

@@ -1,11 +1,14 @@
-"""Faults G7: sampling that is killed, on several ranks, leaves no half file and is finished exactly."""
+"""Faults G7, H3, H5, H7: sampling that is killed is finished exactly; networks and videos that are not finite."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,11 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from engine import cli
 from engine.errors import PREEMPTED_EXIT, SamplesNotWritten
-from sample import sample_ddp, sample_folder
-from tests.fault_support import Torchrun, all_gone
+from models.autoencoder import LatentCodec
+from sample import sample, sample_ddp, sample_folder, sample_t2x
+from sample.generate import Generator, require_finite_videos
+from sample.pipeline_latte import LatteVideoPipeline
+from tests.fault_support import Torchrun, all_gone, seal
+from tests.t2v_support import theirs, tiny_pipeline
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -88,6 +97,11 @@ def no_space(*_: Any) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+def spoil(codec: LatentCodec, latents: torch.Tensor) -> None:
+    """One number of the batch's last video is not finite."""
+    latents[-1, -1, -1, -1, -1] = math.inf
+
+
 FAULTS: dict[str, tuple[Any, str, Callable[..., None]]] = {
     "half": (sample_folder, "write_mp4", die_amid_a_file),
     "between": (sample_folder, "write_mp4", die),  # the array is there, the mp4 is not
@@ -95,6 +109,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., None]]] = {
     "term": (sample_ddp.Job, "_check_signals", terminate),
     "load": (sample_ddp, "load_generator", refuse),
     "disk": (sample_folder, "write_mp4", no_space),
+    "infinite": (LatentCodec, "decode", spoil),
 }
 
 
@@ -193,6 +208,194 @@ def test_G7_what_one_rank_cannot_load_ends_all_with_its_sentence(tiny_job: list[
         "error: this machine has no such codec",
         "error (rank 1): this machine has no such codec",
     }
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.dist
+def test_H3_a_video_that_is_not_finite_ends_the_job(tiny_job: list[str], whole: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    codes, logs = sample_on(1, tiny_job, folder, "infinite@0:3")
+    assert codes == [2], logs
+    assert logs[0].splitlines()[-1].startswith("error: video 5 holds NaN or infinity and is not written: ")
+    assert_begun(folder, whole)
+    assert set(files_of(folder)) == {name for name in whole if name[-10:-4] < "000004"}
+    codes, logs = sample_on(1, tiny_job, folder)
+    assert codes == [0] and finished(folder) == whole, logs
+
+
+# ---- in one process: what no video can be sampled with -----------------------------------------------
+
+
+def refused(main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one sentence with which a command ends as after a user's mistake."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["sample.py", *arguments, "--device", "cpu"])
+        cli.run(main)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+def videos_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.suffix in (".mp4", ".npy", ".json"))
+
+
+def with_number(file: Path, name: str, number: float) -> None:
+    """Put `number` into a tensor of a safetensors file."""
+    weights = load_file(file)
+    weights[name].view(-1)[-1] = number
+    save_file(weights, file)
+
+
+TENSOR = "blocks.1.mlp.fc1.weight"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_H3_a_network_that_is_not_finite_is_refused(
+    checkpoint: Path, tmp_path: Path, number: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = shutil.copytree(checkpoint, tmp_path / checkpoint.name), tmp_path / "out"
+    with_number(folder / "ema.safetensors", TENSOR, number)
+    seal(folder)
+    torch.save({"ema": load_file(folder / "ema.safetensors")}, tmp_path / "official.pt")
+    official = ["--config", str(folder / "config.yaml"), "--ckpt", str(tmp_path / "official.pt")]
+    sources = (["--ckpt", str(folder)], "ema.safetensors"), (official, "official.pt")
+    for main in (sample.main, sample_ddp.main):
+        for arguments, file in sources:
+            line = refused(main, [*arguments, "--save_video_path", str(out)], capsys)
+            assert f"{file}: {TENSOR} holds NaN or infinity" in line and not videos_in(out)
+    settings = ["--weights", "raw", "--steps", "2", "--num_videos", "1", "--save_video_path", str(out)]
+    assert sample.main(["--ckpt", str(folder), *settings, "--device", "cpu"]) == 0, "the other weights are sound"
+
+
+def test_H3_a_pipeline_that_is_not_finite_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = LatteVideoPipeline.from_checkpoint(checkpoint, device="cpu").save_pretrained(tmp_path / "pipeline")
+    with_number(folder / "model.safetensors", TENSOR, math.nan)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {TENSOR} holds NaN or infinity"):
+        LatteVideoPipeline.from_pretrained(folder, device="cpu")
+
+
+def test_H3_adapters_that_are_not_finite_are_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"lora_A": torch.zeros(2, 16), "lora_B": torch.full((48, 2), math.nan)}
+    save_file({f"base_model.model.blocks.0.attn.qkv.{name}.weight": part for name, part in parts.items()},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    command = ["--ckpt", str(checkpoint), "--lora", str(tmp_path), "--save_video_path", str(tmp_path / "out")]
+    line = refused(sample.main, command, capsys)
+    assert "adapter_model.safetensors: base_model.model.blocks.0.attn.qkv.lora_B.weight holds NaN" in line
+
+
+def test_H3_guidance_that_makes_no_finite_video(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for main in (sample.main, sample_ddp.main):
+        out = tmp_path / main.__module__
+        command = ["--ckpt", str(checkpoint), "--steps", "3", "--save_video_path", str(out)]
+        line = refused(main, [*command, "--guidance_scale", "1e38"], capsys)
+        assert "video 0 holds NaN or infinity and is not written" in line
+        assert set(videos_in(out)) <= {"settings.json"}
+
+
+def test_H3_videos_before_the_one_that_is_not_finite_stay(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LatentCodec, "decode", LatentCodec.decode)  # put back what `nth_call` replaces
+    nth_call(LatentCodec, "decode", 3, spoil)
+    command = ["--ckpt", str(checkpoint), "--steps", "2", "--batch_size", "1", "--save_video_path", str(tmp_path)]
+    assert "video 2 holds NaN or infinity" in refused(sample.main, command, capsys)
+    assert videos_in(tmp_path) == ["0000_falls.mp4", "0001_rises.mp4"]
+
+
+@pytest.mark.parametrize("where", ["latents", "video"])
+def test_H3_latents_and_pixels_are_looked_at(where: str) -> None:
+    tensors = {"latents": torch.zeros(3, 2, 2), "video": torch.zeros(3, 2, 2)}
+    require_finite_videos([6, 7, 8], **tensors)
+    tensors[where][1, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="video 7 holds NaN or infinity"):
+        require_finite_videos([6, 7, 8], **tensors)
+
+
+@pytest.mark.parametrize("fault", ["network", "guidance", "codec"])
+def test_H3_text_to_video_that_is_not_finite(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "latte", tmp_path / "out"
+    tiny_pipeline(theirs()).save_pretrained(folder)
+    sizes = ["--image_size", "16", "16", "--video_length", "4", "--num_sampling_steps", "2", "--precision", "fp32"]
+    command = ["--pretrained_model_path", str(folder), "--prompt", "a disc", *sizes, "--num_videos_per_prompt", "3"]
+    command += ["--save_img_path", str(out), "--guidance_scale", "1e38" if fault == "guidance" else "3"]
+    name = "proj_out.bias"
+    if fault == "network":
+        with_number(folder / "transformer" / "diffusion_pytorch_model.safetensors", name, math.nan)
+    if fault == "codec":
+        monkeypatch.setattr(LatentCodec, "decode", LatentCodec.decode)
+        nth_call(LatentCodec, "decode", 2, spoil)
+    line = refused(sample_t2x.main, command, capsys)
+    sentences = {
+        "network": f"diffusion_pytorch_model.safetensors: {name} holds NaN or infinity",
+        "guidance": "video 0 holds NaN or infinity",
+        "codec": "video 1 holds NaN or infinity",
+    }
+    assert sentences[fault] in line
+    assert videos_in(out) == (["0000_a_disc.mp4"] if fault == "codec" else [])
+
+
+STATES = {
+    "[]": "holds no names and values",
+    "null": "holds no names and values",
+    "half": "is missing or not JSON",
+    "{}": "step must be a whole number from 0, not None",
+    '{"step": -1}': "step must be a whole number from 0, not -1",
+    '{"step": NaN}': "step must be a whole number from 0, not nan",
+    '{"step": 1, "class_names": 3}': "class_names must be a list of names",
+    '{"step": 1, "class_names": [1, 2]}': "class_names must be a list of names",
+}
+
+
+@pytest.mark.parametrize("text", STATES)
+def test_H5_a_state_that_is_none(
+    checkpoint: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    (folder / "state.json").write_text(text)
+    seal(folder)
+    for main in (sample.main, sample_ddp.main):
+        line = refused(main, ["--ckpt", str(folder), "--save_video_path", str(tmp_path / "out")], capsys)
+        assert f"{folder / 'state.json'}" in line and STATES[text] in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_H5_fewer_names_than_classes(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    (folder / "state.json").write_text('{"step": 1, "class_names": ["falls"]}')
+    seal(folder)
+    generator = Generator.from_checkpoint(folder, device="cpu")
+    assert [generator.class_name(label) for label in (0, 1, None)] == ["falls", "class-001", None]
+
+
+def test_H5_too_many_videos(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for main in (sample.main, sample_ddp.main):
+        command = ["--ckpt", str(checkpoint), "--save_video_path", str(tmp_path / "out"), "--steps", "2"]
+        line = refused(main, [*command, "--num_videos", "1000000000"], capsys)
+        assert "--num_videos 1000000000 is more than the 1000000 that" in line
+    assert "num_videos_per_prompt must be at most 1000000" in refused(
+        sample_t2x.main, ["--prompt", "a disc", "--num_videos_per_prompt", "1000000000"], capsys
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", [-1, math.nan, math.inf, 1.5, True, "1", None])
+def test_H7_a_manifest_whose_step_is_none(
+    checkpoint: Path, tmp_path: Path, step: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"step": step}))
+    for main in (sample.main, sample_ddp.main):
+        line = refused(main, ["--ckpt", str(folder), "--save_video_path", str(tmp_path / "out")], capsys)
+        assert f"{folder / 'manifest.json'}: step must be a whole number from 0, not {step!r}" in line
     assert not (tmp_path / "out").exists()
 
 

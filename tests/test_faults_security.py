@@ -56,6 +56,7 @@ from sample.source import Source
 from sample.video_io import contact_sheet, slug, write_mp4
 from tests.conftest import TINY
 from tests.detector_stubs import write_stub
+from tests.fault_support import seal
 from tools import convert_checkpoint, convert_config
 from tools.metrics.detectors import load_detector
 from tools.metrics.sources import Source as EvaluationSource
@@ -418,15 +419,6 @@ def whole_checkpoint(root: Path) -> Path:
     """A sound checkpoint folder of a network of one weight."""
     group = {"w": torch.ones(2)}
     return write_checkpoint(Checkpoint(1, 2, group, group, group, group), load_config(), root / "checkpoints")
-
-
-def seal(folder: Path) -> None:
-    """Rewrite the manifest to fit the files."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name in manifest["files"]:
-        content = (folder / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 # ---- D6: versions ----------------------------------------------------------------------------------

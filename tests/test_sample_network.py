@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def generator_of(*overrides: str, device: str = "cpu", **network: Any) -> Genera
     model.load_state_dict(random_weights(config, 0))
     codec = LatentCodec.from_config(config.codec, device)
     generator = Generator(model.requires_grad_(False), codec, config, device=device, **network)
-    generator.decode = lambda latents: latents.cpu().numpy()  # type: ignore[method-assign]
+    generator.decode = lambda indices, latents: latents.cpu().numpy()  # type: ignore[method-assign]
     return generator
 
 
@@ -380,7 +381,7 @@ def test_decoding_ahead_gives_the_same_in_order() -> None:
     batches = [([number], torch.full((1, 2, 3, 4, 4), number / 5)) for number in range(4)]
 
     def run(ahead: bool) -> list[tuple[list[int], np.ndarray]]:
-        with Decoder(lambda z: codec.decode(z).numpy(), torch.device("cpu"), ahead=ahead) as decoder:
+        with Decoder(lambda _, z: codec.decode(z).numpy(), torch.device("cpu"), ahead=ahead) as decoder:
             pushed = [batch for each in batches for batch in decoder.push(*each)]
             assert len(pushed) == len(batches) - ahead  # the last one is still to come
             return [*pushed, *decoder.rest()]
@@ -391,7 +392,7 @@ def test_decoding_ahead_gives_the_same_in_order() -> None:
 
 
 def test_an_error_of_the_decoder_arrives() -> None:
-    def broken(latents: Tensor) -> np.ndarray:
+    def broken(indices: Sequence[int], latents: Tensor) -> np.ndarray:
         raise OSError("no room")
 
     with Decoder(broken, torch.device("cpu"), ahead=True) as decoder:

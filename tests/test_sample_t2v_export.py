@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, LattePipeline, PixArtTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 import train
 from engine.build import build_model, build_process
@@ -27,6 +28,7 @@ from sample.t2x_config import load_t2x_config
 from sample.t2x_run import TrainedRun
 from sample.text_to_video import Sampler, denoise
 from tests.conftest import random_weights
+from tests.fault_support import seal
 from tests.hub_stand_in import local_hub
 from tests.latent_support import save_codec
 from tests.text_support import TINY_TEXT, draw_captioned, save_text_encoder
@@ -109,6 +111,25 @@ def test_the_scheduler_is_the_trainings(base: list[str], schedule: str, num_step
     assert described["prediction_type"] == "v_prediction"
     loss = ours.training_losses(lambda *_: torch.cat([theirs.get_velocity(x, noise, t)] * 2, dim=2), x, t, noise)
     assert float(loss.mse.max()) < 1e-6
+
+
+def test_H3_a_run_that_is_not_finite_is_named(base: list[str], tmp_path: Path) -> None:
+    source = checkpoint(load_config(None, base), tmp_path / "run" / "checkpoints")
+    weights = load_file(source / "ema.safetensors")
+    weights["proj_out.bias"][0] = float("nan")
+    save_file(weights, source / "ema.safetensors")
+    seal(source)
+    command = ["--ckpt", str(tmp_path / "run"), "--prompt", "a stone", "--save_img_path", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=f"{source / 'ema.safetensors'}: proj_out.bias holds NaN or infinity"):
+        sample_t2x.main(command)
+
+
+def test_H5_a_state_that_is_none(base: list[str], tmp_path: Path) -> None:
+    source = checkpoint(load_config(None, base), tmp_path)
+    (source / "state.json").write_text("[]")
+    seal(source)
+    with pytest.raises(ValueError, match=f"{source / 'state.json'} holds no names and values"):
+        sample_t2x.main(["--ckpt", str(source), "--prompt", "a stone", "--save_img_path", str(tmp_path / "out")])
 
 
 def test_a_run_is_sampled_by_its_name(base: list[str], tmp_path: Path) -> None:

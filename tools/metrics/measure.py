@@ -79,7 +79,8 @@ class Evaluation:
         entry = _summary([scores for _, scores in runs])
         counts = {side: _counts(self.source(side), metric, [sets[side] for sets, _ in runs]) for side in sides}
         entry["detector"] = self.detectors[metric.family].name
-        entry["protocol"] = protocols[0].to_dict() | {"seed": None, "seeds": list(seeds[: len(runs)])}
+        used = {f"num_{side}": each["used"] for side, each in counts.items()}  # at most what the metric's name says
+        entry["protocol"] = protocols[0].to_dict() | {"seed": None, "seeds": list(seeds[: len(runs)])} | used
         entry["counts"] = counts
         entry["dropped"] = {side: _dropped([sets[side] for sets, _ in runs]) for side in sides}
         entry["warnings"] = _warnings(self, metric, protocols[0], counts)
