@@ -46,7 +46,7 @@ TINY = [
 ]
 
 
-FAULT_TEST = re.compile(r"test_((?:[A-G]\d+_)+)")
+FAULT_TEST = re.compile(r"test_((?:[A-H]\d+_)+)")
 SEVERAL_PROCESSES = "dist"  # one worker runs all of these, after one another: each needs both cores for itself
 
 
