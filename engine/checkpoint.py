@@ -39,6 +39,7 @@ from models.convert import read_state_dict
 from models.lora import LoraConfig, save_lora
 
 from .config import Config, load_config, require
+from .run_folder import make_again
 
 log = logging.getLogger(__name__)
 
@@ -360,6 +361,7 @@ class CheckpointWriter:
     def _write(self, checkpoint: Checkpoint) -> None:
         train = self.config.train
         try:
+            make_again(self.root)
             warning = space_warning(self.root, _size_of(checkpoint))
             if warning:
                 log.warning(warning)
