@@ -5,14 +5,16 @@ What each data set expects on disk, and what is done with its clips, is one line
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .archives import is_archive, open_archive, size_and_time
 from .readers import ARRAY_SUFFIX, HIDDEN, IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -20,6 +22,8 @@ from .safe_paths import below
 
 if TYPE_CHECKING:
     from .clips import DataConfig
+
+log = logging.getLogger(__name__)
 
 VIDEOS, FRAMES, ARRAYS = "video files", "folders of frames", "sample arrays (000000.npy)"
 LeftOut = Callable[[str, Path], object]  # (reason, path) of what is no clip
@@ -234,15 +238,27 @@ def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
         visible = [entry for entry in entries if not entry.name.startswith(HIDDEN)]
+        kinds = {entry.name: _kind_of(entry) for entry in visible}
         for entry in entries:
             if entry.name.startswith(HIDDEN):
                 left_out("hidden", Path(entry.path))
-            elif entry.is_dir() and os.path.realpath(entry.path) not in seen:
+            elif kinds[entry.name] == "folder" and os.path.realpath(entry.path) not in seen:
                 seen.add(os.path.realpath(entry.path))
                 pending.append(Path(entry.path))
-            elif not entry.is_dir() and not entry.is_file():
+            elif kinds[entry.name] == "neither":
                 left_out("not a file (a broken link, a device)", Path(entry.path))
-        yield folder, [entry.name for entry in visible if entry.is_file()]
+        yield folder, [entry.name for entry in visible if kinds[entry.name] == "file"]
+
+
+def _kind_of(entry: os.DirEntry[str]) -> Literal["folder", "file", "neither"]:
+    """Tell what a link or entry leads to; a link in a circle leads nowhere, which is said."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "neither"
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        log.warning("%r is left out: it is a link that leads back to itself", entry.path)
+        return "neither"
 
 
 def _name(path: Path, root: Path) -> str:

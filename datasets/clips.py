@@ -42,6 +42,8 @@ from .transforms import TRANSFORMS, horizontal_flip, to_signed_range
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 20  # unusable clips in a row after which something is wrong with the set, not with a clip
+MOST = {"num_frames": 2**16, "num_images": 2**16, "image_size": 2**14, "num_workers": 256}  # of these keys
+MAX_TIMEOUT_S = 366 * 24 * 3600.0  # longer ones overflow where they are waited for
 SHORT_CLIPS = ("skip", "loop")
 PURPOSES = {"window": 1, "flip": 2, "replacement": 3, "image": 4, "frame": 5, "image_flip": 6}
 
@@ -83,8 +85,13 @@ class DataConfig:
             _at_least(key, getattr(self, key), 1)
         for key in ("num_images", "num_workers"):
             _at_least(key, getattr(self, key), 0)
-        if not 0 < self.worker_timeout_s < float("inf"):
-            raise ValueError(f"data.worker_timeout_s: {self.worker_timeout_s} must be positive and finite")
+        for key, most in MOST.items():
+            if getattr(self, key) > most:
+                raise ValueError(f"data.{key}: {getattr(self, key)} is too many; at most {most:,}")
+        if not 0 < self.worker_timeout_s <= MAX_TIMEOUT_S:
+            raise ValueError(
+                f"data.worker_timeout_s: {self.worker_timeout_s} must be positive and at most {MAX_TIMEOUT_S:.0f} (a year)"
+            )
         if not 0 <= self.max_unusable <= 1:
             raise ValueError(f"data.max_unusable: {self.max_unusable} must be a share, from 0 to 1")
         if self.frame_list is not None and not self.num_images:

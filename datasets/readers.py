@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain, dropwhile
 from pathlib import Path
@@ -307,8 +308,7 @@ def file_identity(path: str | Path) -> tuple[int, int]:
 @contextmanager
 def _opened(source: Source) -> Iterator[tuple[Any, Any]]:
     """(container, first video stream) of a file; VideoError where it, or a read in the block, fails."""
-    import av
-
+    av = load_package("av")
     path = source.path
     limit = {"max_pixels": str(4 * source.max_pixels + 2**16)}  # with the borders that decoders add
     with ExitStack() as stack:
@@ -504,8 +504,7 @@ class DecordReader:
     """decord 0.6: kept for its users. It counts a frame too many on some files and lacks newer codecs."""
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
-        import decord
-
+        decord = load_package("decord")
         self.path = str(path)
         self.damage: str | None = None
         self.cut_off: str | None = None
@@ -647,11 +646,25 @@ READERS: dict[str, type[PyAVReader] | type[DecordReader]] = {
 PACKAGES = {PyAVReader: "av", DecordReader: "decord"}
 
 
+def load_package(name: str) -> Any:
+    """Import a package; ValueError, a sentence, where it is there and cannot be loaded."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        if error.name == name and isinstance(error, ModuleNotFoundError):  # not installed, which engine.cli explains
+            raise
+        raise ValueError(
+            f"the Python package {name!r} cannot be loaded ({error}): install it anew, "
+            f"pip install --force-reinstall {name}."
+        ) from error
+
+
 def check_installed(reader: str) -> None:
-    """ValueError if the package behind the backend named `reader` is not installed."""
+    """ValueError if the package behind the backend named `reader` is not installed or cannot be loaded."""
     package = PACKAGES[READERS[reader]]
     if find_spec(package) is None:
         raise ValueError(
             f"data.reader={reader} needs the Python package {package!r}, which is not installed: "
             f"pip install {package}, or choose another reader"
         )
+    load_package(package)

@@ -20,6 +20,7 @@ from models.lora import add_lora, hold_frozen_linear_maps_in
 
 from .conditions import Conditions
 from .config import Config, require
+from .memory import check_network_fits
 from .objective import FP32, Objective, Precision
 
 PRECISIONS = {  # by train.precision
@@ -31,7 +32,11 @@ PRECISIONS = {  # by train.precision
 
 
 def build_model(config: Config, device: torch.device | str = "cpu") -> Latte | LatteT2V:
-    """The network for the latents that `config` describes, with its initial weights, on `device`."""
+    """The network for the latents that `config` describes, with its initial weights, on `device`.
+
+    Raises: ValueError, a sentence, where it cannot fit.
+    """
+    check_network_fits(config, device)
     with torch.device(device):
         if config.model.is_text:
             return LatteT2V(

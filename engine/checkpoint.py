@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import Config, load_config, require
+from .run_folder import make_again
 
 log = logging.getLogger(__name__)
 
@@ -303,6 +304,7 @@ class CheckpointWriter:
     def _write(self, checkpoint: Checkpoint) -> None:
         train = self.config.train
         try:
+            make_again(self.root)
             warning = space_warning(self.root, _size_of(checkpoint))
             if warning:
                 log.warning(warning)

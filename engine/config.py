@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.catalog import CAPTIONED
-from datasets.clips import DataConfig
+from datasets.clips import MAX_TIMEOUT_S, DataConfig
 from diffusion import ConditionConfig, DiffusionConfig
 from diffusion.multistep import SCHEDULERS
 from models import attention
@@ -32,6 +33,8 @@ WINDOW_METHODS = ("auto", "autoregressive", "fused")
 MAX_YAML_CHARACTERS = 65_536  # a config with every key takes 4,000
 MAX_YAML_EVENTS = 10_000  # of the parser: two for each section and list, one for each key and value
 MAX_YAML_DEPTH = 8  # file, section, list: 3
+# What YAML 1.1 takes for a number in base 8 or 60: 010 is 8, 1:30 is 90, 1:30.5 is 90.5.
+ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+|[0-9][0-9_]*(:[0-5]?[0-9])+\.[0-9_]*)")
 MAX_SEED = 2**63  # what a torch.Generator takes
 
 
@@ -70,7 +73,10 @@ class TrainConfig:
             value = getattr(self, key)
             require(0 <= value < float("inf"), f"train.{key} must be zero or more and finite, not {value}.")
         require(0 <= self.seed < MAX_SEED, f"train.seed must be zero or more and below 2**63, not {self.seed}.")
-        require(0 < self.timeout_s < float("inf"), f"train.timeout_s must be positive, not {self.timeout_s}.")
+        for key in ("timeout_s", "hang_timeout_s"):
+            value = getattr(self, key)
+            require(value <= MAX_TIMEOUT_S, f"train.{key} must be at most {MAX_TIMEOUT_S:.0f} (a year), not {value}.")
+        require(self.timeout_s > 0, f"train.timeout_s must be positive, not {self.timeout_s}.")
         require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}.")
         choices_of = {"precision": TRAIN_PRECISIONS, "parallel": ("ddp", "fsdp"), "attention": attention.CHOICES}
         for key, choices in choices_of.items():
@@ -450,7 +456,8 @@ def read_yaml(path: Path) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     if not path.is_file():
-        raise FileNotFoundError(f"config file {path} does not exist; the shipped ones are under configs/.")
+        what = "is a folder" if path.is_dir() else "is a device or a pipe" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"config file {path} {what}: name a YAML file; the shipped ones are under configs/.")
     try:
         with path.open(encoding="utf-8") as stream:
             text = stream.read(MAX_YAML_CHARACTERS + 1)
@@ -477,6 +484,13 @@ def _check_yaml(text: str, source: str) -> None:
         require(not isinstance(event, yaml.AliasEvent), f"{source} uses a YAML alias (*name): write the value itself.")
         tag = getattr(event, "tag", None)
         require(tag is None, f"{source} uses a YAML tag ({tag}): write the plain value.")
+        plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0] and ODD_NUMBER.fullmatch(event.value)
+        line = f", line {event.start_mark.line + 1}" if "\n" in text else ""
+        require(
+            not plain,
+            f"{source}{line}: YAML reads {getattr(event, 'value', '')} in base 8 or 60: write "
+            "a decimal number without a leading 0, or a word in quotes.",
+        )
 
 
 def _one_line(error: Exception) -> str:

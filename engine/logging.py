@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
+from .run_folder import is_same_file, make_again
 from .text import printable
 
 
@@ -62,14 +64,38 @@ class RunLogger:
     """
 
     def __init__(self, folder: Path, *, start: int, total: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         self._total = total
-        self._jsonl = _reopen_metrics(folder / "metrics.jsonl", start)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self._step = start
+        self._open(start)
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=not self._terminal)
+
+    def _open(self, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._jsonl = _reopen_metrics(self._folder / "metrics.jsonl", start)
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def _open_again(self) -> None:
+        """Open the files anew where somebody deleted them during the run; say so."""
+        present = {
+            "metrics.jsonl": is_same_file(self._jsonl, self._folder / "metrics.jsonl"),
+            "tensorboard": (self._folder / "tensorboard").is_dir(),
+        }
+        if all(present.values()):
+            return
+        if self._folder.is_dir():
+            gone = " and ".join(name for name, there in present.items() if not there)
+            self.say(f"warning: {gone} of {self._folder} was deleted during the run: it begins again")
+        else:
+            make_again(self._folder / "checkpoints")
+        self._jsonl.close()
+        (self._folder / "tensorboard").mkdir(exist_ok=True)  # for what its writer still holds
+        with suppress(OSError):  # which may have failed already
+            self._board.close()
+        self._open(self._step)
 
     def say(self, text: str) -> None:
         """One line for people, above the bar; what a file or class name brings in stays on it."""
@@ -77,10 +103,12 @@ class RunLogger:
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
+        self._step = step
         self._bar.update(step - self._bar.n)
 
     def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
         """One row of numbers at `step`; JSON has no NaN, so what is not finite is null there."""
+        self._open_again()
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._jsonl.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
         self._jsonl.flush()
@@ -99,14 +127,17 @@ class RunLogger:
 
     def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
         """One picture (H, W, 3) uint8 at `step`, for TensorBoard alone."""
+        self._open_again()
         self._board.add_image(tag, pixels, step, dataformats="HWC")
 
     def holds(self, step: int, kind: str) -> bool:
         """Whether there is a row of that kind at `step`."""
+        self._open_again()
         return any(row["step"] == step for row in read_rows(Path(self._jsonl.name), kind))
 
     def close(self) -> None:
         """Flush and close everything."""
+        self._open_again()
         self._bar.close()
         self._jsonl.close()
         self._board.close()

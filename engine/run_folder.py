@@ -56,7 +56,7 @@ class FolderLock:
             log.warning(
                 "%s cannot be locked (%s): see to it that only one run writes there", self.folder, error.strerror
             )
-        if not _is_same_file(lock, file):  # its last holder deleted it meanwhile
+        if not is_same_file(lock, file):  # its last holder deleted it meanwhile
             lock.close()
             self.take()
             return
@@ -113,12 +113,14 @@ class RunFolder:
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
         """Append one event."""
+        make_again(self.checkpoints)
         row = {"time": round(time.time(), 3), "step": step, "event": kind, **facts}
         with (self.path / "events.jsonl").open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def mark(self, marker: str, step: int, **facts: Any) -> None:
         """Leave `marker`, complete or not at all."""
+        make_again(self.checkpoints)
         aside = self.path / f".{marker}.tmp"
         with aside.open("w") as stream:
             json.dump({"step": step, "time": round(time.time(), 3), **facts}, stream, indent=2)
@@ -144,7 +146,16 @@ class RunFolder:
             return
 
 
-def _is_same_file(stream: IO[str], path: Path) -> bool:
+def make_again(checkpoints: Path) -> None:
+    """Make the folder of checkpoints, and the run's around it, that somebody deleted during the run; say so."""
+    if checkpoints.is_dir():
+        return
+    gone = checkpoints if checkpoints.parent.is_dir() else checkpoints.parent
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    log.warning("%s was deleted during the run: it is made again, and what was in it is lost", gone)
+
+
+def is_same_file(stream: IO[str], path: Path) -> bool:
     """Whether `path` still names the open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())

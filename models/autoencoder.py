@@ -26,6 +26,7 @@ from .taef2 import DECODER_FILE, ENCODER_FILE, Taef2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIG_FILE = "config.json"
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers names them, before the suffix
+MOST = 2**16  # channels, down-sampling, frames at a time
 PROBE_SIZE = 64  # pixels of the empty frame that tells channels and down-sampling apart
 
 
@@ -54,8 +55,8 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         for key in ("latent_channels", "downsample_factor", "chunk_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"codec.{key} is {getattr(self, key)}, but must be at least 1")
+            if not 1 <= getattr(self, key) <= MOST:
+                raise ValueError(f"codec.{key} is {getattr(self, key)}, but must be at least 1 and at most {MOST:,}")
         if not 0.0 < self.scale < math.inf:
             raise ValueError(f"codec.scale is {self.scale}, but must be positive and finite")
         if not math.isfinite(self.shift):

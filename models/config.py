@@ -46,6 +46,9 @@ TEXT_NAMES = (*TEXT_SIZES, "custom-t2v", "custom-t2i")
 CUSTOM = ("custom", *TEXT_NAMES[len(TEXT_SIZES) :])
 # What a text-conditioned network takes from here; everything else is of the class-conditional one.
 TEXT_KEYS = ("name", *SIZE_KEYS, "learn_sigma", "gradient_checkpointing")
+# No network comes near; beyond them not even counting its parameters ends.
+MOST = {"hidden_size": 2**16, "depth": 256}
+MAX_CLASSES = 2**24
 CHOICES: dict[str, Iterable[str]] = {
     "variant": tuple(LAYER_PLANS),
     "patch_embedding": ("uniform", "tubelet"),
@@ -101,7 +104,10 @@ class LatteConfig:
             f"model.tubelet_size must be at least 2, not {self.tubelet_size}; "
             "single frames are model.patch_embedding uniform",
         )
-        require(self.num_classes >= 0, f"model.num_classes must be 0 or more, not {self.num_classes}")
+        require(
+            0 <= self.num_classes <= MAX_CLASSES,
+            f"model.num_classes must be 0 or more and at most {MAX_CLASSES:,}, not {self.num_classes}",
+        )
         require(0 <= self.label_dropout < 1, f"model.label_dropout must be in [0, 1), not {self.label_dropout}")
         require(
             0 <= self.label_init_std < float("inf"),
@@ -168,6 +174,9 @@ class LatteConfig:
         width, depth, heads, _ = self.size
         for key, value in zip(SIZE_KEYS, self.size):
             require(value >= 1, f"model.{key} must be at least 1, not {value}")
+        for key, most in MOST.items():
+            value = getattr(self.size, key)
+            require(value <= most, f"model.{key} must be at most {most:,}, not {value}: lower it")
         require(width % 4 == 0, f"model.hidden_size must be divisible by 4 (sin-cos positions), not {width}")
         require(
             width % heads == 0,

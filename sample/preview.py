@@ -79,7 +79,9 @@ def build_generator(config: Config, network: nn.Module, objective: Objective) ->
     precision = "bf16" if config.train.precision == "bf16" else config.sample.precision
     codec, device = objective.codec, objective.device
     codec = codec if isinstance(codec, LatentCodec) else decoder(config.codec, device)
-    return Generator(network, codec, config, objective.conditions, device=device, check_videos=False, precision=precision)
+    return Generator(
+        network, codec, config, objective.conditions, device=device, check_videos=False, precision=precision
+    )
 
 
 @lru_cache(maxsize=1)

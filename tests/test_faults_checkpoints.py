@@ -982,3 +982,55 @@ def test_C14_a_part_is_taken_only_of_an_image_network_and_told(
         "temp_embed: an image",
     ):
         assert line in report
+
+
+# ---- H7: a folder that is deleted during the run -----------------------------------------------------
+
+
+def with_deletions(monkeypatch: pytest.MonkeyPatch, deletions: dict[int, Path]) -> None:
+    """Delete a folder or file before the update from each of these steps."""
+    honest = Trainer.train_step
+
+    def deleting(self: Trainer, micro_batches: Any) -> Any:
+        gone = deletions.pop(self.step + (self.pending is not None), None)
+        if gone is not None:
+            self.writer.wait()
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+        return honest(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "train_step", deleting)
+
+
+@pytest.mark.parametrize("gone", ["run", "run/checkpoints", "run/metrics.jsonl", "run/tensorboard"])
+@pytest.mark.parametrize("log_every", [1, 10], ids=["logged", "saved"])
+def test_H7_what_is_deleted_during_the_run_is_made_again_and_told(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    gone: str,
+    log_every: int,
+) -> None:
+    """Whichever comes first after it, a row of the log or a checkpoint; the run ends well and can be continued."""
+    asynchronous = str(log_every > 1).lower()
+    keys = ["train.checkpoint_every=2", f"train.log_every={log_every}", f"train.async_checkpoint={asynchronous}"]
+    keys += ["train.hang_timeout_s=0"]  # its file is in the run's folder too
+    with_deletions(monkeypatch, {3: tmp_path / gone})
+    run([*tiny, *keys, "train.max_steps=6", "train.keep_last=0"])
+    told = [
+        line for line in (caplog.text + capsys.readouterr().err).splitlines() if "was deleted during the run" in line
+    ]
+    folder = tmp_path / "run"
+    assert [step.name for step in ckpt.list_checkpoints(folder / "checkpoints")][-2:] == [
+        "step-0000004",
+        "step-0000006",
+    ]
+    assert (folder / "COMPLETED").is_file() and rows(folder)[-1]["step"] == 6
+    assert list((folder / "tensorboard").iterdir())
+    seen = {line.split(" was deleted")[0].rpartition("  ")[2] for line in told}
+    assert any(gone.removeprefix("run/") in line for line in seen), told
+    assert any(line.endswith(str(tmp_path / gone)) for line in seen) or "/" in gone
+    assert len(told) <= (2 if gone == "run" else 1), told
+    run([*tiny, *keys, "train.max_steps=7", "train.keep_last=0"])
+    assert rows(folder)[-1]["step"] == 7

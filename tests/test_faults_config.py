@@ -1,4 +1,4 @@
-"""Configuration, launch arguments and evaluation: fault tests G1, G2, G3 and G8 to G10."""
+"""Configuration, launch arguments and evaluation: faults G1 to G3, G8 to G10, H5 and H7."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets.clips import DataConfig, build_dataset
-from engine import cli
+from datasets.clips import MAX_TIMEOUT_S, DataConfig, build_dataset
+from engine import cli, memory
+from engine.build import build_model, count_parameters
 from engine.config import Config, all_keys, load_config
 from engine.official_keys import DROPPED, RENAMED
 from sample import sample
@@ -401,3 +402,206 @@ def test_G10_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert init_world().device.type == "cpu" and usable_device(None).type == "cpu"
     with pytest.raises(ValueError, match="no such device"):
         usable_device("cuda")
+
+
+# ---- H5: sizes that no machine has -------------------------------------------------------------------
+
+CUSTOM = ["model.name=custom", "model.hidden_size=64", "model.depth=2", "model.num_heads=2", "model.patch_size=2"]
+BIG = str(10**9)
+
+
+def limited(command: list[str], gib: int = 6) -> subprocess.CompletedProcess[str]:
+    """Run a command line that may take so much memory and a minute."""
+    import resource
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (gib * 2**30, gib * 2**30))
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
+        preexec_fn=limit,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model.hidden_size", "model.num_classes", "model.depth", "data.image_size", "data.num_frames", "data.num_workers"],
+)
+def test_H5_sizes_beyond_any_machine(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key}.* at most [\d,]+"):
+        load_config(None, [*CUSTOM, f"{key}={BIG}"])
+
+
+@pytest.mark.parametrize("key", ["train.timeout_s", "train.hang_timeout_s", "data.worker_timeout_s"])
+def test_H5_timeouts_that_overflow(key: str, tmp_path: Path) -> None:
+    """A year is taken where it is waited for; more is refused."""
+    import faulthandler
+    from datetime import timedelta
+
+    with pytest.raises(ValueError, match=rf"{key}.*at most {MAX_TIMEOUT_S:.0f} \(a year\)"):
+        load_config(None, [f"{key}=1e300"])
+    assert at(load_config(None, [f"{key}={MAX_TIMEOUT_S}"]), key) == MAX_TIMEOUT_S
+    with (tmp_path / "stacks").open("w") as stream:
+        faulthandler.dump_traceback_later(MAX_TIMEOUT_S, file=stream)
+        faulthandler.cancel_dump_traceback_later()
+    assert timedelta(seconds=MAX_TIMEOUT_S)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [],
+        ["model.variant=sequential", "model.injection=tokens", "model.num_classes=7", "model.depth=3"],
+        ["model.variant=parallel", "model.label_dropout=0", "model.num_classes=5"],
+        ["model.patch_embedding=tubelet", "model.depth=6"],
+        ["model.name=custom-t2v", "data.name=captions", "model.depth=6"],
+        ["model.name=custom-t2i", "data.name=captions", "data.num_frames=1", "model.depth=3"],
+        ["model.name=Latte-1", "data.name=captions", *(f"model.{key}=null" for key in memory.SIZE_KEYS)],
+    ],
+)
+def test_H5_parameters_are_those_of_the_whole_network(keys: list[str]) -> None:
+    config = load_config(None, [*CUSTOM, *keys])
+    assert memory.parameters_of(config) == count_parameters(build_model(config, "meta"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (["model.hidden_size=16384"], r"model.name=custom \(hidden_size=16384, depth=2, num_heads=2, patch_size=2\)"),
+        (["model.num_classes=16000000"], "model.num_classes=16000000"),
+        (["model.depth=200", "model.hidden_size=2048"], "depth=200"),
+        (["data.image_size=16384", "model.hidden_size=1024"], "data.num_frames=16, data.image_size=16384"),
+        (["data.num_frames=65536", "model.hidden_size=256"], "data.num_frames=65536, data.image_size=256"),
+    ],
+)
+def test_H5_what_does_not_fit_is_told_before_it_is_allocated(
+    monkeypatch: pytest.MonkeyPatch, keys: list[str], named: str
+) -> None:
+    """On a machine of 1 GiB, before any tensor with numbers in it is made."""
+    monkeypatch.setattr(memory, "memory_of", lambda device: 2**30)
+    config = load_config(None, [*CUSTOM, *keys])
+    before = time.monotonic()
+    with pytest.raises(
+        ValueError, match=rf"network needs at least [\d,.]+ GiB of memory, and cpu has 1.0 GiB.*{named}"
+    ):
+        build_model(config)
+    assert time.monotonic() - before < 10
+
+
+def test_H5_training_takes_more_than_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty bytes a parameter, of which a sharded one keeps a share; four of adapters' base; inputs of layers."""
+    config = load_config(None, ["train.precision=bf16"])
+    parameters, width, tokens = 673_681_568, 1152, 16 * 16 * 16
+    need = 20 * parameters + 12 * width * (16 * 16 + 16) + 2 * 5 * 28 * width * tokens
+    for size, fits in ((need, True), (need - 1, False)):
+        monkeypatch.setattr(memory, "memory_of", lambda device, size=size: size)
+        if fits:
+            memory.check_training_fits(config, "cuda:0")
+            continue
+        with pytest.raises(ValueError, match=r"training needs at least 13.8 GiB of memory, and cuda:0 has 13.8 GiB"):
+            memory.check_training_fits(config, "cuda:0")
+        for keys in (["train.parallel=fsdp"], ["lora.rank=1", "train.init_from=a.pt"]):
+            memory.check_training_fits(load_config(None, keys, base=config.to_dict()), "cuda:0", ranks=2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"data\.num_workers=25 is more than the 24"):
+        memory.check_training_fits(load_config(None, ["data.num_workers=25"]), "cpu")
+
+
+def test_H5_memory_is_that_of_the_machine_or_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    psutil = pytest.importorskip("psutil")
+    monkeypatch.setattr(memory, "LIMIT_FILES", ("/nowhere",))
+    whole = memory.memory_of(torch.device("cpu"))
+    assert whole == pytest.approx(psutil.virtual_memory().total, rel=1e-3)
+    for text, size in (("max", whole), (str(2**20), 2**20), (str(2**63), whole)):
+        (tmp_path / "limit").write_text(text)
+        monkeypatch.setattr(memory, "LIMIT_FILES", ("/nowhere", str(tmp_path / "limit")))
+        assert memory.memory_of(torch.device("cpu")) == size
+
+
+@pytest.mark.parametrize(
+    ("script", "keys", "sentence"),
+    [
+        (["train.py", "--dry-run"], [f"model.depth={BIG}"], "model.depth must be at most 256"),
+        (["-m", "tools.plan"], [f"model.hidden_size={BIG}"], "model.hidden_size must be at most 65,536"),
+        (["train.py"], ["model.hidden_size=65536", "model.depth=256"], "network needs at least"),
+        (
+            ["train.py", "--dry-run"],
+            ["data.image_size=16384", "data.num_frames=65536", "model.hidden_size=65536"],
+            "network needs at least",
+        ),
+        (
+            ["train.py", "--dry-run"],
+            ["data.image_size=16384", "codec.downsample_factor=1", "model.hidden_size=8"],
+            "too many for attention",
+        ),
+        (
+            ["-m", "tools.plan"],
+            ["model.name=custom-t2v", "data.name=captions", "data.image_size=16384", "model.hidden_size=8192"],
+            "lower data.image_size=16384",
+        ),
+    ],
+)
+def test_H5_command_lines_end_at_once(
+    frame_folders: Path, tmp_path: Path, script: list[str], keys: list[str], sentence: str
+) -> None:
+    folders = [
+        "train.batch_size=2",
+        "data.num_workers=0",
+        "data.num_frames=4",
+        "data.frame_interval=1",
+        f"data.path={frame_folders}",
+    ]
+    done = limited([*script, *CUSTOM, *folders, *keys, f"train.output_dir={tmp_path / 'run'}"])
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_H5_sampling_from_a_file_of_keys(tmp_path: Path, checkpoint: Path) -> None:
+    """An official-like file with a YAML that says an absurd network."""
+    weights, config = tmp_path / "a.pt", tmp_path / "a.yaml"
+    torch.save({}, weights)
+    for size, sentence in ((10**9, "at most 65,536"), (65536, "network needs at least")):
+        model = {"name": "custom", "hidden_size": size, "depth": 4, "num_heads": 2, "patch_size": 2}
+        config.write_text(json.dumps({"model": model}))
+        done = limited(["sample/sample.py", "--config", str(config), "--ckpt", str(weights), "--device", "cpu"])
+        assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "what"), [("", "is a folder"), ("/dev/null", "is a device"), ("no", "does not exist")]
+)
+def test_H5_config_that_is_no_file(tmp_path: Path, file: str, what: str) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"config file .* {what}.*name a YAML file"):
+        load_config(tmp_path / file)
+
+
+# ---- H7: numbers in other bases ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.max_steps", "1:30"), ("train.batch_size", "010"), ("train.batch_size", "+010"),
+        ("optim.learning_rate", "1:30.5"), ("train.timeout_s", "20:30:00"), ("sample.labels", "[a, 010]"),
+        ("data.path", "010"),
+    ],
+)  # fmt: skip
+def test_H7_numbers_of_base_8_and_60(tmp_path: Path, key: str, value: str) -> None:
+    """Refused from the command line and from files, with the line; YAML itself takes them for other numbers."""
+    section, _, leaf = key.partition(".")
+    with pytest.raises(ValueError, match=rf"the value of {key}: YAML reads .* in base 8 or 60"):
+        load_config(None, [f"{key}={value}"])
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{section}:\n  {leaf}: {value}\n")
+    with pytest.raises(ValueError, match=r"a\.yaml, line 2: YAML reads .* in base 8 or 60"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("text", ["'010'", '"1:30"', "/data/010", "runs/1:30", "12:30:at_noon", "a010", "0:30", "08"])
+def test_H7_words_that_look_like_them(tmp_path: Path, text: str) -> None:
+    word = text.strip("'\"")
+    config = load_config(None, [f"data.path={text}", "train.max_steps=1_000", "optim.learning_rate=1e-3"])
+    assert (config.data.path, config.train.max_steps, config.optim.learning_rate) == (word, 1000, 1e-3)
+    (tmp_path / "a.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "a.yaml") == config

@@ -15,6 +15,9 @@ import pickle
 import random
 import resource
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,6 +44,7 @@ from engine.trainer import Trainer
 from engine.watch import Breadcrumbs
 from models.autoencoder import CodecConfig, LatentCodec
 from tests.latent_support import cache, save_codec
+from tools import prepare_dataset
 from tools.make_demo_data import write_mp4
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
@@ -984,3 +988,53 @@ def test_E13_latents_of_another_shape_are_no_codecs(tmp_path: Path) -> None:
     save_codec(tmp_path, "AutoencoderTiny")
     with pytest.raises(ValueError, match=r"codec\.latent_channels"):
         LatentCodec.from_config(CodecConfig(path=str(tmp_path), latent_channels=4, downsample_factor=2))
+
+
+# ---- H5, H7: packages that cannot be loaded, patterns that never end, links in a circle ----------------
+
+ROOT = Path(__file__).resolve().parents[1]
+BROKEN_PACKAGE = "raise ImportError('libavcodec.so.61: cannot open shared object file', name='av._core')\n"
+
+
+@pytest.mark.parametrize("what", ["train", "prepare"])
+def test_H5_a_decoder_that_cannot_be_loaded(clip: Bytes, tmp_path: Path, tiny: list[str], what: str) -> None:
+    """PyAV is there, and a library of it is not."""
+    (tmp_path / "av").mkdir()
+    (tmp_path / "av/__init__.py").write_text(BROKEN_PACKAGE)
+    clips_at = make_set(tmp_path / "clips", clip)
+    command = {
+        "train": ["train.py", *tiny, f"data.path={clips_at}"],
+        "prepare": ["-m", "tools.prepare_dataset", "folder", str(clips_at), str(tmp_path / "out"), "--workers", "1"],
+    }[what]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "'av' cannot be loaded (libavcodec.so.61: cannot open shared object file)" in done.stderr
+    assert "pip install --force-reinstall av" in done.stderr
+
+
+def test_H5_a_pattern_that_never_ends(clip: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_dataset, "GROUP_SECONDS", 5)
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / f"{'a' * 60}.mp4").write_bytes(clip["mp4"])
+    before = time.monotonic()
+    with pytest.raises(ValueError, match=r"--group '\(\.\+\)\+\$x' was not matched in 5 s"):
+        prepare_dataset.main(["folder", str(folder), str(tmp_path / "out"), "--group", "(.+)+$x"])
+    assert time.monotonic() - before < 30
+
+
+def test_H7_a_link_that_leads_back_to_itself(
+    clip: Bytes, tmp_path: Path, tiny: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Left out, with a warning that names it; the other clips are trained on."""
+    root = make_set(tmp_path / "clips", clip)
+    (root / "again.mp4").symlink_to("again.mp4")
+    (root / "one").symlink_to("two")
+    (root / "two").symlink_to("one")
+    catalog = build_catalog(DataConfig(path=str(root)))
+    assert len(catalog.clips) == 4 and catalog.skipped == {"not a file (a broken link, a device)": 3}
+    assert caplog.text.count("leads back to itself") == 3 and f"{str(root / 'again.mp4')!r} is left out" in caplog.text
+    Trainer(load_config(None, [*tiny, f"data.path={root}", "train.max_steps=1", "model.num_classes=0"]), World()).fit()

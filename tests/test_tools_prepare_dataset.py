@@ -19,7 +19,7 @@ from datasets.clips import ClipDataset
 from engine.config import load_config
 from tools import prepare_dataset
 from tools.frames import write_video
-from tools.prepare_dataset import LAYOUTS, Place, source_video_of, split_by_hash, split_folders
+from tools.prepare_dataset import LAYOUTS, Place, source_videos_of, split_by_hash, split_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIPS = ROOT.parent / "shared" / "media" / "clips"
@@ -258,9 +258,8 @@ def test_face_forensics_takes_the_originals(tmp_path: Path) -> None:
     ],
 )
 def test_source_videos(dataset: str, name: str, video: str) -> None:
-    import re
 
-    assert source_video_of(name, re.compile(LAYOUTS[dataset].source_video)) == video
+    assert source_videos_of([name], LAYOUTS[dataset].source_video) == [video]
 
 
 # ---------------------------------------------------------------------------------------------- hashed splits

@@ -123,9 +123,9 @@ def convert(task: Task, staged: Path, form: Form) -> Record:
 
     A clip that cannot be read gives a record that says why. Raises: OSError where it cannot be written.
     """
-    import av
+    from datasets.readers import VideoError, load_package
 
-    from datasets.readers import VideoError
+    av = load_package("av")
 
     try:
         return _convert(task, staged, form)

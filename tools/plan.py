@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 RESERVE = 0.08  # of the memory: CUDA context, workspaces, fragments
-FROZEN_BYTES = {"bf16": 2}  # a parameter beside adapters; 4 in other precisions
-STATE_BYTES = {"weights": 4, "gradients": 4, "Adam moments": 8, "average (EMA)": 4}  # a parameter, all in fp32
 UPDATE_BYTES = 28 + 12 + 4  # a parameter, read and written: AdamW, average, norm
 VAE_ENCODE_FLOP = 0.273e12 / 256**2  # a pixel, of Stable Diffusion's autoencoder
 KEPT_WHEN_COMPILED = (
@@ -243,6 +241,8 @@ def id_of(value: Any) -> int:
 
 def need(config: Config, gpu: Gpu, gpus: int, mfu: float) -> Need:
     """What a step of `config` takes on each of `gpus` GPUs."""
+    from engine.memory import FROZEN_BYTES, STATE_BYTES
+
     train, data = config.train, config.data
     network = network_of(config)
     parameters = network.parameters

@@ -33,6 +33,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import TimeoutError, get_context
 from typing import TYPE_CHECKING, Any
 
 from engine import cli
@@ -56,6 +57,7 @@ SPLIT_FOLDERS = {
     **dict.fromkeys(("val", "valid", "validation", "sky_val"), "val"),
     **dict.fromkeys(("test", "testing", "sky_test"), "test"),
 }
+GROUP_SECONDS = 20  # that matching --group may take, beside a millisecond a clip
 SPLITS = ("auto", "1", "2", "3", "hash", "all")
 # FaceForensics: manipulated videos and their masks, which are not what a generator should learn.
 NOT_ORIGINAL = {"altered", "mask", "masks", "manipulated_sequences"}
@@ -107,10 +109,10 @@ def places_of(clips: Sequence[Clip], arguments: argparse.Namespace) -> list[Plac
     folders, names = split_folders(clips, layout)
     labels = arguments.labels if arguments.labels != "auto" else RECIPES[arguments.dataset].labels
     classes = class_names_of([replace(clip, name=name) for clip, name in zip(clips, names)], labels)
-    pattern = re.compile(arguments.group or layout.source_video)
+    videos = grouped(names, arguments.group) if arguments.group else source_videos_of(names, layout.source_video)
     places = [
-        Place(clip, name, split or "", class_name, source_video_of(name, pattern))
-        for clip, name, split, class_name in zip(clips, names, folders, classes)
+        Place(clip, name, split or "", class_name, video)
+        for clip, name, split, class_name, video in zip(clips, names, folders, classes, videos)
     ]
     nested = {str(above) for clip in clips for above in PurePosixPath(clip.name).parents}
     linked = nested if arguments.format == "link" else set()
@@ -132,10 +134,23 @@ def split_folders(clips: Sequence[Clip], layout: Layout) -> tuple[list[str | Non
     )
 
 
-def source_video_of(name: str, pattern: re.Pattern[str]) -> str:
-    """What the groups of `pattern` match in `name`, or the whole name."""
-    match = pattern.search(name)
-    return "".join(group for group in match.groups() if group) if match else name
+def source_videos_of(names: Sequence[str], pattern: str) -> list[str]:
+    """What the groups of `pattern` match in each name, or the whole name."""
+    found = [(name, re.search(pattern, name)) for name in names]
+    return ["".join(filter(None, match.groups())) if match else name for name, match in found]
+
+
+def grouped(names: Sequence[str], pattern: str) -> list[str]:
+    """The same in a process of its own: some patterns try so many ways that they never end. ValueError for those."""
+    seconds = GROUP_SECONDS + len(names) / 1000
+    with get_context("spawn").Pool(1) as pool:
+        try:
+            return pool.apply_async(source_videos_of, (names, pattern)).get(seconds)
+        except TimeoutError:
+            raise ValueError(
+                f"--group {pattern!r} was not matched in {seconds:.0f} s: it can match a name in too many ways. Write "
+                "it without repetitions inside of repetitions, such as (.+)+."
+            ) from None
 
 
 def _problem(place: Place, layout: Layout, linked: set[str]) -> str | None:

@@ -184,7 +184,9 @@ class Theirs:
     def __init__(self, workload: Workload, model: Latte, device: torch.device) -> None:
         self.workload = workload
         precision = cast(str, workload.keys.get("train.precision", "fp32"))
-        self.training = ReferenceTraining(ReferenceLatte.like(model).train(), autocast_dtype=PRECISIONS[precision].autocast)
+        self.training = ReferenceTraining(
+            ReferenceLatte.like(model).train(), autocast_dtype=PRECISIONS[precision].autocast
+        )
         self.latents, self.labels = drawn(workload, device)
 
     def step(self) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from datasets import transforms
 from diffusion import DiffusionConfig, GaussianDiffusion, StepOptions, guided, sample
 from diffusion.samplers import ddim_reverse_step, ddim_step, ddpm_step
-from engine.ema import EMA
 from engine.conditions import ClassLabels
+from engine.ema import EMA
 from models.convert import load_weights
 from models.latte import Latte, LatteConfig
 from tools.metrics.distances import frechet_distance
