@@ -106,7 +106,7 @@ def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
         not taken or ((target / MANIFEST).is_file() and not (target / "optim.safetensors").exists()),
         f"{target} is there already and is no export of weights; name a new folder.",
     )
-    config = replace(load_config(folder / "config.yaml"), lora=LoraConfig())
+    config = replace(load_config(folder / "config.yaml", saved=True), lora=LoraConfig())
     state = _read_json(folder / "state.json")
     for key in ("guard", "lora_base"):  # of the training alone
         state.pop(key, None)
@@ -120,7 +120,7 @@ def export_adapter(source: Path, target: Path, weights: str = "ema") -> Path:
     Raises: ValueError where the run trained the whole network.
     """
     folder = find_checkpoint(source)
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", saved=True)
     require(config.lora.rank > 0, f"{folder} holds a whole network and no adapters: its lora.rank is 0.")
     require(not target.exists(), f"{target} is there already; name a new folder.")
     return save_lora(_read_tensors(weights_file(folder, weights)), config.lora, target)
@@ -262,7 +262,7 @@ def load_checkpoint_config(path: str | Path) -> Config | None:
     """The configuration that a checkpoint of ours holds; None for a single file (.pt), which holds none."""
     if Path(path).is_file():
         return None
-    return load_config(find_checkpoint(Path(path)) / "config.yaml")
+    return load_config(find_checkpoint(Path(path)) / "config.yaml", saved=True)
 
 
 def load_model_weights(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
@@ -286,7 +286,7 @@ def load_weights_file(folder: Path, weights: str) -> dict[str, Tensor]:
     file = weights_file(folder, weights)
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
-    own, config = _read_tensors(file), load_config(folder / "config.yaml")
+    own, config = _read_tensors(file), load_config(folder / "config.yaml", saved=True)
     if not config.lora.rank:
         return own
     from .adapters import beside_base  # which builds networks, and reads them through this module

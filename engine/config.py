@@ -21,6 +21,7 @@ from models.text_encoder import TextConfig
 
 from .official_keys import DROPPED, RENAMED
 from .optim import OptimConfig
+from .removed import drop_removed
 
 GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *SCHEDULERS)
 FLOW_METHODS = ("auto", "euler", "heun", *SCHEDULERS)
@@ -104,7 +105,6 @@ class SampleConfig:
     cast_weights: bool = False  # the weights themselves in `precision`, in half the memory
     compile: bool = False  # torch.compile the network; on CUDA with CUDA graphs
     modulation_mb: int = 0  # memory for adaLN modulations computed ahead of the steps; 0: computed in every step
-    cache: str | None = None  # a schedule of tools.fit_cache: steps in which a range of layers is not run
     overlap_decode: bool = True  # on CUDA, decode a batch while the next is sampled
     batch_size: int = 4
     fps: int = 8
@@ -398,9 +398,16 @@ def check_frame_keys(wanted: Any, prefix: str) -> None:
 
 
 def load_config(
-    path: str | Path | None = None, overrides: list[str] | None = None, base: dict[str, Any] | None = None
+    path: str | Path | None = None,
+    overrides: list[str] | None = None,
+    base: dict[str, Any] | None = None,
+    *,
+    saved: bool = False,
 ) -> Config:
     """Defaults, then the nested values `base`, then the YAML at `path`, then `key=value` overrides, checked.
+
+    Args:
+        saved: the YAML or `base` was written by a run, perhaps of an older version: keys removed since are left out.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names the file or key and what to do.
@@ -423,6 +430,7 @@ def load_config(
     merged = OmegaConf.structured(Config)
     for source, values in layers:
         require(isinstance(values, dict), f"{source} must hold sections like `model:` and `data:`.")
+        values = drop_removed(values, source, saved=saved)
         _check_keys(values, Config, source)
         try:
             merged = OmegaConf.merge(merged, values)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from diffusion import ConditionalDenoiser, Denoiser, Given, evaluations, guided, sample_given
 from diffusion.samplers import Callback
 from engine.build import build_model, build_process
-from engine.checkpoint import content_sha256
 from engine.config import LABEL_RULES, Config, window_overlap
 from engine.objective import sample_generator
 from models.autoencoder import LatentCodec
@@ -35,7 +34,6 @@ from .given import GivenFrames, Plan, Windows, read_given
 from .modulation import ModulationTable
 from .network import Calls, Network, Walk
 from .source import Source
-from .step_cache import CacheSchedule
 
 Progress = Callable[[int, int], None]  # (sampler steps done, sampler steps in all)
 
@@ -188,7 +186,6 @@ class Generator:
         num_frames: int | None = None,
         image_size: int | None = None,
         modulation_mb: int = 0,
-        cache: str | Path | CacheSchedule | None = None,
         overlap_decode: bool = True,
         indices: Sequence[int] | None = None,
         given: GivenFrames | None = None,
@@ -210,7 +207,6 @@ class Generator:
             batched_guidance: conditional and unconditional as one batch, else one after the other.
             num_frames, image_size: of the videos; None is what the network was trained on.
             modulation_mb: memory for modulations computed ahead; 0 computes them in every step.
-            cache: a schedule of tools.fit_cache, or its file.
             overlap_decode: on CUDA, decode a batch while the next one is sampled.
             given: frames that the videos show, for networks trained with given frames.
             windows: sample longer videos in windows; None: all frames at once.
@@ -228,15 +224,11 @@ class Generator:
         times = [each.time for each in evaluations(process, method)]
         guidance = Guidance(guidance_scale, guidance_interval, batched_guidance)
         plan = self._plan(shape, given, windows)
-        schedule = CacheSchedule.load(cache) if isinstance(cache, str | Path) else cache
-        if (given or windows) and (schedule or modulation_mb):
+        if (given or windows) and modulation_mb:
             raise ValueError(
-                "sample.modulation_mb and sample.cache are for videos sampled at once and from noise alone: leave them "
-                "out with given frames or windows."
+                "sample.modulation_mb is for videos sampled at once and from noise alone: leave it out with given "
+                "frames or windows."
             )
-        if schedule is not None:
-            settings = self.cache_settings(shape, steps, method, eta, guidance)
-            schedule.check(content_sha256(self.model), settings, len(times), len(self.model.blocks))
         indices = list(range(num)) if indices is None else list(indices)
         chunks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         passes = itertools.count()
@@ -248,7 +240,7 @@ class Generator:
 
             def sample_pass(known: Given | None, frames: int) -> Tensor:
                 walk = Walk(times, self.config.diffusion.num_steps)
-                network = Calls(self.network, walk, table, schedule)
+                network = Calls(self.network, walk, table)
                 return sample_given(
                     process,
                     walk.counted(plan.denoiser(self.denoiser(wanted, guidance, walk, network))),
@@ -340,20 +332,6 @@ class Generator:
             active=lambda: guidance.is_active(walk.fraction),
         )
 
-    def cache_settings(
-        self, shape: Sequence[int], steps: int, method: str, eta: float, guidance: Guidance
-    ) -> dict[str, Any]:
-        """On what a schedule of reused layers depends, beside the weights."""
-        return {
-            "latents": list(shape),
-            "steps": steps,
-            "method": method,
-            "eta": eta,
-            "guidance_scale": guidance.scale,
-            "guidance_interval": guidance.interval and list(guidance.interval),
-            "diffusion": asdict(self.config.diffusion),
-        }
-
     def _modulations(
         self, times: list[float], labels: Sequence[int | None], guidance: Guidance, budget_mb: int
     ) -> ModulationTable:
@@ -373,7 +351,7 @@ def sampler_settings(config: Config) -> dict[str, Any]:
     """What `config` says to `Generator.batches`, but for which videos."""
     keys = (
         *("labels", "label_rule", "seed", "steps", "method", "eta", "batch_size"),
-        *("guidance_scale", "guidance_interval", "batched_guidance", "modulation_mb", "cache", "overlap_decode"),
+        *("guidance_scale", "guidance_interval", "batched_guidance", "modulation_mb", "overlap_decode"),
     )
     sizes = {"num_frames": config.data.num_frames, "image_size": config.data.image_size}
     frames = {"given": read_given(config.sample, config.data), "windows": windows_of(config)}

@@ -2,7 +2,7 @@
 
 A walk is one batch from noise to data. Which timesteps it visits is known before it begins, so what depends on them
 alone is planned on the host and nothing waits for the device: `Walk` counts the evaluations, `Calls` looks the
-modulations up instead of computing them, and reuses what a range of layers added where a schedule says so.
+modulations up instead of computing them.
 
 Letters: B videos of a batch, F frames, C latent channels, h w latent pixels, M numbers of a modulation.
 """
@@ -19,10 +19,8 @@ from diffusion import Denoiser
 from models.latte import Latte
 
 from .modulation import ModulationTable
-from .step_cache import CacheSchedule
 
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-Span = tuple[int, int]
 
 
 class Network:
@@ -58,28 +56,11 @@ class Network:
         self.model = model.to(device, self.dtype if cast_weights else None).eval()
         self._graphs = compiled and device.type == "cuda"
         self._plain: Callable[..., Tensor] = _compile(self._forward, device) if compiled else self._forward
-        self._split: Callable[..., tuple[Tensor, Tensor]] = _compile(self._parts, device) if compiled else self._parts
 
     def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, modulations: Tensor | None) -> Tensor:
         """The model's output (B, F, C or 2C, h, w); `modulations` (B, 1, 1, M) as `Latte.forward` takes them."""
         self._begin()
         return self._own(self._plain(x, timesteps, labels, modulations))
-
-    def with_change(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        labels: Tensor | None,
-        modulations: Tensor | None,
-        span: Span,
-        change: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The same, and what the layers of `span` (first, last + 1) added to the tokens; given `change`, they are
-        not run, and that is added instead.
-        """
-        self._begin()
-        output, change = self._split(x, timesteps, labels, modulations, span, change)
-        return self._own(output), self._own(change)
 
     @torch.no_grad()
     def modulations(self, timesteps: Tensor, labels: Tensor | None) -> Tensor:
@@ -90,26 +71,6 @@ class Network:
         with self._precision():
             ahead = {} if modulations is None else {"modulations": modulations}
             return self.model(self._cast(x), timesteps, labels, **ahead).float()
-
-    def _parts(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        labels: Tensor | None,
-        modulations: Tensor | None,
-        span: Span,
-        change: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        with self._precision():
-            before, context = self.model.embed(self._cast(x), timesteps, labels, modulations=modulations)
-            before = self.model.run_layers(before, context, 0, span[0])
-            if change is None:
-                after = self.model.run_layers(before, context, *span)
-                change = after - before
-            else:
-                after = before + change
-            after = self.model.run_layers(after, context, span[1])
-            return self.model.unembed(after, context).float(), change
 
     def _precision(self) -> torch.autocast:
         enabled = self.dtype is not None and not self.cast_weights
@@ -165,30 +126,13 @@ class Calls:
 
     Args:
         table: modulations made ahead; None computes them in every call.
-        schedule: which evaluations run all layers; None: all of them.
     """
 
-    def __init__(
-        self, network: Network, walk: Walk, table: ModulationTable | None = None, schedule: CacheSchedule | None = None
-    ) -> None:
+    def __init__(self, network: Network, walk: Walk, table: ModulationTable | None = None) -> None:
         self.network = network
         self.walk = walk
         self.table = table
-        self.schedule = schedule
-        self.changes: dict[int, Tensor] = {}  # by which labels: of one computed evaluation
-        self.computed_at = -1
 
     def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        number = self.walk.number
-        modulations = self.table.rows(number, labels) if self.table else None
-        if self.schedule is None:
-            return self.network(x, timesteps, labels, modulations)
-        kind = id(labels)  # guidance holds its tensors: the conditional labels, the null ones, or both
-        span = self.schedule.first_layer, self.schedule.end_layer
-        if self.schedule.computed[number] or kind not in self.changes:
-            if number != self.computed_at:  # earlier ones are stale, also where guidance comes or goes
-                self.changes.clear()
-                self.computed_at = number
-            output, self.changes[kind] = self.network.with_change(x, timesteps, labels, modulations, span, None)
-            return output
-        return self.network.with_change(x, timesteps, labels, modulations, span, self.changes[kind])[0]
+        modulations = self.table.rows(self.walk.number, labels) if self.table else None
+        return self.network(x, timesteps, labels, modulations)

@@ -240,4 +240,4 @@ def _read_config(folder: Path) -> tuple[Config, list[str] | None]:
     codec = described.get("codec")
     if isinstance(codec, dict) and codec.get("path"):
         codec["path"] = str(folder / CODEC_FOLDER)
-    return load_config(None, base=described), names
+    return load_config(None, base=described, saved=True), names

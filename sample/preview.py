@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.trainer import Trainer
 
 SHOWN_FRAMES = 8  # columns of a sheet
-NOTHING_AHEAD = {"modulation_mb": 0, "cache": None}  # the weights change, and may be sharded
+NOTHING_AHEAD = {"modulation_mb": 0}  # the weights change, and may be sharded
 
 
 class Preview:

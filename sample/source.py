@@ -34,7 +34,7 @@ class Source:
             return cls(path, None, None)
         folder = find_checkpoint(path)
         state = json.loads((folder / "state.json").read_text())
-        return cls(folder, load_config(folder / "config.yaml"), state.get("class_names"))
+        return cls(folder, load_config(folder / "config.yaml", saved=True), state.get("class_names"))
 
     def weights(self, kind: str) -> dict[str, Tensor]:
         """The `ema` or the `raw` weights."""
