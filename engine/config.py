@@ -104,7 +104,6 @@ class SampleConfig:
     precision: str = "fp32"  # fp32 | bf16 | fp16
     cast_weights: bool = False  # the weights themselves in `precision`, in half the memory
     compile: bool = False  # torch.compile the network; on CUDA with CUDA graphs
-    modulation_mb: int = 0  # memory for adaLN modulations computed ahead of the steps; 0: computed in every step
     overlap_decode: bool = True  # on CUDA, decode a batch while the next is sampled
     batch_size: int = 4
     fps: int = 8
@@ -128,7 +127,6 @@ class SampleConfig:
             0 <= self.guidance_scale < float("inf"),
             f"sample.guidance_scale must be zero or more and finite, not {self.guidance_scale}.",
         )
-        require(self.modulation_mb >= 0, f"sample.modulation_mb must be zero or more, not {self.modulation_mb}.")
         require(
             not (self.cast_weights and self.precision == "fp32"),
             "sample.cast_weights=true holds the weights in sample.precision: set that to bf16 or fp16.",
@@ -266,11 +264,6 @@ class Config:
             not (self.lora.rank and self.train.temporal_ramp_steps),
             f"train.temporal_ramp_steps={self.train.temporal_ramp_steps} is of a network begun from images, whose "
             "layers over time must be trained whole: leave lora.rank out.",
-        )
-        require(
-            not self.sample.modulation_mb or (self.model.injection == "adaln" and not self.model.is_text),
-            f"sample.modulation_mb: model.name={self.model.name} with model.injection={self.model.injection} has no "
-            "modulations to hold; leave it out.",
         )
         self._check_monitor()
 

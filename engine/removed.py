@@ -8,6 +8,7 @@ from typing import Any
 # `section.key`, `section.key=value` or `--flag` -> what to do instead
 REMOVED: dict[str, str] = {
     "sample.cache": "the step cache has left: sample.method=unipc with sample.steps=25 is as fast and nearer.",
+    "sample.modulation_mb": "modulations are computed in every step now: leave the key out.",
     "--cache": "the step cache has left: --method unipc --steps 25 is as fast and nearer.",
 }
 

@@ -119,12 +119,6 @@ def conditioner(hidden_size: int, num_outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, num_outputs * hidden_size))
 
 
-def modulation_rows(head: nn.Sequential, condition: Tensor | None) -> Tensor:
-    """What the adaLN `head` makes of a condition `(..., D)`; one as wide as its output was made ahead (sampling)."""
-    assert condition is not None
-    return condition if condition.shape[-1] == head[1].out_features else head(condition)
-
-
 class Block(nn.Module):
     """One layer: the residual branches of its plan, then an MLP.
 
@@ -171,7 +165,7 @@ class Block(nn.Module):
     ) -> tuple[Modulation | None, Modulation | None]:
         if self.adaLN_modulation is None:
             return None, None
-        parts = per_frame(modulation_rows(self.adaLN_modulation, condition), num_frames, total).chunk(6, dim=-1)
+        parts = per_frame(self.adaLN_modulation(condition), num_frames, total).chunk(6, dim=-1)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
 
@@ -188,8 +182,7 @@ class FinalLayer(nn.Module):
         """`(B, F+I, N, D)` -> `(B, F+I, N, patch_dim)`; `condition` as in `Block`."""
         x = self.norm_final(x)
         if self.adaLN_modulation is not None:
-            rows = modulation_rows(self.adaLN_modulation, condition)
-            shift, scale = per_frame(rows, num_frames, x.shape[1]).chunk(2, dim=-1)
+            shift, scale = per_frame(self.adaLN_modulation(condition), num_frames, x.shape[1]).chunk(2, dim=-1)
             x = modulate(x, shift, scale)
         return self.linear(x)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import ConditionalDenoiser, Denoiser, Given, evaluations, guided, sample_given
+from diffusion import Denoiser, Given, evaluations, guided, sample_given
 from diffusion.samplers import Callback
 from engine.build import build_model, build_process
 from engine.config import LABEL_RULES, Config, window_overlap
@@ -31,8 +31,7 @@ from models.lora import Adapter
 from .class_names import UCF101_CLASSES
 from .decoding import Decoder
 from .given import GivenFrames, Plan, Windows, read_given
-from .modulation import ModulationTable
-from .network import Calls, Network, Walk
+from .network import Network, Walk
 from .source import Source
 
 Progress = Callable[[int, int], None]  # (sampler steps done, sampler steps in all)
@@ -115,7 +114,6 @@ class Generator:
         self.codec = codec
         self.config = config
         self.class_names = list(class_names) if class_names else None
-        self._table: tuple[Any, ModulationTable] | None = None  # the last one, and what it is of
 
     @classmethod
     def from_checkpoint(
@@ -185,7 +183,6 @@ class Generator:
         batch_size: int = 4,
         num_frames: int | None = None,
         image_size: int | None = None,
-        modulation_mb: int = 0,
         overlap_decode: bool = True,
         indices: Sequence[int] | None = None,
         given: GivenFrames | None = None,
@@ -206,7 +203,6 @@ class Generator:
             guidance_interval: (low, high) in [0, 1], 0 data and 1 noise: noise levels outside are not guided.
             batched_guidance: conditional and unconditional as one batch, else one after the other.
             num_frames, image_size: of the videos; None is what the network was trained on.
-            modulation_mb: memory for modulations computed ahead; 0 computes them in every step.
             overlap_decode: on CUDA, decode a batch while the next one is sampled.
             given: frames that the videos show, for networks trained with given frames.
             windows: sample longer videos in windows; None: all frames at once.
@@ -224,11 +220,6 @@ class Generator:
         times = [each.time for each in evaluations(process, method)]
         guidance = Guidance(guidance_scale, guidance_interval, batched_guidance)
         plan = self._plan(shape, given, windows)
-        if (given or windows) and modulation_mb:
-            raise ValueError(
-                "sample.modulation_mb is for videos sampled at once and from noise alone: leave it out with given "
-                "frames or windows."
-            )
         indices = list(range(num)) if indices is None else list(indices)
         chunks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         passes = itertools.count()
@@ -236,14 +227,12 @@ class Generator:
         def sampler_of(chunk: list[int]) -> Callable[[Given | None, int], Tensor]:
             noise = VideoNoise(seed, chunk, self.device)
             wanted = [label_of(index) for index in chunk]
-            table = self._modulations(times, wanted, guidance, modulation_mb) if modulation_mb else None
 
             def sample_pass(known: Given | None, frames: int) -> Tensor:
                 walk = Walk(times, self.config.diffusion.num_steps)
-                network = Calls(self.network, walk, table)
                 return sample_given(
                     process,
-                    walk.counted(plan.denoiser(self.denoiser(wanted, guidance, walk, network))),
+                    walk.counted(plan.denoiser(self.denoiser(wanted, guidance, walk))),
                     noise.draw((frames, *shape[1:])),
                     known,
                     method=method,
@@ -317,13 +306,11 @@ class Generator:
         side = size // factor
         return num_frames or self.config.data.num_frames, self.config.codec.latent_channels, side, side
 
-    def denoiser(
-        self, labels: Sequence[int | None], guidance: Guidance, walk: Walk, network: ConditionalDenoiser
-    ) -> Denoiser:
-        """The guided `network` of one batch, where `walk` is."""
+    def denoiser(self, labels: Sequence[int | None], guidance: Guidance, walk: Walk) -> Denoiser:
+        """Returns the guided network for a batch of `labels`; `walk` says which evaluation is under way."""
         y = torch.tensor(labels, device=self.device) if self.num_classes else None
         return guided(
-            network,
+            self.network,
             y,
             self.model.null_label,
             guidance.scale,
@@ -332,26 +319,12 @@ class Generator:
             active=lambda: guidance.is_active(walk.fraction),
         )
 
-    def _modulations(
-        self, times: list[float], labels: Sequence[int | None], guidance: Guidance, budget_mb: int
-    ) -> ModulationTable:
-        """The table for a batch; that of the batch before where it serves."""
-        known = {label for label in labels if label is not None}
-        null = {self.model.null_label} if guidance.scale != 1 and self.model.null_label is not None else set()
-        key = times, known | null, budget_mb
-        if self._table is None or self._table[0] != key:
-            self._table = None  # before the next is made
-            asked = sorted(known | null) or None
-            table = ModulationTable(self.network.modulations, times, asked, budget_mb * 2**20, self.device)
-            self._table = key, table
-        return self._table[1]
-
 
 def sampler_settings(config: Config) -> dict[str, Any]:
     """What `config` says to `Generator.batches`, but for which videos."""
     keys = (
         *("labels", "label_rule", "seed", "steps", "method", "eta", "batch_size"),
-        *("guidance_scale", "guidance_interval", "batched_guidance", "modulation_mb", "overlap_decode"),
+        *("guidance_scale", "guidance_interval", "batched_guidance", "overlap_decode"),
     )
     sizes = {"num_frames": config.data.num_frames, "image_size": config.data.image_size}
     frames = {"given": read_given(config.sample, config.data), "windows": windows_of(config)}

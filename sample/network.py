@@ -1,10 +1,9 @@
-"""The network as a sampler calls it: its precision, its compilation, and what a walk lets it leave out.
+"""The network as a sampler calls it: its precision and compilation; and a walk, one batch from noise to data.
 
-A walk is one batch from noise to data. Which timesteps it visits is known before it begins, so what depends on them
-alone is planned on the host and nothing waits for the device: `Walk` counts the evaluations, `Calls` looks the
-modulations up instead of computing them.
+The timesteps of a walk are known before it begins, so `Walk` counts the evaluations on the host and nothing waits for
+the device.
 
-Letters: B videos of a batch, F frames, C latent channels, h w latent pixels, M numbers of a modulation.
+Letters: B videos of a batch, F frames, C latent channels, h w latent pixels.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from diffusion import Denoiser
 from models.latte import Latte
-
-from .modulation import ModulationTable
 
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,37 +52,20 @@ class Network:
         self.cast_weights = cast_weights
         self.model = model.to(device, self.dtype if cast_weights else None).eval()
         self._graphs = compiled and device.type == "cuda"
-        self._plain: Callable[..., Tensor] = _compile(self._forward, device) if compiled else self._forward
+        self._call: Callable[..., Tensor] = _compile(self._forward, device) if compiled else self._forward
 
-    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, modulations: Tensor | None) -> Tensor:
-        """The model's output (B, F, C or 2C, h, w); `modulations` (B, 1, 1, M) as `Latte.forward` takes them."""
-        self._begin()
-        return self._own(self._plain(x, timesteps, labels, modulations))
+    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        """Returns the model's output (B, F, C or 2C, h, w), which later calls leave alone."""
+        if not self._graphs:
+            return self._call(x, timesteps, labels)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._call(x, timesteps, labels).clone()  # the next replay of a CUDA graph writes into its output
 
-    @torch.no_grad()
-    def modulations(self, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        """(B,) and (B,) -> (B, 1, 1, M), computed in the precision of the weights and held in that of the products."""
-        return self.model.modulations(timesteps, labels).to(self.dtype or torch.float32)
-
-    def _forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, modulations: Tensor | None) -> Tensor:
-        with self._precision():
-            ahead = {} if modulations is None else {"modulations": modulations}
-            return self.model(self._cast(x), timesteps, labels, **ahead).float()
-
-    def _precision(self) -> torch.autocast:
-        enabled = self.dtype is not None and not self.cast_weights
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
-
-    def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype) if self.cast_weights else x
-
-    def _begin(self) -> None:
-        if self._graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-
-    def _own(self, output: Tensor) -> Tensor:
-        """A copy where the next replay of a CUDA graph would write into it."""
-        return output.clone() if self._graphs else output
+    def _forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        autocast = self.dtype is not None and not self.cast_weights
+        with torch.autocast(self.device.type, self.dtype, enabled=autocast):
+            x = x.to(self.dtype) if self.cast_weights else x
+            return self.model(x, timesteps, labels).float()
 
 
 def _compile(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -119,20 +99,3 @@ class Walk:
             return denoiser(x, timesteps)
 
         return call
-
-
-class Calls:
-    """The network in one walk, as `diffusion.guided` calls it: once or twice in an evaluation.
-
-    Args:
-        table: modulations made ahead; None computes them in every call.
-    """
-
-    def __init__(self, network: Network, walk: Walk, table: ModulationTable | None = None) -> None:
-        self.network = network
-        self.walk = walk
-        self.table = table
-
-    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        modulations = self.table.rows(self.walk.number, labels) if self.table else None
-        return self.network(x, timesteps, labels, modulations)

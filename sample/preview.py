@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from engine.trainer import Trainer
 
 SHOWN_FRAMES = 8  # columns of a sheet
-NOTHING_AHEAD = {"modulation_mb": 0}  # the weights change, and may be sharded
 
 
 class Preview:
@@ -117,6 +116,6 @@ def chunks_of(run: Trainer, indices: Sequence[int]) -> list[Sequence[int]]:
 
 def videos_of(run: Trainer, generator: Generator, indices: Sequence[int]) -> np.ndarray:
     """The videos of those indices, as one batch; the ranks agree to go on after every step of the sampler."""
-    settings = sampler_settings(run.config) | {"batch_size": len(indices), **NOTHING_AHEAD}
+    settings = sampler_settings(run.config) | {"batch_size": len(indices)}
     batches = generator.batches(indices=indices, callback=lambda done, total: agree(run), **settings)
     return np.concatenate([videos for _, videos in batches])

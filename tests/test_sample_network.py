@@ -1,4 +1,4 @@
-"""What sampling leaves out or makes ahead equals the plain loop, does what it says, and refuses what it is not for."""
+"""Guidance, precision, compilation and overlapped decoding: equal to the plain loop where they must be."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from engine.config import Config, load_config
 from models.autoencoder import LatentCodec
 from sample.decoding import Decoder
 from sample.generate import Generator, Guidance
-from sample.given import Windows
-from sample.modulation import ModulationTable
-from sample.network import Calls, Walk
+from sample.network import Walk
 from tests.conftest import random_weights
 
 NETWORK = {
@@ -56,46 +54,6 @@ def bound(plain: np.ndarray) -> dict[str, float]:
     return {"rtol": 0, "atol": 1e-5 * max(1.0, float(np.abs(plain).max()))}
 
 
-# ------------------------------------------------------------------------------ modulations made ahead
-
-
-@pytest.mark.parametrize("budget_mb", [1, 64])
-@pytest.mark.parametrize(
-    ("overrides", "settings"),
-    [
-        ([], {"method": "ddim"}),
-        ([], {"method": "ddpm", "guidance_scale": 3.0}),
-        ([], {"method": "ddim", "guidance_scale": 3.0, "batched_guidance": False}),
-        (["model.num_classes=0"], {"method": "ddim"}),
-        (FLOW, {"method": "heun", "guidance_scale": 2.0, "guidance_interval": (0.3, 0.8)}),
-    ],
-)
-def test_modulations_made_ahead_change_nothing(overrides: list[str], settings: dict, budget_mb: int) -> None:
-    generator = generator_of(*overrides)
-    plain = generator.sample(num=5, steps=40, batch_size=3, **settings)
-    heads: list[int] = []
-    generator.model.final_layer.adaLN_modulation.register_forward_pre_hook(lambda *_: heads.append(1))
-    found = generator.sample(num=5, steps=40, batch_size=3, modulation_mb=budget_mb, **settings)
-    np.testing.assert_allclose(found, plain, **bound(plain))
-    assert len(heads) <= 8  # of 80 and more evaluations
-
-
-def test_a_table_keeps_to_its_budget_and_looks_up_what_it_was_asked_for() -> None:
-    times, labels, asked = [9.0, 7.0, 5.0, 2.0, 1.0], [8, 3, 5], []
-
-    def compute(timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        asked.append(len(timesteps))
-        return (100 * timesteps + labels).view(-1, 1, 1, 1).expand(-1, 1, 1, 25)
-
-    row = 3 * 25 * 4  # bytes of an evaluation
-    for budget, length in ((0, 1), (2 * row + 1, 2), (99 * row, 5)):
-        table = ModulationTable(compute, times, labels, budget, torch.device("cpu"))
-        for number in (0, 1, 2, 3, 4, 0, 4):  # a second walk begins again
-            found = table.rows(number, torch.tensor([5, 5, 8]))
-            assert found[:, 0, 0, 0].tolist() == [100 * times[number] + label for label in (5, 5, 8)]
-            assert table.nbytes == length * row
-
-
 # --------------------------------------------------------------------------------------------- guidance
 
 
@@ -119,11 +77,6 @@ def test_guidance_one_by_one_and_in_an_interval() -> None:
     np.testing.assert_array_equal(generator.sample(guidance_interval=(0.9995, 1.0), **settings), plain)
 
 
-def test_given_frames_and_windows_take_no_tables() -> None:
-    with pytest.raises(ValueError, match="sampled at once and from noise alone"):
-        generator_of().sample(num=1, steps=3, method="ddim", windows=Windows(4, 2, "fused"), modulation_mb=8)
-
-
 # -------------------------------------------------------------------------------- weights, compilation
 
 
@@ -133,7 +86,7 @@ def test_cast_weights_take_half_the_memory_and_sample_nearly_the_same(precision:
     sizes = [sum(each.nbytes for each in generator.model.parameters()) for generator in (full, half)]
     assert sizes[1] * 2 == sizes[0]
     settings = {"num": 2, "steps": 4, "method": "ddim", "guidance_scale": 2.0}
-    plain, found = full.sample(**settings), half.sample(modulation_mb=8, **settings)
+    plain, found = full.sample(**settings), half.sample(**settings)
     assert 0 < np.abs(found - plain).mean() < tolerance * np.abs(plain).mean()
 
 
@@ -155,7 +108,7 @@ def test_the_network_compiles_without_graph_breaks(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch, "compile", lambda function, mode, **options: real(function, backend=backend, **options))
     plain, compiled = generator_of(), generator_of(compiled=True)
-    settings = {"num": 2, "steps": 4, "method": "ddim", "guidance_scale": 2.0, "modulation_mb": 8}
+    settings = {"num": 2, "steps": 4, "method": "ddim", "guidance_scale": 2.0}
     expected = plain.sample(**settings)
     np.testing.assert_allclose(compiled.sample(**settings), expected, **bound(expected))
     assert len(graphs) == 1
@@ -181,9 +134,8 @@ def test_nothing_waits_for_the_device_during_a_walk() -> None:
     generator = generator_of()
     process, guidance = build_process(generator.config, respacing="6"), Guidance(2.0, (0.2, 0.9))
     times = [each.time for each in evaluations(process, "ddim")]
-    table = ModulationTable(generator.network.modulations, times, [0, 1, 3], 2**13, torch.device("cpu"))
     walk = Walk(times, 1000)
-    denoiser = generator.denoiser([0, 1], guidance, walk, Calls(generator.network, walk, table))
+    denoiser = generator.denoiser([0, 1], guidance, walk)
     from diffusion import sample
 
     with NoReading():
@@ -229,8 +181,6 @@ def test_an_error_of_the_decoder_arrives() -> None:
         (["sample.guidance_interval=[0.2,0.8]"], "read only with a sample.guidance_scale"),
         (["sample.guidance_scale=2", "sample.guidance_interval=[0.8,0.2]"], "guidance_interval must be two numbers"),
         (["sample.guidance_scale=2", "sample.guidance_interval=[0.8]"], "guidance_interval must be two numbers"),
-        (["sample.modulation_mb=-1"], "modulation_mb must be zero or more"),
-        (["sample.modulation_mb=9", "model.injection=tokens"], "injection=tokens has no modulations"),
         (["sample.method=heun"], "does not belong to diffusion.prediction=epsilon: use auto, ddpm, ddim, dpm_solver"),
         ([*FLOW, "sample.method=ddim"], "use auto, euler, heun, dpm_solver"),
     ],
@@ -248,7 +198,7 @@ def test_keys_that_do_not_fit(overrides: list[str], sentence: str) -> None:
 def test_cuda_graphs_sample_the_same_without_a_wait() -> None:
     plain = generator_of(device="cuda")
     graphs = generator_of(device="cuda", compiled=True)
-    settings = {"num": 3, "steps": 6, "method": "ddim", "guidance_scale": 2.0, "modulation_mb": 8, "batch_size": 1}
+    settings = {"num": 3, "steps": 6, "method": "ddim", "guidance_scale": 2.0, "batch_size": 1}
     expected = plain.sample(**settings)
     np.testing.assert_allclose(graphs.sample(**settings), expected, rtol=0, atol=1e-3)
 
