@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .embeddings import Rotation, rotate
-from .linear import SLOW_IN_BF16
 
 
 class View(NamedTuple):
@@ -50,9 +49,6 @@ VIEWS: dict[str, View] = {
         "batch (frames tokens) heads dim -> batch frames tokens (heads dim)",
     ),
 }
-# How "fused" computes 16-bit attention on a CPU, where torch's own kernels for it are slow (docs/attention.md): by
-# plain products where those are quick in bf16, else in 32 bits. The planner, which counts for GPUs, takes the kernels.
-ON_CPU: Literal["kernels", "plain", "widened"] = "widened" if SLOW_IN_BF16 else "plain"
 MAX_HEADS = 65535  # of a call of a fused kernel on CUDA: the extent of a grid of thread blocks
 
 # torch's fused kernels in the order of preference; those that cannot take a call are passed over.
@@ -102,25 +98,10 @@ class Kernel(NamedTuple):
 
 
 def fused(call: Call) -> Tensor:
-    """torch's scaled_dot_product_attention, with the backends in the order of `BACKENDS`.
-
-    On a CPU 16-bit numbers go another way (`ON_CPU`).
-    """
+    """torch's scaled_dot_product_attention, with the backends in the order of `BACKENDS`."""
     q, k, v = call.folded()
-    if ON_CPU != "kernels" and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        if ON_CPU == "plain" and q.dtype == torch.bfloat16:
-            return plain(call)
-        return call.unfolded(_widened(q, k, v, call.mask))
     with _backends(q.device.type):
         return call.unfolded(functional.scaled_dot_product_attention(q, k, v, attn_mask=call.mask))
-
-
-def _widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and mask.dtype.is_floating_point:
-        mask = mask.float()
-    with torch.autocast("cpu", enabled=False):
-        out = functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-    return out.to(q.dtype)
 
 
 def _backends(device: str) -> AbstractContextManager[None]:

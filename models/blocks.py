@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from .attention import attend
 from .embeddings import Rotation
-from .linear import Linear
 
 Axis = Literal["spatial", "temporal"]
 Layer = tuple[tuple[Axis, ...], ...]
@@ -43,8 +42,8 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(hidden_size, hidden_size * 3)
-        self.proj = Linear(hidden_size, hidden_size)
+        self.qkv = nn.Linear(hidden_size, hidden_size * 3)
+        self.proj = nn.Linear(hidden_size, hidden_size)
 
     def attend(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """`(B, F, N, D)` -> the same."""
@@ -83,8 +82,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden_size)
-        self.fc2 = Linear(hidden_size, width)
+        self.fc1 = nn.Linear(width, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., D)` -> the same."""
@@ -175,7 +174,7 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_dim: int, *, adaln: bool) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not adaln)
-        self.linear = Linear(hidden_size, patch_dim)
+        self.linear = nn.Linear(hidden_size, patch_dim)
         self.adaLN_modulation = conditioner(hidden_size, 2) if adaln else None
 
     def forward(self, x: Tensor, condition: Tensor | None, num_frames: int) -> Tensor:

@@ -54,17 +54,6 @@ def test_equals_brute_force(name: str, view: str) -> None:
     assert relative_error(found, wanted.double()) < 1e-6
 
 
-@pytest.mark.parametrize("view", VIEWS)
-def test_sixteen_bits_on_a_cpu_are_multiplied_as_thirty_two(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where products are slow in bf16. Under autocast too: only the rounding of the result is left."""
-    monkeypatch.setattr("models.attention.ON_CPU", "widened")
-    parts = [torch.randn(2, 5, 3, 16).bfloat16() for _ in range(3)]
-    with torch.autocast("cpu", torch.bfloat16):
-        out = attend(*parts, view, 2)
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out, expected(*parts, view).float().bfloat16())
-
-
 def test_more_heads_than_a_grid_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [torch.randn(2, 5, 3, 16) for _ in range(3)]
     usual = attend(*parts, "temporal", 2)
