@@ -9,6 +9,7 @@ from typing import Any
 REMOVED: dict[str, str] = {
     "sample.cache": "the step cache has left: sample.method=unipc with sample.steps=25 is as fast and nearer.",
     "sample.modulation_mb": "modulations are computed in every step now: leave the key out.",
+    "train.attention=triton": "that kernel is in benchmarks/candidates until it is timed on a GPU: leave it at auto.",
     "--cache": "the step cache has left: --method unipc --steps 25 is as fast and nearer.",
 }
 

@@ -112,7 +112,7 @@ class Trainer:
         if train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
-        attention.choose(train.attention, world.device)
+        attention.choose(train.attention)
 
         dtype, autocast_dtype = DTYPES[train.precision]
         self.clips = build_dataset(config.data, seed=train.seed)

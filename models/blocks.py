@@ -47,9 +47,8 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """`(B, F, N, D)` -> the same."""
-        qkv = self.qkv(x)
-        q, k, v = qkv.chunk(3, dim=-1)
-        return self.proj(attend(q, k, v, self.axis, self.num_heads, rotation=rotation, packed=qkv))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(attend(q, k, v, self.axis, self.num_heads, rotation=rotation))
 
 
 class SpatialAttention(Attention):
