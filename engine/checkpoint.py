@@ -230,7 +230,7 @@ def load_checkpoint_config(path: str | Path) -> Config | None:
     """The configuration that a checkpoint of ours holds; None for a single file (.pt), which holds none."""
     if Path(path).is_file():
         return None
-    return load_config(find_checkpoint(Path(path)) / "config.yaml")
+    return load_config(find_checkpoint(Path(path)) / "config.yaml", saved=True)
 
 
 def weights_file(folder: Path, weights: str) -> Path:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from datasets import ClipDataset
 from datasets.text_features import TextCache
 from models.autoencoder import DTYPES
+from models.config import LatteConfig
 from models.text_encoder import TextConfig, TextEncoder
 from models.text_identity import comparable, text_identity
 
@@ -133,6 +134,13 @@ class ClassConditions:
 
     def batch(self, labels: Tensor) -> ClassLabels | NoCondition:
         return ClassLabels(labels.to(self.device, non_blocking=True), self.null_label) if self.count else NoCondition()
+
+
+def class_conditions(model: LatteConfig, device: torch.device, names: Sequence[str] | None = None) -> ClassConditions:
+    """Returns the conditions of a class-conditional or unconditional network."""
+    null_label = model.num_classes if model.has_null_label else None
+    names = names if model.num_classes else None
+    return ClassConditions(model.num_classes, null_label, model.label_dropout, device, names)
 
 
 # ---- captions --------------------------------------------------------------------------------------
@@ -257,11 +265,8 @@ def build_conditions(
 
     Raises: ValueError, FileNotFoundError where the text encoder or the cache of its features does not fit.
     """
-    model = config.model
-    if not model.is_text:
-        null_label = model.num_classes if model.has_null_label else None
-        names = clips.class_names if model.num_classes else None
-        return ClassConditions(model.num_classes, null_label, model.label_dropout, device, names)
+    if not config.model.is_text:
+        return class_conditions(config.model, device, clips.class_names)
     texts = all_captions(config, clips, held_out)
     if config.text.features is None:
         return Captions(config.text, texts, EncodedFeatures(config.text, device), device)

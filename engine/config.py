@@ -22,6 +22,7 @@ from models.text_encoder import TextConfig
 
 from .official_keys import DROPPED, RENAMED
 from .optim import OptimConfig
+from .removed import drop_removed
 
 GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *SCHEDULERS)
 FLOW_METHODS = ("auto", "euler", "heun", *SCHEDULERS)
@@ -60,7 +61,7 @@ class TrainConfig:
     precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
     compile: bool = False  # torch.compile each block in place
     run_ahead: bool = True  # queue the next step before a step's numbers are read; false: wait for each
-    attention: str = "auto"  # auto | fused | plain (the reference) | triton (over time, on CUDA): docs/attention.md
+    attention: str = "auto"  # auto | fused | plain (the reference): docs/attention.md
     parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
     drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
     timeout_s: float = 1800.0  # a collective that takes longer ends the run; until the first step at least 600
@@ -109,8 +110,6 @@ class SampleConfig:
     precision: str = "fp32"  # fp32 | bf16 | fp16
     cast_weights: bool = False  # the weights themselves in `precision`, in half the memory
     compile: bool = False  # torch.compile the network; on CUDA with CUDA graphs
-    modulation_mb: int = 0  # memory for adaLN modulations computed ahead of the steps; 0: computed in every step
-    cache: str | None = None  # a schedule of tools.fit_cache: steps in which a range of layers is not run
     overlap_decode: bool = True  # on CUDA, decode a batch while the next is sampled
     batch_size: int = 4
     fps: int = 8
@@ -134,7 +133,6 @@ class SampleConfig:
             0 <= self.guidance_scale < float("inf"),
             f"sample.guidance_scale must be zero or more and finite, not {self.guidance_scale}.",
         )
-        require(self.modulation_mb >= 0, f"sample.modulation_mb must be zero or more, not {self.modulation_mb}.")
         require(
             not (self.cast_weights and self.precision == "fp32"),
             "sample.cast_weights=true holds the weights in sample.precision: set that to bf16 or fp16.",
@@ -273,11 +271,6 @@ class Config:
             f"train.temporal_ramp_steps={self.train.temporal_ramp_steps} is of a network begun from images, whose "
             "layers over time must be trained whole: leave lora.rank out.",
         )
-        require(
-            not self.sample.modulation_mb or (self.model.injection == "adaln" and not self.model.is_text),
-            f"sample.modulation_mb: model.name={self.model.name} with model.injection={self.model.injection} has no "
-            "modulations to hold; leave it out.",
-        )
         self._check_monitor()
 
     def _check_text(self) -> None:
@@ -404,9 +397,16 @@ def check_frame_keys(wanted: Any, prefix: str) -> None:
 
 
 def load_config(
-    path: str | Path | None = None, overrides: list[str] | None = None, base: dict[str, Any] | None = None
+    path: str | Path | None = None,
+    overrides: list[str] | None = None,
+    base: dict[str, Any] | None = None,
+    *,
+    saved: bool = False,
 ) -> Config:
     """Defaults, then the nested values `base`, then the YAML at `path`, then `key=value` overrides, checked.
+
+    Args:
+        saved: the YAML or `base` was written by a run, perhaps of an older version: keys removed since are left out.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names the file or key and what to do.
@@ -429,6 +429,7 @@ def load_config(
     merged = OmegaConf.structured(Config)
     for source, values in layers:
         require(isinstance(values, dict), f"{source} must hold sections like `model:` and `data:`.")
+        values = drop_removed(values, source, saved=saved)
         _check_keys(values, Config, source)
         try:
             merged = OmegaConf.merge(merged, values)

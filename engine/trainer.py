@@ -56,7 +56,7 @@ class Trainer:
     ) -> None:
         if config.train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        attention.choose(config.train.attention, world.device)
+        attention.choose(config.train.attention)
         clips = build_dataset(config.data, seed=config.train.seed)
         start.check_labels(config, clips)
         start.check_number(config, clips, world.size)

@@ -49,7 +49,7 @@ def load_checkpoint_weights(folder: Path, weights: str) -> dict[str, Tensor]:
     file = weights_file(folder, weights)
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
-    own, config = read_tensors(file), load_config(folder / "config.yaml")
+    own, config = read_tensors(file), load_config(folder / "config.yaml", saved=True)
     if not config.lora.rank:
         return own
     return _merge_into_base(own, config, read_state(folder).get("lora_base", ""), folder)
@@ -190,7 +190,7 @@ def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
         not taken or ((target / MANIFEST).is_file() and not (target / "optim.safetensors").exists()),
         f"{target} exists and is no export of weights; name a new folder.",
     )
-    config = replace(load_config(folder / "config.yaml"), lora=LoraConfig())
+    config = replace(load_config(folder / "config.yaml", saved=True), lora=LoraConfig())
     state = read_state(folder)
     for key in ("guard", "lora_base"):  # of the training alone
         state.pop(key, None)
@@ -204,7 +204,7 @@ def export_adapter(source: Path, target: Path, weights: str = "ema") -> Path:
     Raises: ValueError where the run trained the whole network.
     """
     folder = find_checkpoint(source)
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", saved=True)
     require(config.lora.rank > 0, f"{folder} holds a whole network and no adapters: its lora.rank is 0.")
     require(not target.exists(), f"{target} exists; name a new folder.")
     return save_lora(read_tensors(weights_file(folder, weights)), config.lora, target)

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
-from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .embeddings import Rotation, rotate
-from .linear import SLOW_IN_BF16
 
 
 class View(NamedTuple):
@@ -50,9 +46,6 @@ VIEWS: dict[str, View] = {
         "batch (frames tokens) heads dim -> batch frames tokens (heads dim)",
     ),
 }
-# How "fused" computes 16-bit attention on a CPU, where torch's own kernels for it are slow (docs/attention.md): by
-# plain products where those are quick in bf16, else in 32 bits. The planner, which counts for GPUs, takes the kernels.
-ON_CPU: Literal["kernels", "plain", "widened"] = "widened" if SLOW_IN_BF16 else "plain"
 MAX_HEADS = 65535  # of a call of a fused kernel on CUDA: the extent of a grid of thread blocks
 
 # torch's fused kernels in the order of preference; those that cannot take a call are passed over.
@@ -75,7 +68,6 @@ class Call(NamedTuple):
     view: str  # a key of `VIEWS`
     num_heads: int
     mask: Tensor | None = None  # what fused attention takes for the folded shapes
-    packed: Tensor | None = None  # q, k and v side by side, `(B, F, N, 3 D)`, where they are parts of one tensor
 
     def folded(self) -> list[Tensor]:
         """q, k, v in 4-D, `(rows, heads, length, D/H)`: fused attention takes nothing else."""
@@ -94,33 +86,11 @@ class Call(NamedTuple):
         return VIEWS["temporal, large" if large else self.view]
 
 
-class Kernel(NamedTuple):
-    """One way to compute a `Call`, and which calls it is for."""
-
-    takes: Callable[[Call], bool]
-    run: Callable[[Call], Tensor]  # -> (B, F, N, D)
-
-
 def fused(call: Call) -> Tensor:
-    """torch's scaled_dot_product_attention, with the backends in the order of `BACKENDS`.
-
-    On a CPU 16-bit numbers go another way (`ON_CPU`).
-    """
+    """torch's scaled_dot_product_attention, with the backends in the order of `BACKENDS`."""
     q, k, v = call.folded()
-    if ON_CPU != "kernels" and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        if ON_CPU == "plain" and q.dtype == torch.bfloat16:
-            return plain(call)
-        return call.unfolded(_widened(q, k, v, call.mask))
     with _backends(q.device.type):
         return call.unfolded(functional.scaled_dot_product_attention(q, k, v, attn_mask=call.mask))
-
-
-def _widened(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None and mask.dtype.is_floating_point:
-        mask = mask.float()
-    with torch.autocast("cpu", enabled=False):
-        out = functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-    return out.to(q.dtype)
 
 
 def _backends(device: str) -> AbstractContextManager[None]:
@@ -139,63 +109,17 @@ def plain(call: Call) -> Tensor:
     return call.unfolded(scores.softmax(dim=-1) @ v)
 
 
-def triton(call: Call) -> Tensor:
-    """The kernels of models/temporal_kernel.py, for short clips on CUDA; they read a packed call in place."""
-    assert _temporal_kernel is not None
-    if call.packed is not None:
-        return _temporal_kernel.packed_temporal_attention(call.packed, call.num_heads)
-    return _temporal_kernel.temporal_attention(call.q, call.k, call.v, call.num_heads)
-
-
-def _triton_takes(call: Call) -> bool:
-    if _temporal_kernel is None or call.view != "temporal" or call.mask is not None:
-        return False
-    return _temporal_kernel.takes(call.q, call.k, call.v, call.num_heads)
-
-
-_temporal_kernel: ModuleType | None = None  # once it is chosen: to import it loads Triton
-
-
-def _load_temporal_kernel() -> None:
-    global _temporal_kernel
-    try:
-        _temporal_kernel = import_module("models.temporal_kernel")
-    except ImportError as error:
-        raise ValueError("attention triton needs the package triton, which is not installed; take fused") from error
-
-
-KERNELS: dict[str, Kernel] = {
-    "fused": Kernel(lambda call: True, fused),
-    "plain": Kernel(lambda call: True, plain),
-    "triton": Kernel(_triton_takes, triton),
-}
+KERNELS: dict[str, Callable[[Call], Tensor]] = {"fused": fused, "plain": plain}
 CHOICES = ("auto", *KERNELS)
-# By name of the GPU: the kernels that `python -m tools.bench attention` found ahead of "fused" there, forward and
-# backward, at every size of its table. What was not measured is not taken.
-MEASURED: dict[str, tuple[str, ...]] = {}
-_order: tuple[str, ...] = ("fused",)
+_kernel = fused
 
 
-def choose(name: str, device: torch.device | None = None) -> None:
-    """Compute all attention of this process with one kernel of `KERNELS`; what it does not take, with "fused".
-
-    Args:
-        name: "auto", the default, is what `MEASURED` names for the GPU, and "fused".
-        device: where it will be computed.
-    """
-    global _order
+def choose(name: str) -> None:
+    """Compute all attention of this process with one of `KERNELS`; "auto", the default, is "fused"."""
+    global _kernel
     if name not in CHOICES:
         raise ValueError(f"attention must be one of {', '.join(CHOICES)}, not {name!r}")
-    gpu = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else ""
-    first = MEASURED.get(gpu, ()) if name == "auto" else (name,)
-    if "triton" in first:
-        _load_temporal_kernel()
-    _order = (*first, "fused")
-
-
-def kernel_for(call: Call) -> Kernel:
-    """The chosen kernel where it takes `call`, else the next that does."""
-    return next(KERNELS[name] for name in _order if KERNELS[name].takes(call))
+    _kernel = KERNELS["fused" if name == "auto" else name]
 
 
 def attend(
@@ -207,7 +131,6 @@ def attend(
     *,
     mask: Tensor | None = None,
     rotation: Rotation | None = None,
-    packed: Tensor | None = None,
 ) -> Tensor:
     """Multi-head attention along the axis that `view` names.
 
@@ -217,16 +140,13 @@ def attend(
         view: a key of `VIEWS`.
         mask: what fused attention takes for the folded shapes.
         rotation: turns queries and keys by their frame.
-        packed: `(B, F, N, 3 D)`, of which q, k and v are the three parts, where they are.
 
     Returns:
         `(B, F, N, D)`.
     """
     if rotation is not None:
         q, k = (_turn(each, rotation, num_heads) for each in (q, k))
-        packed = None
-    call = Call(q, k, v, view, num_heads, mask, packed)
-    return kernel_for(call).run(call)
+    return _kernel(Call(q, k, v, view, num_heads, mask))
 
 
 def _turn(x: Tensor, rotation: Rotation, num_heads: int) -> Tensor:

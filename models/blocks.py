@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from .attention import attend
 from .embeddings import Rotation
-from .linear import Linear
 
 Axis = Literal["spatial", "temporal"]
 Layer = tuple[tuple[Axis, ...], ...]
@@ -43,14 +42,13 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(hidden_size, hidden_size * 3)
-        self.proj = Linear(hidden_size, hidden_size)
+        self.qkv = nn.Linear(hidden_size, hidden_size * 3)
+        self.proj = nn.Linear(hidden_size, hidden_size)
 
     def attend(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """`(B, F, N, D)` -> the same."""
-        qkv = self.qkv(x)
-        q, k, v = qkv.chunk(3, dim=-1)
-        return self.proj(attend(q, k, v, self.axis, self.num_heads, rotation=rotation, packed=qkv))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(attend(q, k, v, self.axis, self.num_heads, rotation=rotation))
 
 
 class SpatialAttention(Attention):
@@ -83,8 +81,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden_size)
-        self.fc2 = Linear(hidden_size, width)
+        self.fc1 = nn.Linear(width, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., D)` -> the same."""
@@ -117,12 +115,6 @@ def per_frame(rows: Tensor, num_frames: int, total: int) -> Tensor:
 def conditioner(hidden_size: int, num_outputs: int) -> nn.Sequential:
     """The adaLN head: condition `(..., D)` -> `num_outputs` vectors of width D, side by side."""
     return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, num_outputs * hidden_size))
-
-
-def modulation_rows(head: nn.Sequential, condition: Tensor | None) -> Tensor:
-    """What the adaLN `head` makes of a condition `(..., D)`; one as wide as its output was made ahead (sampling)."""
-    assert condition is not None
-    return condition if condition.shape[-1] == head[1].out_features else head(condition)
 
 
 class Block(nn.Module):
@@ -171,7 +163,7 @@ class Block(nn.Module):
     ) -> tuple[Modulation | None, Modulation | None]:
         if self.adaLN_modulation is None:
             return None, None
-        parts = per_frame(modulation_rows(self.adaLN_modulation, condition), num_frames, total).chunk(6, dim=-1)
+        parts = per_frame(self.adaLN_modulation(condition), num_frames, total).chunk(6, dim=-1)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
 
@@ -181,15 +173,14 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_dim: int, *, adaln: bool) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=not adaln)
-        self.linear = Linear(hidden_size, patch_dim)
+        self.linear = nn.Linear(hidden_size, patch_dim)
         self.adaLN_modulation = conditioner(hidden_size, 2) if adaln else None
 
     def forward(self, x: Tensor, condition: Tensor | None, num_frames: int) -> Tensor:
         """`(B, F+I, N, D)` -> `(B, F+I, N, patch_dim)`; `condition` as in `Block`."""
         x = self.norm_final(x)
         if self.adaLN_modulation is not None:
-            rows = modulation_rows(self.adaLN_modulation, condition)
-            shift, scale = per_frame(rows, num_frames, x.shape[1]).chunk(2, dim=-1)
+            shift, scale = per_frame(self.adaLN_modulation(condition), num_frames, x.shape[1]).chunk(2, dim=-1)
             x = modulate(x, shift, scale)
         return self.linear(x)
 

@@ -17,7 +17,6 @@ from .attention import attend
 from .blocks import Modulation, modulate
 from .config_t2v import LatteT2VConfig
 from .embeddings import TimestepEmbedder, timestep_features
-from .linear import Linear
 
 
 class Caption(NamedTuple):
@@ -66,10 +65,10 @@ class Projections(nn.Module):
         super().__init__()
         width, bias = config.width, config.attention_bias
         self.num_heads = config.num_attention_heads
-        self.to_q = Linear(width, width, bias=bias)
-        self.to_k = Linear(width, width, bias=bias)
-        self.to_v = Linear(width, width, bias=bias)
-        self.to_out = nn.Sequential(Linear(width, width), nn.Dropout(config.dropout))
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(width, width, bias=bias)
+        self.to_v = nn.Linear(width, width, bias=bias)
+        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(config.dropout))
 
 
 class SelfAttention(Projections):
@@ -101,7 +100,7 @@ class Projection(nn.Module):
         super().__init__()
         self.gated = activation == "geglu"
         self.approximate = "tanh" if activation == "gelu-approximate" else "none"
-        self.proj = Linear(hidden_size, inner_size * (2 if self.gated else 1))
+        self.proj = nn.Linear(hidden_size, inner_size * (2 if self.gated else 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., D)` -> `(..., inner_size)`."""
@@ -118,7 +117,7 @@ class FeedForward(nn.Module):
         super().__init__()
         width, inner = config.width, 4 * config.width
         first = Projection(width, inner, config.activation_fn)
-        self.net = nn.Sequential(first, nn.Dropout(config.dropout), Linear(inner, width))
+        self.net = nn.Sequential(first, nn.Dropout(config.dropout), nn.Linear(inner, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., D)` -> the same."""

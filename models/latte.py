@@ -6,14 +6,11 @@ N tokens per frame, D width. Between patch embedding and final layer F counts tu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import LAYER_PLANS, Block, FinalLayer, Layer, modulation_rows, per_frame
+from .blocks import LAYER_PLANS, Block, FinalLayer, Layer, per_frame
 from .config import LatteConfig
 from .embeddings import (
     FrameUpsampler,
@@ -28,16 +25,6 @@ from .embeddings import (
     sincos_table,
     unpatchify,
 )
-
-
-class Context(NamedTuple):
-    """What the layers of one forward pass share beside the tokens."""
-
-    conditions: Sequence[Tensor | None]  # of each layer and the final one: condition or modulation, or None
-    grid: tuple[int, int]  # rows and columns of tokens per frame
-    num_frames: int  # F in tokens, without images
-    num_images: int
-    rotation: Rotation | None
 
 
 class Latte(nn.Module):
@@ -104,18 +91,8 @@ class Latte(nn.Module):
         """The label that means "no label", or None where there is no such row."""
         return self.config.num_classes if self.config.has_null_label else None
 
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        labels: Tensor | None = None,
-        *,
-        num_images: int = 0,
-        modulations: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, *, num_images: int = 0) -> Tensor:
         """Predict noise (or what else the diffusion asks for), and with `learn_sigma` its variance.
-
-        It is `embed`, `run_layers` and `unembed`, which samplers may call one by one.
 
         Args:
             x: noisy latents `(B, F+I, C, H, W)`: a clip, then `num_images` independent images.
@@ -124,7 +101,6 @@ class Latte(nn.Module):
             labels: `(B,)` or `(B, 1+I)` in [0, num_classes], the clip's label first; None if unconditional.
                 The range is the caller's to check: that would be a wait for the device.
             num_images: I, the number of frames at the end that are images.
-            modulations: what `modulations` gave for these timesteps and labels, which are then not read.
 
         Returns:
             `(B, F+I, C, H, W)`, or 2C channels with `learn_sigma`.
@@ -132,66 +108,22 @@ class Latte(nn.Module):
         Raises:
             ValueError: shapes that do not fit each other or the network.
         """
-        x, context = self.embed(x, timesteps, labels, num_images=num_images, modulations=modulations)
-        return self.unembed(self.run_layers(x, context), context)
-
-    def embed(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        labels: Tensor | None = None,
-        *,
-        num_images: int = 0,
-        modulations: Tensor | None = None,
-    ) -> tuple[Tensor, Context]:
-        """The first part of `forward`: latents to tokens `(B, F+I, N, D)`, and what the layers need beside them."""
         self._check_input(x, timesteps, labels, num_images)
-        grid = x.shape[3] // self.patch_size, x.shape[4] // self.patch_size
+        grid = x.shape[3] // self.patch_size, x.shape[4] // self.patch_size  # rows and columns of tokens
         x = self.x_embedder(x, num_images) + self._space_positions(grid)  # (B, F+I, N, D)
-        num_frames = x.shape[1] - num_images
-        conditions: Sequence[Tensor | None]
-        if modulations is None:
-            x, condition = self._inject(x, timesteps, labels, num_frames)  # N+1 or N+2 tokens with `tokens`
-            conditions = [condition] * (len(self.blocks) + 1)
-        else:
-            conditions = modulations.split([head[1].out_features for head in self._heads()], dim=-1)
-        return x, Context(conditions, grid, num_frames, num_images, self._rotation(num_frames, x))
+        num_frames = x.shape[1] - num_images  # F, from here on in tubelets where there are any
+        x, condition = self._inject(x, timesteps, labels, num_frames)  # with `tokens` N+1 or N+2 tokens per frame
+        rotation = self._rotation(num_frames, x)
 
-    def run_layers(self, x: Tensor, context: Context, start: int = 0, stop: int | None = None) -> Tensor:
-        """Tokens `(B, F+I, N, D)` through the layers from `start` to `stop`, which is not run itself (None: all)."""
-        for index in range(start, len(self.blocks) if stop is None else stop):
+        for index, block in enumerate(self.blocks):
             if index == self.first_temporal_layer:
-                x = self._add_time_positions(x, context.num_frames)
-            x = self._run(self.blocks[index], x, context.conditions[index], context.num_frames, context.rotation)
-        return x
+                x = self._add_time_positions(x, num_frames)
+            x = self._run(block, x, condition, num_frames, rotation)
 
-    def unembed(self, x: Tensor, context: Context) -> Tensor:
-        """The last part of `forward`: tokens to the output `(B, F+I, C or 2C, H, W)`."""
-        x = x[:, :, : context.grid[0] * context.grid[1]]
-        x = self.final_layer(x, context.conditions[-1], context.num_frames)  # (B, F+I, N, p*p*C)
-        x = unpatchify(x, context.grid, self.patch_size)  # (B, F+I, C, H, W)
-        return self.frame_upsampler(x, context.num_images) if self.config.patch_embedding == "tubelet" else x
-
-    def modulations(self, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
-        """All that timesteps `(B,)` and labels `(B,)` do to the layers, for `forward`: `(B, 1, 1, M)`.
-
-        The adaLN heads' outputs side by side, M = (6 x layers + 2) x D numbers. They depend on nothing else, so
-        a sampler computes them once.
-
-        Raises:
-            ValueError: the network has no adaLN heads (`injection` is `tokens`).
-        """
-        if self.config.injection != "adaln":
-            raise ValueError(f"model.injection={self.config.injection} has no modulations to compute ahead")
-        condition = self.t_embedder(timesteps)[:, None, None]
-        if labels is not None:
-            condition = condition + self.y_embedder(labels)[:, None, None]
-        return torch.cat([modulation_rows(head, condition) for head in self._heads()], dim=-1)
-
-    def _heads(self) -> list[nn.Sequential]:
-        """The adaLN heads, that of the final layer last; none with `tokens`."""
-        layers = [*self.blocks, self.final_layer]
-        return [layer.adaLN_modulation for layer in layers if layer.adaLN_modulation is not None]
+        x = x[:, :, : grid[0] * grid[1]]  # without the tokens of timestep and label
+        x = self.final_layer(x, condition, num_frames)  # (B, F+I, N, p*p*C)
+        x = unpatchify(x, grid, self.patch_size)  # (B, F+I, C, H, W)
+        return self.frame_upsampler(x, num_images) if self.config.patch_embedding == "tubelet" else x
 
     def initialize_weights(self) -> None:
         """DiT's initialisation: layers start as the identity (`adaln`) and the network's output as zero."""
@@ -207,7 +139,9 @@ class Latte(nn.Module):
             nn.init.normal_(linear.get_parameter("weight"), std=0.02)
         if self.config.num_classes:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=self.config.label_init_std)
-        for linear in [self.final_layer.linear, *(head[1] for head in self._heads())]:
+        layers = [*self.blocks, self.final_layer]
+        heads = [layer.adaLN_modulation[1] for layer in layers if layer.adaLN_modulation is not None]
+        for linear in [self.final_layer.linear, *heads]:
             nn.init.zeros_(linear.get_parameter("weight"))
             nn.init.zeros_(linear.get_parameter("bias"))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,24 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import ConditionalDenoiser, Denoiser, Given, evaluations, guided, sample_given
+from diffusion import Denoiser, Given, evaluations, guided, sample_given
 from diffusion.samplers import Callback
 from engine.build import build_model, build_process
-from engine.checkpoint import content_sha256
+from engine.conditions import Conditions, class_conditions
 from engine.config import LABEL_RULES, Config, window_overlap
 from engine.objective import sample_generator
 from models.autoencoder import LatentCodec
 from models.convert import load_weights, require_finite
 from models.latte import Latte
+from models.latte_t2v import LatteT2V
 from models.lora import Adapter
 
 from .class_names import UCF101_CLASSES
 from .decoding import Decoder
 from .given import GivenFrames, Plan, Windows, read_given
-from .modulation import ModulationTable
-from .network import Calls, Network, Walk
+from .network import Network, Walk
 from .source import Source
-from .step_cache import CacheSchedule
 
 Progress = Callable[[int, int], None]  # (sampler steps done, sampler steps in all)
 
@@ -96,7 +95,7 @@ class Generator:
 
     Args:
         config: the configuration the network was trained with.
-        class_names: of the labels in order, where known.
+        conditions: classes or captions that labels are numbers of.
         network: how the network is called: `precision`, `cast_weights` and `compiled`, as for `Network`. The
             sampler's arithmetic is in fp32 in any case, and the codec has its own precision, `codec.dtype`.
         check_videos: raise ValueError for a video that is not finite. Off for previews, which end no training.
@@ -104,11 +103,11 @@ class Generator:
 
     def __init__(
         self,
-        model: Latte,
+        model: Latte | LatteT2V,
         codec: LatentCodec,
         config: Config,
+        conditions: Conditions,
         *,
-        class_names: Sequence[str] | None = None,
         device: torch.device | str = "cpu",
         check_videos: bool = True,
         **network: Any,
@@ -119,8 +118,7 @@ class Generator:
         self.codec = codec
         self.config = config
         self.check_videos = check_videos
-        self.class_names = list(class_names) if class_names else None
-        self._table: tuple[Any, ModulationTable] | None = None  # the last one, and what it is of
+        self.conditions = conditions
 
     @classmethod
     def from_checkpoint(
@@ -169,7 +167,8 @@ class Generator:
         load_weights(model, own, str(source.path))
         names = source.class_names or _known_class_names(config)
         codec = LatentCodec.from_config(config.codec, device=device)
-        return cls(model.requires_grad_(False), codec, config, class_names=names, device=device, **network)
+        conditions = class_conditions(config.model, device, names)
+        return cls(model.requires_grad_(False), codec, config, conditions, device=device, **network)
 
     def sample(self, labels: Sequence[int | str] | None = None, num: int = 4, **settings: Any) -> np.ndarray:
         """`num` videos as uint8 (n, F, H, W, 3); `settings` as for `batches`."""
@@ -191,8 +190,6 @@ class Generator:
         batch_size: int = 4,
         num_frames: int | None = None,
         image_size: int | None = None,
-        modulation_mb: int = 0,
-        cache: str | Path | CacheSchedule | None = None,
         overlap_decode: bool = True,
         indices: Sequence[int] | None = None,
         given: GivenFrames | None = None,
@@ -213,8 +210,6 @@ class Generator:
             guidance_interval: (low, high) in [0, 1], 0 data and 1 noise: noise levels outside are not guided.
             batched_guidance: conditional and unconditional as one batch, else one after the other.
             num_frames, image_size: of the videos; None is what the network was trained on.
-            modulation_mb: memory for modulations computed ahead; 0 computes them in every step.
-            cache: a schedule of tools.fit_cache, or its file.
             overlap_decode: on CUDA, decode a batch while the next one is sampled.
             given: frames that the videos show, for networks trained with given frames.
             windows: sample longer videos in windows; None: all frames at once.
@@ -232,15 +227,6 @@ class Generator:
         times = [each.time for each in evaluations(process, method)]
         guidance = Guidance(guidance_scale, guidance_interval, batched_guidance)
         plan = self._plan(shape, given, windows)
-        schedule = CacheSchedule.load(cache) if isinstance(cache, str | Path) else cache
-        if (given or windows) and (schedule or modulation_mb):
-            raise ValueError(
-                "sample.modulation_mb and sample.cache are for videos sampled at once and from noise alone: leave them "
-                "out with given frames or windows."
-            )
-        if schedule is not None:
-            settings = self.cache_settings(shape, steps, method, eta, guidance)
-            schedule.check(content_sha256(self.model), settings, len(times), len(self.model.blocks))
         indices = list(range(num)) if indices is None else list(indices)
         chunks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         passes = itertools.count()
@@ -248,14 +234,12 @@ class Generator:
         def sampler_of(chunk: list[int]) -> Callable[[Given | None, int], Tensor]:
             noise = VideoNoise(seed, chunk, self.device)
             wanted = [label_of(index) for index in chunk]
-            table = self._modulations(times, wanted, guidance, modulation_mb) if modulation_mb else None
 
             def sample_pass(known: Given | None, frames: int) -> Tensor:
                 walk = Walk(times, self.config.diffusion.num_steps)
-                network = Calls(self.network, walk, table, schedule)
                 return sample_given(
                     process,
-                    walk.counted(plan.denoiser(self.denoiser(wanted, guidance, walk, network))),
+                    walk.counted(plan.denoiser(self.denoiser(wanted, guidance, walk))),
                     noise.draw((frames, *shape[1:])),
                     known,
                     method=method,
@@ -299,24 +283,19 @@ class Generator:
         """
         if rule not in LABEL_RULES:
             raise ValueError(f"sample.label_rule must be one of {', '.join(LABEL_RULES)}, not {rule!r}.")
-        num_classes = self.num_classes
-        chosen = resolve_labels(labels or [], num_classes, self.class_names) or list(range(num_classes))
+        count = self.conditions.count
+        chosen = resolve_labels(labels or [], count, self.conditions.names) or list(range(count))
         if not chosen:
             return lambda index: None
         if rule == "random":
             return lambda index: chosen[_drawn(seed, index) % len(chosen)]
         return lambda index: chosen[index % len(chosen)]
 
-    @property
-    def num_classes(self) -> int:
-        """Of the network's labels; of a text network, as many as it has captions."""
-        return len(self.class_names or ()) if self.config.model.is_text else self.config.model.num_classes
-
     def class_name(self, label: int | None) -> str | None:
-        """The name of a class, `class-012` where names are not known, None for no label."""
+        """Returns the name of a class, `class-012` where names are not known, None for no label."""
         if label is None:
             return None
-        names = self.class_names or []
+        names = self.conditions.names or []
         return names[label] if label < len(names) else f"class-{label:03d}"
 
     def resolve_method(self, method: str) -> str:
@@ -333,55 +312,24 @@ class Generator:
         side = size // factor
         return num_frames or self.config.data.num_frames, self.config.codec.latent_channels, side, side
 
-    def denoiser(
-        self, labels: Sequence[int | None], guidance: Guidance, walk: Walk, network: ConditionalDenoiser
-    ) -> Denoiser:
-        """The guided `network` of one batch, where `walk` is."""
-        y = torch.tensor(labels, device=self.device) if self.num_classes else None
+    def denoiser(self, labels: Sequence[int | None], guidance: Guidance, walk: Walk) -> Denoiser:
+        """Returns the guided network for a batch of `labels`; `walk` says which evaluation is under way."""
+        numbers = [0 if label is None else label for label in labels]
         return guided(
-            network,
-            y,
-            self.model.null_label,
+            self.network,
+            self.conditions.batch(torch.tensor(numbers)[:, None]),
             guidance.scale,
-            channels=self.model.in_channels,
+            channels=self.config.codec.latent_channels,
             batched=guidance.batched,
             active=lambda: guidance.is_active(walk.fraction),
         )
-
-    def cache_settings(
-        self, shape: Sequence[int], steps: int, method: str, eta: float, guidance: Guidance
-    ) -> dict[str, Any]:
-        """On what a schedule of reused layers depends, beside the weights."""
-        return {
-            "latents": list(shape),
-            "steps": steps,
-            "method": method,
-            "eta": eta,
-            "guidance_scale": guidance.scale,
-            "guidance_interval": guidance.interval and list(guidance.interval),
-            "diffusion": asdict(self.config.diffusion),
-        }
-
-    def _modulations(
-        self, times: list[float], labels: Sequence[int | None], guidance: Guidance, budget_mb: int
-    ) -> ModulationTable:
-        """The table for a batch; that of the batch before where it serves."""
-        known = {label for label in labels if label is not None}
-        null = {self.model.null_label} if guidance.scale != 1 and self.model.null_label is not None else set()
-        key = times, known | null, budget_mb
-        if self._table is None or self._table[0] != key:
-            self._table = None  # before the next is made
-            asked = sorted(known | null) or None
-            table = ModulationTable(self.network.modulations, times, asked, budget_mb * 2**20, self.device)
-            self._table = key, table
-        return self._table[1]
 
 
 def sampler_settings(config: Config) -> dict[str, Any]:
     """What `config` says to `Generator.batches`, but for which videos."""
     keys = (
         *("labels", "label_rule", "seed", "steps", "method", "eta", "batch_size"),
-        *("guidance_scale", "guidance_interval", "batched_guidance", "modulation_mb", "cache", "overlap_decode"),
+        *("guidance_scale", "guidance_interval", "batched_guidance", "overlap_decode"),
     )
     sizes = {"num_frames": config.data.num_frames, "image_size": config.data.image_size}
     frames = {"given": read_given(config.sample, config.data), "windows": windows_of(config)}

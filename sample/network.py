@@ -1,10 +1,9 @@
-"""The network as a sampler calls it: its precision, its compilation, and what a walk lets it leave out.
+"""The network as a sampler calls it: its precision and compilation; and a walk, one batch from noise to data.
 
-A walk is one batch from noise to data. Which timesteps it visits is known before it begins, so what depends on them
-alone is planned on the host and nothing waits for the device: `Walk` counts the evaluations, `Calls` looks the
-modulations up instead of computing them, and reuses what a range of layers added where a schedule says so.
+The timesteps of a walk are known before it begins, so `Walk` counts the evaluations on the host and nothing waits for
+the device.
 
-Letters: B videos of a batch, F frames, C latent channels, h w latent pixels, M numbers of a modulation.
+Letters: B videos of a batch, F frames, C latent channels, h w latent pixels.
 """
 
 from __future__ import annotations
@@ -16,13 +15,11 @@ import torch
 from torch import Tensor
 
 from diffusion import Denoiser
+from engine.conditions import Condition
 from models.latte import Latte
-
-from .modulation import ModulationTable
-from .step_cache import CacheSchedule
+from models.latte_t2v import LatteT2V
 
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-Span = tuple[int, int]
 
 
 class Network:
@@ -41,7 +38,7 @@ class Network:
 
     def __init__(
         self,
-        model: Latte,
+        model: Latte | LatteT2V,
         device: torch.device,
         *,
         precision: str = "fp32",
@@ -57,74 +54,20 @@ class Network:
         self.cast_weights = cast_weights
         self.model = model.to(device, self.dtype if cast_weights else None).eval()
         self._graphs = compiled and device.type == "cuda"
-        self._plain: Callable[..., Tensor] = _compile(self._forward, device) if compiled else self._forward
-        self._split: Callable[..., tuple[Tensor, Tensor]] = _compile(self._parts, device) if compiled else self._parts
+        self._call: Callable[..., Tensor] = _compile(self._forward, device) if compiled else self._forward
 
-    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, modulations: Tensor | None) -> Tensor:
-        """The model's output (B, F, C or 2C, h, w); `modulations` (B, 1, 1, M) as `Latte.forward` takes them."""
-        self._begin()
-        return self._own(self._plain(x, timesteps, labels, modulations))
+    def __call__(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """Returns the model's output (B, F, C or 2C, h, w), which later calls leave alone."""
+        if not self._graphs:
+            return self._call(x, timesteps, condition)
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._call(x, timesteps, condition).clone()  # the next replay of a CUDA graph writes into its output
 
-    def with_change(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        labels: Tensor | None,
-        modulations: Tensor | None,
-        span: Span,
-        change: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The same, and what the layers of `span` (first, last + 1) added to the tokens; given `change`, they are
-        not run, and that is added instead.
-        """
-        self._begin()
-        output, change = self._split(x, timesteps, labels, modulations, span, change)
-        return self._own(output), self._own(change)
-
-    @torch.no_grad()
-    def modulations(self, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        """(B,) and (B,) -> (B, 1, 1, M), computed in the precision of the weights and held in that of the products."""
-        return self.model.modulations(timesteps, labels).to(self.dtype or torch.float32)
-
-    def _forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, modulations: Tensor | None) -> Tensor:
-        with self._precision():
-            ahead = {} if modulations is None else {"modulations": modulations}
-            return self.model(self._cast(x), timesteps, labels, **ahead).float()
-
-    def _parts(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        labels: Tensor | None,
-        modulations: Tensor | None,
-        span: Span,
-        change: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        with self._precision():
-            before, context = self.model.embed(self._cast(x), timesteps, labels, modulations=modulations)
-            before = self.model.run_layers(before, context, 0, span[0])
-            if change is None:
-                after = self.model.run_layers(before, context, *span)
-                change = after - before
-            else:
-                after = before + change
-            after = self.model.run_layers(after, context, span[1])
-            return self.model.unembed(after, context).float(), change
-
-    def _precision(self) -> torch.autocast:
-        enabled = self.dtype is not None and not self.cast_weights
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
-
-    def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype) if self.cast_weights else x
-
-    def _begin(self) -> None:
-        if self._graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-
-    def _own(self, output: Tensor) -> Tensor:
-        """A copy where the next replay of a CUDA graph would write into it."""
-        return output.clone() if self._graphs else output
+    def _forward(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        autocast = self.dtype is not None and not self.cast_weights
+        with torch.autocast(self.device.type, self.dtype, enabled=autocast):
+            x = x.to(self.dtype) if self.cast_weights else x
+            return condition.call(self.model, x, timesteps).float()
 
 
 def _compile(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -158,37 +101,3 @@ class Walk:
             return denoiser(x, timesteps)
 
         return call
-
-
-class Calls:
-    """The network in one walk, as `diffusion.guided` calls it: once or twice in an evaluation.
-
-    Args:
-        table: modulations made ahead; None computes them in every call.
-        schedule: which evaluations run all layers; None: all of them.
-    """
-
-    def __init__(
-        self, network: Network, walk: Walk, table: ModulationTable | None = None, schedule: CacheSchedule | None = None
-    ) -> None:
-        self.network = network
-        self.walk = walk
-        self.table = table
-        self.schedule = schedule
-        self.changes: dict[int, Tensor] = {}  # by which labels: of one computed evaluation
-        self.computed_at = -1
-
-    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        number = self.walk.number
-        modulations = self.table.rows(number, labels) if self.table else None
-        if self.schedule is None:
-            return self.network(x, timesteps, labels, modulations)
-        kind = id(labels)  # guidance holds its tensors: the conditional labels, the null ones, or both
-        span = self.schedule.first_layer, self.schedule.end_layer
-        if self.schedule.computed[number] or kind not in self.changes:
-            if number != self.computed_at:  # earlier ones are stale, also where guidance comes or goes
-                self.changes.clear()
-                self.computed_at = number
-            output, self.changes[kind] = self.network.with_change(x, timesteps, labels, modulations, span, None)
-            return output
-        return self.network.with_change(x, timesteps, labels, modulations, span, self.changes[kind])[0]

@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.build import build_model, count_parameters
+from engine.conditions import class_conditions
 from engine.config import Config, load_config
 from models.autoencoder import LatentCodec, local_folder
 from models.convert import load_weights, read_state_dict, require_finite
@@ -114,7 +115,8 @@ class LatteVideoPipeline:
         codec = LatentCodec.from_config(config.codec, device)
         precision = precision or config.sample.precision
         model.requires_grad_(False)
-        return cls(Generator(model, codec, config, class_names=class_names, device=device, precision=precision))
+        conditions = class_conditions(config.model, device, class_names)
+        return cls(Generator(model, codec, config, conditions, device=device, precision=precision))
 
     def __call__(self, labels: Sequence[int | str] | None = None, num_videos: int = 4, **settings: Any) -> np.ndarray:
         """`num_videos` videos as uint8 (n, F, H, W, 3); each is a function of the seed and its number.
@@ -178,14 +180,14 @@ class LatteVideoPipeline:
             "data": {key: getattr(config.data, key) for key in DATA_KEYS},
             "codec": _codec_section(config),
             "sample": {key: getattr(config.sample, key) for key in SAMPLE_KEYS},
-            "class_names": self.generator.class_names,
+            "class_names": self.generator.conditions.names,
         }
         (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         (folder / CARD_FILE).write_text(self._card(name), encoding="utf-8")
 
     def _card(self, name: str) -> str:
         """The model card: what the network is and how to use it, and nothing that is not known."""
-        config, names = self.generator.config, self.generator.class_names
+        config, names = self.generator.config, self.generator.conditions.names
         count = config.model.num_classes
         listed = "".join(f"\n{number}. {each}" for number, each in enumerate(names or [])).lstrip("\n")
         return CARD.format(
@@ -242,4 +244,4 @@ def _read_config(folder: Path) -> tuple[Config, list[str] | None]:
     codec = described.get("codec")
     if isinstance(codec, dict) and codec.get("path"):
         codec["path"] = str(folder / CODEC_FOLDER)
-    return load_config(None, base=described), names
+    return load_config(None, base=described, saved=True), names

@@ -22,7 +22,6 @@ from .generate import Generator, sampler_settings
 from .video_io import contact_sheet, grid, write_contact_sheet, write_mp4
 
 SHOWN_FRAMES = 8  # columns of a sheet
-NOTHING_AHEAD = {"modulation_mb": 0, "cache": None}  # the weights change, and may be sharded
 
 
 class Preview:
@@ -109,6 +108,6 @@ def split_chunks(run: Run, indices: Sequence[int]) -> list[Sequence[int]]:
 
 def sample_chunk(run: Run, generator: Generator, indices: Sequence[int]) -> np.ndarray:
     """The videos of those indices, as one batch; the ranks agree to go on after every step of the sampler."""
-    settings = sampler_settings(run.config) | {"batch_size": len(indices), **NOTHING_AHEAD}
+    settings = sampler_settings(run.config) | {"batch_size": len(indices)}
     batches = generator.batches(indices=indices, callback=lambda done, total: agree(run), **settings)
     return np.concatenate([videos for _, videos in batches])

@@ -24,6 +24,7 @@ import argparse
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.cli import run
+from engine.removed import refuse_removed_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +78,6 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
         metavar="LOW,HIGH",
         help="guide only these noise levels, from 0 (data) to 1 (noise)",
     )
-    add("--cache", metavar="FILE", help="a schedule of tools.fit_cache")
     add("--weights", metavar="KIND", help="ema or raw")
     add("--lora", metavar="DIR", help="adapters to merge into the network, in peft's format")
     add("--lora_scale", type=float, metavar="X", help="so much of them (1)")
@@ -109,6 +109,7 @@ def add_frame_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     """Sample as the command line says."""
+    refuse_removed_flags(argv)
     request = resolve(vars(build_parser().parse_intermixed_args(argv)))
     generator = load_generator(request, request.device)
     folder = Path(request.config.sample.save_video_path)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.cli import leave, run
 from engine.errors import PREEMPTED_EXIT, SamplesNotWritten
+from engine.removed import refuse_removed_flags
 from sample.sample import SHOWN, Request, build_parser, load_generator, make_writable, resolve
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
     from sample.generate import Generator
     from sample.sample_folder import SampleFolder
 
-# keys of the configuration on which the videos depend; of codec, step cache and given frames the content counts
+# keys of the configuration on which the videos depend; of codec and given frames the content counts
 SECTIONS = ("model.", "diffusion.", "condition.", "codec.", "data.num_frames", "data.image_size", "sample.")
 FREE = {
-    *("sample.ckpt", "sample.save_video_path", "sample.num_videos", "sample.overlap_decode", "sample.cache"),
+    *("sample.ckpt", "sample.save_video_path", "sample.num_videos", "sample.overlap_decode"),
     *("codec.path", "codec.subfolder", "codec.revision", "sample.first_frame", "sample.last_frame", "sample.given"),
 }
 TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0  # between two looks at what all processes have written
@@ -57,6 +58,7 @@ class Stopped(Exception):
 
 def parse(argv: list[str]) -> dict[str, Any]:
     """The flags of sample.py, and those of many videos."""
+    refuse_removed_flags(argv)
     parser = build_parser(__doc__)
     parser.add_argument(
         "--lossless",
@@ -300,7 +302,6 @@ def settings_of(request: Request, generator: Generator) -> dict[str, Any]:
     from engine.checkpoint import content_sha256, file_sha256
     from engine.config import all_keys
     from models.lora import WEIGHTS_FILE
-    from sample.step_cache import CacheSchedule
 
     config = request.config
     lora = config.sample.lora
@@ -308,7 +309,6 @@ def settings_of(request: Request, generator: Generator) -> dict[str, Any]:
     return {
         "checkpoint_sha256": file_sha256(request.source.weights_file(config.sample.weights)),
         "codec_sha256": content_sha256(generator.codec),
-        **({"cache_sha256": CacheSchedule.load(config.sample.cache).sha256} if config.sample.cache else {}),
         **({"given_sha256": given} if (given := given_sha256(config)) else {}),
         **({"lora_sha256": file_sha256(Path(lora) / WEIGHTS_FILE)} if lora else {}),
         **{f"{section}.{name}": getattr(getattr(config, section), name) for section, name in keys},

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import SamplesNotWritten
+from engine.removed import REMOVED
 from engine.run_folder import FolderLock
 
 from .video_io import write_atomically, write_lossless, write_mp4
@@ -160,6 +161,7 @@ class SampleFolder:
     def _refuse_changes(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
         """Raise ValueError with the differences, if there are any."""
         now = json.loads(json.dumps(settings))
+        before = {key: value for key, value in before.items() if value or key not in REMOVED}
         keys = sorted(before.keys() | now.keys())
         changes = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
         if changes:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.checkpoint import find_checkpoint, load_model_weights, load_weights_file, read_state, weights_file
+from engine.checkpoint import find_checkpoint, read_state, weights_file
 from engine.config import Config, load_config
+from engine.weights import load_checkpoint_weights, load_model_weights
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Source:
         if path.is_file():
             return cls(path, None, None)
         folder = find_checkpoint(path)
-        return cls(folder, load_config(folder / "config.yaml"), read_state(folder).get("class_names"))
+        return cls(folder, load_config(folder / "config.yaml", saved=True), read_state(folder).get("class_names"))
 
     def weights(self, kind: str) -> dict[str, Tensor]:
         """The `ema` or the `raw` weights."""
         if self.config is None:
             return load_model_weights(self.path, kind)
-        return load_weights_file(self.path, kind)
+        return load_checkpoint_weights(self.path, kind)
 
     def weights_file(self, kind: str) -> Path:
         """The file that holds them."""

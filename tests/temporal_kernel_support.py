@@ -52,8 +52,8 @@ def brute_force(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 def kernels() -> Any:
-    """The module under test; by itself where it is interpreted, since `models` would load much more."""
-    return import_module("temporal_kernel" if __name__ == "__main__" else "models.temporal_kernel")
+    """The module under test; by itself where it is interpreted, which loads nothing else."""
+    return import_module("temporal_kernel" if __name__ == "__main__" else "benchmarks.candidates.temporal_kernel")
 
 
 def attention(qkv: Tensor, num_heads: int, packed: bool) -> Tensor:
@@ -126,7 +126,7 @@ def traced_launches(function: Any, *arguments: Any) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "candidates"))
     print(
         json.dumps(
             {

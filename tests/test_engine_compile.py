@@ -68,11 +68,8 @@ def test_one_graph_for_each_kind_of_layer_and_no_break(option: str, images: int)
     assert list(model.state_dict()) == names
 
 
-@pytest.mark.parametrize("widen", [False, True])
-def test_graphs_under_autocast_are_whole_too(widen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_under_autocast_are_whole_too() -> None:
     """Forward and backward graphs of bf16; the numbers are those of eager calls within the rounding of bf16."""
-    monkeypatch.setattr("models.linear.Linear.widen", widen)
-    monkeypatch.setattr("models.attention.ON_CPU", "widened" if widen else "plain")
     model = network().float()
     x = torch.randn(BATCH, FRAMES, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     outputs = []

@@ -111,7 +111,7 @@ ZERO = (
     "codec.shift optim.weight_decay optim.beta1 optim.beta2 optim.warmup_steps optim.min_learning_rate "
     "optim.clip_start_step optim.spike_factor train.ema_decay train.keep_last train.keep_every train.seed "
     "train.drift_check_every train.hang_timeout_s sample.seed sample.eta data.val_share monitor.val_every "
-    "monitor.sample_every monitor.metric_every lora.rank train.temporal_ramp_steps sample.modulation_mb"
+    "monitor.sample_every monitor.metric_every lora.rank train.temporal_ramp_steps"
 )  # a switch, a first seed, or no effect: said beside each key
 BELOW = (
     "model.label_dropout data.max_unusable data.val_share optim.beta1 optim.beta2 optim.min_learning_rate "

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"models", "diffusion", "datasets", "engine", "sample", "tools"}
+OURS = {"models", "diffusion", "datasets", "engine", "sample", "benchmarks", "demo", "tools"}
 ALLOWED = {
     "models": set(),
     "diffusion": set(),
     "datasets": set(),
     "engine": {"models", "diffusion", "datasets"},
-    "sample": OURS,
+    "sample": OURS - {"benchmarks", "demo"},
+    "benchmarks": OURS,
     "tools": OURS,
 }
 

@@ -15,7 +15,6 @@ from models import attention
 from models.attention import BACKENDS, Call, fused, plain
 from models.blocks import LAYER_PLANS, MIXERS, Block
 from models.embeddings import axis_positions, rotary_table, rotate
-from models.linear import Linear, quick_in_bf16
 
 B, F, N, D, HEADS = 2, 5, 6, 12, 3
 AXES = {"spatial": "bfnhd,bfmhd->bfhnm", "temporal": "bfnhd,bgnhd->bnhfg"}
@@ -203,52 +202,9 @@ def test_backends_are_tried_in_the_order_of_the_table(monkeypatch: pytest.Monkey
     assert all(order[-1] == SDPBackend.MATH for order in BACKENDS.values())  # which takes every call
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_wide_products_equal_those_in_bf16_and_are_no_less_exact(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Under autocast on a CPU that is slow in bf16: against float64, and against torch's product."""
-    torch.manual_seed(0)
-    linear, x = Linear(64, 48), torch.randn(2, 3, 5, 64)
-    linear.bias.data.normal_()
-    exact = functional.linear(x.double(), linear.weight.double(), linear.bias.double())
-    distances = {}
-    for widen in (False, True):
-        monkeypatch.setattr(Linear, "widen", widen)
-        torch._dynamo.reset()
-        forward = torch.compile(linear, backend="aot_eager", fullgraph=True) if compiled else linear
-        with torch.autocast("cpu", torch.bfloat16):
-            out = forward(x)
-        assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=2**-7 * 3)
-        distances[widen] = (out.double() - exact).square().mean()
-        out.float().sum().backward()
-        assert linear.weight.grad.dtype == torch.float32
-    assert distances[True] <= distances[False]
-    for dtype in (torch.float32, torch.float64):
-        wide = linear.to(dtype)
-        assert torch.equal(wide(x.to(dtype)), functional.linear(x.to(dtype), wide.weight, wide.bias))
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "quick"),
-    [
-        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, True),
-        ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, False),
-        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_bf16": False}, False),
-        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_bf16": True}, True),
-        ({}, False),
-    ],
-)
-def test_which_cpus_multiply_quickly_in_bf16(capabilities: dict[str, object], quick: bool) -> None:
-    assert quick_in_bf16(capabilities) is quick
-
-
-@pytest.mark.parametrize("way", ["kernels", "plain", "widened"])
 @pytest.mark.parametrize("view", ["spatial", "temporal"])
-def test_each_way_of_a_cpu_in_bf16_is_attention(way: str, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_attention_in_bf16(view: str) -> None:
     """Against plain attention in float64, forward and backward, within the rounding of bf16."""
-    monkeypatch.setattr(attention, "ON_CPU", way)
     generator = torch.Generator().manual_seed(5)
     q, k, v, upstream = (torch.randn(2, 4, 9, 16, generator=generator).bfloat16() for _ in range(4))
     results = []

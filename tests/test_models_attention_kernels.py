@@ -13,9 +13,8 @@ from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
 from models import attention
-from models.attention import attend, choose
-from models.blocks import TEMPORAL, Block
-from tests.temporal_kernel_support import brute_force, relative_error, traced_launches
+from models.attention import attend, choose, fused, plain
+from tests.temporal_kernel_support import brute_force, relative_error
 
 VIEWS = ("spatial", "temporal", "text")
 
@@ -39,30 +38,17 @@ def expected(q: Tensor, k: Tensor, v: Tensor, view: str) -> Tensor:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("name", ["auto", "fused", "plain", "triton"])
+@pytest.mark.parametrize("name", ["auto", "fused", "plain"])
 def test_equals_brute_force(name: str, view: str) -> None:
-    """Off CUDA `triton` is `fused`."""
-    pytest.importorskip("triton")
     choose(name)
     qkv = torch.randn(2, 5, 3, 3 * 16, requires_grad=True)
     parts = qkv.chunk(3, dim=-1)
-    out, exact = attend(*parts, view, 2, packed=qkv), expected(*parts, view)
+    out, exact = attend(*parts, view, 2), expected(*parts, view)
     assert relative_error(out, exact) < 1e-6
     grad = torch.randn(out.shape)
     (found,) = torch.autograd.grad(out, qkv, grad)
     (wanted,) = torch.autograd.grad(exact, qkv, grad.double())
     assert relative_error(found, wanted.double()) < 1e-6
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_sixteen_bits_on_a_cpu_are_multiplied_as_thirty_two(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where products are slow in bf16. Under autocast too: only the rounding of the result is left."""
-    monkeypatch.setattr("models.attention.ON_CPU", "widened")
-    parts = [torch.randn(2, 5, 3, 16).bfloat16() for _ in range(3)]
-    with torch.autocast("cpu", torch.bfloat16):
-        out = attend(*parts, view, 2)
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out, expected(*parts, view).float().bfloat16())
 
 
 def test_more_heads_than_a_grid_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,49 +70,13 @@ def test_more_heads_than_a_grid_has_room_for(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unknown_choice_is_named() -> None:
-    with pytest.raises(ValueError, match="attention must be one of auto, fused, plain, triton, not 'xformers'"):
+    with pytest.raises(ValueError, match="attention must be one of auto, fused, plain, not 'xformers'"):
         choose("xformers")
-
-
-def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(attention, "import_module", missing)
-    with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
-        choose("triton")
-
-
-def test_auto_takes_what_was_measured_on_this_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing else: no GPU was measured, no kernel but the fused one is taken."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    choose("auto", torch.device("cuda"))
-    assert attention._order == ("fused",)
-    monkeypatch.setattr(attention, "MEASURED", {"a GPU": ("triton",)})
-    choose("auto", torch.device("cuda"))
-    assert attention._order == ("triton", "fused")
-    choose("auto", torch.device("cpu"))
-    assert attention._order == ("fused",)
-
-
-@pytest.mark.parametrize("rotated", [False, True])
-def test_triton_in_a_compiled_block(hopper: Any, monkeypatch: pytest.MonkeyPatch, rotated: bool) -> None:
-    """One graph, one launch, q, k and v in place."""
-    from models import temporal_kernel
-
-    choose("triton")
-    monkeypatch.setattr(temporal_kernel, "takes", lambda *_: True)
-    block = Block(TEMPORAL, 32, 2, 4.0, adaln=True)
-    rotation = (torch.ones(4, 8), torch.zeros(4, 8)) if rotated else None
-    with torch.no_grad():
-        (launch,) = traced_launches(block, torch.randn(2, 4, 3, 32), torch.randn(2, 1, 1, 32), 4, rotation)
-    assert launch["tensors_to_clone"] == ["out_pointer"]
 
 
 def test_the_key_of_a_run_chooses(tiny: list[str]) -> None:
     for name in ("plain", "auto"):
         Trainer(load_config(None, [*tiny, f"train.attention={name}"]), World())
-        assert attention._order[0] == {"plain": "plain", "auto": "fused"}[name]
-    with pytest.raises(ValueError, match=r"train.attention must be one of auto, fused, plain, triton, not 'math'"):
+        assert attention._kernel is {"plain": plain, "auto": fused}[name]
+    with pytest.raises(ValueError, match=r"train.attention must be one of auto, fused, plain, not 'math'"):
         load_config(None, [*tiny, "train.attention=math"])

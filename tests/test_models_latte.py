@@ -73,39 +73,6 @@ def batch(images: int = 0, size: tuple[int, int, int] = (4, 4, 6)) -> tuple[Tens
     return x, torch.tensor([5, 800]), torch.randint(0, 4, (2, 1 + images), generator=generator)
 
 
-# --- the parts of a forward pass
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("option", ["plain", "tubelet", "rope"])
-@pytest.mark.parametrize("variant", list(LAYER_PLANS))
-def test_modulations_made_ahead_give_the_same(variant: str, option: str) -> None:
-    """In float64, where the rounding of another batch of matrix products is far below what a wrong row would do."""
-    model = tiny(variant=variant, **OPTIONS[option]).double()
-    x, timesteps, labels = batch()
-    table = model.modulations(timesteps.flip(0), labels[:, 0].flip(0))  # (2, 1, 1, M)
-    assert table.shape == (2, 1, 1, (6 * len(model.blocks) + 2) * 16)
-    found = model(x.double(), timesteps, labels[:, 0], modulations=table.flip(0))
-    torch.testing.assert_close(found, model(x.double(), timesteps, labels[:, 0]), rtol=0, atol=1e-13)
-    assert not torch.allclose(model(x.double(), timesteps, labels[:, 0], modulations=table), found)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("variant", list(LAYER_PLANS))
-def test_layers_run_one_by_one(variant: str) -> None:
-    model = tiny(variant=variant)
-    x, timesteps, labels = batch(images=2)
-    tokens, context = model.embed(x, timesteps, labels, num_images=2)
-    for index in range(len(model.blocks)):
-        tokens = model.run_layers(tokens, context, index, index + 1)
-    assert torch.equal(model.unembed(tokens, context), model(x, timesteps, labels, num_images=2))
-
-
-def test_a_network_of_tokens_has_no_modulations() -> None:
-    with pytest.raises(ValueError, match="injection=tokens"):
-        tiny(injection="tokens").modulations(torch.tensor([5]), torch.tensor([0]))
-
-
 # --- official outputs
 
 

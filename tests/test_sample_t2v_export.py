@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LattePipeline, PixArtTransformer2DModel
+from diffusers import DDIMScheduler, LattePipeline, PixArtTransformer2DModel, PyramidAttentionBroadcastConfig
 from safetensors.torch import load_file, save_file
 
 import train
@@ -83,6 +84,44 @@ def test_diffusers_pipeline_makes_the_same_video(base: list[str], tmp_path: Path
         output_type="pt",
     ).frames
     torch.testing.assert_close(ours / 2 + 0.5, theirs, atol=2e-4, rtol=0)
+
+
+def test_diffusers_caches_work_on_an_exported_network(base: list[str], tmp_path: Path) -> None:
+    """As docs/text_to_video.md writes it: fewer attentions, a near video, and the plain one when it is off again."""
+    folder = tmp_path / "latte"
+    export_run(checkpoint(load_config(None, base), tmp_path / "run"), folder)
+    pipe = LattePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    attentions: list[str] = []
+    for name, module in pipe.transformer.named_modules():
+        if name.endswith("to_out.0"):
+            module.register_forward_hook(lambda *_, name=name: attentions.append(name))
+
+    def sample() -> tuple[torch.Tensor, int]:
+        attentions.clear()
+        size = {"video_length": 4, "height": 8, "width": 8, "clean_caption": False, "output_type": "pt"}
+        generator = torch.Generator().manual_seed(0)
+        frames = pipe("a stone falls", num_inference_steps=8, guidance_scale=3.0, generator=generator, **size).frames
+        return frames, len(attentions)
+
+    plain, computed = sample()
+    pipe.transformer.enable_cache(
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            temporal_attention_block_skip_range=4,
+            cross_attention_block_skip_range=6,
+            spatial_attention_block_identifiers=("^transformer_blocks",),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+    )
+    cached, _ = sample()
+    kinds = ("temporal", "attn2", "^transformer_blocks.*attn1")
+    counts = [sum(bool(re.search(kind, name)) for name in attentions) for kind in kinds]
+    assert counts == [3, 3, 5] and computed == 3 * 8  # of 8 steps, 6 of them between timesteps 100 and 800
+    assert 0 < (cached - plain).abs().mean() < 0.2 * plain.std()
+    assert torch.equal(sample()[0], cached)  # the pipeline starts each video with an empty cache
+    pipe.transformer.disable_cache()
+    assert torch.equal(sample()[0], plain)
 
 
 def test_a_network_without_a_variance_gets_one_of_zeros(base: list[str], tmp_path: Path) -> None:

@@ -48,12 +48,12 @@ class Kept:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_what_is_kept_is_what_a_real_forward_keeps(precision: str, checkpointing: str) -> None:
-    """The same hooks on a network with numbers in it; 16-bit products as on a GPU."""
+    """The same hooks on a network with numbers in it."""
     config = config_of(f"train.precision={precision}", f"model.gradient_checkpointing={checkpointing}")
     model = build_model(config)
     kept = Kept(model)
     half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    with kept.watched(), half, plan.products_of_a_gpu():
+    with kept.watched(), half:
         model(torch.randn(4, 8, 4, 16, 16), torch.zeros(4))
     fixed, per_clip = plan.kept_for_backward(config)
     assert fixed + 4 * per_clip == pytest.approx(kept.bytes, rel=1e-3)
@@ -72,7 +72,7 @@ def test_what_is_kept_of_compiled_blocks_is_at_most_what_is_planned(precision: s
     inputs = torch.randn(4, 8, 4, 16, 16), torch.zeros(4)
     compile_blocks(model.blocks)
     half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    with half, plan.products_of_a_gpu():
+    with half:
         model(*inputs)  # compiles
         with kept.watched():
             model(*inputs)

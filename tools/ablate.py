@@ -152,7 +152,7 @@ def read_run(folder: Path, budget: Budget) -> dict[str, Any]:
     from engine.build import build_model, count_parameters, macs_per_clip
     from engine.config import load_config
 
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", saved=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     held_out = [row for row in rows if row["kind"] == "val"]
     steps = [row for row in rows if row["kind"] == "train"]

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--adapter", action="store_true", help="only the adapters of a run with lora.rank, as peft's")
     arguments = parser.parse_args(argv)
 
-    from engine.checkpoint import export_adapter, export_weights
+    from engine.weights import export_adapter, export_weights
 
     export = export_adapter if arguments.adapter else export_weights
     print(export(arguments.checkpoint, arguments.target, arguments.weights))

@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -174,7 +173,7 @@ def _kept(config: Config, batch: int) -> float:
             for block in model.blocks:
                 block.forward = _as_compiled(block.forward, pack)
         half = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half, products_of_a_gpu():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half:
             model(**inputs)
         return float(sum(storage.nbytes() for storage in kept.values()))
 
@@ -203,20 +202,6 @@ def _as_compiled(forward: Callable[..., Any], pack: Callable[[Any], Any]) -> Cal
             return forward(*args, **kwargs)
 
     return run
-
-
-@contextmanager
-def products_of_a_gpu() -> Iterator[None]:
-    """16-bit products stay so: a CPU may compute them in 32 bits, and then keeps those for the backward pass."""
-    from models import attention
-    from models.linear import Linear
-
-    before = attention.ON_CPU, Linear.widen
-    attention.ON_CPU, Linear.widen = "kernels", False
-    try:
-        yield
-    finally:
-        attention.ON_CPU, Linear.widen = before
 
 
 def _take_to_cpu(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Quality beside speed on the demo network: methods, steps, step caches and guidance, as a table and a plot.
+"""Quality beside speed on the demo network: methods, steps and guidance, as a table and a plot.
 
     python -m tools.sampling_quality [--videos 64] [--threads 1] [--out docs/benchmarks/sampling.json]
 
@@ -43,10 +43,8 @@ STEPS = (5, 10, 15, 25, 50, 100, 250)
 METHODS = ("ddim", "dpm_solver++", "unipc", "ddpm")
 TITLES = {"ddim": "DDIM", "dpm_solver++": "DPM-Solver++", "unipc": "UniPC", "ddpm": "DDPM"}
 STOCHASTIC = ("ddpm", "sde_dpm_solver++")
-CACHES = {("ddim", 50): (33, 25, 17, 12), ("ddpm", 250): (125, 83)}  # full evaluations of so many steps
 GUIDED = ("ddim", 25, 2.0)
 INTERVALS = (None, (0.2, 0.8), (0.0, 0.6), (0.4, 1.0))
-FITTED_ON = 16  # videos of the caches, of another seed
 REAL = 1024  # drawn clips that stand for the data
 
 
@@ -55,7 +53,6 @@ class Cell(NamedTuple):
 
     method: str
     steps: int
-    computed: int | None = None  # of a step cache
     scale: float = 1.0
     interval: tuple[float, float] | None = None
 
@@ -63,7 +60,6 @@ class Cell(NamedTuple):
     def name(self) -> str:
         """Its key in the file, and how it is called."""
         parts = [f"{TITLES[self.method]} {self.steps}"]
-        parts += [f"cache {self.computed}"] if self.computed else []
         parts += [f"guidance {self.scale:g}"] if self.scale != 1 else []
         parts += [f"at {self.interval[0]:g} to {self.interval[1]:g}"] if self.interval else []
         return ", ".join(parts)
@@ -76,9 +72,8 @@ def cells() -> list[Cell]:
     """All of them, the reference first and dear ones last."""
     plain = [Cell(method, steps) for steps in STEPS for method in METHODS]
     method, steps, scale = GUIDED
-    guided = [Cell(method, steps, None, scale, interval) for interval in INTERVALS]
-    cached = [Cell(*of, computed) for of, counts in CACHES.items() for computed in counts]
-    rest = sorted([*plain, *guided, *cached], key=lambda cell: cell.steps)
+    guided = [Cell(method, steps, scale, interval) for interval in INTERVALS]
+    rest = sorted([*plain, *guided], key=lambda cell: cell.steps)
     return list(dict.fromkeys([REFERENCE, *rest]))
 
 
@@ -130,7 +125,6 @@ class Bench:
                 raise ValueError(f"--out {file} holds figures of another number of videos: name another file.")
             self.facts, self.rows = content["facts"], content["rows"]  # of the run that is continued
         self.generator: Generator = Generator.from_checkpoint(CHECKPOINT, device=device)
-        self.schedules: dict[tuple[str, int], dict[int, Any]] = {}
 
     def measure(self, wanted: Iterable[Cell]) -> None:
         """Sample and measure every cell that is not in the file yet, and write the file after each."""
@@ -160,29 +154,7 @@ class Bench:
         settings: dict[str, Any] = {"method": cell.method, "steps": cell.steps, "guidance_scale": cell.scale}
         if cell.interval:
             settings["guidance_interval"] = cell.interval
-        cache = self.schedule(cell) if cell.computed else None
-        return self.generator.sample(num=self.videos, batch_size=32, seed=0, cache=cache, **settings)
-
-    def schedule(self, cell: Cell) -> Any:
-        """The fitted step cache of a cell; all of one way of sampling are fitted at once."""
-        from engine.config import load_config
-        from tools.fit_cache import fit_many
-
-        of = cell.method, cell.steps
-        if of not in self.schedules:
-            sampling = {
-                "method": cell.method,
-                "steps": cell.steps,
-                "num_videos": FITTED_ON,
-                "seed": 1,
-                "batch_size": 16,
-            }
-            overrides = [f"sample.{key}={value}" for key, value in sampling.items()]
-            config = load_config(None, overrides, base=self.generator.config.to_dict())
-            depth = len(self.generator.model.blocks)
-            fitted = fit_many(self.generator, config, CACHES[of], (0, depth))
-            self.schedules[of] = dict(zip(CACHES[of], fitted, strict=True))
-        return self.schedules[of][cell.computed or 0]
+        return self.generator.sample(num=self.videos, batch_size=32, seed=0, **settings)
 
     def save(self) -> None:
         """Write the file."""
@@ -200,7 +172,7 @@ def forwards(cell: Cell) -> float:
     times = [each.time / 1000 for each in evaluations(process, cell.method)]
     low, high = cell.interval or (0.0, 1.0)
     guided = sum(low <= each <= high for each in times) if cell.scale != 1 else 0
-    return (cell.computed or len(times)) + guided
+    return len(times) + guided
 
 
 def quality(videos: np.ndarray, labels: list[int], real: Tensor) -> dict[str, float]:
@@ -279,7 +251,7 @@ def kind(row: dict[str, Any]) -> str:
     """To which table a row belongs."""
     if "method" not in row:
         return "data"
-    return "cache" if row["computed"] else "guidance" if row["scale"] != 1 else "plain"
+    return "guidance" if row["scale"] != 1 else "plain"
 
 
 def table(rows: dict[str, dict[str, Any]], kinds: Iterable[str]) -> str:
@@ -309,15 +281,9 @@ and its mean change): it compares with nothing outside of this page. "Drawn clip
 
 {table(rows, ("plain", "data"))}
 
-## Step caches
-
-Fitted by `tools.fit_cache` on {FITTED_ON} videos of another seed; all layers are left out in the other steps.
-
-{table(rows, ("cache",))}
-
 ## Guidance in an interval of the noise levels ({TITLES[GUIDED[0]]}, {GUIDED[1]} steps)
 
-{table({name: {**row, "computed": None} for name, row in guided_beside.items()}, ("plain", "guidance"))}
+{table(guided_beside, ("plain", "guidance"))}
 """
 
 
@@ -339,12 +305,9 @@ def plot(rows: dict[str, dict[str, Any]], file: Path) -> None:
     figure, panels = plt.subplots(1, len(PANELS), figsize=(12, 3.9), layout="constrained")
     for axes, (key, title) in zip(panels, PANELS.items(), strict=True):
         for method, colour in COLOURS.items():
-            for of, style in {"plain": "o-", "cache": "x:"}.items():
-                drawn = [row for row in rows.values() if kind(row) == of and row["method"] == method]
-                points = sorted((row["forwards"], row[key]) for row in drawn if row[key] not in (None, 0))
-                label = TITLES[method] + (" with cache" if of == "cache" else "")
-                if points:
-                    axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=5, linewidth=1.4)
+            drawn = [row for row in rows.values() if kind(row) == "plain" and row["method"] == method]
+            points = sorted((row["forwards"], row[key]) for row in drawn if row[key] not in (None, 0))
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=TITLES[method], markersize=5, linewidth=1.4)
         if key != "grey_levels_from_reference":
             axes.axhline(rows["Drawn clips"][key], color="#888", linewidth=1, linestyle="--", label="drawn clips")
         axes.set(xlabel="forward passes for a video", title=title, xscale="log")

@@ -1,6 +1,6 @@
 """Attention alone, by kernel and shape: over time, over space, forward and backward, each with its error.
 
-What is ahead of `fused` over time, at every batch, is what `MEASURED` in models/attention.py names for that GPU.
+A kernel of benchmarks/candidates that is ahead of `fused` over time at every batch belongs into models/attention.py.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ Attend = Callable[[list[Tensor]], Tensor]  # of [qkv], or of [q, k, v]
 
 
 class Candidate(NamedTuple):
-    """One way to compute it: `name` of `models.attention.KERNELS`, and what else is different about it."""
+    """One way to compute it: `name` of `models.attention.KERNELS` or "triton", and what else is different about it."""
 
     name: str
     view: str
@@ -58,11 +59,14 @@ class Candidate(NamedTuple):
 
     def build(self, heads: int) -> Attend:
         """The function to be timed."""
+        if self.name == "triton":
+            from benchmarks.candidates.temporal_kernel import packed_temporal_attention
+
+            return lambda parts: packed_temporal_attention(parts[0], heads)
 
         def attend(parts: list[Tensor]) -> Tensor:
             q, k, v = parts if self.separate else parts[0].chunk(3, dim=-1)
-            packed = None if self.separate else parts[0]
-            return attention.attend(q, k, v, self.view, heads, packed=packed)
+            return attention.attend(q, k, v, self.view, heads)
 
         return torch.compile(attend, fullgraph=True) if self.compiled else attend
 
@@ -70,14 +74,14 @@ class Candidate(NamedTuple):
     def chosen(self, device: torch.device) -> Iterator[None]:
         """Let attention be computed in this way."""
         before = dict(attention.BACKENDS)
-        attention.choose(self.name, device)
+        attention.choose("auto" if self.name == "triton" else self.name)
         if self.backend is not None:
             attention.BACKENDS[device.type] = [self.backend]
         try:
             yield
         finally:
             attention.BACKENDS.update(before)
-            attention.choose("auto", device)
+            attention.choose("auto")
 
 
 def candidates(view: str, device: torch.device) -> dict[str, Candidate]:
@@ -91,7 +95,7 @@ def candidates(view: str, device: torch.device) -> dict[str, Candidate]:
             one = getattr(SDPBackend, f"{backend}_ATTENTION")
             found[f"fused, {backend.lower()}"] = Candidate("fused", view, backend=one)
         found["plain, compiled"] = Candidate("plain", view, compiled=True)
-        if view == "temporal":
+        if view == "temporal" and find_spec("triton") is not None:
             found["triton"] = Candidate("triton", view)
     return found
 

@@ -49,15 +49,13 @@ class Way:
 # To add one is to add a line.
 WAYS = [
     Way(MINE),
-    Way("modulations ahead", settings={"modulation_mb": 1024}),
     Way("weights cast", network={"cast_weights": True}),
-    Way("compiled", network={"compiled": True}, settings={"modulation_mb": 1024}),
+    Way("compiled", network={"compiled": True}),
     Way(MINE, True),
     Way("guidance one by one", True, settings={"batched_guidance": False}),
     Way("guidance at 0.2 to 0.8", True, settings={"guidance_interval": (0.2, 0.8)}),
-    Way("modulations ahead", True, settings={"modulation_mb": 1024}),
     Way("weights cast", True, network={"cast_weights": True}),
-    Way("compiled", True, network={"compiled": True}, settings={"modulation_mb": 1024}),
+    Way("compiled", True, network={"compiled": True}),
 ]
 
 

@@ -57,7 +57,7 @@ def attending(on: str, off: str) -> Build:
         ours = Ours(workload, folder, device)
 
         def call(name: str) -> None:
-            attention.choose(name, device)
+            attention.choose(name)
             ours.step()
 
         return partial(call, on), partial(call, off)
@@ -111,7 +111,6 @@ TECHNIQUES = [
     Technique("compiled blocks, bf16", step({"train.compile": True}, {"train.compile": False}), "bf16"),
     Technique("fused attention", attending("fused", "plain")),
     Technique("fused attention, bf16", attending("fused", "plain"), "bf16"),
-    Technique("own kernel over time", attending("triton", "fused"), "bf16", cuda=True),
     Technique("AdamW as one kernel", step({"optim.fused": True}, {"optim.fused": False})),
     Technique("no wait in a step", step({"train.run_ahead": True}, {"train.run_ahead": False}), "bf16", True),
     Technique("recomputed blocks (saves memory)", step({"model.gradient_checkpointing": True}, {})),
@@ -136,7 +135,7 @@ def measure(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             on, off = technique.build(workload.and_keys(train__precision=technique.precision), folder, device)
             found = interleaved({"with": on, "without": off}, rounds=rounds, clock=clock, device=device)
-            attention.choose("auto", device)
+            attention.choose("auto")
         ratio = found["with"].times_as_fast_as(found["without"])
         rows.append(
             {"": technique.name, "with, s": found["with"].median, "without, s": found["without"].median, "ratio": ratio}

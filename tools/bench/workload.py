@@ -160,7 +160,7 @@ class Ours:
 
     def step(self) -> None:
         """Load, forward, backward, norm, AdamW, average: the trainer's own."""
-        attention.choose(self.trainer.config.train.attention, self.trainer.world.device)  # a choice of the process
+        attention.choose(self.trainer.config.train.attention)  # a choice of the process
         self.trainer.launch_step(next(self.batches))
 
     @property

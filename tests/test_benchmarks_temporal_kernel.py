@@ -57,7 +57,7 @@ def test_equals_brute_force_on_cuda(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_equals_eager_on_cuda() -> None:
-    from models.temporal_kernel import packed_temporal_attention
+    from benchmarks.candidates.temporal_kernel import packed_temporal_attention
 
     qkv = torch.randn(2, 16, 9, 3 * 144, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     results = []
@@ -71,7 +71,7 @@ def test_compiled_equals_eager_on_cuda() -> None:
 @pytest.mark.parametrize("packed", [True, False])
 def test_compiles_to_one_launch_without_copies(hopper: Any, packed: bool) -> None:
     """Only what a kernel writes may be cloned: that q, k, v are read in place is found by torch in Triton's code."""
-    from models import temporal_kernel
+    from benchmarks.candidates import temporal_kernel
 
     qkv = torch.randn(2, 16, 3, 3 * 144)
     q, k, v = qkv.chunk(3, dim=-1)
@@ -99,7 +99,7 @@ def machine_code(name: str, target: Any, folder: Path) -> str:
     import triton
     from triton.compiler import ASTSource
 
-    from models import temporal_kernel
+    from benchmarks.candidates import temporal_kernel
 
     kernel = getattr(temporal_kernel, name)
     constants = {"F": 16, "H": 16, "d": 72, **temporal_kernel.Tile.of(16, 72)._asdict()}
