@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -72,7 +72,7 @@ class Undecoded:
 class Latents(Generator):
     """A generator that hands out latents."""
 
-    def decode(self, latents: Tensor) -> np.ndarray:
+    def decode(self, indices: Sequence[int], latents: Tensor) -> np.ndarray:
         return latents.float().cpu().numpy()
 
 
