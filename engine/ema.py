@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: bool = False) -> None:
         frozen = {id(each): each for each in model.parameters() if not each.requires_grad}
-        self.model = deepcopy(model, frozen).requires_grad_(False).eval()
+        self.model: Any = deepcopy(model, frozen).requires_grad_(False).eval()
         self.decay = decay
         self.warmup = warmup
         self.updates = 0

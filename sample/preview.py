@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from engine.callbacks import Observation, agree, attempt, collect, distribute
 from engine.config import Config
@@ -17,6 +16,8 @@ from engine.objective import Objective
 from engine.run import Run
 from engine.state import TrainState
 from models.autoencoder import CodecConfig, LatentCodec
+from models.latte import Latte
+from models.latte_t2v import LatteT2V
 
 from .generate import Generator, sampler_settings
 from .video_io import contact_sheet, grid, write_contact_sheet, write_mp4
@@ -73,7 +74,7 @@ class Preview:
         return {name: build_generator(self.config, network, objective) for name, network in networks.items()}
 
 
-def build_generator(config: Config, network: nn.Module, objective: Objective) -> Generator:
+def build_generator(config: Config, network: Latte | LatteT2V, objective: Objective) -> Generator:
     """Returns a generator around a network in training, with the codec and conditions of its objective."""
     precision = "bf16" if config.train.precision == "bf16" else config.sample.precision
     codec, device = objective.codec, objective.device
