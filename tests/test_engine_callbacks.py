@@ -85,9 +85,9 @@ def test_the_training_is_the_same_bit_for_bit(tiny: list[str], tmp_path: Path, e
         assert torch.equal(seen.state_dict().rng[name], value), name
     assert logged(tmp_path / "seen", "train") == logged(tmp_path / "plain", "train")
     assert [row["step"] for row in logged(tmp_path / "seen", "preview")] == [0, 3, 4]
-    assert seen.model.training == plain.model.training
-    assert all(parameter.requires_grad for parameter in seen.model.parameters())
-    assert all(parameter.grad is None for parameter in seen.ema.model.parameters())
+    assert seen.state.model.training == plain.state.model.training
+    assert all(parameter.requires_grad for parameter in seen.state.model.parameters())
+    assert all(parameter.grad is None for parameter in seen.state.ema.model.parameters())
 
 
 def test_the_lightning_twin_sees_the_same(tiny: list[str], tmp_path: Path) -> None:
@@ -136,10 +136,10 @@ def two_ranks(world: World, tiny: list[str], folder: str, weights: str, metric: 
             found[place] = state_of(trainer)
     with signalled_within_validation(rank=1, call=4):
         trainer = run(watched(tiny, "train.max_steps=9", f"train.output_dir={folder}/signal"), world)
-    found["signal"] = trainer.step
+    found["signal"] = trainer.state.step
     with failing_on(world, rank=1):
         trainer = run(watched(tiny, "train.max_steps=3", f"train.output_dir={folder}/failed"), world)
-    found["failed"] = trainer.step
+    found["failed"] = trainer.state.step
     return found
 
 
@@ -359,7 +359,7 @@ def test_the_watch_sees_signs_of_life(tiny: list[str]) -> None:
     trainer = Trainer(config, World(), callbacks=train.callbacks(config))
     ticks = {"val": 0, "preview": 0}
     for callback in trainer.callbacks.all:
-        trainer.watch.tick = lambda kind=callback.kind: ticks.update({kind: ticks[kind] + 1})  # type: ignore[method-assign]
+        trainer.run.watch.tick = lambda kind=callback.kind: ticks.update({kind: ticks[kind] + 1})  # type: ignore[method-assign]
         callback.prepare(trainer)
         ticks[callback.kind] = 0
         callback.look(trainer)
@@ -426,8 +426,8 @@ def test_pictures_are_in_tensorboard(tiny: list[str], tmp_path: Path) -> None:
 def test_generator_leaves_a_network_to_be_trained(tiny: list[str]) -> None:
     config = replace(load_config(None, watched(tiny)))
     trainer = Trainer(config, World())
-    Generator(trainer.model, trainer.objective.codec, config)  # type: ignore[arg-type]
-    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    Generator(trainer.state.model, trainer.objective.codec, config)  # type: ignore[arg-type]
+    assert all(parameter.requires_grad for parameter in trainer.state.model.parameters())
 
 
 # ---- the guard around them, and the metric ---------------------------------------------------------
@@ -461,16 +461,16 @@ def test_what_a_callback_should_not_do_does_no_harm(
     for name, callbacks in (("plain", []), ("rude", [Rude(now)])):
         config = load_config(None, [*tiny, "train.max_steps=3", f"train.output_dir={tmp_path / name}"])
         trainer = Trainer(config, World(), callbacks=callbacks)
-        original = trainer.train_step
+        original = trainer.launch_step
 
         def step(batch: Any, original: Any = original) -> Any:
             now[0] += 1.0
             return original(batch)
 
-        trainer.train_step = step  # type: ignore[method-assign]
+        trainer.launch_step = step  # type: ignore[method-assign]
         torch.manual_seed(5)
         trainer.fit()
-        assert trainer.model.training
+        assert trainer.state.model.training
         states.append(trainer.state_dict())
     assert torch.equal(states[0].rng["cpu/0"], states[1].rng["cpu/0"])
     assert_same(*({"model": each.model, "ema": each.ema, "optim": each.optim} for each in states))

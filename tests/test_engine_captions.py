@@ -13,8 +13,8 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 import train
 import train_with_img
-from engine.captions import EMPTY, Captions, EncodedFeatures
 from engine.checkpoint import load_checkpoint, step_folder
+from engine.conditions import EMPTY, Captions, EncodedFeatures
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
@@ -115,7 +115,7 @@ def test_training_resumes_exactly(tiny_text: list[str], tmp_path: Path) -> None:
     assert train_with_img.main([*broken, "train.max_steps=2"]) == 0
     assert train_with_img.main([*broken, "train.max_steps=4"]) == 0
     first, second = (load_checkpoint(step_folder(tmp_path / name / "checkpoints", 4)) for name in ("whole", "broken"))
-    assert all(torch.equal(first.model[key], second.model[key]) for key in first.model)
+    assert all(torch.equal(first.state.model[key], second.state.model[key]) for key in first.state.model)
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
 
 

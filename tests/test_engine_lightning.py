@@ -72,7 +72,7 @@ def test_each_continues_the_other(tiny: list[str], tmp_path: Path) -> None:
 
 
 def test_a_signal_saves_and_stops(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Trainer.train_step
+    honest = Trainer.launch_step
 
     def signalled(self: Trainer, batch: Any) -> Any:
         if self.step == 3:
@@ -82,7 +82,7 @@ def test_a_signal_saves_and_stops(tiny: list[str], tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Trainer, "train_step", signalled)
     trainer = Trainer(load_config(None, [*tiny, "train.max_steps=100"]), World())
     assert not lightning.fit(trainer)
-    assert trainer.step == 4 and (tmp_path / "run" / "PREEMPTED").exists()
+    assert trainer.state.step == 4 and (tmp_path / "run" / "PREEMPTED").exists()
     assert ckpt.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-0000004"
 
 

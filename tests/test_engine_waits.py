@@ -24,7 +24,7 @@ from engine.config import load_config
 from engine.distributed import World
 from engine.errors import TrainingAborted
 from engine.optim import clip_gradients
-from engine.pending import Pending
+from engine.pending import InFlight
 from engine.trainer import Trainer
 from tests.fault_support import armed, rows, run
 from tests.latent_support import cache, save_codec
@@ -70,11 +70,11 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[Pending]:
+def read(monkeypatch: pytest.MonkeyPatch) -> list[InFlight]:
     """The steps whose outcome the host has read."""
-    found: list[Pending] = []
-    outcome = Pending.outcome
-    monkeypatch.setattr(Pending, "outcome", lambda self: (found.append(self), outcome(self))[1])
+    found: list[InFlight] = []
+    outcome = InFlight.outcome
+    monkeypatch.setattr(InFlight, "outcome", lambda self: (found.append(self), outcome(self))[1])
     return found
 
 
@@ -93,36 +93,36 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_step_waits(tiny: list[str], tmp_path: Path, on_meta: None, read: list[Pending], kind: str) -> None:
+def test_no_step_waits(tiny: list[str], tmp_path: Path, on_meta: None, read: list[InFlight], kind: str) -> None:
     """A step's clips and labels go to the device, its five numbers come back, and are read one step later."""
     extra = KINDS[kind]
     if kind == "latents":
         tiny = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderKL")]
         extra = [f"data.latents={cache(tiny, tmp_path / 'cache')}"]
     run = Trainer(load_config(None, [*tiny, *QUIET, "optim.fused=true", *extra]), World(device=META))
-    run.parallel_model = run.model
-    batches = run.batches()
+    run.parallel_model = run.state.model
+    batches = run.run.batches(0)
     with Crossings(first=True):
-        run.train_step(next(batches))
+        run.launch_step(next(batches))
     for _ in range(3):
-        micro_batches, flight, before = next(batches), run.pending, len(read)
+        micro_batches, flight, before = next(batches), run.in_flight, len(read)
         with Crossings() as crossings:
-            run.train_step(micro_batches)
+            run.launch_step(micro_batches)
         assert read[before:] == [flight]  # of the step before, and no other
         clips = "latents" if kind == "latents" else "video"
         sent = [batch[key].numel() for batch in micro_batches for key in ("labels", clips)]
         assert crossings.seen == [*(("cpu", "meta", numel) for numel in sent), ("meta", "cpu", 5)]
-    assert (run.step, run.samples_seen, run.guard.skipped) == (3, 6, 0)
+    assert (run.state.step, run.state.samples_seen, run.state.guard.skipped) == (3, 6, 0)
 
 
-def test_a_step_that_is_due_something_is_counted_at_once(tiny: list[str], on_meta: None, read: list[Pending]) -> None:
+def test_a_step_that_is_due_something_is_counted_at_once(tiny: list[str], on_meta: None, read: list[InFlight]) -> None:
     config = load_config(None, [*tiny, "train.log_every=3", "train.max_steps=5", "optim.fused=true"])
     run = Trainer(config, World(device=META))
-    batches, counted = run.batches(), []
+    batches, counted = run.run.batches(0), []
     for _ in range(5):
         with Crossings():
-            run.train_step(next(batches))
-        counted.append(run.step)
+            run.launch_step(next(batches))
+        counted.append(run.state.step)
     assert counted == [0, 1, 3, 3, 5]
 
 
@@ -158,7 +158,7 @@ def assert_same_end(one: tuple[Trainer, list[dict[str, Any]]], other: tuple[Trai
     """The same log, and everything that a checkpoint holds."""
     assert [{**row, "time": None} for row in one[1]] == [{**row, "time": None} for row in other[1]]
     first, second = one[0].state_dict(), other[0].state_dict()
-    assert (first.state, first.samples_seen) == (second.state, second.samples_seen)
+    assert (first.state, first.state.samples_seen) == (second.state, second.state.samples_seen)
     for group in ("model", "ema", "optim", "rng"):
         left, right = getattr(first, group), getattr(second, group)
         assert left.keys() == right.keys() and not [name for name in left if not torch.equal(left[name], right[name])]
@@ -195,7 +195,7 @@ def test_a_signal_is_answered_one_step_later(tiny: list[str], tmp_path: Path) ->
         options = [*tiny, *QUIET, f"train.run_ahead={ahead}", f"train.output_dir={tmp_path / str(ahead)}"]
         with armed("term@0:3"):
             stopped = run(options)
-        assert (stopped.step, stopped.samples_seen, stopped.pending) == (step, 2 * step, None)
+        assert (stopped.step, stopped.state.samples_seen, stopped.pending) == (step, 2 * step, None)
         assert (tmp_path / str(ahead) / "PREEMPTED").exists()
 
 
@@ -241,13 +241,13 @@ def as_it_was() -> Iterator[None]:
 def test_steps_leave_no_garbage(tiny: list[str], as_it_was: None) -> None:
     """So that collecting it at rows of the log only holds nothing on the device."""
     run = Trainer(load_config(None, [*tiny, *QUIET]), World())
-    batches = run.batches()
+    batches = run.run.batches(0)
     for _ in range(2):
-        run.train_step(next(batches))
+        run.launch_step(next(batches))
     with run.garbage:
         assert not gc.isenabled()
         for _ in range(5):
-            run.train_step(next(batches))
+            run.launch_step(next(batches))
         gc.set_debug(gc.DEBUG_SAVEALL)
         run.garbage.collect()
         assert not [each for each in gc.garbage if isinstance(each, Tensor)]
@@ -269,14 +269,14 @@ def test_cuda_sees_no_synchronisation(tiny: list[str], kind: str) -> None:
     """PyTorch's own watch over synchronising calls, as errors."""
     device = torch.device("cuda", 0)
     run = Trainer(load_config(None, [*tiny, *QUIET, *KINDS[kind]]), World(device=device))
-    run.parallel_model = run.model
-    batches = run.batches()
+    run.parallel_model = run.state.model
+    batches = run.run.batches(0)
     for _ in range(3):
-        run.train_step(next(batches))
+        run.launch_step(next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            run.train_step(next(batches))
+            run.launch_step(next(batches))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert run.settle() == 0 and run.step == 6
+    assert run.settle() == 0 and run.state.step == 6

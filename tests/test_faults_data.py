@@ -639,7 +639,10 @@ def test_E8_the_frame_list_is_part_of_it(frame_folders: Path, tmp_path: Path) ->
 
 def test_E8_the_ranks_compare_it(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(load_config(None, tiny), World())
-    for other, sentence in (((5, trainer.clips.digest), "rank 1 finds 5 clips"), ((6, "f" * 64), "list ffffffffffff")):
+    for other, sentence in (
+        ((5, trainer.run.clips.digest), "rank 1 finds 5 clips"),
+        ((6, "f" * 64), "list ffffffffffff"),
+    ):
         monkeypatch.setattr(start, "gather_objects", lambda value, other=other: [value, other])
         with pytest.raises(ValueError, match=f"{sentence}.* every machine must hold the same files"):
             trainer.fit()
@@ -980,7 +983,7 @@ def test_E13_a_damaged_cache_ends_the_run_also_from_a_worker(cached: tuple[list[
     trainer = Trainer(load_config(None, [*keys, "train.max_steps=9", "data.num_workers=1"]), World())
     with pytest.raises(CacheError, match=r"holds latents of '\w+/clip\d' that are not finite; make the cache anew"):
         trainer.fit()
-    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    assert all(value.isfinite().all() for value in trainer.state.model.state_dict().values())
 
 
 def test_E13_latents_of_another_shape_are_no_codecs(tmp_path: Path) -> None:

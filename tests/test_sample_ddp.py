@@ -18,12 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.checkpoint import content_sha256, find_checkpoint, load_checkpoint_config, load_model_weights
+from engine.checkpoint import content_sha256, find_checkpoint, load_checkpoint_config
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import SamplesNotWritten
 from engine.objective import sample_generator
 from engine.run_folder import FolderLock
+from engine.weights import load_model_weights
 from sample import sample_ddp
 from sample.generate import Generator, _drawn
 from sample.sample_ddp import main, parse

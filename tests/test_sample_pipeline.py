@@ -45,9 +45,9 @@ def checkpoint(tiny: list[str], tmp_path: Path) -> Path:
     tiny_vae().save_pretrained(tmp_path / "vae")
     codec = [f"codec.path={tmp_path / 'vae'}", "codec.latent_channels=4", "codec.downsample_factor=2"]
     trainer = Trainer(load_config(None, [*tiny, *codec, "data.image_size=8"]), World())
-    randomize(trainer.model, std=0.1)
-    trainer.ema.load_state_dict(trainer.model.state_dict())
-    trainer.save()
+    randomize(trainer.state.model, std=0.1)
+    trainer.state.ema.load_state_dict(trainer.state.model.state_dict())
+    trainer.run.save(trainer.state)
     return tmp_path / "run"
 
 

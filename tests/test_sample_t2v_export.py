@@ -224,7 +224,7 @@ def test_the_ramp_goes_on_where_it_was(base: list[str], tmp_path: Path) -> None:
             run = [*base, f"train.init_from={source}", "train.temporal_ramp_steps=4", "optim.learning_rate=1e-2"]
             assert train.main([*run, f"train.output_dir={tmp_path / name}", f"train.max_steps={steps}"]) == 0
     first, second = (load_checkpoint(step_folder(tmp_path / name / "checkpoints", 5)) for name in ("whole", "broken"))
-    assert all(torch.equal(first.model[key], second.model[key]) for key in first.model)
+    assert all(torch.equal(first.state.model[key], second.state.model[key]) for key in first.state.model)
     export_run(step_folder(tmp_path / "broken" / "checkpoints", 2), tmp_path / "early")
     export_run(step_folder(tmp_path / "broken" / "checkpoints", 5), tmp_path / "late")
     assert load_t2v(tmp_path / "early").temporal_position_scale == 0.5

@@ -11,8 +11,8 @@ import torch
 
 import train
 from datasets.text_features import INDEX, TextCache
-from engine.captions import EMPTY, EncodedFeatures
 from engine.checkpoint import load_checkpoint, step_folder
+from engine.conditions import EMPTY, EncodedFeatures
 from engine.config import Config, load_config
 from engine.distributed import World
 from engine.trainer import Trainer
@@ -62,7 +62,7 @@ def test_training_from_it_is_training_online(run: list[str], cache: Path, tmp_pa
     assert train.main([*stored, "train.max_steps=2"]) == 0
     assert train.main([*stored, "train.max_steps=3", "text.path=null"]) == 0
     first, second = (load_checkpoint(step_folder(tmp_path / name / "checkpoints", 3)) for name in ("online", "stored"))
-    assert all(torch.equal(first.model[key], second.model[key]) for key in first.model)
+    assert all(torch.equal(first.state.model[key], second.state.model[key]) for key in first.state.model)
 
 
 def test_a_killed_one_goes_on(run: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_a_killed_one_goes_on(run: list[str], cache: Path, tmp_path: Path, monke
 
     config, out = load_config(None, run), tmp_path / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr("engine.captions.EncodedFeatures", Dying)
+        patch.setattr("engine.conditions.EncodedFeatures", Dying)
         with pytest.raises(KeyboardInterrupt):
             cache_text.cache_text(config, out, World())
         with pytest.raises(FileNotFoundError, match="is no finished cache"):
