@@ -25,6 +25,7 @@ from .conditions import build_conditions
 from .config import Config
 from .distributed import World, broadcast_object, data_parallel, gradient_sync, local, replicated, set_timeout
 from .guard import check_replicas
+from .memory import check_training_fits
 from .objective import StepLoss
 from .optim import clip_gradients, gradient_norm, learning_rate_at, step_unless
 from .pending import Findings, InFlight
@@ -57,6 +58,7 @@ class Trainer:
         if config.train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         attention.choose(config.train.attention)
+        check_training_fits(config, world.device, world.size)
         clips = build_dataset(config.data, seed=config.train.seed)
         start.check_labels(config, clips)
         start.check_number(config, clips, world.size)

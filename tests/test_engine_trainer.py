@@ -65,8 +65,8 @@ def test_accumulation_equals_one_large_batch_in_float64(tiny: list[str], tmp_pat
     ]
     trainers = [run([*common, *split]) for split in splits]
     for other in trainers[1:]:
-        same(other.state.model.state_dict(), trainers[0].model.state_dict(), 1e-12)
-        same(other.state.ema.state_dict(), trainers[0].ema.state_dict(), 1e-12)
+        same(other.state.model.state_dict(), trainers[0].state.model.state_dict(), 1e-12)
+        same(other.state.ema.state_dict(), trainers[0].state.ema.state_dict(), 1e-12)
     losses = [[row["loss"] for row in rows(tmp_path / str(k))] for k in (1, 3, 6)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-12) and losses[2] == pytest.approx(losses[0], abs=1e-12)
 
@@ -77,8 +77,8 @@ def test_resume_continues_bit_for_bit(tiny: list[str], tmp_path: Path, extra: li
     parts = [*tiny, *extra, f"train.output_dir={tmp_path / 'parts'}"]
     run([*parts, "train.max_steps=4"])
     continued = run([*parts, "train.max_steps=7"])
-    same(continued.model.state_dict(), whole.state.model.state_dict())
-    same(continued.ema.state_dict(), whole.state.ema.state_dict())
+    same(continued.state.model.state_dict(), whole.state.model.state_dict())
+    same(continued.state.ema.state_dict(), whole.state.ema.state_dict())
     same(continued.state_dict().optim, whole.state_dict().optim)
     timing = {"videos_per_second", "seconds_per_step", "data_wait_share", "memory_gib"}
     names = ("whole", "parts")
@@ -150,13 +150,13 @@ def test_init_from_takes_weights_and_starts_at_step_zero(tiny: list[str], tmp_pa
     first = run([*tiny, "train.max_steps=2", f"train.output_dir={tmp_path / 'first'}"])
     source = str(tmp_path / "first")
     second = Trainer(load_config(None, [*tiny, f"train.init_from={source}"]), World())
-    notes = second.restore()
+    notes = restore(second)
     same(second.state.model.state_dict(), first.state.ema.state_dict())
-    assert second.step == 0 and source in notes[0]
+    assert second.state.step == 0 and source in notes[0]
     official = tmp_path / "official.pt"
     torch.save({"ema": {f"module.{k}": v for k, v in first.state.model.state_dict().items()}}, official)
     third = Trainer(load_config(None, [*tiny, f"train.init_from={official}"]), World())
-    third.restore()
+    restore(third)
     same(third.state.ema.state_dict(), first.state.model.state_dict())
 
 

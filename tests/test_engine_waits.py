@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import objective, trainer
+from engine import objective
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import TrainingAborted
+from engine.garbage import CollectOnRequest
 from engine.optim import clip_gradients
 from engine.pending import InFlight
 from engine.trainer import Trainer
@@ -147,9 +148,9 @@ def finished(overrides: list[str], folder: Path, fault: str, ahead: str) -> tupl
     common = ["train.log_every=8", "train.max_steps=25", "optim.warmup_steps=4", "train.checkpoint_every=9"]
     with armed(fault):
         done = run([*overrides, *common, f"train.run_ahead={ahead}", f"train.output_dir={folder}"])
-    assert done.guard.skipped + done.guard.spikes and done.step == 25
+    assert done.state.guard.skipped + done.state.guard.spikes and done.state.step == 25
     skips = [row for row in rows(folder, "events.jsonl") if row["event"] == "skip"]
-    assert len(skips) == done.guard.skipped and all(len(row["files"]) == 2 for row in skips)
+    assert len(skips) == done.state.guard.skipped and all(len(row["files"]) == 2 for row in skips)
     timeless = [{key: value for key, value in row.items() if key not in TIMING} for row in rows(folder)]
     return done, timeless + skips
 
@@ -158,7 +159,7 @@ def assert_same_end(one: tuple[Trainer, list[dict[str, Any]]], other: tuple[Trai
     """The same log, and everything that a checkpoint holds."""
     assert [{**row, "time": None} for row in one[1]] == [{**row, "time": None} for row in other[1]]
     first, second = one[0].state_dict(), other[0].state_dict()
-    assert (first.state, first.state.samples_seen) == (second.state, second.state.samples_seen)
+    assert (first.state, first.samples_seen) == (second.state, second.samples_seen)
     for group in ("model", "ema", "optim", "rng"):
         left, right = getattr(first, group), getattr(second, group)
         assert left.keys() == right.keys() and not [name for name in left if not torch.equal(left[name], right[name])]
@@ -172,7 +173,7 @@ def spoil_gradients(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> Non
         parts, losses = honest(self, micro_batches)
         if positions & {position for batch in micro_batches for position in batch["position"].tolist()}:
             parts["grad_norm"] = parts["grad_norm"] * torch.nan
-            for parameter in self.model.parameters():
+            for parameter in self.state.model.parameters():
                 parameter.grad.mul_(torch.nan)
         return parts, losses
 
@@ -184,7 +185,7 @@ def test_steps_skipped_in_a_row(tiny: list[str], tmp_path: Path, monkeypatch: py
     spoil_gradients(monkeypatch, {10, 12, 14})
     extra = ["optim.schedule=cosine", "train.ema_warmup=true", "optim.fused=true"]
     early, late = (finished([*tiny, *extra], tmp_path / ahead, "", ahead) for ahead in ("false", "true"))
-    assert late[0].guard.skipped == 3
+    assert late[0].state.guard.skipped == 3
     assert_same_end(early, late)
     with pytest.raises(TrainingAborted, match="2 steps in a row"):
         finished([*tiny, "optim.max_skips=2"], tmp_path / "aborted", "", "true")
@@ -195,7 +196,7 @@ def test_a_signal_is_answered_one_step_later(tiny: list[str], tmp_path: Path) ->
         options = [*tiny, *QUIET, f"train.run_ahead={ahead}", f"train.output_dir={tmp_path / str(ahead)}"]
         with armed("term@0:3"):
             stopped = run(options)
-        assert (stopped.step, stopped.state.samples_seen, stopped.pending) == (step, 2 * step, None)
+        assert (stopped.state.step, stopped.state.samples_seen, stopped.in_flight) == (step, 2 * step, None)
         assert (tmp_path / str(ahead) / "PREEMPTED").exists()
 
 
@@ -206,8 +207,8 @@ def test_fused_is_the_plain_optimiser(tiny: list[str], tmp_path: Path) -> None:
     for fused in ("true", "false", "null"):
         with armed("nan@0:2"):
             made = run([*common, f"optim.fused={fused}", f"train.output_dir={tmp_path / fused}"])
-        assert made.guard.skipped == 1
-        weights.append(made.model.state_dict())
+        assert made.state.guard.skipped == 1
+        weights.append(made.state.model.state_dict())
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=0, atol=1e-13)
         assert torch.equal(weights[1][name], weights[2][name])  # there is no GPU here
@@ -244,12 +245,12 @@ def test_steps_leave_no_garbage(tiny: list[str], as_it_was: None) -> None:
     batches = run.run.batches(0)
     for _ in range(2):
         run.launch_step(next(batches))
-    with run.garbage:
+    with run.run.garbage:
         assert not gc.isenabled()
         for _ in range(5):
             run.launch_step(next(batches))
         gc.set_debug(gc.DEBUG_SAVEALL)
-        run.garbage.collect()
+        run.run.garbage.collect()
         assert not [each for each in gc.garbage if isinstance(each, Tensor)]
         assert len(gc.garbage) < 50, gc.garbage[:5]
     assert gc.isenabled() and not gc.get_freeze_count()
@@ -257,7 +258,7 @@ def test_steps_leave_no_garbage(tiny: list[str], as_it_was: None) -> None:
 
 def test_a_run_collects_when_it_logs(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     enabled: list[bool] = []
-    monkeypatch.setattr(trainer.CollectOnRequest, "collect", lambda self: enabled.append(gc.isenabled()))
+    monkeypatch.setattr(CollectOnRequest, "collect", lambda self: enabled.append(gc.isenabled()))
     run([*tiny, "train.max_steps=4", "train.log_every=2"])
     assert enabled == [False, False] and gc.isenabled() and not gc.get_freeze_count()
 

@@ -308,13 +308,13 @@ def test_C3_killed_at_every_call(
 def test_C3_resume_after_a_kill(stopped: Callable[..., Trainer], tiny: list[str], tmp_path: Path) -> None:
     """The run's own save dies; the same command cleans up, continues, and ends as if nothing had happened."""
     dying = stopped("train.keep_last=2")
-    dying.restore()
-    dying.step = 4  # what would be step 4 holds the weights of step 3: it must not be continued
-    root = dying.checkpoints
+    restore(dying)
+    dying.state.step = 4  # what would be step 4 holds the weights of step 3: it must not be continued
+    root = dying.run.folder.checkpoints
 
     def save() -> None:
         Calls(pytest.MonkeyPatch(), die_at=17)
-        dying.save()
+        dying.run.save(dying.state)
 
     assert in_child(save)[0] == KILLED
     assert [name for name in names(root) if ".tmp-" in name]
@@ -324,7 +324,7 @@ def test_C3_resume_after_a_kill(stopped: Callable[..., Trainer], tiny: list[str]
     assert assert_sound(root).name == "step-0000005"
     whole = run([*tiny, "train.max_steps=5", f"train.output_dir={tmp_path / 'whole'}"])
     for key, value in whole.state.model.state_dict().items():
-        assert torch.equal(continued.model.state_dict()[key], value), key
+        assert torch.equal(continued.state.model.state_dict()[key], value), key
 
 
 def test_C3_only_what_is_ours_is_cleaned(two_saved: Path, tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_C5_damaged_newest(
     assert str(newest) in str(raised.value)
     other = stopped(f"train.resume={newest}", f"train.output_dir={tmp_path / 'other'}")
     with pytest.raises(CheckpointError, match=DAMAGES[damage]):
-        other.restore()
+        restore(other)
     assert ckpt.find_checkpoint(tmp_path / "run").name == "step-0000002"  # by the run: with a warning
     assert DAMAGES[damage] in caplog.text and "Taking step-0000002 instead" in caplog.text
     notes = restore(trainer)
@@ -654,7 +654,7 @@ def test_C10_not_finite(stopped: Callable[..., Trainer], value: float, asynchron
     with pytest.raises(CheckpointNotWritten) as raised:
         trainer.run.save(trainer.state)
         trainer.run.writer.wait()
-        trainer._raise_failed_write(trainer.run.writer.failure)
+        trainer.run.raise_failed_write(trainer.run.writer.failure)
     assert str(raised.value) == "refusing to save step 4: model has non-finite values in blocks.1.mlp.fc1.weight."
     assert names(trainer.run.folder.checkpoints) == before
     assert assert_sound(trainer.run.folder.checkpoints).name == "step-0000003"
@@ -674,8 +674,8 @@ def test_C10_in_any_part(tmp_path: Path, config: Config, group: str) -> None:
 
 def test_C11_two_runs_in_one_folder(stopped: Callable[..., Trainer]) -> None:
     first, second = stopped(), stopped()
-    first.folder.open()
-    before = names(first.checkpoints)
+    first.run.folder.open()
+    before = names(first.run.folder.checkpoints)
     owner = f"{socket.gethostname()}:{os.getpid()}"
 
     def fit() -> str:
@@ -684,13 +684,13 @@ def test_C11_two_runs_in_one_folder(stopped: Callable[..., Trainer]) -> None:
         return str(raised.value)
 
     sentence = (
-        f"train.output_dir={first.folder.path} is being written by {owner}; stop that run or name another folder."
+        f"train.output_dir={first.run.folder.path} is being written by {owner}; stop that run or name another folder."
     )
     assert in_child(fit) == (0, sentence)
     assert fit() == sentence  # within one process too
-    assert second.step == 0
-    assert names(first.checkpoints) == before
-    first.folder.close()
+    assert second.state.step == 0
+    assert names(first.run.folder.checkpoints) == before
+    first.run.folder.close()
     assert second.fit()
 
 
@@ -976,7 +976,7 @@ def test_C14_a_part_is_taken_only_of_an_image_network_and_told(
     weights = weights_of(finished)
     del weights["temp_embed"]
     weights["final_layer.linear.bias"] = torch.ones(7)
-    report = "\n".join(official(weights).restore())
+    report = "\n".join(restore(official(weights)))
     for line in (
         "left in the checkpoint: 1",
         "final_layer.linear.bias: (7,) in the checkpoint",
@@ -993,9 +993,9 @@ def with_deletions(monkeypatch: pytest.MonkeyPatch, deletions: dict[int, Path]) 
     honest = Trainer.launch_step
 
     def deleting(self: Trainer, micro_batches: Any) -> Any:
-        gone = deletions.pop(self.step + (self.pending is not None), None)
+        gone = deletions.pop(self.state.step + (self.in_flight is not None), None)
         if gone is not None:
-            self.writer.wait()
+            self.run.writer.wait()
             shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
         return honest(self, micro_batches)
 

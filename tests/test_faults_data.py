@@ -621,10 +621,10 @@ def test_E8_the_list_is_in_the_checkpoint(frame_folders: Path, tiny: list[str], 
     digest = build_catalog(load_config(None, [*tiny, f"data.path={first}"]).data).digest
     assert load_checkpoint(folder).state["data_digest"] == digest
     moved = load_config(None, [*tiny, f"data.path={second}", "train.max_steps=2"])
-    Trainer(moved, World()).restore()
+    restore(Trainer(moved, World()))
     (second / "falls" / "clip0" / "007.png").symlink_to(frame_folders / "falls" / "clip0" / "006.png")
     with pytest.raises(ValueError, match=f"data_digest: {digest} -> "):
-        Trainer(moved, World()).restore()
+        restore(Trainer(moved, World()))
 
 
 def test_E8_the_frame_list_is_part_of_it(frame_folders: Path, tmp_path: Path) -> None:
@@ -860,7 +860,7 @@ def test_E12_a_class_that_comes_later_is_named(frame_folders: Path, tiny: list[s
     copied(frame_folders / "falls", root / "bounces")
     for override in ([], ["data_digest"]):
         with pytest.raises(ValueError, match=r"class_names: \[\] -> \['bounces'\]"):
-            Trainer(load_config(None, keys), World(), override=override).restore()
+            restore(Trainer(load_config(None, keys), World(), override=override))
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the sample clips of ../shared/media are not here")

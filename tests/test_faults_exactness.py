@@ -150,7 +150,7 @@ def test_B4_two_resumes_at_step_zero_and_at_the_end(tiny: list[str], tmp_path: P
     again = Trainer(load_config(None, [*tiny, "train.max_steps=6"]), World())
     assert again.fit() and again.state.samples_seen == 12  # exits well and does nothing
     fresh = Trainer(load_config(None, [*tiny, "train.max_steps=6", f"train.output_dir={tmp_path / 'zero'}"]), World())
-    fresh.save()  # a checkpoint of step 0
+    fresh.run.save(fresh.state)  # a checkpoint of step 0
     assert_same(state_of(run([*tiny, "train.max_steps=6", f"train.output_dir={tmp_path / 'zero'}"])), state_of(whole))
 
 
@@ -366,7 +366,7 @@ def test_B14_what_is_named_is_accepted(tiny: list[str]) -> None:
     with pytest.raises(ValueError, match=r"optim\.beta2: 0\.999 -> 0\.99") as refusal:
         run(changed, override=["optim.learning_rate"])
     assert "learning_rate" not in str(refusal.value).partition("experiment:")[2].partition(". Restore")[0]
-    assert run(changed, override=["optim.learning_rate", "optim.beta2"]).step == 2
+    assert run(changed, override=["optim.learning_rate", "optim.beta2"]).state.step == 2
 
 
 def test_B15_no_step_twice_none_missing(tiny: list[str], tmp_path: Path) -> None:

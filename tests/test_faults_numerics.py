@@ -108,8 +108,11 @@ def test_F4_spikes_by_policy(tiny: list[str], policy: str) -> None:
     applied = float(gradient_norm(trainer.state.model.parameters()))
     assert applied == pytest.approx(statistics.median(earlier) if policy == "clip" else last)
     continued = run([*tiny, *extra, "train.max_steps=25"])
-    assert (continued.guard.spikes, continued.guard.skipped) == (1, trainer.state.guard.skipped)
-    assert list(continued.guard.norms)[:-1] == [*earlier, last] and continued.guard.norms.maxlen == StepGuard.WINDOW
+    assert (continued.state.guard.spikes, continued.state.guard.skipped) == (1, trainer.state.guard.skipped)
+    assert (
+        list(continued.state.guard.norms)[:-1] == [*earlier, last]
+        and continued.state.guard.norms.maxlen == StepGuard.WINDOW
+    )
 
 
 def test_F4_a_clipped_spike_is_scaled_to_the_median() -> None:

@@ -41,12 +41,13 @@ from engine.checkpoint import (
     CheckpointError,
     find_checkpoint,
     load_checkpoint,
-    load_model_weights,
 )
 from engine.checkpoint import save_checkpoint as write_checkpoint
+from engine.conditions import class_conditions
 from engine.config import MAX_YAML_CHARACTERS, load_config
 from engine.logging import RunLogger
 from engine.text import printable
+from engine.weights import load_model_weights
 from models.autoencoder import CodecConfig, LatentCodec
 from models.convert import read_state_dict
 from models.taef2 import DECODER_FILE, ENCODER_FILE, Taef2
@@ -1015,7 +1016,8 @@ def test_D13_slug(name: str, tmp_path: Path) -> None:
 def test_D13_samples_of_nasty_classes_stay_in_their_folder(tmp_path: Path) -> None:
     overrides = [f"model.num_classes={len(NASTY)}", f"sample.num_videos={len(NASTY)}", "sample.steps=2"]
     config = load_config(None, [*TINY, *overrides])
-    generator = Generator(build_model(config), LatentCodec.from_config(config.codec), config, class_names=NASTY)
+    conditions = class_conditions(config.model, torch.device("cpu"), NASTY)
+    generator = Generator(build_model(config), LatentCodec.from_config(config.codec), config, conditions)
     folder = tmp_path / "deep" / "samples"
     files = write_samples(generator, config, folder, checkpoint="x\n\x1b[2J")
     inside = {file.name for file in folder.iterdir()}

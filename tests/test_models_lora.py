@@ -140,7 +140,10 @@ def test_a_run_with_adapters_continues_bit_for_bit(tiny: list[str], base: Path, 
     whole = lora_run(tiny, base, "train.max_steps=4", f"train.output_dir={tmp_path / 'whole'}")
     lora_run(tiny, base, "train.max_steps=2", f"train.output_dir={tmp_path / 'parts'}")
     continued = lora_run(tiny, base, "train.max_steps=4", f"train.output_dir={tmp_path / 'parts'}")
-    for first, second in ((whole.state.model, continued.model), (whole.state.ema.model, continued.ema.model)):
+    for first, second in (
+        (whole.state.model, continued.state.model),
+        (whole.state.ema.model, continued.state.ema.model),
+    ):
         expected = first.state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in second.state_dict().items())
 

@@ -97,8 +97,8 @@ def test_a_folder_keeps_classes_and_settings(checkpoint: Path, tmp_path: Path) -
     assert make_pipeline.main([str(checkpoint), str(tmp_path / "mine")]) == 0
     pipeline = LatteVideoPipeline.from_pretrained(tmp_path / "mine", device="cpu")
     first = LatteVideoPipeline.from_checkpoint(checkpoint, device="cpu")
-    assert pipeline.generator.class_names == first.generator.class_names
-    name = pipeline.generator.class_names[1]
+    assert pipeline.generator.conditions.names == first.generator.conditions.names
+    name = pipeline.generator.conditions.names[1]
     wanted = {**SETTINGS, "labels": [name], "num_frames": 6, "num_videos": 1}
     assert np.array_equal(pipeline(**wanted), first(**wanted))
     again = pipeline.save_pretrained(tmp_path / "again")

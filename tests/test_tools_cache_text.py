@@ -62,7 +62,7 @@ def test_training_from_it_is_training_online(run: list[str], cache: Path, tmp_pa
     assert train.main([*stored, "train.max_steps=2"]) == 0
     assert train.main([*stored, "train.max_steps=3", "text.path=null"]) == 0
     first, second = (load_checkpoint(step_folder(tmp_path / name / "checkpoints", 3)) for name in ("online", "stored"))
-    assert all(torch.equal(first.state.model[key], second.state.model[key]) for key in first.state.model)
+    assert all(torch.equal(first.model[key], second.model[key]) for key in first.model)
 
 
 def test_a_killed_one_goes_on(run: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
