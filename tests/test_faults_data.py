@@ -43,6 +43,7 @@ from engine.stream import ClipStream, PositionBatches, collate, load_micro_batch
 from engine.trainer import Trainer
 from engine.watch import Breadcrumbs
 from models.autoencoder import CodecConfig, LatentCodec
+from tests.fault_support import restore
 from tests.latent_support import cache, save_codec
 from tools import prepare_dataset
 from tools.make_demo_data import write_mp4
