@@ -4,6 +4,6 @@ Nothing here imports another folder of this repository, and importing this packa
 nor transformers.
 """
 
-from .latte import Latte, LatteConfig
+from .latte import Latte, LatteConfig, Route
 
-__all__ = ["Latte", "LatteConfig"]
+__all__ = ["Latte", "LatteConfig", "Route"]

@@ -9,7 +9,7 @@ N tokens per frame, D width, L words of a caption.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -35,9 +35,10 @@ DISCARD = -10_000.0  # added to the scores of words that a mask leaves out; fini
 
 
 class T2VOutput(NamedTuple):
-    """What `LatteT2V` returns."""
+    """Output of `LatteT2V`."""
 
     sample: Tensor  # (B, C, F+I, H, W)
+    hidden_states: dict[int, Tensor] | None = None  # by block, (B, F+I, N, D)
 
 
 class LatteT2V(nn.Module):
@@ -141,25 +142,27 @@ class LatteT2V(nn.Module):
         return_dict: bool = True,
         *,
         num_images: int = 0,
-    ) -> T2VOutput | tuple[Tensor]:
-        """Predict noise, and its variance where the network has twice the channels.
+        return_hidden_states: Collection[int] = (),
+    ) -> T2VOutput | tuple[Tensor] | tuple[Tensor, dict[int, Tensor]]:
+        """Predicts the noise and, if the network has twice the channels, its variance.
 
         Args:
             hidden_states: noisy latents `(B, C, F+I, H, W)`: a clip, then `num_images` independent images.
-            timestep: `(B,)`, whole or fractional; or `(B, F+I)`, one for each frame, where some are less noisy than
-                others.
+            timestep: `(B,)`, integer or fractional; or `(B, F+I)`, one for each frame.
             encoder_hidden_states: features of the captions `(B, L, C)`; with images `(B, 1+I, L, C)`, the clip's
                 first.
             encoder_attention_mask: `(B, L)`, with images `(B, 1+I, L)`; see `text_mask` for its meaning.
-            enable_temporal_attentions: False: every frame is an image by itself.
-            return_dict: False: a plain tuple.
-            num_images: I, the number of frames at the end that temporal blocks do not see.
+            enable_temporal_attentions: False skips the temporal blocks: every frame is an independent image.
+            return_dict: False returns a plain tuple.
+            num_images: I, the number of frames at the end that temporal blocks pass through unchanged.
+            return_hidden_states: indices into the blocks as they run (`blocks`, or with
+                `enable_temporal_attentions=False` the spatial ones) whose output tokens are returned as well.
 
         Returns:
-            `sample (B, out_channels, F+I, H, W)`.
+            `sample (B, out_channels, F+I, H, W)` and, with `return_hidden_states`, tokens `(B, F+I, N, D)` by block.
 
         Raises:
-            ValueError: shapes that do not fit each other or the network.
+            ValueError: shapes that do not fit each other or the network, or a block that does not exist.
         """
         if timestep is None or encoder_hidden_states is None:
             raise ValueError("the network needs a timestep and encoder_hidden_states, the features of the captions")
@@ -172,13 +175,22 @@ class LatteT2V(nn.Module):
             embedded, modulation = embedded[:, None], modulation[:, None]  # (B, 1, D), (B, 1, 6, D)
         caption = self._caption(encoder_hidden_states, encoder_attention_mask, x.shape, num_images)
         over_time = enable_temporal_attentions and len(self.temporal_transformer_blocks) > 0
-        for index, block in enumerate(self.blocks if over_time else self.transformer_blocks):
+        blocks = self.blocks if over_time else list(self.transformer_blocks)
+        if not all(0 <= index < len(blocks) for index in return_hidden_states):
+            indices = tuple(return_hidden_states)
+            raise ValueError(f"return_hidden_states must be block indices in [0, {len(blocks)}), got {indices}")
+        by_block: dict[int, Tensor] = {}
+        for index, block in enumerate(blocks):
             if index == 1 and over_time:
                 x = self._add_time_positions(x, num_frames)
             x = self._run(block, x, modulation, num_frames, caption)
+            if index in return_hidden_states:
+                by_block[index] = x
         shift, scale = (self.scale_shift_table + embedded[:, :, None])[:, :, None].unbind(-2)  # (B, 1 or F+I, 1, D)
         x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, F+I, N, p*p*C)
         sample = unpatchify(x, grid, patch).transpose(1, 2)  # (B, C, F+I, H, W)
+        if return_hidden_states:
+            return T2VOutput(sample, by_block) if return_dict else (sample, by_block)
         return T2VOutput(sample) if return_dict else (sample,)
 
     @torch.no_grad()
