@@ -1,4 +1,4 @@
-"""The mathematics of noising and denoising clips (B, F, C, H, W); knows no network and no data."""
+"""Mathematics of noising and denoising clips (B, F, C, H, W), independent of networks and data."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ __all__ = [
 def build_diffusion(
     config: DiffusionConfig, *, learn_sigma: bool, respacing: str = ""
 ) -> GaussianDiffusion | RectifiedFlow:
-    """The process that `config` describes.
+    """Builds the process that `config` describes.
 
     Args:
         config: the `diffusion` section.
         learn_sigma: whether the network's output has 2C channels (`model.learn_sigma`).
-        respacing: steps to keep for sampling: "" all, "250", "10,15,20", "ddim50"; for a flow a number.
+        respacing: steps to keep for sampling: "" for all, "250", "10,15,20", "ddim50"; for a flow only a number.
 
     Raises:
-        ValueError: a flow with learned sigma, or a respacing string that is impossible.
+        ValueError: a flow with learned sigma, or an invalid respacing string.
     """
     if config.prediction != "flow":
         return GaussianDiffusion(config, learn_sigma=learn_sigma, respacing=respacing)

@@ -384,10 +384,10 @@ def test_gradient_guidance_samples_the_posterior(method: str) -> None:
 @pytest.mark.parametrize(
     ("process", "options", "message"),
     [
-        (gaussian("4"), {"method": "euler"}, "'euler' does not fit diffusion.prediction=epsilon"),
+        (gaussian("4"), {"method": "euler"}, "'euler' does not support diffusion.prediction=epsilon"),
         (flow("4"), {"method": "ddpm"}, "choose euler | heun | dpm_solver++ | sde_dpm_solver++ | unipc"),
         (gaussian("4"), {"method": "plms"}, "choose ddpm | ddim | ddim_reverse | dpm_solver++"),
-        (gaussian("4"), {"method": "ddpm", "eta": 0.5}, "eta=0.5 belongs to method ddim"),
+        (gaussian("4"), {"method": "ddpm", "eta": 0.5}, "eta=0.5 is read only by method ddim"),
         (gaussian("4"), {"method": "unipc", "gradient_fn": perfect_denoiser}, "gradient_fn"),
         (flow("4"), {"method": "euler", "gradient_fn": perfect_denoiser}, "gradient_fn"),
     ],

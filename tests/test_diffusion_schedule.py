@@ -103,15 +103,15 @@ def test_network_is_given_the_original_timesteps() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"schedule": "quad"}, "diffusion.schedule is 'quad'; choose linear | cosine"),
-        ({"prediction": "noise"}, "diffusion.prediction is 'noise'"),
-        ({"loss": "l1"}, "diffusion.loss is 'l1'"),
+        ({"schedule": "quad"}, "diffusion.schedule must be one of linear, cosine, got 'quad'"),
+        ({"prediction": "noise"}, "diffusion.prediction must be one of"),
+        ({"loss": "l1"}, "diffusion.loss must be one of"),
         ({"fixed_variance": "big"}, "diffusion.fixed_variance"),
         ({"timestep_density": "cosine"}, "diffusion.timestep_density"),
         ({"timestep_sampler": "random"}, "diffusion.timestep_sampler"),
-        ({"num_steps": 0}, "diffusion.num_steps is 0"),
-        ({"timestep_shift": 0.0}, "diffusion.timestep_shift is 0.0"),
-        ({"timestep_shift": float("nan")}, "diffusion.timestep_shift is nan"),
+        ({"num_steps": 0}, "diffusion.num_steps must be at least 1, got 0"),
+        ({"timestep_shift": 0.0}, "diffusion.timestep_shift must be positive and finite, got 0.0"),
+        ({"timestep_shift": float("nan")}, "diffusion.timestep_shift must be positive and finite, got nan"),
         (
             {"prediction": "flow", "loss": "kl"},
             "diffusion.loss=kl has no meaning with diffusion.prediction=flow",
