@@ -120,7 +120,7 @@ class Latte(nn.Module):
 
     @property
     def null_label(self) -> int | None:
-        """The label that means "no label", or None where there is no such row."""
+        """Label that means "no label", or None if the table has no such row."""
         return self.config.num_classes if self.config.has_null_label else None
 
     def forward(
@@ -173,7 +173,8 @@ class Latte(nn.Module):
             if index in return_hidden_states:
                 hidden_states[index] = x[:, :, : x.shape[2] - num_appended]
             if route is not None and skipped is not None and index == route.stop - 1:
-                skipped, x = None, route.scatter(x, skipped, num_appended)
+                x = route.scatter(x, skipped, num_appended)
+                skipped = None
 
         x = x[:, :, : grid[0] * grid[1]]  # without the tokens of timestep and label
         x = self.final_layer(x, condition, num_frames)  # (B, F+I, N, p*p*C)
@@ -183,7 +184,7 @@ class Latte(nn.Module):
         return (x, hidden_states) if return_hidden_states else x
 
     def initialize_weights(self) -> None:
-        """DiT's initialisation: layers start as the identity (`adaln`) and the network's output as zero."""
+        """Initialises as DiT does: layers start as the identity (`adaln`), and the network's output as zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -211,7 +212,7 @@ class Latte(nn.Module):
     def _inject(
         self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_frames: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Timestep and label as a condition `(B, 1, 1+I or F+I, 1, D)`, or as tokens at the end of every frame."""
+        """Embeds timestep and label: as condition `(B, 1 or 1+I or F+I, 1, D)`, or as tokens appended to each frame."""
         parts = [self._embed_timesteps(timesteps, num_frames)]  # (B, 1 or F+I, 1, D)
         if labels is not None:
             label_rows = self.y_embedder(labels.reshape(len(labels), -1))[:, :, None]  # (B, 1 or 1+I, 1, D)
@@ -222,7 +223,7 @@ class Latte(nn.Module):
         return torch.cat([x, *tokens], dim=2), None
 
     def _embed_timesteps(self, timesteps: Tensor, num_frames: int) -> Tensor:
-        """`(B,)` -> `(B, 1, 1, D)`; `(B, F+I)` of frames -> `(B, F+I, 1, D)`, where `num_frames` F may be tubelets."""
+        """`(B,)` -> `(B, 1, 1, D)`; one per frame `(B, F+I)` -> `(B, F+I, 1, D)`, where F then counts tubelets."""
         if timesteps.ndim == 1:
             return self.t_embedder(timesteps)[:, None, None]
         span = self.config.frames_per_token
@@ -242,13 +243,13 @@ class Latte(nn.Module):
         return checkpoint(block, x, condition, num_frames, rotation, use_reentrant=False, preserve_rng_state=False)
 
     def _space_positions(self, grid: tuple[int, int]) -> Tensor:
-        """`(1, N, D)` for any grid; the trained one is kept."""
+        """Returns spatial positions `(1, N, D)` for any grid; those of the trained grid are stored."""
         if grid == self.grid:
             return self.pos_embed
         return self._space_table(grid, self.pos_embed.device).to(self.pos_embed.dtype)
 
     def _add_time_positions(self, x: Tensor, num_frames: int) -> Tensor:
-        """Add the temporal table to the clip's frames; images have no place in time."""
+        """Adds temporal positions to the frames of the clip; images have none."""
         if self.temp_embed is None:
             return x
         table = self.temp_embed
@@ -277,10 +278,10 @@ class Latte(nn.Module):
     def _check_clip(self, num_frames: int, height: int, width: int) -> None:
         span, patch = self.config.frames_per_token, self.patch_size
         if num_frames < 1:
-            raise ValueError(f"a clip needs at least one frame, not {num_frames}")
+            raise ValueError(f"a clip must have at least one frame, got {num_frames}")
         if num_frames % span:
             raise ValueError(
-                f"{num_frames} frames are not divisible by model.tubelet_size ({span}); change one of the two"
+                f"{num_frames} frames are not divisible by model.tubelet_size={span}; change one of the two"
             )
         if min(height, width) < patch or height % patch or width % patch:
             raise ValueError(
@@ -290,14 +291,14 @@ class Latte(nn.Module):
 
     def _check_input(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_images: int) -> None:
         if x.ndim != 5 or x.shape[2] != self.in_channels:
-            raise ValueError(f"the network takes latents (B, F+I, {self.in_channels}, H, W), not {tuple(x.shape)}")
+            raise ValueError(f"latents must be of shape (B, F+I, {self.in_channels}, H, W), got {tuple(x.shape)}")
         if timesteps.shape not in (x.shape[:1], x.shape[:2]):
             raise ValueError(
-                f"timesteps must be of shape ({len(x)},), one per clip, or {tuple(x.shape[:2])}, one per frame, not "
+                f"timesteps must be of shape ({len(x)},), one per clip, or {tuple(x.shape[:2])}, one per frame, got "
                 f"{tuple(timesteps.shape)}"
             )
         if num_images < 0:
-            raise ValueError(f"num_images must be 0 or more, not {num_images}")
+            raise ValueError(f"num_images must be at least 0, got {num_images}")
         self._check_clip(x.shape[1] - num_images, x.shape[3], x.shape[4])
         self._check_labels(labels, x.shape[0], num_images)
 
@@ -311,18 +312,18 @@ class Latte(nn.Module):
     def _check_labels(self, labels: Tensor | None, batch: int, num_images: int) -> None:
         if not self.config.num_classes:
             if labels is not None:
-                raise ValueError("labels were given to an unconditional network (model.num_classes is 0)")
+                raise ValueError("an unconditional network (model.num_classes=0) takes no labels: pass None")
             return
         if labels is None:
             raise ValueError(
-                f"a network of {self.config.num_classes} classes (model.num_classes) needs labels; "
-                f"the label for none is {self.null_label}"
+                f"a network with model.num_classes={self.config.num_classes} needs labels; the null label is "
+                f"{self.null_label}"
             )
         shapes = [(batch, 1 + num_images)] if num_images else [(batch,), (batch, 1)]
         if tuple(labels.shape) not in shapes:
             raise ValueError(
                 f"labels must be of shape {' or '.join(map(str, shapes))} for {batch} clips with "
-                f"{num_images} images each, not {tuple(labels.shape)}"
+                f"{num_images} images each, got {tuple(labels.shape)}"
             )
 
 

@@ -70,7 +70,7 @@ def test_more_heads_than_a_grid_has_room_for(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unknown_choice_is_named() -> None:
-    with pytest.raises(ValueError, match="attention must be one of auto, fused, plain, not 'xformers'"):
+    with pytest.raises(ValueError, match="attention must be one of auto, fused, plain, got 'xformers'"):
         choose("xformers")
 
 

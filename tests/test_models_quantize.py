@@ -89,7 +89,9 @@ def test_a_quantised_encoder_from_a_folder(tmp_path: Path) -> None:
 
 def test_without_cuda_bitsandbytes_is_refused() -> None:
     for kind in ("bnb8", "bnb4"):
-        with pytest.raises(ValueError, match=f"quantize_transformer={kind} is bitsandbytes', which needs CUDA; on cpu"):
+        with pytest.raises(
+            ValueError, match=f"quantize_transformer={kind} is from bitsandbytes, which needs CUDA; use int8 on cpu"
+        ):
             check_device(kind, torch.device("cpu"), "quantize_transformer")
         check_device(kind, torch.device("cuda", 0), "quantize_transformer")
     check_device("int8", torch.device("cpu"), "quantize_transformer")

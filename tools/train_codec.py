@@ -209,7 +209,7 @@ def load_state(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
     Raises: FileNotFoundError without one, ValueError for that of a run with other arguments.
     """
-    from models.pickled import load_pickled
+    from models.convert import load_pickled
 
     if not path.is_file():
         raise FileNotFoundError(f"--resume: there is no run to resume at {path}")
