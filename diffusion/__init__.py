@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .conditioning import ConditionConfig, Given, conditioned, sample_given
+from .conditioning import ConditionConfig, Given, condition_denoiser, sample_given
 from .config import DiffusionConfig
 from .flow import RectifiedFlow
 from .gaussian import GaussianDiffusion, PMeanVariance
-from .guidance import Denoiser, guided
+from .guidance import Denoiser, guide_denoiser
 from .losses import LossTerms
-from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, evaluations, sample
+from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, list_evaluations, sample
 from .timestep_sampler import (
     LossAwareTimestepSampler,
     TimestepSampler,
@@ -33,9 +33,9 @@ __all__ = [
     "build_diffusion",
     "build_timestep_sampler",
     "calc_bpd_loop",
-    "conditioned",
-    "evaluations",
-    "guided",
+    "condition_denoiser",
+    "guide_denoiser",
+    "list_evaluations",
     "sample",
     "sample_given",
 ]

@@ -130,7 +130,7 @@ class Given:
         return torch.where(self.frames, 0, rows)
 
 
-def conditioned(denoiser: Denoiser, given: Given) -> Denoiser:
+def condition_denoiser(denoiser: Denoiser, given: Given) -> Denoiser:
     """Wraps a denoiser that takes timesteps (B, F), so that it sees the known frames clean."""
     return lambda x, timesteps: denoiser(given.keep(x), given.timesteps(timesteps))
 
@@ -145,4 +145,4 @@ def sample_given(
     """
     if given is None:
         return sample(diffusion, denoiser, noise, **options)
-    return given.keep(sample(diffusion, conditioned(denoiser, given), noise, x_start_fn=given.keep, **options))
+    return given.keep(sample(diffusion, condition_denoiser(denoiser, given), noise, x_start_fn=given.keep, **options))

@@ -12,8 +12,8 @@ from torch import Tensor
 from .config import DiffusionConfig
 from .guidance import Denoiser
 from .losses import LossTerms, frame_mean
-from .schedule import respaced_timesteps
-from .timestep_sampler import shifted, times_from_uniform
+from .schedule import respace_timesteps
+from .timestep_sampler import shift_times, times_from_uniform
 
 
 class RectifiedFlow:
@@ -35,9 +35,9 @@ class RectifiedFlow:
         if "," in respacing or respacing.startswith("ddim"):
             raise ValueError(f"Respacing {respacing!r} has no meaning for a flow: give a number ('25').")
         self.config = config
-        self.num_timesteps = len(respaced_timesteps(config.num_steps, respacing))
+        self.num_timesteps = len(respace_timesteps(config.num_steps, respacing))
         even = torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64)
-        self.times = shifted(even, config.timestep_shift)  # (T + 1,), ascending from data to noise
+        self.times = shift_times(even, config.timestep_shift)  # (T + 1,), ascending from data to noise
         # on the host, for planning: the network's timestep at step i, which goes from noise level i + 1 to i
         self.step_times: list[float] = (self.times[1:].float() * config.num_steps).tolist()
         self.noise_levels: list[float] = self.times.tolist()

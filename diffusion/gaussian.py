@@ -21,7 +21,7 @@ from .losses import (
     frame_mean,
     normal_kl,
 )
-from .schedule import BETAS, gaussian_tables, respaced_betas, respaced_timesteps
+from .schedule import BETAS, gaussian_tables, respace_betas, respace_timesteps
 from .timestep_sampler import steps_from_uniform
 
 CHANNEL_DIM = 2
@@ -66,14 +66,14 @@ class GaussianDiffusion:
     Args:
         config: the `diffusion` section; its prediction is not "flow".
         learn_sigma: the network's output has 2C channels, of which the second half interpolates the variance.
-        respacing: see `schedule.respaced_timesteps`.
+        respacing: see `schedule.respace_timesteps`.
     """
 
     def __init__(self, config: DiffusionConfig, *, learn_sigma: bool = True, respacing: str = "") -> None:
         self.config = config
         self.learn_sigma = learn_sigma
-        kept = respaced_timesteps(config.num_steps, respacing)
-        tables = gaussian_tables(respaced_betas(BETAS[config.schedule](config.num_steps), kept))
+        kept = respace_timesteps(config.num_steps, respacing)
+        tables = gaussian_tables(respace_betas(BETAS[config.schedule](config.num_steps), kept))
         self.tables = tables | prediction_tables(tables, config.prediction)
         self.timestep_map = torch.tensor(kept)
         self.num_timesteps = len(kept)

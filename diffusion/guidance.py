@@ -27,7 +27,7 @@ class Guidable(Protocol):
 C = TypeVar("C", bound=Guidable)
 
 
-def guided(
+def guide_denoiser(
     model_fn: Callable[[Tensor, Tensor, C], Tensor],
     condition: C,
     scale: float,

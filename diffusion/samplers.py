@@ -281,7 +281,7 @@ class Evaluation(NamedTuple):
     share: float
 
 
-def evaluations(process: Process, method: str) -> list[Evaluation]:
+def list_evaluations(process: Process, method: str) -> list[Evaluation]:
     """Lists every call of the denoiser that `sample` will make, in order, without the device.
 
     Raises:

@@ -41,7 +41,7 @@ def cosine_betas(num_steps: int) -> Tensor:
 BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
-def respaced_timesteps(num_steps: int, respacing: str) -> list[int]:
+def respace_timesteps(num_steps: int, respacing: str) -> list[int]:
     """Returns the timesteps that a shortened process keeps, ascending.
 
     Args:
@@ -102,7 +102,7 @@ def _spread(size: int, count: int) -> list[int]:
     return spread
 
 
-def respaced_betas(betas: Tensor, kept: list[int]) -> Tensor:
+def respace_betas(betas: Tensor, kept: list[int]) -> Tensor:
     """Returns betas (len(kept),) of the process that visits only the `kept` steps of one with `betas` (T,)."""
     alphas_cumprod = torch.cumprod(1 - betas, 0)[kept]
     return 1 - alphas_cumprod / _shift_right(alphas_cumprod, 1.0)

@@ -22,7 +22,7 @@ INVERSE_CDFS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def shifted(time: Tensor, shift: float) -> Tensor:
+def shift_times(time: Tensor, shift: float) -> Tensor:
     """Shifts times in [0, 1] towards noise (shift above 1) or data (below 1), with fixed ends.
 
     Esser et al. 2024, eq. 23: t -> s t / (1 + (s - 1) t).
@@ -32,7 +32,7 @@ def shifted(time: Tensor, shift: float) -> Tensor:
 
 def times_from_uniform(uniform: Tensor, config: DiffusionConfig) -> Tensor:
     """Maps `uniform` (B,) in [0, 1) to times (B,) in [0, 1] of the configured density and shift."""
-    return shifted(INVERSE_CDFS[config.timestep_density](uniform), config.timestep_shift)
+    return shift_times(INVERSE_CDFS[config.timestep_density](uniform), config.timestep_shift)
 
 
 def steps_from_uniform(uniform: Tensor, config: DiffusionConfig, num_steps: int) -> Tensor:

@@ -31,7 +31,7 @@ def window_starts(total: int, window: int, overlap: int, method: str) -> list[in
     return starts if method == "autoregressive" else [*starts[:-1], total - window]
 
 
-def seams(total: int, window: int, overlap: int, method: str) -> list[int]:
+def find_seams(total: int, window: int, overlap: int, method: str) -> list[int]:
     """Returns the frame indices at which a window starts or stops contributing."""
     starts = window_starts(total, window, overlap, method)
     if method == "autoregressive":

@@ -16,11 +16,11 @@ from diffusion import (
     LossTerms,
     RectifiedFlow,
     build_diffusion,
-    conditioned,
+    condition_denoiser,
     sample,
     sample_given,
 )
-from diffusion.windows import fuse_windows, ramp, seams, slide_windows, window_starts
+from diffusion.windows import find_seams, fuse_windows, ramp, slide_windows, window_starts
 
 SHAPE = (3, 6, 2, 4, 4)  # B F C H W
 METHODS = {"ddpm": "epsilon", "ddim": "x_start", "euler": "flow", "heun": "flow"}
@@ -126,7 +126,9 @@ def test_the_loss_is_over_the_other_frames_only(prediction: str, learn_sigma: bo
         return output
 
     every = diffusion.training_losses(lambda x, t: output, clips, timesteps, noise)
-    terms = diffusion.training_losses(conditioned(network, Given(clips, padded)), clips, timesteps, noise).without(mask)
+    terms = diffusion.training_losses(
+        condition_denoiser(network, Given(clips, padded)), clips, timesteps, noise
+    ).without(mask)
     for clip in range(3):
         learned = [frame for frame in range(length) if not mask[clip, frame]]
         of_clip = sum(float(every.per_frame()[clip, frame]) for frame in learned) / len(learned)
@@ -199,9 +201,9 @@ def test_windows_cover_every_frame_and_overlap_enough(method: str) -> None:
 
 
 def test_seams_are_where_windows_begin_or_end() -> None:
-    assert seams(16, 16, 4, "fused") == seams(16, 16, 4, "autoregressive") == []
-    assert seams(32, 16, 4, "autoregressive") == [16, 28]
-    assert seams(32, 16, 4, "fused") == [12, 16, 28]
+    assert find_seams(16, 16, 4, "fused") == find_seams(16, 16, 4, "autoregressive") == []
+    assert find_seams(32, 16, 4, "autoregressive") == [16, 28]
+    assert find_seams(32, 16, 4, "fused") == [12, 16, 28]
 
 
 def test_fused_is_the_weighted_mean_of_the_windows() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import guided
+from diffusion import guide_denoiser
 
 CHANNELS, NULL = 3, 9
 
@@ -54,7 +54,7 @@ def test_guided_noise_is_the_formula_and_sigma_is_conditional() -> None:
     x, timesteps, labels = inputs()
     conditional = Network()(x, timesteps, labels)
     unconditional = Network()(x, timesteps, labels.null())
-    found = guided(Network(), labels, 7.0, channels=CHANNELS)(x, timesteps)
+    found = guide_denoiser(Network(), labels, 7.0, channels=CHANNELS)(x, timesteps)
     expected = unconditional + 7.0 * (conditional - unconditional)
     torch.testing.assert_close(found[:, :, :CHANNELS], expected[:, :, :CHANNELS])
     assert torch.equal(found[:, :, CHANNELS:], conditional[:, :, CHANNELS:])
@@ -63,7 +63,7 @@ def test_guided_noise_is_the_formula_and_sigma_is_conditional() -> None:
 def test_both_halves_run_as_one_batch_with_null_labels_second() -> None:
     x, timesteps, labels = inputs()
     network = Network()
-    guided(network, labels, 2.0, channels=CHANNELS)(x, timesteps)
+    guide_denoiser(network, labels, 2.0, channels=CHANNELS)(x, timesteps)
     ((size, seen),) = network.calls
     assert size == 4
     assert seen is not None
@@ -73,15 +73,15 @@ def test_both_halves_run_as_one_batch_with_null_labels_second() -> None:
 def test_one_after_the_other_gives_the_same_in_calls_of_half_the_size() -> None:
     x, timesteps, labels = inputs()
     network = Network()
-    found = guided(network, labels, 7.0, channels=CHANNELS, batched=False)(x, timesteps)
+    found = guide_denoiser(network, labels, 7.0, channels=CHANNELS, batched=False)(x, timesteps)
     assert [(size, seen.tolist()) for size, seen in network.calls] == [(2, [[1], [5]]), (2, [[NULL], [NULL]])]
-    torch.testing.assert_close(found, guided(Network(), labels, 7.0, channels=CHANNELS)(x, timesteps))
+    torch.testing.assert_close(found, guide_denoiser(Network(), labels, 7.0, channels=CHANNELS)(x, timesteps))
 
 
 def test_outside_of_its_interval_guidance_is_one_plain_conditional_call() -> None:
     x, timesteps, labels = inputs()
     network, answers = Network(), iter([False, True])
-    denoiser = guided(network, labels, 7.0, channels=CHANNELS, active=lambda: next(answers))
+    denoiser = guide_denoiser(network, labels, 7.0, channels=CHANNELS, active=lambda: next(answers))
     assert torch.equal(denoiser(x, timesteps), Network()(x, timesteps, labels))
     assert not torch.equal(denoiser(x, timesteps), Network()(x, timesteps, labels))
     assert [size for size, _ in network.calls] == [2, 4]
@@ -91,14 +91,14 @@ def test_outside_of_its_interval_guidance_is_one_plain_conditional_call() -> Non
 def test_scale_one_is_one_plain_conditional_call(scale: float) -> None:
     x, timesteps, labels = inputs()
     network = Network()
-    found = guided(network, Labels(labels.values, has_null=False), scale, channels=CHANNELS)(x, timesteps)
+    found = guide_denoiser(network, Labels(labels.values, has_null=False), scale, channels=CHANNELS)(x, timesteps)
     assert torch.equal(found, Network()(x, timesteps, labels))
     assert [size for size, _ in network.calls] == [2]
 
 
 def test_scale_zero_is_unconditional_noise() -> None:
     x, timesteps, labels = inputs()
-    found = guided(Network(), labels, 0.0, channels=CHANNELS)(x, timesteps)
+    found = guide_denoiser(Network(), labels, 0.0, channels=CHANNELS)(x, timesteps)
     unconditional = Network()(x, timesteps, labels.null())
     torch.testing.assert_close(found[:, :, :CHANNELS], unconditional[:, :, :CHANNELS])
 
@@ -108,6 +108,6 @@ def test_scale_zero_is_unconditional_noise() -> None:
 )
 def test_a_condition_without_a_null_needs_scale_one(condition: Labels) -> None:
     x, timesteps, _ = inputs()
-    assert guided(Network(), condition, 1.0, channels=CHANNELS)(x, timesteps).shape[2] == 2 * CHANNELS
+    assert guide_denoiser(Network(), condition, 1.0, channels=CHANNELS)(x, timesteps).shape[2] == 2 * CHANNELS
     with pytest.raises(ValueError, match="no null label"):
-        guided(Network(), condition, 4.0, channels=CHANNELS)
+        guide_denoiser(Network(), condition, 4.0, channels=CHANNELS)

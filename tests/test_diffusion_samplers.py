@@ -15,7 +15,7 @@ from diffusion import (
     RectifiedFlow,
     StepOptions,
     build_diffusion,
-    evaluations,
+    list_evaluations,
     sample,
 )
 from diffusion.samplers import METHODS, ddim_step, ddpm_step, p_mean_variance
@@ -323,7 +323,7 @@ def test_evaluations_are_those_that_the_network_is_asked_for(method: str) -> Non
                 return x / 2
 
             sample(process, denoiser, randn(*SHAPE).float(), method=method)
-            assert [each.time for each in evaluations(process, method)] == asked
+            assert [each.time for each in list_evaluations(process, method)] == asked
 
 
 # ---- the loop ----------------------------------------------------------------------------------

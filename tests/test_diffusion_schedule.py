@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Normal
 
 from diffusion import DiffusionConfig, GaussianDiffusion, RectifiedFlow, build_diffusion
-from diffusion.schedule import cosine_betas, gaussian_tables, linear_betas, respaced_betas, respaced_timesteps
+from diffusion.schedule import cosine_betas, gaussian_tables, linear_betas, respace_betas, respace_timesteps
 
 
 def test_linear_betas_scale_with_the_number_of_steps() -> None:
@@ -49,23 +49,23 @@ def test_too_few_steps_for_the_linear_schedule_is_a_sentence() -> None:
     ],
 )
 def test_respacing(respacing: str, kept: list[int]) -> None:
-    assert respaced_timesteps(12, respacing) == kept
+    assert respace_timesteps(12, respacing) == kept
 
 
 def test_respacing_with_uneven_sections_gives_the_surplus_to_the_first() -> None:
-    assert respaced_timesteps(11, "6,5") == list(range(11))
+    assert respace_timesteps(11, "6,5") == list(range(11))
 
 
 @pytest.mark.parametrize("respacing", ["13", "0", "-3", "ddim", "ddim13", "ddim7", "ten", "2,,3", "1.5", "7,1"])
 def test_impossible_respacing_is_a_sentence_that_repeats_it(respacing: str) -> None:
     with pytest.raises(ValueError, match=f"[Rr]espacing '{respacing}'"):
-        respaced_timesteps(12, respacing)
+        respace_timesteps(12, respacing)
 
 
 def test_respaced_process_visits_the_same_noise_levels() -> None:
     betas = linear_betas(1000)
-    kept = respaced_timesteps(1000, "10,15,20")
-    short = torch.cumprod(1 - respaced_betas(betas, kept), 0)
+    kept = respace_timesteps(1000, "10,15,20")
+    short = torch.cumprod(1 - respace_betas(betas, kept), 0)
     torch.testing.assert_close(short, torch.cumprod(1 - betas, 0)[kept], rtol=1e-12, atol=0)
 
 

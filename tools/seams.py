@@ -93,7 +93,7 @@ def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 def seams_in(written: dict[str, Any], arguments: argparse.Namespace, num_frames: int) -> list[int]:
     """Where the seams of the videos are, by their samples.json or by the command line."""
-    from diffusion.windows import METHODS, seams
+    from diffusion.windows import METHODS, find_seams
 
     made = written.get("windows") or {}
     window = arguments.window or made.get("size")
@@ -105,7 +105,7 @@ def seams_in(written: dict[str, Any], arguments: argparse.Namespace, num_frames:
         raise ValueError(f"--window_method must be one of {', '.join(METHODS)}, not {method!r}.")
     if not 1 <= overlap < window:
         raise ValueError(f"--overlap must be from 1 to {window - 1}, not {overlap}.")
-    return seams(num_frames, window, overlap, method)
+    return find_seams(num_frames, window, overlap, method)
 
 
 def main(argv: list[str]) -> int:
