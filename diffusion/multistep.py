@@ -25,7 +25,7 @@ class Scheduler(NamedTuple):
     stochastic: bool = False  # adds noise at every step
 
 
-SCHEDULERS = {
+MULTISTEP_SOLVERS = {
     "dpm_solver++": Scheduler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "sde_dpm_solver++": Scheduler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, True),
     "unipc": Scheduler("UniPCMultistepScheduler", {}),
@@ -36,7 +36,7 @@ class MultistepSolver:
     """One walk from noise to data; stores the predicted clean clips of the last steps.
 
     Args:
-        name: a key of SCHEDULERS.
+        name: a key of MULTISTEP_SOLVERS.
         noise_levels: T + 1 levels ascending from 0, as in `noise_levels` of a process.
         flow: True if they are times of a flow, False for noise-to-signal ratios.
 
@@ -47,7 +47,7 @@ class MultistepSolver:
     def __init__(self, name: str, noise_levels: Sequence[float], *, flow: bool) -> None:
         import diffusers  # slow to import
 
-        kind = SCHEDULERS[name]
+        kind = MULTISTEP_SOLVERS[name]
         self.stochastic = kind.stochastic
         self.scheduler = getattr(diffusers, kind.name)(
             solver_order=ORDER,

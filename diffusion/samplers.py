@@ -18,7 +18,7 @@ from .flow import RectifiedFlow, velocity
 from .gaussian import GaussianDiffusion, PMeanVariance
 from .guidance import Denoiser
 from .losses import frame_mean
-from .multistep import SCHEDULERS, MultistepSolver
+from .multistep import MULTISTEP_SOLVERS, MultistepSolver
 
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (steps done, T, x, pred_x_start)
 
@@ -243,7 +243,7 @@ METHODS = {
     "euler": Method(RectifiedFlow, lambda _: euler_step),
     # ends with Euler, because networks predict worst at time 0, where clips have no noise
     "heun": Method(RectifiedFlow, lambda _: heun_step, euler_step, evaluations=2),
-    **{name: Method((GaussianDiffusion, RectifiedFlow), multistep(name)) for name in SCHEDULERS},
+    **{name: Method((GaussianDiffusion, RectifiedFlow), multistep(name)) for name in MULTISTEP_SOLVERS},
 }
 
 

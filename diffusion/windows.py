@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .guidance import Denoiser
 
-METHODS = ("autoregressive", "fused")
+WINDOW_METHODS = ("autoregressive", "fused")
 
 
 def window_starts(total: int, window: int, overlap: int, method: str) -> list[int]:

@@ -86,7 +86,7 @@ class Call(NamedTuple):
         return VIEWS["temporal, large" if large else self.view]
 
 
-def fused(call: Call) -> Tensor:
+def fused_attention(call: Call) -> Tensor:
     """Computes attention by torch's scaled_dot_product_attention, with backends in the order of `BACKENDS`."""
     q, k, v = call.fold()
     with _backends(q.device.type):
@@ -97,7 +97,7 @@ def _backends(device: str) -> AbstractContextManager[None]:
     return sdpa_kernel(BACKENDS[device], set_priority=True) if device in BACKENDS else nullcontext()
 
 
-def plain(call: Call) -> Tensor:
+def plain_attention(call: Call) -> Tensor:
     """Computes softmax(q k^T / sqrt(D/H)) v with the scores in memory: the reference for the other kernels."""
     q, k, v = call.fold()
     # scaled before the product: otherwise the compiler recognises attention and replaces this by a fused kernel
@@ -109,9 +109,9 @@ def plain(call: Call) -> Tensor:
     return call.unfold(scores.softmax(dim=-1) @ v)
 
 
-KERNELS: dict[str, Callable[[Call], Tensor]] = {"fused": fused, "plain": plain}
+KERNELS: dict[str, Callable[[Call], Tensor]] = {"fused": fused_attention, "plain": plain_attention}
 CHOICES = ("auto", *KERNELS)
-_kernel: Callable[[Call], Tensor] = fused
+_kernel: Callable[[Call], Tensor] = fused_attention
 
 
 def choose(name: str) -> None:

@@ -92,7 +92,7 @@ def _decode_clips(network: Any, latents: Tensor, num_frames: int) -> Tensor:
 
 
 # Keys are the `_class_name` in diffusers' config.json, then two of our own.
-KINDS: dict[str, Kind] = {
+AUTOENCODERS: dict[str, Kind] = {
     "AutoencoderKL": Kind(_encode_gaussian, _decode_frames, stochastic=True),
     "AutoencoderKLTemporalDecoder": Kind(_encode_gaussian, _decode_clips, stochastic=True, temporal=True),
     "AutoencoderTiny": Kind(lambda network, x: (network.encode(x).latents, None), _decode_frames),
@@ -139,13 +139,13 @@ def codec_folder(config: CodecConfig) -> Path:
 def _class_name(config: CodecConfig, file: Path) -> str:
     """Returns the `_class_name` in a `config.json`.
 
-    Raises: ValueError if it is not one of `KINDS`.
+    Raises: ValueError if it is not one of `AUTOENCODERS`.
     """
     try:
         name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"codec.path={config.path}: {file.name} does not describe an autoencoder") from error
-    known = [kind for kind in KINDS if kind.startswith("Autoencoder")]
+    known = [kind for kind in AUTOENCODERS if kind.startswith("Autoencoder")]
     if name not in known:
         raise ValueError(f"codec.path={config.path} holds a {name}, but a codec must be one of {', '.join(known)}")
     return str(name)
@@ -179,15 +179,15 @@ def _load_diffusers(config: CodecConfig, folder: Path, class_name: str) -> nn.Mo
 def _load(config: CodecConfig) -> tuple[Kind, nn.Module]:
     """Loads the network that `config.path` names, on the CPU; returns its kind and the network."""
     if config.path is None:
-        return KINDS["pixels"], nn.Identity()
+        return AUTOENCODERS["pixels"], nn.Identity()
     folder = codec_folder(config)
     if (folder / ENCODER_FILE).is_file() and (folder / DECODER_FILE).is_file():
-        return KINDS["Taef2"], Taef2.from_folder(folder).to(DTYPES[config.dtype])
+        return AUTOENCODERS["Taef2"], Taef2.from_folder(folder).to(DTYPES[config.dtype])
     if not (folder / CONFIG_FILE).is_file():
         name = "/".join(filter(None, (config.subfolder, CONFIG_FILE)))
         raise FileNotFoundError(f"codec.path={config.path} holds neither {name} nor {ENCODER_FILE} and {DECODER_FILE}")
     class_name = _class_name(config, folder / CONFIG_FILE)
-    return KINDS[class_name], _load_diffusers(config, folder, class_name)
+    return AUTOENCODERS[class_name], _load_diffusers(config, folder, class_name)
 
 
 # ------------------------------------------------------------------------------------------- codec

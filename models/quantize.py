@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-# int8: torchao, one scale per output, computes in the dtype of the network, on any device.
-# bnb8: LLM.int8 of bitsandbytes (arXiv 2208.07339). bnb4: its NF4 (arXiv 2305.14314). CUDA only.
-KINDS = ("int8", "bnb8", "bnb4")
 FULL = (".wo",)  # in T5: overflows fp16, so transformers keeps it in fp32 and bitsandbytes must not quantise it
 
 
@@ -32,7 +29,7 @@ def quantize(network: nn.Module, kind: str | None, device: torch.device) -> nn.M
     if kind is not None:
         for name, module in list(network.named_modules()):
             if isinstance(module, nn.Linear) and "block" in name and not (kind != "int8" and name.endswith(FULL)):
-                network.set_submodule(name, MAKERS[kind](module, device))
+                network.set_submodule(name, QUANTIZERS[kind](module, device))
     return network.to(device)
 
 
@@ -62,7 +59,9 @@ def _bitsandbytes(linear: nn.Linear, device: torch.device, *, four: bool) -> nn.
     return made.to(device)  # bitsandbytes quantises here
 
 
-MAKERS: dict[str, Callable[[nn.Linear, torch.device], nn.Module]] = {
+# int8: torchao, one scale per output, computes in the dtype of the network, on any device.
+# bnb8: LLM.int8 of bitsandbytes (arXiv 2208.07339). bnb4: its NF4 (arXiv 2305.14314). CUDA only.
+QUANTIZERS: dict[str, Callable[[nn.Linear, torch.device], nn.Module]] = {
     "int8": _torchao,
     "bnb8": partial(_bitsandbytes, four=False),
     "bnb4": partial(_bitsandbytes, four=True),
