@@ -26,8 +26,8 @@ from datasets import ClipDataset
 from datasets.text_features import TextCache
 from models.autoencoder import DTYPES
 from models.config import LatteConfig
+from models.identity import select_comparable, text_identity
 from models.text_encoder import TextConfig, TextEncoder
-from models.text_identity import comparable, text_identity
 
 from .config import Config, require
 from .distributed import on_main
@@ -271,5 +271,5 @@ def build_conditions(
     if config.text.features is None:
         return Captions(config.text, texts, EncodedFeatures(config.text, device), device)
     cache = TextCache(Path(config.text.features))
-    cache.check(comparable(on_main(lambda: text_identity(config.text))), [EMPTY, *texts])
+    cache.check(select_comparable(on_main(lambda: text_identity(config.text))), [EMPTY, *texts])
     return Captions(config.text, texts, cache, device)

@@ -13,7 +13,7 @@ from typing import Any
 from datasets.catalog import CAPTIONED
 from datasets.clips import MAX_TIMEOUT_S, DataConfig
 from diffusion import ConditionConfig, DiffusionConfig
-from diffusion.multistep import SCHEDULERS
+from diffusion.multistep import MULTISTEP_SOLVERS
 from models import attention
 from models.autoencoder import CodecConfig
 from models.latte import LatteConfig
@@ -24,8 +24,8 @@ from .official_keys import DROPPED, RENAMED
 from .optim import OptimConfig
 from .removed import drop_removed
 
-GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *SCHEDULERS)
-FLOW_METHODS = ("auto", "euler", "heun", *SCHEDULERS)
+GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *MULTISTEP_SOLVERS)
+FLOW_METHODS = ("auto", "euler", "heun", *MULTISTEP_SOLVERS)
 METHODS = tuple(dict.fromkeys((*GAUSSIAN_METHODS, *FLOW_METHODS)))
 TRAIN_PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
 SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")

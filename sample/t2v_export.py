@@ -22,7 +22,7 @@ from engine.build import text_network_config
 from engine.captions import temporal_position_scale
 from engine.checkpoint import find_checkpoint, load_checkpoint_config, read_state, weights_file
 from engine.config import Config, require
-from models.autoencoder import KINDS, CodecConfig, local_folder
+from models.autoencoder import AUTOENCODERS, CodecConfig, local_folder
 from models.config_t2v import LatteT2VConfig
 from models.convert_t2v import CONFIG_FILE, SCALE, WEIGHTS, require_new
 from models.text_encoder import PARTS
@@ -156,7 +156,7 @@ def _codec_folder(config: CodecConfig) -> tuple[Path | None, str]:
     folder = folder / (config.subfolder or "")
     file = folder / CONFIG_FILE
     name = json.loads(file.read_text(encoding="utf-8")).get("_class_name") if file.is_file() else None
-    if name not in KINDS:
+    if name not in AUTOENCODERS:
         return None, f"{folder} is none of diffusers' autoencoders"
     if config.shift:
         return None, f"LattePipeline knows no codec.shift, which is {config.shift}"

@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from diffusion.windows import METHODS
+from diffusion.windows import WINDOW_METHODS
 from engine.config import MAX_SEED, SAMPLE_PRECISIONS, check_frame_keys, read_yaml, require
-from models.quantize import KINDS
+from models.quantize import QUANTIZERS
 from sample.sample import MAX_VIDEOS
 
 # The official names -> the class in diffusers and what it needs beside the beta schedule. A learned variance is
@@ -115,13 +115,18 @@ class T2XConfig:
             not (self.cpu_offload and self.quantize_transformer in ("bnb8", "bnb4")),
             f"quantize_transformer={self.quantize_transformer} stays on the GPU: leave cpu_offload out, or use int8",
         )
-        words = {"sample_method": list(SCHEDULERS), "precision": list(SAMPLE_PRECISIONS), "window_method": METHODS}
+        words = {
+            "sample_method": list(SCHEDULERS),
+            "precision": list(SAMPLE_PRECISIONS),
+            "window_method": WINDOW_METHODS,
+        }
         for key, choices in words.items():
             value = getattr(self, key)
             require(value in choices, f"{key} must be one of {', '.join(choices)}, not {value!r}")
         for key in ("quantize_text_encoder", "quantize_transformer"):
             value = getattr(self, key)
-            require(value in (None, *KINDS), f"{key} must be one of {', '.join(KINDS)}, or null, not {value!r}")
+            known = value in (None, *QUANTIZERS)
+            require(known, f"{key} must be one of {', '.join(QUANTIZERS)}, or null, not {value!r}")
         check_frame_keys(self, "")
         require(
             not (self.first_frame or self.last_frame or self.given) or size[0] == size[1],

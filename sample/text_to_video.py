@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from datasets.clips import DataConfig
-from diffusion import ConditionConfig, Given, conditioned
+from diffusion import ConditionConfig, Given, condition_denoiser
 from engine.config import window_overlap
 from engine.objective import sample_generator
 from models import hub
@@ -118,7 +118,7 @@ def denoise(
         return model(*inputs, return_dict=False)[0].transpose(1, 2)  # (B, F, C or 2C, h, w)
 
     denoiser = network if plan is None else plan.denoiser(network)
-    denoiser = denoiser if known is None else conditioned(denoiser, known)
+    denoiser = denoiser if known is None else condition_denoiser(denoiser, known)
     latents = noise * scheduler.init_noise_sigma
     for done, step in enumerate(scheduler.timesteps, start=1):
         entered = scheduler.scale_model_input(latents.expand(len(captions), -1, -1, -1, -1), step)

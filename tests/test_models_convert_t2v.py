@@ -300,13 +300,13 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_a_file_without_a_config_is_taken_for_latte_1(tmp_path: Path) -> None:
     save_file(theirs().state_dict(), tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"taken for Latte-1 as there is no config\.json beside it, does not fit"):
+    with pytest.raises(ValueError, match=r"read as Latte-1 because there is no config\.json next to it, does not fit"):
         load_t2v(tmp_path / "weights.safetensors")
 
 
 def test_a_class_conditional_network_is_named_as_such(tmp_path: Path) -> None:
     torch.save({"blocks.0.attn.qkv.weight": torch.ones(3, 1), "temp_embed": torch.ones(1)}, tmp_path / "ffs.pt")
-    with pytest.raises(ValueError, match="is no text-conditioned network"):
+    with pytest.raises(ValueError, match="is not a text-conditioned network"):
         load_t2v(tmp_path / "ffs.pt")
 
 

@@ -160,4 +160,4 @@ def test_a_hub_name_works_wherever_a_folder_does(hub: Hub, tmp_path: Path) -> No
     assert done.stderr.count(f"me/latte: revision main, commit {second}") == 1
     assert (tmp_path / "out" / "0000_a_red_disc.png").is_file()
     for name, reason in (("me/absent", "RepositoryNotFoundError"), ("me/latte", "RevisionNotFoundError")):
-        assert f"source={name} is not a folder here, and could not be had from the hub ({reason})" in done.stderr
+        assert f"source={name} is not a local folder and could not be downloaded from the hub ({reason})" in done.stderr

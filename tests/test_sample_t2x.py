@@ -161,7 +161,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(latte: Path, tmp_path: Pa
     pieces += [(f"<{number}>", -1.0) for number in range({"four pieces": 0, "all unknown": 58, "another's": 100}[kind])]
     T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "text_encoder").symlink_to(latte / "text_encoder")
-    words = "takes different prompts for the same" if kind == "all unknown" else "do not belong together"
+    words = "encodes different prompts alike" if kind == "all unknown" else "do not belong together"
     with pytest.raises(ValueError, match=words) as raised:
         TextEncoder.from_folder(tmp_path, torch.float32, CPU)
     assert "\n" not in str(raised.value)
@@ -289,7 +289,7 @@ def test_configs_that_are_refused(tmp_path: Path, text: str, words: str) -> None
 
 
 def test_other_mistakes(latte: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a folder here, which has no revision v1: leave that out"):
+    with pytest.raises(ValueError, match="is a local folder, which has no revision v1: leave the revision out"):
         find_folder(T2XConfig(pretrained_model_path=str(latte), revision="v1"))
     with pytest.raises(ValueError, match="num_sampling_steps=1001 is more than the 1000 steps of the noise schedule"):
         make_scheduler(tiny(latte, num_sampling_steps=1001), latte)
@@ -297,7 +297,7 @@ def test_other_mistakes(latte: Path, tmp_path: Path) -> None:
         command(latte, tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         find_folder(T2XConfig(pretrained_model_path=str(tmp_path / "absent")))
-    with pytest.raises(FileNotFoundError, match="could not be had from the hub"):
+    with pytest.raises(FileNotFoundError, match="could not be downloaded from the hub"):
         find_folder(T2XConfig(pretrained_model_path="no_such_owner/no-such-model"))
     (tmp_path / "empty.txt").write_text("\n# nothing\n")
     with pytest.raises(ValueError, match="holds no prompt"):
@@ -401,13 +401,13 @@ def said_by(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
 
 BROKEN = [  # file, what is said where it is missing, and where it is cut off
     ("text_encoder/model.safetensors", "text_encoder could not be loaded: Error no file named", "could not be loaded"),
-    ("text_encoder/config.json", "text_encoder/config.json is missing", "text_encoder/config.json is not whole JSON"),
+    ("text_encoder/config.json", "text_encoder/config.json is missing", "text_encoder/config.json is not valid JSON"),
     ("tokenizer/tokenizer.json", "the tokenizer knows", "could not be loaded"),
-    ("transformer/diffusion_pytorch_model.safetensors", "transformer holds no weights", "is not a whole safetensors"),
-    ("transformer/config.json", "transformer holds no network", "transformer/config.json is not whole JSON"),
-    ("scheduler/scheduler_config.json", "scheduler_config.json is missing", "scheduler_config.json is not whole JSON"),
+    ("transformer/diffusion_pytorch_model.safetensors", "transformer holds no weights", "not a complete safetensors"),
+    ("transformer/config.json", "transformer holds no network", "transformer/config.json is not valid JSON"),
+    ("scheduler/scheduler_config.json", "scheduler_config.json is missing", "scheduler_config.json is not valid JSON"),
     ("vae/diffusion_pytorch_model.safetensors", "could not be loaded as AutoencoderKL", "could not be loaded as Auto"),
-    ("vae/config.json", "vae/config.json is missing", "vae/config.json is not whole JSON"),
+    ("vae/config.json", "vae/config.json is missing", "vae/config.json is not valid JSON"),
 ]
 
 
@@ -462,12 +462,12 @@ def test_one_sentence_and_exit_code_2(
         theirs(in_channels=3, out_channels=6).save_pretrained(tmp_path / "network")
         flags, words = ["--transformer", str(tmp_path / "network")], "takes 4 latent channels, but the network makes 3"
     elif kind == "bitsandbytes":
-        flags, words = ["--quantize_text_encoder", "bnb4"], "bitsandbytes', which needs CUDA; on cpu use int8"
+        flags, words = ["--quantize_text_encoder", "bnb4"], "bitsandbytes, which needs CUDA; use int8 on cpu"
     elif kind == "lora":
-        flags, words = ["--lora", str(tmp_path)], "is no LoRA in peft's format"
+        flags, words = ["--lora", str(tmp_path)], "is not a LoRA in peft's format"
     else:
         monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
-        folder, words = Path("no_such_owner/no-such-model"), "could not be had from the hub"
+        folder, words = Path("no_such_owner/no-such-model"), "could not be downloaded from the hub"
     code, said = said_by(monkeypatch, capfd, "--pretrained_model_path", str(folder), "--prompt", "a", "--save_img_path",
                          str(tmp_path / "out"), *flags)  # fmt: skip
     assert code == 2

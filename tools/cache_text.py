@@ -55,7 +55,7 @@ def cache_text(config: Config, out: Path, world: World) -> None:
     from engine.captions import EncodedFeatures
     from engine.config import require
     from engine.distributed import gather_objects, on_main
-    from models.text_identity import text_identity
+    from models.identity import text_identity
     from tools.caching import locked, tell
 
     require(

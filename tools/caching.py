@@ -37,7 +37,7 @@ from engine.run_folder import FolderLock
 from engine.stream import loaded_items, worker_loader
 from engine.watch import Breadcrumbs
 from models.autoencoder import LatentCodec
-from models.codec_identity import codec_identity, same_codec
+from models.identity import codec_identity, is_same_codec
 from sample.video_io import write_atomically
 
 PLAN = "plan.json"
@@ -171,7 +171,7 @@ def _take(out: Path, lock: FolderLock) -> None:
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError unless the cache in `out` is of what is now asked for."""
     differing = [key for key in now if before.get(key) != now[key]]
-    if "codec" in differing and isinstance(before.get("codec"), dict) and same_codec(before["codec"], now["codec"]):
+    if "codec" in differing and isinstance(before.get("codec"), dict) and is_same_codec(before["codec"], now["codec"]):
         differing.remove("codec")
     if differing:
         changes = "; ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in differing)

@@ -31,8 +31,7 @@ def main(argv: list[str]) -> int:
 
     from safetensors.torch import save_file
 
-    from models.convert import read_state_dict
-    from models.pickled import SETTINGS
+    from models.convert import SETTINGS, read_state_dict
     from sample.video_io import write_atomically
 
     target = arguments.output or arguments.checkpoint.with_suffix(".safetensors")

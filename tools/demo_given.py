@@ -102,11 +102,11 @@ def sample_case(generator: Generator, case: Case, clips: np.ndarray, steps: int)
 def measure(videos: np.ndarray, clips: np.ndarray, labels: list[int], case: Case, window: int) -> Found:
     """What the tracker and the seams say of the videos of a case."""
     from datasets.demo import accuracy
-    from diffusion.windows import seams
+    from diffusion.windows import find_seams
     from tools.seams import seam_change
 
     named = accuracy(videos.transpose(0, 1, 4, 2, 3), labels)
-    places = seams(case.frames, window, OVERLAP, case.method or "autoregressive")
+    places = find_seams(case.frames, window, OVERLAP, case.method or "autoregressive")
     seam = seam_change(videos, places) if places else None
     next_error = mean_error = None
     if case.given and case.frames <= clips.shape[1]:

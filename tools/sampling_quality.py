@@ -166,10 +166,10 @@ class Bench:
 
 def forwards(cell: Cell) -> float:
     """Forward passes of all layers for one video; guided evaluations have two."""
-    from diffusion import DiffusionConfig, build_diffusion, evaluations
+    from diffusion import DiffusionConfig, build_diffusion, list_evaluations
 
     process = build_diffusion(DiffusionConfig(), learn_sigma=False, respacing=str(cell.steps))
-    times = [each.time / 1000 for each in evaluations(process, cell.method)]
+    times = [each.time / 1000 for each in list_evaluations(process, cell.method)]
     low, high = cell.interval or (0.0, 1.0)
     guided = sum(low <= each <= high for each in times) if cell.scale != 1 else 0
     return len(times) + guided

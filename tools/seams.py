@@ -93,19 +93,19 @@ def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 def seams_in(written: dict[str, Any], arguments: argparse.Namespace, num_frames: int) -> list[int]:
     """Where the seams of the videos are, by their samples.json or by the command line."""
-    from diffusion.windows import METHODS, seams
+    from diffusion.windows import WINDOW_METHODS, find_seams
 
     made = written.get("windows") or {}
     window = arguments.window or made.get("size")
     if not window:
         raise ValueError("these videos were sampled at once: say with --window and --overlap where seams would be.")
     overlap = arguments.overlap or made.get("overlap") or max(1, window // 4)
-    method = arguments.window_method or made.get("method") or METHODS[0]
-    if method not in METHODS:
-        raise ValueError(f"--window_method must be one of {', '.join(METHODS)}, not {method!r}.")
+    method = arguments.window_method or made.get("method") or WINDOW_METHODS[0]
+    if method not in WINDOW_METHODS:
+        raise ValueError(f"--window_method must be one of {', '.join(WINDOW_METHODS)}, not {method!r}.")
     if not 1 <= overlap < window:
         raise ValueError(f"--overlap must be from 1 to {window - 1}, not {overlap}.")
-    return seams(num_frames, window, overlap, method)
+    return find_seams(num_frames, window, overlap, method)
 
 
 def main(argv: list[str]) -> int:

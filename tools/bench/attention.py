@@ -111,7 +111,7 @@ def measure(
     parts = [part.detach().clone().requires_grad_() for part in qkv.chunk(3, dim=-1)]
     grad = torch.randn(*shape[:3], width, device=device).to(dtype)
     q, k, v = qkv[:1].detach().double().chunk(3, dim=-1)
-    exact = attention.plain(attention.Call(q, k, v, view, shape.heads))
+    exact = attention.plain_attention(attention.Call(q, k, v, view, shape.heads))
     forwards: dict[str, Call] = {}
     steps: dict[str, Call] = {}
     errors: dict[str, float | None] = {}

@@ -24,7 +24,7 @@ from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from diffusion.losses import NATS_PER_BIT, discretized_gaussian_log_likelihood, normal_kl
-from diffusion.schedule import gaussian_tables, linear_betas, respaced_betas, respaced_timesteps
+from diffusion.schedule import gaussian_tables, linear_betas, respace_betas, respace_timesteps
 from models.config import LatteConfig
 from models.embeddings import timestep_features
 from models.latte import Latte
@@ -181,8 +181,8 @@ class ReferenceDiffusion:
     """Learned variance, noise predicted, squared error plus bound. Tables live on the host, in float64."""
 
     def __init__(self, num_steps: int = 1000, respacing: str = "") -> None:
-        self.kept = respaced_timesteps(num_steps, respacing)
-        tables = gaussian_tables(respaced_betas(linear_betas(num_steps), self.kept))
+        self.kept = respace_timesteps(num_steps, respacing)
+        tables = gaussian_tables(respace_betas(linear_betas(num_steps), self.kept))
         self.tables: dict[str, np.ndarray] = {name: table.numpy() for name, table in tables.items()}
         self.num_timesteps = len(self.kept)
 

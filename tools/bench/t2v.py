@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import DiffusionConfig, build_diffusion, sample
-from models.autoencoder import KINDS, CodecConfig, LatentCodec
+from models.autoencoder import AUTOENCODERS, CodecConfig, LatentCodec
 from models.config_t2v import LATTE_1, LatteT2VConfig
 from models.latte_t2v import LatteT2V
-from models.quantize import KINDS as QUANTISED
-from models.quantize import quantize
+from models.quantize import QUANTIZERS, quantize
 
 from . import report
 from .timing import Call, interleaved
@@ -153,7 +152,7 @@ def sampling(scale: Scale, measure: Measure, *, compiled: bool) -> report.Sectio
     makers["ours"] = ours
     if compiled:
         makers["ours, compiled"] = lambda: ours(compile_it=True)
-    for kind in QUANTISED if device.type == "cuda" else ("int8",):
+    for kind in tuple(QUANTIZERS) if device.type == "cuda" else ("int8",):
         makers[f"ours, {kind}"] = partial(ours, kind)
     text = (
         f"{scale.frames} frames, latents {scale.latent} x {scale.latent}, {scale.steps} DDIM steps with guidance "
@@ -233,7 +232,7 @@ def decoding(scale: Scale, measure: Measure, *, compiled: bool) -> report.Sectio
             if method:
                 getattr(network, method)()
             config = CodecConfig(path="random", dtype=precision, chunk_size=chunk)
-            codec = LatentCodec(config, KINDS["AutoencoderKL"], network)
+            codec = LatentCodec(config, AUTOENCODERS["AutoencoderKL"], network)
             return (lambda: codec.decode(latents)), network
 
         return make
@@ -271,7 +270,7 @@ def encoding(scale: Scale, measure: Measure) -> report.Section:
 
         return make
 
-    kinds = QUANTISED if measure.device.type == "cuda" else ("int8",)
+    kinds = tuple(QUANTIZERS) if measure.device.type == "cuda" else ("int8",)
     makers = {_name(scale.dtype): maker(None), **{kind: maker(kind) for kind in kinds}}
     return measure.table("Encoding a prompt", "T5 with a gated MLP, 120 pieces.", makers)
 

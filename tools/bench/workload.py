@@ -28,7 +28,7 @@ from engine.distributed import World
 from engine.trainer import Trainer
 from models import attention
 from models.autoencoder import CodecConfig
-from models.codec_identity import codec_identity
+from models.identity import codec_identity
 from models.latte import Latte, LatteConfig
 
 from .reference import ReferenceLatte, ReferenceTraining
