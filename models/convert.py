@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .latte import Latte
-from .pickled import load_pickled
+from .pickled import SETTINGS, load_pickled, require_hash
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,20 @@ def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str
     if not weights or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
         raise ValueError(f"{path} holds no network weights: neither `ema`, nor `model`, nor tensors by name")
     return _unwrap(weights, path)
+
+
+def extract_weights(path: Path, hashes: Sequence[str], prefer: str = "ema") -> dict[str, Tensor]:
+    """Returns the weights of an official `.pt` file that also holds settings, as tensors that share no memory.
+
+    Args:
+        hashes: SHA-256 of files to trust; any other file is not opened.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, another hash, or other objects than tensors and settings.
+    """
+    require_hash(path, hashes)
+    weights = read_state_dict(path, prefer, ignored=SETTINGS)
+    return {name: value.contiguous().clone() for name, value in weights.items()}
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:

@@ -36,6 +36,8 @@ CLASS_NAMES = (CLASS_NAME, "LatteT2V", "Transformer2DModel", "PixArtTransformer2
 TEMPORAL = "temporal_transformer_blocks."
 SCALE = "temporal_position_scale"  # ours, in a config.json: only of a network on its way from images to video
 
+COMPARED_WORDS = 8  # length of the caption in a comparison with diffusers
+
 # PixArt-alpha's names -> diffusers'; several: the tensor holds them one below the other.
 PIXART_NAMES: dict[str, tuple[str, ...]] = {
     "x_embedder.proj": ("pos_embed.proj",),
@@ -173,6 +175,28 @@ def to_diffusers(model: LatteT2V) -> nn.Module:
     return network.eval()
 
 
+def compare_with_diffusers(model: LatteT2V, folder: Path) -> float:
+    """Returns the largest difference to the outputs of diffusers' class with the weights in `folder`.
+
+    The difference is relative to the largest value, in fp32 on a small random clip. A network that still computes
+    images is compared frame by frame.
+    """
+    from diffusers import LatteTransformer3DModel
+
+    theirs = LatteTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    config, side = model.config, 2 * model.config.patch
+    noise = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, config.channels[0], config.video_length, side, side, generator=noise),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, COMPARED_WORDS, config.caption_channels or 0, generator=noise),
+        "enable_temporal_attentions": model.temporal_position_scale == 1,
+    }
+    with torch.no_grad():
+        first, second = model.float()(**inputs).sample, theirs(**inputs).sample
+    return float((first - second).abs().max() / second.abs().max().clamp_min(1e-12))
+
+
 # ------------------------------------------------------------------------------------------- files
 
 
@@ -189,7 +213,7 @@ def _transformer_folder(source: Path) -> Path | None:
     if not folders:
         raise FileNotFoundError(
             f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}; of a training run "
-            "tools.export_t2v makes such a folder"
+            "`python -m tools.convert diffusers` makes such a folder"
         )
     return folders[0]
 

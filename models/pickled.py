@@ -6,9 +6,10 @@ archive that is what `torch.save` writes. After it: refusals as one sentence.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.torch_version import TorchVersion
 SAFE_SINCE = "2.10"  # CVE-2025-32434 and CVE-2026-24747: earlier restricted readers can be made to run code
 MAX_RECORDS = 100_000  # of an archive; one per tensor
 # Settings that training scripts leave beside their weights (argparse's, OmegaConf's), by every class in them.
-# `tools.convert_checkpoint` reads the weights past them.
+# `tools.convert checkpoint` skips them.
 SETTINGS = frozenset(
     [
         "argparse.Namespace",
@@ -29,7 +30,7 @@ SETTINGS = frozenset(
         *("typing.Any", "collections.defaultdict"),
     ]
 )
-CONVERT = "`python -m tools.convert_checkpoint` takes its weights alone, if you know the file's SHA-256 from its maker"
+CONVERT = "`python -m tools.convert checkpoint` takes its weights alone, if you know the file's SHA-256 from its maker"
 DISTRUST = "weights need none: ask the file's maker for its `ema` or `model` dictionary of tensors alone"
 
 
@@ -79,6 +80,16 @@ def load_pickled(path: Path, ignored: Iterable[str] = ()) -> Any:
                 f"code; {CONVERT if SETTINGS.issuperset(objects) else DISTRUST}"
             ) from error
         raise ValueError(f"{path} is not a whole PyTorch checkpoint; copy it again") from error
+
+
+def require_hash(file: Path, allowed: Sequence[str]) -> None:
+    """Raises ValueError for a file whose SHA-256 is not in `allowed`, FileNotFoundError for no file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {file}")
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found not in [each.strip().lower() for each in allowed]:
+        raise ValueError(f"{file} is not opened: its SHA-256 is {found}, but --sha256 allows {', '.join(allowed)}.")
 
 
 def _check_archive(path: Path) -> None:

@@ -22,7 +22,7 @@ from engine.build import build_model, count_parameters
 from engine.config import Config, all_keys, load_config
 from engine.official_keys import DROPPED, RENAMED
 from sample import sample
-from tools import convert_config
+from tools import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -243,7 +243,7 @@ def test_G3_a_converted_file_carries_every_key_or_says_why_not(
     official = {key: SAMPLES.get(key, 2 if key == "extras" else 1) for key in keys}
     source, target = tmp_path / "official.yaml", tmp_path / "ours.yaml"
     source.write_text(json.dumps(official))
-    assert convert_config.main([str(source), "-o", str(target)]) == 0
+    assert convert.main(["config", str(source), "-o", str(target)]) == 0
     account = {line.split()[1].rstrip(":"): line.split()[0] for line in capsys.readouterr().err.splitlines()}
     assert list(account) == keys
     assert set(account.values()) <= {"renamed", "dropped", "omitted"}
@@ -258,7 +258,7 @@ def test_G3_a_text_config_is_refused_whole(tmp_path: Path) -> None:
     file = tmp_path / "t2v.yaml"
     file.write_text(json.dumps(dict.fromkeys(OFFICIAL_TEXT, 1) | {"model": "LatteT2V"}))
     with pytest.raises(ValueError, match="text-to-video"):
-        convert_config.main([str(file)])
+        convert.main(["config", str(file)])
 
 
 def test_G3_every_key_stands_in_one_table() -> None:
