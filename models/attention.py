@@ -111,7 +111,7 @@ def plain(call: Call) -> Tensor:
 
 KERNELS: dict[str, Callable[[Call], Tensor]] = {"fused": fused, "plain": plain}
 CHOICES = ("auto", *KERNELS)
-_kernel = fused
+_kernel: Callable[[Call], Tensor] = fused
 
 
 def choose(name: str) -> None:

@@ -18,6 +18,7 @@ ALLOWED = {
     "engine": {"models", "diffusion", "datasets"},
     "sample": OURS - {"benchmarks", "demo"},
     "benchmarks": OURS,
+    "demo": OURS,
     "tools": OURS,
 }
 

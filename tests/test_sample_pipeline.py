@@ -45,9 +45,9 @@ def checkpoint(tiny: list[str], tmp_path: Path) -> Path:
     tiny_vae().save_pretrained(tmp_path / "vae")
     codec = [f"codec.path={tmp_path / 'vae'}", "codec.latent_channels=4", "codec.downsample_factor=2"]
     trainer = Trainer(load_config(None, [*tiny, *codec, "data.image_size=8"]), World())
-    randomize(trainer.model, std=0.1)
-    trainer.ema.load_state_dict(trainer.model.state_dict())
-    trainer.save()
+    randomize(trainer.state.model, std=0.1)
+    trainer.state.ema.load_state_dict(trainer.state.model.state_dict())
+    trainer.run.save(trainer.state)
     return tmp_path / "run"
 
 
@@ -90,8 +90,8 @@ def test_a_folder_keeps_classes_and_settings(checkpoint: Path, tmp_path: Path) -
     assert convert.main(["pipeline", str(checkpoint), str(tmp_path / "mine")]) == 0
     pipeline = LatteVideoPipeline.from_pretrained(tmp_path / "mine", device="cpu")
     first = LatteVideoPipeline.from_checkpoint(checkpoint, device="cpu")
-    assert pipeline.generator.class_names == first.generator.class_names
-    name = pipeline.generator.class_names[1]
+    assert pipeline.generator.conditions.names == first.generator.conditions.names
+    name = pipeline.generator.conditions.names[1]
     wanted = {**SETTINGS, "labels": [name], "num_frames": 6, "num_videos": 1}
     assert np.array_equal(pipeline(**wanted), first(**wanted))
     again = pipeline.save_pretrained(tmp_path / "again")

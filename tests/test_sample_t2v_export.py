@@ -29,7 +29,7 @@ from sample.t2x_config import load_t2x_config
 from sample.t2x_run import TrainedRun
 from sample.text_to_video import Sampler, denoise
 from tests.conftest import random_weights
-from tests.fault_support import seal
+from tests.fault_support import restore, seal
 from tests.hub_stand_in import local_hub
 from tests.latent_support import save_codec
 from tests.text_support import TINY_TEXT, draw_captioned, save_text_encoder
@@ -209,13 +209,13 @@ def test_an_image_network_is_inflated(base: list[str], tmp_path: Path, kind: str
         source = tmp_path / "pixart"
     overrides = [*base, f"train.init_from={source}", "train.temporal_ramp_steps=4"]
     run = Trainer(load_config(None, overrides), World())
-    run.restore()
+    restore(run)
     image_network = build_model(images).eval()
     image_network.load_state_dict(random_weights(images, 0))
-    assert isinstance(run.model, LatteT2V)
+    assert isinstance(run.state.model, LatteT2V)
     x, words, t = torch.randn(2, 5, 4, 4, 4), torch.randn(2, 6, 12), torch.tensor([3, 900])
     with torch.no_grad():
-        video = run.model.eval()(x, t, words, return_dict=False)[0]
+        video = run.state.model.eval()(x, t, words, return_dict=False)[0]
         frames = [image_network(x[:, :, n : n + 1], t, words, return_dict=False)[0] for n in range(4)]
     assert torch.equal(video, torch.cat(frames, dim=2))
 
@@ -241,19 +241,21 @@ def test_a_video_network_is_a_start_too(base: list[str], tmp_path: Path) -> None
     export_run(source, tmp_path / "latte")
     for start in (source, tmp_path / "latte", tmp_path / "latte" / "transformer"):
         run = Trainer(load_config(None, [*base, f"train.init_from={start}"]), World())
-        run.restore()
-        assert all(torch.equal(value, run.model.state_dict()[key]) for key, value in random_weights(config, 0).items())
+        restore(run)
+        assert all(
+            torch.equal(value, run.state.model.state_dict()[key]) for key, value in random_weights(config, 0).items()
+        )
     for overrides, sentence in [
         (["train.temporal_ramp_steps=4"], "is for a video network that starts from an image network, which"),
         (["model.hidden_size=32"], "is another network: attention_head_dim 8 there and 16 here"),
     ]:
         run = Trainer(load_config(None, [*base, f"train.init_from={tmp_path / 'latte'}", *overrides]), World())
         with pytest.raises(ValueError, match=sentence):
-            run.restore()
+            restore(run)
     images = checkpoint(load_config(None, [*base, *IMAGES]), tmp_path / "images")
     run = Trainer(load_config(None, [*base, f"train.init_from={images}"]), World())
     with pytest.raises(ValueError, match="let them in over a number of steps"):
-        run.restore()
+        restore(run)
 
 
 HUB = """
