@@ -38,7 +38,7 @@ ONLY_OURS = {
 
 @dataclass(frozen=True)
 class InitReport:
-    """What `init_from_dit` did, by key; the two `left` dictionaries say why."""
+    """Keys that a conversion took and left; the two `left` dictionaries give the reasons."""
 
     taken: list[str]
     left_theirs: dict[str, str]
@@ -117,7 +117,7 @@ def require_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
 
 
 def weights_digest(*groups: Mapping[str, Tensor], facts: bytes = b"") -> str:
-    """SHA-256 over names, shapes and numbers, in whatever order and file they are."""
+    """Returns the SHA-256 over names, shapes and numbers, whatever their order and file."""
     total = hashlib.sha256(facts)
     for group in groups:
         for name, value in sorted(group.items()):

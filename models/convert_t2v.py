@@ -100,7 +100,7 @@ def convert_t2v(
     Args:
         source: a folder in diffusers' format (of a whole pipeline, or of its transformer), or a file of weights:
             `.safetensors`, or a `.pt`, `.pth` or `.bin`, of which nothing but tensors is unpickled.
-        config: what a `config.json` says. Default: the one beside the weights; without one that of Latte-1, which
+        config: content of a `config.json`. Default: the file in the folder of the weights, else that of Latte-1, which
             is also PixArt-alpha's at 512 pixels.
         variant: `fp16` for files named `diffusion_pytorch_model.fp16.safetensors`.
         prefer: which weights of a training checkpoint.
@@ -125,7 +125,7 @@ def convert_t2v(
     if SCALE in described:
         options.setdefault(SCALE, described.pop(SCALE))
     is_image = not any(key.startswith(TEMPORAL) for key in weights)
-    name = str(source) if described else f"{source}, taken for Latte-1 as there is no {CONFIG_FILE} beside it,"
+    name = str(source) if described else f"{source}, taken for Latte-1 as there is no {CONFIG_FILE} in its folder,"
     model, report = (_image_network if is_image else _video_network)(weights, described, name, options)
     report = replace(report, left_theirs=left | report.left_theirs)
     return model.to(dtype).eval() if dtype else model.eval(), report
@@ -256,7 +256,7 @@ def _read(files: list[Path], prefer: str) -> dict[str, Tensor]:
 
 
 def _config(given: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """What describes the network: as given, or in the folder; empty where nothing does.
+    """Returns the description of the network, as given or from the folder; empty if there is neither.
 
     Raises: ValueError for the description of another kind of network.
     """

@@ -19,7 +19,7 @@ from torch.torch_version import TorchVersion
 
 SAFE_SINCE = "2.10"  # CVE-2025-32434 and CVE-2026-24747: earlier restricted readers can be made to run code
 MAX_RECORDS = 100_000  # of an archive; one per tensor
-# Settings that training scripts leave beside their weights (argparse's, OmegaConf's), by every class in them.
+# Settings that training scripts save with their weights (argparse's, OmegaConf's), by every class in them.
 # `tools.convert checkpoint` skips them.
 SETTINGS = frozenset(
     [

@@ -293,7 +293,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_a_file_without_a_config_is_taken_for_latte_1(tmp_path: Path) -> None:
     save_file(theirs().state_dict(), tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"taken for Latte-1 as there is no config\.json beside it, does not fit"):
+    with pytest.raises(ValueError, match=r"taken for Latte-1 as there is no config\.json in its folder, does not fit"):
         load_t2v(tmp_path / "weights.safetensors")
 
 
