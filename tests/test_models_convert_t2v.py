@@ -119,7 +119,7 @@ def test_our_network_in_a_pipeline_from_a_folder_and_the_whole_saved_again(tmp_p
 
 
 def test_official_files(tmp_path: Path) -> None:
-    """EMA first, prefixes of wrappers, and what older versions of the code kept beside the weights."""
+    """EMA first, prefixes of wrappers, and what older versions of the code kept next to the weights."""
     network = theirs()
     old = {
         "caption_projection.y_embedding": torch.ones(120, 12),
@@ -239,7 +239,7 @@ def test_temporal_blocks_of_a_start_learn(tmp_path: Path) -> None:
 
 
 def test_image_size_conditions_are_left(tmp_path: Path) -> None:
-    """PixArt at 1024 pixels is told the size of its images; Latte is not, and the report says so."""
+    """PixArt at 1024 pixels takes the size of its images as a condition; Latte does not, and the report says so."""
     network = pixart(attention_head_dim=12, cross_attention_dim=24, use_additional_conditions=True)
     network.save_pretrained(tmp_path)
     model, report = convert_t2v(tmp_path)
