@@ -46,10 +46,11 @@ from engine.checkpoint import save_checkpoint as write_checkpoint
 from engine.conditions import class_conditions
 from engine.config import MAX_YAML_CHARACTERS, load_config
 from engine.logging import RunLogger
+from engine.official_keys import translate_config
 from engine.text import printable
 from engine.weights import load_model_weights
 from models.autoencoder import CodecConfig, LatentCodec
-from models.convert import read_state_dict
+from models.convert import extract_weights, read_state_dict
 from models.taef2 import DECODER_FILE, ENCODER_FILE, Taef2
 from sample.generate import Generator
 from sample.sample import write_samples
@@ -58,7 +59,7 @@ from sample.video_io import contact_sheet, slug, write_mp4
 from tests.conftest import TINY
 from tests.detector_stubs import write_stub
 from tests.fault_support import seal
-from tools import convert_checkpoint, convert_config, prepare_dataset
+from tools import convert, prepare_dataset
 from tools.metrics.detectors import load_detector
 from tools.unpack import unpack
 
@@ -165,9 +166,9 @@ SETTINGS = {
 def test_D2_settings_are_refused_with_advice_that_works(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "official.pt"
     digest = with_settings(file, SETTINGS[kind])
-    with pytest.raises(ValueError, match=r"python -m tools\.convert_checkpoint`.*SHA-256"):
+    with pytest.raises(ValueError, match=r"python -m tools\.convert checkpoint`.*SHA-256"):
         read_state_dict(file)
-    assert convert_checkpoint.main([str(file), "--sha256", digest.upper()]) == 0
+    assert convert.main(["checkpoint", str(file), "--sha256", digest.upper()]) == 0
     weights = load_file(tmp_path / "official.safetensors")
     assert list(weights) == ["w"] and torch.equal(weights["w"], torch.ones(2))
     assert torch.equal(read_state_dict(tmp_path / "official.safetensors")["w"], torch.ones(2))
@@ -179,9 +180,9 @@ def test_D2_only_a_listed_hash_is_opened(tmp_path: Path, monkeypatch: pytest.Mon
     wrong = hashlib.sha256(b"another").hexdigest()
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(ValueError, match=f"not opened: its SHA-256 is {digest}, but --sha256 allows {wrong}"):
-        convert_checkpoint.main([str(file), "--sha256", wrong])
+        convert.main(["checkpoint", str(file), "--sha256", wrong])
     with pytest.raises(SystemExit):
-        convert_checkpoint.main([str(file)])
+        convert.main(["checkpoint", str(file)])
     assert not (tmp_path / "official.safetensors").exists()
 
 
@@ -190,7 +191,7 @@ def test_D2_the_convert_command_runs_nothing_even_with_the_hash(tmp_path: Path, 
     marker, file = tmp_path / "ran", tmp_path / "official.pt"
     digest = with_settings(file, argparse.Namespace(a=payloads(marker)[kind]))
     with pytest.raises(ValueError, match="Python objects"):
-        convert_checkpoint.main([str(file), "--sha256", digest])
+        convert.main(["checkpoint", str(file), "--sha256", digest])
     assert not marker.exists() and not (tmp_path / "official.safetensors").exists()
 
 
@@ -199,16 +200,7 @@ def test_D2_settings_are_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = tmp_path / "official.pt"
     digest = with_settings(file, argparse.Namespace(a=1))
     monkeypatch.setattr(argparse, "Namespace", lambda *_, **__: pytest.fail("made"))
-    convert = [str(file), "--sha256", digest]
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *_: FakeArguments(file, digest))
-    assert convert_checkpoint.main(convert) == 0
-
-
-class FakeArguments:
-    """What the convert command's parser gives, without the Namespace that the test takes away."""
-
-    def __init__(self, file: Path, digest: str) -> None:
-        self.checkpoint, self.sha256, self.output, self.weights = file, [digest], None, "ema"
+    assert torch.equal(extract_weights(file, [digest])["w"], torch.ones(2))
 
 
 # ---- D3: the code itself ---------------------------------------------------------------------------
@@ -480,10 +472,10 @@ def test_D7_hostile_yaml(tmp_path: Path, kind: str) -> None:
     text, word = YAMLS[kind]
     marker, file = tmp_path / "ran", tmp_path / "bad.yaml"
     file.write_text(text.replace("MARKER", str(marker)))
-    for read in (load_config, convert_config.read_official):
+    for read in (load_config, convert.read_official):
         start = time.process_time()
         with pytest.raises(ValueError, match=word) as error:
-            convert_config.convert(config) if isinstance(config := read(file), dict) else None
+            translate_config(config) if isinstance(config := read(file), dict) else None
         assert time.process_time() - start < 1.0
         assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
     assert not marker.exists()

@@ -357,7 +357,7 @@ def test_adapters_on_the_command_line(latte: Path, tmp_path: Path) -> None:
     """Merged into what is sampled, in the share that --lora_scale says; and by the converter."""
     from models.convert_t2v import load_t2v
     from models.lora import LoraConfig, add_lora, lora_weights, save_lora
-    from tools import convert_t2v
+    from tools import convert
 
     model = ours_of(theirs())
     add_lora(model, LoraConfig(rank=2))
@@ -365,7 +365,7 @@ def test_adapters_on_the_command_line(latte: Path, tmp_path: Path) -> None:
         torch.nn.init.normal_(value, std=0.5)
     adapter = str(save_lora(lora_weights(model.state_dict()), LoraConfig(rank=2), tmp_path / "adapter"))
     merged = str(tmp_path / "merged")
-    assert convert_t2v.main([str(latte), merged, "--lora", adapter, "--lora_scale", "0.5"]) == 0
+    assert convert.main(["t2v", str(latte), merged, "--lora", adapter, "--lora_scale", "0.5"]) == 0
     given = inputs()
     assert (load_t2v(merged)(**given).sample - ours_of(theirs())(**given).sample).abs().max() > 0.1
     pictures = []
