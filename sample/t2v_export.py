@@ -39,13 +39,13 @@ PIPELINE = {
 }
 
 
-def export_run(source: str | Path, folder: Path, *, weights: str = "ema", link: bool = False) -> list[str]:
+def export_run(source: str | Path, folder: Path, *, weights: str = "ema") -> list[str]:
     """Writes the network of a run or checkpoint, and the other parts of its pipeline, into a new folder.
+
+    A network without a variance gets one of zeros, because LattePipeline takes half of the channels for it.
 
     Args:
         weights: `ema` or `raw`.
-        link: link to large files instead of copying them, for a sampler of ours that is about to read them. Without
-            it, a network without a variance gets one of zeros, because LattePipeline takes half of the channels for it.
 
     Returns: the omitted parts and the reasons, one line each.
 
@@ -66,7 +66,7 @@ def export_run(source: str | Path, folder: Path, *, weights: str = "ema", link: 
     aside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        omitted = _write_parts(checkpoint, config, aside, weights, link)
+        omitted = _write_parts(checkpoint, config, aside, weights)
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside.replace(folder)
     finally:
@@ -74,33 +74,30 @@ def export_run(source: str | Path, folder: Path, *, weights: str = "ema", link: 
     return omitted
 
 
-def _write_parts(checkpoint: Path, config: Config, out: Path, weights: str, link: bool) -> list[str]:
-    copy: Any = _link if link else shutil.copy
-    _write_network(checkpoint, config, out / "transformer", weights, link)
+def _write_parts(checkpoint: Path, config: Config, out: Path, weights: str) -> list[str]:
+    _write_network(checkpoint, config, out / "transformer", weights)
     if config.model.name == "custom-t2i":
         return ["scheduler, vae and text: an image network is a start for training (train.init_from)"]
     _write_json(out / "scheduler" / "scheduler_config.json", describe_scheduler(config))
     text = config.text.folder()
     for part in PARTS:
-        shutil.copytree(text / part, out / part, copy_function=copy)
+        shutil.copytree(text / part, out / part)
     vae, reason = _codec_folder(config.codec)
     if vae is None:
         return [f"vae: {reason}"]
     facts = {**json.loads((vae / CONFIG_FILE).read_text(encoding="utf-8")), "scaling_factor": config.codec.scale}
-    shutil.copytree(vae, out / "vae", copy_function=copy, ignore=shutil.ignore_patterns(CONFIG_FILE, ".*"))
+    shutil.copytree(vae, out / "vae", ignore=shutil.ignore_patterns(CONFIG_FILE, ".*"))
     _write_json(out / "vae" / CONFIG_FILE, facts)
     _write_json(out / "model_index.json", {**PIPELINE, "vae": ["diffusers", facts["_class_name"]]})
     return []
 
 
-def _write_network(checkpoint: Path, config: Config, out: Path, weights: str, link: bool) -> None:
+def _write_network(checkpoint: Path, config: Config, out: Path, weights: str) -> None:
     file, target = weights_file(checkpoint, weights), out / f"{WEIGHTS}.safetensors"
     require(file.is_file(), f"{checkpoint} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
     described = describe_network(config, read_state(checkpoint)["step"])
     out.mkdir(parents=True)
-    if link:
-        _link(file, target)
-    elif config.model.learn_sigma or config.model.name == "custom-t2i":
+    if config.model.learn_sigma or config.model.name == "custom-t2i":
         shutil.copy(file, target)
     else:
         described["out_channels"] *= 2
@@ -165,10 +162,6 @@ def _codec_folder(config: CodecConfig) -> tuple[Path | None, str]:
     if config.shift:
         return None, f"codec.shift is {config.shift}, which LattePipeline does not support"
     return folder, ""
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    Path(target).symlink_to(Path(source).resolve())
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

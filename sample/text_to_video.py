@@ -1,7 +1,6 @@
 """Text to video in three steps: prompts -> features of T5 -> latents -> pixels; each network is held only as needed.
 
-Made of the parts of a Latte folder (tokenizer, text_encoder, transformer, scheduler, vae, vae_temporal_decoder), and
-equal to diffusers' LattePipeline for one prompt and the same initial latents.
+Equal to diffusers' LattePipeline for one prompt and the same initial latents.
 
 Letters: B batch (2 with guidance), L words of a prompt, F frames, C latent channels, h w latent pixels, H W pixels.
 """
@@ -12,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +23,8 @@ from diffusion.scheduled import LATTE_NOISE
 from engine.conditions import TextFeatures
 from engine.config import window_overlap
 from engine.objective import sample_generator
-from models import hub
-from models.autoencoder import DTYPES, CodecConfig, LatentCodec
+from models.autoencoder import DTYPES, LatentCodec
 from models.convert_t2v import find_network, load_t2v
-from models.hub import require_part
 from models.latte_t2v import LatteT2V
 from models.lora import merge_lora
 from models.quantize import quantize
@@ -36,36 +32,25 @@ from models.text_encoder import Prompt
 from sample.generate import require_finite_videos, to_uint8
 from sample.given import Plan, Windows, read_given
 from sample.t2x_config import T2XConfig
+from sample.text_model import TextModel
 
 log = logging.getLogger(__name__)
 
-PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae*")
 Progress = Callable[[int, int], object]
-
-
-def find_folder(config: T2XConfig) -> Path:
-    """The folder of `pretrained_model_path`.
-
-    Raises: FileNotFoundError, one sentence, where it is neither a folder nor a hub name.
-    """
-    patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
-    return hub.find_folder(config.pretrained_model_path, config.revision, "pretrained_model_path", patterns)
 
 
 # ------------------------------------------------------------------------------------------ latents
 
 
-def build_schedule(config: T2XConfig, folder: Path, *, learned_variance: bool = True) -> ScheduledDiffusion:
-    """Returns the noise schedule of the folder, with the betas of the config where it has some.
+def build_schedule(config: T2XConfig, model: TextModel, *, learned_variance: bool = True) -> ScheduledDiffusion:
+    """Returns the noise schedule of the model, with the betas of the config where it has some.
 
     Args:
         learned_variance: whether the network predicts a variance in addition to the noise.
     """
-    require_part(folder, "scheduler")
-    given = hub.read_json(folder / "scheduler" / "scheduler_config.json")
     betas = {key: getattr(config, key) for key in LATTE_NOISE if getattr(config, key) is not None}
     variance_type = config.variance_type if learned_variance else None
-    return ScheduledDiffusion({**given, **betas}, config.num_sampling_steps, variance_type)
+    return ScheduledDiffusion({**model.scheduler_settings(), **betas}, config.num_sampling_steps, variance_type)
 
 
 def denoise(
@@ -108,12 +93,11 @@ def denoise(
     )
 
 
-def load_network(config: T2XConfig, folder: Path, device: torch.device) -> LatteT2V:
-    """The text-conditioned network of the folder, or of `transformer`, ready to sample."""
-    if config.transformer is None:
-        require_part(folder, "transformer")
+def load_network(config: T2XConfig, source: TextModel, device: torch.device) -> LatteT2V:
+    """Returns the network of `source`, or of `transformer`, ready to sample."""
+    dtype = DTYPES[config.precision]
     other = config.transformer and find_network(config.transformer, None, "transformer")
-    model = load_t2v(other or folder / "transformer", dtype=DTYPES[config.precision])
+    model = load_t2v(other, dtype=dtype) if other else source.load_network(dtype)
     if config.lora:
         merge_lora(model, config.lora, config.lora_scale)
     quantize(model.requires_grad_(False), config.quantize_transformer, device)
@@ -126,28 +110,13 @@ def load_network(config: T2XConfig, folder: Path, device: torch.device) -> Latte
 # ------------------------------------------------------------------------------------------- pixels
 
 
-def load_codec(config: T2XConfig, folder: Path, device: torch.device) -> LatentCodec:
-    """The decoder of single frames, or the one of clips."""
-    name = "vae_temporal_decoder" if config.enable_vae_temporal_decoder else "vae"
-    require_part(folder, name)
-    described = hub.read_json(folder / name / "config.json")
-    widths = described.get("block_out_channels") or described["encoder_block_out_channels"]  # AutoencoderTiny's
-    codec = LatentCodec.from_config(
-        CodecConfig(
-            path=str(folder),
-            subfolder=name,
-            latent_channels=described["latent_channels"],
-            downsample_factor=2 ** (len(widths) - 1),
-            scale=described.get("scaling_factor", 0.18215),
-            dtype=config.precision,
-            chunk_size=config.decode_chunk_size,
-        ),
-        device,
-    )
+def load_codec(config: T2XConfig, source: TextModel, device: torch.device) -> LatentCodec:
+    """Returns the decoder of single frames, or that of clips."""
+    codec = LatentCodec.from_config(source.codec_config(config), device)
     network: Any = codec.network
     for wanted, method in ((config.vae_slicing, "enable_slicing"), (config.vae_tiling, "enable_tiling")):
         if wanted and not hasattr(network, method):
-            raise ValueError(f"{described['_class_name']} has no {method}: leave vae_slicing and vae_tiling out")
+            raise ValueError(f"{type(network).__name__} has no {method}: leave vae_slicing and vae_tiling out")
         if wanted:
             getattr(network, method)()
     if config.compile:
@@ -162,21 +131,18 @@ class Sampler:
     """The network, its sampler and the decoder, for one video after the other.
 
     A video is a function of (seed, index): its noise comes from a generator of its own on the CPU.
-
-    Args:
-        codec: the decoder, in place of the folder's.
     """
 
-    def __init__(self, config: T2XConfig, folder: Path, device: torch.device, codec: CodecConfig | None = None) -> None:
+    def __init__(self, config: T2XConfig, source: TextModel, device: torch.device) -> None:
         self.config = config
         self.device = device
         if config.cpu_offload and device.type == "cpu":
             log.warning("cpu_offload changes nothing here: the networks would take turns on a GPU")
         resting = torch.device("cpu") if config.cpu_offload else device
-        self.model = load_network(config, folder, resting)
+        self.model = load_network(config, source, resting)
         channels, out_channels = self.model.config.channels
-        self.schedule = build_schedule(config, folder, learned_variance=out_channels == 2 * channels)
-        self.codec = LatentCodec.from_config(codec, resting) if codec else load_codec(config, folder, resting)
+        self.schedule = build_schedule(config, source, learned_variance=out_channels == 2 * channels)
+        self.codec = load_codec(config, source, resting)
         self._check()
         self.plan = self._plan()
 

@@ -26,7 +26,7 @@ from models.lora import LoraConfig, add_lora, lora_weights, save_lora
 from sample import sample_t2x
 from sample.t2v_export import describe_scheduler, export_run
 from sample.t2x_config import load_t2x_config
-from sample.t2x_run import TrainedRun
+from sample.text_model import RunModel
 from sample.text_to_video import Sampler, denoise
 from tests.conftest import random_weights
 from tests.fault_support import restore, seal
@@ -65,12 +65,13 @@ def test_diffusers_pipeline_makes_the_same_video(base: list[str], tmp_path: Path
     config = load_config(None, [*base, *predictions])
     source, folder = checkpoint(config, tmp_path / "run"), tmp_path / "latte"
     assert export_run(source, folder) == []
-    run = TrainedRun.open(str(source))
+    run = RunModel.open(str(source))
     settings = load_t2x_config(None, {"text_prompt": ["a stone falls"]}, run.settings())
-    sampler = Sampler(settings, folder, CPU, run.config.codec)
-    encoded = sample_t2x.encode_all(settings, folder, settings.prompts(), CPU, run)[0]
+    sampler = Sampler(settings, run, CPU)
+    encoded = sample_t2x.encode_all(settings, run, settings.prompts(), CPU)[0]
     noise = torch.randn(sampler.noise_shape, generator=torch.Generator().manual_seed(0))
-    ours = sampler.codec.decode(denoise(sampler.model, sampler.scheduler, encoded, noise, settings).transpose(1, 2))
+    latents = denoise(sampler.model, sampler.schedule, encoded, noise.transpose(1, 2), settings)
+    ours = sampler.codec.decode(latents)
     pipeline = LattePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -129,8 +130,7 @@ def test_a_network_without_a_variance_gets_one_of_zeros(base: list[str], tmp_pat
     config = load_config(None, [*base, "model.learn_sigma=false"])
     source = checkpoint(config, tmp_path / "run")
     export_run(source, tmp_path / "latte")
-    export_run(source, tmp_path / "links", link=True)
-    padded, plain = load_t2v(tmp_path / "latte"), load_t2v(tmp_path / "links")
+    padded, plain = load_t2v(tmp_path / "latte"), RunModel.open(str(source)).load_network(torch.float32)
     x, words, t = torch.randn(2, 5, 4, 4, 4), torch.randn(2, 6, 12), torch.tensor([3, 900])
     with torch.no_grad():
         mean, variance = padded(x, t, words, return_dict=False)[0].chunk(2, dim=1)
@@ -311,7 +311,7 @@ def test_what_cannot_be_exported(base: list[str], checkpoint_of_classes: Path, t
     with pytest.raises(ValueError, match="is no text network"):
         export_run(checkpoint_of_classes, tmp_path / "out")
     with pytest.raises(ValueError, match="is no text network"):
-        TrainedRun.open(str(checkpoint_of_classes))
+        RunModel.open(str(checkpoint_of_classes))
     assert not (tmp_path / "out").exists()
 
 

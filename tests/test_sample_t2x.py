@@ -23,7 +23,8 @@ from models.text_encoder import TextEncoder, clean_caption
 from sample import sample_t2x
 from sample.captions import read_prompts
 from sample.t2x_config import T2XConfig, load_t2x_config
-from sample.text_to_video import Sampler, build_schedule, denoise, find_folder, load_codec
+from sample.text_model import FolderModel
+from sample.text_to_video import Sampler, build_schedule, denoise, load_codec
 from tests.t2v_support import inputs, ours_of, theirs, tiny_pipeline, tiny_vae
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +50,7 @@ def both(folder: Path, config: T2XConfig, prompt: str = "a red disc", negative: 
     noise = torch.randn(1, 4, config.video_length, 8, 8, generator=torch.Generator().manual_seed(1))
     encoder = TextEncoder.from_folder(folder, torch.float32, CPU)
     features = encoder.encode(prompt, negative if config.guidance_scale > 1 else None, clean=False)
-    schedule, generator = build_schedule(config, folder), torch.Generator().manual_seed(2)
+    schedule, generator = build_schedule(config, FolderModel(folder)), torch.Generator().manual_seed(2)
     ours = denoise(ours_of(theirs()), schedule, features, noise.transpose(1, 2), config, generator).transpose(1, 2)
     pipeline = LattePipeline.from_pretrained(folder, scheduler=schedule.build_scheduler(config.sample_method))
     pipeline.set_progress_bar_config(disable=True)
@@ -91,7 +92,7 @@ def test_every_setting_equals_diffusers_pipeline(latte: Path, changes: dict[str,
 
 def test_learned_variance_is_for_ddpm_alone(latte: Path) -> None:
     """The official script gives it to all ten; of those two then keep three channels, where latents have four."""
-    schedule = build_schedule(tiny(latte), latte)
+    schedule = build_schedule(tiny(latte), FolderModel(latte))
     assert schedule.build_scheduler("DDPM").config.variance_type == "learned_range"
     for method in set(SCHEDULERS) - {"DDPM"}:
         assert getattr(schedule.build_scheduler(method).config, "variance_type", None) is None
@@ -117,7 +118,7 @@ def test_a_long_prompt_is_cut_and_said(caplog: pytest.LogCaptureFixture) -> None
         prompt = TextEncoder(pipeline.tokenizer, pipeline.text_encoder).encode("a blue square " * 800, None)
     assert prompt.positive.shape[1] == 120
     assert prompt.negative is None
-    assert "cut to the 120 that the network knows" in caplog.text
+    assert "is cut to 120, the most that the network takes" in caplog.text
 
 
 CAPTIONS = [
@@ -222,13 +223,13 @@ def test_a_video_depends_on_seed_and_index_alone(latte: Path) -> None:
     config = tiny(latte, sample_method="EulerAncestralDiscrete", video_length=3)
     encoder = TextEncoder.from_folder(latte, torch.float32, CPU)
     prompt = encoder.encode("a red disc", "")
-    sampler = Sampler(config, latte, CPU)
+    sampler = Sampler(config, FolderModel(latte), CPU)
     first, second, again = (sampler.sample(prompt, index) for index in (0, 1, 0))
     assert first.shape == (3, 16, 16, 3)
     assert first.dtype == np.uint8
     assert np.array_equal(first, again)
     assert not np.array_equal(first, second)
-    other = Sampler(replace(config, seed=1), latte, CPU).sample(prompt, 0)
+    other = Sampler(replace(config, seed=1), FolderModel(latte), CPU).sample(prompt, 0)
     assert not np.array_equal(first, other)
 
 
@@ -236,12 +237,12 @@ def test_a_video_depends_on_seed_and_index_alone(latte: Path) -> None:
 def test_chunks_and_slices_change_no_pixel_of_single_frames(latte: Path, name: str) -> None:
     config = tiny(latte, enable_vae_temporal_decoder=name == "temporal")
     latents = torch.randn(1, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    whole = load_codec(config, latte, CPU).decode(latents)
-    parts = load_codec(replace(config, decode_chunk_size=2), latte, CPU).decode(latents)
+    whole = load_codec(config, FolderModel(latte), CPU).decode(latents)
+    parts = load_codec(replace(config, decode_chunk_size=2), FolderModel(latte), CPU).decode(latents)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
     assert whole.std() > 0.01
     if name == "AutoencoderKL":
-        sliced = load_codec(replace(config, vae_slicing=True, vae_tiling=True), latte, CPU).decode(latents)
+        sliced = load_codec(replace(config, vae_slicing=True, vae_tiling=True), FolderModel(latte), CPU).decode(latents)
         torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
 
 
@@ -292,15 +293,15 @@ def test_configs_that_are_refused(tmp_path: Path, text: str, words: str) -> None
 
 def test_other_mistakes(latte: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a local folder, which has no revision v1: leave the revision out"):
-        find_folder(T2XConfig(pretrained_model_path=str(latte), revision="v1"))
+        FolderModel.find(T2XConfig(pretrained_model_path=str(latte), revision="v1"))
     with pytest.raises(ValueError, match="num_sampling_steps=1001 is more than the 1000 steps of the noise schedule"):
-        build_schedule(tiny(latte, num_sampling_steps=1001), latte)
+        build_schedule(tiny(latte, num_sampling_steps=1001), FolderModel(latte))
     with pytest.raises(ValueError, match="there is no prompt"):
         command(latte, tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        find_folder(T2XConfig(pretrained_model_path=str(tmp_path / "absent")))
+        FolderModel.find(T2XConfig(pretrained_model_path=str(tmp_path / "absent")))
     with pytest.raises(FileNotFoundError, match="could not be downloaded from the hub"):
-        find_folder(T2XConfig(pretrained_model_path="no_such_owner/no-such-model"))
+        FolderModel.find(T2XConfig(pretrained_model_path="no_such_owner/no-such-model"))
     (tmp_path / "empty.txt").write_text("\n# nothing\n")
     with pytest.raises(ValueError, match="holds no prompt"):
         command(latte, tmp_path, "--prompt_file", str(tmp_path / "empty.txt"))
@@ -322,7 +323,7 @@ def test_a_hub_name_through_a_local_stand_in(
         return str(latte)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert find_folder(T2XConfig(revision="v1")) == latte
+    assert FolderModel.find(T2XConfig(revision="v1")).folder == latte
     assert (asked["name"], asked["revision"]) == ("maxin-cn/Latte-1", "v1")
     assert "transformer/*" in asked["allow_patterns"]
     assert f"maxin-cn/Latte-1: revision v1, commit {latte.name}" in caplog.text
@@ -341,7 +342,7 @@ def test_the_text_encoder_is_let_go_before_the_network_comes(latte: Path, monkey
         return made
 
     monkeypatch.setattr(TextEncoder, "from_folder", classmethod(remembered))
-    assert len(sample_t2x.encode_all(tiny(latte), latte, ["a", "b"], CPU)) == 2
+    assert len(sample_t2x.encode_all(tiny(latte), FolderModel(latte), ["a", "b"], CPU)) == 2
     assert alive[0]() is None
 
 
@@ -381,7 +382,7 @@ def test_adapters_on_the_command_line(latte: Path, tmp_path: Path) -> None:
 def test_compile_reaches_the_blocks_and_the_decoder(latte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr("torch.nn.Module.compile", lambda self: compiled.append(type(self).__name__))
-    Sampler(tiny(latte, compile=True), latte, CPU)
+    Sampler(tiny(latte, compile=True), FolderModel(latte), CPU)
     assert compiled == ["T2VBlock"] * 4 + ["Decoder"]
 
 
@@ -404,7 +405,7 @@ def said_by(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
 BROKEN = [  # file, what is said where it is missing, and where it is cut off
     ("text_encoder/model.safetensors", "text_encoder could not be loaded: Error no file named", "could not be loaded"),
     ("text_encoder/config.json", "text_encoder/config.json is missing", "text_encoder/config.json is not valid JSON"),
-    ("tokenizer/tokenizer.json", "the tokenizer knows", "could not be loaded"),
+    ("tokenizer/tokenizer.json", "the tokenizer has", "could not be loaded"),
     ("transformer/diffusion_pytorch_model.safetensors", "transformer holds no weights", "not a complete safetensors"),
     ("transformer/config.json", "transformer holds no network", "transformer/config.json is not valid JSON"),
     ("scheduler/scheduler_config.json", "scheduler_config.json is missing", "scheduler_config.json is not valid JSON"),
@@ -433,7 +434,7 @@ def test_an_encoder_that_is_not_its_configs_is_one_sentence(latte: Path, tmp_pat
     shutil.copytree(latte, folder)
     described = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps({**described, "d_ff": 64}))
-    with pytest.raises(ValueError, match=r"weights are missing or of another shape than its config\.json") as raised:
+    with pytest.raises(ValueError, match=r"weights are missing or have another shape than in its config\.json") as raised:
         TextEncoder.from_folder(folder, torch.float32, CPU)
     assert "\n" not in str(raised.value)
 
@@ -457,7 +458,7 @@ def test_one_sentence_and_exit_code_2(
 
         folder = broken(latte, tmp_path / "latte", "tokenizer")
         T5Tokenizer(vocab_file=str(latte / "tokenizer" / "spiece.model")).save_pretrained(folder / "tokenizer")
-        words = "the tokenizer knows"
+        words = "the tokenizer has"
     elif kind == "sub-folder":
         folder, words = broken(latte, tmp_path / "latte", "vae"), "has no sub-folder vae"
     elif kind == "channels":
@@ -479,9 +480,9 @@ def test_one_sentence_and_exit_code_2(
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ("", "the prompt '' says nothing: its video is of what the network draws without a caption"),
-        ("https://a.com/b", "the prompt 'https://a.com/b' says nothing"),
-        ("a blue square " * 720, "pieces is cut to the 120 that the network knows"),
+        ("", "the prompt '' is empty after cleaning: its video is sampled without a caption"),
+        ("https://a.com/b", "the prompt 'https://a.com/b' is empty after cleaning"),
+        ("a blue square " * 720, "tokens is cut to 120, the most that the network takes"),
     ],
     ids=["empty", "only an address", "long"],
 )
