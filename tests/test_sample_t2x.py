@@ -115,7 +115,7 @@ def test_a_long_prompt_is_cut_and_said(caplog: pytest.LogCaptureFixture) -> None
         prompt = TextEncoder(pipeline.tokenizer, pipeline.text_encoder).encode("a blue square " * 800, None)
     assert prompt.positive.shape[1] == 120
     assert prompt.negative is None
-    assert "cut to the 120 that the network knows" in caplog.text
+    assert "cut to 120, the most that the network takes" in caplog.text
 
 
 CAPTIONS = [
@@ -402,7 +402,7 @@ def said_by(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
 BROKEN = [  # file, what is said where it is missing, and where it is cut off
     ("text_encoder/model.safetensors", "text_encoder could not be loaded: Error no file named", "could not be loaded"),
     ("text_encoder/config.json", "text_encoder/config.json is missing", "text_encoder/config.json is not valid JSON"),
-    ("tokenizer/tokenizer.json", "the tokenizer knows", "could not be loaded"),
+    ("tokenizer/tokenizer.json", "the tokenizer has", "could not be loaded"),
     ("transformer/diffusion_pytorch_model.safetensors", "transformer holds no weights", "not a complete safetensors"),
     ("transformer/config.json", "transformer holds no network", "transformer/config.json is not valid JSON"),
     ("scheduler/scheduler_config.json", "scheduler_config.json is missing", "scheduler_config.json is not valid JSON"),
@@ -431,7 +431,7 @@ def test_an_encoder_that_is_not_its_configs_is_one_sentence(latte: Path, tmp_pat
     shutil.copytree(latte, folder)
     described = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps({**described, "d_ff": 64}))
-    with pytest.raises(ValueError, match=r"weights are missing or of another shape than its config\.json") as raised:
+    with pytest.raises(ValueError, match=r"missing or have another shape than in its config\.json") as raised:
         TextEncoder.from_folder(folder, torch.float32, CPU)
     assert "\n" not in str(raised.value)
 
@@ -455,7 +455,7 @@ def test_one_sentence_and_exit_code_2(
 
         folder = broken(latte, tmp_path / "latte", "tokenizer")
         T5Tokenizer(vocab_file=str(latte / "tokenizer" / "spiece.model")).save_pretrained(folder / "tokenizer")
-        words = "the tokenizer knows"
+        words = "the tokenizer has"
     elif kind == "sub-folder":
         folder, words = broken(latte, tmp_path / "latte", "vae"), "has no sub-folder vae"
     elif kind == "channels":
@@ -479,7 +479,7 @@ def test_one_sentence_and_exit_code_2(
     [
         ("", "the prompt '' says nothing: its video is of what the network draws without a caption"),
         ("https://a.com/b", "the prompt 'https://a.com/b' says nothing"),
-        ("a blue square " * 720, "pieces is cut to the 120 that the network knows"),
+        ("a blue square " * 720, "tokens is cut to 120, the most that the network takes"),
     ],
     ids=["empty", "only an address", "long"],
 )
