@@ -191,7 +191,7 @@ StepFunction = Callable[..., Step]
 
 
 def multistep(name: str) -> Callable[[Process], StepFunction]:
-    """Returns a function that starts a walk of solver `name`; its steps depend on the previous ones."""
+    """Returns a function that starts a sampling run of solver `name`; its steps depend on the previous ones."""
 
     def begin(process: Process) -> StepFunction:
         solver = MultistepSolver(name, process.noise_levels, flow=isinstance(process, RectifiedFlow))
@@ -223,10 +223,10 @@ class Method:
 
     Attributes:
         process: class or classes of process that it supports.
-        begin: returns the step function of one walk.
+        begin: returns the step function of one sampling run.
         step_at_zero: step function at t = 0, if it differs.
         evaluations: calls of the denoiser per step; at t = 0 always one.
-        ascending: walks from data to noise.
+        ascending: runs from data to noise.
     """
 
     process: type | tuple[type, ...]
@@ -262,13 +262,13 @@ def _method(name: str, process: Process, options: StepOptions) -> Method:
 
 
 def _indices(process: Process, method: Method) -> list[int]:
-    """Returns the steps of a walk in order."""
+    """Returns the steps in order."""
     steps = range(process.num_timesteps)
     return list(steps if method.ascending else reversed(steps))
 
 
 class Evaluation(NamedTuple):
-    """One call of the denoiser in a walk.
+    """One call of the denoiser during sampling.
 
     Attributes:
         time: timestep of the network.
