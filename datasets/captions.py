@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .archives import is_archive
 from .catalog import Catalog, Clip, digest_of
 from .readers import HIDDEN, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from .safe_paths import below
@@ -227,8 +226,6 @@ def captioned_clips(config: DataConfig, root: Path) -> Listed:
 
     Raises: FileNotFoundError, ValueError, one sentence.
     """
-    if is_archive(root):
-        raise ValueError(f"data.path: data.name=captions reads a folder, and '{root}' is an archive: unpack it")
     found = listed(_list_of(config, root), "data.captions", config, root, _video)
     return found._replace(clips=sorted(found.clips, key=lambda clip: (clip.name, clip.caption or "")))
 

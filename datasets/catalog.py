@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .archives import is_archive, open_archive, size_and_time
 from .readers import ARRAY_SUFFIX, HIDDEN, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from .safe_paths import below
 
@@ -170,14 +169,19 @@ def _root(path: str) -> Path:
 
 
 def find_root(path: str, key: str) -> Path:
-    """The folder or zip archive of clips that `path` names; `key` is what it is called in the error."""
+    """The folder of clips that `path` names; `key` is what it is called in the error."""
     root = Path(path)
     with suppress(RuntimeError):  # the home of a user that there is not
         root = root.expanduser()
     if not root.exists():
-        raise FileNotFoundError(f"{key}: there is no folder or zip archive '{path}'")
-    if not root.is_dir() and not is_archive(root):
-        raise ValueError(f"{key}: '{path}' is a file, not a folder or a zip archive of clips")
+        raise FileNotFoundError(f"{key}: there is no folder '{path}'")
+    if root.is_file() and root.suffix.lower() == ".zip":
+        raise ValueError(
+            f"{key}: '{path}' is a zip archive: unpack it with `python -m tools.prepare_dataset folder '{path}' OUT`, "
+            "and name OUT/train."
+        )
+    if not root.is_dir():
+        raise ValueError(f"{key}: '{path}' is a file, not a folder of clips")
     return root
 
 
@@ -194,14 +198,14 @@ def _found(root: Path, kinds: Sequence[str]) -> tuple[list[Clip], Counter[str]]:
 def find_clips(
     root: Path, kinds: Sequence[str], left_out: LeftOut, suffixes: Collection[str] = VIDEO_SUFFIXES
 ) -> Iterator[Clip]:
-    """All clips below `root`, a folder or a zip, in no order. In a folder with videos or arrays, images are strays.
+    """All clips below the folder `root`, in no order. In a folder with videos or arrays, images are strays.
 
     Args:
         kinds: VIDEOS, FRAMES, ARRAYS or some of them.
         left_out: told (reason, path) of everything that is no clip.
         suffixes: what the names of video files end in, in lower case.
     """
-    for folder, files in _walk_archive(root, left_out) if is_archive(root) else _walk(root, left_out):
+    for folder, files in _walk(root, left_out):
         clips = [f for f in files if VIDEOS in kinds and Path(f).suffix.lower() in suffixes]
         clips += [f for f in files if ARRAYS in kinds and is_sample_array(f)]
         frames = [f for f in files if FRAMES in kinds and Path(f).suffix.lower() in IMAGE_SUFFIXES]
@@ -210,7 +214,7 @@ def find_clips(
             if file not in taken:
                 left_out(f"*{Path(file).suffix.lower()}", folder / file)
         for file in clips:
-            yield Clip(str(folder / file), _name(folder / file, root), size_and_time(folder / file)[0])
+            yield Clip(str(folder / file), _name(folder / file, root), (folder / file).stat().st_size)
         if frames and not clips:
             yield Clip(str(folder), _name(folder, root), len(frames), num_frames=len(frames))
 
@@ -218,16 +222,6 @@ def find_clips(
 def is_sample_array(name: str) -> bool:
     """Whether a file of this name is a sample in lossless form: those have numbers for names, other arrays not."""
     return Path(name).suffix.lower() == ARRAY_SUFFIX and Path(name).stem.isdecimal()
-
-
-def _walk_archive(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, its visible files) of a zip archive; hidden files, and all in hidden folders, are left out."""
-    for folder, names in sorted(open_archive(root).folders.items()):
-        shut = any(part.startswith(HIDDEN) for part in folder.split("/"))
-        hidden = [name for name in names if shut or name.startswith(HIDDEN)]
-        for name in hidden:
-            left_out("hidden", root / folder / name)
-        yield root / folder, sorted(set(names) - set(hidden))
 
 
 def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:

@@ -90,7 +90,7 @@ class DataConfig:
                 raise ValueError(f"data.{key}: {getattr(self, key)} is too many; at most {most:,}")
         if not 0 < self.worker_timeout_s <= MAX_TIMEOUT_S:
             raise ValueError(
-                f"data.worker_timeout_s={self.worker_timeout_s} must be above 0 and at most {MAX_TIMEOUT_S:.0f}, a year"
+                f"data.worker_timeout_s: {self.worker_timeout_s} must be above 0, at most {MAX_TIMEOUT_S:.0f} (a year)"
             )
         if not 0 <= self.max_unusable <= 1:
             raise ValueError(f"data.max_unusable: {self.max_unusable} must be a share, from 0 to 1")

@@ -1,4 +1,4 @@
-"""Video file, frame folder or array -> frames. One interface, several backends; zip members are read in place.
+"""Video file, frame folder or array -> frames. One interface, several backends.
 
 A reader has `len()`, `fps`, `damage` and `read(indices) -> uint8 (T, C, H, W)` RGB. Frames are named by
 their place in presentation order, whatever the container's timestamps, B-frames or rotation.
@@ -8,7 +8,6 @@ Letters: T frames, C channels, H height, W width.
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from array import array
@@ -26,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .archives import inside_archive, is_folder, names_in, open_binary, size_and_time
 from .errors import VideoError
 
 if TYPE_CHECKING:
@@ -90,8 +88,6 @@ class Reader(Protocol):
 def open_video(path: str | Path, reader: str = "auto", max_pixels: int = MAX_PIXELS) -> Reader:
     """Open a video file, a folder of frames, a single image or an array with the backend named `reader`.
 
-    Each may lie in a zip archive: `set.zip/clips/a.mp4`, or `set.zip/clips/b` for a folder of frames.
-
     Frames of more than `max_pixels` pixels are refused from their header, before memory is taken for them.
 
     `auto` is PyAV: the one backend exact, in count and pixels, on every sample clip (docs/datasets.md).
@@ -102,7 +98,7 @@ def open_video(path: str | Path, reader: str = "auto", max_pixels: int = MAX_PIX
         raise ValueError(f"reader '{reader}' is unknown: use one of {', '.join(READERS)}")
     path = Path(path)
     try:
-        pictures = is_folder(path) or path.suffix.lower() in IMAGE_SUFFIXES
+        pictures = path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
     except OSError as error:  # a stale network file, a folder above it that is closed to us
         raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
     if path.suffix.lower() == ARRAY_SUFFIX and not pictures:
@@ -126,7 +122,8 @@ def frame_number(name: str) -> tuple[list[int], str]:
 
 def list_frames(folder: Path) -> list[Path]:
     """The images that lie directly in `folder`, in numerical order; hidden files are left out."""
-    names = (n for n in names_in(folder) if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(HIDDEN))
+    names = (entry.name for entry in folder.iterdir())
+    names = (n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(HIDDEN))
     return [folder / name for name in sorted(names, key=frame_number)]
 
 
@@ -136,7 +133,7 @@ def container_format(path: str | Path) -> str:
     The file name plays no part: a playlist called clip.mp4 is refused before any library sees it.
     """
     try:
-        with open_binary(path) as file:
+        with Path(path).open("rb") as file:
             head = file.read(256)
     except VideoError:
         raise
@@ -300,9 +297,10 @@ def _to_rgb(frame: av.VideoFrame, reformatter: Any) -> np.ndarray:
 def file_identity(path: str | Path) -> tuple[int, int]:
     """Size and time of change: a replaced file is another file."""
     try:
-        return size_and_time(Path(path))
+        stat = Path(path).stat()
     except OSError as error:
         raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
+    return stat.st_size, stat.st_mtime_ns
 
 
 @contextmanager
@@ -313,7 +311,7 @@ def _opened(source: Source) -> Iterator[tuple[Any, Any]]:
     limit = {"max_pixels": str(4 * source.max_pixels + 2**16)}  # with the borders that decoders add
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(open_binary(path))
+            file = stack.enter_context(Path(path).open("rb"))
             container = stack.enter_context(
                 av.open(file, mode="r", format=source.format, options=limit, metadata_errors="replace")
             )
@@ -474,7 +472,7 @@ def _missing_tail(source: Source, size: int, declared: int, found: int) -> str |
 
 def _promised_bytes(path: str, format_name: str) -> int:
     """File size that the outermost header of an AVI or Matroska file states; 0 where it states none."""
-    with open_binary(path) as file:
+    with Path(path).open("rb") as file:
         if format_name == "avi":
             return 8 + int.from_bytes(file.read(8)[4:], "little")
         if format_name == "matroska":
@@ -513,7 +511,7 @@ class DecordReader:
             pass
         try:
             self.video = decord.VideoReader(
-                open_binary(path) if inside_archive(Path(path)) else str(Path(path).absolute()),
+                str(Path(path).absolute()),
                 ctx=decord.cpu(0),
                 num_threads=1,
                 fault_tol=1e-9,  # else it fills what it cannot decode with copies of the nearest frame
@@ -548,7 +546,7 @@ class FrameReader:
         self.damage: str | None = None
         self.cut_off: str | None = None
         try:
-            self.frames = list_frames(Path(path)) if is_folder(Path(path)) else [Path(path)]
+            self.frames = list_frames(Path(path)) if Path(path).is_dir() else [Path(path)]
         except OSError as error:
             raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
         if not self.frames:
@@ -569,7 +567,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with open_binary(path) as file, Image.open(file) as image:  # reads the header only
+        with Path(path).open("rb") as file, Image.open(file) as image:  # reads the header only
             if image.width * image.height > max_pixels:
                 raise VideoError(path, _too_large(image.width, image.height, max_pixels))
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -585,7 +583,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 class ArrayReader:
     """A `.npy` file with one uint8 array (T, H, W, C), C = 3: the lossless form of samples. No frame rate is known.
 
-    It is memory-mapped, so only the frames asked for are read; as a member of a zip it is held in memory.
+    It is memory-mapped, so only the frames asked for are read.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
@@ -594,14 +592,10 @@ class ArrayReader:
         self.damage: str | None = None
         self.cut_off: str | None = None
         try:
-            with open_binary(path) as file:
+            with Path(path).open("rb") as file:
                 shape, order, offset = _array_header(self.path, file)
                 _check_array(self.path, shape, file.seek(0, 2) - offset, max_pixels)
-                self.array: np.ndarray = (
-                    np.ndarray(shape, np.uint8, file.getvalue(), offset, order=order)
-                    if isinstance(file, io.BytesIO)
-                    else np.memmap(path, np.uint8, "r", offset, shape, order)
-                )
+            self.array: np.ndarray = np.memmap(path, np.uint8, "r", offset, shape, order)
         except OSError as error:
             raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
 

@@ -8,7 +8,9 @@ from .flow import RectifiedFlow
 from .gaussian import GaussianDiffusion, PMeanVariance
 from .guidance import Denoiser, guide_denoiser
 from .losses import LossTerms
-from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, list_evaluations, sample
+from .samplers import BitsPerDim, calc_bpd_loop, list_evaluations, sample, start_walk
+from .scheduled import ScheduledDiffusion
+from .steps import StepOptions
 from .timestep_sampler import (
     LossAwareTimestepSampler,
     TimestepSampler,
@@ -27,6 +29,7 @@ __all__ = [
     "LossTerms",
     "PMeanVariance",
     "RectifiedFlow",
+    "ScheduledDiffusion",
     "StepOptions",
     "TimestepSampler",
     "UniformTimestepSampler",
@@ -38,6 +41,7 @@ __all__ = [
     "list_evaluations",
     "sample",
     "sample_given",
+    "start_walk",
 ]
 
 

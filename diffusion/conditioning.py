@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flow import RectifiedFlow
-from .gaussian import GaussianDiffusion
 from .guidance import Denoiser
-from .samplers import sample
+from .samplers import Process, sample
+from .scheduled import ScheduledDiffusion
 
 GIVEN_FRAMES = ("none", "prefix", "random")
 
@@ -136,7 +135,7 @@ def condition_denoiser(denoiser: Denoiser, given: Given) -> Denoiser:
 
 
 def sample_given(
-    diffusion: GaussianDiffusion | RectifiedFlow, denoiser: Denoiser, noise: Tensor, given: Given | None, **options: Any
+    diffusion: Process | ScheduledDiffusion, denoiser: Denoiser, noise: Tensor, given: Given | None, **options: Any
 ) -> Tensor:
     """Runs `sample` with known frames, which are returned unchanged; None: no frame is known.
 
@@ -145,4 +144,5 @@ def sample_given(
     """
     if given is None:
         return sample(diffusion, denoiser, noise, **options)
-    return given.keep(sample(diffusion, condition_denoiser(denoiser, given), noise, x_start_fn=given.keep, **options))
+    held: dict[str, Any] = {"x_start_fn": given.keep, "given_frames": given.frames}
+    return given.keep(sample(diffusion, condition_denoiser(denoiser, given), noise, **held, **options))

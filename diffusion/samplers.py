@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,45 +19,10 @@ from .gaussian import GaussianDiffusion, PMeanVariance
 from .guidance import Denoiser
 from .losses import frame_mean
 from .multistep import MULTISTEP_SOLVERS, MultistepSolver
+from .scheduled import SCHEDULERS, ScheduledDiffusion, ScheduledWalk
+from .steps import DEFAULT, Step, StepOptions
 
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (steps done, T, x, pred_x_start)
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """Options of a step.
-
-    Attributes:
-        eta: noise of DDIM, from 0 (none) to 1 (as much as DDPM).
-        clip_denoised: clamp the predicted clean clip to [-1, 1].
-        noise_fn: draws unit noise of the shape of its argument.
-        x_start_fn: applied to the predicted clean clip before it is clamped.
-        gradient_fn: (x, network timesteps) -> gradient of log p(y | x): classifier guidance
-            (Dhariwal & Nichol 2021, algorithms 1 and 2). Gaussian diffusion only.
-    """
-
-    eta: float = 0.0
-    clip_denoised: bool = False
-    noise_fn: Callable[[Tensor], Tensor] = torch.randn_like
-    x_start_fn: Callable[[Tensor], Tensor] | None = None
-    gradient_fn: Denoiser | None = None
-
-    def refine(self, x_start: Tensor) -> Tensor:
-        """Applies `x_start_fn` and the clamping to a predicted clean clip."""
-        if self.x_start_fn is not None:
-            x_start = self.x_start_fn(x_start)
-        return x_start.clamp(-1, 1) if self.clip_denoised else x_start
-
-
-@dataclass
-class Step:
-    """Result of a step: the next x and the predicted clean clip, both (B, F, C, H, W)."""
-
-    x: Tensor
-    pred_x_start: Tensor
-
-
-DEFAULT = StepOptions()
 
 
 # ---- Gaussian diffusion ------------------------------------------------------------------------
@@ -191,7 +156,7 @@ StepFunction = Callable[..., Step]
 
 
 def multistep(name: str) -> Callable[[Process], StepFunction]:
-    """Returns a function that starts a sampling run of solver `name`; its steps depend on the previous ones."""
+    """Returns a function that starts a walk of solver `name`; its steps depend on the previous ones."""
 
     def begin(process: Process) -> StepFunction:
         solver = MultistepSolver(name, process.noise_levels, flow=isinstance(process, RectifiedFlow))
@@ -217,16 +182,28 @@ def _predicted_x_start(
 # ---- loops -------------------------------------------------------------------------------------
 
 
+class Walk(Protocol):
+    """One walk from noise to data, or back."""
+
+    num_steps: int
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Returns the first x for unit noise."""
+
+    def step(self, denoiser: Denoiser, x: Tensor, number: int, options: StepOptions) -> Step:
+        """Returns the result of step `number`, counted from 0."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of METHODS.
 
     Attributes:
         process: class or classes of process that it supports.
-        begin: returns the step function of one sampling run.
+        begin: returns the step function of one walk.
         step_at_zero: step function at t = 0, if it differs.
         evaluations: calls of the denoiser per step; at t = 0 always one.
-        ascending: runs from data to noise.
+        ascending: walks from data to noise.
     """
 
     process: type | tuple[type, ...]
@@ -234,6 +211,30 @@ class Method:
     step_at_zero: StepFunction | None = None
     evaluations: int = 1
     ascending: bool = False
+
+    def indices(self, process: Process) -> list[int]:
+        """Returns the timesteps of a walk in order."""
+        steps = range(process.num_timesteps)
+        return list(steps if self.ascending else reversed(steps))
+
+
+class StepWalk:
+    """A walk over the timesteps of a process with the step functions of a `Method`."""
+
+    def __init__(self, method: Method, process: Process) -> None:
+        self.process = process
+        self.indices = method.indices(process)
+        self.num_steps = len(self.indices)
+        self.take_step = method.begin(process)
+        self.step_at_zero = method.step_at_zero or self.take_step
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def step(self, denoiser: Denoiser, x: Tensor, number: int, options: StepOptions) -> Step:
+        index = self.indices[number]
+        take_step = self.step_at_zero if index == 0 else self.take_step
+        return take_step(self.process, denoiser, x, torch.full((len(x),), index, device=x.device), options)
 
 
 METHODS = {
@@ -247,28 +248,34 @@ METHODS = {
 }
 
 
-def _method(name: str, process: Process, options: StepOptions) -> Method:
-    fitting = [key for key, method in METHODS.items() if isinstance(process, method.process)]
-    if name not in fitting:
-        raise ValueError(
-            f"Sampling method {name!r} does not support diffusion.prediction={process.config.prediction}; "
-            f"choose {' | '.join(fitting)}."
-        )
-    if options.eta and name != "ddim":
+def list_methods(process: Process | ScheduledDiffusion) -> list[str]:
+    """Returns the names of the methods that support `process`."""
+    if isinstance(process, ScheduledDiffusion):
+        return list(SCHEDULERS)
+    return [name for name, method in METHODS.items() if isinstance(process, method.process)]
+
+
+def _check_method(name: str, process: Process | ScheduledDiffusion, options: StepOptions) -> None:
+    if name not in (fitting := list_methods(process)):
+        kind = "a noise schedule of diffusers"
+        if not isinstance(process, ScheduledDiffusion):
+            kind = f"diffusion.prediction={process.config.prediction}"
+        raise ValueError(f"Sampling method {name!r} does not support {kind}; choose {' | '.join(fitting)}.")
+    if options.eta and name not in ("ddim", "DDIM"):
         raise ValueError(f"eta={options.eta} is read only by method ddim; use eta=0 with {name}.")
     if options.gradient_fn is not None and name not in ("ddpm", "ddim", "ddim_reverse"):
         raise ValueError("gradient_fn (classifier guidance) needs Gaussian diffusion and ddpm or ddim.")
-    return METHODS[name]
 
 
-def _indices(process: Process, method: Method) -> list[int]:
-    """Returns the steps in order."""
-    steps = range(process.num_timesteps)
-    return list(steps if method.ascending else reversed(steps))
+def start_walk(name: str, process: Process | ScheduledDiffusion, device: torch.device) -> Walk:
+    """Returns a walk of `process` by method `name`."""
+    if isinstance(process, ScheduledDiffusion):
+        return ScheduledWalk(name, process, device)
+    return StepWalk(METHODS[name], process)
 
 
 class Evaluation(NamedTuple):
-    """One call of the denoiser during sampling.
+    """One call of the denoiser in a walk.
 
     Attributes:
         time: timestep of the network.
@@ -287,10 +294,11 @@ def list_evaluations(process: Process, method: str) -> list[Evaluation]:
     Raises:
         ValueError: the method does not support the process.
     """
-    row = _method(method, process, DEFAULT)
+    _check_method(method, process, DEFAULT)
+    row = METHODS[method]
     levels = process.noise_levels
     found = []
-    for step in _indices(process, row):
+    for step in row.indices(process):
         visited = range(step, max(-1, step - row.evaluations), -1)  # heun: both ends of a step
         share = abs(1 - levels[step] / levels[step + 1]) / len(visited)
         found += [Evaluation(process.step_times[index], process.clean_gains[index], share) for index in visited]
@@ -299,7 +307,7 @@ def list_evaluations(process: Process, method: str) -> list[Evaluation]:
 
 @torch.no_grad()
 def sample(
-    diffusion: Process,
+    diffusion: Process | ScheduledDiffusion,
     denoiser: Denoiser,
     noise: Tensor,
     *,
@@ -313,26 +321,23 @@ def sample(
         diffusion: on the device of `noise`; its respacing sets T.
         denoiser: the network, possibly wrapped in guidance.
         noise: unit noise; for `ddim_reverse` clean clips, which are turned into noise.
-        method: a key of METHODS: ddpm | ddim | ddim_reverse, or euler | heun for a flow; for both dpm_solver++ |
-            sde_dpm_solver++ | unipc.
-        callback: called after every step with (steps done, T, x, pred_x_start).
-        options: fields of `StepOptions` (eta, clip_denoised, noise_fn, x_start_fn, gradient_fn).
+        method: ddpm | ddim | ddim_reverse, or euler | heun for a flow; for both dpm_solver++ |
+            sde_dpm_solver++ | unipc; for a `ScheduledDiffusion` the official names (DDIM, EulerDiscrete, ...).
+        callback: called after every step with (steps done, steps in all, x, pred_x_start).
+        options: fields of `StepOptions` (eta, clip_denoised, noise_fn, x_start_fn, gradient_fn, ...).
 
     Raises:
         ValueError: the method does not support the process or an option.
     """
     settings = StepOptions(**options)
-    chosen = _method(method, diffusion, settings)
-    take_step = chosen.begin(diffusion)
-    total = diffusion.num_timesteps
-    x = noise
-    for done, index in enumerate(_indices(diffusion, chosen), start=1):
-        timesteps = torch.full((len(x),), index, device=x.device)
-        this_step = chosen.step_at_zero if index == 0 and chosen.step_at_zero else take_step
-        step = this_step(diffusion, denoiser, x, timesteps, settings)
+    _check_method(method, diffusion, settings)
+    walk = start_walk(method, diffusion, noise.device)
+    x = walk.start(noise)
+    for number in range(walk.num_steps):
+        step = walk.step(denoiser, x, number, settings)
         x = step.x
         if callback is not None:
-            callback(done, total, x, step.pred_x_start)
+            callback(number + 1, walk.num_steps, x, step.pred_x_start)
     return x
 
 

@@ -524,7 +524,7 @@ def _check_keys(values: Mapping[str, Any], owner: type, source: str, prefix: str
 
 def _hint(key: str, name: str) -> str:
     if key in RENAMED:
-        return f" It is called {RENAMED[key]} here (tools.convert_config turns a whole official file)."
+        return f" It is called {RENAMED[key]} here (`python -m tools.convert config` translates a whole official file)."
     if key in DROPPED:
         return f" It has no counterpart: {DROPPED[key]}"
     known = list(all_keys())

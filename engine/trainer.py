@@ -25,6 +25,7 @@ from .conditions import build_conditions
 from .config import Config
 from .distributed import World, broadcast_object, data_parallel, gradient_sync, local, replicated, set_timeout
 from .guard import check_replicas
+from .memory import check_training_fits
 from .objective import StepLoss
 from .optim import clip_gradients, gradient_norm, learning_rate_at, step_unless
 from .pending import Findings, InFlight
@@ -57,6 +58,7 @@ class Trainer:
         if config.train.precision == "tf32":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         attention.choose(config.train.attention)
+        check_training_fits(config, world.device, world.size)
         clips = build_dataset(config.data, seed=config.train.seed)
         start.check_labels(config, clips)
         start.check_number(config, clips, world.size)
@@ -128,7 +130,7 @@ class Trainer:
         The step itself is queued on the device; with `train.run_ahead` it is counted in the next call.
         """
         before = self.state.step
-        stop = self.launch_step(micro_batches)
+        _, stop = self.launch_step(micro_batches)
         ramp_temporal_positions(self.config, self.state.step, self.state.model, self.state.ema.model)
         if not self._is_under_way:  # from here on no rank has to compile or connect
             stop = self.settle() or stop
@@ -142,15 +144,19 @@ class Trainer:
         self.run.watch.tick()
         return stop
 
-    def launch_step(self, micro_batches: MicroBatches) -> int:
-        """Queues one optimizer step, and counts the one before; returns the stop signal, or 0."""
+    def launch_step(self, micro_batches: MicroBatches) -> tuple[dict[str, Tensor], int]:
+        """Queues one optimizer step, and counts the one before.
+
+        Returns:
+            device scalars of the step (loss, grad_norm, ...), and the stop signal, or 0.
+        """
         self.run.batch_files = self.run.files_of(micro_batches)
         parts, losses = self._backward(micro_batches)
         stop = self.settle()  # the device has this step to work on meanwhile
         self.in_flight = self._update(parts, losses)
         if stop or not self.config.train.run_ahead or self._is_due(self.state.step + 1):
             stop = self.settle() or stop
-        return stop
+        return parts, stop
 
     def settle(self) -> int:
         """Reads the step in flight, if there is one, and counts it; returns the stop signal, or 0. Collective."""

@@ -87,7 +87,7 @@ class HangWatch:
         if self._stream is None:
             return
         faulthandler.cancel_dump_traceback_later()
-        empty = self._stream.tell() == 0 and not self._file.stat().st_size
+        empty = os.fstat(self._stream.fileno()).st_size == 0
         self._stream.close()
         self._stream = None
         if empty:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SAFE_SINCE = "2.10"  # CVE-2025-32434, CVE-2026-24747: earlier restricted readers can be made to run code
 MAX_RECORDS = 100_000  # in an archive; one per tensor
-# Classes of the settings that training scripts store with weights (argparse, OmegaConf); `tools.convert_checkpoint`
+# Classes of the settings that training scripts store with weights (argparse, OmegaConf); `tools.convert checkpoint`
 # can skip them.
 SETTINGS = frozenset(
     [
@@ -40,7 +40,7 @@ SETTINGS = frozenset(
         *("typing.Any", "collections.defaultdict"),
     ]
 )
-CONVERT = "`python -m tools.convert_checkpoint` extracts the weights alone if its author gives you the file's SHA-256"
+CONVERT = "`python -m tools.convert checkpoint` extracts the weights alone if its author gives you the file's SHA-256"
 DISTRUST = "weights need none: ask the author of the file for its `ema` or `model` dictionary of tensors alone"
 
 WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel, torch.compile
@@ -109,6 +109,16 @@ def load_pickled(path: Path, ignored: Iterable[str] = ()) -> Any:
         raise ValueError(f"{path} is not a complete PyTorch checkpoint; copy it again") from error
 
 
+def require_hash(file: Path, allowed: Sequence[str]) -> None:
+    """Raises ValueError for a file whose SHA-256 is not in `allowed`, FileNotFoundError for no file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {file}")
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found not in [each.strip().lower() for each in allowed]:
+        raise ValueError(f"{file} is not opened: its SHA-256 is {found}, but --sha256 allows {', '.join(allowed)}.")
+
+
 def _check_archive(path: Path) -> None:
     """Raises ValueError for an archive that unpacks to more than its own size; `torch.save` never compresses."""
     if not zipfile.is_zipfile(path):
@@ -173,6 +183,20 @@ def _unwrap(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             f"{path} holds the same weights twice, with and without a wrapper prefix ({', '.join(WRAPPERS)})"
         )
     return bare
+
+
+def extract_weights(path: Path, hashes: Sequence[str], prefer: str = "ema") -> dict[str, Tensor]:
+    """Returns the weights of an official `.pt` file that also holds settings, as tensors that share no memory.
+
+    Args:
+        hashes: SHA-256 of files to trust; any other file is not opened.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, another hash, or other objects than tensors and settings.
+    """
+    require_hash(path, hashes)
+    weights = read_state_dict(path, prefer, ignored=SETTINGS)
+    return {name: value.contiguous().clone() for name, value in weights.items()}
 
 
 # ------------------------------------------------------------------------ a network and its weights

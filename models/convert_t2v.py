@@ -36,6 +36,8 @@ CLASS_NAMES = (CLASS_NAME, "LatteT2V", "Transformer2DModel", "PixArtTransformer2
 TEMPORAL = "temporal_transformer_blocks."
 SCALE = "temporal_position_scale"  # a key of ours in config.json, written while an image network becomes a video one
 
+COMPARED_WORDS = 8  # length of the caption in a comparison with diffusers
+
 # Names in PixArt-alpha -> in diffusers; a tensor with several names is their concatenation along dimension 0.
 PIXART_NAMES: dict[str, tuple[str, ...]] = {
     "x_embedder.proj": ("pos_embed.proj",),
@@ -173,6 +175,28 @@ def to_diffusers(model: LatteT2V) -> nn.Module:
     return network.eval()
 
 
+def compare_with_diffusers(model: LatteT2V, folder: Path) -> float:
+    """Returns the largest difference to the outputs of diffusers' class with the weights in `folder`.
+
+    The difference is relative to the largest value, in fp32 on a small random clip. A network that still computes
+    images is compared frame by frame.
+    """
+    from diffusers import LatteTransformer3DModel
+
+    theirs = LatteTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    config, side = model.config, 2 * model.config.patch
+    noise = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, config.channels[0], config.video_length, side, side, generator=noise),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, COMPARED_WORDS, config.caption_channels or 0, generator=noise),
+        "enable_temporal_attentions": model.temporal_position_scale == 1,
+    }
+    with torch.no_grad():
+        first, second = model.float()(**inputs).sample, theirs(**inputs).sample
+    return float((first - second).abs().max() / second.abs().max().clamp_min(1e-12))
+
+
 # ------------------------------------------------------------------------------------------- files
 
 
@@ -188,8 +212,8 @@ def _transformer_folder(source: Path) -> Path | None:
     folders = [folder for folder in (source / SUBFOLDER, source) if (folder / CONFIG_FILE).is_file()]
     if not folders:
         raise FileNotFoundError(
-            f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}; tools.export_t2v writes "
-            "such a folder from a training run"
+            f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}; `python -m "
+            "tools.convert diffusers` writes such a folder from a training run"
         )
     return folders[0]
 

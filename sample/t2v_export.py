@@ -1,9 +1,9 @@
-"""A trained text network as a Latte folder, which `sample_t2x.py` and diffusers' LattePipeline load.
+"""Exports a trained text network as a Latte folder, which `sample_t2x.py` and diffusers' LattePipeline load.
 
     transformer/ scheduler/ vae/ text_encoder/ tokenizer/ model_index.json
 
-The scheduler is the training's noise schedule and prediction; the decoder is a part where diffusers has its class. An
-image network becomes a PixArt-alpha folder: its transformer alone.
+The scheduler is the training's noise schedule and prediction; the decoder is included if diffusers has its class. An
+image network becomes a PixArt-alpha folder with the transformer alone.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.build import text_network_config
-from engine.captions import temporal_position_scale
 from engine.checkpoint import find_checkpoint, load_checkpoint_config, read_state, weights_file
 from engine.config import Config, require
+from engine.weights import temporal_position_scale
 from models.autoencoder import AUTOENCODERS, CodecConfig, local_folder
 from models.config_t2v import LatteT2VConfig
 from models.convert_t2v import CONFIG_FILE, SCALE, WEIGHTS, require_new
@@ -40,34 +40,38 @@ PIPELINE = {
 
 
 def export_run(source: str | Path, folder: Path, *, weights: str = "ema", link: bool = False) -> list[str]:
-    """Write the network of a run or checkpoint, with all parts of a pipeline that there are, into a new folder.
+    """Writes the network of a run or checkpoint, and the other parts of its pipeline, into a new folder.
 
     Args:
         weights: `ema` or `raw`.
-        link: name large files in place of copying them, for a sampler of ours that is about to read them. Otherwise a
-            network without a variance gets one, of zeros: LattePipeline takes half of the channels for it.
+        link: link to large files instead of copying them, for a sampler of ours that is about to read them. Without
+            it, a network without a variance gets one of zeros, because LattePipeline takes half of the channels for it.
 
-    Returns: what was left out, in words.
+    Returns: the omitted parts and the reasons, one line each.
 
-    Raises: ValueError, OSError where the source is no text network, or diffusers has no sampler for its diffusion.
+    Raises: ValueError, OSError if the source is not a text network, or diffusers has no sampler for its diffusion.
     """
     checkpoint = find_checkpoint(Path(source))
     config = load_checkpoint_config(checkpoint)
     assert config is not None  # of a folder
     require(
-        config.model.is_text, f"{source} is no text network (model.name={config.model.name}): see sample/sample.py."
+        config.model.is_text,
+        f"{source} is no text network (model.name={config.model.name}): sample it with sample/sample.py.",
     )
-    require(not config.lora.rank, f"{source} holds adapters only: merge them into their network first.")
+    require(
+        not config.lora.rank,
+        f"{source} holds adapters only: merge them into their base weights first (python -m tools.convert weights).",
+    )
     require_new(folder)
     aside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        left = _write_parts(checkpoint, config, aside, weights, link)
+        omitted = _write_parts(checkpoint, config, aside, weights, link)
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside.replace(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return left
+    return omitted
 
 
 def _write_parts(checkpoint: Path, config: Config, out: Path, weights: str, link: bool) -> list[str]:
@@ -100,12 +104,12 @@ def _write_network(checkpoint: Path, config: Config, out: Path, weights: str, li
         shutil.copy(file, target)
     else:
         described["out_channels"] *= 2
-        save_file(with_variance(load_file(file), described["patch_size"] ** 2), target, metadata={"format": "pt"})
+        save_file(add_zero_variance(load_file(file), described["patch_size"] ** 2), target, metadata={"format": "pt"})
     _write_json(out / CONFIG_FILE, described)
 
 
-def with_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
-    """Weights of a network that predicts C channels for each of the `pixels` of a patch, and now C zeros more."""
+def add_zero_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
+    """Returns weights that predict C zeros in addition to the C channels of each of the `pixels` of a patch."""
     padded = dict(weights)
     for key in ("proj_out.weight", "proj_out.bias"):
         parts = weights[key].unflatten(0, (pixels, -1))  # (p*p, C, ...)
@@ -114,7 +118,7 @@ def with_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
 
 
 def describe_network(config: Config, step: int) -> dict[str, Any]:
-    """The network's `config.json`."""
+    """Returns the content of the network's `config.json`."""
     network: LatteT2VConfig = text_network_config(config)
     described = network.to_dict()
     if config.model.name == "custom-t2i":
@@ -125,9 +129,9 @@ def describe_network(config: Config, step: int) -> dict[str, Any]:
 
 
 def describe_scheduler(config: Config) -> dict[str, Any]:
-    """The `scheduler_config.json` of the training's diffusion.
+    """Returns the content of `scheduler_config.json` for the training's diffusion.
 
-    Raises: ValueError for a flow, of which LattePipeline has no sampler.
+    Raises: ValueError for a flow, which LattePipeline cannot sample.
     """
     diffusion = config.diffusion
     require(
@@ -149,17 +153,17 @@ def describe_scheduler(config: Config) -> dict[str, Any]:
 
 
 def _codec_folder(config: CodecConfig) -> tuple[Path | None, str]:
-    """The decoder's folder, or None and why it is no part of a pipeline."""
+    """Returns the decoder's folder, or None and the reason why it cannot be part of a pipeline."""
     folder = local_folder(config) if config.path else None
     if folder is None:
-        return None, "the codec is no folder here"
+        return None, "codec.path is not a folder on this machine"
     folder = folder / (config.subfolder or "")
     file = folder / CONFIG_FILE
     name = json.loads(file.read_text(encoding="utf-8")).get("_class_name") if file.is_file() else None
     if name not in AUTOENCODERS:
-        return None, f"{folder} is none of diffusers' autoencoders"
+        return None, f"{folder} is not one of diffusers' autoencoders"
     if config.shift:
-        return None, f"LattePipeline knows no codec.shift, which is {config.shift}"
+        return None, f"codec.shift is {config.shift}, which LattePipeline does not support"
     return folder, ""
 
 

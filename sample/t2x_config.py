@@ -8,26 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from diffusion.scheduled import SCHEDULERS
 from diffusion.windows import WINDOW_METHODS
 from engine.config import MAX_SEED, SAMPLE_PRECISIONS, check_frame_keys, read_yaml, require
 from models.quantize import QUANTIZERS
 from sample.sample import MAX_VIDEOS
-
-# The official names -> the class in diffusers and what it needs beside the beta schedule. A learned variance is
-# for DDPM alone: the other samplers have no use for it.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDIM": ("DDIMScheduler", {"clip_sample": False}),
-    "EulerDiscrete": ("EulerDiscreteScheduler", {}),
-    "DDPM": ("DDPMScheduler", {"clip_sample": False}),
-    "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
-    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {}),
-    "PNDM": ("PNDMScheduler", {}),
-    "HeunDiscrete": ("HeunDiscreteScheduler", {}),
-    "EulerAncestralDiscrete": ("EulerAncestralDiscreteScheduler", {}),
-    "DEISMultistep": ("DEISMultistepScheduler", {}),
-    "KDPM2AncestralDiscrete": ("KDPM2AncestralDiscreteScheduler", {}),
-}
-LEARNED_VARIANCE = ("DDPM",)
 
 # Keys of the official files that are none here -> what to write instead.
 REPLACED = {

@@ -8,7 +8,6 @@ Letters: B batch (2 with guidance), L words of a prompt, F frames, C latent chan
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,12 +20,13 @@ import torch
 from torch import Tensor
 
 from datasets.clips import DataConfig
-from diffusion import ConditionConfig, Given, condition_denoiser
+from diffusion import ConditionConfig, Given, ScheduledDiffusion, guide_denoiser, sample_given, start_walk
+from diffusion.scheduled import LATTE_NOISE
+from engine.conditions import TextFeatures
 from engine.config import window_overlap
 from engine.objective import sample_generator
 from models import hub
 from models.autoencoder import DTYPES, CodecConfig, LatentCodec
-from models.config import require
 from models.convert_t2v import find_network, load_t2v
 from models.hub import require_part
 from models.latte_t2v import LatteT2V
@@ -35,17 +35,10 @@ from models.quantize import quantize
 from models.text_encoder import Prompt
 from sample.generate import require_finite_videos, to_uint8
 from sample.given import Plan, Windows, read_given
-from sample.t2x_config import LEARNED_VARIANCE, SCHEDULERS, T2XConfig
+from sample.t2x_config import T2XConfig
 
-LATTE_BETAS = {
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-}  # Latte's, where a folder says nothing
-BETAS = tuple(LATTE_BETAS)
 log = logging.getLogger(__name__)
 
-FIXED_VARIANCE = "fixed_large"  # of DDPM, of a network without a learned one
 PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae*")
 Progress = Callable[[int, int], object]
 
@@ -62,33 +55,22 @@ def find_folder(config: T2XConfig) -> Path:
 # ------------------------------------------------------------------------------------------ latents
 
 
-def make_scheduler(config: T2XConfig, folder: Path, *, learned_variance: bool = True) -> Any:
-    """The sampler that `sample_method` names, on the noise schedule of the folder, or with the config's betas.
+def build_schedule(config: T2XConfig, folder: Path, *, learned_variance: bool = True) -> ScheduledDiffusion:
+    """Returns the noise schedule of the folder, with the betas of the config where it has some.
 
     Args:
-        learned_variance: whether the network predicts a variance beside the noise.
+        learned_variance: whether the network predicts a variance in addition to the noise.
     """
-    import diffusers
-
     require_part(folder, "scheduler")
-    name, options = SCHEDULERS[config.sample_method]
-    betas = {key: getattr(config, key) for key in BETAS if getattr(config, key) is not None}
-    if config.sample_method in LEARNED_VARIANCE:
-        betas["variance_type"] = config.variance_type if learned_variance else FIXED_VARIANCE
-    owner = getattr(diffusers, name)
     given = hub.read_json(folder / "scheduler" / "scheduler_config.json")
-    known = inspect.signature(owner.__init__).parameters
-    kept = {key: value for key, value in given.items() if key in known and key != "variance_type"}
-    scheduler = owner(**{**LATTE_BETAS, **kept, **betas, **options})
-    steps, most = config.num_sampling_steps, scheduler.config.num_train_timesteps
-    require(steps <= most, f"num_sampling_steps={steps} is more than the {most} steps of the noise schedule")
-    return scheduler
+    betas = {key: getattr(config, key) for key in LATTE_NOISE if getattr(config, key) is not None}
+    variance_type = config.variance_type if learned_variance else None
+    return ScheduledDiffusion({**given, **betas}, config.num_sampling_steps, variance_type)
 
 
-@torch.no_grad()
 def denoise(
     model: LatteT2V,
-    scheduler: Any,
+    schedule: ScheduledDiffusion,
     prompt: Prompt,
     noise: Tensor,
     config: T2XConfig,
@@ -98,43 +80,32 @@ def denoise(
     plan: Plan | None = None,
     known: Given | None = None,
 ) -> Tensor:
-    """Unit noise (1, C, F, h, w) -> latents of the same shape.
+    """Turns unit noise (1, F, C, h, w) into latents of the same shape.
 
     Args:
         plan: how windows of a longer video are put together.
-        known: frames that the network sees clean, and that come out as they are.
+        known: frames that the network sees clean, and that are returned unchanged.
         generator: of the noise that some samplers add at each step.
         progress: called with the steps done and their number.
     """
-    scheduler.set_timesteps(config.num_sampling_steps, device=noise.device)
-    accepted = inspect.signature(scheduler.step).parameters
-    extra = {key: value for key, value in {"eta": config.eta, "generator": generator}.items() if key in accepted}
-    learned = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
-    guided = config.guidance_scale > 1 and prompt.negative is not None
-    captions = torch.cat([prompt.negative, prompt.positive]) if guided else prompt.positive  # type: ignore[list-item]
 
-    def network(x: Tensor, timesteps: Tensor) -> Tensor:
-        inputs = x.transpose(1, 2), timesteps, captions, None, config.enable_temporal_attentions
+    def network(x: Tensor, timesteps: Tensor, captions: TextFeatures) -> Tensor:
+        inputs = x.transpose(1, 2), timesteps, captions.features, None, config.enable_temporal_attentions
         return model(*inputs, return_dict=False)[0].transpose(1, 2)  # (B, F, C or 2C, h, w)
 
-    denoiser = network if plan is None else plan.denoiser(network)
-    denoiser = denoiser if known is None else condition_denoiser(denoiser, known)
-    latents = noise * scheduler.init_noise_sigma
-    for done, step in enumerate(scheduler.timesteps, start=1):
-        entered = scheduler.scale_model_input(latents.expand(len(captions), -1, -1, -1, -1), step)
-        timesteps = step.expand(len(captions)).to(noise.device)
-        output = denoiser(entered.transpose(1, 2), timesteps).transpose(1, 2)
-        if guided:
-            without, with_caption = output.chunk(2)
-            output = without + config.guidance_scale * (with_caption - without)
-        if not learned:
-            output = output[:, : noise.shape[1]]
-        if known is not None:  # what is said of known frames goes nowhere; zero, so that their state stays small
-            output = output.masked_fill(known.frames[:, None, :, None, None], 0)
-        latents = scheduler.step(output, step, latents, **extra, return_dict=False)[0]
-        if progress is not None:
-            progress(done, len(scheduler.timesteps))
-    return latents if known is None else known.keep(latents.transpose(1, 2)).transpose(1, 2)
+    captions = TextFeatures(prompt.positive, None, prompt.negative)
+    scale = config.guidance_scale if prompt.negative is not None and config.guidance_scale > 1 else 1.0
+    denoiser = guide_denoiser(network, captions, scale, channels=None)
+    return sample_given(
+        schedule,
+        denoiser if plan is None else plan.denoiser(denoiser),
+        noise,
+        known,
+        method=config.sample_method,
+        eta=config.eta,
+        generator=generator,
+        callback=None if progress is None else lambda done, total, *_: progress(done, total),
+    )
 
 
 def load_network(config: T2XConfig, folder: Path, device: torch.device) -> LatteT2V:
@@ -204,7 +175,7 @@ class Sampler:
         resting = torch.device("cpu") if config.cpu_offload else device
         self.model = load_network(config, folder, resting)
         channels, out_channels = self.model.config.channels
-        self.scheduler = make_scheduler(config, folder, learned_variance=out_channels == 2 * channels)
+        self.schedule = build_schedule(config, folder, learned_variance=out_channels == 2 * channels)
         self.codec = LatentCodec.from_config(codec, resting) if codec else load_codec(config, folder, resting)
         self._check()
         self.plan = self._plan()
@@ -212,8 +183,7 @@ class Sampler:
     @property
     def num_steps(self) -> int:
         """Evaluations of the network for one video; some samplers take several for each step."""
-        self.scheduler.set_timesteps(self.config.num_sampling_steps)
-        return len(self.scheduler.timesteps) * self.plan.num_passes
+        return start_walk(self.config.sample_method, self.schedule, self.device).num_steps * self.plan.num_passes
 
     def sample(self, prompt: Prompt, index: int, progress: Progress | None = None) -> np.ndarray:
         """The video of that index: uint8 (F, H, W, 3)."""
@@ -223,9 +193,9 @@ class Sampler:
         channels, _, *size = self.noise_shape[1:]
 
         def sample_pass(known: Given | None, frames: int) -> Tensor:
-            noise = torch.randn(1, channels, frames, *size, generator=generator).to(*placed)
-            inputs = self.model, self.scheduler, prompt, noise, self.config, generator, progress
-            return denoise(*inputs, plan=self.plan, known=known).transpose(1, 2)
+            noise = torch.randn(1, channels, frames, *size, generator=generator).to(*placed).transpose(1, 2)
+            inputs = self.model, self.schedule, prompt, noise, self.config, generator, progress
+            return denoise(*inputs, plan=self.plan, known=known)
 
         with self._on_device(self.model):
             latents = self.plan.sample(sample_pass, [index])

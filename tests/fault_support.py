@@ -29,6 +29,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from engine import checkpoint as ckpt
+from engine import resume
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
@@ -38,7 +39,9 @@ from engine.trainer import Trainer
 
 def _non_finite_gradient(trainer: Trainer) -> None:
     """An infinite gradient with a finite loss, in this step only."""
-    hook = next(trainer.model.parameters()).register_hook(lambda gradient: (hook.remove(), gradient + torch.inf)[1])
+    hook = next(trainer.state.model.parameters()).register_hook(
+        lambda gradient: (hook.remove(), gradient + torch.inf)[1]
+    )
 
 
 def _spoil_next_loss(trainer: Trainer, *fields: str) -> None:
@@ -56,14 +59,14 @@ def _spoil_next_loss(trainer: Trainer, *fields: str) -> None:
 
 
 def _large_gradient(trainer: Trainer) -> None:
-    for parameter in trainer.model.parameters():
+    for parameter in trainer.state.model.parameters():
         hooks: list[Any] = []
         hooks.append(parameter.register_hook(lambda g, hooks=hooks: (hooks[0].remove(), g * 1000)[1]))
 
 
 def _one_ulp(trainer: Trainer) -> None:
     with torch.no_grad():
-        weight = trainer.model.blocks[0].mlp.fc1.weight
+        weight = trainer.state.model.blocks[0].mlp.fc1.weight
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
 
 
@@ -147,35 +150,35 @@ def _happened_before() -> bool:
 def arm(text: str | None = None) -> None:
     """Have every Trainer of this process fail as `text` (by default LATTE_FAULT) says."""
     faults = parse(text if text is not None else os.environ.get("LATTE_FAULT", ""))
-    honest = Trainer.train_step
+    honest = Trainer.launch_step
 
     def faulty(self: Trainer, micro_batches: Any) -> Any:
-        self.batch_files = self._files_of(micro_batches)
+        self.run.batch_files = self.run.files_of(micro_batches)
         for fault in list(faults):
             kind, rank, step = fault
-            if rank == self.world.rank and step in (-1, self.step + (self.pending is not None)):
+            if rank == self.world.rank and step in (-1, self.state.step + (self.in_flight is not None)):
                 if step != -1:
                     faults.remove(fault)
                 if not _happened_before():
                     FAULTS[kind](self)
                 break  # one fault a step
         parts, stop = honest(self, micro_batches)
-        TRACE.append((self.batch_files, float(parts["loss"])))
+        TRACE.append((self.run.batch_files, float(parts["loss"])))
         return parts, stop
 
-    Trainer.train_step = faulty  # type: ignore[method-assign]
+    Trainer.launch_step = faulty  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
 def armed(text: str) -> Iterator[None]:
     """`arm`, within this block only."""
-    honest = Trainer.train_step
+    honest = Trainer.launch_step
     TRACE.clear()
     arm(text)
     try:
         yield
     finally:
-        Trainer.train_step = honest  # type: ignore[method-assign]
+        Trainer.launch_step = honest  # type: ignore[method-assign]
 
 
 class BadWorker:
@@ -222,6 +225,11 @@ def run(overrides: list[str], world: World | None = None, **options: Any) -> Tra
     trainer = Trainer(load_config(None, overrides), world or World(), **options)
     trainer.fit()
     return trainer
+
+
+def restore(trainer: Trainer) -> list[str]:
+    """Returns the notes of restoring the newest checkpoint, as at the start of `fit`."""
+    return resume.restore(trainer.run, trainer.state, trainer.rules)
 
 
 class Torchrun:
@@ -365,9 +373,9 @@ def fit_rank(
         trace = list(TRACE)
     saved = trainer.state_dict()
     return {
-        "step": trainer.step,
-        "samples_seen": trainer.samples_seen,
-        "skipped": trainer.guard.skipped,
+        "step": trainer.state.step,
+        "samples_seen": trainer.state.samples_seen,
+        "skipped": trainer.state.guard.skipped,
         "trace": trace,
         "model": saved.model,
         "ema": saved.ema,

@@ -181,7 +181,7 @@ def test_max_clips_keeps_all_class_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FOUND)
 def test_missing_and_empty_folders_are_sentences(tmp_path: Path, name: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data\.path: there is no folder or zip archive '.*gone'"):
+    with pytest.raises(FileNotFoundError, match=r"data\.path: there is no folder '.*gone'"):
         build_catalog(config(tmp_path / "gone", name))
     with pytest.raises(ValueError, match=r"holds none \(found: nothing at all\)"):
         build_catalog(config(tmp_path, name))

@@ -105,7 +105,7 @@ def test_a_class_that_is_not_trained_on_is_refused(config: DataConfig, frame_fol
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"val_path": "/nowhere"}, r"data\.val_path: there is no folder or zip archive '/nowhere'"),
+        ({"val_path": "/nowhere"}, r"data\.val_path: there is no folder '/nowhere'"),
         ({"val_share": 0.001}, r"data\.val_share=0\.001 holds out none of the 6 clips"),
     ],
 )

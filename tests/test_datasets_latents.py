@@ -205,10 +205,10 @@ def test_a_deviation_that_is_ignored_would_be_seen(motley_caches: Any, tmp_path:
     overrides, made = motley_caches["AutoencoderKL"]
     keys = [*overrides, *X_START, f"data.latents={made}", f"train.output_dir={tmp_path / 'run'}"]
     trainer = Trainer(load_config(None, keys), World())
-    batch = next(trainer.batches())[0]
-    sampled = trainer.objective(trainer.model, batch).loss
+    batch = next(trainer.run.batches(trainer.state.samples_seen))[0]
+    sampled = trainer.objective(trainer.state.model, batch).loss
     batch["latents"][:, :, 1] = 0
-    assert not torch.isclose(sampled, trainer.objective(trainer.model, batch).loss)
+    assert not torch.isclose(sampled, trainer.objective(trainer.state.model, batch).loss)
 
 
 def test_scale_and_shift_may_change(motley_caches: Any) -> None:

@@ -16,9 +16,12 @@ import sample.preview
 import train
 from datasets import build_dataset
 from engine import checkpoint as ckpt
-from engine.callbacks import Look
+from engine.callbacks import Observation
 from engine.config import load_config
 from engine.distributed import World
+from engine.objective import Objective
+from engine.run import Run
+from engine.state import TrainState
 from engine.trainer import Trainer
 from engine.validation import Validation
 from sample.generate import Generator
@@ -85,9 +88,9 @@ def test_the_training_is_the_same_bit_for_bit(tiny: list[str], tmp_path: Path, e
         assert torch.equal(seen.state_dict().rng[name], value), name
     assert logged(tmp_path / "seen", "train") == logged(tmp_path / "plain", "train")
     assert [row["step"] for row in logged(tmp_path / "seen", "preview")] == [0, 3, 4]
-    assert seen.model.training == plain.model.training
-    assert all(parameter.requires_grad for parameter in seen.model.parameters())
-    assert all(parameter.grad is None for parameter in seen.ema.model.parameters())
+    assert seen.state.model.training == plain.state.model.training
+    assert all(parameter.requires_grad for parameter in seen.state.model.parameters())
+    assert all(parameter.grad is None for parameter in seen.state.ema.model.parameters())
 
 
 def test_the_lightning_twin_sees_the_same(tiny: list[str], tmp_path: Path) -> None:
@@ -98,7 +101,7 @@ def test_the_lightning_twin_sees_the_same(tiny: list[str], tmp_path: Path) -> No
     plain = run([*common, f"train.output_dir={tmp_path / 'plain'}"])
     config = load_config(None, [*common, f"train.output_dir={tmp_path / 'twin'}"])
     twin = Trainer(config, World(), callbacks=train.callbacks(config))
-    assert lightning.fit(twin)
+    assert twin.fit(lightning.loop)
     assert_same(state_of(twin), state_of(plain))
     assert logged(tmp_path / "twin", "val", "preview", "train") == logged(tmp_path / "plain", "val", "preview", "train")
     assert pictures(tmp_path / "twin") == pictures(tmp_path / "plain")
@@ -136,10 +139,10 @@ def two_ranks(world: World, tiny: list[str], folder: str, weights: str, metric: 
             found[place] = state_of(trainer)
     with signalled_within_validation(rank=1, call=4):
         trainer = run(watched(tiny, "train.max_steps=9", f"train.output_dir={folder}/signal"), world)
-    found["signal"] = trainer.step
+    found["signal"] = trainer.state.step
     with failing_on(world, rank=1):
         trainer = run(watched(tiny, "train.max_steps=3", f"train.output_dir={folder}/failed"), world)
-    found["failed"] = trainer.step
+    found["failed"] = trainer.state.step
     return found
 
 
@@ -236,30 +239,38 @@ def test_a_signal_within_a_validation_saves_at_once_and_it_is_made_up_for(tiny: 
     parts = [*common, f"train.output_dir={tmp_path / 'parts'}"]
     with signalled_within_validation(rank=0, call=23) as counter:
         stopped = run(parts)
-    assert stopped.step == 4 and counter.calls == 24  # the clip in hand, with both networks, and no more
+    assert stopped.state.step == 4 and counter.calls == 24  # the clip in hand, with both networks, and no more
     assert (tmp_path / "parts" / "PREEMPTED").exists()
     assert ckpt.list_checkpoints(tmp_path / "parts" / "checkpoints")[-1].name == "step-0000004"
     assert [row["step"] for row in logged(tmp_path / "parts", "val")] == [0, 2]
     continued = run(parts)
     kinds = ("train", "val", "preview")
     assert logged(tmp_path / "parts", *kinds) == logged(tmp_path / "whole", *kinds)
-    assert continued.step == 6
+    assert continued.state.step == 6
 
 
 def test_a_signal_stops_a_preview_between_two_steps_of_the_sampler(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    calls: list[int] = []
+    steps: list[int] = []
     honest = sample.preview.agree
 
-    def agree(run: Trainer) -> None:
-        calls.append(run.step)
-        if run.step == 3 and calls.count(3) == 2:
+    observe = sample.preview.Preview.observe
+
+    def noted(self: Any, run: Run, state: TrainState, objective: Objective) -> Observation:
+        steps.append(state.step)
+        return observe(self, run, state, objective)
+
+    def agree(run: Run) -> None:
+        calls.append(steps[-1])
+        if steps[-1] == 3 and calls.count(3) == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
         honest(run)
 
+    monkeypatch.setattr(sample.preview.Preview, "observe", noted)
     monkeypatch.setattr(sample.preview, "agree", agree)
-    assert run(watched(tiny, "train.max_steps=6")).step == 3
+    assert run(watched(tiny, "train.max_steps=6")).state.step == 3
     assert calls.count(3) == 2 and not (tmp_path / "run" / "previews" / "step-0000003").exists()
 
 
@@ -359,10 +370,10 @@ def test_the_watch_sees_signs_of_life(tiny: list[str]) -> None:
     trainer = Trainer(config, World(), callbacks=train.callbacks(config))
     ticks = {"val": 0, "preview": 0}
     for callback in trainer.callbacks.all:
-        trainer.watch.tick = lambda kind=callback.kind: ticks.update({kind: ticks[kind] + 1})  # type: ignore[method-assign]
-        callback.prepare(trainer)
+        trainer.run.watch.tick = lambda kind=callback.kind: ticks.update({kind: ticks[kind] + 1})  # type: ignore[method-assign]
+        callback.prepare(trainer.run, trainer.state, trainer.objective)
         ticks[callback.kind] = 0
-        callback.look(trainer)
+        callback.observe(trainer.run, trainer.state, trainer.objective)
     assert ticks == {"val": 5, "preview": 2 * 2 * 3 + 2 + 1}  # 2 batches, 2 networks, 3 steps; each batch; writing
 
 
@@ -426,8 +437,8 @@ def test_pictures_are_in_tensorboard(tiny: list[str], tmp_path: Path) -> None:
 def test_generator_leaves_a_network_to_be_trained(tiny: list[str]) -> None:
     config = replace(load_config(None, watched(tiny)))
     trainer = Trainer(config, World())
-    Generator(trainer.model, trainer.objective.codec, config)  # type: ignore[arg-type]
-    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    Generator(trainer.state.model, trainer.objective.codec, config, trainer.objective.conditions)  # type: ignore[arg-type]
+    assert all(parameter.requires_grad for parameter in trainer.state.model.parameters())
 
 
 # ---- the guard around them, and the metric ---------------------------------------------------------
@@ -441,15 +452,15 @@ class Rude:
     def __init__(self, now: list[float]) -> None:
         self.now = now
 
-    def prepare(self, run: Trainer) -> list[str]:
-        return self.look(run).line.split()
+    def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
+        return self.observe(run, state, objective).line.split()
 
-    def look(self, run: Trainer) -> Look:
-        assert not run.model.training and not torch.is_grad_enabled()
-        run.model.train(False)
+    def observe(self, run: Run, state: TrainState, objective: Objective) -> Observation:
+        assert not state.model.training and not torch.is_grad_enabled()
+        state.model.train(False)
         torch.randn(3)
         self.now[0] += 1000.0
-        return Look({"one": 1}, "nothing")
+        return Observation({"one": 1}, "nothing")
 
 
 def test_what_a_callback_should_not_do_does_no_harm(
@@ -461,16 +472,16 @@ def test_what_a_callback_should_not_do_does_no_harm(
     for name, callbacks in (("plain", []), ("rude", [Rude(now)])):
         config = load_config(None, [*tiny, "train.max_steps=3", f"train.output_dir={tmp_path / name}"])
         trainer = Trainer(config, World(), callbacks=callbacks)
-        original = trainer.train_step
+        original = trainer.launch_step
 
         def step(batch: Any, original: Any = original) -> Any:
             now[0] += 1.0
             return original(batch)
 
-        trainer.train_step = step  # type: ignore[method-assign]
+        trainer.launch_step = step  # type: ignore[method-assign]
         torch.manual_seed(5)
         trainer.fit()
-        assert trainer.model.training
+        assert trainer.state.model.training
         states.append(trainer.state_dict())
     assert torch.equal(states[0].rng["cpu/0"], states[1].rng["cpu/0"])
     assert_same(*({"model": each.model, "ema": each.ema, "optim": each.optim} for each in states))

@@ -13,8 +13,8 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 import train
 import train_with_img
-from engine.captions import EMPTY, Captions, EncodedFeatures
 from engine.checkpoint import load_checkpoint, step_folder
+from engine.conditions import EMPTY, Captions, EncodedFeatures, TextFeatures
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
@@ -51,7 +51,9 @@ def test_features_are_the_encoders_and_padding_is_masked(tiny_text: list[str], e
     texts = sorted(set(CAPTIONS.values()))
     captions = Captions(config.text, texts, EncodedFeatures(config.text, CPU), CPU)
     labels = torch.tensor([[0, 2], [3, 1]])
-    features, mask = captions(labels)
+    batch = captions.batch(labels)
+    features, mask = batch.features, batch.mask
+    assert mask is not None
     tokenizer = T5Tokenizer.from_pretrained(encoder / "tokenizer")
     network = T5EncoderModel.from_pretrained(encoder / "text_encoder").eval()
     for place, number in [((0, 0), 0), ((0, 1), 2), ((1, 0), 3), ((1, 1), 1)]:
@@ -61,14 +63,12 @@ def test_features_are_the_encoders_and_padding_is_masked(tiny_text: list[str], e
         assert mask[place].tolist() == [1.0] * len(expected) + [0.0] * (24 - len(expected))
         torch.testing.assert_close(features[place][: len(expected)], expected, atol=1e-5, rtol=1e-5)
     padded = tokenizer([EMPTY], padding="max_length", max_length=24, return_tensors="pt")
-    guided, guided_mask = captions(torch.tensor([[0], [2], [len(texts)], [len(texts)]]))
+    guided = batch.join(batch.null())
     with torch.no_grad():
         empty = network(padded.input_ids, attention_mask=padded.attention_mask)[0][0]
-    torch.testing.assert_close(guided[2:, 0], empty.expand(2, -1, -1), atol=1e-5, rtol=1e-5)
-    assert torch.equal(guided_mask[2:], guided_mask[:2])  # as many words as the captions that they stand in for
-    table = captions.table(labels)
-    for ours, looked_up in zip((features, mask), table(table.labels), strict=True):
-        assert torch.equal(ours, looked_up)
+    assert torch.equal(guided.features[:2], features) and guided.mask is not None
+    torch.testing.assert_close(guided.features[2:], empty.expand(2, 2, -1, -1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(guided.mask[2:], guided.mask[:2])  # as many words as the captions that they stand in for
 
 
 class Spy(nn.Module):
@@ -86,9 +86,7 @@ class Spy(nn.Module):
 def test_a_dropped_caption_is_the_empty_one(tiny_text: list[str]) -> None:
     """The share is that of the configuration, and what is dropped is a function of the position alone."""
     run = Trainer(load_config(None, [*tiny_text, "data.num_images=1", "text.caption_dropout=0.5"]), World())
-    captions = run.objective.captions
-    assert captions is not None
-    null = captions(torch.tensor([[len(captions.texts)] * 2]))[0]
+    captions = run.objective.conditions
     dropped = []
     for first in (0, 0, 40):
         spy, positions = Spy(), torch.arange(first, first + 40)
@@ -96,8 +94,10 @@ def test_a_dropped_caption_is_the_empty_one(tiny_text: list[str]) -> None:
         labels = torch.tensor([[index % 5, (index + 2) % 5] for index in range(40)])
         run.objective(spy, {"video": video, "labels": labels, "position": positions})
         (features, mask) = spy.calls[0]
-        plain, plain_mask = captions(labels)
-        empty = (features == null).all(-1).all(-1)  # (40, 2)
+        batch = captions.batch(labels)
+        assert isinstance(batch, TextFeatures) and batch.mask is not None
+        plain, plain_mask = batch.features, batch.mask
+        empty = (features == batch.null_features).all(-1).all(-1)  # (40, 2)
         assert torch.equal(features[~empty], plain[~empty])
         assert torch.equal(mask, plain_mask)
         dropped.append(empty)
@@ -140,8 +140,8 @@ def test_captions_condition_the_network(tiny_text: list[str]) -> None:
     def loss(length: int, labels: list[list[int]]) -> float:
         config = load_config(None, [*tiny_text, f"text.max_length={length}", "text.caption_dropout=0"])
         run = Trainer(config, World())
-        run.model.load_state_dict(random_weights(config, 0))
-        return float(run.objective(run.model, {**batch, "labels": torch.tensor(labels)}).loss)
+        run.state.model.load_state_dict(random_weights(config, 0))
+        return float(run.objective(run.state.model, {**batch, "labels": torch.tensor(labels)}).loss)
 
     assert loss(24, [[0], [1]]) == pytest.approx(loss(40, [[0], [1]]), rel=1e-6)
     assert abs(loss(24, [[0], [1]]) - loss(24, [[2], [3]])) > 1e-4

@@ -11,6 +11,7 @@ import torch
 from engine import checkpoint as ckpt
 from engine.checkpoint import Checkpoint, CheckpointError
 from engine.config import Config, load_config
+from engine.weights import export_weights, load_model_weights
 
 
 @pytest.fixture
@@ -91,8 +92,8 @@ def test_what_is_not_a_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_an_export_holds_one_set_of_weights(tmp_path: Path, config: Config) -> None:
     ckpt.save_checkpoint(make(5), config, tmp_path / "checkpoints")
-    target = ckpt.export_weights(tmp_path, tmp_path / "export")
-    assert torch.equal(ckpt.load_model_weights(target, "ema")["w"], torch.full((3,), 5.0))
+    target = export_weights(tmp_path, tmp_path / "export")
+    assert torch.equal(load_model_weights(target, "ema")["w"], torch.full((3,), 5.0))
     with pytest.raises(CheckpointError, match="'raw' weights"):
-        ckpt.load_model_weights(target, "raw")
+        load_model_weights(target, "raw")
     assert ckpt.load_checkpoint_config(target) == config

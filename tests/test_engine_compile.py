@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import checkpoint as ckpt
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
+from engine.weights import load_model_weights
 from models import Latte, LatteConfig
 from models.blocks import LAYER_PLANS
 
@@ -106,12 +106,12 @@ def test_a_compiled_training_is_the_same_training(
     def weights(name: str, *extra: str) -> dict[str, Tensor]:
         trainer = Trainer(load_config(None, [*common, f"train.output_dir={tmp_path / name}", *extra]), World())
         trainer.fit()
-        return trainer.model.state_dict()
+        return trainer.state.model.state_dict()
 
     plain = weights("plain", "train.max_steps=4")
     weights("compiled", "train.max_steps=2", "train.compile=true")
     compiled = weights("compiled", "train.max_steps=4", "train.compile=true")
     assert compiled.keys() == plain.keys()
     assert all(torch.equal(compiled[name], plain[name]) for name in plain)
-    saved = ckpt.load_model_weights(tmp_path / "compiled")
+    saved = load_model_weights(tmp_path / "compiled")
     assert saved.keys() == plain.keys()  # no `_orig_mod.`

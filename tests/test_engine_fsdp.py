@@ -70,15 +70,15 @@ def test_checkpoints_interchange(tiny: list[str], tmp_path: Path) -> None:
     whole = run([*common, "train.max_steps=8", "train.batch_size=4", f"train.output_dir={tmp_path / 'whole'}"])
     last = found[0][0]
     assert last["step"] == 8
-    assert_close(last["model"], whole.model.state_dict(), 1e-10)
-    assert_close(last["ema"], whole.ema.state_dict(), 1e-10)
+    assert_close(last["model"], whole.state.model.state_dict(), 1e-10)
+    assert_close(last["ema"], whole.state.ema.state_dict(), 1e-10)
 
 
 def shard_sizes(world: World, overrides: list[str]) -> list[tuple[int, int, int]]:
     """Elements that this rank holds of (weights, average, all)."""
     trainer = Trainer(load_config(None, overrides), world)
-    held = [sum(local(p).numel() for p in net.parameters()) for net in (trainer.model, trainer.ema.model)]
-    return [(*held, sum(p.numel() for p in trainer.model.parameters()))]
+    held = [sum(local(p).numel() for p in net.parameters()) for net in (trainer.state.model, trainer.state.ema.model)]
+    return [(*held, sum(p.numel() for p in trainer.state.model.parameters()))]
 
 
 def test_each_rank_holds_half(tiny: list[str], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from engine import lightning
 
 def run_twin(overrides: list[str]) -> Trainer:
     trainer = Trainer(load_config(None, overrides), World())
-    assert lightning.fit(trainer)
+    assert trainer.fit(lightning.loop)
     return trainer
 
 
@@ -35,7 +35,7 @@ def losses(folder: Path) -> list[tuple[float, float]]:
 
 
 def assert_same(a: Trainer, b: Trainer) -> None:
-    for one, other in ((a.model, b.model), (a.ema.model, b.ema.model)):
+    for one, other in ((a.state.model, b.state.model), (a.state.ema.model, b.state.ema.model)):
         for name, value in one.state_dict().items():
             assert torch.equal(value, other.state_dict()[name]), name
 
@@ -72,17 +72,17 @@ def test_each_continues_the_other(tiny: list[str], tmp_path: Path) -> None:
 
 
 def test_a_signal_saves_and_stops(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Trainer.train_step
+    honest = Trainer.launch_step
 
     def signalled(self: Trainer, batch: Any) -> Any:
-        if self.step == 3:
+        if self.state.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(self, batch)
 
-    monkeypatch.setattr(Trainer, "train_step", signalled)
+    monkeypatch.setattr(Trainer, "launch_step", signalled)
     trainer = Trainer(load_config(None, [*tiny, "train.max_steps=100"]), World())
-    assert not lightning.fit(trainer)
-    assert trainer.step == 4 and (tmp_path / "run" / "PREEMPTED").exists()
+    assert not trainer.fit(lightning.loop)
+    assert trainer.state.step == 4 and (tmp_path / "run" / "PREEMPTED").exists()
     assert ckpt.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-0000004"
 
 

@@ -18,8 +18,10 @@ from engine.config import load_config
 from engine.distributed import World
 from engine.optim import OptimConfig, learning_rate_at
 from engine.trainer import Trainer
+from engine.weights import load_model_weights
 
 ROOT = Path(__file__).resolve().parents[1]
+from tests.fault_support import restore
 
 
 def run(overrides: list[str]) -> Trainer:
@@ -63,8 +65,8 @@ def test_accumulation_equals_one_large_batch_in_float64(tiny: list[str], tmp_pat
     ]
     trainers = [run([*common, *split]) for split in splits]
     for other in trainers[1:]:
-        same(other.model.state_dict(), trainers[0].model.state_dict(), 1e-12)
-        same(other.ema.state_dict(), trainers[0].ema.state_dict(), 1e-12)
+        same(other.state.model.state_dict(), trainers[0].state.model.state_dict(), 1e-12)
+        same(other.state.ema.state_dict(), trainers[0].state.ema.state_dict(), 1e-12)
     losses = [[row["loss"] for row in rows(tmp_path / str(k))] for k in (1, 3, 6)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-12) and losses[2] == pytest.approx(losses[0], abs=1e-12)
 
@@ -75,8 +77,8 @@ def test_resume_continues_bit_for_bit(tiny: list[str], tmp_path: Path, extra: li
     parts = [*tiny, *extra, f"train.output_dir={tmp_path / 'parts'}"]
     run([*parts, "train.max_steps=4"])
     continued = run([*parts, "train.max_steps=7"])
-    same(continued.model.state_dict(), whole.model.state_dict())
-    same(continued.ema.state_dict(), whole.ema.state_dict())
+    same(continued.state.model.state_dict(), whole.state.model.state_dict())
+    same(continued.state.ema.state_dict(), whole.state.ema.state_dict())
     same(continued.state_dict().optim, whole.state_dict().optim)
     timing = {"videos_per_second", "seconds_per_step", "data_wait_share", "memory_gib"}
     names = ("whole", "parts")
@@ -88,7 +90,7 @@ def test_a_finished_run_does_nothing_when_started_again(tiny: list[str], tmp_pat
     first = run([*tiny, "train.max_steps=2"])
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     again = run([*tiny, "train.max_steps=2"])
-    same(first.model.state_dict(), again.model.state_dict())
+    same(first.state.model.state_dict(), again.state.model.state_dict())
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
@@ -110,8 +112,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_older_one(tiny: list[str], tmp_pa
     with pytest.raises(ckpt.CheckpointError, match=r"model\.safetensors does not match"):
         ckpt.verify(newest)
     trainer = Trainer(load_config(None, [*tiny, "train.max_steps=2"]), World())
-    notes = trainer.restore()
-    assert trainer.step == 1
+    notes = restore(trainer)
+    assert trainer.state.step == 1
     assert any("warning" in note and "step-0000002" in note for note in notes)
 
 
@@ -138,9 +140,9 @@ def test_every_kind_of_run_trains(tiny: list[str], tmp_path: Path, extra: list[s
     """Twelve steps on one repeated batch bring the loss down."""
     steps = ["train.max_steps=12", "optim.learning_rate=1e-2", "data.max_clips=2", "optim.max_grad_norm=10"]
     trainer = Trainer(load_config(None, [*tiny, *extra, *steps]), World())
-    trainer.parallel_model = trainer.model
-    batch = next(trainer.batches())
-    losses = [float(trainer.train_step(batch)[0]["loss"]) for _ in range(12)]
+    trainer.parallel_model = trainer.state.model
+    batch = next(trainer.run.batches(trainer.state.samples_seen))
+    losses = [float(trainer.launch_step(batch)[0]["loss"]) for _ in range(12)]
     assert losses[-1] < 0.9 * losses[0], losses
 
 
@@ -148,26 +150,28 @@ def test_init_from_takes_weights_and_starts_at_step_zero(tiny: list[str], tmp_pa
     first = run([*tiny, "train.max_steps=2", f"train.output_dir={tmp_path / 'first'}"])
     source = str(tmp_path / "first")
     second = Trainer(load_config(None, [*tiny, f"train.init_from={source}"]), World())
-    notes = second.restore()
-    same(second.model.state_dict(), first.ema.state_dict())
-    assert second.step == 0 and source in notes[0]
+    notes = restore(second)
+    same(second.state.model.state_dict(), first.state.ema.state_dict())
+    assert second.state.step == 0 and source in notes[0]
     official = tmp_path / "official.pt"
-    torch.save({"ema": {f"module.{k}": v for k, v in first.model.state_dict().items()}}, official)
+    torch.save({"ema": {f"module.{k}": v for k, v in first.state.model.state_dict().items()}}, official)
     third = Trainer(load_config(None, [*tiny, f"train.init_from={official}"]), World())
-    third.restore()
-    same(third.ema.state_dict(), first.model.state_dict())
+    restore(third)
+    same(third.state.ema.state_dict(), first.state.model.state_dict())
 
 
 def test_init_from_an_image_network_says_what_it_took(tiny: list[str], tmp_path: Path) -> None:
     first = run([*tiny, "train.max_steps=1"])
-    image = {k: v for k, v in first.model.state_dict().items() if k != "temp_embed"}
+    image = {k: v for k, v in first.state.model.state_dict().items() if k != "temp_embed"}
     image["y_embedder.embedding_table.weight"] = torch.zeros(1001, 16)
     torch.save(image, tmp_path / "dit.pt")
     fresh = [f"train.init_from={tmp_path / 'dit.pt'}", "train.resume=never", f"train.output_dir={tmp_path / 'fresh'}"]
     trainer = Trainer(load_config(None, [*tiny, *fresh]), World())
-    note = "\n".join(trainer.restore())
+    note = "\n".join(restore(trainer))
     assert "temp_embed" in note and "y_embedder.embedding_table.weight" in note
-    torch.testing.assert_close(trainer.model.blocks[0].attn.qkv.weight, first.model.blocks[0].attn.qkv.weight)
+    torch.testing.assert_close(
+        trainer.state.model.blocks[0].attn.qkv.weight, first.state.model.blocks[0].attn.qkv.weight
+    )
 
 
 def test_a_label_out_of_range_is_refused_before_training(tiny: list[str]) -> None:
@@ -188,13 +192,13 @@ def test_ema_is_the_closed_form(tiny: list[str]) -> None:
     overrides = [*tiny, "train.max_steps=5", "train.ema_decay=0.7"]
     trainer = Trainer(load_config(None, overrides), World())
     key = "blocks.0.mlp.fc1.weight"
-    trajectory = [trainer.model.state_dict()[key].clone()]
-    trainer.parallel_model = trainer.model
-    for batch in islice(trainer.batches(), 5):
-        trainer.train_step(batch)
-        trajectory.append(trainer.model.state_dict()[key].clone())
+    trajectory = [trainer.state.model.state_dict()[key].clone()]
+    trainer.parallel_model = trainer.state.model
+    for batch in islice(trainer.run.batches(trainer.state.samples_seen), 5):
+        trainer.launch_step(batch)
+        trajectory.append(trainer.state.model.state_dict()[key].clone())
     expected = 0.7**5 * trajectory[0] + sum(0.3 * 0.7 ** (5 - n) * trajectory[n] for n in range(1, 6))
-    torch.testing.assert_close(trainer.ema.state_dict()[key], expected)
+    torch.testing.assert_close(trainer.state.ema.state_dict()[key], expected)
 
 
 def torchrun(processes: int, overrides: list[str]) -> None:
@@ -215,4 +219,4 @@ def test_two_processes_equal_one_with_the_doubled_batch(tiny: list[str], tmp_pat
     for a, b in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
         for key in ("step", "samples_seen", "loss", "mse", "vb", "grad_norm"):
             assert a[key] == pytest.approx(b[key], abs=1e-10, rel=0), (key, a["step"])
-    same(ckpt.load_model_weights(tmp_path / "two", "raw"), one.model.state_dict(), 1e-10)
+    same(load_model_weights(tmp_path / "two", "raw"), one.state.model.state_dict(), 1e-10)

@@ -82,7 +82,7 @@ def test_every_number_by_hand(tiny: list[str], frame_folders: Path, tmp_path: Pa
     row = val_rows(tmp_path / "run")[-1]
     assert row["step"] == 2 and row["clips"] == 6
     tolerance = 1e-7 if "diffusion.prediction=flow" in extra else 1e-12
-    for name, network in (("ema", trainer.ema.model), ("raw", trainer.model)):
+    for name, network in (("ema", trainer.state.ema.model), ("raw", trainer.state.model)):
         table = by_hand(trainer, network, frame_folders)
         assert row[f"{name}/loss"] == pytest.approx(table.mean(), abs=tolerance)
         shares = ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
@@ -128,7 +128,7 @@ def test_a_loss_that_is_no_number_leaves_json_that_is(tiny: list[str], tmp_path:
     """A run that has diverged cannot be saved, but what was seen of it stays readable."""
     trainer = Trainer(load_config(None, validated(tiny, "train.max_steps=1")), World())
     with torch.no_grad():
-        next(trainer.ema.model.parameters()).fill_(torch.nan)
+        next(trainer.state.ema.model.parameters()).fill_(torch.nan)
     with pytest.raises(CheckpointNotWritten, match="non-finite"):
         trainer.fit()
     text = (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import objective, trainer
+from engine import objective
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import TrainingAborted
+from engine.garbage import CollectOnRequest
 from engine.optim import clip_gradients
-from engine.pending import Pending
+from engine.pending import InFlight
 from engine.trainer import Trainer
 from tests.fault_support import armed, rows, run
 from tests.latent_support import cache, save_codec
@@ -70,11 +71,11 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[Pending]:
+def read(monkeypatch: pytest.MonkeyPatch) -> list[InFlight]:
     """The steps whose outcome the host has read."""
-    found: list[Pending] = []
-    outcome = Pending.outcome
-    monkeypatch.setattr(Pending, "outcome", lambda self: (found.append(self), outcome(self))[1])
+    found: list[InFlight] = []
+    outcome = InFlight.outcome
+    monkeypatch.setattr(InFlight, "outcome", lambda self: (found.append(self), outcome(self))[1])
     return found
 
 
@@ -93,36 +94,36 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_step_waits(tiny: list[str], tmp_path: Path, on_meta: None, read: list[Pending], kind: str) -> None:
+def test_no_step_waits(tiny: list[str], tmp_path: Path, on_meta: None, read: list[InFlight], kind: str) -> None:
     """A step's clips and labels go to the device, its five numbers come back, and are read one step later."""
     extra = KINDS[kind]
     if kind == "latents":
         tiny = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderKL")]
         extra = [f"data.latents={cache(tiny, tmp_path / 'cache')}"]
     run = Trainer(load_config(None, [*tiny, *QUIET, "optim.fused=true", *extra]), World(device=META))
-    run.parallel_model = run.model
-    batches = run.batches()
+    run.parallel_model = run.state.model
+    batches = run.run.batches(0)
     with Crossings(first=True):
-        run.train_step(next(batches))
+        run.launch_step(next(batches))
     for _ in range(3):
-        micro_batches, flight, before = next(batches), run.pending, len(read)
+        micro_batches, flight, before = next(batches), run.in_flight, len(read)
         with Crossings() as crossings:
-            run.train_step(micro_batches)
+            run.launch_step(micro_batches)
         assert read[before:] == [flight]  # of the step before, and no other
         clips = "latents" if kind == "latents" else "video"
         sent = [batch[key].numel() for batch in micro_batches for key in ("labels", clips)]
         assert crossings.seen == [*(("cpu", "meta", numel) for numel in sent), ("meta", "cpu", 5)]
-    assert (run.step, run.samples_seen, run.guard.skipped) == (3, 6, 0)
+    assert (run.state.step, run.state.samples_seen, run.state.guard.skipped) == (3, 6, 0)
 
 
-def test_a_step_that_is_due_something_is_counted_at_once(tiny: list[str], on_meta: None, read: list[Pending]) -> None:
+def test_a_step_that_is_due_something_is_counted_at_once(tiny: list[str], on_meta: None, read: list[InFlight]) -> None:
     config = load_config(None, [*tiny, "train.log_every=3", "train.max_steps=5", "optim.fused=true"])
     run = Trainer(config, World(device=META))
-    batches, counted = run.batches(), []
+    batches, counted = run.run.batches(0), []
     for _ in range(5):
         with Crossings():
-            run.train_step(next(batches))
-        counted.append(run.step)
+            run.launch_step(next(batches))
+        counted.append(run.state.step)
     assert counted == [0, 1, 3, 3, 5]
 
 
@@ -147,9 +148,9 @@ def finished(overrides: list[str], folder: Path, fault: str, ahead: str) -> tupl
     common = ["train.log_every=8", "train.max_steps=25", "optim.warmup_steps=4", "train.checkpoint_every=9"]
     with armed(fault):
         done = run([*overrides, *common, f"train.run_ahead={ahead}", f"train.output_dir={folder}"])
-    assert done.guard.skipped + done.guard.spikes and done.step == 25
+    assert done.state.guard.skipped + done.state.guard.spikes and done.state.step == 25
     skips = [row for row in rows(folder, "events.jsonl") if row["event"] == "skip"]
-    assert len(skips) == done.guard.skipped and all(len(row["files"]) == 2 for row in skips)
+    assert len(skips) == done.state.guard.skipped and all(len(row["files"]) == 2 for row in skips)
     timeless = [{key: value for key, value in row.items() if key not in TIMING} for row in rows(folder)]
     return done, timeless + skips
 
@@ -172,7 +173,7 @@ def spoil_gradients(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> Non
         parts, losses = honest(self, micro_batches)
         if positions & {position for batch in micro_batches for position in batch["position"].tolist()}:
             parts["grad_norm"] = parts["grad_norm"] * torch.nan
-            for parameter in self.model.parameters():
+            for parameter in self.state.model.parameters():
                 parameter.grad.mul_(torch.nan)
         return parts, losses
 
@@ -184,7 +185,7 @@ def test_steps_skipped_in_a_row(tiny: list[str], tmp_path: Path, monkeypatch: py
     spoil_gradients(monkeypatch, {10, 12, 14})
     extra = ["optim.schedule=cosine", "train.ema_warmup=true", "optim.fused=true"]
     early, late = (finished([*tiny, *extra], tmp_path / ahead, "", ahead) for ahead in ("false", "true"))
-    assert late[0].guard.skipped == 3
+    assert late[0].state.guard.skipped == 3
     assert_same_end(early, late)
     with pytest.raises(TrainingAborted, match="2 steps in a row"):
         finished([*tiny, "optim.max_skips=2"], tmp_path / "aborted", "", "true")
@@ -195,7 +196,7 @@ def test_a_signal_is_answered_one_step_later(tiny: list[str], tmp_path: Path) ->
         options = [*tiny, *QUIET, f"train.run_ahead={ahead}", f"train.output_dir={tmp_path / str(ahead)}"]
         with armed("term@0:3"):
             stopped = run(options)
-        assert (stopped.step, stopped.samples_seen, stopped.pending) == (step, 2 * step, None)
+        assert (stopped.state.step, stopped.state.samples_seen, stopped.in_flight) == (step, 2 * step, None)
         assert (tmp_path / str(ahead) / "PREEMPTED").exists()
 
 
@@ -206,8 +207,8 @@ def test_fused_is_the_plain_optimiser(tiny: list[str], tmp_path: Path) -> None:
     for fused in ("true", "false", "null"):
         with armed("nan@0:2"):
             made = run([*common, f"optim.fused={fused}", f"train.output_dir={tmp_path / fused}"])
-        assert made.guard.skipped == 1
-        weights.append(made.model.state_dict())
+        assert made.state.guard.skipped == 1
+        weights.append(made.state.model.state_dict())
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=0, atol=1e-13)
         assert torch.equal(weights[1][name], weights[2][name])  # there is no GPU here
@@ -241,15 +242,15 @@ def as_it_was() -> Iterator[None]:
 def test_steps_leave_no_garbage(tiny: list[str], as_it_was: None) -> None:
     """So that collecting it at rows of the log only holds nothing on the device."""
     run = Trainer(load_config(None, [*tiny, *QUIET]), World())
-    batches = run.batches()
+    batches = run.run.batches(0)
     for _ in range(2):
-        run.train_step(next(batches))
-    with run.garbage:
+        run.launch_step(next(batches))
+    with run.run.garbage:
         assert not gc.isenabled()
         for _ in range(5):
-            run.train_step(next(batches))
+            run.launch_step(next(batches))
         gc.set_debug(gc.DEBUG_SAVEALL)
-        run.garbage.collect()
+        run.run.garbage.collect()
         assert not [each for each in gc.garbage if isinstance(each, Tensor)]
         assert len(gc.garbage) < 50, gc.garbage[:5]
     assert gc.isenabled() and not gc.get_freeze_count()
@@ -257,7 +258,7 @@ def test_steps_leave_no_garbage(tiny: list[str], as_it_was: None) -> None:
 
 def test_a_run_collects_when_it_logs(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     enabled: list[bool] = []
-    monkeypatch.setattr(trainer.CollectOnRequest, "collect", lambda self: enabled.append(gc.isenabled()))
+    monkeypatch.setattr(CollectOnRequest, "collect", lambda self: enabled.append(gc.isenabled()))
     run([*tiny, "train.max_steps=4", "train.log_every=2"])
     assert enabled == [False, False] and gc.isenabled() and not gc.get_freeze_count()
 
@@ -269,14 +270,14 @@ def test_cuda_sees_no_synchronisation(tiny: list[str], kind: str) -> None:
     """PyTorch's own watch over synchronising calls, as errors."""
     device = torch.device("cuda", 0)
     run = Trainer(load_config(None, [*tiny, *QUIET, *KINDS[kind]]), World(device=device))
-    run.parallel_model = run.model
-    batches = run.batches()
+    run.parallel_model = run.state.model
+    batches = run.run.batches(0)
     for _ in range(3):
-        run.train_step(next(batches))
+        run.launch_step(next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            run.train_step(next(batches))
+            run.launch_step(next(batches))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert run.settle() == 0 and run.step == 6
+    assert run.settle() == 0 and run.state.step == 6

@@ -32,8 +32,9 @@ from engine.distributed import World
 from engine.errors import CheckpointNotWritten
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer
+from engine.weights import load_model_weights
 from models.convert import read_state_dict
-from tests.fault_support import rows, run, run_ranks
+from tests.fault_support import restore, rows, run, run_ranks
 
 KILLED = 9
 ROOM = r"it takes \d+\.\d+ GB, \d+\.\d+ GB free"
@@ -141,17 +142,17 @@ class Calls:
 def test_C1_disk_full(stopped: Callable[..., Trainer], tmp_path: Path, file: str) -> None:
     """The kernel refuses to let any file grow beyond a limit, within the first file or within a later one."""
     trainer = stopped()
-    trainer.restore()
-    root = trainer.checkpoints
+    restore(trainer)
+    root = trainer.run.folder.checkpoints
     before = names(root)
     limit = (ckpt.list_checkpoints(root)[-1] / f"{file}.safetensors").stat().st_size - 1000
-    trainer.step = 4
+    trainer.state.step = 4
 
     def save() -> str:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         with pytest.raises(CheckpointNotWritten) as raised:
-            trainer.save()
+            trainer.run.save(trainer.state)
         return str(raised.value)
 
     code, sentence = in_child(save)
@@ -210,7 +211,7 @@ def fail_to_write(world: World, overrides: list[str]) -> tuple[str, int]:
         trainer = Trainer(load_config(None, overrides), world)
         with pytest.raises(CheckpointNotWritten) as raised:
             trainer.fit()
-    return str(raised.value), trainer.step
+    return str(raised.value), trainer.state.step
 
 
 @pytest.mark.dist
@@ -256,8 +257,8 @@ def test_C2_a_tenth_to_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fr
 def test_C2_the_size_is_that_of_the_files(stopped: Callable[..., Trainer]) -> None:
     """The estimate before the first save is within a tenth of what the files then take."""
     trainer = stopped()
-    trainer.restore()
-    files = ckpt.list_checkpoints(trainer.checkpoints)[-1].glob("*.safetensors")
+    restore(trainer)
+    files = ckpt.list_checkpoints(trainer.run.folder.checkpoints)[-1].glob("*.safetensors")
     tensors = sum(value.nbytes for file in files for value in load_file(file).values())
     assert ckpt._size_of(trainer.state_dict()) == tensors
 
@@ -307,13 +308,13 @@ def test_C3_killed_at_every_call(
 def test_C3_resume_after_a_kill(stopped: Callable[..., Trainer], tiny: list[str], tmp_path: Path) -> None:
     """The run's own save dies; the same command cleans up, continues, and ends as if nothing had happened."""
     dying = stopped("train.keep_last=2")
-    dying.restore()
-    dying.step = 4  # what would be step 4 holds the weights of step 3: it must not be continued
-    root = dying.checkpoints
+    restore(dying)
+    dying.state.step = 4  # what would be step 4 holds the weights of step 3: it must not be continued
+    root = dying.run.folder.checkpoints
 
     def save() -> None:
         Calls(pytest.MonkeyPatch(), die_at=17)
-        dying.save()
+        dying.run.save(dying.state)
 
     assert in_child(save)[0] == KILLED
     assert [name for name in names(root) if ".tmp-" in name]
@@ -322,8 +323,8 @@ def test_C3_resume_after_a_kill(stopped: Callable[..., Trainer], tiny: list[str]
     assert [row["step"] for row in rows(root.parent, "events.jsonl") if row["event"] == "resume"][-1] == 3
     assert assert_sound(root).name == "step-0000005"
     whole = run([*tiny, "train.max_steps=5", f"train.output_dir={tmp_path / 'whole'}"])
-    for key, value in whole.model.state_dict().items():
-        assert torch.equal(continued.model.state_dict()[key], value), key
+    for key, value in whole.state.model.state_dict().items():
+        assert torch.equal(continued.state.model.state_dict()[key], value), key
 
 
 def test_C3_only_what_is_ours_is_cleaned(two_saved: Path, tmp_path: Path) -> None:
@@ -410,18 +411,18 @@ def test_C5_damaged_newest(
     stopped: Callable[..., Trainer], tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = stopped()
-    newest = trainer.checkpoints / "step-0000003"
+    newest = trainer.run.folder.checkpoints / "step-0000003"
     damage(newest)
     with pytest.raises(CheckpointError, match=DAMAGES[damage]) as raised:  # by its own path: no other is taken
         ckpt.find_checkpoint(newest)
     assert str(newest) in str(raised.value)
     other = stopped(f"train.resume={newest}", f"train.output_dir={tmp_path / 'other'}")
     with pytest.raises(CheckpointError, match=DAMAGES[damage]):
-        other.restore()
+        restore(other)
     assert ckpt.find_checkpoint(tmp_path / "run").name == "step-0000002"  # by the run: with a warning
     assert DAMAGES[damage] in caplog.text and "Taking step-0000002 instead" in caplog.text
-    notes = trainer.restore()
-    assert trainer.step == 2
+    notes = restore(trainer)
+    assert trainer.state.step == 2
     (warning,) = [note for note in notes if note.startswith("warning: ")]
     assert DAMAGES[damage] in warning and str(newest) in warning and warning.endswith("It is set aside.")
 
@@ -429,21 +430,21 @@ def test_C5_damaged_newest(
 def test_C5_nothing_left_is_an_error(stopped: Callable[..., Trainer]) -> None:
     """A run whose checkpoints are all damaged does not quietly begin anew."""
     trainer = stopped()
-    for folder in ckpt.list_checkpoints(trainer.checkpoints):
+    for folder in ckpt.list_checkpoints(trainer.run.folder.checkpoints):
         truncate(folder)
     with pytest.raises(ValueError, match=r"step-0000003 is damaged.*step-0000001 is damaged.*No other checkpoint"):
-        trainer.restore()
-    assert len(ckpt.list_checkpoints(trainer.checkpoints)) == 3
+        restore(trainer)
+    assert len(ckpt.list_checkpoints(trainer.run.folder.checkpoints)) == 3
 
 
 def test_C5_damaged_ones_are_not_counted_among_those_kept(stopped: Callable[..., Trainer]) -> None:
     trainer = stopped("train.keep_last=2", "train.checkpoint_every=4")
-    truncate(trainer.checkpoints / "step-0000003")
+    truncate(trainer.run.folder.checkpoints / "step-0000003")
     assert trainer.fit()
-    kept = [folder.name for folder in ckpt.list_checkpoints(trainer.checkpoints)]
+    kept = [folder.name for folder in ckpt.list_checkpoints(trainer.run.folder.checkpoints)]
     assert kept == ["step-0000004", "step-0000005"]
-    assert_sound(trainer.checkpoints)
-    (aside,) = trainer.checkpoints.glob("step-0000003.damaged-*")
+    assert_sound(trainer.run.folder.checkpoints)
+    (aside,) = trainer.run.folder.checkpoints.glob("step-0000003.damaged-*")
     assert (aside / "model.safetensors").is_file()  # nothing is deleted that may still be wanted
 
 
@@ -453,22 +454,22 @@ def test_C6_flipped_byte(stopped: Callable[..., Trainer], file: str, place: floa
     """One byte, the size unchanged: safetensors itself loads such a file without a word."""
     trainer = stopped()
     for step in (1, 2):
-        shutil.rmtree(trainer.checkpoints / f"step-{step:07d}")
-    path = trainer.checkpoints / "step-0000003" / f"{file}.safetensors"
+        shutil.rmtree(trainer.run.folder.checkpoints / f"step-{step:07d}")
+    path = trainer.run.folder.checkpoints / "step-0000003" / f"{file}.safetensors"
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= 0x10
     path.write_bytes(content)
     said = rf"step-0000003 is damaged: {file}\.safetensors does not match its SHA-256"
-    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    before = {key: value.clone() for key, value in trainer.state.model.state_dict().items()}
     with pytest.raises(ValueError, match=said):
         trainer.fit()
-    assert trainer.step == 0
-    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+    assert trainer.state.step == 0
+    assert all(torch.equal(value, before[key]) for key, value in trainer.state.model.state_dict().items())
     with pytest.raises(CheckpointError, match=said):
         ckpt.load_checkpoint(path.parent)
     for wanted in ("ema", "raw"):
         with pytest.raises(CheckpointError, match=said):
-            ckpt.load_model_weights(trainer.folder.path, wanted)
+            load_model_weights(trainer.run.folder.path, wanted)
 
 
 # ---- C7, C8: pruning -------------------------------------------------------------------------------
@@ -545,14 +546,14 @@ def test_C8_an_undeletable_old_one(
 
     monkeypatch.setattr(os, call, denied)
     assert trainer.fit()
-    assert trainer.step == 5
+    assert trainer.state.step == 5
     assert re.search(r"old checkpoint \S+step-0000001 cannot be deleted: Permission denied", caplog.text)
-    kept = [folder.name for folder in ckpt.list_checkpoints(trainer.checkpoints)]
+    kept = [folder.name for folder in ckpt.list_checkpoints(trainer.run.folder.checkpoints)]
     assert kept[-2:] == ["step-0000004", "step-0000005"]
     assert "step-0000002" not in kept  # the others go nevertheless
     monkeypatch.undo()
     assert Trainer(trainer.config, World()).fit()  # the next start
-    assert not list(trainer.checkpoints.glob("*.tmp-*"))
+    assert not list(trainer.run.folder.checkpoints.glob("*.tmp-*"))
 
 
 # ---- C9: a folder that cannot be written -----------------------------------------------------------
@@ -567,7 +568,7 @@ def test_C9_a_file_in_the_way(stopped: Callable[..., Trainer], tmp_path: Path) -
         trainer = stopped(f"train.output_dir={place}")
         with pytest.raises(OSError, match=rf"train\.output_dir={place} .*{culprit} is a file; name a folder"):
             trainer.fit()
-        assert trainer.step == 0  # at the start, and not at the first save
+        assert trainer.state.step == 0  # at the start, and not at the first save
         assert culprit.read_text() == "precious"
     assert not (tmp_path / "half" / ".lock").exists()
 
@@ -596,7 +597,7 @@ def test_C9_read_only(stopped: Callable[..., Trainer], public: Path, place: str)
             os.setuid(65534)
         with pytest.raises(OSError) as raised:
             trainer.fit()
-        assert trainer.step == 0
+        assert trainer.state.step == 0
         return str(raised.value)
 
     assert in_child(fit) == (0, f"train.output_dir={folder} cannot be written: Permission denied.")
@@ -645,18 +646,18 @@ def test_C9_only_rank_0_writes(tiny: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_C10_not_finite(stopped: Callable[..., Trainer], value: float, asynchronous: bool) -> None:
     trainer = stopped(f"train.async_checkpoint={asynchronous}")
-    trainer.restore()
-    before = names(trainer.checkpoints)
+    restore(trainer)
+    before = names(trainer.run.folder.checkpoints)
     with torch.no_grad():
-        trainer.model.blocks[1].mlp.fc1.weight[0, 0] = value
-    trainer.step = 4
+        trainer.state.model.blocks[1].mlp.fc1.weight[0, 0] = value
+    trainer.state.step = 4
     with pytest.raises(CheckpointNotWritten) as raised:
-        trainer.save()
-        trainer.writer.wait()
-        trainer._raise_failed_write(trainer.writer.failure)
+        trainer.run.save(trainer.state)
+        trainer.run.writer.wait()
+        trainer.run.raise_failed_write(trainer.run.writer.failure)
     assert str(raised.value) == "refusing to save step 4: model has non-finite values in blocks.1.mlp.fc1.weight."
-    assert names(trainer.checkpoints) == before
-    assert assert_sound(trainer.checkpoints).name == "step-0000003"
+    assert names(trainer.run.folder.checkpoints) == before
+    assert assert_sound(trainer.run.folder.checkpoints).name == "step-0000003"
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -673,8 +674,8 @@ def test_C10_in_any_part(tmp_path: Path, config: Config, group: str) -> None:
 
 def test_C11_two_runs_in_one_folder(stopped: Callable[..., Trainer]) -> None:
     first, second = stopped(), stopped()
-    first.folder.open()
-    before = names(first.checkpoints)
+    first.run.folder.open()
+    before = names(first.run.folder.checkpoints)
     owner = f"{socket.gethostname()}:{os.getpid()}"
 
     def fit() -> str:
@@ -683,13 +684,13 @@ def test_C11_two_runs_in_one_folder(stopped: Callable[..., Trainer]) -> None:
         return str(raised.value)
 
     sentence = (
-        f"train.output_dir={first.folder.path} is being written by {owner}; stop that run or name another folder."
+        f"train.output_dir={first.run.folder.path} is being written by {owner}; stop that run or name another folder."
     )
     assert in_child(fit) == (0, sentence)
     assert fit() == sentence  # within one process too
-    assert second.step == 0
-    assert names(first.checkpoints) == before
-    first.folder.close()
+    assert second.state.step == 0
+    assert names(first.run.folder.checkpoints) == before
+    first.run.folder.close()
     assert second.fit()
 
 
@@ -731,11 +732,11 @@ def test_C11_a_stale_lock(stopped: Callable[..., Trainer]) -> None:
     trainer = stopped()
 
     def die() -> None:
-        RunFolder(trainer.folder.path).open()
+        RunFolder(trainer.run.folder.path).open()
         os._exit(KILLED)
 
     assert in_child(die)[0] == KILLED
-    lock = trainer.folder.path / ".lock"
+    lock = trainer.run.folder.path / ".lock"
     assert lock.read_text().startswith(f"{socket.gethostname()}:")
     assert trainer.fit()
     assert not lock.exists()
@@ -776,10 +777,10 @@ def test_C12_the_values_of_the_moment(tiny: list[str], tmp_path: Path, monkeypat
     """While the writer waits, training goes on in the same tensors."""
     extra = ["train.async_checkpoint=true", "train.max_steps=9", "diffusion.timestep_sampler=loss_aware"]
     trainer = Trainer(load_config(None, [*tiny, *extra]), World())
-    trainer.parallel_model = trainer.model
-    batches = trainer.batches()
+    trainer.parallel_model = trainer.state.model
+    batches = trainer.run.batches(trainer.state.samples_seen)
     for _ in range(2):
-        trainer.train_step(next(batches))
+        trainer.launch_step(next(batches))
     go = threading.Event()
     save = ckpt.save_file
 
@@ -790,13 +791,13 @@ def test_C12_the_values_of_the_moment(tiny: list[str], tmp_path: Path, monkeypat
     monkeypatch.setattr(ckpt, "save_file", waiting)
     now = trainer.state_dict()
     expected = {name: {key: value.clone() for key, value in getattr(now, name).items()} for name in GROUPS}
-    trainer.save()
+    trainer.run.save(trainer.state)
     for _ in range(2):
-        trainer.train_step(next(batches))
+        trainer.launch_step(next(batches))
     go.set()
-    trainer.writer.wait()
-    assert trainer.writer.failure is None
-    loaded = ckpt.load_checkpoint(trainer.checkpoints / "step-0000002")
+    trainer.run.writer.wait()
+    assert trainer.run.writer.failure is None
+    loaded = ckpt.load_checkpoint(trainer.run.folder.checkpoints / "step-0000002")
     assert (loaded.step, loaded.samples_seen) == (2, 4)
     for name, tensors in expected.items():
         found = getattr(loaded, name)
@@ -810,9 +811,9 @@ def test_C12_the_values_of_the_moment(tiny: list[str], tmp_path: Path, monkeypat
 def test_C12_no_tensor_is_shared(stopped: Callable[..., Trainer]) -> None:
     """Beside a GPU too: AdamW's step counts are on the CPU there."""
     trainer = stopped("train.async_checkpoint=true")
-    trainer.restore()
-    live = [*trainer.model.state_dict().values(), *trainer.ema.state_dict().values()]
-    live += [value for state in trainer.optimizer.state_dict()["state"].values() for value in state.values()]
+    restore(trainer)
+    live = [*trainer.state.model.state_dict().values(), *trainer.state.ema.state_dict().values()]
+    live += [value for state in trainer.state.optimizer.state_dict()["state"].values() for value in state.values()]
     saved = trainer.state_dict()
     held = {value.data_ptr() for value in live}
     shared = [key for name in GROUPS for key, value in getattr(saved, name).items() if value.data_ptr() in held]
@@ -857,10 +858,10 @@ def test_C13_the_next_boundary_raises(tiny: list[str], monkeypatch: pytest.Monke
     monkeypatch.setattr(ckpt.CheckpointWriter, "save", soon)  # so that "next" is next
     with pytest.raises(CheckpointNotWritten, match=r"step 6 .*the writer is broken"):
         trainer.fit()
-    assert trainer.step == 6  # the step that found it was not made
-    assert (trainer.checkpoints / "latest").read_text() == "step-0000003"
+    assert trainer.state.step == 6  # the step that found it was not made
+    assert (trainer.run.folder.checkpoints / "latest").read_text() == "step-0000003"
     monkeypatch.undo()
-    ckpt.verify(trainer.checkpoints / "step-0000003")
+    ckpt.verify(trainer.run.folder.checkpoints / "step-0000003")
 
 
 def test_C13_at_the_last_step(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -879,10 +880,10 @@ def test_C13_behind_another_error(
     """An error of the training itself comes first, and the writer's is told nevertheless."""
     failing_from(monkeypatch, 2, (ckpt, "save_file"))
     trainer = Trainer(load_config(None, [*tiny, "train.async_checkpoint=true", "train.checkpoint_every=2"]), World())
-    step = trainer.train_step
+    step = trainer.launch_step
 
     def broken(*arguments: Any) -> Any:
-        if trainer.step == 2:
+        if trainer.state.step == 2:
             raise ValueError("the training is broken")
         return step(*arguments)
 
@@ -924,11 +925,11 @@ def test_C14_official_layouts(
     for content, expected, warning in cases:
         caplog.clear()
         trainer = official(content)
-        trainer.restore()
+        restore(trainer)
         for key, value in expected.items():
-            assert torch.equal(trainer.model.state_dict()[key], value), key
-            assert torch.equal(trainer.ema.state_dict()[key], value), key
-        assert trainer.step == 0
+            assert torch.equal(trainer.state.model.state_dict()[key], value), key
+            assert torch.equal(trainer.state.ema.state_dict()[key], value), key
+        assert trainer.state.step == 0
         assert warning in caplog.text and bool(warning) == bool(caplog.text)
 
 
@@ -938,7 +939,7 @@ def test_C14_a_strict_report_and_no_partial_load(official: Callable[[Any], Train
     weights["blocks.0.extra"] = torch.ones(1)
     weights["x_embedder.proj.bias"] = torch.ones(7)
     trainer = official({"ema": {f"module.{key}": value for key, value in weights.items()}})
-    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    before = {key: value.clone() for key, value in trainer.state.model.state_dict().items()}
     with pytest.raises(ValueError) as raised:
         trainer.fit()
     report = str(raised.value)
@@ -946,9 +947,9 @@ def test_C14_a_strict_report_and_no_partial_load(official: Callable[[Any], Train
     assert "missing blocks.{0-1}.mlp.fc1.bias" in report
     assert "unexpected blocks.0.extra" in report
     assert "misshapen x_embedder.proj.bias: (7,) in the checkpoint, (16,) in the network" in report
-    for model in (trainer.model, trainer.ema.model):
+    for model in (trainer.state.model, trainer.state.ema.model):
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not ckpt.list_checkpoints(trainer.checkpoints)
+    assert not ckpt.list_checkpoints(trainer.run.folder.checkpoints)
 
 
 @pytest.mark.parametrize(
@@ -975,7 +976,7 @@ def test_C14_a_part_is_taken_only_of_an_image_network_and_told(
     weights = weights_of(finished)
     del weights["temp_embed"]
     weights["final_layer.linear.bias"] = torch.ones(7)
-    report = "\n".join(official(weights).restore())
+    report = "\n".join(restore(official(weights)))
     for line in (
         "left in the checkpoint: 1",
         "final_layer.linear.bias: (7,) in the checkpoint",
@@ -989,12 +990,12 @@ def test_C14_a_part_is_taken_only_of_an_image_network_and_told(
 
 def with_deletions(monkeypatch: pytest.MonkeyPatch, deletions: dict[int, Path]) -> None:
     """Delete a folder or file before the update from each of these steps."""
-    honest = Trainer.train_step
+    honest = Trainer.launch_step
 
     def deleting(self: Trainer, micro_batches: Any) -> Any:
-        gone = deletions.pop(self.step + (self.pending is not None), None)
+        gone = deletions.pop(self.state.step + (self.in_flight is not None), None)
         if gone is not None:
-            self.writer.wait()
+            self.run.writer.wait()
             shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
         return honest(self, micro_batches)
 

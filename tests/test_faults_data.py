@@ -43,6 +43,7 @@ from engine.stream import ClipStream, PositionBatches, collate, load_micro_batch
 from engine.trainer import Trainer
 from engine.watch import Breadcrumbs
 from models.autoencoder import CodecConfig, LatentCodec
+from tests.fault_support import restore
 from tests.latent_support import cache, save_codec
 from tools import prepare_dataset
 from tools.make_demo_data import write_mp4
@@ -621,10 +622,10 @@ def test_E8_the_list_is_in_the_checkpoint(frame_folders: Path, tiny: list[str], 
     digest = build_catalog(load_config(None, [*tiny, f"data.path={first}"]).data).digest
     assert load_checkpoint(folder).state["data_digest"] == digest
     moved = load_config(None, [*tiny, f"data.path={second}", "train.max_steps=2"])
-    Trainer(moved, World()).restore()
+    restore(Trainer(moved, World()))
     (second / "falls" / "clip0" / "007.png").symlink_to(frame_folders / "falls" / "clip0" / "006.png")
     with pytest.raises(ValueError, match=f"data_digest: {digest} -> "):
-        Trainer(moved, World()).restore()
+        restore(Trainer(moved, World()))
 
 
 def test_E8_the_frame_list_is_part_of_it(frame_folders: Path, tmp_path: Path) -> None:
@@ -639,7 +640,10 @@ def test_E8_the_frame_list_is_part_of_it(frame_folders: Path, tmp_path: Path) ->
 
 def test_E8_the_ranks_compare_it(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(load_config(None, tiny), World())
-    for other, sentence in (((5, trainer.clips.digest), "rank 1 finds 5 clips"), ((6, "f" * 64), "list ffffffffffff")):
+    for other, sentence in (
+        ((5, trainer.run.clips.digest), "rank 1 finds 5 clips"),
+        ((6, "f" * 64), "list ffffffffffff"),
+    ):
         monkeypatch.setattr(start, "gather_objects", lambda value, other=other: [value, other])
         with pytest.raises(ValueError, match=f"{sentence}.* every machine must hold the same files"):
             trainer.fit()
@@ -857,7 +861,7 @@ def test_E12_a_class_that_comes_later_is_named(frame_folders: Path, tiny: list[s
     copied(frame_folders / "falls", root / "bounces")
     for override in ([], ["data_digest"]):
         with pytest.raises(ValueError, match=r"class_names: \[\] -> \['bounces'\]"):
-            Trainer(load_config(None, keys), World(), override=override).restore()
+            restore(Trainer(load_config(None, keys), World(), override=override))
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the sample clips of ../shared/media are not here")
@@ -980,7 +984,7 @@ def test_E13_a_damaged_cache_ends_the_run_also_from_a_worker(cached: tuple[list[
     trainer = Trainer(load_config(None, [*keys, "train.max_steps=9", "data.num_workers=1"]), World())
     with pytest.raises(CacheError, match=r"holds latents of '\w+/clip\d' that are not finite; make the cache anew"):
         trainer.fit()
-    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    assert all(value.isfinite().all() for value in trainer.state.model.state_dict().values())
 
 
 def test_E13_latents_of_another_shape_are_no_codecs(tmp_path: Path) -> None:

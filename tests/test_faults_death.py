@@ -193,8 +193,8 @@ def test_A9_sigkill_of_torchrun(tiny: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["kill", "segv", "exit"])
 def test_A10_a_loader_worker_dies(tiny: list[str], what: str) -> None:
     subject = Trainer(load_config(None, [*tiny, *FOREVER, "data.num_workers=1"]), World())
-    victim = subject.clips.catalog.clips[4]
-    subject.clips = BadWorker(subject.clips, 4, what)  # type: ignore[assignment]
+    victim = subject.run.clips.catalog.clips[4]
+    subject.run.clips = BadWorker(subject.run.clips, 4, what)  # type: ignore[assignment]
     start = time.monotonic()
     with pytest.raises(TrainingAborted, match=r"worker died while it read .*") as death:
         subject.fit()
@@ -223,8 +223,8 @@ def test_A10_A11_only_what_that_worker_read_is_named(tmp_path: Path, said: str, 
 def test_A11_a_loader_worker_hangs(tiny: list[str]) -> None:
     config = load_config(None, [*tiny, *FOREVER, "data.num_workers=1", "data.worker_timeout_s=20"])
     subject = Trainer(config, World())
-    victim = subject.clips.catalog.clips[4]
-    subject.clips = BadWorker(subject.clips, 4, "hang")  # type: ignore[assignment]
+    victim = subject.run.clips.catalog.clips[4]
+    subject.run.clips = BadWorker(subject.run.clips, 4, "hang")  # type: ignore[assignment]
     with pytest.raises(TrainingAborted, match="did not answer in time while it read") as death:
         subject.fit()
     assert str(victim.path) in str(death.value) and "after 20 seconds" in str(death.value)

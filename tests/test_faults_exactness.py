@@ -18,7 +18,7 @@ from engine.ema import EMA
 from engine.optim import OptimConfig, learning_rate_at
 from engine.stream import PositionBatches, clip_at
 from engine.trainer import Trainer
-from tests.fault_support import fit_rank, rows, run, run_ranks
+from tests.fault_support import fit_rank, restore, rows, run, run_ranks
 from tests.latent_support import cache, save_codec
 
 # 6 clips, global batch 4: an epoch ends within a step, and step 7 lies amid one
@@ -114,7 +114,7 @@ def test_B2_missing_generator_states_are_refused(tiny: list[str], tmp_path: Path
     with pytest.raises(ValueError, match=r"rng\.safetensors lacks cpu/0.*--allow-inexact-resume"):
         run([*tiny, "train.max_steps=3"])
     trainer = Trainer(load_config(None, [*tiny, "train.max_steps=3"]), World(), allow_inexact_resume=True)
-    assert any("warning" in note and "not exact" in note for note in trainer.restore())
+    assert any("warning" in note and "not exact" in note for note in restore(trainer))
 
 
 def test_B2_noise_depends_on_seed_and_position(tiny: list[str]) -> None:
@@ -123,7 +123,7 @@ def test_B2_noise_depends_on_seed_and_position(tiny: list[str]) -> None:
     for seed in (0, 0, 1):
         trainer = Trainer(load_config(None, tiny), World())
         trainer.objective.seed = seed
-        losses.append(float(trainer.train_step(next(trainer.batches()))[0]["loss"]))
+        losses.append(float(trainer.launch_step(next(trainer.run.batches(trainer.state.samples_seen)))[0]["loss"]))
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -133,11 +133,11 @@ def test_B3_save_at_an_epoch_end(tiny: list[str]) -> None:
     trainer = Trainer(load_config(None, [*tiny, "train.max_steps=6"]), World())
     orders = []
     for epoch in (0, 1):
-        batches = [batch for (batch,) in islice(trainer.batches(), 3)]
+        batches = [batch for (batch,) in islice(trainer.run.batches(trainer.state.samples_seen), 3)]
         positions, order = (torch.cat([batch[key] for batch in batches]).tolist() for key in ("position", "index"))
         assert positions == list(range(6 * epoch, 6 * epoch + 6)) and sorted(order) == list(range(6))
         orders.append(order)
-        trainer.restore()
+        restore(trainer)
     assert orders[0] != orders[1]
 
 
@@ -148,9 +148,9 @@ def test_B4_two_resumes_at_step_zero_and_at_the_end(tiny: list[str], tmp_path: P
     assert_same(state_of(continued), state_of(whole))
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
     again = Trainer(load_config(None, [*tiny, "train.max_steps=6"]), World())
-    assert again.fit() and again.samples_seen == 12  # exits well and does nothing
+    assert again.fit() and again.state.samples_seen == 12  # exits well and does nothing
     fresh = Trainer(load_config(None, [*tiny, "train.max_steps=6", f"train.output_dir={tmp_path / 'zero'}"]), World())
-    fresh.save()  # a checkpoint of step 0
+    fresh.run.save(fresh.state)  # a checkpoint of step 0
     assert_same(state_of(run([*tiny, "train.max_steps=6", f"train.output_dir={tmp_path / 'zero'}"])), state_of(whole))
 
 
@@ -178,7 +178,7 @@ def test_B6_two_ranks_then_one(tiny: list[str], tmp_path: Path, reference: tuple
     assert before[0]["step"] == 7
     trainer = Trainer(load_config(None, [*overrides, "train.batch_size=4"]), World())
     run_ranks(2, tmp_path / "again", fit_rank, [*overrides, "train.max_steps=13"])
-    assert any("warning: saved by 2 process(es), continued on 1" in note for note in trainer.restore())
+    assert any("warning: saved by 2 process(es), continued on 1" in note for note in restore(trainer))
     with pytest.raises(ValueError, match="global_batch_size: 4 -> 3"):
         run([*overrides, "train.batch_size=3", "train.max_steps=14"])
 
@@ -201,8 +201,8 @@ def test_B8_micro_batches_equal_one_batch(tiny: list[str], tmp_path: Path) -> No
     for batch, accumulate in ((6, 1), (2, 3), (1, 6)):
         extra = [f"train.batch_size={batch}", f"train.grad_accum_steps={accumulate}", "train.precision=fp64"]
         trainer = Trainer(load_config(None, [*tiny, *extra]), World())
-        trainer.train_step(next(trainer.batches()))
-        gradients.append([parameter.grad.clone() for parameter in trainer.model.parameters()])
+        trainer.launch_step(next(trainer.run.batches(trainer.state.samples_seen)))
+        gradients.append([parameter.grad.clone() for parameter in trainer.state.model.parameters()])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
             torch.testing.assert_close(b, a, rtol=0, atol=1e-12)
@@ -212,14 +212,16 @@ def test_B9_one_step_advances_everything_once(tiny: list[str]) -> None:
     """Learning rate, average and clipping count optimiser steps, whatever the accumulation."""
     extra = ["train.grad_accum_steps=3", "optim.warmup_steps=4", "optim.clip_start_step=1", "optim.max_grad_norm=1e-3"]
     trainer = Trainer(load_config(None, [*tiny, *extra]), World())
-    batches = trainer.batches()
+    batches = trainer.run.batches(trainer.state.samples_seen)
     for step in range(3):
-        trainer.train_step(next(batches))
-        assert (trainer.step, trainer.ema.updates) == (step + 1, step + 1)
-        assert {float(state["step"]) for state in trainer.optimizer.state.values()} == {step + 1.0}
+        trainer.launch_step(next(batches))
+        assert (trainer.state.step, trainer.state.ema.updates) == (step + 1, step + 1)
+        assert {float(state["step"]) for state in trainer.state.optimizer.state.values()} == {step + 1.0}
         config = trainer.config.optim
-        assert trainer.optimizer.param_groups[0]["lr"] == learning_rate_at(step, config, trainer.config.train.max_steps)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])
+        assert trainer.state.optimizer.param_groups[0]["lr"] == learning_rate_at(
+            step, config, trainer.config.train.max_steps
+        )
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.state.model.parameters()])
         assert (float(norm) <= 1.001e-3) == (step >= 1)
     assert learning_rate_at(0, OptimConfig(warmup_steps=4, learning_rate=1.0), 10) == 0.25
 
@@ -229,9 +231,9 @@ def one_step(world: World, overrides: list[str]) -> dict[str, Any]:
     trainer = Trainer(load_config(None, overrides), world)
     from engine.distributed import data_parallel
 
-    trainer.parallel_model = data_parallel(trainer.model, world)
-    parts, _ = trainer.train_step(next(trainer.batches()))
-    return {"loss": float(parts["loss"]), "gradients": [p.grad.clone() for p in trainer.model.parameters()]}
+    trainer.parallel_model = data_parallel(trainer.state.model, world)
+    parts, _ = trainer.launch_step(next(trainer.run.batches(trainer.state.samples_seen)))
+    return {"loss": float(parts["loss"]), "gradients": [p.grad.clone() for p in trainer.state.model.parameters()]}
 
 
 @pytest.mark.dist
@@ -364,7 +366,7 @@ def test_B14_what_is_named_is_accepted(tiny: list[str]) -> None:
     with pytest.raises(ValueError, match=r"optim\.beta2: 0\.999 -> 0\.99") as refusal:
         run(changed, override=["optim.learning_rate"])
     assert "learning_rate" not in str(refusal.value).partition("experiment:")[2].partition(". Restore")[0]
-    assert run(changed, override=["optim.learning_rate", "optim.beta2"]).step == 2
+    assert run(changed, override=["optim.learning_rate", "optim.beta2"]).state.step == 2
 
 
 def test_B15_no_step_twice_none_missing(tiny: list[str], tmp_path: Path) -> None:

@@ -58,16 +58,20 @@ def test_F1_F2_one_rank_not_finite(tiny: list[str], tmp_path: Path, kind: str) -
 @pytest.mark.parametrize("kind", ["nan", "inf"], ids=["F1", "F2"])
 def test_F1_F2_a_skipped_step_changes_nothing(tiny: list[str], kind: str) -> None:
     trainer = run([*tiny, "train.max_steps=2", "diffusion.timestep_sampler=loss_aware"])
-    before = everything(trainer) | trainer.timestep_sampler.state_dict()
+    before = everything(trainer) | trainer.state.timestep_sampler.state_dict()
     before = {name: value.clone() for name, value in before.items()}
-    rate, updates = trainer.optimizer.param_groups[0]["lr"], trainer.ema.updates
-    batches = trainer.batches()
+    rate, updates = trainer.state.optimizer.param_groups[0]["lr"], trainer.state.ema.updates
+    batches = trainer.run.batches(trainer.state.samples_seen)
     with armed(f"{kind}@0:2"):
-        trainer.train_step(next(batches))
-    assert_same(before, everything(trainer) | trainer.timestep_sampler.state_dict())
-    assert (trainer.step, trainer.ema.updates, trainer.optimizer.param_groups[0]["lr"]) == (2, updates, rate)
-    trainer.train_step(next(batches))
-    assert trainer.step == 3
+        trainer.launch_step(next(batches))
+    assert_same(before, everything(trainer) | trainer.state.timestep_sampler.state_dict())
+    assert (trainer.state.step, trainer.state.ema.updates, trainer.state.optimizer.param_groups[0]["lr"]) == (
+        2,
+        updates,
+        rate,
+    )
+    trainer.launch_step(next(batches))
+    assert trainer.state.step == 3
 
 
 def test_F3_a_streak_aborts_with_a_code_and_a_dump(tiny: list[str], tmp_path: Path) -> None:
@@ -97,15 +101,18 @@ def test_F4_spikes_by_policy(tiny: list[str], policy: str) -> None:
     extra = ["optim.spike_factor=10", f"optim.spike_policy={policy}", "optim.max_grad_norm=1e9", "train.log_every=24"]
     with armed("spike@0:23"):
         trainer = run([*tiny, *extra, "train.max_steps=24"])
-    assert trainer.guard.spikes == 1
-    assert trainer.guard.skipped == (policy == "skip")
-    assert trainer.samples_seen == 2 * (24 + (policy == "skip"))
-    *earlier, last = trainer.guard.norms
-    applied = float(gradient_norm(trainer.model.parameters()))
+    assert trainer.state.guard.spikes == 1
+    assert trainer.state.guard.skipped == (policy == "skip")
+    assert trainer.state.samples_seen == 2 * (24 + (policy == "skip"))
+    *earlier, last = trainer.state.guard.norms
+    applied = float(gradient_norm(trainer.state.model.parameters()))
     assert applied == pytest.approx(statistics.median(earlier) if policy == "clip" else last)
     continued = run([*tiny, *extra, "train.max_steps=25"])
-    assert (continued.guard.spikes, continued.guard.skipped) == (1, trainer.guard.skipped)
-    assert list(continued.guard.norms)[:-1] == [*earlier, last] and continued.guard.norms.maxlen == StepGuard.WINDOW
+    assert (continued.state.guard.spikes, continued.state.guard.skipped) == (1, trainer.state.guard.skipped)
+    assert (
+        list(continued.state.guard.norms)[:-1] == [*earlier, last]
+        and continued.state.guard.norms.maxlen == StepGuard.WINDOW
+    )
 
 
 def test_F4_a_clipped_spike_is_scaled_to_the_median() -> None:
@@ -132,7 +139,7 @@ def test_F5_not_finite_in_an_accumulation_micro_step(tiny: list[str], tmp_path: 
     extra = ["train.grad_accum_steps=3", "train.batch_size=1", "train.log_every=6"]
     with armed("nan@0:3"):
         trainer = run([*tiny, *STEPS, *extra])
-    assert trainer.guard.skipped == 1
+    assert trainer.state.guard.skipped == 1
     assert all(value.isfinite().all() for value in everything(trainer).values())
     assert ckpt.newest_verified(tmp_path / "run" / "checkpoints")[0] is not None
 

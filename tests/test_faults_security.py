@@ -41,14 +41,16 @@ from engine.checkpoint import (
     CheckpointError,
     find_checkpoint,
     load_checkpoint,
-    load_model_weights,
 )
 from engine.checkpoint import save_checkpoint as write_checkpoint
+from engine.conditions import class_conditions
 from engine.config import MAX_YAML_CHARACTERS, load_config
 from engine.logging import RunLogger
+from engine.official_keys import translate_config
 from engine.text import printable
+from engine.weights import load_model_weights
 from models.autoencoder import CodecConfig, LatentCodec
-from models.convert import read_state_dict
+from models.convert import extract_weights, read_state_dict
 from models.taef2 import DECODER_FILE, ENCODER_FILE, Taef2
 from sample.generate import Generator
 from sample.sample import write_samples
@@ -57,9 +59,9 @@ from sample.video_io import contact_sheet, slug, write_mp4
 from tests.conftest import TINY
 from tests.detector_stubs import write_stub
 from tests.fault_support import seal
-from tools import convert_checkpoint, convert_config
+from tools import convert, prepare_dataset
 from tools.metrics.detectors import load_detector
-from tools.metrics.sources import Source as EvaluationSource
+from tools.unpack import unpack
 
 ROOT = Path(__file__).resolve().parents[1]
 NASTY = ["../../out", "a\nb", "\x1b[31mred\x1b[0m", "/etc/passwd", "..", "caf\u00e9 \u202egnp"]
@@ -164,9 +166,9 @@ SETTINGS = {
 def test_D2_settings_are_refused_with_advice_that_works(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "official.pt"
     digest = with_settings(file, SETTINGS[kind])
-    with pytest.raises(ValueError, match=r"python -m tools\.convert_checkpoint`.*SHA-256"):
+    with pytest.raises(ValueError, match=r"python -m tools\.convert checkpoint`.*SHA-256"):
         read_state_dict(file)
-    assert convert_checkpoint.main([str(file), "--sha256", digest.upper()]) == 0
+    assert convert.main(["checkpoint", str(file), "--sha256", digest.upper()]) == 0
     weights = load_file(tmp_path / "official.safetensors")
     assert list(weights) == ["w"] and torch.equal(weights["w"], torch.ones(2))
     assert torch.equal(read_state_dict(tmp_path / "official.safetensors")["w"], torch.ones(2))
@@ -178,9 +180,9 @@ def test_D2_only_a_listed_hash_is_opened(tmp_path: Path, monkeypatch: pytest.Mon
     wrong = hashlib.sha256(b"another").hexdigest()
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(ValueError, match=f"not opened: its SHA-256 is {digest}, but --sha256 allows {wrong}"):
-        convert_checkpoint.main([str(file), "--sha256", wrong])
+        convert.main(["checkpoint", str(file), "--sha256", wrong])
     with pytest.raises(SystemExit):
-        convert_checkpoint.main([str(file)])
+        convert.main(["checkpoint", str(file)])
     assert not (tmp_path / "official.safetensors").exists()
 
 
@@ -189,7 +191,7 @@ def test_D2_the_convert_command_runs_nothing_even_with_the_hash(tmp_path: Path, 
     marker, file = tmp_path / "ran", tmp_path / "official.pt"
     digest = with_settings(file, argparse.Namespace(a=payloads(marker)[kind]))
     with pytest.raises(ValueError, match="Python objects"):
-        convert_checkpoint.main([str(file), "--sha256", digest])
+        convert.main(["checkpoint", str(file), "--sha256", digest])
     assert not marker.exists() and not (tmp_path / "official.safetensors").exists()
 
 
@@ -198,16 +200,7 @@ def test_D2_settings_are_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = tmp_path / "official.pt"
     digest = with_settings(file, argparse.Namespace(a=1))
     monkeypatch.setattr(argparse, "Namespace", lambda *_, **__: pytest.fail("made"))
-    convert = [str(file), "--sha256", digest]
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *_: FakeArguments(file, digest))
-    assert convert_checkpoint.main(convert) == 0
-
-
-class FakeArguments:
-    """What the convert command's parser gives, without the Namespace that the test takes away."""
-
-    def __init__(self, file: Path, digest: str) -> None:
-        self.checkpoint, self.sha256, self.output, self.weights = file, [digest], None, "ema"
+    assert torch.equal(extract_weights(file, [digest])["w"], torch.ones(2))
 
 
 # ---- D3: the code itself ---------------------------------------------------------------------------
@@ -479,10 +472,10 @@ def test_D7_hostile_yaml(tmp_path: Path, kind: str) -> None:
     text, word = YAMLS[kind]
     marker, file = tmp_path / "ran", tmp_path / "bad.yaml"
     file.write_text(text.replace("MARKER", str(marker)))
-    for read in (load_config, convert_config.read_official):
+    for read in (load_config, convert.read_official):
         start = time.process_time()
         with pytest.raises(ValueError, match=word) as error:
-            convert_config.convert(config) if isinstance(config := read(file), dict) else None
+            translate_config(config) if isinstance(config := read(file), dict) else None
         assert time.process_time() - start < 1.0
         assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
     assert not marker.exists()
@@ -663,19 +656,14 @@ SUSPICIOUS = {
 
 @pytest.mark.parametrize("kind", sorted(SUSPICIOUS))
 def test_D11_zip_as_data(tmp_path: Path, kind: str) -> None:
-    """Refused as a whole, from its directory, wherever it is named; nothing is written, nothing is unpacked."""
+    """Refused as a whole, from its directory; nothing is written, nothing is unpacked."""
     (tmp_path / "set").mkdir()
     file = tmp_path / "set" / "clips.zip"
     file.write_bytes(archive(kind))
     before = memory()
-    for look in (
-        lambda: build_catalog(DataConfig(path=str(file))),
-        lambda: open_video(file / "a" / "0.png"),
-        lambda: EvaluationSource.find(str(file), "--fake_data_path"),
-    ):
-        with pytest.raises(VideoError, match=rf"clips\.zip: is refused: {SUSPICIOUS[kind]}") as error:
-            look()
-        assert printable(str(error.value)).isprintable()
+    with pytest.raises(VideoError, match=rf"clips\.zip: is refused: {SUSPICIOUS[kind]}") as error:
+        prepare_dataset.main(["folder", str(file), str(tmp_path / "out")])
+    assert printable(str(error.value)).isprintable()
     with pytest.raises(ValueError, match=r"holds none \(found: 1 \*\.zip\)"):
         build_catalog(DataConfig(path=str(file.parent)))  # below a data folder an archive is a stray
     assert sorted(tmp_path.rglob("*")) == [file.parent, file]
@@ -689,13 +677,14 @@ def test_D11_total_of_many_small_bombs(tmp_path: Path) -> None:
         for number in range(20):
             content.writestr(f"{number}.png", bytes(2**20))
     with pytest.raises(VideoError, match=r"its \d+ bytes unpack to 20971520, more than 200 times more"):
-        build_catalog(DataConfig(path=str(file)))
+        unpack(file, tmp_path / "out")
     with zipfile.ZipFile(file, "w") as content, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         content.writestr("a.png", b"x")
         content.writestr("a.png", b"y")
     with pytest.raises(VideoError, match=r"'a\.png' is there twice"):
-        build_catalog(DataConfig(path=str(file)))
+        unpack(file, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_D11_a_lying_size_unpacks_no_more_than_it_says(tmp_path: Path) -> None:
@@ -707,8 +696,9 @@ def test_D11_a_lying_size_unpacks_no_more_than_it_says(tmp_path: Path) -> None:
     file.write_bytes(bytes(raw))
     before = memory()
     with pytest.raises(VideoError, match=r"0\.png: cannot be unpacked: the archive is damaged"):
-        open_video(file / "a" / "0.png").read([0])
+        unpack(file, tmp_path / "out")
     assert memory() - before < 5e6
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_D11_bomb_as_checkpoint(tmp_path: Path) -> None:
@@ -1015,7 +1005,8 @@ def test_D13_slug(name: str, tmp_path: Path) -> None:
 def test_D13_samples_of_nasty_classes_stay_in_their_folder(tmp_path: Path) -> None:
     overrides = [f"model.num_classes={len(NASTY)}", f"sample.num_videos={len(NASTY)}", "sample.steps=2"]
     config = load_config(None, [*TINY, *overrides])
-    generator = Generator(build_model(config), LatentCodec.from_config(config.codec), config, class_names=NASTY)
+    conditions = class_conditions(config.model, torch.device("cpu"), NASTY)
+    generator = Generator(build_model(config), LatentCodec.from_config(config.codec), config, conditions)
     folder = tmp_path / "deep" / "samples"
     files = write_samples(generator, config, folder, checkpoint="x\n\x1b[2J")
     inside = {file.name for file in folder.iterdir()}

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine.build import build_model
-from engine.checkpoint import export_adapter, export_weights, load_model_weights
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
+from engine.weights import export_adapter, export_weights, load_model_weights
 from models.config import LatteConfig
 from models.convert_t2v import save_t2v, to_diffusers
 from models.latte import Latte
@@ -102,9 +102,9 @@ def test_adapters_of_peft_merge_as_peft_does(changes: dict[str, Any], tmp_path: 
 def base(tiny: list[str], tmp_path: Path) -> Path:
     """A run whose weights are all different from zero."""
     trainer = Trainer(load_config(None, [*tiny, f"train.output_dir={tmp_path / 'base'}"]), World())
-    randomize(trainer.model, seed=2, std=0.1)
-    trainer.ema.load_state_dict(trainer.model.state_dict())
-    trainer.save()
+    randomize(trainer.state.model, seed=2, std=0.1)
+    trainer.state.ema.load_state_dict(trainer.state.model.state_dict())
+    trainer.run.save(trainer.state)
     return tmp_path / "base"
 
 
@@ -117,7 +117,7 @@ def lora_run(tiny: list[str], base: Path, *overrides: str) -> Trainer:
 
 def test_only_adapters_are_trained_saved_and_averaged(tiny: list[str], base: Path, tmp_path: Path) -> None:
     trainer = lora_run(tiny, base, "train.max_steps=4", "train.ema_decay=0.5", "model.gradient_checkpointing=true")
-    model, average = trainer.model.state_dict(), trainer.ema.state_dict()
+    model, average = trainer.state.model.state_dict(), trainer.state.ema.state_dict()
     before = load_model_weights(base)
     for name, value in before.items():
         if f"{name.rpartition('.')[0]}.base_layer.{name.rpartition('.')[2]}" not in model:
@@ -140,7 +140,10 @@ def test_a_run_with_adapters_continues_bit_for_bit(tiny: list[str], base: Path, 
     whole = lora_run(tiny, base, "train.max_steps=4", f"train.output_dir={tmp_path / 'whole'}")
     lora_run(tiny, base, "train.max_steps=2", f"train.output_dir={tmp_path / 'parts'}")
     continued = lora_run(tiny, base, "train.max_steps=4", f"train.output_dir={tmp_path / 'parts'}")
-    for first, second in ((whole.model, continued.model), (whole.ema.model, continued.ema.model)):
+    for first, second in (
+        (whole.state.model, continued.state.model),
+        (whole.state.ema.model, continued.state.ema.model),
+    ):
         expected = first.state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in second.state_dict().items())
 
@@ -155,9 +158,9 @@ def test_the_first_loss_is_that_of_the_base_and_its_weights_are_held_in_half(
         trainer = lora_run(tiny, base, f"lora.rank={rank}", "train.max_steps=1", f"train.precision={precision}", target)
         losses.append(json.loads((tmp_path / str(rank) / "metrics.jsonl").read_text())["loss"])
     assert losses[0] == losses[1]
-    weight = trainer.model.blocks[0].attn.qkv.base_layer.weight
+    weight = trainer.state.model.blocks[0].attn.qkv.base_layer.weight
     assert weight.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-    assert trainer.model.blocks[0].attn.qkv.lora_A["default"].weight.dtype == torch.float32
+    assert trainer.state.model.blocks[0].attn.qkv.lora_A["default"].weight.dtype == torch.float32
 
 
 def test_sampling_and_exports_of_a_run_with_adapters(tiny: list[str], base: Path, tmp_path: Path) -> None:
@@ -172,7 +175,7 @@ def test_sampling_and_exports_of_a_run_with_adapters(tiny: list[str], base: Path
     x = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     given = (x, torch.tensor([3.0, 400.0]), torch.tensor([0, 1]))
     merged = Generator.from_checkpoint(run, weights="raw").model(*given)
-    torch.testing.assert_close(merged, trainer.model(*given), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged, trainer.state.model(*given), rtol=1e-5, atol=1e-5)
     alone = export_weights(run, tmp_path / "alone", "raw")
     assert load_config(alone / "config.yaml").lora.rank == 0
     assert (Generator.from_checkpoint(alone, weights="raw").sample(**settings) == video).all()
@@ -190,13 +193,13 @@ def test_a_text_network_is_tuned_and_its_adapters_fit_diffusers(tmp_path: Path) 
     base = randomize(build_model(load_config(None, keys)), std=0.1)
     save_t2v(base, tmp_path / "base")  # type: ignore[arg-type]
     trainer = lora_run(keys, tmp_path / "base", "train.max_steps=2")
-    assert all((".lora_" in name) == each.requires_grad for name, each in trainer.model.named_parameters())
+    assert all((".lora_" in name) == each.requires_grad for name, each in trainer.state.model.named_parameters())
     weights = load_model_weights(tmp_path / "run", "raw")
     changed = [name for name, value in base.state_dict().items() if not torch.equal(value, weights[name])]
     assert changed and all(".attn" in name and name.endswith("weight") for name in changed)
     given = {"hidden_states": torch.randn(1, 3, 4, 8, 8), "timestep": torch.tensor([40]),
              "encoder_hidden_states": torch.randn(1, 5, 12)}  # fmt: skip
-    expected = trainer.model(**given).sample.detach()
+    expected = trainer.state.model(**given).sample.detach()
     folder = export_adapter(tmp_path / "run", tmp_path / "adapter", "raw")
     found = PeftModel.from_pretrained(to_diffusers(base), str(folder)).eval()(**given).sample  # type: ignore[arg-type]
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

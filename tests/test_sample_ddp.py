@@ -18,12 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.checkpoint import content_sha256, find_checkpoint, load_checkpoint_config, load_model_weights
+from engine.checkpoint import content_sha256, find_checkpoint, load_checkpoint_config
+from engine.conditions import class_conditions
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import SamplesNotWritten
 from engine.objective import sample_generator
 from engine.run_folder import FolderLock
+from engine.weights import load_model_weights
 from sample import sample_ddp
 from sample.generate import Generator, _drawn
 from sample.sample_ddp import main, parse
@@ -169,7 +171,8 @@ def test_networks_of_other_kinds(tmp_path: Path) -> None:
 
 def generator_of(classes: int) -> Generator:
     config = load_config(None, [*TINY, f"model.num_classes={classes}"])
-    return Generator(torch.nn.Identity(), None, config)  # type: ignore[arg-type]
+    conditions = class_conditions(config.model, torch.device("cpu"))
+    return Generator(torch.nn.Identity(), None, config, conditions)  # type: ignore[arg-type]
 
 
 def test_balanced_labels_have_exact_counts() -> None:

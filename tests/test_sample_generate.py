@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.build import build_model
 from engine.checkpoint import Checkpoint, save_checkpoint
+from engine.conditions import ClassConditions, class_conditions
 from engine.config import Config, load_config
 from models.autoencoder import LatentCodec
 from sample.generate import Generator, VideoNoise, resolve_labels, to_uint8
@@ -42,6 +43,7 @@ NETWORK = [
     "sample.steps=5",
     "sample.num_videos=3",
 ]
+CPU = torch.device("cpu")
 
 
 def network_config(*overrides: str) -> Config:
@@ -52,7 +54,8 @@ def tiny_generator(*overrides: str, precision: str = "fp32") -> Generator:
     config = network_config(*overrides)
     model = build_model(config)
     model.load_state_dict(random_weights(config, 0))
-    return Generator(model, LatentCodec.from_config(config.codec), config, precision=precision)
+    conditions = class_conditions(config.model, CPU)
+    return Generator(model, LatentCodec.from_config(config.codec), config, conditions, precision=precision)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,8 @@ class ConstantNetwork(nn.Module):
 def constant_generator(levels: list[float]) -> Generator:
     config = network_config()
     network = ConstantNetwork(levels, null_label=CLASSES)
-    return Generator(network, LatentCodec.from_config(config.codec), config)  # type: ignore[arg-type]
+    conditions = ClassConditions(CLASSES, CLASSES, 0.1, CPU)
+    return Generator(network, LatentCodec.from_config(config.codec), config, conditions)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------ closed forms
@@ -232,7 +236,8 @@ class DoublingCodec(nn.Module):
 
 def test_latents_have_the_codecs_channels_and_size() -> None:
     config = network_config("codec.latent_channels=5", "codec.downsample_factor=2", "data.image_size=16")
-    generator = Generator(build_model(config), DoublingCodec(), config)  # type: ignore[arg-type]
+    conditions = class_conditions(config.model, CPU)
+    generator = Generator(build_model(config), DoublingCodec(), config, conditions)  # type: ignore[arg-type]
     videos = generator.sample(num=1, steps=2)
     assert videos.shape == (1, 4, 16, 16, 3)
     assert generator.sample(num=1, steps=2, image_size=24).shape == (1, 4, 24, 24, 3)
@@ -251,7 +256,7 @@ def test_progress_is_told() -> None:
 
 def test_our_checkpoint_needs_no_config(run_folder: Path) -> None:
     generator = Generator.from_checkpoint(run_folder, device="cpu")
-    assert generator.class_names == ["falls", "rises", "turns round"]
+    assert generator.conditions.names == ["falls", "rises", "turns round"]
     expected = random_weights(network_config(), 21)  # the newest step's average
     assert all(torch.equal(value, expected[key]) for key, value in generator.model.state_dict().items())
     raw = Generator.from_checkpoint(run_folder / "checkpoints" / "step-0000001", weights="raw", device="cpu")

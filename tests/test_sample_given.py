@@ -12,6 +12,7 @@ from PIL import Image
 
 from engine.build import build_model
 from engine.checkpoint import Checkpoint, save_checkpoint
+from engine.conditions import class_conditions
 from engine.config import Config, load_config
 from engine.objective import Objective, sample_generator
 from models.autoencoder import LatentCodec
@@ -30,7 +31,8 @@ def generator_of(*overrides: str) -> Generator:
     trained = load_config(None, [*TRAINED, *GIVEN])
     model = build_model(trained)
     model.load_state_dict(random_weights(trained, 0))
-    return Generator(model, LatentCodec.from_config(config.codec), config)
+    conditions = class_conditions(config.model, torch.device("cpu"))
+    return Generator(model, LatentCodec.from_config(config.codec), config, conditions)
 
 
 def videos_of(generator: Generator, num: int = 5, **changes: object) -> np.ndarray:
@@ -130,7 +132,7 @@ def test_draws_for_given_frames_come_after_all_others(tiny: list[str]) -> None:
     generator = sample_generator(0, 900, torch.device("cpu"))
     torch.rand(2, generator=generator), torch.randn(shape[1:], generator=generator)
     uniform = torch.rand(1, 3 + 4, generator=generator)
-    assert torch.equal(objectives[1].condition.draw(uniform, 1)[0], with_given.given[2])
+    assert torch.equal(objectives[1].given.draw(uniform, 1)[0], with_given.given[2])
 
 
 def objective_of(config: Config) -> Objective:

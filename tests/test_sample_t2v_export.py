@@ -29,10 +29,11 @@ from sample.t2x_config import load_t2x_config
 from sample.t2x_run import TrainedRun
 from sample.text_to_video import Sampler, denoise
 from tests.conftest import random_weights
-from tests.fault_support import seal
+from tests.fault_support import restore, seal
 from tests.hub_stand_in import local_hub
 from tests.latent_support import save_codec
 from tests.text_support import TINY_TEXT, draw_captioned, save_text_encoder
+from tools import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -183,9 +184,11 @@ def test_a_run_is_sampled_by_its_name(base: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "0000_a_stone_falls.mp4").read_bytes() != first
 
 
-def test_an_image_network_is_pixart(base: list[str], tmp_path: Path) -> None:
+def test_an_image_network_is_pixart(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(None, [*base, *IMAGES])
-    export_run(checkpoint(config, tmp_path / "run"), tmp_path / "pixart")
+    source, folder = checkpoint(config, tmp_path / "run"), tmp_path / "pixart"
+    assert convert.main(["diffusers", str(source), str(folder), "--weights", "raw"]) == 0
+    assert capsys.readouterr().out.startswith(f"{folder} is written\nwithout scheduler, vae and text: ")
     theirs = PixArtTransformer2DModel.from_pretrained(tmp_path / "pixart" / "transformer").eval()
     ours = build_model(config).eval()
     ours.load_state_dict(random_weights(config, 0))
@@ -206,13 +209,13 @@ def test_an_image_network_is_inflated(base: list[str], tmp_path: Path, kind: str
         source = tmp_path / "pixart"
     overrides = [*base, f"train.init_from={source}", "train.temporal_ramp_steps=4"]
     run = Trainer(load_config(None, overrides), World())
-    run.restore()
+    restore(run)
     image_network = build_model(images).eval()
     image_network.load_state_dict(random_weights(images, 0))
-    assert isinstance(run.model, LatteT2V)
+    assert isinstance(run.state.model, LatteT2V)
     x, words, t = torch.randn(2, 5, 4, 4, 4), torch.randn(2, 6, 12), torch.tensor([3, 900])
     with torch.no_grad():
-        video = run.model.eval()(x, t, words, return_dict=False)[0]
+        video = run.state.model.eval()(x, t, words, return_dict=False)[0]
         frames = [image_network(x[:, :, n : n + 1], t, words, return_dict=False)[0] for n in range(4)]
     assert torch.equal(video, torch.cat(frames, dim=2))
 
@@ -238,19 +241,21 @@ def test_a_video_network_is_a_start_too(base: list[str], tmp_path: Path) -> None
     export_run(source, tmp_path / "latte")
     for start in (source, tmp_path / "latte", tmp_path / "latte" / "transformer"):
         run = Trainer(load_config(None, [*base, f"train.init_from={start}"]), World())
-        run.restore()
-        assert all(torch.equal(value, run.model.state_dict()[key]) for key, value in random_weights(config, 0).items())
+        restore(run)
+        assert all(
+            torch.equal(value, run.state.model.state_dict()[key]) for key, value in random_weights(config, 0).items()
+        )
     for overrides, sentence in [
-        (["train.temporal_ramp_steps=4"], "is for a video network begun from an image network, which"),
+        (["train.temporal_ramp_steps=4"], "is for a video network that starts from an image network, which"),
         (["model.hidden_size=32"], "is another network: attention_head_dim 8 there and 16 here"),
     ]:
         run = Trainer(load_config(None, [*base, f"train.init_from={tmp_path / 'latte'}", *overrides]), World())
         with pytest.raises(ValueError, match=sentence):
-            run.restore()
+            restore(run)
     images = checkpoint(load_config(None, [*base, *IMAGES]), tmp_path / "images")
     run = Trainer(load_config(None, [*base, f"train.init_from={images}"]), World())
     with pytest.raises(ValueError, match="let them in over a number of steps"):
-        run.restore()
+        restore(run)
 
 
 HUB = """
@@ -260,7 +265,7 @@ from engine.distributed import World
 from engine.trainer import Trainer
 from models.latte_t2v import LatteT2V
 from sample import sample_t2x
-from tools import convert_t2v
+from tools import convert
 out, *keys = sys.argv[1:]
 run = Trainer(load_config(None, [*keys, "text.path=me/mine", "text.revision=v1", "train.init_from=me/mine@v1",
                                  f"train.output_dir={out}/run", "train.max_steps=1"]), World())
@@ -271,7 +276,7 @@ tuned.fit()
 size = ["--image_size", "16", "16", "--video_length", "1", "--num_sampling_steps", "2", "--precision", "fp32"]
 assert not sample_t2x.main(["--pretrained_model_path", "me/mine", "--transformer", "me/mine@v1", "--lora", "me/lora@v2",
                             "--prompt", "a stone", "--save_img_path", f"{out}/seen", "--device", "cpu", *size])
-assert not convert_t2v.main(["me/mine", f"{out}/merged", "--lora", "me/lora"])
+assert not convert.main(["t2v", "me/mine", f"{out}/merged", "--lora", "me/lora"])
 """
 
 

@@ -17,12 +17,13 @@ import torch
 from diffusers import LattePipeline
 from PIL import Image
 
+from diffusion.scheduled import SCHEDULERS
 from engine.cli import run
 from models.text_encoder import TextEncoder, clean_caption
 from sample import sample_t2x
 from sample.captions import read_prompts
-from sample.t2x_config import SCHEDULERS, T2XConfig, load_t2x_config
-from sample.text_to_video import Sampler, denoise, find_folder, load_codec, make_scheduler
+from sample.t2x_config import T2XConfig, load_t2x_config
+from sample.text_to_video import Sampler, build_schedule, denoise, find_folder, load_codec
 from tests.t2v_support import inputs, ours_of, theirs, tiny_pipeline, tiny_vae
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,9 +49,9 @@ def both(folder: Path, config: T2XConfig, prompt: str = "a red disc", negative: 
     noise = torch.randn(1, 4, config.video_length, 8, 8, generator=torch.Generator().manual_seed(1))
     encoder = TextEncoder.from_folder(folder, torch.float32, CPU)
     features = encoder.encode(prompt, negative if config.guidance_scale > 1 else None, clean=False)
-    scheduler = make_scheduler(config, folder)
-    ours = denoise(ours_of(theirs()), scheduler, features, noise, config, torch.Generator().manual_seed(2))
-    pipeline = LattePipeline.from_pretrained(folder, scheduler=make_scheduler(config, folder))
+    schedule, generator = build_schedule(config, folder), torch.Generator().manual_seed(2)
+    ours = denoise(ours_of(theirs()), schedule, features, noise.transpose(1, 2), config, generator).transpose(1, 2)
+    pipeline = LattePipeline.from_pretrained(folder, scheduler=schedule.build_scheduler(config.sample_method))
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         prompt,
@@ -90,9 +91,10 @@ def test_every_setting_equals_diffusers_pipeline(latte: Path, changes: dict[str,
 
 def test_learned_variance_is_for_ddpm_alone(latte: Path) -> None:
     """The official script gives it to all ten; of those two then keep three channels, where latents have four."""
-    assert make_scheduler(tiny(latte, sample_method="DDPM"), latte).config.variance_type == "learned_range"
+    schedule = build_schedule(tiny(latte), latte)
+    assert schedule.build_scheduler("DDPM").config.variance_type == "learned_range"
     for method in set(SCHEDULERS) - {"DDPM"}:
-        assert getattr(make_scheduler(tiny(latte, sample_method=method), latte).config, "variance_type", None) is None
+        assert getattr(schedule.build_scheduler(method).config, "variance_type", None) is None
 
 
 # -------------------------------------------------------------------------------------------- text
@@ -292,7 +294,7 @@ def test_other_mistakes(latte: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a local folder, which has no revision v1: leave the revision out"):
         find_folder(T2XConfig(pretrained_model_path=str(latte), revision="v1"))
     with pytest.raises(ValueError, match="num_sampling_steps=1001 is more than the 1000 steps of the noise schedule"):
-        make_scheduler(tiny(latte, num_sampling_steps=1001), latte)
+        build_schedule(tiny(latte, num_sampling_steps=1001), latte)
     with pytest.raises(ValueError, match="there is no prompt"):
         command(latte, tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -357,7 +359,7 @@ def test_adapters_on_the_command_line(latte: Path, tmp_path: Path) -> None:
     """Merged into what is sampled, in the share that --lora_scale says; and by the converter."""
     from models.convert_t2v import load_t2v
     from models.lora import LoraConfig, add_lora, lora_weights, save_lora
-    from tools import convert_t2v
+    from tools import convert
 
     model = ours_of(theirs())
     add_lora(model, LoraConfig(rank=2))
@@ -365,7 +367,7 @@ def test_adapters_on_the_command_line(latte: Path, tmp_path: Path) -> None:
         torch.nn.init.normal_(value, std=0.5)
     adapter = str(save_lora(lora_weights(model.state_dict()), LoraConfig(rank=2), tmp_path / "adapter"))
     merged = str(tmp_path / "merged")
-    assert convert_t2v.main([str(latte), merged, "--lora", adapter, "--lora_scale", "0.5"]) == 0
+    assert convert.main(["t2v", str(latte), merged, "--lora", adapter, "--lora_scale", "0.5"]) == 0
     given = inputs()
     assert (load_t2v(merged)(**given).sample - ours_of(theirs())(**given).sample).abs().max() > 0.1
     pictures = []

@@ -11,8 +11,8 @@ import torch
 
 import train
 from datasets.text_features import INDEX, TextCache
-from engine.captions import EMPTY, EncodedFeatures
 from engine.checkpoint import load_checkpoint, step_folder
+from engine.conditions import EMPTY, EncodedFeatures
 from engine.config import Config, load_config
 from engine.distributed import World
 from engine.trainer import Trainer
@@ -78,7 +78,7 @@ def test_a_killed_one_goes_on(run: list[str], cache: Path, tmp_path: Path, monke
 
     config, out = load_config(None, run), tmp_path / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr("engine.captions.EncodedFeatures", Dying)
+        patch.setattr("engine.conditions.EncodedFeatures", Dying)
         with pytest.raises(KeyboardInterrupt):
             cache_text.cache_text(config, out, World())
         with pytest.raises(FileNotFoundError, match="is no finished cache"):

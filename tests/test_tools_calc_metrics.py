@@ -376,16 +376,6 @@ def test_a_manifest_reads_the_same_clips_again(sets: tuple[Path, Path], detector
         run(*sets, detectors, "fvd2048_16f", "--seeds", "3", "--manifest", str(manifest))
 
 
-def test_a_zip_gives_the_values_of_its_folder(sets: tuple[Path, Path], detectors: Path) -> None:
-    metrics = "fvd2048_16f,fid100_full"
-    plain = run(*sets, detectors, metrics)["metrics"]
-    zips = [Path(shutil.make_archive(str(folder), "zip", folder)) for folder in sets]
-    zipped = run(*zips, detectors, metrics)["metrics"]
-    assert {name: entry["values"] for name, entry in plain.items()} == {
-        name: entry["values"] for name, entry in zipped.items()
-    }
-
-
 # ---- ranks -------------------------------------------------------------------------------------------
 
 
@@ -630,7 +620,7 @@ def test_mistakes_of_the_data_are_one_sentence(
         ((other, fake), "fvd2048_16f", "the real ones 32x32 and the fake ones 24x24: give --resolution"),
         ((real, fake), "fvd2048_8f", "i3d takes clips of 10 or more frames, not 8"),
         ((real, fake), "fvd2048_16f,fvd2048_64f", "none of the 20 clips in '.*real' can be used: .*, a clip needs 64"),
-        ((tmp_path / "gone", fake), "fvd2048_16f", "--real_data_path: there is no folder or zip archive '.*gone'"),
+        ((tmp_path / "gone", fake), "fvd2048_16f", "--real_data_path: there is no folder '.*gone'"),
     ):
         extracted.clear()
         with pytest.raises((ValueError, OSError), match=sentence):

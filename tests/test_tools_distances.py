@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tools.metrics.distances import (
-    QUANTUM,
     Moments,
     frechet_distance,
     frechet_from_moments,
@@ -164,57 +163,26 @@ def test_moments_are_the_mean_and_the_covariance() -> None:
         assert torch.allclose(found.covariance(divisor), expected, rtol=1e-9, atol=1e-10)
 
 
-def test_moments_sum_without_rounding() -> None:
-    """Against Python's integers, which have no end."""
-    x = wide(40)
-    whole = [[round(value / QUANTUM) for value in row] for row in x.double().tolist()]
-    state = moments(x).state()
-
-    def value(sums: Tensor) -> int:
-        return sum(int(each) << (18 * place) for place, each in enumerate(sums.flip(0)))
-
-    for i in range(5):
-        assert value(state["sums"][:, i]) == sum(row[i] for row in whole)
-        for j in range(5):
-            assert value(state["squares"][:, i, j]) == sum(row[i] * row[j] for row in whole)
-
-
-def test_moments_hold_float32_as_it_is() -> None:
-    x = wide(1000)
-    assert torch.equal((x.double() / QUANTUM).round() * QUANTUM, x.double())
-    tiny = torch.full((1, 1), 1e-9)
-    assert abs(moments(tiny).mean.item() - 1e-9) < 4e-12
-
-
-def test_moments_do_not_depend_on_order_or_split() -> None:
-    """Every bit of them: ranks of any number may each take any share in any order."""
+def test_moments_are_the_same_bits_in_the_same_order() -> None:
+    """And near in any other."""
     x = wide(301)
-    expected = moments(x).state()
-    generator = torch.Generator().manual_seed(1)
-    splits = [[301], [1] * 301, [100, 0, 201], [7] * 43]
-    naive = set()
-    for sizes in splits:
-        shuffled = x[torch.randperm(len(x), generator=generator)]
-        parts = shuffled.split(sizes)
-        total = sum((moments(part) for part in parts[1:]), moments(parts[0]))
-        stream = Moments(5)
-        for part in parts:
-            stream.add(part)
-        for found in (total, stream, Moments(5).merge(total)):
-            assert all(torch.equal(value, expected[name]) for name, value in found.state().items())
-        assert torch.equal(total.covariance(), moments(x).covariance())
-        naive.add(sum(part.double().T @ part.double() for part in parts)[0, 0].item())  # type: ignore[union-attr]
-    assert len(naive) > 1  # float64 alone would not do
+    first, again = (moments(x[:200]).add(x[200:]) for _ in range(2))
+    assert all(torch.equal(value, again.state()[name]) for name, value in first.state().items())
+    parts = [moments(part) for part in x.flip(0).split(7)]
+    total = sum(parts[1:], parts[0])
+    assert total.count == 301
+    torch.testing.assert_close(total.covariance(), first.covariance(), rtol=1e-12, atol=0)
 
 
 def test_moments_state_adds_up_tensor_by_tensor_and_is_saved(tmp_path: Path) -> None:
-    """What an all-reduce does, and what a cache does."""
+    """As a cache keeps it."""
     x = wide(50)
     states = [moments(part).state() for part in x.split(20)]
     summed = {name: sum(state[name] for state in states) for name in states[0]}
     save_file(summed, tmp_path / "moments.safetensors")
     found = Moments.from_state(load_file(tmp_path / "moments.safetensors"))
-    assert found.count == 50 and torch.equal(found.covariance(), moments(x).covariance())
+    assert found.count == 50
+    torch.testing.assert_close(found.covariance(), moments(x).covariance(), rtol=1e-12, atol=0)
     copy = Moments.from_state(summed)
     copy.add(x)
     assert copy.count == 100 and int(summed["count"]) == 50
@@ -228,10 +196,10 @@ def test_moments_keep_what_they_are_added_to() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda state: state.pop("sums"),
+        lambda state: state.pop("sum"),
         lambda state: state.pop("squares"),
         lambda state: state.update(count=torch.zeros(1, dtype=torch.int64)),
-        lambda state: state.update(sums=state["sums"].double()),
+        lambda state: state.update(sum=state["sum"].float()),
         lambda state: state.update(squares=state["squares"][:, :3]),
         lambda state: state.clear(),
     ],
@@ -246,8 +214,6 @@ def test_moments_refuse_a_state_that_is_not_whole(change: Callable) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.full((2, 5), 65536.0), "65536"),
-        (torch.tensor([[0.0, 0, 0, 0, -1e9]]), "1e+09"),
         (torch.full((2, 5), float("inf")), "NaN or infinity"),
         (torch.zeros(2, 4), "4 dimensions, but 5"),
         (torch.zeros(5), "(5,)"),

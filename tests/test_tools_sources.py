@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -150,15 +149,14 @@ def test_nothing_to_read_is_a_sentence(tmp_path: Path) -> None:
         Source.find(str(tmp_path), "--fake_data_path")
     with pytest.raises(FileNotFoundError, match="--real_data_path: there is no folder"):
         Source.find(str(tmp_path / "gone"), "--real_data_path")
-    with pytest.raises(ValueError, match="is a file, not a folder or a zip archive"):
+    with pytest.raises(ValueError, match="is a file, not a folder of clips"):
         Source.find(str(tmp_path / "notes.txt"), "--real_data_path")
 
 
 # -------------------------------------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_pictures_of_every_mode_become_rgb(tmp_path: Path, packed: bool) -> None:
+def test_pictures_of_every_mode_become_rgb(tmp_path: Path) -> None:
     """Grey is repeated, transparency dropped, a palette looked up: 16 frames in each of the modes."""
     colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     images = {
@@ -171,13 +169,7 @@ def test_pictures_of_every_mode_become_rgb(tmp_path: Path, packed: bool) -> None
         (tmp_path / "set" / name).mkdir(parents=True)
         for frame in range(16):
             image.save(tmp_path / "set" / name / f"{frame:03d}.png")
-    root = tmp_path / "set"
-    if packed:
-        root = tmp_path / "set.zip"
-        with zipfile.ZipFile(root, "w") as archive:
-            for file in sorted((tmp_path / "set").rglob("*.png")):
-                archive.write(file, file.relative_to(tmp_path / "set"))
-    source = Source.find(str(root), "--real_data_path")
+    source = Source.find(str(tmp_path / "set"), "--real_data_path")
     readings = ClipReader(source, rules(), [tuple(Request(place) for place in range(4))])[0]
     shown = {source.clips[each.clip].name: each.frames[5].permute(1, 2, 0).numpy() for each in readings}  # type: ignore[index]
     assert np.array_equal(shown["grey"], np.repeat(colours[..., :1], 3, axis=2))

@@ -4,7 +4,7 @@
         --protocol latte --dataset ffs --detector i3d_torchscript.pt --detector inception-2015-12-05.pt
     torchrun --nproc_per_node=8 -m tools.calc_metrics_for_dataset ...            the same numbers, sooner
 
-A and B are each a folder or a zip of videos, of folders of frames, or of the arrays that sample/sample_ddp.py
+A and B are each a folder of videos, of folders of frames, or of the arrays that sample/sample_ddp.py
 writes, at any depth. Writes the result, and beside it the list of the clips that were read (`*.manifest.json`).
 docs/datasets_evaluation.md explains protocols, metrics and traps.
 """
@@ -63,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; the flags of the official one keep their names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--real_data_path", metavar="PATH", help="folder or zip; not needed for is and isv")
-    add("--fake_data_path", metavar="PATH", required=True, help="folder or zip")
+    add("--real_data_path", metavar="PATH", help="folder; not needed for is and isv")
+    add("--fake_data_path", metavar="PATH", required=True, help="folder")
     add("--metrics", type=names, default="fvd2048_16f,fid50k_full", help="of fvd, kvd, fid, kid, is, isv (%(default)s)")
     add("--protocol", default="latte", metavar="NAME", help="stylegan-v, latte or latte-published (%(default)s)")
     add("--dataset", metavar="NAME", help="preset of ffs, sky, taichi or ucf101: real stride and 256 x 256")
@@ -149,7 +149,7 @@ def check(arguments: argparse.Namespace) -> list[Metric]:
 def free_name(arguments: argparse.Namespace) -> Path:
     """A result file that does not exist, named after the fakes' folder, the one above it and the protocol."""
     fakes = Path(arguments.fake_data_path).resolve()
-    name = fakes.name.removesuffix(".zip")
+    name = fakes.name
     name = "-".join(part for part in (fakes.parent.name, name, arguments.protocol, arguments.dataset) if part)
     names = chain([name], (f"{name}-{number}" for number in count(2)))
     return next(path for each in names if not (path := RESULT_FOLDER / f"{each}.json").exists())

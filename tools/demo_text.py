@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         train("images", IMAGE_CONFIG)
         folder = out / "pixart"
         if not folder.exists():
-            clock.run("export", [python, "-m", "tools.export_t2v", str(out / "images"), str(folder)])
+            clock.run("export", [python, "-m", "tools.convert", "diffusers", str(out / "images"), str(folder)])
         start = [f"train.init_from={folder}", *INFLATED]
     train("videos", VIDEO_CONFIG, *start)
     prompts = out / "prompts.txt"

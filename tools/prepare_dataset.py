@@ -4,7 +4,8 @@
     python -m tools.prepare_dataset sky DOWNLOADS data/sky --format jpeg --size 256   resized frames
     python -m tools.prepare_dataset folder MY_VIDEOS data/mine --format video --size 64
 
-SOURCE is the folder that holds what was unpacked. OUT then holds:
+SOURCE is the folder that holds what was unpacked, or a zip archive, which is checked and unpacked into OUT-unpacked.
+OUT then holds:
 
     train/ test/ (val/)            the clips: data.path=OUT/train
     index.jsonl                    one clip a line: path, frames, size, rate, class, SHA-256, split, source video
@@ -388,7 +389,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dataset", choices=sorted(LAYOUTS), help="whose layout SOURCE has")
-    add("source", type=Path, metavar="SOURCE", help="folder with what was downloaded and unpacked")
+    add("source", type=Path, metavar="SOURCE", help="folder with what was downloaded, or a zip archive")
     add("out", type=Path, metavar="OUT", help="folder to fill")
     add("--format", choices=FORMATS, default="link", help="link (no copies), video (mp4), png or jpeg frames (link)")
     add("--size", type=int, metavar="N", help="crop and resize to N x N as training does (unchanged)")
@@ -428,6 +429,13 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     from datasets.catalog import FRAMES, RECIPES, VIDEOS, find_clips
+    from tools.unpack import unpack
+
+    if arguments.source.is_file() and arguments.source.suffix.lower() == ".zip":
+        out = arguments.out.resolve()
+        print(f"unpacking {arguments.source}", flush=True)
+        arguments.source = unpack(arguments.source, out.with_name(f"{out.name}-unpacked"))
+        print(f"unpacked into {arguments.source}", flush=True)
 
     form = Form(
         arguments.format,

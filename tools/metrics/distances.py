@@ -7,7 +7,6 @@ D dimensions, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import combinations_with_replacement
 
 import numpy as np
 import torch
@@ -15,21 +14,12 @@ from torch import Tensor
 
 DIVISORS = {"n": 0, "n-1": 1}  # of a covariance -> what is taken off the count
 
-# Fixed point of `Moments`: 53 bits, in three digits of 18 bits and a sign
-DIGIT_BITS, DIGITS = 18, 3
-LIMIT_BITS = 16  # magnitudes below 2^16
-QUANTUM = 2.0 ** (LIMIT_BITS - 53)
-ROWS = 2**16  # of a product of digits: 2^16 x 2^17 x 2^17 stays below 2^53
-
 
 class Moments:
-    """Mean and covariance of a stream of features, from sums without rounding.
+    """Mean and covariance of a stream of features, from float64 sums.
 
-    Features are put on a grid of 2^-37, which holds every float32 of magnitude 6e-5 to 65,536 as it is and moves
-    smaller ones by at most 4e-12. From there all sums are integers: each feature is split into three digits of 18
-    bits, whose products a float64 matrix product adds exactly, and the results are kept as int64, by weight. So
-    neither the order of the samples nor their batches nor the number of processes changes one bit, up to 2^26
-    samples; and the sum of two states, tensor by tensor, is the state of both streams.
+    The same features added in the same order and batches give the same bits, which is how the extraction adds them on
+    any number of ranks.
 
     Args:
         dims: D.
@@ -38,45 +28,28 @@ class Moments:
 
     def __init__(self, dims: int, device: torch.device | str = "cpu") -> None:
         self.dims = dims
-        levels = 2 * DIGITS - 1  # weights that a product of two digits can have
         self._count = torch.zeros((), dtype=torch.int64, device=device)
-        self._sums = torch.zeros(DIGITS, dims, dtype=torch.int64, device=device)
-        self._squares = torch.zeros(levels, dims, dims, dtype=torch.int64, device=device)
+        self._sum = torch.zeros(dims, dtype=torch.float64, device=device)
+        self._squares = torch.zeros(dims, dims, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, features: Tensor) -> Moments:
-        """Take in features (B, D); returns itself.
-
-        Raises:
-            ValueError: another D, values that are no numbers, or magnitudes of 65,536 and more.
-        """
+        """Take in features (B, D); returns itself. ValueError for another D, or values that are no numbers."""
         _check_features("", features, fewest=0)
         if features.shape[1] != self.dims:
             raise ValueError(f"The features have {features.shape[1]} dimensions, but {self.dims} are summed.")
-        if features.numel() and features.abs().max() >= 2**LIMIT_BITS:
-            raise ValueError(
-                f"The features reach {features.abs().max().item():.3g}; those of detectors stay far below "
-                f"{2**LIMIT_BITS}: look at the detector or its input."
-            )
-        for rows in features.to(self._sums.device, torch.float64).split(ROWS):
-            digits = _digits(rows)
-            self._count += len(rows)
-            self._sums += digits.sum(1).to(torch.int64)
-            for i, j in combinations_with_replacement(range(DIGITS), 2):
-                product = (digits[i].T @ digits[j]).to(torch.int64)
-                self._squares[i + j] += product if i == j else product + product.T
-        return self
-
-    def merge(self, other: Moments) -> Moments:
-        """Take in the samples of `other`; returns itself."""
-        if other.dims != self.dims:
-            raise ValueError(f"Moments of {other.dims} and of {self.dims} dimensions do not add.")
-        for mine, its in zip(self.state().values(), other.state().values()):
-            mine += its.to(mine.device)
+        rows = features.to(self._sum.device, torch.float64)
+        self._count += len(rows)
+        self._sum += rows.sum(0)
+        self._squares += rows.T @ rows
         return self
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.dims, self._sums.device).merge(self).merge(other)
+        """Returns the moments of both streams."""
+        if other.dims != self.dims:
+            raise ValueError(f"Moments of {other.dims} and of {self.dims} dimensions do not add.")
+        both = zip(self.state().items(), other.state().values())
+        return Moments.from_state({name: mine + its.to(mine.device) for (name, mine), its in both}, self._sum.device)
 
     @property
     def count(self) -> int:
@@ -87,7 +60,7 @@ class Moments:
     def mean(self) -> Tensor:
         """(D,), float64, on the CPU."""
         self._need(1)
-        return _from_digits(self._sums) * QUANTUM / self.count
+        return self._sum.cpu() / self.count
 
     def covariance(self, divisor: str = "n") -> Tensor:
         """(D, D), float64, on the CPU, divided by the count ("n") or by one less ("n-1")."""
@@ -95,19 +68,18 @@ class Moments:
             raise ValueError(f"The divisor must be one of {', '.join(DIVISORS)}, not {divisor!r}.")
         self._need(1 + DIVISORS[divisor])
         mean = self.mean
-        second = _from_digits(self._squares) * QUANTUM**2 / self.count
+        second = self._squares.cpu() / self.count
         return (second - mean.outer(mean)) * (self.count / (self.count - DIVISORS[divisor]))
 
     def state(self) -> dict[str, Tensor]:
-        """The sums themselves, int64: add those of two streams (or all-reduce them), or save them."""
-        return {"count": self._count, "sums": self._sums, "squares": self._squares}
+        """Returns the sums themselves, to be saved or added to those of another stream."""
+        return {"count": self._count, "sum": self._sum, "squares": self._squares}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Moments:
         """The inverse of `state`, which it copies; ValueError for tensors that are not such sums."""
-        moments = cls(state["sums"].shape[-1] if "sums" in state else 0, device)
-        empty = moments.state()
-        for name, tensor in empty.items():
+        moments = cls(state["sum"].shape[-1] if "sum" in state else 0, device)
+        for name, tensor in moments.state().items():
             given = state.get(name)
             if given is None or given.dtype != tensor.dtype or given.shape != tensor.shape:
                 raise ValueError(f"The saved moments are not whole: {name} is missing or of another shape or type.")
@@ -117,23 +89,6 @@ class Moments:
     def _need(self, count: int) -> None:
         if self.count < count:
             raise ValueError(f"There are {self.count} samples, but {count} or more are needed.")
-
-
-def _digits(rows: Tensor) -> Tensor:
-    """float64 (B, D) on the grid, as whole numbers (DIGITS, B, D) of at most 2^17 in magnitude, highest first."""
-    rest, digits = (rows / QUANTUM).round(), []
-    for place in reversed(range(DIGITS)):
-        digits.append((rest / 2.0 ** (DIGIT_BITS * place)).round())
-        rest = rest - digits[-1] * 2.0 ** (DIGIT_BITS * place)
-    return torch.stack(digits)
-
-
-def _from_digits(sums: Tensor) -> Tensor:
-    """Sums of digits, highest first, int64 (places, ...) -> float64 (...), in units of the last place."""
-    total = torch.zeros(sums.shape[1:], dtype=torch.float64)
-    for place, each in enumerate(sums.cpu().flip(0)):
-        total += each.double() * 2.0 ** (DIGIT_BITS * place)
-    return total
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:

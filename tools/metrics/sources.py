@@ -1,5 +1,5 @@
-"""Where the clips of an evaluation come from, and which of them are taken: a folder or a zip of videos, of folders
-of frames, or of arrays, at any depth.
+"""Where the clips of an evaluation come from, and which of them are taken: a folder of videos, of folders of frames,
+or of arrays, at any depth.
 
 Letters: T frames of a window, H W height and width in pixels, L frames of a video.
 """
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.archives import open_binary
 from datasets.catalog import ARRAYS, FRAMES, VIDEOS, Clip, find_clips, find_root
 from datasets.readers import Reader, VideoError, list_frames, open_video
 
@@ -80,7 +79,7 @@ class Source:
 
     @classmethod
     def find(cls, path: str, key: str) -> Source:
-        """Look into the folder or zip archive `path`; `key` is what it is called in errors.
+        """Look into the folder `path`; `key` is what it is called in errors.
 
         Arrays, where there are any, are the samples, and videos beside them their copies for people.
 
@@ -270,7 +269,7 @@ def content_digest(clip: Clip, windows: Iterable[Window] | None) -> str:
             frames = [frames[index] for index in sorted({index for window in windows for index in window.indices})]
         files = frames
     for file in files:
-        with open_binary(file) as stream:
+        with file.open("rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
     return digest.hexdigest()

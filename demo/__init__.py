@@ -1,0 +1,1 @@
+"""The demo and what its assets were made with."""

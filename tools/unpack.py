@@ -1,0 +1,117 @@
+"""Unpack a zip archive of a data set, after its directory was checked; the first thing wrong refuses it as a whole."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from datasets.errors import VideoError
+
+MAX_ENTRIES = 10**6  # an archive with this many is refused; each takes half a kilobyte of memory
+MAX_DIRECTORY = 2**28  # bytes of the archive's directory
+MAX_RATIO = 200  # pictures, videos and arrays of real pixels do not shrink further ...
+SMALL = 2**24  # ... and those of one colour, which do, are smaller than this many bytes
+SYMLINK = 0o120000
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Unpack `archive` into the new folder `folder`, whole or not at all; returns it. One from before is kept.
+
+    Raises:
+        VideoError: the archive is damaged, or an entry is suspicious.
+        OSError, ValueError: there is no such file, no room, or `folder` is older than the archive.
+    """
+    if folder.is_dir():
+        if folder.stat().st_mtime < archive.stat().st_mtime:
+            raise ValueError(f"'{folder}' was unpacked before '{archive}' was last changed: remove it, then repeat")
+        return folder
+    aside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)  # of a killed run
+    try:
+        check_directory(archive)
+        with zipfile.ZipFile(archive) as opened:
+            members = checked_members(archive, opened.infolist())
+            aside.mkdir(parents=True)
+            needed, free = sum(each.file_size for each in members), shutil.disk_usage(aside).free
+            if needed > free:
+                raise OSError(f"'{archive}' unpacks to {needed} bytes, and '{aside.parent}' has {free} left")
+            for member in members:
+                _extract(opened, member, aside, archive)
+        aside.replace(folder)
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, UnicodeError) as error:
+        raise VideoError(archive, "is not a readable zip archive: incomplete or damaged") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _extract(opened: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, archive: Path) -> None:
+    """Write one member; no more bytes than its entry states, and its checksum must be right."""
+    target = folder / member.filename
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with opened.open(member) as source, target.open("xb") as file:
+            shutil.copyfileobj(source, file, 2**20)
+    except (FileExistsError, NotADirectoryError):
+        raise VideoError(archive, f"is refused: its entry {member.filename!r} is there twice") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise VideoError(archive / member.filename, "cannot be unpacked: the archive is damaged") from error
+
+
+def check_directory(path: Path) -> None:
+    """Refuse too many entries by counting them in the raw directory, whatever number the archive states."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - 2**16 - 42))
+        tail = file.read()
+        end = tail.rfind(b"PK\5\6")
+        if end < 0:
+            raise zipfile.BadZipFile("no end record")
+        length = int(struct.unpack_from("<L", tail, end + 12)[0])
+        larger = tail.rfind(b"PK\6\6", 0, end)  # the record of a zip64 archive
+        if length == 2**32 - 1 and larger >= 0:
+            length = int(struct.unpack_from("<Q", tail, larger + 40)[0])
+        if length > MAX_DIRECTORY:
+            raise VideoError(path, f"its directory has {length} bytes, more than {MAX_DIRECTORY}: unpack it yourself")
+        file.seek(max(0, size - len(tail) + end - length - 76))  # 76: the records of zip64 between the two
+        entries = file.read(length + 76).count(b"PK\1\2")
+    if entries >= MAX_ENTRIES:
+        raise VideoError(path, f"holds {entries} entries; fewer than {MAX_ENTRIES} are unpacked: unpack it yourself")
+
+
+def checked_members(path: Path, entries: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
+    """The entries that are files. Raises VideoError where one of them, or their sum, is suspicious."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for entry in entries:
+        problem = _problem(entry)
+        if problem is None and entry.filename in members:
+            problem = "is there twice"
+        if problem:
+            raise VideoError(path, f"is refused: its entry {entry.orig_filename!r} {problem}")
+        if not entry.is_dir():
+            members[entry.filename] = entry
+    packed, unpacked = path.stat().st_size, sum(entry.file_size for entry in members.values())
+    if unpacked > max(MAX_RATIO * packed, SMALL):
+        raise VideoError(path, f"is refused: its {packed} bytes unpack to {unpacked}, more than {MAX_RATIO} times more")
+    return list(members.values())
+
+
+def _problem(entry: zipfile.ZipInfo) -> str | None:
+    """Says why an entry is refused; None if it is not."""
+    name = entry.orig_filename
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if name.startswith(("/", "\\")) or ".." in parts or "\0" in name or name[1:2] == ":":
+        return "leads out of the archive"
+    if entry.flag_bits & 1:
+        return "is encrypted"
+    if entry.external_attr >> 16 & 0o170000 == SYMLINK:
+        return "is a symbolic link"
+    if entry.compress_type not in METHODS:
+        return f"is packed by method {entry.compress_type}; only stored and deflated ones are unpacked"
+    if entry.file_size > max(SMALL, MAX_RATIO * entry.compress_size):
+        return f"unpacks from {entry.compress_size} bytes to {entry.file_size}, more than {MAX_RATIO} times as many"
+    return None
