@@ -2,7 +2,7 @@
 
 diffusers computes the steps and is imported only if one of these is used. It receives the predicted clean clip, which
 our process computes from any kind of prediction, and the noise levels of our timesteps, so that all methods visit the
-same ones. All walks end at noise level 0.
+same ones. Sampling always ends at noise level 0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MULTISTEP_SOLVERS = {
 
 
 class MultistepSolver:
-    """One walk from noise to data; stores the predicted clean clips of the last steps.
+    """Solver of one sampling run; stores the predicted clean clips of the last steps.
 
     Args:
         name: a key of MULTISTEP_SOLVERS.

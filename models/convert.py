@@ -40,7 +40,7 @@ SETTINGS = frozenset(
         *("typing.Any", "collections.defaultdict"),
     ]
 )
-CONVERT = "`python -m tools.convert checkpoint` extracts the weights if the author of the file states its SHA-256"
+CONVERT = "`python -m tools.convert checkpoint` extracts the weights alone if its author gives you the file's SHA-256"
 DISTRUST = "weights need none: ask the author of the file for its `ema` or `model` dictionary of tensors alone"
 
 WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel, torch.compile

@@ -158,11 +158,37 @@ class Latte(nn.Module):
         x = self.x_embedder(x, num_images) + self._space_positions(grid)  # (B, F+I, N, D)
         num_frames = x.shape[1] - num_images  # F; from here on it counts tubelets where there are any
         x, condition = self._inject(x, timesteps, labels, num_frames)  # with `tokens`, N+1 or N+2 tokens per frame
-        num_appended = x.shape[2] - grid[0] * grid[1]  # tokens of timestep and label
-        rotation = self._rotation(num_frames, x)
+        x, hidden_states = self.run_blocks(x, condition, num_frames, grid[0] * grid[1], return_hidden_states, route)
+        x = x[:, :, : grid[0] * grid[1]]  # without the tokens of timestep and label
+        x = self.final_layer(x, condition, num_frames)  # (B, F+I, N, p*p*C)
+        x = unpatchify(x, grid, self.patch_size)  # (B, F+I, C, H, W)
+        if self.config.patch_embedding == "tubelet":
+            x = self.frame_upsampler(x, num_images)
+        return (x, hidden_states) if return_hidden_states else x
 
+    def run_blocks(
+        self,
+        x: Tensor,
+        condition: Tensor | None,
+        num_frames: int,
+        num_tokens: int,
+        return_hidden_states: Collection[int],
+        route: Route | None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Applies all blocks; a method that changes how blocks are connected overrides this.
+
+        Args:
+            x: tokens `(B, F+I, N + appended, D)`, those of timestep and label last with `model.injection=tokens`.
+            condition: see `Block.forward`.
+            num_tokens: N.
+
+        Returns:
+            The tokens after the last block, and the hidden states by block.
+        """
+        rotation = self._rotation(num_frames, x)
+        num_appended = x.shape[2] - num_tokens
         hidden_states: dict[int, Tensor] = {}
-        skipped: Tensor | None = None  # all tokens, as they entered the route
+        skipped: Tensor | None = None  # inside the route: all tokens, as they entered it
         for index, block in enumerate(self.blocks):
             if index == self.first_temporal_layer:
                 x = self._add_time_positions(x, num_frames)
@@ -175,13 +201,7 @@ class Latte(nn.Module):
             if route is not None and skipped is not None and index == route.stop - 1:
                 x = route.scatter(x, skipped, num_appended)
                 skipped = None
-
-        x = x[:, :, : grid[0] * grid[1]]  # without the tokens of timestep and label
-        x = self.final_layer(x, condition, num_frames)  # (B, F+I, N, p*p*C)
-        x = unpatchify(x, grid, self.patch_size)  # (B, F+I, C, H, W)
-        if self.config.patch_embedding == "tubelet":
-            x = self.frame_upsampler(x, num_images)
-        return (x, hidden_states) if return_hidden_states else x
+        return x, hidden_states
 
     def initialize_weights(self) -> None:
         """Initialises as DiT does: layers start as the identity (`adaln`), and the network's output as zero."""

@@ -432,7 +432,7 @@ def test_D6_version_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, versio
         assert read_state_dict(tmp_path / "a.pt") and Taef2.from_folder(tmp_path)
         return
     for read in (lambda: read_state_dict(tmp_path / "a.pt"), lambda: Taef2.from_folder(tmp_path)):
-        with pytest.raises(ValueError, match=rf"is not read: with PyTorch {version.split('+')[0]}.*2\.10 or newer"):
+        with pytest.raises(ValueError, match=rf"because with PyTorch {version.split('+')[0]}.*2\.10 or newer"):
             read()
 
 

@@ -258,7 +258,7 @@ def test_a_start_is_saved_with_its_scale(tmp_path: Path, caplog: pytest.LogCaptu
     model = load_t2v(tmp_path / "pixart", video_length=6)
     model.temporal_position_scale = 0.25
     save_t2v(model, tmp_path / "ours")
-    assert "temporal_position_scale is 0.25, which diffusers takes for 1" in caplog.text
+    assert "temporal_position_scale is 0.25, but diffusers ignores it and uses 1" in caplog.text
     again = load_t2v(tmp_path / "ours")
     assert again.temporal_position_scale == 0.25
     assert same_output(again, model)

@@ -391,7 +391,7 @@ def test_several_prompts_in_the_pipeline() -> None:
     ("changes", "words"),
     [
         ({"norm_type": "layer_norm"}, "norm_type must be ada_norm_single"),
-        ({"patch_size": None}, "patch_size must be a whole number"),
+        ({"patch_size": None}, "patch_size must be an integer"),
         ({"in_channels": 0}, "in_channels must be"),
         ({"out_channels": 0}, "out_channels must be"),
         ({"cross_attention_dim": 32}, "cross_attention_dim must be 16"),
