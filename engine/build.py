@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.checks import require
 from datasets import ClipDataset
 from datasets.latents import LatentCache
 from diffusion import GaussianDiffusion, RectifiedFlow, TimestepSampler, build_diffusion
@@ -19,7 +20,7 @@ from models.latte_t2v import LatteT2V
 from models.lora import add_lora, hold_frozen_linear_maps_in
 
 from .conditions import Conditions
-from .config import Config, require
+from .config import Config
 from .memory import check_network_fits
 from .objective import FP32, Objective, Precision
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from common.checks import require
 from datasets.catalog import CAPTIONED
 from datasets.clips import MAX_TIMEOUT_S, DataConfig
 from diffusion import ConditionConfig, DiffusionConfig
@@ -357,12 +358,6 @@ class Config:
         from omegaconf import OmegaConf
 
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
-
-
-def require(condition: bool, sentence: str) -> None:
-    """Raise ValueError(sentence) unless `condition`."""
-    if not condition:
-        raise ValueError(sentence)
 
 
 def window_overlap(wanted: Any) -> int:

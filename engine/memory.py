@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
+from common.checks import require
 from models.config import SIZE_KEYS
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
 
-from .config import Config, require
+from .config import Config
 
 GIB = 2**30
 STATE_BYTES = {"weights": 4, "gradients": 4, "Adam moments": 8, "average (EMA)": 4}  # a parameter, all in fp32

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.checks import require
 from datasets.clips import DataConfig, Pixels
 from datasets.readers import VideoError, open_video
 from diffusion import ConditionConfig, Denoiser, Given
 from diffusion.windows import fused, slide, window_starts
-from engine.config import require
 
 
 @dataclass(frozen=True)

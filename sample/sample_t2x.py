@@ -183,7 +183,8 @@ def write_video(folder: Path, stem: str, video: np.ndarray, fps: int) -> str:
     """Write (F, H, W, 3) as an mp4, or one frame as a PNG; returns the file's name."""
     from PIL import Image
 
-    from sample.video_io import write_atomically, write_mp4
+    from common.storage import write_atomically
+    from sample.video_io import write_mp4
 
     if len(video) > 1:
         return write_mp4(folder / f"{stem}.mp4", video, fps).name
@@ -197,7 +198,8 @@ def write_overview(folder: Path, shown: list[np.ndarray], files: list[dict[str, 
 
     import numpy as np
 
-    from sample.video_io import write_atomically, write_contact_sheet
+    from common.storage import write_atomically
+    from sample.video_io import write_contact_sheet
 
     captions = [shorten(each["prompt"], 40, placeholder=" ...") for each in files[: len(shown)]]
     write_contact_sheet(folder / "samples.png", np.stack(shown), captions)

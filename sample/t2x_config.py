@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from common.checks import require
 from diffusion.windows import METHODS
-from engine.config import MAX_SEED, SAMPLE_PRECISIONS, check_frame_keys, read_yaml, require
+from engine.config import MAX_SEED, SAMPLE_PRECISIONS, check_frame_keys, read_yaml
 from models.quantize import KINDS
 from sample.sample import MAX_VIDEOS
 

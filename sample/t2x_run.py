@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.checks import require
 from engine.checkpoint import find_checkpoint, load_checkpoint_config
-from engine.config import Config, require
+from engine.config import Config
 
 from .t2v_export import describe_scheduler, export_run
 

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.checks import require
 from datasets.clips import DataConfig
 from diffusion import ConditionConfig, Given, conditioned
 from engine.config import window_overlap
 from engine.objective import sample_generator
 from models import hub
 from models.autoencoder import DTYPES, CodecConfig, LatentCodec
-from models.config import require
 from models.convert_t2v import find_network, load_t2v
 from models.hub import require_part
 from models.latte_t2v import LatteT2V

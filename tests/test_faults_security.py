@@ -30,6 +30,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from common.console import printable
 from datasets.catalog import build_catalog, read_frame_list
 from datasets.clips import DataConfig, build_dataset
 from datasets.readers import VideoError, open_video
@@ -46,7 +47,6 @@ from engine.checkpoint import save_checkpoint as write_checkpoint
 from engine.conditions import class_conditions
 from engine.config import MAX_YAML_CHARACTERS, load_config
 from engine.logging import RunLogger
-from engine.text import printable
 from engine.weights import load_model_weights
 from models.autoencoder import CodecConfig, LatentCodec
 from models.convert import read_state_dict

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"models", "diffusion", "datasets", "engine", "sample", "benchmarks", "demo", "tools"}
+OURS = {"common", "models", "diffusion", "datasets", "engine", "sample", "benchmarks", "demo", "tools"}
 ALLOWED = {
-    "models": set(),
-    "diffusion": set(),
-    "datasets": set(),
-    "engine": {"models", "diffusion", "datasets"},
+    "common": set(),
+    "models": {"common"},
+    "diffusion": {"common"},
+    "datasets": {"common"},
+    "engine": {"common", "models", "diffusion", "datasets"},
     "sample": OURS - {"benchmarks", "demo"},
     "benchmarks": OURS,
     "demo": OURS,

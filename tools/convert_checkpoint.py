@@ -31,9 +31,9 @@ def main(argv: list[str]) -> int:
 
     from safetensors.torch import save_file
 
+    from common.storage import write_atomically
     from models.convert import read_state_dict
     from models.pickled import SETTINGS
-    from sample.video_io import write_atomically
 
     target = arguments.output or arguments.checkpoint.with_suffix(".safetensors")
     weights = read_state_dict(arguments.checkpoint, arguments.weights, ignored=SETTINGS)

@@ -42,11 +42,11 @@ from tools.frames import FORMATS, Form, Record, Task, frame_names, identity_of, 
 from tools.output_folder import (
     LeftOut,
     OutputFolder,
-    entering,
+    collect_settings,
+    left_out_recorder,
     make_report,
     print_report,
     require_some,
-    settings_of,
 )
 
 if TYPE_CHECKING:
@@ -447,10 +447,10 @@ def main(argv: list[str]) -> None:
     chosen = ("dataset", "split", "test_share", "seed", "labels", "group", "lists", "csv")
     given = {key: getattr(arguments, key) for key in chosen}
     paths = {key: str(path.resolve()) for key, path in given.items() if isinstance(path, Path)}
-    settings = settings_of("prepare_dataset", arguments.source, form, **given | paths)
+    settings = collect_settings("prepare_dataset", arguments.source, form, **given | paths)
     with OutputFolder(arguments.out, arguments.source, settings) as folder:
         left_out: LeftOut = []
-        enter = entering(left_out, arguments.source)
+        enter = left_out_recorder(left_out, arguments.source)
         clips = sorted(find_clips(arguments.source, (VIDEOS, FRAMES), enter), key=lambda clip: clip.name)
         if not clips:
             raise ValueError(f"'{arguments.source}' holds no video files and no folders of frames")
