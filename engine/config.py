@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from common.checks import require
-from datasets.catalog import CAPTIONED
-from datasets.clips import MAX_TIMEOUT_S, DataConfig
+from datasets.config import MAX_TIMEOUT_S, DataConfig
+from datasets.recipes import CAPTIONED
 from diffusion import ConditionConfig, DiffusionConfig
 from diffusion.multistep import SCHEDULERS
 from models import attention

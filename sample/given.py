@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from common.checks import require
-from datasets.clips import DataConfig, Pixels
+from datasets.clips import Pixels
+from datasets.config import DataConfig
 from datasets.readers import VideoError, open_video
 from diffusion import ConditionConfig, Denoiser, Given
 from diffusion.windows import fused, slide, window_starts

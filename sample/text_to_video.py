@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from common.checks import require
-from datasets.clips import DataConfig
+from datasets.config import DataConfig
 from diffusion import ConditionConfig, Given, conditioned
 from engine.config import window_overlap
 from engine.objective import sample_generator

@@ -31,8 +31,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from common.console import printable
-from datasets.catalog import build_catalog, read_frame_list
-from datasets.clips import DataConfig, build_dataset
+from datasets.build import build_catalog, build_dataset
+from datasets.config import DataConfig
+from datasets.labels import read_frame_list
 from datasets.readers import VideoError, open_video
 from engine import cli
 from engine.build import build_model

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 
 def find_videos(source: Path, extension: str | None, left_out: LeftOut) -> list[Clip]:
     """The video files below `source`, sorted: those that end in `extension`, or in any of a video."""
-    from datasets.catalog import VIDEOS, find_clips
+    from datasets.catalog import find_clips
     from datasets.readers import VIDEO_SUFFIXES
+    from datasets.recipes import VIDEOS
 
     wanted = {f".{extension.lstrip('.').lower()}"} if extension else VIDEO_SUFFIXES
     if not source.is_dir():

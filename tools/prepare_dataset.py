@@ -104,7 +104,8 @@ class Place:
 
 def places_of(clips: Sequence[Clip], arguments: argparse.Namespace) -> list[Place]:
     """The place of each clip by the data set's layout. ValueError where names do not fit it."""
-    from datasets.catalog import RECIPES, class_names_of
+    from datasets.labels import class_names_of
+    from datasets.recipes import RECIPES
 
     layout = LAYOUTS[arguments.dataset]
     folders, names = split_folders(clips, layout)
@@ -355,8 +356,8 @@ def check_readable(out: Path, split: str, index: Sequence[Record], dataset: str)
 
     ValueError unless the clips are those that were made.
     """
-    from datasets.catalog import build_catalog
-    from datasets.clips import DataConfig
+    from datasets.build import build_catalog
+    from datasets.config import DataConfig
 
     own = {_below(entry): entry["class"] for entry in index if entry["split"] == split}
     labelled = any(name is not None for name in own.values())
@@ -428,7 +429,8 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    from datasets.catalog import FRAMES, RECIPES, VIDEOS, find_clips
+    from datasets.catalog import find_clips
+    from datasets.recipes import FRAMES, RECIPES, VIDEOS
     from tools.unpack import unpack
 
     if arguments.source.is_file() and arguments.source.suffix.lower() == ".zip":
