@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,16 +11,16 @@ from datasets import ClipDataset
 from datasets.latents import LatentCache
 from diffusion import GaussianDiffusion, RectifiedFlow, TimestepSampler, build_diffusion
 from models.autoencoder import LatentCodec, StoredCodec
-from models.config_t2v import LATTE_1, LatteT2VConfig
 from models.identity import codec_identity, is_same_codec
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
 from models.lora import add_lora, hold_frozen_linear_maps_in
 
 from .conditions import Conditions
-from .config import Config, require
+from .config import Config
 from .memory import check_network_fits
 from .objective import FP32, Objective, Precision
+from .text_network import text_network_config
 
 PRECISIONS = {  # by train.precision
     "fp32": FP32,
@@ -50,33 +49,6 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> Latte | L
             latent_size=config.latent_size,
             num_frames=config.data.num_frames,
         )
-
-
-def text_network_config(config: Config) -> LatteT2VConfig:
-    """Size and kind of the text network: Latte-1's, or of that kind in another size.
-
-    Latte-1 keeps the size of clips that it was trained on, whatever it is trained on now: positions are computed.
-    """
-    size, channels = config.model.size, config.codec.latent_channels
-    named = config.model.name == "Latte-1"
-    require(
-        not named or (channels, config.text.caption_channels) == (LATTE_1.in_channels, LATTE_1.caption_channels),
-        f"model.name=Latte-1 takes {LATTE_1.in_channels} latent channels and captions {LATTE_1.caption_channels} wide, "
-        f"not codec.latent_channels={channels} and text.caption_channels={config.text.caption_channels}.",
-    )
-    return replace(
-        LATTE_1,
-        num_attention_heads=size.num_heads,
-        attention_head_dim=size.hidden_size // size.num_heads,
-        cross_attention_dim=size.hidden_size,
-        num_layers=size.depth // (1 if config.model.name == "custom-t2i" else 2),
-        patch_size=size.patch_size,
-        in_channels=channels,
-        out_channels=channels * (2 if config.model.learn_sigma else 1),
-        sample_size=LATTE_1.sample_size if named else config.latent_size,
-        caption_channels=config.text.caption_channels,
-        video_length=LATTE_1.video_length if named else config.data.num_frames,
-    )
 
 
 def forward_inputs(config: Config, batch: int, device: torch.device | str, *, images: bool = True) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from common.checks import require
 from datasets import ClipDataset
 from datasets.text_features import TextCache
 from models.autoencoder import DTYPES
@@ -29,7 +30,7 @@ from models.config import LatteConfig
 from models.identity import select_comparable, text_identity
 from models.text_encoder import TextConfig, TextEncoder
 
-from .config import Config, require
+from .config import Config
 from .distributed import on_main
 
 EMPTY = ""  # the caption of classifier-free guidance

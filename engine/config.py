@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets.catalog import CAPTIONED
-from datasets.clips import MAX_TIMEOUT_S, DataConfig
+from common.checks import require
+from datasets.config import MAX_TIMEOUT_S, DataConfig
+from datasets.recipes import CAPTIONED
 from diffusion import ConditionConfig, DiffusionConfig
 from diffusion.multistep import MULTISTEP_SOLVERS
 from models import attention
@@ -357,12 +358,6 @@ class Config:
         from omegaconf import OmegaConf
 
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
-
-
-def require(condition: bool, sentence: str) -> None:
-    """Raise ValueError(sentence) unless `condition`."""
-    if not condition:
-        raise ValueError(sentence)
 
 
 def window_overlap(wanted: Any) -> int:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
+from common.checks import require
 from models.config import SIZE_KEYS
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
 
-from .config import Config, require
+from .config import Config
+from .text_network import text_network_config
 
 GIB = 2**30
 STATE_BYTES = {"weights": 4, "gradients": 4, "Adam moments": 8, "average (EMA)": 4}  # a parameter, all in fp32
@@ -91,8 +93,6 @@ def _require_room(
 
 def parameters_of(config: Config) -> int:
     """The number of the network's parameters, from those of two small ones: it grows evenly with the depth."""
-    from .build import text_network_config  # which checks networks here before it builds them
-
     model, size, channels = config.model, config.model.size, config.codec.latent_channels
     networks: list[torch.nn.Module]
     with torch.device("meta"):

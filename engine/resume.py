@@ -9,8 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.checks import require
+
 from . import checkpoint as ckpt
-from .config import Config, require
+from .config import Config
 from .distributed import on_main
 from .run import Run
 from .state import TrainState

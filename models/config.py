@@ -7,13 +7,9 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import NamedTuple
 
+from common.checks import require
+
 from .blocks import LAYER_PLANS
-
-
-def require(condition: bool, sentence: str) -> None:
-    """Raises ValueError with `sentence` unless `condition` holds."""
-    if not condition:
-        raise ValueError(sentence)
 
 
 def official_name(name: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from .config import require
+from common.checks import require
 
 CLASS_NAME = "LatteTransformer3DModel"  # diffusers' name of this network
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu")

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import require
+from common.checks import require
+
 from .convert import read_state_dict, require_finite
 from .hub import find_folder
 

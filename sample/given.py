@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets.clips import DataConfig, Pixels
+from common.checks import require
+from datasets.clips import Pixels
+from datasets.config import DataConfig
 from datasets.readers import VideoError, open_video
 from diffusion import ConditionConfig, Denoiser, Given
 from diffusion.windows import fuse_windows, slide_windows, window_starts
-from engine.config import require
 
 
 @dataclass(frozen=True)

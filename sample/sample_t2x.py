@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from common.storage import write_atomically
 from engine.cli import run
 from models.autoencoder import DTYPES
 from models.quantize import check_device
@@ -41,7 +42,7 @@ from sample.sample import add_frame_flags, make_writable
 from sample.t2x_config import T2XConfig, load_t2x_config
 from sample.text_model import FolderModel, RunModel, TextModel
 from sample.text_to_video import Sampler
-from sample.video_io import slug, write_atomically, write_contact_sheet, write_mp4
+from sample.video_io import slug, write_contact_sheet, write_mp4
 
 SHOWN = 16  # videos on the contact sheet
 PROMPTS: dict[str, Any] = {"text_prompt": [], "prompt_file": None}  # where one is given, both are

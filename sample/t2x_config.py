@@ -8,9 +8,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from common.checks import require
 from diffusion.scheduled import SCHEDULERS
 from diffusion.windows import WINDOW_METHODS
-from engine.config import MAX_SEED, SAMPLE_PRECISIONS, check_frame_keys, read_yaml, require
+from engine.config import MAX_SEED, SAMPLE_PRECISIONS, check_frame_keys, read_yaml
 from models.quantize import QUANTIZERS
 from sample.sample import MAX_VIDEOS
 

@@ -8,9 +8,10 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from common.checks import require
 from engine.build import build_model
 from engine.checkpoint import find_checkpoint, load_checkpoint_config, read_state, weights_file
-from engine.config import Config, require
+from engine.config import Config
 from engine.weights import load_checkpoint_weights, ramp_temporal_positions
 from models import hub
 from models.autoencoder import CodecConfig

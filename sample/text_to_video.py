@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.clips import DataConfig
+from datasets.config import DataConfig
 from diffusion import ConditionConfig, Given, ScheduledDiffusion, guide_denoiser, sample_given, start_walk
 from diffusion.scheduled import LATTE_NOISE
 from engine.conditions import TextFeatures

@@ -767,7 +767,7 @@ def test_C11_a_file_system_without_locks(
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     RunFolder(tmp_path / "run").open()
-    assert "cannot be locked (No locks available): see to it that only one run writes there" in caplog.text
+    assert "cannot be locked (No locks available): make sure only one run writes there" in caplog.text
 
 
 # ---- C12, C13: writing beside the training ---------------------------------------------------------

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets.clips import MAX_TIMEOUT_S, DataConfig, build_dataset
+from datasets.build import build_dataset
+from datasets.config import MAX_TIMEOUT_S, DataConfig
 from engine import cli, memory
 from engine.build import build_model, count_parameters
 from engine.config import Config, all_keys, load_config

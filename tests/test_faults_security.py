@@ -30,8 +30,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from datasets.catalog import build_catalog, read_frame_list
-from datasets.clips import DataConfig, build_dataset
+from common.console import printable
+from datasets.build import build_catalog, build_dataset
+from datasets.config import DataConfig
+from datasets.labels import read_frame_list
 from datasets.readers import VideoError, open_video
 from engine import cli
 from engine.build import build_model
@@ -47,7 +49,6 @@ from engine.conditions import class_conditions
 from engine.config import MAX_YAML_CHARACTERS, load_config
 from engine.logging import RunLogger
 from engine.official_keys import translate_config
-from engine.text import printable
 from engine.weights import load_model_weights
 from models.autoencoder import CodecConfig, LatentCodec
 from models.convert import extract_weights, read_state_dict

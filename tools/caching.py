@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.storage import FolderLock, write_atomically
 from datasets import Clip, VideoError, build_dataset
 from datasets.catalog import digest_of
 from datasets.clips import Pixels, reason_of
@@ -33,12 +34,10 @@ from datasets.shards import DTYPES, shard_file, write_shard
 from engine.config import Config
 from engine.distributed import World, broadcast_object, gather_objects, on_main
 from engine.errors import TrainingAborted
-from engine.run_folder import FolderLock
 from engine.stream import loaded_items, worker_loader
 from engine.watch import Breadcrumbs
 from models.autoencoder import LatentCodec
 from models.identity import codec_identity, is_same_codec
-from sample.video_io import write_atomically
 
 PLAN = "plan.json"
 PIECE_BYTES = 2**26  # decoded frames that a loader worker hands over at a time

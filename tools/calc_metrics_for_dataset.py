@@ -279,7 +279,7 @@ def describe_source(source: Source) -> dict[str, Any]:
 
 def write(out: Path, result: dict[str, Any], evaluation: Evaluation) -> None:
     """The result and the manifest beside it, and the table for people."""
-    from sample.video_io import write_atomically
+    from common.storage import write_atomically
     from tools.metrics.manifest import manifest_text
     from tools.metrics.report import table
 

@@ -23,6 +23,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from common.storage import write_atomically
 from engine import cli
 from engine.config import load_config, read_yaml
 from engine.official_keys import translate_config
@@ -33,7 +34,6 @@ from models.convert_t2v import compare_with_diffusers, convert_t2v, find_network
 from models.lora import merge_lora
 from sample.pipeline_latte import LatteVideoPipeline
 from sample.t2v_export import export_run
-from sample.video_io import write_atomically
 
 MAX_DIFFERENCE = 1e-4  # of a converted text network from diffusers' outputs; relative, in fp32
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets.catalog import RECIPES
-from datasets.clips import DataConfig
+from datasets.config import DataConfig
 from datasets.latents import FORMAT, INDEX, TENSOR, Run, StoredClip
+from datasets.recipes import RECIPES
 from datasets.shards import DTYPES, shard_file, write_shard
 from engine.build import PRECISIONS, build_model
 from engine.config import Config, TrainConfig

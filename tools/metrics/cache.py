@@ -18,8 +18,8 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from common.storage import write_atomically
 from datasets.readers import VideoError
-from sample.video_io import write_atomically
 
 from .distances import Moments
 from .extract import FeatureSet

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.checks import require
 from datasets import ClipDataset, build_held_out
 from engine.callbacks import Observation, agree, attempt, collect, distribute
-from engine.config import Config, require
+from engine.config import Config
 from engine.objective import Objective
 from engine.run import Run
 from engine.state import TrainState

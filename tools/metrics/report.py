@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.text import printable
+from common.console import printable
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 80

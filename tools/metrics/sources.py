@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.catalog import ARRAYS, FRAMES, VIDEOS, Clip, find_clips, find_root
+from datasets.catalog import Clip, find_clips, find_root
 from datasets.readers import Reader, VideoError, list_frames, open_video
+from datasets.recipes import ARRAYS, FRAMES, VIDEOS
 
 from .pixels import STORAGE, fit
 from .protocols import SideRules
