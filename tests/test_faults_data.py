@@ -35,6 +35,7 @@ from PIL import Image
 from datasets import ClipDataset, DataConfig, VideoError, build_catalog, build_dataset, clips, open_video, readers
 from datasets.clips import MAX_ATTEMPTS
 from datasets.shards import CacheError
+from demo.data import write_mp4
 from engine import start
 from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.config import load_config
@@ -46,7 +47,6 @@ from models.autoencoder import CodecConfig, LatentCodec
 from tests.fault_support import restore
 from tests.latent_support import cache, save_codec
 from tools import prepare_dataset
-from tools.make_demo_data import write_mp4
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
 LENGTH = 24

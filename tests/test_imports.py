@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"models", "diffusion", "datasets", "engine", "sample", "benchmarks", "demo", "tools"}
+OURS = {"models", "diffusion", "datasets", "engine", "sample", "evaluation", "benchmarks", "demo", "tools"}
 ALLOWED = {
     "models": set(),
     "diffusion": set(),
     "datasets": set(),
     "engine": {"models", "diffusion", "datasets"},
-    "sample": OURS - {"benchmarks", "demo"},
+    "sample": OURS - {"evaluation", "benchmarks", "demo"},
+    "evaluation": OURS - {"benchmarks", "demo", "tools"},
     "benchmarks": OURS,
     "demo": OURS,
     "tools": OURS,
