@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from datasets import build_dataset
 from datasets.latents import StoredClip, read_index
+from demo.data import write_mp4
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
@@ -27,7 +28,6 @@ from tests.conftest import TINY
 from tests.fault_support import ROOT, rows, run
 from tests.latent_support import cache, save_codec
 from tools import caching
-from tools.make_demo_data import write_mp4
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
 CODECS = ("AutoencoderKL", "AutoencoderTiny", "pixels")

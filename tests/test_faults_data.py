@@ -36,6 +36,7 @@ from datasets import ClipDataset, DataConfig, VideoError, build_catalog, build_d
 from datasets.clips import MAX_ATTEMPTS
 from datasets.readers import pyav
 from datasets.shards import CacheError
+from demo.data import write_mp4
 from engine import start
 from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.config import load_config
@@ -47,7 +48,6 @@ from models.autoencoder import CodecConfig, LatentCodec
 from tests.fault_support import restore
 from tests.latent_support import cache, save_codec
 from tools import prepare_dataset
-from tools.make_demo_data import write_mp4
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
 LENGTH = 24

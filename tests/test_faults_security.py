@@ -50,6 +50,7 @@ from engine.config import MAX_YAML_CHARACTERS, load_config
 from engine.logging import RunLogger
 from engine.official_keys import translate_config
 from engine.weights import load_model_weights
+from evaluation.detectors import load_detector
 from models.autoencoder import CodecConfig, LatentCodec
 from models.convert import extract_weights, read_state_dict
 from models.taef2 import DECODER_FILE, ENCODER_FILE, Taef2
@@ -61,7 +62,6 @@ from tests.conftest import TINY
 from tests.detector_stubs import write_stub
 from tests.fault_support import seal
 from tools import convert, prepare_dataset
-from tools.metrics.detectors import load_detector
 from tools.unpack import unpack
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,7 +220,7 @@ FORBIDDEN = frozenset(
 FORBIDDEN_KEYWORDS = ("shell", "allow_pickle", "trust_remote_code")
 # (file, name) -> why it is right there
 ALLOWED = {
-    ("tools/metrics/torchscript.py", "torch.jit.load"): "after the hash, the archive and what runs while it is loaded",
+    ("evaluation/torchscript.py", "torch.jit.load"): "after the hash, the archive and what runs while it is loaded",
     ("tests/test_datasets_clips.py", "pickle.loads"): "a round trip of our own object",
     ("tests/test_datasets_readers.py", "pickle.loads"): "a round trip of our own object",
     ("tests/test_faults_data.py", "pickle.loads"): "a round trip of our own object",
@@ -978,7 +978,7 @@ def test_D12_a_detectors_hash(tmp_path: Path, no_network: list[str], monkeypatch
 @pytest.mark.parametrize("attack", ["bomb", "many", "encrypted"])
 def test_D12_D11_a_detector_as_a_bomb(tmp_path: Path, attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_stub("c3d", tmp_path)
-    monkeypatch.setattr("tools.metrics.torchscript.MAX_RECORDS", 50)
+    monkeypatch.setattr("evaluation.torchscript.MAX_RECORDS", 50)
     with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
         if attack == "bomb":
             archive.writestr("c3d/code/zeros.py", bytes(100 * 2**20))

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"common", "models", "diffusion", "datasets", "engine", "sample", "benchmarks", "demo", "tools"}
+OURS = {"common", "models", "diffusion", "datasets", "engine", "sample", "evaluation", "benchmarks", "demo", "tools"}
 ALLOWED = {
     "common": set(),
     "models": {"common"},
     "diffusion": {"common"},
     "datasets": {"common"},
     "engine": {"common", "models", "diffusion", "datasets"},
-    "sample": OURS - {"benchmarks", "demo"},
+    "sample": OURS - {"evaluation", "benchmarks", "demo", "tools"},
+    "evaluation": OURS - {"benchmarks", "demo", "tools"},
     "benchmarks": OURS,
     "demo": OURS,
     "tools": OURS,

@@ -351,7 +351,7 @@ def test_the_shipped_codec_is_what_its_recipe_says() -> None:
     """Round trip of freshly drawn clips through assets/demo/codec, at both sizes."""
     import numpy as np
 
-    from datasets.demo import accuracy, draw_clip
+    from demo.drawn import accuracy, draw_clip
 
     folder = ROOT / "assets" / "demo" / "codec"
     recipe = json.loads((folder / "recipe.json").read_text())

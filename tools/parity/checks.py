@@ -20,9 +20,9 @@ from diffusion import DiffusionConfig, GaussianDiffusion, StepOptions, guide_den
 from diffusion.samplers import ddim_reverse_step, ddim_step, ddpm_step
 from engine.conditions import ClassLabels
 from engine.ema import EMA
+from evaluation.distances import frechet_distance
 from models.convert import load_weights
 from models.latte import Latte, LatteConfig
-from tools.metrics.distances import frechet_distance
 
 from .goldens import Goldens, Mismatch, Quantity, Setting
 
