@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import OptimConfig
 from .distributed import gather_objects
 from .errors import TrainingAborted
-from .optim import OptimConfig, clip_limit
+from .optim import clip_limit
 
 
 @dataclass(frozen=True)

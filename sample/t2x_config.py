@@ -1,27 +1,66 @@
-"""What sample/sample_t2x.py samples and how: the keys of configs/t2x/*.yaml, checked."""
+"""The configuration of sample/sample_t2x.py: the keys of configs/t2x/*.yaml, checked."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from common.checks import require
 from diffusion.scheduled import SCHEDULERS
 from diffusion.windows import WINDOW_METHODS
-from engine.config import MAX_SEED, SAMPLE_PRECISIONS, check_frame_keys, read_yaml
+from engine.config import (
+    FINITE,
+    FRAME_LIMITS,
+    NOT_NEGATIVE,
+    SAMPLE_PRECISIONS,
+    SEED,
+    Limit,
+    at_least,
+    check_frame_keys,
+    check_limits,
+    check_read_only_with,
+    one_line,
+    one_of,
+    optional,
+    read_yaml,
+    within,
+)
 from models.quantize import QUANTIZERS
+from sample.captions import read_prompts
 from sample.sample import MAX_VIDEOS
 
-# Keys of the official files that are none here -> what to write instead.
+# Keys of the official files that do not exist here -> what to write instead.
 REPLACED = {
     "model": "there is one text network; leave the key out",
     "use_fp16": "write precision: fp16, bf16 or fp32",
     "use_compile": "write compile: true or false",
     "run_time": "files are numbered by prompt; leave the key out",
     "cfg_scale": "write guidance_scale",
+}
+
+
+IMAGE_SIZE = Limit(
+    "a height and a width divisible by 8",
+    lambda size: len(size) == 2 and all(side >= 8 and side % 8 == 0 for side in size),
+)
+LIMITS = {
+    "video_length num_sampling_steps decode_chunk_size fps": at_least(1),
+    "image_size": IMAGE_SIZE,
+    "num_videos_per_prompt": within(1, MAX_VIDEOS),
+    "seed": SEED,
+    "sample_method": one_of(SCHEDULERS),
+    "eta": within(0, 1),
+    "guidance_scale": NOT_NEGATIVE,
+    "lora_scale": FINITE,
+    "precision": one_of(SAMPLE_PRECISIONS),
+    "quantize_text_encoder quantize_transformer": optional(one_of(QUANTIZERS)),
+    "window_method": one_of(WINDOW_METHODS),
+    **FRAME_LIMITS,
 }
 
 
@@ -56,7 +95,7 @@ class T2XConfig:
     vae_slicing: bool = False
     vae_tiling: bool = False
     lora: str | None = None  # adapters to merge into the network: a folder in peft's format
-    lora_scale: float = 1.0  # so much of them
+    lora_scale: float = 1.0  # factor of the merged adapters
     precision: str = "fp16"  # of all three networks
     quantize_text_encoder: str | None = None  # int8 on any device; bnb8, bnb4 on CUDA
     quantize_transformer: str | None = None
@@ -65,81 +104,45 @@ class T2XConfig:
     fps: int = 8
     first_frame: list[str] | None = None  # images that the videos begin with, in turn by index
     last_frame: list[str] | None = None  # images that they end with, in turn
-    given: list[str] | None = None  # videos whose end they go on from, in turn
-    given_frames: int = 1  # so many last frames of them, one after the other
-    window: int | None = None  # longer videos are sampled in windows of so many frames; null: all frames at once
+    given: list[str] | None = None  # videos that they continue, in turn
+    given_frames: int = 1  # number of last frames of `given` to continue from
+    window: int | None = None  # videos of more frames are sampled in windows of this length; null: all at once
     overlap: int | None = None  # frames that a window shares with the next; null: a quarter of the window
     window_method: str = "fused"  # fused | autoregressive (networks trained with given frames)
 
     def __post_init__(self) -> None:
-        for key in ("video_length", "num_videos_per_prompt", "num_sampling_steps", "decode_chunk_size", "fps"):
-            require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
+        check_limits(self, "", LIMITS)
+        check_read_only_with(self, "", {"eta": "sample_method=DDIM", "lora_scale": "lora"})
+        check_frame_keys(self, "")
+        start, end = self.beta_start or 1e-9, self.beta_end or 0.999
+        require(0 < start <= end < 1, "beta_start and beta_end must be 0 < start <= end < 1.")
+        require(not (self.ckpt and self.transformer), "ckpt is a network, and so is transformer: give one of them.")
         require(
-            self.num_videos_per_prompt <= MAX_VIDEOS,
-            f"num_videos_per_prompt must be at most {MAX_VIDEOS}, not {self.num_videos_per_prompt}",
+            not (self.cpu_offload and self.quantize_transformer in ("bnb8", "bnb4")),
+            f"quantize_transformer={self.quantize_transformer} stays on the GPU: leave cpu_offload out, or use int8.",
         )
         size = self.image_size
         require(
-            len(size) == 2 and all(side >= 8 and side % 8 == 0 for side in size),
-            f"image_size must be a height and a width divisible by 8, not {size}",
-        )
-        require(0 <= self.seed < MAX_SEED, f"seed must be zero or more and below 2**63, not {self.seed}")
-        require(0 <= self.eta <= 1, f"eta must be in [0, 1], not {self.eta}")
-        require(self.eta == 0 or self.sample_method == "DDIM", f"eta={self.eta} is read only with sample_method DDIM")
-        require(
-            0 <= self.guidance_scale < math.inf,
-            f"guidance_scale must be zero or more and finite, not {self.guidance_scale}",
-        )
-        require(
-            0 < (self.beta_start or 1e-9) <= (self.beta_end or 0.999) < 1,
-            "beta_start and beta_end must be 0 < start <= end < 1",
-        )
-        require(not (self.ckpt and self.transformer), "ckpt is a network, and so is transformer: give one of them")
-        require(abs(self.lora_scale) < math.inf, f"lora_scale must be finite, not {self.lora_scale}")
-        require(self.lora is not None or self.lora_scale == 1, "lora_scale is read only with lora")
-        require(
-            not (self.cpu_offload and self.quantize_transformer in ("bnb8", "bnb4")),
-            f"quantize_transformer={self.quantize_transformer} stays on the GPU: leave cpu_offload out, or use int8",
-        )
-        words = {
-            "sample_method": list(SCHEDULERS),
-            "precision": list(SAMPLE_PRECISIONS),
-            "window_method": WINDOW_METHODS,
-        }
-        for key, choices in words.items():
-            value = getattr(self, key)
-            require(value in choices, f"{key} must be one of {', '.join(choices)}, not {value!r}")
-        for key in ("quantize_text_encoder", "quantize_transformer"):
-            value = getattr(self, key)
-            known = value in (None, *QUANTIZERS)
-            require(known, f"{key} must be one of {', '.join(QUANTIZERS)}, or null, not {value!r}")
-        check_frame_keys(self, "")
-        require(
             not (self.first_frame or self.last_frame or self.given) or size[0] == size[1],
-            f"given frames are cut to a square: image_size must be one, not {size}",
+            f"given frames are cut to a square: image_size must be square, got {size}.",
         )
 
     def prompts(self) -> list[str]:
-        """All prompts, of the list and of the file.
+        """Returns all prompts, of the list and of the file.
 
         Raises: ValueError where there is none.
         """
-        from sample.captions import read_prompts
-
         prompts = [*self.text_prompt, *(read_prompts(Path(self.prompt_file)) if self.prompt_file else [])]
-        require(bool(prompts), "there is no prompt: give --prompt TEXT, text_prompt or prompt_file")
+        require(bool(prompts), "there is no prompt: give --prompt TEXT, text_prompt or prompt_file.")
         return prompts
 
 
 def load_t2x_config(path: str | Path | None, settings: dict[str, Any], base: dict[str, Any] | None = None) -> T2XConfig:
-    """Defaults, then `base`, then the YAML file, then `settings`.
+    """Merges defaults, `base`, the YAML file and `settings`, and checks them.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names the file or key.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     values = read_yaml(Path(path)) if path else {}
     require(isinstance(values, dict), f"{path} must hold keys and values")
     for key in values:
@@ -148,13 +151,13 @@ def load_t2x_config(path: str | Path | None, settings: dict[str, Any], base: dic
         merged = OmegaConf.merge(OmegaConf.structured(T2XConfig), base or {}, values, settings)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        sentence = " ".join(str(error).split("\n    full_key")[0].split())
-        raise ValueError(f"{getattr(error, 'full_key', None) or path}: {sentence}") from None
+        raise ValueError(f"{getattr(error, 'full_key', None) or path}: {one_line(error)}") from None
 
 
 KEYS = [item.name for item in fields(T2XConfig)]
 
 
 def _hint(key: str) -> str:
+    """Returns what to write in place of an unknown key."""
     close = get_close_matches(key, KEYS, 1)
     return REPLACED.get(key) or (f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(KEYS)}")

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from engine import checkpoint as ckpt
-from engine.config import load_config
+from engine.config import OptimConfig, load_config
 from engine.distributed import World
-from engine.optim import OptimConfig, learning_rate_at
+from engine.optim import learning_rate_at
 from engine.trainer import Trainer
 from engine.weights import load_model_weights
 

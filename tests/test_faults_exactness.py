@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from common.storage import file_sha256
 from engine import checkpoint as ckpt
-from engine.config import load_config
+from engine.config import OptimConfig, load_config
 from engine.distributed import World
 from engine.ema import EMA
-from engine.optim import OptimConfig, learning_rate_at
+from engine.optim import learning_rate_at
 from engine.stream import PositionBatches, clip_at
 from engine.trainer import Trainer
 from tests.fault_support import fit_rank, restore, rows, run, run_ranks

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from engine import checkpoint as ckpt
+from engine.config import OptimConfig
 from engine.errors import TrainingAborted
 from engine.guard import StepGuard, fingerprint
-from engine.optim import OptimConfig, gradient_norm
+from engine.optim import gradient_norm
 from engine.trainer import Trainer
 from tests.fault_support import armed, fit_rank, rows, run, run_ranks
 

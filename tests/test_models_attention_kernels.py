@@ -78,5 +78,5 @@ def test_the_key_of_a_run_chooses(tiny: list[str]) -> None:
     for name in ("plain", "auto"):
         Trainer(load_config(None, [*tiny, f"train.attention={name}"]), World())
         assert attention._kernel is {"plain": plain_attention, "auto": fused_attention}[name]
-    with pytest.raises(ValueError, match=r"train.attention must be one of auto, fused, plain, not 'math'"):
+    with pytest.raises(ValueError, match=r"train.attention must be one of auto, fused, plain, got 'math'"):
         load_config(None, [*tiny, "train.attention=math"])

@@ -434,7 +434,7 @@ def test_progress_counts_the_videos_of_all(
         (["--device", "cuda:0"], "--device cuda:0"),
         (["--threads", "0"], "--threads must be at least 1, not 0"),
         (["--num_videos", "1000001"], "--num_videos 1000001 is more than the 1000000 that file names have room for"),
-        (["--label_rule", "fair"], "sample.label_rule must be one of balanced, random, not 'fair'"),
+        (["--label_rule", "fair"], "sample.label_rule must be one of balanced, random, got 'fair'"),
     ],
 )
 def test_mistakes(checkpoint: Path, tmp_path: Path, flags: list[str], sentence: str) -> None:

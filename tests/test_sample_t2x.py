@@ -277,7 +277,7 @@ def test_a_missing_part_is_named(latte: Path, tmp_path: Path, part: str) -> None
         ("image_size: [511, 512]", "image_size must be"),
         ("image_size: 512", "image_size"),
         ("video_length: 0", "video_length must be at least 1"),
-        ("eta: 0.5\nsample_method: DDPM", "eta=0.5 is read only with"),
+        ("eta: 0.5\nsample_method: DDPM", "eta is read only with sample_method=DDIM"),
         ("beta_start: 0.5\nbeta_end: 0.1", "beta_start and beta_end"),
         ("seed:", "seed"),
         ("precision: int8", "precision must be one of"),

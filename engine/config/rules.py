@@ -1,0 +1,230 @@
+"""The whole configuration, and the table of combinations of its sections that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from common.checks import require
+from datasets.config import DataConfig
+from datasets.recipes import CAPTIONED
+from diffusion import ConditionConfig, DiffusionConfig
+from models.autoencoder import CodecConfig
+from models.latte import LatteConfig
+from models.lora import LoraConfig
+from models.text_encoder import TextConfig
+
+from .sections import FLOW_METHODS, GAUSSIAN_METHODS, MonitorConfig, OptimConfig, SampleConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Each section stands with its owner."""
+
+    model: LatteConfig = field(default_factory=LatteConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def __post_init__(self) -> None:
+        for rule in RULES:
+            require(not rule.is_broken(self), rule.sentence.format(c=self))
+        self.condition.check_clip(self.data.num_frames, self.model.frames_per_token)
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of the latents, in latent pixels."""
+        return self.data.image_size // self.codec.downsample_factor
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Height and width of a token, in pixels of the video."""
+        return self.codec.downsample_factor * self.model.size.patch_size
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the diffusion is a rectified flow."""
+        return self.diffusion.prediction == "flow"
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the network takes class labels or captions."""
+        return self.model.num_classes > 0 or self.model.is_text
+
+    @property
+    def has_null(self) -> bool:
+        """Whether the network was trained with its null label or the empty caption, as guidance needs."""
+        dropout = self.text.caption_dropout if self.model.is_text else self.model.label_dropout
+        return self.is_conditional and dropout > 0
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether clips are held out of the training."""
+        return self.data.val_path is not None or self.data.val_share > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a plain nested dict, JSON-able."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """Returns every key, resolved; `load_config` reads it back to an equal Config."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+
+
+class Rule(NamedTuple):
+    """A combination of keys that is refused; `sentence` is formatted with the configuration as `c`."""
+
+    is_broken: Callable[[Config], bool]
+    sentence: str
+
+
+SIZES = (
+    Rule(
+        lambda c: c.data.image_size % c.pixels_per_token != 0,
+        "data.image_size={c.data.image_size} must be a multiple of {c.pixels_per_token} "
+        "(codec.downsample_factor x the patch size of model.name).",
+    ),
+    Rule(
+        lambda c: c.data.num_frames % c.model.frames_per_token != 0,
+        "data.num_frames={c.data.num_frames} must be a multiple of model.tubelet_size={c.model.frames_per_token}.",
+    ),
+)
+DIFFUSION = (
+    Rule(
+        lambda c: c.is_flow and c.model.learn_sigma,
+        "diffusion.prediction=flow has no variance to learn: set model.learn_sigma=false.",
+    ),
+    Rule(
+        lambda c: c.model.learn_sigma and c.diffusion.fixed_variance != "large",
+        "diffusion.fixed_variance is read only for networks without a learned variance: set model.learn_sigma=false, "
+        "or leave it out.",
+    ),
+)
+SAMPLING = (
+    Rule(
+        lambda c: bool(c.sample.labels) and not c.is_conditional,
+        "sample.labels: this network is unconditional (model.num_classes is 0): leave labels out.",
+    ),
+    Rule(
+        lambda c: c.sample.label_rule != "balanced" and not c.is_conditional,
+        "sample.label_rule={c.sample.label_rule}: this network is unconditional (model.num_classes is 0): leave it "
+        "out.",
+    ),
+    Rule(
+        lambda c: c.is_flow and c.sample.method not in FLOW_METHODS,
+        "sample.method={c.sample.method} does not belong to diffusion.prediction=flow: use "
+        + ", ".join(FLOW_METHODS)
+        + ".",
+    ),
+    Rule(
+        lambda c: not c.is_flow and c.sample.method not in GAUSSIAN_METHODS,
+        "sample.method={c.sample.method} does not belong to diffusion.prediction={c.diffusion.prediction}: use "
+        + ", ".join(GAUSSIAN_METHODS)
+        + ".",
+    ),
+    Rule(
+        lambda c: not c.is_flow and c.sample.steps > c.diffusion.num_steps,
+        "sample.steps={c.sample.steps} is more than the {c.diffusion.num_steps} steps of the diffusion "
+        "(diffusion.num_steps).",
+    ),
+    Rule(
+        lambda c: c.sample.guidance_scale != 1 and not c.has_null,
+        "sample.guidance_scale={c.sample.guidance_scale} needs a class-conditional network with a null label: set "
+        "model.num_classes and a model.label_dropout (of a text network, text.caption_dropout) above 0, or "
+        "sample.guidance_scale=1.",
+    ),
+)
+TEXT = (
+    Rule(
+        lambda c: not c.model.is_text and c.data.name in CAPTIONED,
+        "data.name={c.data.name} has captions, which model.name={c.model.name} does not read: set "
+        "model.name=custom-t2v or Latte-1, or data.name=folder.",
+    ),
+    *(
+        Rule(
+            lambda c, item=item: not c.model.is_text and getattr(c.text, item.name) != item.default,  # type: ignore[misc]
+            f"text.{item.name} is read only by a text network: set model.name=Latte-1 or custom-t2v, or leave it out.",
+        )
+        for item in fields(TextConfig)
+    ),
+    Rule(
+        lambda c: not c.model.is_text and c.train.temporal_ramp_steps > 0,
+        "train.temporal_ramp_steps is read only by a text network that starts from an image network: leave it out.",
+    ),
+    Rule(
+        lambda c: c.model.is_text and c.data.name not in CAPTIONED,
+        "model.name={c.model.name} is trained on captions: set data.name=captions, not {c.data.name}.",
+    ),
+    Rule(
+        lambda c: c.model.name == "custom-t2i" and c.data.num_frames != 1,
+        "model.name=custom-t2i has no temporal layers: set data.num_frames=1, not {c.data.num_frames}.",
+    ),
+    Rule(
+        lambda c: c.train.temporal_ramp_steps > 0 and c.train.init_from is None,
+        "train.temporal_ramp_steps={c.train.temporal_ramp_steps} is for a network that starts from an image network: "
+        "name that with train.init_from, or set it to 0.",
+    ),
+)
+LORA = (
+    Rule(
+        lambda c: c.lora.rank > 0 and c.train.init_from is None,
+        "lora.rank={c.lora.rank} trains adapters on given base weights: name these with train.init_from.",
+    ),
+    Rule(
+        lambda c: c.lora.rank > 0 and c.train.parallel == "fsdp",
+        "lora.rank={c.lora.rank} leaves little to shard: leave train.parallel at ddp.",
+    ),
+    Rule(
+        lambda c: c.lora.rank > 0 and c.train.temporal_ramp_steps > 0,
+        "train.temporal_ramp_steps={c.train.temporal_ramp_steps} is for a network that starts from an image network, "
+        "which must train its temporal layers in full: leave lora.rank out.",
+    ),
+)
+MONITOR = (
+    *(
+        Rule(
+            lambda c, key=key: getattr(c.monitor, key) > 0 and not c.has_held_out,  # type: ignore[misc]
+            f"monitor.{key}={{c.monitor.{key}}} needs clips that are not trained on: set data.val_path to their "
+            "folder, or data.val_share to a share of the clips of data.path.",
+        )
+        for key in ("val_every", "metric_every")
+    ),
+    Rule(
+        lambda c: bool(c.monitor.val_every and c.data.latents and c.data.val_path),
+        "data.val_path is not in the cache of data.latents, where monitor.val_every reads: hold clips out of data.path "
+        "with data.val_share instead.",
+    ),
+    Rule(
+        lambda c: c.data.val_path is not None and not (c.monitor.val_every or c.monitor.metric_every),
+        "data.val_path is read only with monitor.val_every or monitor.metric_every: set one of them.",
+    ),
+    Rule(
+        lambda c: c.monitor.val_every > 0 and c.monitor.val_buckets > c.diffusion.num_steps,
+        "monitor.val_buckets={c.monitor.val_buckets} is more than diffusion.num_steps={c.diffusion.num_steps}: lower "
+        "it.",
+    ),
+    Rule(
+        lambda c: c.monitor.metric_every > 0 and not (c.monitor.metric_detector and c.monitor.metric_detector_path),
+        "monitor.metric_every={c.monitor.metric_every} needs a detector: set monitor.metric_detector to its name, and "
+        "monitor.metric_detector_path to its file.",
+    ),
+    *(
+        Rule(
+            lambda c, key=key: getattr(c.monitor, key) > 0 and c.train.precision == "fp64",  # type: ignore[misc]
+            f"monitor.{key}: train.precision=fp64 is for proofs of equality and cannot be sampled from: use fp32, tf32 "
+            "or bf16.",
+        )
+        for key in ("sample_every", "metric_every")
+    ),
+)
+RULES: tuple[Rule, ...] = (*SIZES, *DIFFUSION, *SAMPLING, *TEXT, *LORA, *MONITOR)

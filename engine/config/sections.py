@@ -1,0 +1,264 @@
+"""The sections `optim`, `train`, `sample` and `monitor`, with the limits of their keys.
+
+The other sections stand with their owners, in models/, diffusion/ and datasets/.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from common.checks import require
+from datasets.config import MAX_TIMEOUT_S
+from diffusion.multistep import MULTISTEP_SOLVERS
+from models import attention
+
+from .checks import (
+    FINITE,
+    FOLDER,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Limit,
+    at_least,
+    check_limits,
+    check_read_only_with,
+    one_of,
+    optional,
+    within,
+)
+
+SEED = Limit("zero or more and below 2**63", lambda value: 0 <= value < 2**63)  # the range of torch.Generator
+YEAR = f"at most {MAX_TIMEOUT_S:.0f} (a year)"
+
+# ---- optim -----------------------------------------------------------------------------------------
+
+OPTIM_LIMITS = {
+    "learning_rate eps max_grad_norm": POSITIVE,
+    "weight_decay warmup_steps min_learning_rate clip_start_step": NOT_NEGATIVE,
+    "beta1 beta2": within(0, 1, "[)"),
+    "spike_factor": Limit("above 1 and finite, or 0 for none", lambda value: value == 0 or 1 < value < math.inf),
+    "max_skips": at_least(1),
+    "schedule": one_of(("constant", "cosine")),
+    "spike_policy": one_of(("skip", "clip")),
+}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The `optim` section. Defaults are the official recipe."""
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    schedule: str = "constant"  # constant | cosine (to min_learning_rate at train.max_steps)
+    warmup_steps: int = 0  # linear from learning_rate / warmup_steps, under either schedule
+    min_learning_rate: float = 0.0  # the end of schedule=cosine
+    max_grad_norm: float = 0.1  # of the whole gradient, after accumulation
+    clip_start_step: int = 20_000  # before it the norm is measured and not clipped
+    spike_factor: float = 0.0  # a norm above this x the running median is a spike; 0: none is
+    spike_policy: str = "skip"  # skip | clip (to the median)
+    max_skips: int = 20  # skipped steps in a row (spikes, non-finite) that end the run
+    fused: bool | None = None  # AdamW as one kernel: true, false (the plain one), null: on CUDA
+
+    def __post_init__(self) -> None:
+        check_limits(self, "optim.", OPTIM_LIMITS)
+        require(
+            self.min_learning_rate <= (self.learning_rate if self.schedule == "cosine" else 0),
+            f"optim.min_learning_rate={self.min_learning_rate} is the end of optim.schedule=cosine: set that "
+            "schedule, and a value up to optim.learning_rate.",
+        )
+
+
+# ---- train -----------------------------------------------------------------------------------------
+
+TRAIN_LIMITS = {
+    "output_dir": FOLDER,
+    "max_steps batch_size grad_accum_steps log_every checkpoint_every": at_least(1),
+    "keep_last keep_every temporal_ramp_steps drift_check_every": at_least(0),
+    "ema_decay": within(0, 1, "[)"),
+    "seed": SEED,
+    "timeout_s": Limit(f"above 0 and {YEAR}", lambda value: 0 < value <= MAX_TIMEOUT_S),
+    "hang_timeout_s": Limit(f"zero or more and {YEAR}", lambda value: 0 <= value <= MAX_TIMEOUT_S),
+    "precision": one_of(("fp32", "tf32", "bf16", "fp64")),
+    "attention": one_of(attention.CHOICES),
+    "parallel": one_of(("ddp", "fsdp")),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The `train` section. Steps are optimizer steps; batch_size is per process and micro-step."""
+
+    output_dir: str = "results/run"  # receives config.yaml, metrics.jsonl, checkpoints/
+    max_steps: int = 1_000_000
+    batch_size: int = 5
+    grad_accum_steps: int = 1
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False  # a lower decay in the first steps
+    log_every: int = 100
+    checkpoint_every: int = 10_000  # and always at max_steps
+    keep_last: int = 2  # newest checkpoints kept; 0 keeps all
+    keep_every: int = 0  # also keeps those at multiples of this step; 0: none
+    async_checkpoint: bool = False  # write them in a background thread while training continues
+    resume: str = "auto"  # auto: the newest checkpoint in output_dir; never; or one to start from where it has none
+    init_from: str | None = None  # weights only: our checkpoint, an official .pt, or an image DiT's
+    temporal_ramp_steps: int = 0  # text network that starts from an image network: positions in time grow from 0 to 1
+    seed: int = 0
+    precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
+    compile: bool = False  # torch.compile each block in place
+    run_ahead: bool = True  # queue the next step before a step's numbers are read; false: wait for each
+    attention: str = "auto"  # auto | fused | plain (the reference): docs/attention.md
+    parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
+    drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
+    timeout_s: float = 1800.0  # a collective that takes longer ends the run; until the first step at least 600
+    hang_timeout_s: float = 900.0  # a step that takes longer has its stacks written to errors/; 0: never
+
+    def __post_init__(self) -> None:
+        check_limits(self, "train.", TRAIN_LIMITS)
+
+
+# ---- sample ----------------------------------------------------------------------------------------
+
+GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *MULTISTEP_SOLVERS)
+FLOW_METHODS = ("auto", "euler", "heun", *MULTISTEP_SOLVERS)
+SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
+LABEL_RULES = ("balanced", "random")
+
+
+def is_noise_interval(value: list[float]) -> bool:
+    """Returns whether `value` is two noise levels in order, each from 0 to 1."""
+    return len(value) == 2 and 0 <= value[0] <= value[1] <= 1
+
+
+FRAME_LIMITS = {"given_frames": at_least(1), "window": optional(at_least(2))}  # of `sample` and configs/t2x
+SAMPLE_LIMITS = {
+    "num_videos steps batch_size fps": at_least(1),
+    "save_video_path": FOLDER,
+    "label_rule": one_of(LABEL_RULES),
+    "seed": SEED,
+    "method": one_of(dict.fromkeys((*GAUSSIAN_METHODS, *FLOW_METHODS))),
+    "eta": within(0, 1),
+    "guidance_scale": NOT_NEGATIVE,
+    "guidance_interval": optional(
+        Limit("two numbers, 0 (data) <= first <= second <= 1 (noise)", is_noise_interval),
+    ),
+    "weights": one_of(("ema", "raw")),
+    "lora_scale": FINITE,
+    "precision": one_of(SAMPLE_PRECISIONS),
+    "window_method": one_of(("auto", "autoregressive", "fused")),
+    **FRAME_LIMITS,
+}
+SAMPLE_OWNERS = {"eta": "method=ddim", "guidance_interval": "guidance_scale", "lora_scale": "lora"}
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The `sample` section: settings of sample/sample.py that its flags do not override."""
+
+    ckpt: str | None = None  # our checkpoint or run folder, or an official .pt
+    save_video_path: str = "results/samples"
+    num_videos: int = 4
+    labels: list[str] | None = None  # class numbers or names to sample; null: all classes. Text network: captions
+    label_rule: str = "balanced"  # balanced: in turn by index | random: drawn by (seed, index)
+    seed: int = 0
+    steps: int = 250
+    # ddpm | ddim for Gaussian diffusion, euler | heun for flow, dpm_solver++ | sde_dpm_solver++ | unipc for both;
+    # auto: ddpm, or euler for flow
+    method: str = "auto"
+    eta: float = 0.0  # DDIM only: 0 deterministic, 1 as noisy as DDPM
+    guidance_scale: float = 1.0  # 1: no guidance
+    guidance_interval: list[float] | None = None  # guide only noise levels from the first to the second, 0 to 1
+    batched_guidance: bool = True  # conditional and unconditional in one call; false: one by one, in half the memory
+    weights: str = "ema"  # ema | raw
+    lora: str | None = None  # adapters to merge into the network: a folder in peft's format
+    lora_scale: float = 1.0  # factor of the merged adapters
+    precision: str = "fp32"  # fp32 | bf16 | fp16
+    cast_weights: bool = False  # the weights themselves in `precision`, in half the memory
+    compile: bool = False  # torch.compile the network; on CUDA with CUDA graphs
+    overlap_decode: bool = True  # on CUDA, decode a batch while the next is sampled
+    batch_size: int = 4
+    fps: int = 8
+    first_frame: list[str] | None = None  # images that the videos begin with, in turn by index
+    last_frame: list[str] | None = None  # images that they end with, in turn
+    given: list[str] | None = None  # videos that they continue, in turn
+    given_frames: int = 1  # number of last frames of `given` to continue from
+    window: int | None = None  # videos of more frames are sampled in windows of this length; null: all frames at once
+    overlap: int | None = None  # frames that a window shares with the next; null: a quarter of the window
+    # autoregressive (networks trained with given frames) | fused; auto: the first that fits
+    window_method: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_limits(self, "sample.", SAMPLE_LIMITS)
+        require(
+            not (self.cast_weights and self.precision == "fp32"),
+            "sample.cast_weights=true holds the weights in sample.precision: set that to bf16 or fp16.",
+        )
+        check_read_only_with(self, "sample.", SAMPLE_OWNERS)
+        check_frame_keys(self, "sample.")
+
+
+def window_overlap(wanted: Any) -> int:
+    """Returns the frames that a window shares with the next: `overlap`, or a quarter of `window`."""
+    return wanted.overlap or max(1, wanted.window // 4)
+
+
+def check_frame_keys(wanted: Any, prefix: str) -> None:
+    """Checks the keys for given frames and windows, which `sample` and configs/t2x have in common.
+
+    Raises: ValueError, one sentence that names the key, with `prefix`.
+    """
+    require(
+        not (wanted.first_frame and wanted.given),
+        f"{prefix}first_frame and {prefix}given both say how the videos begin: set one of them.",
+    )
+    check_read_only_with(wanted, prefix, {"given_frames": "given", "overlap": "window", "window_method": "window"})
+    window, overlap = wanted.window, wanted.overlap
+    require(
+        overlap is None or 1 <= overlap < window,
+        f"{prefix}overlap must be from 1 to {prefix}window - 1 = {(window or 2) - 1}, got {overlap}.",
+    )
+
+
+# ---- monitor ---------------------------------------------------------------------------------------
+
+MONITOR_LIMITS = {
+    "val_every sample_every metric_every": at_least(0),
+    "val_clips sample_videos": at_least(1),
+    "val_buckets": within(1, 100),
+    "metric_videos": at_least(2),
+}
+MONITOR_OWNERS = {
+    "val_clips": "val_every",
+    "val_buckets": "val_every",
+    "sample_videos": "sample_every",
+    "metric_videos": "metric_every",
+    "metric_detector": "metric_every",
+    "metric_detector_path": "metric_every",
+    "metric_detector_sha256": "metric_every",
+}
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """The `monitor` section: callbacks at step 0, every n steps (0: never) and at the last step.
+
+    They do not change the training, so all of it may be changed when a run is continued.
+    """
+
+    val_every: int = 0  # the loss on held-out clips (data.val_path or data.val_share)
+    val_clips: int = 64  # at most this number of them
+    val_buckets: int = 10  # equal parts of the timesteps; each clip is noised once in each
+    sample_every: int = 0  # samples of average and raw weights, as the `sample` section says
+    sample_videos: int = 4  # number of samples of each
+    metric_every: int = 0  # the Frechet distance of samples of the average to held-out clips
+    metric_videos: int = 256  # number of samples, and most clips
+    metric_detector: str | None = None  # its name: i3d, mobilenet_v2_clip, ... (docs/monitoring.md)
+    metric_detector_path: str | None = None  # its file
+    metric_detector_sha256: str | None = None  # SHA-256 that the file must have; null: any, which is logged
+
+    def __post_init__(self) -> None:
+        check_limits(self, "monitor.", MONITOR_LIMITS)
+        check_read_only_with(self, "monitor.", MONITOR_OWNERS)
