@@ -600,7 +600,7 @@ def test_H5_config_that_is_no_file(tmp_path: Path, file: str, what: str) -> None
         ("data.path", "010"),
     ],
 )  # fmt: skip
-def test_H7_numbers_of_base_8_and_60(tmp_path: Path, key: str, value: str) -> None:
+def test_H9_numbers_of_base_8_and_60(tmp_path: Path, key: str, value: str) -> None:
     """Refused from the command line and from files, with the line; YAML itself takes them for other numbers."""
     section, _, leaf = key.partition(".")
     with pytest.raises(ValueError, match=rf"the value of {key}: YAML reads .* in base 8 or 60"):
@@ -612,7 +612,7 @@ def test_H7_numbers_of_base_8_and_60(tmp_path: Path, key: str, value: str) -> No
 
 
 @pytest.mark.parametrize("text", ["'010'", '"1:30"', "/data/010", "runs/1:30", "12:30:at_noon", "a010", "0:30", "08"])
-def test_H7_words_that_look_like_them(tmp_path: Path, text: str) -> None:
+def test_H9_words_that_look_like_them(tmp_path: Path, text: str) -> None:
     word = text.strip("'\"")
     config = load_config(None, [f"data.path={text}", "train.max_steps=1_000", "optim.learning_rate=1e-3"])
     assert (config.data.path, config.train.max_steps, config.optim.learning_rate) == (word, 1000, 1e-3)

@@ -1031,7 +1031,7 @@ def test_H5_a_pattern_that_never_ends(clip: Bytes, tmp_path: Path, monkeypatch: 
     assert time.monotonic() - before < 30
 
 
-def test_H7_a_link_that_leads_back_to_itself(
+def test_H10_a_link_that_leads_back_to_itself(
     clip: Bytes, tmp_path: Path, tiny: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Left out, with a warning that names it; the other clips are trained on."""
