@@ -41,7 +41,7 @@ def slug(name: str, max_length: int = 80) -> str:
 
 
 def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8) -> Path:
-    """Write one video (F, H, W, 3) as H.264 in yuv420p, which every player and browser shows.
+    """Writes one video (F, H, W, 3) as H.264 in yuv420p, which every player and browser shows.
 
     The format needs even sizes: of an odd height or width the last row or column is repeated once.
     """
@@ -71,7 +71,7 @@ def write_lossless(path: str | Path, video: np.ndarray) -> Path:
 
 
 def write_gif(path: str | Path, videos: np.ndarray, fps: float = 8, scale: int | None = 1) -> Path:
-    """Write the videos (n, F, H, W, 3) playing side by side in a near-square grid, as one looping GIF.
+    """Writes the videos (n, F, H, W, 3) side by side in a near-square grid, as one looping GIF.
 
     All frames share one palette, so still parts do not flicker. `scale` enlarges by whole pixels; None as
     much as brings tiny videos to about 64 pixels.
@@ -103,7 +103,7 @@ def write_contact_sheet(
 def contact_sheet(
     videos: np.ndarray, captions: Sequence[str] | None = None, scale: int | None = None, max_frames: int = 16
 ) -> np.ndarray:
-    """One picture of the videos (n, F, H, W, 3): a row per video, a column per frame, captions on the left.
+    """Draws the videos (n, F, H, W, 3) as one picture: a row per video, a column per frame, captions on the left.
 
     Args:
         captions: one per video, or None for no caption column.
@@ -173,7 +173,7 @@ def grid(videos: np.ndarray) -> np.ndarray:
 
 
 def as_frames(videos: np.ndarray, ndim: int) -> np.ndarray:
-    """The videos as a uint8 array, checked (CPU tensors are taken too).
+    """Returns the videos as a checked uint8 array; accepts CPU tensors too.
 
     Raises:
         ValueError: other type or shape than uint8 with `ndim` axes, the last of size 3; or nothing in it.
