@@ -1,8 +1,8 @@
-"""Text from outside (class names, file names, captions), made safe to show."""
+"""Escapes text from outside (class names, file names, captions) for the terminal."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """`text` on one line: what a terminal would obey (line breaks, escape sequences) is written out as Python does."""
+    """Returns `text` on one line, with line breaks and escape sequences written out as Python does."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -25,10 +25,10 @@ from .conditions import build_conditions
 from .config import Config
 from .distributed import World, broadcast_object, data_parallel, gradient_sync, local, replicated, set_timeout
 from .guard import check_replicas
+from .in_flight import Findings, InFlight
 from .memory import check_training_fits
 from .objective import StepLoss
 from .optim import clip_gradients, gradient_norm, learning_rate_at, step_unless
-from .pending import Findings, InFlight
 from .run import MicroBatches, Run
 from .state import build_state
 from .validation import Validation
@@ -211,7 +211,7 @@ class Trainer:
             state.timestep_sampler.update(loss.timesteps, loss.per_clip, skip)
         return InFlight(findings, skip, bounds, losses, parts, run.batch_files)
 
-    # ---- what is due ---------------------------------------------------------------------------
+    # ---- logging, drift check, checkpoints -----------------------------------------------------
 
     def _is_due(self, step: int) -> bool:
         """Returns whether anything is due at `step`, for which the step must be counted first."""

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.build import text_network_config
 from engine.captions import temporal_position_scale
 from engine.checkpoint import find_checkpoint, load_checkpoint_config, read_state, weights_file
 from engine.config import Config, require
+from engine.config.text_network import text_network_config
 from models.autoencoder import KINDS, CodecConfig, local_folder
 from models.config_t2v import LatteT2VConfig
 from models.convert_t2v import CONFIG_FILE, SCALE, WEIGHTS, require_new
