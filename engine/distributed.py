@@ -201,7 +201,7 @@ def reshard(model: nn.Module) -> None:
             each._fsdp_param_group._post_forward_indices.clear()
 
 
-def whole(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
+def gather_shards(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
     """Returns each tensor on the CPU, with its shards gathered. Collective if there are shards.
 
     Args:
@@ -228,7 +228,7 @@ def shards_like(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dic
     }
 
 
-def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
+def sync_gradients(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
     """Returns a context for a micro-step's backward pass; ranks exchange gradients in the `last` one only."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
@@ -237,11 +237,11 @@ def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-def local(value: Tensor) -> Tensor:
+def local_shard(value: Tensor) -> Tensor:
     """Returns the part of `value` that this rank holds."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def replicated(value: Tensor) -> Tensor:
-    """Returns `value` summed over shards, the same on every rank."""
+def reduce_shards(value: Tensor) -> Tensor:
+    """Returns `value`, reduced over shards if there are any, the same on every rank."""
     return value.full_tensor() if isinstance(value, DTensor) else value

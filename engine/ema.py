@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import local
+from .distributed import local_shard
 
 
 class EMA:
@@ -41,7 +41,7 @@ class EMA:
         """Averages in the parameters after one optimizer step."""
         # lerp in fp32: 1 - decay = 1e-4 would be lost in half precision
         pairs = [each for each in zip(self.model.parameters(), model.parameters()) if each[1].requires_grad]
-        averages, parameters = ([local(value) for value in values] for values in zip(*pairs))
+        averages, parameters = ([local_shard(value) for value in values] for values in zip(*pairs))
         torch._foreach_lerp_(averages, parameters, 1 - self.current_decay())
         self.updates += 1
 

@@ -27,7 +27,7 @@ class Bounds:
     clip_spikes: bool = False  # to the median, instead of skipping the step
 
     @property
-    def clipping(self) -> bool:
+    def may_clip(self) -> bool:
         """Whether a gradient may have to be clipped."""
         return self.limit < math.inf or (self.clip_spikes and self.spike < math.inf)
 

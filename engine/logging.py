@@ -87,7 +87,7 @@ class RunLogger:
             return
         if self._folder.is_dir():
             gone = " and ".join(name for name, there in present.items() if not there)
-            self.say(f"warning: {gone} of {self._folder} was deleted during the run: it begins again")
+            self.say(f"warning: {gone} of {self._folder} was deleted during the run and is started again")
         else:
             make_again(self._folder / "checkpoints")
         self._jsonl.close()

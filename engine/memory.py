@@ -37,7 +37,7 @@ def check_network_fits(config: Config, device: torch.device | str) -> None:
     Raises: ValueError, a sentence with the keys, the memory needed and the memory available.
     """
     device = torch.device(device)
-    parts = 4 * parameters_of(config), TABLE_BYTES * positions_of(config), 2 * tokens_of(config)
+    parts = 4 * estimate_parameters(config), TABLE_BYTES * count_positions(config), 2 * count_tokens(config)
     _require_room(config, "This network", parts, None if device.type == "meta" else device)
     if config.model.is_text and device.type == "meta":
         _require_room(config, "This network", (0, parts[1], 0), torch.device("cpu"))
@@ -65,8 +65,8 @@ def check_training_fits(config: Config, device: torch.device | str, ranks: int =
     )
     each = FROZEN_BYTES.get(train.precision, 4) if config.lora.rank else sum(STATE_BYTES.values())
     shards = ranks if train.parallel == "fsdp" else 1
-    kept = train.batch_size * config.model.size.depth * tokens_of(config) * (2 if train.precision == "bf16" else 4)
-    parts = each * parameters_of(config) // shards, TABLE_BYTES * positions_of(config), kept
+    kept = train.batch_size * config.model.size.depth * count_tokens(config) * (2 if train.precision == "bf16" else 4)
+    parts = each * estimate_parameters(config) // shards, TABLE_BYTES * count_positions(config), kept
     _require_room(config, "This training", parts, torch.device(device), f"train.batch_size={train.batch_size}, ")
 
 
@@ -75,7 +75,7 @@ def _require_room(
 ) -> None:
     """Refuses more bytes of (parameters, position tables, tokens) than `device` has; None: than any machine has."""
     model, data = config.model, config.data
-    needed, available = sum(parts), memory_of(device) if device else LARGEST
+    needed, available = sum(parts), find_memory(device) if device else LARGEST
     size = f"model.name={model.name} ({', '.join(f'{key}={value}' for key, value in zip(SIZE_KEYS, model.size))})"
     layers = 4 * model.size.depth * model.size.hidden_size**2  # their parameters, at least
     keys = (
@@ -90,7 +90,7 @@ def _require_room(
     )
 
 
-def parameters_of(config: Config) -> int:
+def estimate_parameters(config: Config) -> int:
     """Returns the number of parameters, extrapolated from two shallow networks: it is linear in the depth."""
     model, size, channels = config.model, config.model.size, config.codec.latent_channels
     networks: list[torch.nn.Module]
@@ -117,19 +117,19 @@ def parameters_of(config: Config) -> int:
     return one + (two - one) * (layers - step) // step
 
 
-def positions_of(config: Config) -> int:
+def count_positions(config: Config) -> int:
     """Returns the size of the tables of spatial and temporal positions."""
     width, patch, frames = config.model.size.hidden_size, config.model.size.patch_size, config.data.num_frames
     return width * ((config.latent_size // patch) ** 2 + frames // config.model.frames_per_token)
 
 
-def tokens_of(config: Config) -> int:
+def count_tokens(config: Config) -> int:
     """Returns the size of the tokens of one clip with its images."""
     frames = config.data.num_frames // config.model.frames_per_token + config.data.num_images
     return frames * config.model.size.hidden_size * (config.latent_size // config.model.size.patch_size) ** 2
 
 
-def memory_of(device: torch.device) -> int:
+def find_memory(device: torch.device) -> int:
     """Returns the bytes of memory of a GPU, or of this machine (of its container, if that is less)."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)

@@ -1,4 +1,4 @@
-"""The start of a run: its newest checkpoint, or initial weights.
+"""Starts a run from its newest checkpoint, or from initial weights.
 
 Only the same experiment may continue a checkpoint, unless the command line says otherwise.
 """
@@ -121,7 +121,7 @@ def resume(run: Run, state: TrainState, folder: Path, rules: Rules) -> list[str]
 def find_differences(
     folder: Path, saved: ckpt.Checkpoint, config: Config, facts: Mapping[str, Any], class_names: Sequence[str]
 ) -> list[str]:
-    """Returns lines `key: old -> new` for everything in which checkpoint `folder` is of another experiment.
+    """Returns lines `key: old -> new` for every difference between checkpoint `folder` and this experiment.
 
     Args:
         facts: what the run now has of the state's `global_batch_size`, `data_digest` and, with adapters, `lora_base`.
@@ -163,7 +163,7 @@ def check_differences(folder: Path, differences: Sequence[str], override: Collec
     require(
         not refused,
         f"cannot continue {folder}, this is another experiment: {'; '.join(refused)}. Restore these, name them "
-        "with --override, or start anew with another train.output_dir (train.init_from takes weights only).",
+        "with --override, or start a new run with another train.output_dir (train.init_from takes weights only).",
     )
     return [f"warning: accepted by --override: {change}" for change in differences]
 

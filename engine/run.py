@@ -1,4 +1,4 @@
-"""The run around a training: processes, data, folder, log, signals, checkpoints. Callbacks and resume receive it."""
+"""A run: processes, data, folder, log, signals and checkpoints of a training. Callbacks and resume receive it."""
 
 from __future__ import annotations
 

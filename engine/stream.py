@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datasets.clips import ClipDataset
 from datasets.readers import VideoError
 
-from .signals import LOADER_PARENT, blocked_in_children
+from .signals import LOADER_PARENT, block_in_children
 from .watch import prepare_worker
 
 
@@ -138,7 +138,7 @@ def loaded_items(loader: DataLoader, timeout_s: float) -> Iterator[Any]:
     loader.timeout = min(loader.timeout, timeout_s)
     multiprocessing.set_forkserver_preload(["engine.loader_server"])
     os.environ[LOADER_PARENT] = str(os.getpid())
-    with blocked_in_children():
+    with block_in_children():
         loaded = iter(loader)
     while True:
         deadline = time.monotonic() + timeout_s

@@ -11,24 +11,20 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffusion.windows import METHODS
-from engine.config import (
+from engine.config import read_yaml, require
+from engine.config.checks import (
     FINITE,
-    FRAME_LIMITS,
     NOT_NEGATIVE,
-    SAMPLE_PRECISIONS,
-    SEED,
     Limit,
     at_least,
-    check_frame_keys,
     check_limits,
     check_read_only_with,
-    one_line,
     one_of,
     optional,
-    read_yaml,
-    require,
     within,
 )
+from engine.config.loading import one_line
+from engine.config.sections import FRAME_LIMITS, SAMPLE_PRECISIONS, SEED, check_frame_keys
 from models.quantize import KINDS
 from sample.captions import read_prompts
 from sample.sample import MAX_VIDEOS
