@@ -1,1 +1,1 @@
-"""The only glue: knows models, diffusion and datasets; none of them knows it."""
+"""Training: joins models, diffusion and datasets, none of which imports it."""

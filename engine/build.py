@@ -1,4 +1,4 @@
-"""A Config made real: the network, the diffusion, the codec; and what a config amounts to."""
+"""Builds network, diffusion, codec and objective from a Config, and counts parameters and multiply-adds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from models.lora import add_lora, hold_frozen_linear_maps_in
 
 from .conditions import Conditions
 from .config import Config
+from .config.text_network import text_network_config
 from .memory import check_network_fits
 from .objective import FP32, Objective, Precision
-from .text_network import text_network_config
 
 PRECISIONS = {  # by train.precision
     "fp32": FP32,
@@ -31,9 +31,9 @@ PRECISIONS = {  # by train.precision
 
 
 def build_model(config: Config, device: torch.device | str = "cpu") -> Latte | LatteT2V:
-    """The network for the latents that `config` describes, with its initial weights, on `device`.
+    """Returns the network for the latents that `config` describes, with its initial weights, on `device`.
 
-    Raises: ValueError, a sentence, where it cannot fit.
+    Raises: ValueError if it cannot fit.
     """
     check_network_fits(config, device)
     with torch.device(device):
@@ -52,7 +52,7 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> Latte | L
 
 
 def forward_inputs(config: Config, batch: int, device: torch.device | str, *, images: bool = True) -> dict[str, Any]:
-    """Empty arguments of a training step's `forward`, by name: what a network is counted and measured with."""
+    """Returns empty arguments of a training step's `forward`, by name, to count or measure a network with."""
     num_images = config.data.num_images if images else 0
     frames, size, channels = config.data.num_frames + num_images, config.latent_size, config.codec.latent_channels
     timesteps, text = torch.zeros(batch, device=device), config.text
@@ -75,7 +75,7 @@ def forward_inputs(config: Config, batch: int, device: torch.device | str, *, im
 
 
 def put_adapters(model: Latte | LatteT2V, config: Config) -> Latte | LatteT2V:
-    """Freeze `model` and put the adapters of `config.lora` beside its weights, which change nothing yet.
+    """Freezes `model` and adds the adapters of `config.lora`, which do not change its output yet.
 
     Under bf16 autocast the frozen linear maps are kept in bf16.
     """
@@ -86,14 +86,14 @@ def put_adapters(model: Latte | LatteT2V, config: Config) -> Latte | LatteT2V:
 
 
 def build_process(config: Config, respacing: str = "") -> GaussianDiffusion | RectifiedFlow:
-    """The diffusion process; `respacing` ("250", "ddim50", ...) shortens it for sampling."""
+    """Returns the diffusion process; `respacing` ("250", "ddim50", ...) shortens it for sampling."""
     return build_diffusion(config.diffusion, learn_sigma=config.model.learn_sigma, respacing=respacing)
 
 
 def build_codec(config: Config, clips: ClipDataset, device: torch.device | str = "cpu") -> LatentCodec | StoredCodec:
-    """What makes latents of `clips`: the codec; or none where they come from a cache, which must be this codec's.
+    """Returns the codec that encodes `clips`, or a stand-in for clips from a latent cache.
 
-    Raises: ValueError for a cache of another codec.
+    Raises: ValueError for a cache that was made by another codec.
     """
     if not isinstance(clips.source, LatentCache):
         return LatentCodec.from_config(config.codec, device)
@@ -102,7 +102,7 @@ def build_codec(config: Config, clips: ClipDataset, device: torch.device | str =
         differing = [f"{key} {made.get(key)} -> {now[key]}" for key in now if made.get(key) != now[key]]
         raise ValueError(
             f"data.latents: {clips.source.path} was made by another codec than codec.path={config.codec.path} "
-            f"({', '.join(differing)}); make a cache with this one, or name that one"
+            f"({', '.join(differing)}); make a cache with this one, or set codec.path to that one."
         )
     return StoredCodec(config.codec, clips.source.stochastic)
 
@@ -126,20 +126,20 @@ def build_objective(
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Number of trainable parameters."""
+    """Returns the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def macs_per_clip(config: Config) -> int:
-    """Multiply-adds of one forward of one clip, attention included, counted on the meta device."""
-    model = build_model(config, "meta").to("meta").eval()  # tables of positions are made on the CPU
+    """Returns the multiply-adds of one forward pass of one clip, attention included, counted on the meta device."""
+    model = build_model(config, "meta").to("meta").eval()  # position tables are computed on the CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**forward_inputs(config, 1, "meta", images=False))
     return counter.get_total_flops() // 2
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """What `--dry-run` prints: the resolved config, its parameter count and its cost. Opens no data."""
+    """Returns the output of `--dry-run`: resolved config, parameter count and cost. Opens no data."""
     model = build_model(config, "meta")
     return {
         "config": config.to_dict(),

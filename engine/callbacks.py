@@ -53,7 +53,7 @@ class Interrupted(Exception):
 
 
 class Failed(Exception):
-    """Something went wrong on a rank; raised on all of them, in the words of the first that failed."""
+    """Something went wrong on a rank; raised on all of them, with the message of the first that failed."""
 
 
 class Callbacks:
@@ -69,7 +69,7 @@ class Callbacks:
         """
         try:
             for callback in self.all:
-                with undisturbed(run, state):
+                with preserve_training(run, state):
                     notes = callback.prepare(run, state, objective)
                 for note in notes:
                     run.log.say(note)
@@ -91,7 +91,7 @@ class Callbacks:
                 continue
             started = time.perf_counter()
             try:
-                with undisturbed(run, state):
+                with preserve_training(run, state):
                     found = callback.observe(run, state, objective)
             except Interrupted as stop:
                 return stop.signal
@@ -113,7 +113,7 @@ def _report_failure(run: Run, step: int, kind: str, failure: str) -> None:
 
 
 @contextlib.contextmanager
-def undisturbed(run: Run, state: TrainState) -> Iterator[None]:
+def preserve_training(run: Run, state: TrainState) -> Iterator[None]:
     """Restores mode, generators, clock, compiled blocks and sharded weights of the training at its end."""
     training = state.model.training
     devices = [run.world.device] if run.world.device.type == "cuda" else []
@@ -166,7 +166,7 @@ def attempt(run: Run, action: Callable[[], T], *, fatal: bool = False) -> T:
         result = action()
     except (Interrupted, Failed):
         raise
-    except Exception as error:  # whatever it is, it is no reason to lose the run
+    except Exception as error:  # no failure of a callback may end the run
         if fatal:
             raise
         failure = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"

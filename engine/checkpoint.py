@@ -9,7 +9,7 @@
         config.yaml         the whole configuration
         manifest.json       sizes and SHA-256 of the above; written last
 
-`latest` beside them names the newest. `NAME.tmp-01234567` is being written or deleted, and is cleared at the next
+The file `latest` names the newest. `NAME.tmp-01234567` is being written or deleted, and is cleared at the next
 start; `NAME.damaged-01234567` gave way to an older one when a run was continued.
 
 A folder with fewer of the weight files (an export) is the same format: see `engine.weights.export_weights`.
@@ -24,7 +24,6 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from torch import Tensor, nn
 from common import storage
 from common.checks import require
 from common.console import gigabytes
-from common.storage import file_sha256, find_changes, free_bytes, sync, write_atomically, write_synced
+from common.storage import file_sha256, free_bytes, sync, write_atomically, write_synced
 
 from .config import Config, load_config
 from .run_folder import recreate_checkpoints
@@ -52,7 +51,7 @@ UNFINISHED_NAME = re.compile(r"(step-\d{7,}|latest)\.tmp-[0-9a-f]{8}")  # see `_
 
 @dataclass
 class Checkpoint:
-    """What a training run needs to continue. Tensors are on the CPU."""
+    """The complete state of a training run, to continue it exactly. Tensors are on the CPU."""
 
     step: int
     samples_seen: int
@@ -81,7 +80,7 @@ def save_checkpoint(
     beside it, renamed, and read back before any older checkpoint goes.
 
     Args:
-        keep_last: checkpoints kept beside those of `keep_every`; 0 keeps all.
+        keep_last: newest checkpoints kept, in addition to those of `keep_every`; 0 keeps all.
         keep_every: checkpoints whose step is a multiple of it are never pruned; 0: none of them.
     """
     tensors = {name: getattr(checkpoint, name) for name in ("model", "ema", "optim", "rng")}
@@ -232,7 +231,7 @@ def load_checkpoint_config(path: str | Path) -> Config | None:
 
 
 def weights_file(folder: Path, weights: str) -> Path:
-    """Where a checkpoint folder holds its `ema` or `raw` weights."""
+    """Returns the file of the `ema` or `raw` weights in a checkpoint folder."""
     return folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
 
 
@@ -263,7 +262,8 @@ def space_warning(root: Path, needed: int) -> str | None:
 
 
 class CheckpointWriter:
-    """Rank 0's writer of a run's checkpoints, in the calling thread or (`asynchronous`) beside the training.
+    """Rank 0's writer of a run's checkpoints, in the calling thread, or with `train.async_checkpoint` in a
+    background thread.
 
     A failed write is kept in `failure`, as a sentence, until the run asks for it; the last good checkpoint and
     `latest` stay as they are.
@@ -330,20 +330,6 @@ def set_damaged_aside(folder: Path) -> None:
     folders = list_checkpoints(folder.parent)
     for damaged in folders[folders.index(folder) + 1 :]:
         damaged.rename(damaged.with_name(f"{damaged.name}.damaged-{uuid.uuid4().hex[:8]}"))
-
-
-def config_changes(old: Config, new: Config, free: Iterable[str]) -> list[str]:
-    """Lines `key: old -> new` for every key that differs, but for those that may (`free`, prefixes)."""
-    before, after = _flat(old.to_dict()), _flat(new.to_dict())
-    allowed = tuple(free)
-    return find_changes(before, after, [key for key in after if not key.startswith(allowed)])
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every command line of the repository shares: arguments, and errors as one sentence."""
+"""Shared by all command lines of the repository: arguments, exit codes, and errors as one sentence."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ sys.excepthook = report_early
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Call `main(argv)` and exit with its code; a user's mistake ends in one sentence and exit code 2.
+    """Calls `main(argv)` and exits with its code; a user's mistake ends in one sentence and exit code 2.
 
-    ValueError and OSError are what the project raises for bad keys, files and values; ModuleNotFoundError is a
-    package that is not installed; TrainingAborted (exit code 3) is a run that cannot go on. Set LATTE_TRACEBACK=1
-    to see where one came from.
+    The project raises ValueError and OSError for bad keys, files and values; ModuleNotFoundError is a package that is
+    not installed; TrainingAborted (exit code 3) is a run that cannot continue. LATTE_TRACEBACK=1 prints the traceback
+    too.
     """
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -61,7 +61,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
-        if rank != "0":  # what ails all ranks is said once: torchrun stops the others when rank 0 ends
+        if rank != "0":  # an error of all ranks is printed once: torchrun stops the others when rank 0 ends
             time.sleep(2)
         sys.stdout.flush()
         sys.stderr.write(f"error{where}: {printable(_sentence(error))}\n")
@@ -76,10 +76,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def leave(code: int) -> int:
-    """`code`; but a worker of torchrun ends with it here and now, while all that it used still exists.
+    """Returns `code`; in a worker of torchrun, exits with it at once, without finalizing the interpreter.
 
-    The thread of a gloo process group may need the interpreter's lock to let go of its last tensor while the
-    interpreter, holding it, waits for that thread: 2 of 12 runs of two ranks hung so after their last line.
+    The thread of a gloo process group may need the interpreter's lock to release its last tensor while the
+    interpreter holds the lock and waits for that thread: 2 of 12 runs of two ranks hung after their last line.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         atexit._run_exitfuncs()
@@ -90,24 +90,24 @@ def leave(code: int) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """What to tell of `error`; of a missing package, how to install it."""
+    """Returns the message of `error`; for a missing package, how to install it."""
     if not isinstance(error, ModuleNotFoundError):
         return str(error)
     package = (error.name or "").partition(".")[0]
     extra = _extra_with(package)
-    alone = f", `pip install '.[{extra}]'` the extra that it belongs to" if extra else ""
+    alone = f", `pip install '.[{extra}]'` installs the extra that it belongs to" if extra else ""
     return f"the Python package {package!r} is not installed: `make setup` installs everything{alone}."
 
 
 def _extra_with(package: str) -> str | None:
-    """The optional extra of pyproject.toml that brings `package`."""
+    """Returns the optional extra of pyproject.toml that contains `package`."""
     extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
     names = {extra: [re.match(r"[\w.-]+", each)[0] for each in needs] for extra, needs in extras.items()}  # type: ignore[index]
     return next((extra for extra, needs in names.items() if package.replace("_", "-") in needs), None)
 
 
 def config_parser(description: str, usage: str) -> argparse.ArgumentParser:
-    """A parser with `--config FILE` and trailing `key=value` overrides."""
+    """Returns a parser with `--config FILE` and trailing `key=value` overrides."""
     parser = argparse.ArgumentParser(
         description=description, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What a network is conditioned on: class labels, captions or nothing, behind one protocol.
+"""Conditions of a network: class labels, captions or none, behind one protocol.
 
 `Conditions` belong to a run: they turn the labels of a batch into a `Condition` on the device. A `Condition` belongs
 to a batch: it can be dropped, replaced by its null, doubled for guidance, and passed to the network. The objective,

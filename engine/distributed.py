@@ -1,4 +1,4 @@
-"""Rank facts and collectives. Answers rank 0 of 1 without torchrun; NCCL on CUDA, gloo on CPU."""
+"""Ranks, collectives and shards. Without torchrun there is one rank; NCCL on CUDA, gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ class World:
 
 
 def init_world(device: str | None = None, timeout_s: float = 1800.0, backend: str | None = None) -> World:
-    """Join the process group that torchrun announces; a single process needs none.
+    """Joins the process group that torchrun announces, if there are several processes; returns this one's place.
 
-    `device` is "cpu", "cuda" or None for CUDA where there is one. `timeout_s` of a collective is lengthened to
-    START_TIMEOUT_S until `set_timeout`. `backend` None is NCCL on CUDA, gloo on the CPU.
+    Args:
+        device: "cpu", "cuda", or None for CUDA if available.
+        timeout_s: of a collective; at least START_TIMEOUT_S until `set_timeout`.
+        backend: None for NCCL on CUDA, gloo on the CPU.
     """
     rank, size, local_rank = launch_variables(os.environ)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,19 +89,19 @@ def launch_variables(environment: Mapping[str, str]) -> tuple[int, int, int]:
 
 
 def set_timeout(timeout_s: float) -> None:
-    """From now on a collective that takes longer ends the run."""
+    """Sets the time after which a collective ends the run."""
     if dist.is_initialized():
         _set_pg_timeout(timedelta(seconds=timeout_s))
 
 
 def close_world() -> None:
-    """Leave the process group, after a clean end only: a rank that failed must not wait for the others."""
+    """Leaves the process group, after a clean end only: a rank that failed must not wait for the others."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of `values` over all ranks, on all ranks."""
+    """Returns the mean of `values` over all ranks, on all ranks."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
@@ -107,14 +109,14 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def max_over_ranks(values: Tensor) -> Tensor:
-    """The maximum of `values` over all ranks, on all ranks."""
+    """Returns the maximum of `values` over all ranks, on all ranks."""
     if dist.is_initialized():
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, in rank order, on every rank."""
+    """Returns `value` of every rank, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -123,7 +125,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def on_all(action: Callable[[], T]) -> list[T]:
-    """The result of `action` of every rank, in rank order, on every rank; the first OSError or ValueError likewise."""
+    """Runs `action` on every rank; returns all results in rank order, or raises the first OSError or ValueError."""
     everyone = gather_objects(_attempt(action))
     for _, failure in everyone:
         if failure is not None:
@@ -132,7 +134,7 @@ def on_all(action: Callable[[], T]) -> list[T]:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """The result of `action`, done by rank 0 alone, on every rank; its OSError or ValueError likewise."""
+    """Runs `action` on rank 0; returns its result, or raises its OSError or ValueError, on every rank."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     result, failure = broadcast_object(_attempt(action) if is_main else None)
     if failure is not None:
@@ -141,7 +143,7 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """The result of `action`, or the OSError or ValueError that it raised."""
+    """Returns the result of `action`, or the OSError or ValueError that it raised."""
     try:
         return action(), None
     except (OSError, ValueError) as error:
@@ -149,7 +151,7 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value`, on every rank."""
+    """Returns rank 0's `value`, on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -169,11 +171,11 @@ def data_parallel(model: nn.Module, world: World) -> nn.Module:
 
 
 def shard(model: nn.Module, world: World, compute_dtype: torch.dtype | None = None) -> None:
-    """Shard the parameters of `model`, which has `blocks`, over all ranks in place: FSDP2, block by block.
+    """Shards the parameters of `model`, which has `blocks`, over all ranks in place: FSDP2, block by block.
 
     Args:
-        compute_dtype: what parameters are gathered in, half the traffic in bf16; they are kept, and gradients are
-            summed, in their own dtype. Inputs are left as they are: timesteps need their precision.
+        compute_dtype: of the gathered parameters; bf16 halves the traffic. Parameters are kept, and gradients
+            summed, in their own dtype. Inputs are not cast: timesteps need their precision.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None, cast_forward_inputs=False
@@ -185,12 +187,12 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype | None = No
 
 
 def reshard(model: nn.Module) -> None:
-    """After forwards without a backward: let go of what they gathered, which the outermost group keeps otherwise.
+    """Frees the parameters gathered by forwards without a backward, which the outermost group keeps otherwise.
 
-    Their order is forgotten too: the next backward would gather ahead by it (private to torch 2.11).
+    Also clears the recorded order of these forwards, by which the next backward would prefetch (private to torch 2.11).
     """
     state = model._get_fsdp_state()  # type: ignore[operator]
-    if state._is_root is None:  # nothing went through it yet
+    if state._is_root is None:  # no forward has run yet
         return
     model.reshard()  # type: ignore[operator]
     state._comm_ctx.post_forward_order.clear()
@@ -199,11 +201,11 @@ def reshard(model: nn.Module) -> None:
             each._fsdp_param_group._post_forward_indices.clear()
 
 
-def whole(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
-    """Each tensor on the CPU with all its shards put together. Collective where there are any.
+def gather_shards(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
+    """Returns each tensor on the CPU, with its shards gathered. Collective if there are shards.
 
     Args:
-        copy: what is on the CPU already is copied too, so that the training may go on in it.
+        copy: copy tensors that are on the CPU already, so that training may go on in them.
     """
     return {
         name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().to(CPU, copy=copy)
@@ -212,7 +214,7 @@ def whole(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Ten
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's shard of the whole `value`, cut as `like` is; `value` on its device where `like` is whole."""
+    """Returns this rank's shard of `value`, cut as `like` is; the whole `value` if `like` is not sharded."""
     if not isinstance(like, DTensor):
         return value.to(like.device)
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
@@ -226,7 +228,7 @@ def shards_like(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dic
     }
 
 
-def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
+def sync_gradients(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
     """Returns a context for a micro-step's backward pass; ranks exchange gradients in the `last` one only."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
@@ -235,11 +237,11 @@ def gradient_sync(model: nn.Module, *, last: bool) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-def local(value: Tensor) -> Tensor:
-    """The part of `value` that this rank holds."""
+def local_shard(value: Tensor) -> Tensor:
+    """Returns the part of `value` that this rank holds."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def replicated(value: Tensor) -> Tensor:
-    """`value` as every rank must see it: a norm over shards is summed up."""
+def reduce_shards(value: Tensor) -> Tensor:
+    """Returns `value`, reduced over shards if there are any, the same on every rank."""
     return value.full_tensor() if isinstance(value, DTensor) else value

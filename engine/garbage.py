@@ -1,7 +1,7 @@
-"""Python's cyclic garbage collector, kept out of the steps.
+"""Keeps Python's cyclic garbage collector out of the training steps.
 
-A full collection walks every object of every imported module, a third of a million, at a moment of its own choosing.
-Meanwhile no kernel is queued, and all ranks wait for the one that collects.
+An automatic full collection visits every object of every imported module, a third of a million, in the middle of some
+step. Meanwhile no kernel is queued, and all ranks wait for the one that collects.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from types import TracebackType
 
 
 class CollectOnRequest:
-    """While entered, garbage is collected by `collect` alone, and what was there before is left out of it."""
+    """While entered, only `collect` collects garbage, and only objects made since entering."""
 
     def __enter__(self) -> CollectOnRequest:
         self._enabled = gc.isenabled()
@@ -21,7 +21,7 @@ class CollectOnRequest:
         return self
 
     def collect(self) -> None:
-        """Collect what has been made since: a step leaves hardly anything, so this takes microseconds."""
+        """Collects garbage; a step leaves hardly any, so this takes microseconds."""
         gc.collect()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

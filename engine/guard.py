@@ -1,4 +1,4 @@
-"""Deciding whether a step's gradient may be applied, and whether the replicas are still one network."""
+"""Checks whether a step's gradient may be applied, and whether all replicas still hold the same weights."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .optim import clip_limit
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the gradient of one step is held against; known before the gradient is."""
+    """Limits for the gradient norm of one step, known before the gradient is."""
 
-    limit: float = math.inf  # it is clipped to that norm
-    median: float = math.nan  # of the norms applied last
+    limit: float = math.inf  # norm that the gradient is clipped to
+    median: float = math.nan  # of the last applied norms
     spike: float = math.inf  # a norm above it is a spike
-    clip_spikes: bool = False  # to the median, in place of skipping the step
+    clip_spikes: bool = False  # to the median, instead of skipping the step
 
     @property
-    def clipping(self) -> bool:
+    def may_clip(self) -> bool:
         """Whether a gradient may have to be clipped."""
         return self.limit < math.inf or (self.clip_spikes and self.spike < math.inf)
 
     def judge(self, bad: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """On the device: whether the step is to be skipped, and the norm to clip to; scalars.
+        """Returns, as scalars on the device, whether to skip the step, and the norm to clip to.
 
         Args:
             bad: whether anything is not finite, on any rank.
-            norm: of the whole gradient, float64, so that it is the host's number.
+            norm: of the whole gradient, in float64 like the host's numbers.
         """
         spike, limit = norm > self.spike, torch.full_like(norm, self.limit)
         if self.clip_spikes:
@@ -45,15 +45,15 @@ class Bounds:
 
 
 class StepGuard:
-    """Skips what is not finite, and clips or skips spikes, the same on every rank.
+    """Skips steps that are not finite, and clips or skips spikes, the same on every rank.
 
     A spike is a gradient norm above `optim.spike_factor` x the median of the last `WINDOW` applied norms.
-    `optim.max_skips` skips in a row abort the run. The device decides by `bounds`, so that the update needs no word
-    from the host; `record` is told what it decided. Its state is part of the checkpoint.
+    `optim.max_skips` skips in a row abort the run. The device decides by `bounds`, without waiting for
+    the host; `record` counts its decision. The state is part of the checkpoint.
     """
 
-    WINDOW = 100  # applied norms that are remembered
-    MINIMUM = 20  # applied norms below which nothing counts as a spike
+    WINDOW = 100  # applied norms that the median is taken of
+    MINIMUM = 20  # with fewer applied norms nothing counts as a spike
 
     def __init__(self, config: OptimConfig) -> None:
         self.config = config
@@ -63,7 +63,7 @@ class StepGuard:
         self.spikes = 0
 
     def bounds(self, step: int) -> Bounds:
-        """Those of the update from `step`."""
+        """Returns the limits of the update from `step`."""
         limit = clip_limit(step, self.config)
         if not self.config.spike_factor or len(self.norms) < self.MINIMUM:
             return Bounds(limit)
@@ -71,7 +71,7 @@ class StepGuard:
         return Bounds(limit, median, self.config.spike_factor * median, self.config.spike_policy == "clip")
 
     def record(self, bounds: Bounds, skipped: bool, finite: bool, norm: float) -> str | None:
-        """Count a step that was held against `bounds`; why it was skipped, or None."""
+        """Counts a step that was judged by `bounds`; returns why it was skipped, or None."""
         spike = finite and norm > bounds.spike
         self.spikes += spike
         if not skipped:
@@ -85,7 +85,7 @@ class StepGuard:
         return f"gradient norm {norm:.3g} is a spike over the median {bounds.median:.3g}"
 
     def check_streak(self) -> None:
-        """TrainingAborted after `optim.max_skips` steps in a row that could not be applied."""
+        """Raises TrainingAborted after `optim.max_skips` skipped steps in a row."""
         if self.in_a_row >= self.config.max_skips:
             raise TrainingAborted(
                 f"{self.in_a_row} steps in a row were skipped (optim.max_skips): the run has diverged or its data are "
@@ -93,12 +93,12 @@ class StepGuard:
             )
 
     def state_dict(self) -> dict[str, object]:
-        """JSON-able."""
+        """Returns the state, JSON-able."""
         names = ("skipped", "in_a_row", "spikes")
         return {"norms": list(self.norms), **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Continue from `state_dict()`."""
+        """Continues from `state_dict()`."""
         self.norms = deque(state["norms"], maxlen=self.WINDOW)  # type: ignore[call-overload]
         for name in ("skipped", "in_a_row", "spikes"):
             setattr(self, name, state[name])
@@ -106,14 +106,14 @@ class StepGuard:
 
 @torch.no_grad()
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """A sum over the bits of each tensor: one ulp anywhere changes it."""
+    """Returns a sum over the bits of each tensor, which one changed bit changes."""
     sums = [value.contiguous().view(torch.uint8).view(-1) for value in tensors.values()]
     words = [bits.view(torch.int32) if bits.numel() % 4 == 0 else bits for bits in sums]
     return dict(zip(tensors, torch.stack([word.sum(dtype=torch.int64) for word in words]).tolist(), strict=True))
 
 
 def check_replicas(tensors: Mapping[str, Tensor], step: int) -> None:
-    """TrainingAborted, on every rank, where the ranks' copies of a tensor differ."""
+    """Raises TrainingAborted, on every rank, if the ranks' copies of a tensor differ."""
     prints = gather_objects(fingerprint(tensors))
     for rank, other in enumerate(prints):
         changed = [name for name, value in other.items() if value != prints[0][name]]

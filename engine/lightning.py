@@ -1,8 +1,8 @@
 """The same training under Lightning's loop: its hooks, callbacks and profilers around our step.
 
-Model, objective, average, optimiser, log and checkpoints are the Trainer's own, so that both loops give the same
+Model, objective, average, optimizer, log and checkpoints are the Trainer's own, so that both loops give the same
 numbers and continue each other's runs. Lightning runs in each process by itself; torchrun starts the processes, and
-the Trainer joins them as ever.
+the Trainer joins them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LatteModule(LightningModule):
 
     def __init__(self, latte: Trainer) -> None:
         super().__init__()
-        self.automatic_optimization = False  # accumulation, clipping after it, and skipping are the step's own
+        self.automatic_optimization = False  # the step accumulates, clips and skips by itself
         self.latte = latte
         self.network = latte.state.model
         self.stop = 0
@@ -38,14 +38,14 @@ class LatteModule(LightningModule):
         return batch
 
     def training_step(self, batch: MicroBatches, batch_idx: int) -> None:
-        """Runs one optimizer step with everything that it is due."""
+        """Runs one optimizer step, then any logging, checkpoint or callback that is due."""
         self.stop = self.latte.train_step(batch)
         if self.stop or self.latte.state.step >= self.latte.config.train.max_steps:
             self.trainer.should_stop = True
 
 
 class Loop(LightningTrainer):
-    """Lightning's loop, which leaves the stop signals to the run: its own answer to SIGTERM saves nothing."""
+    """Lightning's loop, with stop signals left to the run: Lightning's own SIGTERM handler saves nothing."""
 
     @property
     def received_sigterm(self) -> bool:

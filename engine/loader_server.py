@@ -1,4 +1,4 @@
-"""Preloaded by the fork server of the data loaders, and imported by nothing else.
+"""Imports for the fork server of the data loaders, which preloads this module; nothing else imports it.
 
 Ties the server to the training process before the slow imports, then imports once what every loader worker needs.
 Each worker holds a pipe of the server open, so both would outlive a killed training process otherwise.

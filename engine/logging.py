@@ -1,4 +1,4 @@
-"""Where a run's numbers go: progress bar or lines, metrics.jsonl, TensorBoard. Other ranks log nowhere."""
+"""The log of a run: progress bar or lines, metrics.jsonl, TensorBoard; written by rank 0 alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .run_folder import recreate_checkpoints
 
 
 class Logger(Protocol):
-    """What the trainer needs of a log."""
+    """The log as the trainer and its callbacks use it."""
 
     def say(self, text: str) -> None: ...
 
@@ -35,34 +35,33 @@ class Logger(Protocol):
 
 
 class NullLogger:
-    """Takes everything and keeps nothing: the log of every rank but the first."""
+    """Discards everything: the log of every rank but the first."""
 
     def say(self, text: str) -> None:
-        """Drop a line."""
+        """Discards a line."""
 
     def advance(self, step: int) -> None:
-        """Drop a step."""
+        """Discards a step."""
 
     def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
-        """Drop a row."""
+        """Discards a row."""
 
     def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
-        """Drop a picture."""
+        """Discards a picture."""
 
     def holds(self, step: int, kind: str) -> bool:
-        """It holds nothing."""
+        """Returns False."""
         return False
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing."""
 
 
 class RunLogger:
     """The log of one run in `folder`.
 
-    metrics.jsonl has one object a line: its `kind` is `train`, or that of the callback whose row it is. On a resume at
-    step s its lines after s, which the continued run will write again, are dropped. In TensorBoard a number of it is
-    called `<kind>/<name>`.
+    metrics.jsonl holds one object a line, of `kind` `train` or that of a callback. A resume at step s drops the lines
+    after s, which the continued run writes again. In TensorBoard a number is called `<kind>/<name>`.
     """
 
     def __init__(self, folder: Path, *, start: int, total: int) -> None:
@@ -81,7 +80,7 @@ class RunLogger:
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def _open_again(self) -> None:
-        """Open the files anew where somebody deleted them during the run; say so."""
+        """Reopens files that were deleted during the run, with a warning."""
         present = {
             "metrics.jsonl": is_same_file(self._jsonl, self._folder / "metrics.jsonl"),
             "tensorboard": (self._folder / "tensorboard").is_dir(),
@@ -90,26 +89,26 @@ class RunLogger:
             return
         if self._folder.is_dir():
             gone = " and ".join(name for name, there in present.items() if not there)
-            self.say(f"warning: {gone} of {self._folder} was deleted during the run: it begins again")
+            self.say(f"warning: {gone} of {self._folder} was deleted during the run and is started again")
         else:
             recreate_checkpoints(self._folder / "checkpoints")
         self._jsonl.close()
-        (self._folder / "tensorboard").mkdir(exist_ok=True)  # for what its writer still holds
-        with suppress(OSError):  # which may have failed already
+        (self._folder / "tensorboard").mkdir(exist_ok=True)  # for rows that its writer still buffers
+        with suppress(OSError):  # the writer may have failed already
             self._board.close()
         self._open(self._step)
 
     def say(self, text: str) -> None:
-        """One line for people, above the bar; what a file or class name brings in stays on it."""
+        """Prints one line above the bar; line breaks in file and class names are escaped."""
         tqdm.write(printable(text), file=sys.stderr)
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step`."""
+        """Moves the bar to `step`."""
         self._step = step
         self._bar.update(step - self._bar.n)
 
     def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
-        """One row of numbers at `step`; JSON has no NaN, so what is not finite is null there."""
+        """Writes one row of numbers at `step`; a number that is not finite becomes null, as JSON has no NaN."""
         self._open_again()
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._jsonl.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
@@ -120,7 +119,7 @@ class RunLogger:
             self._show(step, values)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
-        """The row for people: beside the bar, or as a line where there is none."""
+        """Shows the row on the bar, or as a line where there is no terminal."""
         rate = values.get("videos_per_second", 0.0)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} videos/s", refresh=False)
         if not self._terminal:
@@ -128,17 +127,17 @@ class RunLogger:
             self.say(f"step {step}/{self._total}  loss {values['loss']:.4f}  {rate:.1f} videos/s  ETA {eta}")
 
     def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
-        """One picture (H, W, 3) uint8 at `step`, for TensorBoard alone."""
+        """Writes one picture (H, W, 3) uint8 at `step` to TensorBoard."""
         self._open_again()
         self._board.add_image(tag, pixels, step, dataformats="HWC")
 
     def holds(self, step: int, kind: str) -> bool:
-        """Whether there is a row of that kind at `step`."""
+        """Returns whether there is a row of that kind at `step`."""
         self._open_again()
         return any(row["step"] == step for row in read_rows(Path(self._jsonl.name), kind))
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flushes and closes everything."""
         self._open_again()
         self._bar.close()
         self._jsonl.close()
@@ -146,12 +145,13 @@ class RunLogger:
 
 
 def read_rows(file: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """The rows of that kind in a metrics.jsonl, in their order; a row that does not say is of a training."""
+    """Returns the rows of that kind in a metrics.jsonl, in order; rows without a kind are of `train`."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [row for row in rows if row.get("kind", "train") == kind]
 
 
 def _reopen_metrics(file: Path, start: int) -> Any:
+    """Opens a metrics.jsonl to append to, without the rows after step `start`."""
     lines = file.read_text().splitlines() if start and file.is_file() else []
     kept = [line for line in lines if _step_of(line) <= start]
     file.write_text("".join(f"{line}\n" for line in kept))
@@ -159,7 +159,7 @@ def _reopen_metrics(file: Path, start: int) -> Any:
 
 
 def _step_of(line: str) -> float:
-    """The step of a metrics row; a row cut by a kill counts as later than any step."""
+    """Returns the step of a metrics row; a row cut by a kill counts as later than any step."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
@@ -167,7 +167,7 @@ def _step_of(line: str) -> float:
 
 
 def duration(seconds: float) -> str:
-    """`seconds` as h:mm:ss."""
+    """Formats `seconds` as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

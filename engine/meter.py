@@ -1,4 +1,4 @@
-"""Clock, means and memory of the steps between two rows of the log."""
+"""Means, time and memory of the steps between two rows of the log."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from torch import Tensor
 
 
 class Meter:
-    """Means of device scalars over steps, without a synchronisation until they are asked for; and the clock."""
+    """Averages device scalars and measures time over steps, without waiting for the device until `means`."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Starts a new row."""
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._waited = 0.0
         self._started = time.perf_counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Take one step's values."""
+        """Adds the values of one step."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._steps += 1
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent in here is spent waiting for data."""
+        """Counts the time spent inside as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent in here is no step's."""
+        """Leaves the time spent inside out of the time per step."""
         start = time.perf_counter()
         try:
             yield
@@ -47,14 +47,14 @@ class Meter:
             self._started += time.perf_counter() - start
 
     def means(self) -> tuple[dict[str, Tensor], float, float]:
-        """Mean of each value, seconds per step, and the share of them that was spent waiting for data."""
+        """Returns the mean of each value, seconds per step, and the share of them spent waiting for data."""
         means = {name: total / self._steps for name, total in self._sums.items()}
         passed = time.perf_counter() - self._started
         return means, passed / self._steps, self._waited / passed
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: on the GPU what torch allocated, on the CPU this process's resident set."""
+    """Returns the peak memory so far: allocated by torch on a GPU; resident set of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

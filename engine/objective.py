@@ -1,4 +1,4 @@
-"""From a batch of clips to a loss: the one place that knows codec, diffusion and network together.
+"""From a batch of clips to a loss: the one place that joins codec, diffusion and network.
 
 Letters: B clips, F frames, I images, C latent channels, H W pixels, h w latent pixels.
 """
@@ -33,7 +33,7 @@ class Precision(NamedTuple):
 
     Attributes:
         dtype: of weights, latents, noise and loss.
-        autocast: what the network computes in; None: `dtype`.
+        autocast: dtype that the network computes in; None: `dtype`.
     """
 
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class Draws:
     label_uniform: Tensor  # (B, 1+I) in [0, 1): label dropout
     noise: Tensor  # (B, F+I, C, h, w)
     codec_noise: Tensor | None  # like noise: the codec's posterior sample
-    given: Tensor | None = None  # (B, F) bool: frames that are known, if any ever are
+    given: Tensor | None = None  # (B, F) bool: given frames, if there ever are any
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class StepLoss:
 
 
 def sample_generator(seed: int, position: int, device: torch.device) -> torch.Generator:
-    """The generator of the sample at `position`: same draws on every rank, after every resume."""
+    """Returns the generator of the sample at `position`: same draws on every rank, after every resume."""
     state = np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
@@ -74,7 +74,8 @@ class Objective:
     """`objective(model, batch) -> StepLoss`.
 
     Args:
-        codec: video (B, F+I, 3, H, W) to latents (B, F+I, C, h, w); or a stored one, whose posteriors the batch holds.
+        codec: video (B, F+I, 3, H, W) to latents (B, F+I, C, h, w); or a stand-in for cached
+            posteriors, which come in the batch.
         conditions: of the batch's labels.
         num_images: I, trailing frames that are single images (joint image-video training).
         precision: dtype of latents, noise and loss, and of the network's autocast.
@@ -116,7 +117,7 @@ class Objective:
         return self.loss(model, latents, condition, draws)
 
     def posterior(self, batch: Mapping[str, Tensor]) -> Posterior:
-        """What the encoder says of the video (B, F+I, 3, H, W), or said before: latents (B, F+I, P, C, h, w)."""
+        """Returns the posterior of a video (B, F+I, 3, H, W), or of cached latents (B, F+I, P, C, h, w)."""
         if isinstance(self.codec, LatentCodec):
             return self.codec.posterior(batch["video"].to(self.device, non_blocking=True))
         mean, *std = batch["latents"].to(self.device, non_blocking=True).unbind(2)
@@ -157,7 +158,7 @@ class Objective:
         return terms.without(given)
 
     def draw(self, positions: list[int], latent_shape: torch.Size, num_labels: int) -> Draws:
-        """All random numbers of the samples at `positions`, each from its own generator, in a fixed order."""
+        """Draws all random numbers of the samples at `positions`, each from its own generator, in a fixed order."""
         rows = []
         num_uniforms = self.num_given_uniforms(latent_shape[1] - self.num_images)
         for position in positions:
@@ -181,15 +182,15 @@ class Objective:
         )
 
     def num_given_uniforms(self, num_frames: int) -> int:
-        """Random numbers that `given_frames` needs for a clip; 0 where no frame is ever given."""
+        """Returns the number of random numbers that `given_frames` needs for a clip; 0 if no frame is ever given."""
         return self.given.num_uniforms(num_frames, self.tubelet_size)
 
     def given_frames(self, uniform: Tensor) -> Tensor | None:
-        """`uniform` (B, `num_given_uniforms`) in [0, 1) -> the given frames (B, F), or None where none ever is."""
+        """Returns the given frames (B, F) for `uniform` (B, `num_given_uniforms`) in [0, 1); None if none ever is."""
         return self.given.draw(uniform, self.tubelet_size) if uniform.shape[1] else None
 
     def parts(self, terms: LossTerms) -> dict[str, Tensor]:
-        """Means to log: loss, mse, vb, and video and image frames apart in joint training."""
+        """Returns means to log: loss, mse, vb; in joint training also the losses of video and image frames."""
         parts = {"loss": terms.loss, "mse": terms.mse, "vb": terms.vb}
         if self.num_images:
             per_frame = terms.per_frame()  # (B, F+I)

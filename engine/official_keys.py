@@ -58,14 +58,14 @@ RENAMED: dict[str, str] = {
 
 # official key -> why there is no such key here
 DROPPED: dict[str, str] = {
-    "resume_from_checkpoint": "train.resume=auto continues runs by itself; official files hold no optimiser.",
+    "resume_from_checkpoint": "train.resume=auto continues runs by itself; official files hold no optimizer state.",
     "extras": "model.num_classes alone says it: 0 is unconditional, more is class-conditional.",
     "fixed_spatial": "it froze every parameter there (nothing was left to train).",
     "attention_bias": "the attention projections always have their bias, as in the released weights.",
     "attention_mode": "train.attention names the kernel; all compute the same (docs/attention.md).",
-    "enable_xformers_memory_efficient_attention": "attention takes PyTorch's fused kernels (docs/attention.md).",
+    "enable_xformers_memory_efficient_attention": "attention uses PyTorch's fused kernels (docs/attention.md).",
     "frame_data_path": "joint training draws its images from the videos themselves (data.num_images).",
-    "sequence_parallel_size": "a clip is never cut over GPUs; train.parallel=fsdp spreads the weights.",
+    "sequence_parallel_size": "a clip is never split over GPUs; train.parallel=fsdp spreads the weights.",
     "save_ceph": "no program read it; checkpoints go to train.output_dir.",
     "load_from_ceph": "data is read from data.path.",
     "negative_name": "the null label is the model's own.",

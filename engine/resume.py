@@ -1,11 +1,11 @@
-"""The start of a run: its newest checkpoint, or initial weights.
+"""Starts a run from its newest checkpoint, or from initial weights.
 
 Only the same experiment may continue a checkpoint, unless the command line says otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ STATE_KEYS = ("ema_updates", "guard", "global_batch_size", "world_size", "data_d
 
 
 class Rules(NamedTuple):
-    """What a continuation may accept.
+    """Differences that a continuation accepts.
 
     Attributes:
         override: keys whose change since the checkpoint is accepted.
@@ -123,7 +123,7 @@ def resume(run: Run, state: TrainState, folder: Path, rules: Rules) -> list[str]
 def find_differences(
     folder: Path, saved: ckpt.Checkpoint, config: Config, facts: Mapping[str, Any], class_names: Sequence[str]
 ) -> list[str]:
-    """Returns lines `key: old -> new` for everything in which checkpoint `folder` is of another experiment.
+    """Returns lines `key: old -> new` for every difference between checkpoint `folder` and this experiment.
 
     Args:
         facts: what the run now has of the state's `global_batch_size`, `data_digest` and, with adapters, `lora_base`.
@@ -132,12 +132,31 @@ def find_differences(
     lacking = [key for key in STATE_KEYS if key not in saved.state]
     require(not lacking, f"{folder / 'state.json'} lacks {', '.join(lacking)}; it cannot be continued.")
     before = ckpt.load_checkpoint_config(folder)
-    changes = ckpt.config_changes(before, config, FREE_ON_RESUME) if before else []
+    changes = config_changes(before, config, FREE_ON_RESUME) if before else []
     changes += [f"{key}: {saved.state.get(key)} -> {now}" for key, now in facts.items() if saved.state.get(key) != now]
     gone, new = set(saved.state["class_names"]) - set(class_names), set(class_names) - set(saved.state["class_names"])
     if gone or new:  # another folder would move the labels of those after it
         changes.append(f"class_names: {sorted(gone)} -> {sorted(new)}")
     return changes
+
+
+def config_changes(old: Config, new: Config, free: Iterable[str]) -> list[str]:
+    """Returns lines `key: old -> new` for every key that differs, except those with a prefix in `free`."""
+    before, after = _flat(old.to_dict()), _flat(new.to_dict())
+    allowed = tuple(free)
+    return [
+        f"{key}: {before.get(key)} -> {after[key]}"
+        for key in after
+        if before.get(key) != after[key] and not key.startswith(allowed)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of a nested dict by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
 
 
 def check_differences(folder: Path, differences: Sequence[str], override: Collection[str]) -> list[str]:
@@ -146,7 +165,7 @@ def check_differences(folder: Path, differences: Sequence[str], override: Collec
     require(
         not refused,
         f"cannot continue {folder}, this is another experiment: {'; '.join(refused)}. Restore these, name them "
-        "with --override, or start anew with another train.output_dir (train.init_from takes weights only).",
+        "with --override, or start a new run with another train.output_dir (train.init_from takes weights only).",
     )
     return [f"warning: accepted by --override: {change}" for change in differences]
 

@@ -1,4 +1,4 @@
-"""The run around a training: processes, data, folder, log, signals, checkpoints. Callbacks and resume receive it."""
+"""A run: processes, data, folder, log, signals and checkpoints of a training. Callbacks and resume receive it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .config import Config
 from .distributed import World, broadcast_object, gather_objects, mean_over_ranks, on_main
 from .errors import CheckpointNotWritten, TrainingAborted
 from .garbage import CollectOnRequest
+from .in_flight import InFlight
 from .logging import Logger, NullLogger, RunLogger
 from .meter import Meter, peak_memory_gib
-from .pending import InFlight
 from .run_folder import COMPLETED, PREEMPTED, RunFolder
 from .signals import StopSignals
 from .state import TrainState
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint records of the run and its data."""
+        """Facts of the run and its data that a checkpoint records."""
         return {
             "global_batch_size": self.global_batch_size,
             "world_size": self.world.size,

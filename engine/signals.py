@@ -53,7 +53,7 @@ class StopSignals:
 
 
 @contextlib.contextmanager
-def blocked_in_children() -> Iterator[None]:
+def block_in_children() -> Iterator[None]:
     """Starts child processes with the stop signals blocked for good; this process receives them afterwards.
 
     torchrun and schedulers signal whole process groups. A blocked mask survives exec and fork, while an ignored

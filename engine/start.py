@@ -14,7 +14,7 @@ from .state import TrainState
 
 
 def check_labels(config: Config, clips: ClipDataset) -> None:
-    """A network with classes needs clips with classes, and none beyond its last."""
+    """Raises ValueError unless the clips of a class-conditional network have classes, and none beyond its last."""
     classes = config.model.num_classes
     if not classes:
         return
@@ -33,7 +33,7 @@ def check_labels(config: Config, clips: ClipDataset) -> None:
 
 
 def check_number(config: Config, clips: ClipDataset, world_size: int) -> None:
-    """A step never holds a clip twice."""
+    """Raises ValueError if there are fewer clips than one global batch, which must not hold a clip twice."""
     train = config.train
     global_batch_size = train.batch_size * train.grad_accum_steps * world_size
     require(
@@ -64,7 +64,7 @@ def check_ranks_agree_on_config(config: Config, **flags: object) -> None:
 
 
 def check_ranks_agree(config: Config, clips: ClipDataset) -> None:
-    """Every rank must see the same data, or they would wait for each other for ever. Collective."""
+    """Raises ValueError, on every rank, unless all ranks see the same data. Collective."""
     seen = gather_objects((len(clips), clips.digest))
     for rank, (length, digest) in enumerate(seen):
         require(
@@ -75,7 +75,7 @@ def check_ranks_agree(config: Config, clips: ClipDataset) -> None:
 
 
 def describe(run: Run, state: TrainState) -> list[str]:
-    """Returns the first lines of the log: little room for checkpoints, the run, its data."""
+    """Returns the first lines of the log: a warning if disk space is short, the run, its data."""
     config, rank = run.config, run.config.lora.rank
     adapters = f" in adapters of rank {rank}" if rank else ""
     lines = [

@@ -17,7 +17,7 @@ from models.lora import lora_weights
 from .build import PRECISIONS, build_model, put_adapters
 from .checkpoint import Checkpoint
 from .config import Config
-from .distributed import World, gather_objects, shard, shard_like, shards_like, whole
+from .distributed import World, gather_objects, gather_shards, shard, shard_like, shards_like
 from .ema import EMA
 from .guard import StepGuard
 from .optim import build_optimizer
@@ -64,9 +64,9 @@ class TrainState:
         return Checkpoint(
             step=self.step,
             samples_seen=self.samples_seen,
-            model=whole(self.trained_weights(self.model), copy=copy),
-            ema=whole(self.trained_weights(self.ema.model), copy=copy),
-            optim=whole(optim, copy=copy),  # with AdamW's step counts
+            model=gather_shards(self.trained_weights(self.model), copy=copy),
+            ema=gather_shards(self.trained_weights(self.ema.model), copy=copy),
+            optim=gather_shards(optim, copy=copy),  # with AdamW's step counts
             rng=rng,
             state={"ema_updates": self.ema.updates, "guard": self.guard.state_dict(), **facts, **base},
         )

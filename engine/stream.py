@@ -1,8 +1,8 @@
-"""Which clip is trained on when: a pure function of (seed, position), position = samples seen so far.
+"""The order of clips in training: a pure function of (seed, position), where position counts samples seen.
 
-There is no state to save beyond `samples_seen`. Position p is item p mod N of epoch p div N, in that
-epoch's own permutation, so every clip comes once per epoch, none is dropped at an epoch's end, and the
-number of workers or processes changes nothing.
+`samples_seen` is the only state to save. Position p is item p mod N of epoch p div N, in that epoch's own permutation,
+so every clip comes once per epoch, none is dropped at an epoch's end, and the number of workers or processes changes
+nothing.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datasets.clips import ClipDataset
 from datasets.readers import VideoError
 
-from .signals import LOADER_PARENT, blocked_in_children
+from .signals import LOADER_PARENT, block_in_children
 from .watch import prepare_worker
 
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The permutation of 0 .. length-1 of one epoch."""
+    """Returns the permutation of 0 .. length-1 of one epoch."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(length)
 
 
 def clip_at(position: int, length: int, seed: int) -> tuple[int, int]:
-    """(epoch, index) of the clip at `position` of the endless stream over `length` clips."""
+    """Returns (epoch, index) of the clip at `position` of the endless stream over `length` clips."""
     epoch, offset = divmod(position, length)
     return epoch, int(epoch_order(seed, epoch, length)[offset])
 
 
 class ClipStream(Dataset):
-    """The endless stream over a `ClipDataset`; items are asked for by position."""
+    """The endless stream over a `ClipDataset`, indexed by position."""
 
     def __init__(self, clips: ClipDataset, seed: int) -> None:
         self.clips = clips
@@ -57,16 +57,16 @@ class ClipStream(Dataset):
 
 
 def collate(items: list[dict[str, Any] | VideoError]) -> dict[str, torch.Tensor] | VideoError:
-    """A micro-batch; or the first error, as a value: torch would make a text of it on its way out of a worker."""
+    """Returns a micro-batch, or the first error as a value: if raised, torch would turn it into a text."""
     return next((item for item in items if isinstance(item, VideoError)), None) or default_collate(items)
 
 
-# the workers are the fork server's children, so no signal tells of their death: torch looks when a wait times out
+# Workers are children of the fork server, so their death raises no signal here: torch checks when a wait times out.
 POLL_S = 5.0
 
 
 class PositionBatches:
-    """Positions of each micro-batch of one rank, from `samples_seen` on, without end.
+    """Yields the positions of each micro-batch of one rank, from `samples_seen` on, without end.
 
     Of a global batch of G = batch_size x world_size x grad_accum_steps positions, micro-step j of rank r
     takes the block j * world_size + r: more ranks or more micro-steps of the same G see the same clips.
@@ -87,10 +87,10 @@ class PositionBatches:
 def load_micro_batches(
     stream: ClipStream, batches: PositionBatches, num_workers: int, pin_memory: bool, timeout_s: float
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches {"video", "labels", "index", "position", "replaced"} without end.
+    """Yields micro-batches {"video", "labels", "index", "position", "replaced"} without end.
 
-    Raises: VideoError where a clip ends the run (see ClipDataset).
-    RuntimeError, torch's own, when a worker has died or has given nothing for `timeout_s`.
+    Raises: VideoError if a clip ends the run (see ClipDataset); RuntimeError, torch's own, when a worker has died or
+        has returned nothing for `timeout_s`.
     """
     loader = worker_loader(stream, num_workers, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)
     for batch in loaded_items(loader, timeout_s):
@@ -119,7 +119,7 @@ class WorkerContext(ForkServerContext):
 
 
 def worker_loader(dataset: Dataset, num_workers: int, prefetch_factor: int = 4, **settings: Any) -> DataLoader:
-    """A DataLoader whose workers end with this process, and whose death `loaded_items` notices."""
+    """Returns a DataLoader whose workers end with this process, and whose death `loaded_items` detects."""
     return DataLoader(
         dataset,
         num_workers=num_workers,
@@ -134,11 +134,11 @@ def worker_loader(dataset: Dataset, num_workers: int, prefetch_factor: int = 4, 
 
 
 def loaded_items(loader: DataLoader, timeout_s: float) -> Iterator[Any]:
-    """What `loader` gives; RuntimeError in torch's words when a worker died or gave nothing for `timeout_s`."""
+    """Yields the items of `loader`; RuntimeError of torch if a worker died or returned nothing for `timeout_s`."""
     loader.timeout = min(loader.timeout, timeout_s)
     multiprocessing.set_forkserver_preload(["engine.loader_server"])
     os.environ[LOADER_PARENT] = str(os.getpid())
-    with blocked_in_children():
+    with block_in_children():
         loaded = iter(loader)
     while True:
         deadline = time.monotonic() + timeout_s
@@ -151,6 +151,6 @@ def loaded_items(loader: DataLoader, timeout_s: float) -> Iterator[Any]:
             except RuntimeError as error:
                 if "timed out" not in str(error):
                     raise
-                if time.monotonic() + loader.timeout > deadline:  # torch names its own, by which it was asked in turns
+                if time.monotonic() + loader.timeout > deadline:  # torch names its own, shorter timeout
                     raise RuntimeError(f"DataLoader timed out after {timeout_s:g} seconds") from error
         yield item

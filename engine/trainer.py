@@ -23,12 +23,12 @@ from .callbacks import Callback, Callbacks
 from .checkpoint import Checkpoint
 from .conditions import build_conditions
 from .config import Config
-from .distributed import World, broadcast_object, data_parallel, gradient_sync, local, replicated, set_timeout
+from .distributed import World, broadcast_object, data_parallel, local_shard, reduce_shards, set_timeout, sync_gradients
 from .guard import check_replicas
+from .in_flight import Findings, InFlight
 from .memory import check_training_fits
 from .objective import StepLoss
 from .optim import clip_gradients, gradient_norm, learning_rate_at, step_unless
-from .pending import Findings, InFlight
 from .run import MicroBatches, Run
 from .state import build_state
 from .validation import Validation
@@ -183,13 +183,13 @@ class Trainer:
         parts: dict[str, Tensor] = {}
         losses = []
         for index, batch in enumerate(micro_batches):
-            with gradient_sync(self.parallel_model, last=index + 1 == count):
+            with sync_gradients(self.parallel_model, last=index + 1 == count):
                 result = self.objective(self.parallel_model, batch)
                 (result.loss / count).backward()
             losses.append(replace(result, loss=result.loss.detach()))
             for name, value in result.parts.items():
                 parts[name] = parts.get(name, 0.0) + value / count
-        parts["grad_norm"] = replicated(gradient_norm(self.state.model.parameters())).detach()
+        parts["grad_norm"] = reduce_shards(gradient_norm(self.state.model.parameters())).detach()
         replaced = torch.cat([batch["replaced"] for batch in micro_batches]).float().mean()
         parts["replaced_share"] = torch.full_like(parts["loss"], float(replaced))
         return parts, losses
@@ -200,8 +200,8 @@ class Trainer:
         findings = Findings.gather(parts["loss"], norm, run.signals.received, run.writer.failure is not None)
         bounds = state.guard.bounds(state.step)
         skip, limit = bounds.judge(findings.bad > 0, findings.norm)
-        if bounds.clipping:
-            gradients = [local(p.grad) for p in state.model.parameters() if p.grad is not None]
+        if bounds.may_clip:
+            gradients = [local_shard(p.grad) for p in state.model.parameters() if p.grad is not None]
             clip_gradients(gradients, norm, limit)
         learning_rate = learning_rate_at(state.step, self.config.optim, self.config.train.max_steps)
         for group in state.optimizer.param_groups:
@@ -211,7 +211,7 @@ class Trainer:
             state.timestep_sampler.update(loss.timesteps, loss.per_clip, skip)
         return InFlight(findings, skip, bounds, losses, parts, run.batch_files)
 
-    # ---- what is due ---------------------------------------------------------------------------
+    # ---- logging, drift check, checkpoints -----------------------------------------------------
 
     def _is_due(self, step: int) -> bool:
         """Returns whether anything is due at `step`, for which the step must be counted first."""

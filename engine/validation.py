@@ -1,7 +1,7 @@
 """The loss on held-out clips, at fixed noise and timesteps, by part of the timesteps.
 
-Every clip is noised once in each of K equal parts (buckets) of the process, from data (0) to noise (1), whatever
-density the training draws its timesteps from. The average and the raw weights see the same.
+Every clip is noised once in each of K equal parts (buckets) of the process, from data (0) to noise (1), regardless of
+the density that training draws its timesteps from. EMA and raw weights see the same noise and timesteps.
 
 Letters: B is one clip's K noised copies; F frames, I images, C latent channels, h w latent pixels.
 """
@@ -24,17 +24,17 @@ from .objective import Objective, sample_generator
 from .run import Run
 from .state import TrainState
 
-FIRST_POSITION = 2**48  # beyond every position of a training, so that none has the same generator
+FIRST_POSITION = 2**48  # beyond every position of a training, so that no generator is used twice
 
 
 class Validation:
-    """The callback `val`: what it gives is a function of the weights, the clips and the seed alone.
+    """The callback `val`: its losses are a function of the weights, the clips and the seed alone.
 
-    One clip is one batch, so neither `train.batch_size` nor the number of ranks changes a bit of it (on the same
-    machine, with as many threads). Latents are made once, at the start, and kept by the rank that needs them.
+    One clip is one batch, so neither `train.batch_size` nor the number of ranks changes a bit of them (on the same
+    machine, with the same number of threads). Each rank encodes its clips once, at the start.
 
     Args:
-        clips: those that are trained on, whose classes the held-out ones must have.
+        clips: the training clips, whose classes the held-out ones must have.
     """
 
     kind = "val"
@@ -53,7 +53,7 @@ class Validation:
         digests = gather_objects(self.clips.digest)
         require(
             len(set(digests)) == 1,
-            "the ranks find different clips to validate on: every machine must hold the same files.",
+            "the ranks find different held-out clips: every machine must hold the same files.",
         )
         self.latents = distribute(run, len(self.indices), lambda number: self._encode(objective, number))
         return [
@@ -112,16 +112,16 @@ class Validation:
         return means | dict(zip(names, terms.loss.tolist(), strict=True))
 
     def timesteps(self, uniform: Tensor) -> Tensor:
-        """`uniform` (K,) in [0, 1), one for each bucket -> timesteps (K,) as the network is trained on."""
+        """Returns timesteps (K,) of the kind that the network is trained on, from `uniform` (K,), one per bucket."""
         share = (torch.arange(self.buckets) + uniform) / self.buckets
         times = share * self.config.diffusion.num_steps
         return times.float() if self.config.diffusion.prediction == "flow" else times.long()
 
     def _generator(self, number: int, purpose: int) -> torch.Generator:
-        """Of a clip's encoding (0) or noising (1); on the CPU, so that a GPU sees the same noise."""
+        """Returns the generator of a clip's encoding (0) or noising (1); on the CPU, for the same noise on a GPU."""
         return sample_generator(self.config.train.seed, FIRST_POSITION + 2 * self.indices[number] + purpose, CPU)
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` of the indices below `total` (all, where there are no more), evenly over them."""
+    """Returns `count` indices below `total`, evenly spaced; all, if there are no more."""
     return [place * total // count for place in range(count)] if count < total else list(range(total))

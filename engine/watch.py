@@ -1,4 +1,4 @@
-"""Seeing where a run is slow or stuck: what each loader worker reads, and every stack of a step that hangs."""
+"""Diagnosis of hangs and dead loader workers: the file that each worker reads, and stacks of a step that hangs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .signals import die_with_parent
 
 
 class Breadcrumbs:
-    """The file that each loader worker of this rank opened last, kept where a dead worker cannot take it along.
+    """Records the file that each loader worker of this rank opened last, where it survives the worker.
 
-    Called with a path in the worker, before it is opened.
+    A worker calls it with a path, before it opens the file.
     """
 
     def __init__(self, run: Path, rank: int) -> None:
@@ -28,7 +28,7 @@ class Breadcrumbs:
         self.folder = Path(tempfile.gettempdir()) / f"latte-{os.getuid()}-{name}-rank{rank}"
 
     def clear(self) -> None:
-        """Begin or end with none."""
+        """Deletes all records."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __call__(self, path: str) -> None:
@@ -36,16 +36,16 @@ class Breadcrumbs:
         (self.folder / str(os.getpid())).write_bytes(os.fsencode(path))
 
     def read(self, pids: list[int] | None = None) -> list[str]:
-        """What the workers of these process ids (all: None) read last."""
+        """Returns the files that the workers of these process ids (None: all) read last."""
         if not self.folder.is_dir():
             return []
         crumbs = {int(file.name): os.fsdecode(file.read_bytes()) for file in self.folder.iterdir()}
         return sorted({path for pid, path in crumbs.items() if pids is None or pid in pids})
 
     def explain(self, error: RuntimeError) -> str | None:
-        """A sentence on a loader worker that died or hung; None for any other error."""
+        """Returns a sentence on a loader worker that died or hung; None for any other error."""
         text = str(error)
-        if text.startswith("Caught "):  # an error in a worker that lives
+        if text.startswith("Caught "):  # an error in a worker that is alive
             return None
         if "DataLoader worker" not in text and "DataLoader timed out" not in text:
             return None
@@ -74,7 +74,7 @@ class HangWatch:
         self._file = file
 
     def tick(self) -> None:
-        """A step has ended: count anew."""
+        """Restarts the countdown, after a step."""
         if not self.seconds:
             return
         if self._stream is None:
@@ -83,7 +83,7 @@ class HangWatch:
         faulthandler.dump_traceback_later(self.seconds, file=self._stream)
 
     def stop(self) -> None:
-        """Watch no longer; an empty file is not left behind."""
+        """Ends the countdown, and deletes the file if it is empty."""
         if self._stream is None:
             return
         faulthandler.cancel_dump_traceback_later()

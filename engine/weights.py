@@ -1,4 +1,4 @@
-"""Network weights from files: of checkpoints and runs, to begin a training from, below adapters, and for exports."""
+"""Network weights from files: of checkpoints and runs, to start a training, as base of adapters, and for exports."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def _load_text(model: LatteT2V, source: str, config: Config) -> list[str]:
     ramp = config.train.temporal_ramp_steps
     require(
         ramp > 0 or not from_images,
-        f"train.init_from={source} is an image network, which knows no positions in time: let them in over a number of "
-        "steps, e.g. train.temporal_ramp_steps=1000.",
+        f"train.init_from={source} is an image network, which has no temporal positions: introduce them over a number "
+        "of steps, e.g. train.temporal_ramp_steps=1000.",
     )
     require(
         ramp == 0 or from_images,
@@ -164,14 +164,14 @@ def _merge_into_base(adapters: Mapping[str, Tensor], config: Config, digest: str
 
     Raises: CheckpointError where the base weights are missing, or are not those of the training.
     """
-    told = f"{folder} holds adapters on train.init_from={config.train.init_from}"
+    source = f"{folder} holds adapters on train.init_from={config.train.init_from}"
     model = build_model(config)
     try:
         found = load_base(model, config)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{told}, which cannot be loaded: {error}") from None
+        raise CheckpointError(f"{source}, which cannot be loaded: {error}") from None
     if found != digest:
-        raise CheckpointError(f"{told}, but those are other weights than in training: put the same back.")
+        raise CheckpointError(f"{source}, but those are other weights than in training: restore the original ones.")
     weights = dict(model.state_dict())
     Adapter.from_weights(dict(adapters), lambda rank: config.lora.scale, str(folder)).merge_into(weights)
     return weights

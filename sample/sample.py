@@ -130,7 +130,7 @@ def resolve(arguments: dict[str, Any]) -> Request:
     config = sampling_config(source, yaml, settings, overrides)
     if config.sample.num_videos > MAX_VIDEOS:
         raise ValueError(
-            f"--num_videos {config.sample.num_videos} is more than {MAX_VIDEOS}, which is all that file names have room "
+            f"--num_videos {config.sample.num_videos} is more than {MAX_VIDEOS}, all that file names have room "
             "for; sample more with another --seed into another folder."
         )
     trained = sampling_config(source, yaml, settings, [each for each in overrides if not each.startswith(SIZE_KEYS)])

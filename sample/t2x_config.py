@@ -13,23 +13,20 @@ from omegaconf.errors import OmegaConfBaseException
 from common.checks import require
 from diffusion.scheduled import SCHEDULERS
 from diffusion.windows import WINDOW_METHODS
-from engine.config import (
+from engine.config import read_yaml
+from engine.config.checks import (
     FINITE,
-    FRAME_LIMITS,
     NOT_NEGATIVE,
-    SAMPLE_PRECISIONS,
-    SEED,
     Limit,
     at_least,
-    check_frame_keys,
     check_limits,
     check_read_only_with,
-    one_line,
     one_of,
     optional,
-    read_yaml,
     within,
 )
+from engine.config.loading import one_line
+from engine.config.sections import FRAME_LIMITS, SAMPLE_PRECISIONS, SEED, check_frame_keys
 from models.quantize import QUANTIZERS
 from sample.captions import read_prompts
 from sample.sample import MAX_VIDEOS

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.config import load_config
-from engine.distributed import World, local
+from engine.distributed import World, local_shard
 from engine.trainer import Trainer
 from tests.fault_support import fit_rank, rows, run, run_ranks
 
@@ -77,7 +77,9 @@ def test_checkpoints_interchange(tiny: list[str], tmp_path: Path) -> None:
 def shard_sizes(world: World, overrides: list[str]) -> list[tuple[int, int, int]]:
     """Elements that this rank holds of (weights, average, all)."""
     trainer = Trainer(load_config(None, overrides), world)
-    held = [sum(local(p).numel() for p in net.parameters()) for net in (trainer.state.model, trainer.state.ema.model)]
+    held = [
+        sum(local_shard(p).numel() for p in net.parameters()) for net in (trainer.state.model, trainer.state.ema.model)
+    ]
     return [(*held, sum(p.numel() for p in trainer.state.model.parameters()))]
 
 

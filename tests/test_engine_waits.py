@@ -24,8 +24,8 @@ from engine.config import load_config
 from engine.distributed import World
 from engine.errors import TrainingAborted
 from engine.garbage import CollectOnRequest
+from engine.in_flight import InFlight
 from engine.optim import clip_gradients
-from engine.pending import InFlight
 from engine.trainer import Trainer
 from tests.fault_support import armed, rows, run
 from tests.latent_support import cache, save_codec

@@ -475,7 +475,7 @@ def test_H5_timeouts_that_overflow(key: str, tmp_path: Path) -> None:
 )
 def test_H5_parameters_are_those_of_the_whole_network(keys: list[str]) -> None:
     config = load_config(None, [*CUSTOM, *keys])
-    assert memory.parameters_of(config) == count_parameters(build_model(config, "meta"))
+    assert memory.estimate_parameters(config) == count_parameters(build_model(config, "meta"))
 
 
 @pytest.mark.parametrize(
@@ -492,7 +492,7 @@ def test_H5_what_does_not_fit_is_told_before_it_is_allocated(
     monkeypatch: pytest.MonkeyPatch, keys: list[str], named: str
 ) -> None:
     """On a machine of 1 GiB, before any tensor with numbers in it is made."""
-    monkeypatch.setattr(memory, "memory_of", lambda device: 2**30)
+    monkeypatch.setattr(memory, "find_memory", lambda device: 2**30)
     config = load_config(None, [*CUSTOM, *keys])
     before = time.monotonic()
     with pytest.raises(
@@ -508,7 +508,7 @@ def test_H5_training_takes_more_than_the_network(monkeypatch: pytest.MonkeyPatch
     parameters, width, tokens = 673_681_568, 1152, 16 * 16 * 16
     need = 20 * parameters + 12 * width * (16 * 16 + 16) + 2 * 5 * 28 * width * tokens
     for size, fits in ((need, True), (need - 1, False)):
-        monkeypatch.setattr(memory, "memory_of", lambda device, size=size: size)
+        monkeypatch.setattr(memory, "find_memory", lambda device, size=size: size)
         if fits:
             memory.check_training_fits(config, "cuda:0")
             continue
@@ -524,12 +524,12 @@ def test_H5_training_takes_more_than_the_network(monkeypatch: pytest.MonkeyPatch
 def test_H5_memory_is_that_of_the_machine_or_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     psutil = pytest.importorskip("psutil")
     monkeypatch.setattr(memory, "LIMIT_FILES", ("/nowhere",))
-    whole = memory.memory_of(torch.device("cpu"))
+    whole = memory.find_memory(torch.device("cpu"))
     assert whole == pytest.approx(psutil.virtual_memory().total, rel=1e-3)
     for text, size in (("max", whole), (str(2**20), 2**20), (str(2**63), whole)):
         (tmp_path / "limit").write_text(text)
         monkeypatch.setattr(memory, "LIMIT_FILES", ("/nowhere", str(tmp_path / "limit")))
-        assert memory.memory_of(torch.device("cpu")) == size
+        assert memory.find_memory(torch.device("cpu")) == size
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ class Rule(NamedTuple):
     sentence: str
 
 
-SIZES = (
+RULES: tuple[Rule, ...] = (
+    # sizes
     Rule(
         lambda c: c.data.image_size % c.pixels_per_token != 0,
         "data.image_size={c.data.image_size} must be a multiple of {c.pixels_per_token} "
@@ -98,8 +99,7 @@ SIZES = (
         lambda c: c.data.num_frames % c.model.frames_per_token != 0,
         "data.num_frames={c.data.num_frames} must be a multiple of model.tubelet_size={c.model.frames_per_token}.",
     ),
-)
-DIFFUSION = (
+    # diffusion
     Rule(
         lambda c: c.is_flow and c.model.learn_sigma,
         "diffusion.prediction=flow has no variance to learn: set model.learn_sigma=false.",
@@ -109,8 +109,7 @@ DIFFUSION = (
         "diffusion.fixed_variance is read only for networks without a learned variance: set model.learn_sigma=false, "
         "or leave it out.",
     ),
-)
-SAMPLING = (
+    # sampling
     Rule(
         lambda c: bool(c.sample.labels) and not c.is_conditional,
         "sample.labels: this network is unconditional (model.num_classes is 0): leave labels out.",
@@ -143,8 +142,7 @@ SAMPLING = (
         "model.num_classes and a model.label_dropout (of a text network, text.caption_dropout) above 0, or "
         "sample.guidance_scale=1.",
     ),
-)
-TEXT = (
+    # text networks
     Rule(
         lambda c: not c.model.is_text and c.data.name in CAPTIONED,
         "data.name={c.data.name} has captions, which model.name={c.model.name} does not read: set "
@@ -174,8 +172,7 @@ TEXT = (
         "train.temporal_ramp_steps={c.train.temporal_ramp_steps} is for a network that starts from an image network: "
         "name that with train.init_from, or set it to 0.",
     ),
-)
-LORA = (
+    # adapters
     Rule(
         lambda c: c.lora.rank > 0 and c.train.init_from is None,
         "lora.rank={c.lora.rank} trains adapters on given base weights: name these with train.init_from.",
@@ -189,8 +186,7 @@ LORA = (
         "train.temporal_ramp_steps={c.train.temporal_ramp_steps} is for a network that starts from an image network, "
         "which must train its temporal layers in full: leave lora.rank out.",
     ),
-)
-MONITOR = (
+    # monitoring
     *(
         Rule(
             lambda c, key=key: getattr(c.monitor, key) > 0 and not c.has_held_out,  # type: ignore[misc]
@@ -227,4 +223,3 @@ MONITOR = (
         for key in ("sample_every", "metric_every")
     ),
 )
-RULES: tuple[Rule, ...] = (*SIZES, *DIFFUSION, *SAMPLING, *TEXT, *LORA, *MONITOR)

@@ -1,7 +1,7 @@
-"""A step that was handed to the device, and what the host will have to know of it.
+"""A step in flight: queued on the device, its numbers not yet read by the host.
 
-A step is a queue of kernels: the host that asks the device for a number waits until all of them have run, and the
-device then idles until there is a new queue. So the numbers of a step are sent to the host as soon as they are made,
+A step is a queue of kernels: if the host asks the device for a number, it waits until all of them have run, and the
+device then idles until new ones are queued. So the numbers of a step are sent to the host as soon as they are computed,
 and read only when the next step has been queued behind it.
 """
 
@@ -27,14 +27,14 @@ class Sent:
             self._arrived.record()
 
     def read(self) -> list[float]:
-        """The numbers; waits for them, and for nothing that was queued after them."""
+        """Returns the numbers; waits for them, and for nothing that was queued after them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()
 
 
 class Findings(NamedTuple):
-    """What all ranks found in one step: scalars, float64."""
+    """Facts of one step over all ranks: float64 scalars on the device."""
 
     bad: Tensor  # whether a loss or a gradient is not finite
     norm: Tensor  # of the gradient; 0 where it is NaN
@@ -43,15 +43,15 @@ class Findings(NamedTuple):
 
     @classmethod
     def gather(cls, loss: Tensor, norm: Tensor, signal: int, failed: bool) -> Findings:
-        """The maxima over all ranks of what each knows: one collective, and no wait."""
+        """Returns the maxima over all ranks: one collective, without waiting for the device."""
         bad = ~(loss.isfinite() & norm.isfinite())
         own = [bad.double(), norm.double().nan_to_num(0.0)]
-        own += [torch.full_like(own[0], float(value)) for value in (signal, failed)]  # a kernel each, and no copy
+        own += [torch.full_like(own[0], float(value)) for value in (signal, failed)]  # no copy from the host
         return cls(*max_over_ranks(torch.stack(own)).unbind())
 
 
 class Outcome(NamedTuple):
-    """The same as the host reads it, with what became of the step."""
+    """The same facts on the host, and whether the step was skipped."""
 
     skipped: bool
     finite: bool
@@ -65,8 +65,8 @@ class InFlight:
 
     Args:
         findings: of all ranks.
-        skip: scalar on the device: whether the update was left out.
-        bounds: what the gradient was held against.
+        skip: scalar on the device: whether the update was skipped.
+        bounds: that the gradient was judged by.
         losses: of the micro-batches.
         parts: scalars on the device, for the log.
         files: the clips of this rank.
@@ -88,6 +88,6 @@ class InFlight:
         self._sent = Sent(torch.stack([skip.double(), *findings]))
 
     def outcome(self) -> Outcome:
-        """What became of it; waits until the device has decided."""
+        """Returns the outcome of the step; waits until the device has decided."""
         skipped, bad, norm, signal, failed = self._sent.read()
         return Outcome(bool(skipped), not bad, norm, int(signal), bool(failed))
