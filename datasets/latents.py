@@ -12,7 +12,6 @@ h w latent pixels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import shards
 from .catalog import Clip
 from .readers import VideoError
-from .shards import DTYPES, CacheError, map_shard, shard_file
+from .shards import DTYPES, INDEX, CacheError, map_shard, shard_file
 
 FORMAT = "latte-latents-1"
 TENSOR = "latents"  # what a shard's tensor is called
-INDEX = "index.json"
 
 
 class Run(NamedTuple):
@@ -191,19 +190,5 @@ class LatentCache:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The index of a finished cache. FileNotFoundError, ValueError where there is none that this version reads."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"data.latents: there is no folder '{path}'; tools.cache_latents makes one")
-    try:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        kind = index["format"]
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"data.latents: '{path}' is no finished cache, it has no {INDEX}; run tools.cache_latents, again if it "
-            "was interrupted"
-        ) from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError(f"data.latents: {path / INDEX} cannot be read; make the cache anew") from None
-    if kind != FORMAT:
-        raise ValueError(f"data.latents: {path} is of format {kind!r}; this version reads {FORMAT!r}")
-    return dict(index)
+    """Returns the index of a finished cache. Raises: FileNotFoundError, ValueError where there is none to read."""
+    return shards.read_index(path, FORMAT, "data.latents", "tools.cache_latents")

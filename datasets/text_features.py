@@ -11,7 +11,6 @@ Letters: N words of a shard, n of a caption, D width of the features.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.storage import find_changes
+
+from . import shards
 from .shards import DTYPES, CacheError, map_shard, shard_file
 
 FORMAT = "latte-text-1"
-INDEX = "index.json"
 TABLE = "captions.safetensors"
 TENSOR = "features"  # what a shard's tensor is called
 
@@ -89,12 +90,10 @@ class TextCache:
 
     def check(self, identity: Mapping[str, Any], captions: Sequence[str]) -> None:
         """ValueError unless it holds all of `captions`, made as `identity` says."""
-        differing = [
-            f"{key} {self.identity.get(key)} -> {now}" for key, now in identity.items() if self.identity.get(key) != now
-        ]
-        if differing:
+        changes = find_changes(self.identity, identity, list(identity))
+        if changes:
             raise ValueError(
-                f"text.features: {self.path} was made with other settings ({', '.join(differing)}); make a cache "
+                f"text.features: {self.path} was made with other settings ({', '.join(changes)}); make a cache "
                 "with this configuration"
             )
         absent = [caption for caption in captions if caption_key(caption) not in self.places]
@@ -110,19 +109,5 @@ class TextCache:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The index of a finished cache. FileNotFoundError, ValueError where there is none that this version reads."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"text.features: there is no folder '{path}'; tools.cache_text makes one")
-    try:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        kind = index["format"]
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"text.features: '{path}' is no finished cache, it has no {INDEX}; run tools.cache_text, again if it was "
-            "interrupted"
-        ) from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError(f"text.features: {path / INDEX} cannot be read; make the cache anew") from None
-    if kind != FORMAT:
-        raise ValueError(f"text.features: {path} is of format {kind!r}; this version reads {FORMAT!r}")
-    return dict(index)
+    """Returns the index of a finished cache. Raises: FileNotFoundError, ValueError where there is none to read."""
+    return shards.read_index(path, FORMAT, "text.features", "tools.cache_text")
