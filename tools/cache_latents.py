@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 -m tools.cache_latents --config ... --out ...
     torchrun --nproc_per_node=8 train.py --config ... data.latents=/data/ffs_latents
 
-Run the same command again after any interruption: finished shards are kept. docs/latents.md describes the format and the
-settings that may change between caching and training.
+Run the same command again after any interruption: finished shards are kept. docs/latents.md describes the format and
+the settings that may change between caching and training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         "--dtype",
         choices=FORMATS,
         default=FORMATS[0],
-        help="number format; fp16 and bf16 take half the space, and their rounding error is printed at the end (%(default)s)",
+        help="number format; fp16 and bf16 take half the space; their rounding error is printed (%(default)s)",
     )
     parser.add_argument(
         "--shard_mb",

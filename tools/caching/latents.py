@@ -5,30 +5,26 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.console import gigabytes
 from common.storage import free_bytes
-from datasets import Clip, VideoError, build_dataset
-from datasets.catalog import digest_of
-from datasets.clips import Pixels, reason_of
+from datasets import VideoError
+from datasets.clips import reason_of
 from datasets.latents import FORMAT, TENSOR, LatentCache, Run, StoredClip, read_index
-from datasets.readers import Reader
 from datasets.shards import DTYPES
 from engine.config import Config
 from engine.distributed import World, broadcast_object, gather_objects, on_main
-from engine.errors import TrainingAborted
-from engine.stream import loaded_items, worker_loader
 from engine.watch import Breadcrumbs
 from models.autoencoder import LatentCodec
-from models.codec_identity import codec_identity
 
+from .job import Job, load_items, make_job
 from .writer import CacheWriter, write_cache
 
 PIECE_BYTES = 2**26  # size of the decoded frames that a loader worker hands over at a time
@@ -43,62 +39,6 @@ def cache_latents(config: Config, out: Path, dtype: str, shard_bytes: int, world
     codec = LatentCodec.from_config(config.codec, world.device)
     job = make_job(config, codec, dtype, Breadcrumbs(out, world.rank))
     write_cache(out, Latents(job, codec, shard_bytes), world)
-
-
-@dataclass(frozen=True)
-class Job:
-    """The clips to cache and their settings, the same on every rank.
-
-    identity: settings that the latents depend on; a cache is only continued with the same ones.
-    """
-
-    clips: list[Clip]
-    listed: int  # number of images of data.frame_list, at the end of `clips`
-    source: Pixels
-    identity: dict[str, Any]
-    workers: int
-    strict: bool
-    crumbs: Breadcrumbs
-
-    def open(self, clip: Clip) -> Reader:
-        """Returns the reader of a clip; notes the path first, in case the file kills the loader process."""
-        if self.workers:
-            self.crumbs(clip.path)
-        return self.source.open(clip)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape (V, P, C, h, w) of one frame."""
-        return tuple(self.identity["shape"])
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one frame."""
-        return math.prod(self.shape) * DTYPES[self.identity["dtype"]].torch.itemsize
-
-
-def make_job(config: Config, codec: LatentCodec, dtype: str, crumbs: Breadcrumbs) -> Job:
-    """Returns the clips that a window of any length may be drawn from, with the settings of their latents."""
-    if config.data.latents is not None:
-        raise ValueError("data.latents is what this makes: leave it out")
-    # all clips, held-out ones too, for windows of any length; with max_clips only the clips that the run uses
-    every = replace(config.data, num_frames=1, frame_interval=1, val_path=None, val_share=0.0, max_clips=None)
-    few = config.data.max_clips is not None and not config.data.val_share
-    dataset = build_dataset(config.data if few else every, seed=0)
-    source = cast(Pixels, dataset.source)
-    side = config.data.image_size // config.codec.downsample_factor
-    images = dataset.images or []
-    unique = list({clip.name: clip for clip in images}.values())
-    clips = [*{clip.name: clip for clip in dataset.catalog.clips}.values(), *unique]  # a clip may have many captions
-    identity = {
-        "format": FORMAT,
-        "codec": codec_identity(config.codec),
-        "settings": dataset.latent_settings,
-        "data": digest_of(clips, []),
-        "dtype": dtype,
-        "shape": [1 + dataset.flips, 1 + codec.stochastic, config.codec.latent_channels, side, side],
-    }
-    return Job(clips, len(unique), source, identity, config.data.num_workers, config.data.strict, crumbs)
 
 
 class Latents:
@@ -170,7 +110,7 @@ def measure_clips(writer: CacheWriter, job: Job) -> list[StoredClip]:
     rank, size = writer.world.rank, writer.world.size
     share, found = list(range(rank, len(job.clips), size)), []
     with writer.progress("measuring", "clip", len(share)) as bar:
-        for clip in load_items(Measured(job, share)):
+        for clip in load_items(Measured(job, share), job):
             found.append(clip)
             bar.update()
     shares = gather_objects(found)
@@ -276,9 +216,7 @@ def merge_runs(runs: Iterable[Run]) -> list[Run]:
 def cut_pieces(job: Job, plan: Sequence[StoredClip], number: int) -> list[tuple[int, range]]:
     """Returns the clips of a shard, cut into pieces of about PIECE_BYTES: (clip, range of its frames)."""
     side = job.source.config.image_size
-    size = max(
-        16, PIECE_BYTES // (job.shape[0] * 12 * side * side) // 16 * 16
-    )  # a multiple of 16, the default chunk size of codecs
+    size = max(16, PIECE_BYTES // (job.shape[0] * 12 * side * side) // 16 * 16)  # 16: the usual chunk size
     return [
         (place, range(first, min(first + size, clip.frames)))
         for place, clip in enumerate(plan)
@@ -287,36 +225,12 @@ def cut_pieces(job: Job, plan: Sequence[StoredClip], number: int) -> list[tuple[
     ]
 
 
-def load_items(items: Measured | Pieces) -> Iterator[Any]:
-    """Yields the items in order, loaded by worker processes.
-
-    Raises: TrainingAborted, naming the file, where a worker died.
-    """
-    job = items.job
-    job.crumbs.clear()
-    loader = worker_loader(items, job.workers, prefetch_factor=2, batch_size=None, collate_fn=keep_item)  # type: ignore[arg-type]
-    try:
-        yield from loaded_items(loader, timeout_s=math.inf)
-    except RuntimeError as error:
-        explained = job.crumbs.explain(error)
-        if explained is None:
-            raise
-        raise TrainingAborted(explained) from error
-    finally:
-        job.crumbs.clear()
-
-
-def keep_item(item: Any) -> Any:
-    """Returns the item as it is: replaces the conversion of torch's loader."""
-    return item
-
-
 def encode_shards(writer: CacheWriter, job: Job, plan: Sequence[StoredClip], codec: LatentCodec) -> None:
     """Writes this rank's share of the missing shards; collective."""
     frames = count_frames(plan)
     share = writer.assign_shards(len(frames))
     pieces = {number: cut_pieces(job, plan, number) for number in share}
-    stream = load_items(Pieces(job, plan, [piece for number in share for piece in pieces[number]]))
+    stream = load_items(Pieces(job, plan, [piece for number in share for piece in pieces[number]]), job)
     with writer.progress("encoding", "frame", sum(frames[number] for number in share)) as bar:
         for number in share:
             encoder = ShardEncoder(codec, job, plan, bar)
@@ -357,7 +271,7 @@ class ShardEncoder:
     def encode(self, frames: Tensor) -> Tensor:
         """(T, V, 3, H, W) -> (T, V, P, C, h, w), fp32; each view is encoded as a separate clip.
 
-        Chunks are filled up to full size, as in training, because kernels may sum in another order for other batch sizes.
+        Chunks are padded to full size, as in training: with other batch sizes kernels may sum in another order.
         """
         padding = -len(frames) % self.codec.config.chunk_size
         whole = torch.cat([frames, frames[-1:].expand(padding, *frames.shape[1:])])
