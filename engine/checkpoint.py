@@ -1,4 +1,4 @@
-"""Checkpoints: folders of safetensors and JSON, hashed, written aside and renamed into place. No pickle.
+"""Checkpoints: folders of safetensors and JSON, hashed, written under a temporary name and renamed. No pickle.
 
     step-0000012/
         model.safetensors   weights after the step; of a run with `lora.rank` the adapters alone
@@ -9,8 +9,8 @@
         config.yaml         the whole configuration
         manifest.json       sizes and SHA-256 of the above; written last
 
-`latest` beside them names the newest. `NAME.tmp-01234567` is being written or deleted, and is cleared at the next
-start; `NAME.damaged-01234567` gave way to an older one when a run was continued.
+`latest` names the newest of them. `NAME.tmp-01234567` is being written or deleted, and is cleared at the next
+start; `NAME.damaged-01234567` was replaced by an older one when a run was resumed.
 
 A folder with fewer of the weight files (an export) is the same format: see `engine.weights.export_weights`.
 """
@@ -52,7 +52,7 @@ UNFINISHED_NAME = re.compile(r"(step-\d{7,}|latest)\.tmp-[0-9a-f]{8}")  # see `_
 
 @dataclass
 class Checkpoint:
-    """What a training run needs to continue. Tensors are on the CPU."""
+    """The state that a training run continues from. Tensors are on the CPU."""
 
     step: int
     samples_seen: int
@@ -68,20 +68,20 @@ class CheckpointError(ValueError):
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """`root/step-0000012` for step 12."""
+    """Returns `root/step-0000012` for step 12."""
     return root / f"step-{step:07d}"
 
 
 def save_checkpoint(
     checkpoint: Checkpoint, config: Config, root: Path, keep_last: int = 2, keep_every: int = 0
 ) -> Path:
-    """Write `checkpoint` as `root/step-...`, verify it, point `root/latest` to it, prune older ones.
+    """Writes `checkpoint` as `root/step-...`, verify it, point `root/latest` to it, prune older ones.
 
     Nothing under the final name is ever incomplete: files are written and synced in a temporary folder
-    beside it, renamed, and read back before any older checkpoint goes.
+    next to it, renamed, and read back before any older checkpoint goes.
 
     Args:
-        keep_last: checkpoints kept beside those of `keep_every`; 0 keeps all.
+        keep_last: checkpoints kept in addition to those of `keep_every`; 0 keeps all.
         keep_every: checkpoints whose step is a multiple of it are never pruned; 0: none of them.
     """
     tensors = {name: getattr(checkpoint, name) for name in ("model", "ema", "optim", "rng")}
@@ -123,7 +123,7 @@ def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict
 
 
 def _aside(final: Path) -> Path:
-    """A name beside `final` for what is not yet, or no longer, whole; the next start deletes such."""
+    """Returns a temporary name next to `final`, which the next start deletes."""
     return final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
 
 
@@ -142,7 +142,7 @@ def _manifest(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Check every file of `folder` against its manifest.
+    """Checks every file of `folder` against its manifest.
 
     Raises:
         CheckpointError: naming the first file that is missing, cut or changed.
@@ -171,7 +171,7 @@ def verify(folder: Path) -> None:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Step folders under `root`, oldest first; foreign names and links are not ours."""
+    """Returns the step folders under `root`, oldest first, ignoring other names and links."""
     if not root.is_dir():
         return []
     found = [entry for entry in root.iterdir() if STEP_NAME.fullmatch(entry.name) and not entry.is_symlink()]
@@ -179,7 +179,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under `root` that verifies, and a sentence for each newer one that does not."""
+    """Returns the newest checkpoint under `root` that verifies, and a sentence for each newer one that does not."""
     complaints: list[str] = []
     for folder in reversed(list_checkpoints(root)):
         try:
@@ -191,7 +191,7 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest verified one of a run."""
+    """Returns the checkpoint folder at `path`: itself, or the newest verified one of a run."""
     if (path / ".metadata").exists():
         raise CheckpointError(
             f"{path} is a torch.distributed.checkpoint folder, which is not opened: its .metadata is a pickle and can "
@@ -214,7 +214,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify a training checkpoint, whole."""
+    """Reads and verifies a training checkpoint."""
     verify(folder)
     state = read_state(folder)
     tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in ("model", "ema", "optim", "rng")}
@@ -225,22 +225,22 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_checkpoint_config(path: str | Path) -> Config | None:
-    """The configuration that a checkpoint of ours holds; None for a single file (.pt), which holds none."""
+    """Returns the configuration in a checkpoint of ours; None for a single file (.pt), which has none."""
     if Path(path).is_file():
         return None
     return load_config(find_checkpoint(Path(path)) / "config.yaml", saved=True)
 
 
 def weights_file(folder: Path, weights: str) -> Path:
-    """Where a checkpoint folder holds its `ema` or `raw` weights."""
+    """Returns the file of the `ema` or `raw` weights in a checkpoint folder."""
     return folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
 
 
 def _prune(newest: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but `newest`, the `keep_last - 1` before it and every `keep_every`-th.
+    """Deletes all but `newest`, the `keep_last - 1` before it and every `keep_every`-th.
 
-    One that cannot be deleted is named and the rest go on. A folder is renamed first, so that a kill leaves no
-    half of it under its name.
+    One that cannot be deleted is named in a warning. A folder is renamed first, so that a kill leaves no partial
+    checkpoint under a final name.
     """
     if not keep_last:
         return
@@ -255,7 +255,7 @@ def _prune(newest: Path, keep_last: int, keep_every: int) -> None:
 
 
 def space_warning(root: Path, needed: int) -> str | None:
-    """A sentence if the file system of `root` has less than 1.1 x `needed` bytes free, or None."""
+    """Returns a sentence if the file system of `root` has less than 1.1 x `needed` bytes free, or None."""
     free = free_bytes(root)
     if free >= 1.1 * needed:
         return None
@@ -263,7 +263,7 @@ def space_warning(root: Path, needed: int) -> str | None:
 
 
 class CheckpointWriter:
-    """Rank 0's writer of a run's checkpoints, in the calling thread or (`asynchronous`) beside the training.
+    """Rank 0's writer of a run's checkpoints, in the calling thread or, with `train.async_checkpoint`, in parallel.
 
     A failed write is kept in `failure`, as a sentence, until the run asks for it; the last good checkpoint and
     `latest` stay as they are.
@@ -276,7 +276,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write `checkpoint`, whose tensors nobody changes any more; waits for the one before it."""
+        """Write `checkpoint`, whose tensors must not change any more; waits for the previous write."""
         self.wait()
         if not self.config.train.async_checkpoint:
             self._write(checkpoint)
@@ -285,7 +285,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written."""
+        """Waits until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -298,7 +298,7 @@ class CheckpointWriter:
             if warning:
                 log.warning(warning)
             save_checkpoint(checkpoint, self.config, self.root, train.keep_last, train.keep_every)
-        except CheckpointError as error:  # not for lack of room
+        except CheckpointError as error:  # not caused by a full disk
             self.failure = str(error)
         except Exception as error:  # safetensors and torch raise their own kinds on a full disk
             self.failure = (
@@ -307,7 +307,7 @@ class CheckpointWriter:
             )
 
     def _room(self, checkpoint: Checkpoint) -> str:
-        """Bytes needed and bytes free, in words."""
+        """Returns the needed and the free bytes as text."""
         try:
             free = gigabytes(free_bytes(self.root))
         except OSError as error:
@@ -326,14 +326,14 @@ def remove_unfinished(root: Path) -> list[str]:
 
 
 def set_damaged_aside(folder: Path) -> None:
-    """Rename the newer checkpoints that gave way to `folder`, so that they no longer count among those kept."""
+    """Renames checkpoints newer than `folder`, so that they no longer count among those kept."""
     folders = list_checkpoints(folder.parent)
     for damaged in folders[folders.index(folder) + 1 :]:
         damaged.rename(damaged.with_name(f"{damaged.name}.damaged-{uuid.uuid4().hex[:8]}"))
 
 
 def config_changes(old: Config, new: Config, free: Iterable[str]) -> list[str]:
-    """Lines `key: old -> new` for every key that differs, but for those that may (`free`, prefixes)."""
+    """Returns `key: old -> new` for every key that differs, except those that may (`free`, prefixes)."""
     before, after = _flat(old.to_dict()), _flat(new.to_dict())
     allowed = tuple(free)
     return find_changes(before, after, [key for key in after if not key.startswith(allowed)])
@@ -383,7 +383,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def content_sha256(module: nn.Module) -> str:
-    """The SHA-256 over names and values of a module's tensors: the same from whatever file they came."""
+    """Returns the SHA-256 over names and values of a module's tensors, independent of the file they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -98,7 +98,7 @@ def test_a_foreign_cache_is_refused(run: list[str], cache: Path, tmp_path: Path)
         (["text.max_length=20"], r"max_length: 24 -> 20"),
         (["text.clean_captions=true"], "clean_captions: False -> True"),
         (["text.dtype=bf16"], "dtype: fp32 -> bf16"),
-        (["sample.labels=[a comet]"], r"1 of 7 are not in it \('a comet' the first\)"),
+        (["sample.labels=[a comet]"], r"1 of 7 captions are missing \(first: 'a comet'\)"),
     ]:
         with pytest.raises(ValueError, match=sentence) as error:
             Trainer(with_cache(run, cache, *overrides), World())
@@ -107,7 +107,7 @@ def test_a_foreign_cache_is_refused(run: list[str], cache: Path, tmp_path: Path)
     Trainer(with_cache(run, cache, f"text.path={copy}"), World())  # the same files elsewhere
     clips = draw_captioned(tmp_path / "clips")
     write_captions(clips, {**CAPTIONS, "falls/clip0": "a plum falls"})
-    with pytest.raises(ValueError, match=r"is of other captions: 1 of 7 .*'a plum falls'"):
+    with pytest.raises(ValueError, match=r"was made with other captions: 1 of 7 .*'a plum falls'"):
         Trainer(with_cache(run, cache, f"data.path={clips}"), World())
     with pytest.raises(ValueError, match="holds another cache"):
         cache_text.cache_text(load_config(None, [*run, f"data.path={clips}"]), cache, World())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from datasets import Clip, build_dataset
-from datasets.catalog import digest_of
+from datasets.catalog import compute_digest
 from datasets.clips import Pixels
 from datasets.latents import FORMAT
 from datasets.readers import Reader
@@ -70,7 +70,7 @@ def make_job(config: Config, codec: LatentCodec, dtype: str, crumbs: Breadcrumbs
         "format": FORMAT,
         "codec": codec_identity(config.codec),
         "settings": dataset.latent_settings,
-        "data": digest_of(clips, []),
+        "data": compute_digest(clips, []),
         "dtype": dtype,
         "shape": [1 + dataset.flips, 1 + codec.stochastic, config.codec.latent_channels, side, side],
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 from common.console import gigabytes
 from common.storage import free_bytes
 from datasets import VideoError
-from datasets.clips import reason_of
+from datasets.clips import describe_failure
 from datasets.latents import FORMAT, TENSOR, LatentCache, Run, StoredClip, read_index
 from datasets.shards import DTYPES
 from engine.config import Config
@@ -86,7 +86,7 @@ class Measured:
         try:
             reader = self.job.open(clip)
         except VideoError as error:
-            return replace(stored, reason=reason_of(error, clip))
+            return replace(stored, reason=describe_failure(error, clip))
         return replace(stored, frames=len(reader), cut_off=reader.cut_off)
 
 
@@ -192,7 +192,7 @@ class Pieces:
         except VideoError as error:
             side = self.job.source.config.image_size
             nothing = torch.zeros(1, self.job.shape[0], 3, side, side)
-            return nothing, [Run(1, 0, 0, reason_of(error, self.job.clips[number]))]
+            return nothing, [Run(1, 0, 0, describe_failure(error, self.job.clips[number]))]
 
     def _read(self, number: int, indices: list[int]) -> tuple[Tensor, list[Run]]:
         clip = self.job.clips[number]

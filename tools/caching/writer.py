@@ -32,7 +32,7 @@ Plan = TypeVar("Plan")
 
 
 class Contents(Protocol):
-    """What a cache holds: latents or text features.
+    """The contents of a cache: latents or text features.
 
     Attributes:
         identity: settings that the content depends on; a cache is only continued with the same ones.
