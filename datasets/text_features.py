@@ -99,8 +99,8 @@ class TextCache:
         absent = [caption for caption in captions if caption_key(caption) not in self.places]
         if absent:
             raise ValueError(
-                f"text.features: {self.path} was made with other captions: {len(absent)} of {len(captions)} captions are "
-                f"missing (first: {absent[0][:60]!r}); make a cache of these"
+                f"text.features: {self.path} was made with other captions: {len(absent)} of {len(captions)} captions "
+                f"are missing (first: {absent[0][:60]!r}); make a cache of these"
             )
 
     def _map(self, number: int) -> np.ndarray:

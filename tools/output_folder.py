@@ -19,8 +19,6 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.console import printable, progress_bar
 from common.storage import FolderLock, explain_write_errors, find_changes, write_atomically
 from engine.signals import die_with_parent
@@ -173,6 +171,8 @@ def _start_worker(parent: int) -> None:
     """Sets up a worker: one thread, Ctrl-C left to the program, death with the program."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch  # slow to import: only workers need it
+
     torch.set_num_threads(1)
 
 
