@@ -30,7 +30,7 @@ FORMAT = "latte-latents-1"
 TENSOR = "latents"  # name of the tensor in a shard
 
 
-class Run(NamedTuple):
+class FrameRun(NamedTuple):
     """Consecutive frames of one kind: their number, height and width; `reason` if they are unusable."""
 
     frames: int
@@ -58,7 +58,7 @@ class StoredClip:
     first: int = 0
     reason: str | None = None
     cut_off: str | None = None
-    runs: tuple[Run, ...] = ()
+    runs: tuple[FrameRun, ...] = ()
     listed: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class StoredClip:
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> StoredClip:
         """Returns the clip that `to_json` wrote. Raises: TypeError, ValueError for other content."""
-        runs = tuple(Run(int(n), int(h), int(w), reason) for n, h, w, reason in facts.get("runs", ()))
+        runs = tuple(FrameRun(int(n), int(h), int(w), reason) for n, h, w, reason in facts.get("runs", ()))
         numbers = {key: int(facts[key]) for key in ("size", "frames", "shard", "first") if key in facts}
         return cls(**{"num_frames": None, **facts, **numbers, "runs": runs})
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import VideoError
 from .base import MAX_PIXELS, check_indices, load_package
 from .containers import detect_container
-from .pyav import Source, open_container
+from .pyav import VideoFile, open_container
 
 
 class DecordReader:
@@ -23,7 +23,7 @@ class DecordReader:
         self.damage: str | None = None
         self.cut_off: str | None = None
         self.failures = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, UnicodeError)
-        with open_container(Source(self.path, detect_container(path), max_pixels)):  # checks limits
+        with open_container(VideoFile(self.path, detect_container(path), max_pixels)):  # checks limits
             pass
         try:
             self.video = decord.VideoReader(

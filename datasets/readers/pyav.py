@@ -45,7 +45,7 @@ class FrameIndex:
 
 
 @dataclass(frozen=True)
-class Source:
+class VideoFile:
     """A video file, the only demuxer that may open it, and the limit on the size of its frames."""
 
     path: str
@@ -61,7 +61,7 @@ class PyAVReader:
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         self.path = str(path)
-        self.source = Source(self.path, detect_container(path), max_pixels)
+        self.source = VideoFile(self.path, detect_container(path), max_pixels)
         self.index = _index_frames(self.source, *identify_file(path))
         self.fps = self.index.fps
         self.damage = self.index.damage
@@ -149,7 +149,7 @@ def _to_rgb(frame: av.VideoFrame, reformatter: Any) -> np.ndarray:
 
 
 @contextmanager
-def open_container(source: Source) -> Iterator[tuple[Any, Any]]:
+def open_container(source: VideoFile) -> Iterator[tuple[Any, Any]]:
     """Opens a file as (container, first video stream). Raises: VideoError where that, or a read in the block, fails."""
     av = load_package("av")
     path = source.path
@@ -221,7 +221,7 @@ def _decode_packets(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame
 
 
 @lru_cache(maxsize=16384)
-def _index_frames(source: Source, size: int, modified_ns: int) -> FrameIndex:
+def _index_frames(source: VideoFile, size: int, modified_ns: int) -> FrameIndex:
     """Returns the index of one file. `size` and `modified_ns` give a replaced file a new cache entry."""
     stamps = array("q")  # a list of integers takes five times the memory
     keys: list[int] = []
@@ -250,7 +250,7 @@ def _index_frames(source: Source, size: int, modified_ns: int) -> FrameIndex:
     return _verify_index(source, index)
 
 
-def _check_count(source: Source, frames: int) -> None:
+def _check_count(source: VideoFile, frames: int) -> None:
     if frames > MAX_FRAMES:
         raise VideoError(source.path, f"states more frames ({frames}) than a clip may have ({MAX_FRAMES})")
 
@@ -264,7 +264,7 @@ def _measure_frame_rate(stated: float, times: np.ndarray, time_base: float) -> f
     return stated if abs(stated - measured) <= 0.05 * measured else measured
 
 
-def _verify_index(source: Source, index: FrameIndex) -> FrameIndex:
+def _verify_index(source: VideoFile, index: FrameIndex) -> FrameIndex:
     """Returns the index, corrected by the decoder on the first frames, or on all of them where needed.
 
     All frames are decoded if the clip is short, its end is missing, or its timestamps do not identify frames.
@@ -282,7 +282,7 @@ def _verify_index(source: Source, index: FrameIndex) -> FrameIndex:
     return replace(index, pts=counted, keys=counted[:1], timed=False, damage=damage)
 
 
-def _decode_stamps(source: Source, limit: int | None) -> tuple[list[int], str | None]:
+def _decode_stamps(source: VideoFile, limit: int | None) -> tuple[list[int], str | None]:
     """Returns the timestamps of the first `limit` decoded frames (None: all), and a sentence on damage found."""
     stamps: list[int] = []
     broken = 0
@@ -295,7 +295,7 @@ def _decode_stamps(source: Source, limit: int | None) -> tuple[list[int], str | 
     return stamps[:limit], f"{broken} of its packets cannot be decoded" if broken else None
 
 
-def _describe_missing_tail(source: Source, size: int, declared: int, found: int) -> str | None:
+def _describe_missing_tail(source: VideoFile, size: int, declared: int, found: int) -> str | None:
     """Returns a sentence if the container states more frames or bytes than the file has, else None."""
     if source.format == "mov" and found < declared:
         return f"the file is cut off: {found} of {declared} frames are there"

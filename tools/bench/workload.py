@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.config import DataConfig
-from datasets.latents import FORMAT, TENSOR, Run, StoredClip
+from datasets.latents import FORMAT, TENSOR, StoredClip
+from datasets.latents import FrameRun as Run
 from datasets.recipes import RECIPES
 from datasets.shards import DTYPES, INDEX, shard_file, write_shard
 from engine.build import PRECISIONS, build_model

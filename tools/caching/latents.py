@@ -17,7 +17,7 @@ from common.console import gigabytes
 from common.storage import free_bytes
 from datasets import VideoError
 from datasets.clips import describe_failure
-from datasets.latents import FORMAT, TENSOR, LatentCache, Run, StoredClip, read_index
+from datasets.latents import FORMAT, TENSOR, FrameRun, LatentCache, StoredClip, read_index
 from datasets.shards import DTYPES
 from engine.config import Config
 from engine.distributed import World, broadcast_object, gather_objects, on_main
@@ -178,7 +178,7 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.pieces)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, list[Run]]:
+    def __getitem__(self, place: int) -> tuple[Tensor, list[FrameRun]]:
         number, indices = self.pieces[place]
         try:
             return self._read(number, list(indices))
@@ -186,31 +186,31 @@ class Pieces:
             found = [self._one(number, index) for index in indices]
         return torch.cat([frame for frame, _ in found]), merge_runs(run for _, runs in found for run in runs)
 
-    def _one(self, number: int, index: int) -> tuple[Tensor, list[Run]]:
+    def _one(self, number: int, index: int) -> tuple[Tensor, list[FrameRun]]:
         try:
             return self._read(number, [index])
         except VideoError as error:
             side = self.job.source.config.image_size
             nothing = torch.zeros(1, self.job.shape[0], 3, side, side)
-            return nothing, [Run(1, 0, 0, describe_failure(error, self.job.clips[number]))]
+            return nothing, [FrameRun(1, 0, 0, describe_failure(error, self.job.clips[number]))]
 
-    def _read(self, number: int, indices: list[int]) -> tuple[Tensor, list[Run]]:
+    def _read(self, number: int, indices: list[int]) -> tuple[Tensor, list[FrameRun]]:
         clip = self.job.clips[number]
         reader = self.job.open(clip)
         if len(reader) != self.plan[number].frames:
             raise VideoError(clip.path, f"has changed: {self.plan[number].frames} frames then, {len(reader)} now")
         frames = self.job.source.read(reader, clip, indices)
-        return self._views(frames), [Run(len(indices), *frames.shape[-2:])]
+        return self._views(frames), [FrameRun(len(indices), *frames.shape[-2:])]
 
     def _views(self, frames: Tensor) -> Tensor:
         """uint8 (T, C, H, W) -> (T, V, 3, size, size)."""
         return torch.stack([self.job.source.finish(frames, bool(view)) for view in range(self.job.shape[0])], dim=1)
 
 
-def merge_runs(runs: Iterable[Run]) -> list[Run]:
+def merge_runs(runs: Iterable[FrameRun]) -> list[FrameRun]:
     """Returns the runs with adjacent equal ones joined."""
     groups = groupby(runs, key=lambda run: run[1:])
-    return [Run(sum(run.frames for run in group), *like) for like, group in groups]
+    return [FrameRun(sum(run.frames for run in group), *like) for like, group in groups]
 
 
 def cut_pieces(job: Job, plan: Sequence[StoredClip], number: int) -> list[tuple[int, range]]:
@@ -244,10 +244,12 @@ class ShardEncoder:
 
     def __init__(self, codec: LatentCodec, job: Job, plan: Sequence[StoredClip], bar: Any) -> None:
         self.codec, self.job, self.plan, self.bar = codec, job, plan, bar
-        self.runs: dict[int, list[Run]] = defaultdict(list)
+        self.runs: dict[int, list[FrameRun]] = defaultdict(list)
         self.largest, self.squares, self.error_squares = 0.0, 0.0, 0.0
 
-    def rows(self, pieces: Sequence[tuple[int, range]], loaded: Iterable[tuple[Tensor, list[Run]]]) -> Iterator[Tensor]:
+    def rows(
+        self, pieces: Sequence[tuple[int, range]], loaded: Iterable[tuple[Tensor, list[FrameRun]]]
+    ) -> Iterator[Tensor]:
         """Yields the latents (T, V, P, C, h, w) of each piece, in the cache's number format.
 
         Raises: ValueError where they are not finite; VideoError, with data.strict, at a frame that cannot be used.
