@@ -252,7 +252,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from engine.config import load_config
     from engine.distributed import World
-    from tools.caching import cache_latents
+    from tools.caching.latents import cache_latents
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.config import DataConfig
-from datasets.latents import FORMAT, INDEX, TENSOR, Run, StoredClip
+from datasets.latents import FORMAT, TENSOR, StoredClip
+from datasets.latents import FrameRun as Run
 from datasets.recipes import RECIPES
-from datasets.shards import DTYPES, shard_file, write_shard
+from datasets.shards import DTYPES, INDEX, shard_file, write_shard
 from engine.build import PRECISIONS, build_model
 from engine.config import Config, TrainConfig
 from engine.distributed import World
