@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from datasets.readers import open_video
@@ -48,6 +47,8 @@ def read_clips(root: Path, *, held_out: bool) -> tuple[Tensor, list[str]]:
 
 def new_network() -> Any:
     """Returns the untrained autoencoder: He initialisation, and residual branches that start at zero."""
+    from diffusers import AutoencoderTiny
+
     network = AutoencoderTiny(
         latent_channels=LATENT_CHANNELS,
         act_fn="silu",  # learns faster than relu here, and leaves no unit dead
