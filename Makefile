@@ -21,10 +21,10 @@ $(STAMP): requirements.txt
 	@touch $@
 
 demo: setup  ## the main job: data -> training -> samples -> results/demo/index.html
-	$(BIN)/python -m tools.demo
+	$(BIN)/python -m demo
 
 bench: setup  ## how fast it is, each figure a ratio to a reference: docs/benchmarks/
-	$(BIN)/python -m tools.bench all
+	$(BIN)/python -m benchmarks all
 
 test: setup lint  ## lint, types and the test suite
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadgroup

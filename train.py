@@ -12,8 +12,8 @@ from __future__ import annotations
 from engine import cli, launch
 from engine.callbacks import Callback
 from engine.config import Config
+from evaluation.during import Metric
 from sample.preview import Preview
-from tools.metrics.during import Metric
 
 
 def refuse_images(num_images: int) -> str | None:

@@ -3,9 +3,12 @@
 Nothing here imports another folder of ours, and video libraries are imported only when a file is opened.
 """
 
-from .catalog import RECIPES, Catalog, Clip, build_catalog
-from .clips import ClipDataset, DataConfig, build_dataset, build_held_out
+from .build import build_catalog, build_dataset, build_held_out
+from .catalog import Catalog, Clip
+from .clips import ClipDataset
+from .config import DataConfig
 from .readers import VideoError, open_video
+from .recipes import RECIPES
 
 __all__ = [
     "RECIPES",

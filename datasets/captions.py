@@ -14,14 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from .catalog import Catalog, Clip, digest_of
+from .config import DataConfig
 from .readers import HIDDEN, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from .safe_paths import below
-
-if TYPE_CHECKING:
-    from .clips import DataConfig
 
 log = logging.getLogger(__name__)
 

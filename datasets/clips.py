@@ -9,11 +9,8 @@ Letters: F frames, I images, C channels, H height, W width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -21,108 +18,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .captions import captioned_images, renumbered
-from .catalog import (
-    CAPTIONED,
-    LABEL_RULES,
-    RECIPES,
-    Catalog,
-    Clip,
-    build_catalog,
-    catalog_of,
-    digest_of,
-    read_frame_list,
-    relabelled,
-    window_span,
-)
-from .latents import LatentCache
-from .readers import MAX_PIXELS, READERS, Reader, VideoError, check_installed, file_identity, open_video
+from .captions import captioned_images
+from .catalog import Catalog, Clip, digest_of
+from .config import DataConfig
+from .labels import read_frame_list
+from .readers import Reader, VideoError, file_identity, open_video
+from .recipes import CAPTIONED, RECIPES
 from .transforms import TRANSFORMS, horizontal_flip, to_signed_range
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 20  # unusable clips in a row after which something is wrong with the set, not with a clip
-MOST = {"num_frames": 2**16, "num_images": 2**16, "image_size": 2**14, "num_workers": 256}  # of these keys
-MAX_TIMEOUT_S = 366 * 24 * 3600.0  # longer ones overflow where they are waited for
-SHORT_CLIPS = ("skip", "loop")
+MAX_ATTEMPTS = 20  # consecutive unusable clips after which the set is at fault, not a clip
 PURPOSES = {"window": 1, "flip": 2, "replacement": 3, "image": 4, "frame": 5, "image_flip": 6}
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """The `data` section of a configuration."""
-
-    name: str = "folder"  # ffs | sky | taichi | ucf101 | folder | demo | captions: a line of catalog.RECIPES
-    path: str = ""  # the folder of the data set
-    val_path: str | None = None  # a folder laid out alike, of clips to validate on and never to train on
-    val_share: float = 0.0  # or so many of the clips of data.path, by the hash of their names; not trained on
-    latents: str | None = None  # read frames from this cache of tools.cache_latents instead of decoding and encoding
-    labels: str = "auto"  # auto (as the data set says; `folder`: by its layout) | class_folders | file_name | none
-    captions: str | None = None  # list of files and captions; null: captions.csv, .jsonl or .parquet in data.path
-    file_column: str | None = None  # of the files in that list; null: file, path, video, ..., or WebVid's
-    caption_column: str | None = None  # of their captions; null: caption, text, prompt or name
-    frame_list: str | None = None  # joint training: images from this list instead of the set's own videos
-    num_frames: int = 16  # F
-    frame_interval: int = 3  # every n-th frame of the video
-    image_size: int = 256  # side of the square, pixels
-    num_images: int = 0  # I, extra images per clip (joint image-video training)
-    num_workers: int = 4  # loader processes per rank
-    worker_timeout_s: float = 600.0  # a loader process that gives nothing for so long ends the run
-    reader: str = "auto"  # auto | pyav | decord
-    horizontal_flip: bool | None = None  # mirror half of the clips; null = as the data set's recipe says
-    max_pixels: int = MAX_PIXELS  # a clip with larger frames is unusable; it is refused before they are decoded
-    short_clips: str = "skip"  # skip: a clip shorter than a window is unusable; loop: it begins anew at its end
-    max_unusable: float = 0.5  # share of the clips that may turn out unusable; more end the run
-    strict: bool = False  # stop at the first clip that cannot be used, instead of replacing it
-    max_clips: int | None = None  # use only the first n clips
-
-    def __post_init__(self) -> None:
-        _one_of("name", self.name, RECIPES)
-        _one_of("labels", self.labels, ("auto", *LABEL_RULES))
-        _one_of("reader", self.reader, READERS)
-        _one_of("short_clips", self.short_clips, SHORT_CLIPS)
-        for key in ("num_frames", "frame_interval", "image_size", "max_clips", "max_pixels"):
-            _at_least(key, getattr(self, key), 1)
-        for key in ("num_images", "num_workers"):
-            _at_least(key, getattr(self, key), 0)
-        for key, most in MOST.items():
-            if getattr(self, key) > most:
-                raise ValueError(f"data.{key}: {getattr(self, key)} is too many; at most {most:,}")
-        if not 0 < self.worker_timeout_s <= MAX_TIMEOUT_S:
-            raise ValueError(
-                f"data.worker_timeout_s: {self.worker_timeout_s} must be above 0, at most {MAX_TIMEOUT_S:.0f} (a year)"
-            )
-        if not 0 <= self.max_unusable <= 1:
-            raise ValueError(f"data.max_unusable: {self.max_unusable} must be a share, from 0 to 1")
-        if self.frame_list is not None and not self.num_images:
-            raise ValueError("data.frame_list is read only in joint training: set data.num_images, or drop it")
-        for key in ("captions", "file_column", "caption_column"):
-            if getattr(self, key) is not None and self.name not in CAPTIONED:
-                raise ValueError(f"data.{key} is read only with data.name={CAPTIONED[0]}: set that, or leave it out")
-        if self.name in CAPTIONED and self.labels != "auto":
-            raise ValueError(f"data.labels={self.labels}: with data.name={self.name} captions take the place of labels")
-        if not 0 <= self.val_share < 1:
-            raise ValueError(f"data.val_share: {self.val_share} must be a share, from 0 to below 1")
-        if self.val_share and self.val_path is not None:
-            raise ValueError("data.val_share and data.val_path both say what is held out: set one of them")
-        if self.val_share and self.frame_list is not None:
-            raise ValueError(
-                "data.val_share cannot tell which images of data.frame_list show a clip that it holds out: "
-                "set data.val_path instead"
-            )
-
-
-def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
-    names = list(choices)
-    if value not in names:
-        near = get_close_matches(str(value), names, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"data.{key}: '{value}' is unknown, use one of {', '.join(names)}{hint}")
-
-
-def _at_least(key: str, value: int | None, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"data.{key}: {value!r} must be a whole number of at least {least}")
+def window_span(num_frames: int, frame_interval: int) -> int:
+    """Frames from the first to the last of a clip of `num_frames`, every `frame_interval`-th."""
+    return (num_frames - 1) * frame_interval + 1
 
 
 class Sample(TypedDict, total=False):
@@ -199,7 +111,7 @@ class ClipDataset(Dataset[Sample]):
         self.config, self.catalog, self.seed = config, catalog, seed
         self.source = source or Pixels(config)
         self.transform_name = RECIPES[config.name].transform
-        self.flips = flips(config)
+        self.flips = config.mirrors
         self.span = window_span(config.num_frames, config.frame_interval)
         self.images: list[Clip] | None = None
         if config.frame_list and config.name in CAPTIONED:
@@ -369,11 +281,6 @@ class ClipDataset(Dataset[Sample]):
         return self.flips and bool(draw.random() < 0.5)
 
 
-def flips(config: DataConfig) -> bool:
-    """Whether half of the clips are mirrored."""
-    return RECIPES[config.name].horizontal_flip if config.horizontal_flip is None else config.horizontal_flip
-
-
 def _listed(failures: dict[str, str]) -> str:
     """The first MAX_ATTEMPTS of path -> reason, in words."""
     rest = len(failures) - MAX_ATTEMPTS
@@ -394,53 +301,3 @@ def _check_unchanged(clip: Clip, reader: Reader) -> None:
 def reason_of(error: VideoError, clip: Clip) -> str:
     """Why `clip` cannot be used; of a folder, which of its frames."""
     return error.reason if error.path == clip.path else f"{error.path!r}: {error.reason}"
-
-
-def build_dataset(config: DataConfig, *, seed: int) -> ClipDataset:
-    """Catalog the folder and make the data set. ValueError or FileNotFoundError where the folder is wrong.
-
-    With `data.latents` frames come from that cache, which must be of this data; it knows its clips, so that
-    `data.path` may be left empty.
-    """
-    return _dataset(config, seed, held_out=False)
-
-
-def build_held_out(config: DataConfig, clips: ClipDataset, *, seed: int) -> ClipDataset:
-    """What the training on `clips` never sees: `data.val_path`, or what `data.val_share` holds out of `data.path`.
-
-    Labels are numbered as those of `clips`; nothing is mirrored; the images of joint training are from these videos.
-    ValueError or FileNotFoundError where the folder is wrong or nothing is held out.
-    """
-    key = "data.path" if config.val_path is None else "data.val_path"
-    path = config.path if config.val_path is None else config.val_path
-    fixed = replace(config, path=path, val_path=None, frame_list=None, horizontal_flip=False, max_clips=None)
-    if config.val_path is not None:  # which has a list of its own
-        fixed = replace(fixed, captions=None)
-    try:
-        found = _dataset(fixed, seed, held_out=config.val_path is None)
-        same_numbers = (
-            renumbered(found.catalog, clips.captions)
-            if config.name in CAPTIONED
-            else relabelled(found.catalog, clips.class_names)
-        )
-        return ClipDataset(fixed, same_numbers, seed, found.source)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(str(error).replace("data.path", key)) from None
-
-
-def _dataset(config: DataConfig, seed: int, *, held_out: bool) -> ClipDataset:
-    if config.latents is None:
-        check_installed(config.reader)
-        return ClipDataset(config, build_catalog(config, held_out=held_out), seed)
-    cache = LatentCache(Path(config.latents))
-    if not config.path and (config.frame_list or config.name in CAPTIONED):
-        key = "data.frame_list" if config.frame_list else "data.captions"
-        raise ValueError(f"{key} names files below data.path: give that too")
-    catalog = (
-        build_catalog(config, held_out=held_out)
-        if config.path
-        else catalog_of(str(cache.path), cache.catalogued(), config, held_out=held_out)
-    )
-    dataset = ClipDataset(config, catalog, seed, cache)
-    cache.check(dataset.latent_settings, [*catalog.clips, *(dataset.images or [])])
-    return dataset

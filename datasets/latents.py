@@ -102,7 +102,7 @@ class LatentCache:
     """A finished cache in `path`, opened for reading; a frame source of `ClipDataset`.
 
     Attributes:
-        codec: what is known of the codec that made it: `models.codec_identity`.
+        codec: what is known of the codec that made it: `models.identity`.
         stochastic: whether it holds deviations (P is 2).
         settings: what else the latents depend on: image_size, transform, max_pixels, mirrored (V is 2).
 

@@ -1,7 +1,7 @@
 """Train the demo's autoencoder on the demo set, and write it as a diffusers folder: the recipe of assets/demo/codec.
 
-    python -m tools.make_demo_data
-    python -m tools.make_demo_data --out data/demo64 --size 64 --clips-per-class 50
+    python -m demo.data
+    python -m demo.data --out data/demo64 --size 64 --clips-per-class 50
     python -m demo.train_codec --data data/demo data/demo64 --out results/codec
 
 First encoder and decoder are trained together on standardised latents with noise of a random strength, so that the
@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from datasets.demo import CLASSES, accuracy
 from datasets.readers import open_video
+from demo.drawn import CLASSES, accuracy
 from engine import cli
 from models.autoencoder import CodecConfig, LatentCodec
 
@@ -41,13 +40,15 @@ def read_clips(root: Path, *, held_out: bool) -> tuple[Tensor, list[str]]:
     """Returns the clips of a demo set, uint8 (clips, T, 3, H, W), and the class name of each."""
     paths = [path for path in sorted(root.glob("*/*.mp4")) if (HELD_OUT in path.name) == held_out]
     if not paths:
-        raise FileNotFoundError(f"{root} is no demo set of 25 groups: make one with python -m tools.make_demo_data")
+        raise FileNotFoundError(f"{root} is no demo set of 25 groups: make one with python -m demo.data")
     readers = [open_video(path) for path in paths]
     return torch.stack([reader.read(range(len(reader))) for reader in readers]), [path.parent.name for path in paths]
 
 
 def new_network() -> Any:
     """Returns the untrained autoencoder: He initialisation, and residual branches that start at zero."""
+    from diffusers import AutoencoderTiny  # slow to import
+
     network = AutoencoderTiny(
         latent_channels=LATENT_CHANNELS,
         act_fn="silu",  # learns faster than relu here, and leaves no unit dead

@@ -1,14 +1,16 @@
-"""The mathematics of noising and denoising clips (B, F, C, H, W); knows no network and no data."""
+"""Mathematics of noising and denoising clips (B, F, C, H, W), independent of networks and data."""
 
 from __future__ import annotations
 
-from .conditioning import ConditionConfig, Given, conditioned, sample_given
+from .conditioning import ConditionConfig, Given, condition_denoiser, sample_given
 from .config import DiffusionConfig
 from .flow import RectifiedFlow
 from .gaussian import GaussianDiffusion, PMeanVariance
-from .guidance import Denoiser, guided
+from .guidance import Denoiser, guide_denoiser
 from .losses import LossTerms
-from .samplers import BitsPerDim, StepOptions, calc_bpd_loop, evaluations, sample
+from .samplers import BitsPerDim, calc_bpd_loop, list_evaluations, sample, start_walk
+from .scheduled import ScheduledDiffusion
+from .steps import StepOptions
 from .timestep_sampler import (
     LossAwareTimestepSampler,
     TimestepSampler,
@@ -27,32 +29,34 @@ __all__ = [
     "LossTerms",
     "PMeanVariance",
     "RectifiedFlow",
+    "ScheduledDiffusion",
     "StepOptions",
     "TimestepSampler",
     "UniformTimestepSampler",
     "build_diffusion",
     "build_timestep_sampler",
     "calc_bpd_loop",
-    "conditioned",
-    "evaluations",
-    "guided",
+    "condition_denoiser",
+    "guide_denoiser",
+    "list_evaluations",
     "sample",
     "sample_given",
+    "start_walk",
 ]
 
 
 def build_diffusion(
     config: DiffusionConfig, *, learn_sigma: bool, respacing: str = ""
 ) -> GaussianDiffusion | RectifiedFlow:
-    """The process that `config` describes.
+    """Builds the process that `config` describes.
 
     Args:
         config: the `diffusion` section.
         learn_sigma: whether the network's output has 2C channels (`model.learn_sigma`).
-        respacing: steps to keep for sampling: "" all, "250", "10,15,20", "ddim50"; for a flow a number.
+        respacing: steps to keep for sampling: "" for all, "250", "10,15,20", "ddim50"; for a flow only a number.
 
     Raises:
-        ValueError: a flow with learned sigma, or a respacing string that is impossible.
+        ValueError: a flow with learned sigma, or an invalid respacing string.
     """
     if config.prediction != "flow":
         return GaussianDiffusion(config, learn_sigma=learn_sigma, respacing=respacing)

@@ -1,7 +1,7 @@
 """Given frames: clips of which some frames are known (image to video, continuation, interpolation).
 
-A given frame stays clean and has timestep 0 of its own; the network sees it beside the noisy ones and fills these in.
-Nothing is added to the network, so weights that were trained without given frames can be fine-tuned to them.
+A given frame stays clean and has its own timestep 0; the network sees it together with the noisy frames and predicts
+these. Nothing is added to the network, so weights that were trained without given frames can be fine-tuned to them.
 
 Letters: B clips, F frames, C channels, H W; a unit is a frame, or with tubelets a tubelet.
 """
@@ -15,45 +15,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flow import RectifiedFlow
-from .gaussian import GaussianDiffusion
 from .guidance import Denoiser
-from .samplers import sample
+from .samplers import Process, sample
+from .scheduled import ScheduledDiffusion
 
-RULES = ("none", "prefix", "random")
+GIVEN_FRAMES = ("none", "prefix", "random")
 
 
 @dataclass(frozen=True)
 class ConditionConfig:
-    """The `condition` section: which frames of a clip are given in training.
+    """The `condition` section: the frames of a clip that are given in training.
 
     Raises:
-        ValueError: one sentence naming `condition.<key>`.
+        ValueError: an invalid value; the message names `condition.<key>`.
     """
 
-    frames: str = "none"  # none | prefix (the first k) | random (in half of the clips the first k, in the others any k)
-    probability: float = 0.5  # of a clip to have given frames; the others are learned from noise alone
-    max_frames: int = 1  # k is drawn from 1 to so many, evenly
+    frames: str = "none"  # none | prefix (first k) | random (the first k in half of the clips, any k in the others)
+    probability: float = 0.5  # of a clip to have given frames; the others have none
+    max_frames: int = 1  # k is uniform in 1 to max_frames
 
     def __post_init__(self) -> None:
-        if self.frames not in RULES:
-            raise ValueError(f"condition.frames is {self.frames!r}; choose {' | '.join(RULES)}.")
+        if self.frames not in GIVEN_FRAMES:
+            raise ValueError(f"condition.frames must be one of {', '.join(GIVEN_FRAMES)}, got {self.frames!r}.")
         if not 0 < self.probability <= 1:
-            raise ValueError(f"condition.probability is {self.probability}; it must be above 0 and at most 1.")
+            raise ValueError(f"condition.probability must be in (0, 1], got {self.probability}.")
         if self.max_frames < 1:
-            raise ValueError(f"condition.max_frames is {self.max_frames}; it must be at least 1.")
+            raise ValueError(f"condition.max_frames must be at least 1, got {self.max_frames}.")
         for item in fields(self):
             if self.frames == "none" and getattr(self, item.name) != item.default:
                 raise ValueError(f"condition.{item.name} is read only with condition.frames: set that too.")
 
     def check_clip(self, num_frames: int, span: int) -> None:
-        """ValueError unless clips of `num_frames`, in units of `span` frames, keep some that are not given."""
+        """Raises ValueError unless clips of `num_frames`, in units of `span`, keep frames that are not given."""
         if self.frames == "none":
             return
         if self.max_frames % span:
             raise ValueError(
-                f"condition.max_frames={self.max_frames} must be a multiple of model.tubelet_size={span}: a tubelet "
-                "is given whole or not at all."
+                f"condition.max_frames={self.max_frames} must be a multiple of model.tubelet_size={span}: only "
+                "complete tubelets can be given."
             )
         if self.max_frames > num_frames - span:
             raise ValueError(
@@ -61,11 +60,11 @@ class ConditionConfig:
             )
 
     def num_uniforms(self, num_frames: int, span: int) -> int:
-        """Random numbers that `draw` needs for a clip; 0 where no frame is ever given."""
+        """Returns the number of random numbers that `draw` needs for a clip; 0 if no frames are given."""
         return 0 if self.frames == "none" else 3 + num_frames // span
 
     def draw(self, uniform: Tensor, span: int) -> Tensor:
-        """`uniform` (B, `num_uniforms`) in [0, 1) -> the given frames (B, F), bool."""
+        """Draws given frames: `uniform` (B, `num_uniforms`) in [0, 1) -> (B, F) bool."""
         most = self.max_frames // span
         count = 1 + (uniform[:, 1] * most).long().clamp(max=most - 1)
         count = torch.where(uniform[:, 0] < self.probability, count, 0)
@@ -76,26 +75,26 @@ class ConditionConfig:
         return (order < count[:, None]).repeat_interleave(span, dim=1)
 
     def check_given(self, places: Collection[int], num_frames: int, span: int) -> None:
-        """ValueError unless a network trained so can be given the frames at `places` of `num_frames`."""
+        """Raises ValueError unless a network trained this way can be given the frames at `places` of `num_frames`."""
         given, count = set(places), len(set(places))
         if not given:
             return
         if self.frames == "none":
             raise ValueError(
                 "this network was trained without given frames (condition.frames=none): fine-tune it with "
-                "condition.frames=prefix or random, or give it none."
+                "condition.frames=prefix or random, or sample without given frames."
             )
         if not given <= set(range(num_frames)) or count > num_frames - span:
-            raise ValueError(f"the given frames {_listed(given)} leave nothing to sample of {num_frames} frames.")
+            raise ValueError(f"the given frames {_join(given)} leave nothing to sample of {num_frames} frames.")
         if any((place // span * span + offset) not in given for place in given for offset in range(span)):
             raise ValueError(
-                f"the given frames {_listed(given)} are not whole tubelets: give multiples of "
+                f"the given frames {_join(given)} are not complete tubelets: give multiples of "
                 f"model.tubelet_size={span}."
             )
         if self.frames == "prefix" and given != set(range(count)):
             raise ValueError(
-                f"this network was trained to be given first frames (condition.frames=prefix), not frames "
-                f"{_listed(given)}; condition.frames=random would take them."
+                f"this network was trained with given first frames (condition.frames=prefix), not frames "
+                f"{_join(given)}; train with condition.frames=random for these."
             )
         if count > self.max_frames:
             raise ValueError(
@@ -104,7 +103,7 @@ class ConditionConfig:
             )
 
 
-def _listed(places: Collection[int]) -> str:
+def _join(places: Collection[int]) -> str:
     return ", ".join(map(str, sorted(places)))
 
 
@@ -113,36 +112,37 @@ class Given:
     """Known frames of a batch of clips.
 
     Attributes:
-        latents: (B, F, C, H, W), of any value where nothing is known.
-        frames: (B, F) or (1, F) bool, on the same device: which are known.
+        latents: (B, F, C, H, W); values of unknown frames are ignored.
+        frames: (B, F) or (1, F) bool on the same device, True for known frames.
     """
 
     latents: Tensor
     frames: Tensor
 
     def keep(self, x: Tensor) -> Tensor:
-        """`x` (B, F, C, H, W) with the known frames in their places."""
+        """Returns `x` (B, F, C, H, W) with the known frames put in place."""
         return torch.where(self.frames[:, :, None, None, None], self.latents.to(x.dtype), x)
 
     def timesteps(self, timesteps: Tensor) -> Tensor:
-        """`timesteps` (B,) or (B, F) -> (B, F), 0 for the known frames."""
+        """Expands timesteps (B,) or (B, F) to (B, F), with 0 for known frames."""
         rows = timesteps if timesteps.ndim > 1 else timesteps[:, None]
         return torch.where(self.frames, 0, rows)
 
 
-def conditioned(denoiser: Denoiser, given: Given) -> Denoiser:
-    """`denoiser`, which takes timesteps (B, F), seeing the known frames clean."""
+def condition_denoiser(denoiser: Denoiser, given: Given) -> Denoiser:
+    """Wraps a denoiser that takes timesteps (B, F), so that it sees the known frames clean."""
     return lambda x, timesteps: denoiser(given.keep(x), given.timesteps(timesteps))
 
 
 def sample_given(
-    diffusion: GaussianDiffusion | RectifiedFlow, denoiser: Denoiser, noise: Tensor, given: Given | None, **options: Any
+    diffusion: Process | ScheduledDiffusion, denoiser: Denoiser, noise: Tensor, given: Given | None, **options: Any
 ) -> Tensor:
-    """`sample` with known frames, which come out as they are; None: no frame is known.
+    """Runs `sample` with known frames, which are returned unchanged; None: no frame is known.
 
-    What the network says of a known frame is replaced by what is known, so its noisy state, which nobody sees, ends
-    where it must, whatever the method.
+    The predicted clean values of known frames are replaced by the known ones, so their hidden noisy state converges to
+    the right end with every method.
     """
     if given is None:
         return sample(diffusion, denoiser, noise, **options)
-    return given.keep(sample(diffusion, conditioned(denoiser, given), noise, x_start_fn=given.keep, **options))
+    held: dict[str, Any] = {"x_start_fn": given.keep, "given_frames": given.frames}
+    return given.keep(sample(diffusion, condition_denoiser(denoiser, given), noise, **held, **options))

@@ -1,7 +1,7 @@
 """Gaussian diffusion (Ho et al. 2020; Nichol & Dhariwal 2021): noising, prediction, losses.
 
 Letters: B clips, F frames, C channels, H W, T steps of this (perhaps respaced) process.
-x_0 is a clip of latents, x_t the same after step t; `timesteps` are indices of this process, in [0, T).
+x_0 is a clip of latents, x_t the same after step t; `timesteps` are indices of this process in [0, T).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .losses import (
     frame_mean,
     normal_kl,
 )
-from .schedule import BETAS, gaussian_tables, respaced_betas, respaced_timesteps
+from .schedule import BETAS, gaussian_tables, respace_betas, respace_timesteps
 from .timestep_sampler import steps_from_uniform
 
 CHANNEL_DIM = 2
@@ -30,7 +30,7 @@ Refine = Callable[[Tensor], Tensor]
 
 @dataclass
 class PMeanVariance:
-    """p(x_{t-1} | x_t) and the clean clip it rests on; each (B, F, C, H, W)."""
+    """p(x_{t-1} | x_t) and the clean clip it is computed from; each (B, F, C, H, W)."""
 
     mean: Tensor
     variance: Tensor
@@ -39,11 +39,11 @@ class PMeanVariance:
 
 
 def prediction_tables(tables: dict[str, Tensor], prediction: str) -> dict[str, Tensor]:
-    """What the network predicts, as coefficients: the only place that tells the predictions apart.
+    """Returns the coefficients of the network's target; only this function distinguishes the predictions.
 
     target = target_x_start * x_0 + target_noise * noise, and
     x_0 = x_start_input * x_t + x_start_output * target.
-    Velocity is Salimans & Ho 2022, appendix D.
+    Velocity: Salimans & Ho 2022, appendix D.
     """
     signal, noise = tables["sqrt_alphas_cumprod"], tables["sqrt_one_minus_alphas_cumprod"]
     zero, one = torch.zeros_like(signal), torch.ones_like(signal)
@@ -65,97 +65,96 @@ class GaussianDiffusion:
 
     Args:
         config: the `diffusion` section; its prediction is not "flow".
-        learn_sigma: the network's output has 2C channels, the latter half interpolating the variance.
-        respacing: see `schedule.respaced_timesteps`.
+        learn_sigma: the network's output has 2C channels, of which the second half interpolates the variance.
+        respacing: see `schedule.respace_timesteps`.
     """
 
     def __init__(self, config: DiffusionConfig, *, learn_sigma: bool = True, respacing: str = "") -> None:
         self.config = config
         self.learn_sigma = learn_sigma
-        kept = respaced_timesteps(config.num_steps, respacing)
-        tables = gaussian_tables(respaced_betas(BETAS[config.schedule](config.num_steps), kept))
+        kept = respace_timesteps(config.num_steps, respacing)
+        tables = gaussian_tables(respace_betas(BETAS[config.schedule](config.num_steps), kept))
         self.tables = tables | prediction_tables(tables, config.prediction)
         self.timestep_map = torch.tensor(kept)
         self.num_timesteps = len(kept)
-        # on the host, for those that plan a walk: the network's timestep at step i, and the ratio of noise to signal
-        # before (i + 1) and after it (i)
+        # on the host, for planning: the network's timestep at step i, and the noise-to-signal ratios before it (at
+        # i + 1) and after it (at i)
         self.step_times = [float(timestep) for timestep in kept]
         self.noise_levels = [0.0, *(1 / tables["alphas_cumprod"] - 1).sqrt().tolist()]
-        self.clean_gains: list[float] = (
-            self.tables["x_start_output"].abs().tolist()
-        )  # of x_0 with the output, at step i
+        # |d x_0 / d output| at step i
+        self.clean_gains: list[float] = self.tables["x_start_output"].abs().tolist()
 
     def to(self, device: torch.device | str) -> GaussianDiffusion:
-        """Move the tables to `device`, once; returns self."""
+        """Moves the tables to `device`; returns self."""
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64  # mps has no float64
         self.tables = {name: table.to(device, dtype) for name, table in self.tables.items()}
         self.timestep_map = self.timestep_map.to(device)
         return self
 
     def table(self, name: str, timesteps: Tensor, x: Tensor) -> Tensor:
-        """Entries of table `name` at `timesteps` (B,), shaped (B, 1, ...) to broadcast over `x`."""
+        """Returns entries of table `name` at `timesteps` (B,), shaped (B, 1, ...) to broadcast over `x`."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return self.tables[name][timesteps].to(dtype).view(-1, *[1] * (x.ndim - 1))
 
     def network_timesteps(self, timesteps: Tensor) -> Tensor:
-        """(B,) in [0, T) -> (B,) int64 in [0, config.num_steps): what the network was trained on."""
+        """Converts indices (B,) in [0, T) to the network's timesteps (B,), int64 in [0, config.num_steps)."""
         return self.timestep_map[timesteps]
 
     def timesteps_from_uniform(self, uniform: Tensor) -> Tensor:
-        """(B,) in [0, 1) -> (B,) int64 in [0, T) of the configured density."""
+        """Maps (B,) in [0, 1) to timesteps (B,), int64 in [0, T), of the configured density."""
         return steps_from_uniform(uniform, self.config, self.num_timesteps)
 
     # ---- the noising process -------------------------------------------------------------------
 
     def q_mean_variance(self, x_start: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log variance of q(x_t | x_0); the latter two (B, 1, ...)."""
+        """Returns mean, variance and log variance of q(x_t | x_0); the latter two (B, 1, ...)."""
         mean = self.table("sqrt_alphas_cumprod", timesteps, x_start) * x_start
         variance = 1 - self.table("alphas_cumprod", timesteps, x_start)
         return mean, variance, self.table("log_one_minus_alphas_cumprod", timesteps, x_start)
 
     def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """x_t of `x_start` and unit `noise`, all (B, F, C, H, W)."""
+        """Returns x_t for `x_start` and unit `noise`, all (B, F, C, H, W)."""
         signal = self.table("sqrt_alphas_cumprod", timesteps, x_start)
         return signal * x_start + self.table("sqrt_one_minus_alphas_cumprod", timesteps, x_start) * noise
 
     def q_posterior_mean(self, x_start: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0)."""
+        """Returns the mean of q(x_{t-1} | x_t, x_0)."""
         return (
             self.table("posterior_mean_coef1", timesteps, x) * x_start
             + self.table("posterior_mean_coef2", timesteps, x) * x
         )
 
-    # ---- what the network says -----------------------------------------------------------------
+    # ---- the network's output --------------------------------------------------------------------
 
     def target(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network is to predict."""
+        """Returns the target of the network."""
         return (
             self.table("target_x_start", timesteps, x_start) * x_start
             + self.table("target_noise", timesteps, x_start) * noise
         )
 
     def x_start_from_prediction(self, prediction: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """The clean clip that a prediction at x_t amounts to."""
+        """Returns the clean clip that a prediction at x_t implies."""
         return self.table("x_start_input", timesteps, x) * x + self.table("x_start_output", timesteps, x) * prediction
 
     def noise_from_x_start(self, x_start: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise that leads from x_0 to x_t."""
+        """Returns the noise that leads from x_0 to x_t."""
         reciprocal = self.table("sqrt_recip_alphas_cumprod", timesteps, x)
         return (reciprocal * x - x_start) / self.table("sqrt_recipm1_alphas_cumprod", timesteps, x)
 
     def split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, F, C or 2C, H, W) -> prediction (B, F, C, H, W) and variance values alike or None.
+        """Splits (B, F, C or 2C, H, W) into prediction (B, F, C, H, W) and variance values of that shape, or None.
 
         Raises:
-            ValueError: the output has another shape than `learn_sigma` promises.
+            ValueError: the shape of the output does not agree with `learn_sigma`.
         """
         channels = x.shape[CHANNEL_DIM]
-        promised = list(x.shape)
-        promised[CHANNEL_DIM] *= 2 if self.learn_sigma else 1
-        if list(model_output.shape) != promised:
+        expected = list(x.shape)
+        expected[CHANNEL_DIM] *= 2 if self.learn_sigma else 1
+        if list(model_output.shape) != expected:
             raise ValueError(
                 f"The network's output is {tuple(model_output.shape)}, but with model.learn_sigma="
-                f"{str(self.learn_sigma).lower()} the diffusion needs {tuple(promised)}."
+                f"{str(self.learn_sigma).lower()} the diffusion needs {tuple(expected)}."
             )
         model_output = model_output.to(torch.promote_types(x.dtype, torch.float32))
         if not self.learn_sigma:
@@ -166,7 +165,7 @@ class GaussianDiffusion:
     def p_mean_variance(
         self, model_output: Tensor, x: Tensor, timesteps: Tensor, *, refine: Refine | None = None
     ) -> PMeanVariance:
-        """p(x_{t-1} | x_t) from the network's output at x_t.
+        """Returns p(x_{t-1} | x_t) for the network's output at x_t.
 
         Args:
             model_output: (B, F, C or 2C, H, W).
@@ -183,10 +182,10 @@ class GaussianDiffusion:
         return PMeanVariance(mean, variance.expand_as(mean), log_variance.expand_as(mean), pred_x_start)
 
     def p_variance(self, variance_values: Tensor | None, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Variance and log variance of p(x_{t-1} | x_t), that broadcast over x (B, F, C, H, W).
+        """Returns variance and log variance of p(x_{t-1} | x_t), which broadcast over x (B, F, C, H, W).
 
-        Learned: values in [-1, 1] go from the smallest to the largest sensible log variance
-        (Nichol & Dhariwal 2021, eq. 15).
+        Learned values in [-1, 1] interpolate between the smallest and the largest log variance (Nichol & Dhariwal
+        2021, eq. 15).
         """
         if variance_values is None:
             kind = self.config.fixed_variance
@@ -209,7 +208,7 @@ class GaussianDiffusion:
         *,
         refine: Refine | None = None,
     ) -> Tensor:
-        """(B, F) term t of the variational bound, in bits per dimension; at t = 0 the decoder's."""
+        """Returns term t of the variational bound (B, F) in bits per dimension; at t = 0 that of the decoder."""
         p = self.p_mean_variance(model_output, x, timesteps, refine=refine)
         q_mean = self.q_posterior_mean(x_start, x, timesteps)
         q_log_variance = self.table("posterior_log_variance_clipped", timesteps, x)
@@ -218,7 +217,7 @@ class GaussianDiffusion:
         return torch.where((timesteps == 0)[:, None], decoder, divergence) / NATS_PER_BIT
 
     def training_losses(self, denoiser: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> LossTerms:
-        """The configured loss of one noised batch.
+        """Computes the configured loss of a batch at `timesteps`.
 
         Args:
             denoiser: the network.
@@ -241,13 +240,13 @@ class GaussianDiffusion:
         mse = frame_mean((self.target(x_start, noise, timesteps) - prediction) ** 2)
         if variance_values is None:
             return LossTerms.from_frames(mse)
-        # the bound teaches the variance only; the mean learns from the squared error
+        # the bound trains only the variance; the mean is trained by the squared error
         frozen_mean = torch.cat([prediction.detach(), variance_values], CHANNEL_DIM)
         bound = self.variational_bound(frozen_mean, x_start, x, timesteps)
         return LossTerms.from_frames(mse, weight * bound)
 
     def prior_bits(self, x_start: Tensor) -> Tensor:
-        """(B,) KL of q(x_T | x_0) from unit noise, in bits per dimension: the bound's constant term."""
+        """Returns KL(q(x_T | x_0) || unit noise), (B,), in bits per dimension: the constant term of the bound."""
         last = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, last)
         zero = torch.zeros_like(mean)

@@ -27,7 +27,7 @@ class Guidable(Protocol):
 C = TypeVar("C", bound=Guidable)
 
 
-def guided(
+def guide_denoiser(
     model_fn: Callable[[Tensor, Tensor, C], Tensor],
     condition: C,
     scale: float,
@@ -40,12 +40,12 @@ def guided(
 
     Args:
         model_fn: (x, timesteps, condition) -> (B, F, C or 2C, H, W), of any batch size.
-        condition: of the batch to be denoised.
-        scale: 1 is the plain conditional network; 0 the unconditional one.
-        channels: C; channels beyond it (a learned variance) are the conditional ones; None: all are guided.
-        batched: one call of 2B, else two of B: half the memory.
-        active: asked in each call; False: that call is the plain conditional network (guidance in an interval of
-            noise levels, Kynkäänniemi et al. 2024).
+        condition: conditions of the batch.
+        scale: 1 gives the conditional network alone, 0 the unconditional one.
+        channels: C; channels beyond it (a learned variance) are not guided; None: all are guided.
+        batched: one call of 2B; False: two calls of B, with half the memory.
+        active: read in each call; False: the conditional network alone (guidance in an interval of noise levels,
+            Kynkäänniemi et al. 2024).
 
     Raises:
         ValueError: a scale other than 1 for a condition without a null.

@@ -1,6 +1,6 @@
-"""Loss terms and the likelihoods behind them.
+"""Loss terms, and the likelihoods they are made of.
 
-Letters: B clips, F frames. Terms are averaged over everything but these two, in nats unless named bits.
+Letters: B clips, F frames. Terms are averaged over all other dimensions, in nats unless stated as bits.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ MIN_PROBABILITY = 1e-12
 
 @dataclass
 class LossTerms:
-    """Training loss, by clip and by frame.
+    """Training loss by clip and by frame.
 
     Attributes:
-        loss: (B,) the value to minimise, mean over the frames of the sum of the terms.
+        loss: (B,) the value to minimise: the mean over frames of the sum of the terms.
         mse: (B, F) squared error of the prediction; None if the loss is the variational bound alone.
-        vb: (B, F) variational bound in bits per dimension, as weighted in the loss; None if not part of it.
+        vb: (B, F) variational bound in bits per dimension, as weighted in the loss; None if it is not part of it.
     """
 
     loss: Tensor
@@ -31,16 +31,16 @@ class LossTerms:
 
     @classmethod
     def from_frames(cls, mse: Tensor | None = None, vb: Tensor | None = None) -> LossTerms:
-        """The terms whose loss is the mean over frames of `mse` + `vb`, each (B, F) or None."""
+        """Builds terms whose loss is the mean over frames of `mse` + `vb`, each (B, F) or None."""
         terms = cls(torch.empty(0), mse, vb)
         terms.loss = terms.per_frame().mean(1)
         return terms
 
     def without(self, given: Tensor) -> LossTerms:
-        """The terms over those frames of the clip that are not `given`, (B, F) bool; images, which follow, stay.
+        """Returns the terms without the `given` frames of the clip, (B, F) bool; images, which follow them, stay.
 
-        Given frames become 0 and the others of the clip weigh F / (F - k), k of them being given: every mean over the
-        clip's F frames is then that over the frames to be learned, a clip counts as much as ever, and so do images.
+        Given frames become 0, and with k given frames the others have weight F / (F - k). The mean over the F frames
+        is then that over the learned ones, and the weights of clip and images do not change.
         """
         learned = ~given
         weight = learned.shape[1] / learned.sum(1, keepdim=True)  # (B, 1)
@@ -54,18 +54,18 @@ class LossTerms:
         return LossTerms.from_frames(only(self.mse), only(self.vb))
 
     def per_frame(self) -> Tensor:
-        """(B, F) loss of every frame."""
+        """Returns the loss of each frame, (B, F)."""
         present = [term for term in (self.mse, self.vb) if term is not None]
         return torch.stack(present).sum(0)
 
 
 def frame_mean(values: Tensor) -> Tensor:
-    """(B, F, ...) -> (B, F)."""
+    """Averages (B, F, ...) to (B, F)."""
     return values.flatten(2).mean(2)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL divergence KL(N1 || N2) of diagonal Gaussians, elementwise, in nats; shapes broadcast."""
+    """Returns KL(N1 || N2) of diagonal Gaussians, elementwise in nats; shapes broadcast."""
     return 0.5 * (
         -1.0
         + log_variance2
@@ -76,15 +76,15 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 
 
 def approx_normal_cdf(x: Tensor) -> Tensor:
-    """Page's tanh approximation of the standard normal distribution function; error below 4e-4."""
+    """Approximates the standard normal distribution function by tanh (Page 1977); error below 4e-4."""
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log probability, elementwise in nats, of the 8-bit level that `x` in [-1, 1] stands for.
+    """Returns the log probability, elementwise in nats, of the 8-bit level that `x` in [-1, 1] represents.
 
-    Each of the 256 levels owns the interval of width 2/255 around it; the outermost two reach to
-    infinity (Ho et al. 2020, eq. 13). `log_scale` is the logarithm of the standard deviation.
+    Each of the 256 levels covers the interval of width 2/255 around it; the outermost two extend to infinity (Ho et al.
+    2020, eq. 13). `log_scale` is the logarithm of the standard deviation.
     """
     centered, inverse_scale = x - mean, torch.exp(-log_scale)
     upper = approx_normal_cdf(inverse_scale * (centered + 1 / 255))

@@ -1,15 +1,15 @@
-"""From noise to clips: single steps, whole loops, and the bits-per-dimension loop.
+"""Samplers: single steps, the sampling loop, and the bits-per-dimension loop.
 
-Letters: B clips, F frames, C channels, H W, T steps of the process. Every step function has the same
-form, `step(diffusion, denoiser, x, timesteps, options) -> Step`, with timesteps (B,) in [0, T) on
-x's device; nothing in it waits for the device.
+Letters: B clips, F frames, C channels, H W, T steps of the process. Every step function has the form
+`step(diffusion, denoiser, x, timesteps, options) -> Step`, with timesteps (B,) in [0, T) on the device of x, and never
+waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,46 +18,11 @@ from .flow import RectifiedFlow, velocity
 from .gaussian import GaussianDiffusion, PMeanVariance
 from .guidance import Denoiser
 from .losses import frame_mean
-from .multistep import SCHEDULERS, MultistepSolver
+from .multistep import MULTISTEP_SOLVERS, MultistepSolver
+from .scheduled import SCHEDULERS, ScheduledDiffusion, ScheduledWalk
+from .steps import DEFAULT, Step, StepOptions
 
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (steps done, T, x, pred_x_start)
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """What a step may vary.
-
-    Attributes:
-        eta: DDIM's noise, from 0 (none) to 1 (as much as DDPM).
-        clip_denoised: clamp the predicted clean clip to [-1, 1].
-        noise_fn: draws unit noise like its argument.
-        x_start_fn: applied to the predicted clean clip before it is clamped.
-        gradient_fn: (x, network timesteps) -> gradient of log p(y | x): classifier guidance
-            (Dhariwal & Nichol 2021, algorithms 1 and 2). Gaussian diffusion only.
-    """
-
-    eta: float = 0.0
-    clip_denoised: bool = False
-    noise_fn: Callable[[Tensor], Tensor] = torch.randn_like
-    x_start_fn: Callable[[Tensor], Tensor] | None = None
-    gradient_fn: Denoiser | None = None
-
-    def refine(self, x_start: Tensor) -> Tensor:
-        """The predicted clean clip as the options want it."""
-        if self.x_start_fn is not None:
-            x_start = self.x_start_fn(x_start)
-        return x_start.clamp(-1, 1) if self.clip_denoised else x_start
-
-
-@dataclass
-class Step:
-    """The next x and the clean clip predicted on the way, both (B, F, C, H, W)."""
-
-    x: Tensor
-    pred_x_start: Tensor
-
-
-DEFAULT = StepOptions()
 
 
 # ---- Gaussian diffusion ------------------------------------------------------------------------
@@ -70,13 +35,13 @@ def p_mean_variance(
     timesteps: Tensor,
     options: StepOptions = DEFAULT,
 ) -> PMeanVariance:
-    """p(x_{t-1} | x_t) of the denoiser, with `options.x_start_fn` and clamping applied."""
+    """Returns p(x_{t-1} | x_t) of the denoiser, with `options.x_start_fn` and clamping applied."""
     output = denoiser(x, diffusion.network_timesteps(timesteps))
     return diffusion.p_mean_variance(output, x, timesteps, refine=options.refine)
 
 
 def _unless_first(timesteps: Tensor, x: Tensor) -> Tensor:
-    """1 where timesteps > 0, else 0: the step to t = -1 adds no noise. Broadcasts over x."""
+    """Returns 1 for timesteps > 0, else 0, since the step to t = -1 adds no noise. Broadcasts over x."""
     return (timesteps != 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
@@ -87,7 +52,7 @@ def ddpm_step(
     timesteps: Tensor,
     options: StepOptions = DEFAULT,
 ) -> Step:
-    """One ancestral step x_t -> x_{t-1} (Ho et al. 2020, algorithm 2)."""
+    """Takes one ancestral step x_t -> x_{t-1} (Ho et al. 2020, algorithm 2)."""
     p = p_mean_variance(diffusion, denoiser, x, timesteps, options)
     noise = options.noise_fn(x)
     if options.gradient_fn is not None:
@@ -100,7 +65,7 @@ def ddpm_step(
 def _ddim_prediction(
     diffusion: GaussianDiffusion, denoiser: Denoiser, x: Tensor, timesteps: Tensor, options: StepOptions
 ) -> tuple[Tensor, Tensor]:
-    """The predicted clean clip and noise at x_t, classifier guidance included."""
+    """Returns the predicted clean clip and noise at x_t, with classifier guidance if there is any."""
     pred_x_start = p_mean_variance(diffusion, denoiser, x, timesteps, options).pred_x_start
     noise = diffusion.noise_from_x_start(pred_x_start, x, timesteps)
     if options.gradient_fn is None:
@@ -121,7 +86,7 @@ def ddim_step(
     timesteps: Tensor,
     options: StepOptions = DEFAULT,
 ) -> Step:
-    """One DDIM step x_t -> x_{t-1} (Song et al. 2020, eq. 12); `options.eta` sets its noise (eq. 16)."""
+    """Takes one DDIM step x_t -> x_{t-1} (Song et al. 2020, eq. 12); `options.eta` sets its noise (eq. 16)."""
     pred_x_start, noise = _ddim_prediction(diffusion, denoiser, x, timesteps, options)
     now = diffusion.table("alphas_cumprod", timesteps, x)
     previous = diffusion.table("alphas_cumprod_prev", timesteps, x)
@@ -139,7 +104,7 @@ def ddim_reverse_step(
     timesteps: Tensor,
     options: StepOptions = DEFAULT,
 ) -> Step:
-    """One step x_t -> x_{t+1} of the same ordinary differential equation, towards noise (no randomness)."""
+    """Takes one deterministic DDIM step towards noise, x_t -> x_{t+1}."""
     pred_x_start, noise = _ddim_prediction(diffusion, denoiser, x, timesteps, options)
     following = diffusion.table("alphas_cumprod_next", timesteps, x)
     return Step(pred_x_start * following.sqrt() + (1 - following).sqrt() * noise, pred_x_start)
@@ -149,7 +114,7 @@ def ddim_reverse_step(
 
 
 def _flow_velocity(flow: RectifiedFlow, denoiser: Denoiser, x: Tensor, time: Tensor, options: StepOptions) -> Step:
-    """Velocity at `time` (B, 1, ...) > 0, held in `.x`, and the clean clip it points to."""
+    """Returns the velocity at `time` (B, 1, ...) > 0, in `.x`, and the clean clip it points to."""
     speed = velocity(denoiser(x, flow.network_timesteps(time)), x)
     pred_x_start = x - time * speed
     refined = options.refine(pred_x_start)
@@ -163,7 +128,7 @@ def euler_step(
     timesteps: Tensor,
     options: StepOptions = DEFAULT,
 ) -> Step:
-    """One step over interval `timesteps` of the grid, towards data, along the velocity at its noisy end."""
+    """Takes one step towards data over interval `timesteps` of the grid, along the velocity at its noisy end."""
     time, target = flow.time(timesteps + 1, x), flow.time(timesteps, x)
     here = _flow_velocity(flow, denoiser, x, time, options)
     return Step(x + (target - time) * here.x, here.pred_x_start)
@@ -176,7 +141,7 @@ def heun_step(
     timesteps: Tensor,
     options: StepOptions = DEFAULT,
 ) -> Step:
-    """The same along the mean of the velocities at both ends (two evaluations); timesteps >= 1."""
+    """Takes the step along the mean of the velocities at both ends (two evaluations); timesteps >= 1."""
     time, target = flow.time(timesteps + 1, x), flow.time(timesteps, x)
     here = _flow_velocity(flow, denoiser, x, time, options)
     there = _flow_velocity(flow, denoiser, x + (target - time) * here.x, target, options)
@@ -191,7 +156,7 @@ StepFunction = Callable[..., Step]
 
 
 def multistep(name: str) -> Callable[[Process], StepFunction]:
-    """What begins a walk of solver `name`: its steps depend on those before."""
+    """Returns a function that starts a walk of solver `name`; its steps depend on the previous ones."""
 
     def begin(process: Process) -> StepFunction:
         solver = MultistepSolver(name, process.noise_levels, flow=isinstance(process, RectifiedFlow))
@@ -208,7 +173,7 @@ def multistep(name: str) -> Callable[[Process], StepFunction]:
 def _predicted_x_start(
     process: Process, denoiser: Denoiser, x: Tensor, timesteps: Tensor, options: StepOptions
 ) -> Tensor:
-    """The clean clip that the denoiser's output at x_t amounts to, whatever it predicts."""
+    """Returns the clean clip that the denoiser's output at x_t implies, for any prediction."""
     if isinstance(process, GaussianDiffusion):
         return p_mean_variance(process, denoiser, x, timesteps, options).pred_x_start
     return _flow_velocity(process, denoiser, x, process.time(timesteps + 1, x), options).pred_x_start
@@ -217,16 +182,28 @@ def _predicted_x_start(
 # ---- loops -------------------------------------------------------------------------------------
 
 
+class Walk(Protocol):
+    """One walk from noise to data, or back."""
+
+    num_steps: int
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Returns the first x for unit noise."""
+
+    def step(self, denoiser: Denoiser, x: Tensor, number: int, options: StepOptions) -> Step:
+        """Returns the result of step `number`, counted from 0."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of METHODS.
 
     Attributes:
-        process: the process, or processes, that it walks.
-        begin: what gives the step function of one walk.
-        step_at_zero: the step at t = 0, where it is another one.
-        evaluations: calls of the denoiser in a step, but for the one at t = 0, which makes one.
-        ascending: from data to noise.
+        process: class or classes of process that it supports.
+        begin: returns the step function of one walk.
+        step_at_zero: step function at t = 0, if it differs.
+        evaluations: calls of the denoiser per step; at t = 0 always one.
+        ascending: walks from data to noise.
     """
 
     process: type | tuple[type, ...]
@@ -235,45 +212,75 @@ class Method:
     evaluations: int = 1
     ascending: bool = False
 
+    def indices(self, process: Process) -> list[int]:
+        """Returns the timesteps of a walk in order."""
+        steps = range(process.num_timesteps)
+        return list(steps if self.ascending else reversed(steps))
+
+
+class StepWalk:
+    """A walk over the timesteps of a process with the step functions of a `Method`."""
+
+    def __init__(self, method: Method, process: Process) -> None:
+        self.process = process
+        self.indices = method.indices(process)
+        self.num_steps = len(self.indices)
+        self.take_step = method.begin(process)
+        self.step_at_zero = method.step_at_zero or self.take_step
+
+    def start(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def step(self, denoiser: Denoiser, x: Tensor, number: int, options: StepOptions) -> Step:
+        index = self.indices[number]
+        take_step = self.step_at_zero if index == 0 else self.take_step
+        return take_step(self.process, denoiser, x, torch.full((len(x),), index, device=x.device), options)
+
 
 METHODS = {
     "ddpm": Method(GaussianDiffusion, lambda _: ddpm_step),
     "ddim": Method(GaussianDiffusion, lambda _: ddim_step),
     "ddim_reverse": Method(GaussianDiffusion, lambda _: ddim_reverse_step, ascending=True),
     "euler": Method(RectifiedFlow, lambda _: euler_step),
-    # at data the velocity is that of clips no longer noisy, which networks know least: end with Euler
+    # ends with Euler, because networks predict worst at time 0, where clips have no noise
     "heun": Method(RectifiedFlow, lambda _: heun_step, euler_step, evaluations=2),
-    **{name: Method((GaussianDiffusion, RectifiedFlow), multistep(name)) for name in SCHEDULERS},
+    **{name: Method((GaussianDiffusion, RectifiedFlow), multistep(name)) for name in MULTISTEP_SOLVERS},
 }
 
 
-def _method(name: str, process: Process, options: StepOptions) -> Method:
-    fitting = [key for key, method in METHODS.items() if isinstance(process, method.process)]
-    if name not in fitting:
-        raise ValueError(
-            f"Sampling method {name!r} does not fit diffusion.prediction={process.config.prediction}; "
-            f"choose {' | '.join(fitting)}."
-        )
-    if options.eta and name != "ddim":
-        raise ValueError(f"eta={options.eta} belongs to method ddim; use eta=0 with {name}.")
+def list_methods(process: Process | ScheduledDiffusion) -> list[str]:
+    """Returns the names of the methods that support `process`."""
+    if isinstance(process, ScheduledDiffusion):
+        return list(SCHEDULERS)
+    return [name for name, method in METHODS.items() if isinstance(process, method.process)]
+
+
+def _check_method(name: str, process: Process | ScheduledDiffusion, options: StepOptions) -> None:
+    if name not in (fitting := list_methods(process)):
+        kind = "a noise schedule of diffusers"
+        if not isinstance(process, ScheduledDiffusion):
+            kind = f"diffusion.prediction={process.config.prediction}"
+        raise ValueError(f"Sampling method {name!r} does not support {kind}; choose {' | '.join(fitting)}.")
+    if options.eta and name not in ("ddim", "DDIM"):
+        raise ValueError(f"eta={options.eta} is read only by method ddim; use eta=0 with {name}.")
     if options.gradient_fn is not None and name not in ("ddpm", "ddim", "ddim_reverse"):
         raise ValueError("gradient_fn (classifier guidance) needs Gaussian diffusion and ddpm or ddim.")
-    return METHODS[name]
 
 
-def _indices(process: Process, method: Method) -> list[int]:
-    """The steps of a walk in order."""
-    steps = range(process.num_timesteps)
-    return list(steps if method.ascending else reversed(steps))
+def start_walk(name: str, process: Process | ScheduledDiffusion, device: torch.device) -> Walk:
+    """Returns a walk of `process` by method `name`."""
+    if isinstance(process, ScheduledDiffusion):
+        return ScheduledWalk(name, process, device)
+    return StepWalk(METHODS[name], process)
 
 
 class Evaluation(NamedTuple):
     """One call of the denoiser in a walk.
 
     Attributes:
-        time: the network's timestep.
-        clean_gain: how far the predicted clean clip moves when the output does.
-        share: of the noise that is there, the part that this evaluation's prediction takes away.
+        time: timestep of the network.
+        clean_gain: absolute derivative of the predicted clean clip by the output.
+        share: fraction of the present noise that the step removes by this evaluation.
     """
 
     time: float
@@ -281,16 +288,17 @@ class Evaluation(NamedTuple):
     share: float
 
 
-def evaluations(process: Process, method: str) -> list[Evaluation]:
-    """Every call of the denoiser that `sample` makes, in order, known on the host before it begins.
+def list_evaluations(process: Process, method: str) -> list[Evaluation]:
+    """Lists every call of the denoiser that `sample` will make, in order, without the device.
 
     Raises:
-        ValueError: the method does not fit the process.
+        ValueError: the method does not support the process.
     """
-    row = _method(method, process, DEFAULT)
+    _check_method(method, process, DEFAULT)
+    row = METHODS[method]
     levels = process.noise_levels
     found = []
-    for step in _indices(process, row):
+    for step in row.indices(process):
         visited = range(step, max(-1, step - row.evaluations), -1)  # heun: both ends of a step
         share = abs(1 - levels[step] / levels[step + 1]) / len(visited)
         found += [Evaluation(process.step_times[index], process.clean_gains[index], share) for index in visited]
@@ -299,7 +307,7 @@ def evaluations(process: Process, method: str) -> list[Evaluation]:
 
 @torch.no_grad()
 def sample(
-    diffusion: Process,
+    diffusion: Process | ScheduledDiffusion,
     denoiser: Denoiser,
     noise: Tensor,
     *,
@@ -307,41 +315,38 @@ def sample(
     callback: Callback | None = None,
     **options: Any,
 ) -> Tensor:
-    """Walk all T steps of `diffusion` from `noise` (B, F, C, H, W) to clean clips alike.
+    """Runs all T steps of `diffusion` from `noise` to clean clips, both (B, F, C, H, W).
 
     Args:
         diffusion: on the device of `noise`; its respacing sets T.
-        denoiser: the network, perhaps wrapped in guidance.
-        noise: unit noise; for `ddim_reverse` clean clips, which become noise.
-        method: a key of METHODS: ddpm | ddim | ddim_reverse, or euler | heun for a flow; for both dpm_solver++ |
-            sde_dpm_solver++ | unipc.
-        callback: called after every step with (steps done, T, x, pred_x_start).
-        options: fields of `StepOptions` (eta, clip_denoised, noise_fn, x_start_fn, gradient_fn).
+        denoiser: the network, possibly wrapped in guidance.
+        noise: unit noise; for `ddim_reverse` clean clips, which are turned into noise.
+        method: ddpm | ddim | ddim_reverse, or euler | heun for a flow; for both dpm_solver++ |
+            sde_dpm_solver++ | unipc; for a `ScheduledDiffusion` the official names (DDIM, EulerDiscrete, ...).
+        callback: called after every step with (steps done, steps in all, x, pred_x_start).
+        options: fields of `StepOptions` (eta, clip_denoised, noise_fn, x_start_fn, gradient_fn, ...).
 
     Raises:
-        ValueError: the method does not fit the process, or an option does not fit the method.
+        ValueError: the method does not support the process or an option.
     """
     settings = StepOptions(**options)
-    chosen = _method(method, diffusion, settings)
-    take_step = chosen.begin(diffusion)
-    total = diffusion.num_timesteps
-    x = noise
-    for done, index in enumerate(_indices(diffusion, chosen), start=1):
-        timesteps = torch.full((len(x),), index, device=x.device)
-        this_step = chosen.step_at_zero if index == 0 and chosen.step_at_zero else take_step
-        step = this_step(diffusion, denoiser, x, timesteps, settings)
+    _check_method(method, diffusion, settings)
+    walk = start_walk(method, diffusion, noise.device)
+    x = walk.start(noise)
+    for number in range(walk.num_steps):
+        step = walk.step(denoiser, x, number, settings)
         x = step.x
         if callback is not None:
-            callback(done, total, x, step.pred_x_start)
+            callback(number + 1, walk.num_steps, x, step.pred_x_start)
     return x
 
 
 @dataclass
 class BitsPerDim:
-    """The variational bound of clips, in bits per dimension; column t of the (B, T) parts is step t.
+    """Variational bound of clips in bits per dimension; column t of the (B, T) parts is step t.
 
     Attributes:
-        total: (B,) sum of `vb` over t, plus `prior`.
+        total: (B,) sum of `vb` over t plus `prior`.
         prior: (B,) the constant term at t = T.
         vb: (B, T) the terms.
         x_start_mse: (B, T) squared error of the predicted clean clip.
@@ -364,9 +369,9 @@ def calc_bpd_loop(
     clip_denoised: bool = True,
     noise_fn: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> BitsPerDim:
-    """All terms of the variational bound of `x_start` (B, F, C, H, W), each from its own noise draw.
+    """Computes all terms of the variational bound of `x_start` (B, F, C, H, W), each with its own noise.
 
-    `x_start` in [-1, 1] is taken for 8-bit data in the last term (t = 0). T network calls.
+    The last term (t = 0) takes `x_start` in [-1, 1] as 8-bit data. Calls the network T times.
     """
     refine = StepOptions(clip_denoised=clip_denoised).refine
     columns: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -1,7 +1,7 @@
-"""Noise schedules, respacing, and the tables that follow from them; all in float64.
+"""Noise schedules, respacing, and tables computed from them, all in float64.
 
-T is the number of steps. Step t, 0 <= t < T, adds noise of variance beta_t; alphas_cumprod_t is the
-share of the signal's variance left after it (Ho et al. 2020; Nichol & Dhariwal 2021).
+T is the number of steps. Step t, 0 <= t < T, adds noise of variance beta_t; alphas_cumprod_t is the fraction of the
+signal's variance that remains after it (Ho et al. 2020; Nichol & Dhariwal 2021).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-MAX_BETA = 0.999  # of the cosine schedule, against a singularity at t = T - 1
+MAX_BETA = 0.999  # of the cosine schedule: avoids a singularity at t = T - 1
 
 
 def linear_betas(num_steps: int) -> Tensor:
-    """(T,) betas from 1e-4 to 0.02 for 1000 steps, scaled for other numbers so the end noise is alike.
+    """Returns (T,) betas from 1e-4 to 0.02 for 1000 steps, scaled for other T to reach the same final noise.
 
-    Ho et al. 2020, section 4. With 20 steps or fewer no such schedule exists: ValueError.
+    Ho et al. 2020, section 4. Raises ValueError for 20 steps or fewer, for which no such schedule exists.
     """
     scale = 1000 / num_steps
     if scale * 0.02 >= 1:
@@ -29,7 +29,7 @@ def linear_betas(num_steps: int) -> Tensor:
 
 
 def cosine_betas(num_steps: int) -> Tensor:
-    """(T,) betas for which alphas_cumprod falls as a squared cosine (Nichol & Dhariwal 2021, eq. 17)."""
+    """Returns (T,) betas for which alphas_cumprod is a squared cosine (Nichol & Dhariwal 2021, eq. 17)."""
 
     def signal_share(time: Tensor) -> Tensor:
         return torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -41,16 +41,16 @@ def cosine_betas(num_steps: int) -> Tensor:
 BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
-def respaced_timesteps(num_steps: int, respacing: str) -> list[int]:
-    """The timesteps that a shortened process keeps, ascending.
+def respace_timesteps(num_steps: int, respacing: str) -> list[int]:
+    """Returns the timesteps that a shortened process keeps, ascending.
 
     Args:
         num_steps: T of the full process.
-        respacing: "" keeps all; "250" that many, evenly spread with both ends; "10,15,20" that many in
-            each of as many equal sections; "ddim50" every k-th from 0, for the integer k that gives 50.
+        respacing: "" keeps all; "250" keeps 250 evenly spaced ones, ends included; "10,15,20" keeps these numbers in
+            three equal sections; "ddim50" keeps every k-th from 0, with the integer k that gives 50.
 
     Raises:
-        ValueError: the string is none of these, or asks for what `num_steps` cannot give.
+        ValueError: the string is none of these, or `num_steps` is too small for it.
     """
     respacing = respacing.strip()
     if not respacing:
@@ -75,8 +75,8 @@ def respaced_timesteps(num_steps: int, respacing: str) -> list[int]:
 def _count(text: str, respacing: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError(
-            f"Respacing {respacing!r} is not understood: give a number of steps ('250'), "
-            "numbers by section ('10,15,20'), or 'ddim50'."
+            f"Respacing {respacing!r} is invalid: give a number of steps ('250'), numbers by section "
+            "('10,15,20'), or 'ddim50'."
         )
     return int(text)
 
@@ -93,35 +93,35 @@ def _strided(num_steps: int, count: int) -> list[int]:
 
 
 def _spread(size: int, count: int) -> list[int]:
-    """`count` whole numbers from 0 to `size` - 1, ends included (only 0 if `count` is 1)."""
+    """Returns `count` evenly spaced integers from 0 to `size` - 1, ends included (only 0 if `count` is 1)."""
     stride = (size - 1) / (count - 1) if count > 1 else 1.0
     position, spread = 0.0, []
     for _ in range(count):
         spread.append(round(position))
-        position += stride  # summed, not multiplied: the same rounding as the official code
+        position += stride  # a running sum rounds as the official code does
     return spread
 
 
-def respaced_betas(betas: Tensor, kept: list[int]) -> Tensor:
-    """Betas (len(kept),) of the process that visits only the `kept` steps of the one with `betas` (T,)."""
+def respace_betas(betas: Tensor, kept: list[int]) -> Tensor:
+    """Returns betas (len(kept),) of the process that visits only the `kept` steps of one with `betas` (T,)."""
     alphas_cumprod = torch.cumprod(1 - betas, 0)[kept]
-    return 1 - alphas_cumprod / _shifted_right(alphas_cumprod, 1.0)
+    return 1 - alphas_cumprod / _shift_right(alphas_cumprod, 1.0)
 
 
-def _shifted_right(table: Tensor, first: float) -> Tensor:
+def _shift_right(table: Tensor, first: float) -> Tensor:
     return torch.cat([table.new_tensor([first]), table[:-1]])
 
 
 def gaussian_tables(betas: Tensor) -> dict[str, Tensor]:
-    """Everything that follows from `betas` (T,): name -> (T,) float64.
+    """Returns all tables computed from `betas` (T,): name -> (T,) float64.
 
-    Posterior q(x_{t-1} | x_t, x_0): Ho et al. 2020, eq. 6 and 7. Its variance is 0 at t = 0, so its
-    logarithm takes the value of t = 1 there ("clipped").
+    Posterior q(x_{t-1} | x_t, x_0): Ho et al. 2020, eq. 6 and 7. Its variance is 0 at t = 0, so its logarithm has the
+    value of t = 1 there ("clipped").
     """
     alphas_cumprod = torch.cumprod(1 - betas, 0)
-    previous = _shifted_right(alphas_cumprod, 1.0)
+    previous = _shift_right(alphas_cumprod, 1.0)
     posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
-    # a process of one step has no step 1 to take the first value from
+    # a process of one step has no value at t = 1
     first = posterior_variance[1:2] if len(betas) > 1 else betas
     positive_variance = torch.cat([first, posterior_variance[1:]])
     large_variance = torch.cat([positive_variance[:1], betas[1:]])

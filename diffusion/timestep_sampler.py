@@ -1,4 +1,4 @@
-"""Which timesteps a training step looks at: functions of uniform numbers that the caller draws.
+"""Samplers of training timesteps, as functions of uniform random numbers that the caller draws.
 
 T is the number of steps, B the batch. A sampler turns u (B,) in [0, 1) into timesteps and loss weights (B,).
 """
@@ -22,8 +22,8 @@ INVERSE_CDFS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def shifted(time: Tensor, shift: float) -> Tensor:
-    """Times in [0, 1] moved towards noise (shift above 1) or data (below 1), the ends kept in place.
+def shift_times(time: Tensor, shift: float) -> Tensor:
+    """Shifts times in [0, 1] towards noise (shift above 1) or data (below 1), with fixed ends.
 
     Esser et al. 2024, eq. 23: t -> s t / (1 + (s - 1) t).
     """
@@ -31,40 +31,40 @@ def shifted(time: Tensor, shift: float) -> Tensor:
 
 
 def times_from_uniform(uniform: Tensor, config: DiffusionConfig) -> Tensor:
-    """`uniform` (B,) in [0, 1) -> times (B,) in [0, 1] of the configured density, then shifted."""
-    return shifted(INVERSE_CDFS[config.timestep_density](uniform), config.timestep_shift)
+    """Maps `uniform` (B,) in [0, 1) to times (B,) in [0, 1] of the configured density and shift."""
+    return shift_times(INVERSE_CDFS[config.timestep_density](uniform), config.timestep_shift)
 
 
 def steps_from_uniform(uniform: Tensor, config: DiffusionConfig, num_steps: int) -> Tensor:
-    """The same as whole steps: (B,) in [0, 1) -> (B,) int64 in [0, T)."""
+    """Maps `uniform` (B,) in [0, 1) to steps (B,), int64 in [0, T), of the configured density and shift."""
     steps = (times_from_uniform(uniform, config) * num_steps).long()
     return steps.clamp(max=num_steps - 1)
 
 
 class TimestepSampler(Protocol):
-    """What the training loop needs of a sampler."""
+    """Interface of timestep samplers."""
 
     def timesteps_from_uniform(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) in [0, 1) -> timesteps (B,) and weights (B,) of their losses."""
+        """Maps (B,) in [0, 1) to timesteps (B,) and weights (B,) of their losses."""
 
     def update(self, timesteps: Tensor, losses: Tensor, skip: Tensor | bool = False) -> None:
-        """Learn from the losses (B,) that the timesteps (B,) had, unless `skip` (a scalar on their device)."""
+        """Records the losses (B,) of timesteps (B,), unless `skip` (a bool, or a scalar on their device)."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs."""
+        """Returns the state that a resumed run needs."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`."""
+        """Restores a `state_dict()`."""
 
 
 class UniformTimestepSampler:
-    """Timesteps of the configured density, all losses weighted alike; nothing to learn."""
+    """Timesteps of the configured density with equal loss weights; has no state."""
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
 
     def timesteps_from_uniform(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) in [0, 1) -> timesteps (B,), int64 or (flow) float in [0, T], and ones (B,)."""
+        """Maps (B,) in [0, 1) to timesteps (B,), int64 or for a flow float in [0, T], and weights of 1 (B,)."""
         if self.config.prediction == "flow":
             timesteps = times_from_uniform(uniform, self.config) * self.config.num_steps
         else:
@@ -72,33 +72,33 @@ class UniformTimestepSampler:
         return timesteps, torch.ones_like(uniform)
 
     def update(self, timesteps: Tensor, losses: Tensor, skip: Tensor | bool = False) -> None:
-        """Nothing to learn."""
+        """Does nothing."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Empty."""
+        """Returns an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to load."""
+        """Does nothing."""
 
 
 class LossAwareTimestepSampler:
     """Timesteps in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, 3.3).
 
-    Uniform until every timestep has `history` losses. Weights undo the density, so the expected loss stays
-    that of uniform timesteps. In a process group every rank keeps the history of all ranks.
+    Uniform until every timestep has `history` losses. Weights compensate for the density, so the expected loss is
+    that of uniform timesteps. In a process group every rank stores the losses of all ranks.
     """
 
     def __init__(self, num_steps: int, history: int = 10, uniform_share: float = 1e-3) -> None:
         self.num_steps = num_steps
         self.history = history
         self.uniform_share = uniform_share
-        # one row more than timesteps: losses that a later one of the same batch displaces go there
+        # one additional row receives losses that a later one of the same batch replaces
         self.losses = torch.zeros(num_steps + 1, history, dtype=torch.float64)
         self.counts = torch.zeros(num_steps, dtype=torch.int64)
 
     def probabilities(self) -> Tensor:
-        """(T,) float64, sum 1."""
+        """Returns the density of timesteps, (T,) float64 with sum 1."""
         root_mean_square = self.losses[:-1].square().mean(1).sqrt()
         learned = root_mean_square / root_mean_square.sum()
         learned = learned * (1 - self.uniform_share) + self.uniform_share / self.num_steps
@@ -106,7 +106,7 @@ class LossAwareTimestepSampler:
         return torch.where((self.counts >= self.history).all(), learned, uniform)
 
     def timesteps_from_uniform(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) in [0, 1) -> timesteps (B,) int64, and weights (B,) = 1 / (T p(t))."""
+        """Maps (B,) in [0, 1) to timesteps (B,), int64, and weights (B,) = 1 / (T p(t))."""
         self._to(uniform.device)
         probabilities = self.probabilities()
         steps = torch.searchsorted(probabilities.cumsum(0), uniform.double(), right=True)
@@ -115,9 +115,9 @@ class LossAwareTimestepSampler:
 
     @torch.no_grad()
     def update(self, timesteps: Tensor, losses: Tensor, skip: Tensor | bool = False) -> None:
-        """Remember losses (B,) of timesteps (B,), of all ranks (B alike on each) in rank order, unless `skip`."""
+        """Records losses (B,) of timesteps (B,) of all ranks (the same B on each) in rank order, unless `skip`."""
         self._to(timesteps.device)
-        timesteps, losses = _from_all_ranks(timesteps), _from_all_ranks(losses.double())
+        timesteps, losses = _gather_from_ranks(timesteps), _gather_from_ranks(losses.double())
         same = timesteps[:, None] == timesteps
         earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)
         slots = (self.counts[timesteps] + earlier) % self.history  # oldest first
@@ -127,15 +127,15 @@ class LossAwareTimestepSampler:
         self.counts.index_add_(0, timesteps, (~dropped).long())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Losses remembered and their counts."""
+        """Returns the recorded losses and their counts."""
         return {"losses": self.losses[:-1].clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()` of a sampler of the same size; ValueError for another size."""
+        """Restores the `state_dict()` of a sampler of the same size; ValueError for another size."""
         if state["losses"].shape != self.losses[:-1].shape:
             raise ValueError(
-                f"The loss-aware timestep sampler remembers {tuple(self.losses[:-1].shape)} losses, the "
-                f"checkpoint holds {tuple(state['losses'].shape)}: keep diffusion.num_steps as it was."
+                f"The loss-aware timestep sampler stores {tuple(self.losses[:-1].shape)} losses, the "
+                f"checkpoint has {tuple(state['losses'].shape)}: keep diffusion.num_steps as it was."
             )
         self.losses[:-1] = state["losses"].to(self.losses)
         self.counts.copy_(state["counts"])
@@ -144,8 +144,8 @@ class LossAwareTimestepSampler:
         self.losses, self.counts = self.losses.to(device), self.counts.to(device)
 
 
-def _from_all_ranks(values: Tensor) -> Tensor:
-    """(B,) of this rank -> (ranks * B,) of all ranks, in rank order."""
+def _gather_from_ranks(values: Tensor) -> Tensor:
+    """Gathers (B,) of each rank to (ranks * B,) in rank order."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
@@ -154,7 +154,7 @@ def _from_all_ranks(values: Tensor) -> Tensor:
 
 
 def build_timestep_sampler(config: DiffusionConfig) -> TimestepSampler:
-    """The sampler that `diffusion.timestep_sampler` names."""
+    """Builds the sampler that `diffusion.timestep_sampler` names."""
     if config.timestep_sampler == "loss_aware":
         return LossAwareTimestepSampler(config.num_steps)
     return UniformTimestepSampler(config)

@@ -1,8 +1,8 @@
-"""Clips longer than those of training, by windows of the trained length that overlap.
+"""Clips longer than those of training, sampled by overlapping windows of the trained length.
 
-Two ways. `slide` samples one window after the other, each given the last frames of the one before: for networks that
-were trained with given frames. `fused` samples all frames at once and lets every step average what the windows say
-of them (MultiDiffusion, Bar-Tal et al. 2023, over time): for any network.
+`slide_windows` samples one window after another, each with the last frames of the previous one given; it needs a
+network that was trained with given frames. `fuse_windows` samples all frames at once and averages the windows' outputs
+in every step (MultiDiffusion, Bar-Tal et al. 2023, along time); it works with any network.
 
 Letters: B clips, F frames, C channels, H W.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from .guidance import Denoiser
 
-METHODS = ("autoregressive", "fused")
+WINDOW_METHODS = ("autoregressive", "fused")
 
 
 def window_starts(total: int, window: int, overlap: int, method: str) -> list[int]:
-    """First frames of the windows over `total` frames.
+    """Returns the first frame of each window over `total` frames.
 
-    Windows lie `window - overlap` frames apart. The last one goes beyond the end if need be (autoregressive; what is
-    too much is cut off), or is moved back to end with the clip (fused).
+    Windows are `window - overlap` frames apart. The last one may extend beyond the end (autoregressive; the surplus is
+    cut off), or is moved back to end with the clip (fused).
     """
     if total <= window:
         return [0]
@@ -31,8 +31,8 @@ def window_starts(total: int, window: int, overlap: int, method: str) -> list[in
     return starts if method == "autoregressive" else [*starts[:-1], total - window]
 
 
-def seams(total: int, window: int, overlap: int, method: str) -> list[int]:
-    """Frames at which another window takes over: where it is heard for the first time, or another for the last."""
+def find_seams(total: int, window: int, overlap: int, method: str) -> list[int]:
+    """Returns the frame indices at which a window starts or stops contributing."""
     starts = window_starts(total, window, overlap, method)
     if method == "autoregressive":
         return [start + overlap for start in starts[1:]]
@@ -40,33 +40,33 @@ def seams(total: int, window: int, overlap: int, method: str) -> list[int]:
     return sorted(edges - {0, total})
 
 
-def slide(
+def slide_windows(
     sample_window: Callable[[Tensor, list[bool]], Tensor], known: Tensor, places: list[bool], window: int, overlap: int
 ) -> Tensor:
-    """Clips (B, F, C, H, W), window after window.
+    """Samples clips (B, F, C, H, W) window by window.
 
     Args:
-        sample_window: known frames (B, window, C, H, W) and which of them count -> the whole window.
-        known: (B, F, C, H, W), the frames that are known from the start.
-        places: F, which of them count.
-        overlap: frames of a window that are given to the next, 1 to `window` - 1.
+        sample_window: takes frames (B, window, C, H, W) and a flag for each that is known; returns all of the window.
+        known: (B, F, C, H, W), frames that are known in advance.
+        places: F flags, True for the frames of `known` that are known.
+        overlap: number of frames that a window passes on to the next, 1 to `window` - 1.
     """
     total = known.shape[1]
     starts = window_starts(total, window, overlap, "autoregressive")
     surplus = max(0, starts[-1] + window - total)
     clip = torch.cat([known, known.new_zeros(known.shape[0], surplus, *known.shape[2:])], dim=1)
-    there = [*places, *[False] * surplus]
+    is_known = [*places, *[False] * surplus]
     for start in starts:
         part = slice(start, start + window)
-        clip[:, part] = sample_window(clip[:, part], there[part])
-        there[part] = [True] * window
+        clip[:, part] = sample_window(clip[:, part], is_known[part])
+        is_known[part] = [True] * window
     return clip[:, :total]
 
 
-def fused(denoiser: Denoiser, window: int, overlap: int) -> Denoiser:
-    """`denoiser` of `window` frames -> one of any number: the weighted mean of what the windows over a frame say.
+def fuse_windows(denoiser: Denoiser, window: int, overlap: int) -> Denoiser:
+    """Wraps a denoiser of `window` frames for any number of frames: the weighted mean of the windows over each frame.
 
-    Within an overlap the weight passes linearly from one window to the next, so that no frame changes hands at once.
+    Within an overlap the weights change linearly from one window to the next, without a jump.
     """
 
     def averaged(x: Tensor, timesteps: Tensor) -> Tensor:
@@ -89,6 +89,6 @@ def fused(denoiser: Denoiser, window: int, overlap: int) -> Denoiser:
 
 
 def ramp(window: int, overlap: int, x: Tensor) -> Tensor:
-    """(window,) weights: 1, 2, ... over the overlap, level between, and down again; on x's device."""
+    """Returns weights (window,) on the device of x: rising 1, 2, ... over the overlap, constant, then falling."""
     places = torch.arange(window, device=x.device)
     return torch.minimum(places + 1, window - places).clamp(max=overlap + 1).float()

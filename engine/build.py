@@ -11,16 +11,16 @@ from datasets import ClipDataset
 from datasets.latents import LatentCache
 from diffusion import GaussianDiffusion, RectifiedFlow, TimestepSampler, build_diffusion
 from models.autoencoder import LatentCodec, StoredCodec
-from models.codec_identity import codec_identity, same_codec
+from models.identity import codec_identity, is_same_codec
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
 from models.lora import add_lora, hold_frozen_linear_maps_in
 
 from .conditions import Conditions
 from .config import Config
-from .config.text_network import text_network_config
 from .memory import check_network_fits
 from .objective import FP32, Objective, Precision
+from .text_network import text_network_config
 
 PRECISIONS = {  # by train.precision
     "fp32": FP32,
@@ -98,7 +98,7 @@ def build_codec(config: Config, clips: ClipDataset, device: torch.device | str =
     if not isinstance(clips.source, LatentCache):
         return LatentCodec.from_config(config.codec, device)
     made, now = clips.source.codec, codec_identity(config.codec)
-    if not same_codec(made, now):
+    if not is_same_codec(made, now):
         differing = [f"{key} {made.get(key)} -> {now[key]}" for key in now if made.get(key) != now[key]]
         raise ValueError(
             f"data.latents: {clips.source.path} was made by another codec than codec.path={config.codec.path} "

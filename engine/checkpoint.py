@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import threading
@@ -34,8 +33,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import Config, load_config, require
-from .run_folder import make_again
+from common import storage
+from common.checks import require
+from common.console import gigabytes
+from common.storage import file_sha256, free_bytes, sync, write_atomically, write_synced
+
+from .config import Config, load_config
+from .run_folder import recreate_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +103,11 @@ def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict
     try:
         for name, group in tensors.items():
             save_file({key: value.contiguous() for key, value in group.items()}, aside / f"{name}.safetensors")
-            _sync(aside / f"{name}.safetensors")
-        _write_synced(aside / "state.json", json.dumps(state, indent=2).encode())
-        _write_synced(aside / "config.yaml", config.to_yaml().encode())
-        _write_synced(aside / MANIFEST, json.dumps(_manifest(aside, state), indent=2).encode())
-        _sync(aside)
+            sync(aside / f"{name}.safetensors")
+        write_synced(aside / "state.json", json.dumps(state, indent=2).encode())
+        write_synced(aside / "config.yaml", config.to_yaml().encode())
+        write_synced(aside / MANIFEST, json.dumps(_manifest(aside, state), indent=2).encode())
+        sync(aside)
         if final.exists():  # an earlier, discarded attempt at the same step
             discarded = final.rename(_aside(final))
             aside.rename(final)
@@ -113,7 +117,7 @@ def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict
     except Exception:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _sync(final.parent)
+    sync(final.parent)
     return final
 
 
@@ -123,16 +127,10 @@ def _aside(final: Path) -> Path:
 
 
 def _point_to(folder: Path) -> None:
-    """Let `latest`, beside it, name `folder`."""
+    """Writes the name of `folder` into `latest`, next to it."""
     latest = folder.with_name("latest")
-    aside = _aside(latest)
-    try:
-        _write_synced(aside, folder.name.encode())
-        aside.replace(latest)
-    except Exception:
-        aside.unlink(missing_ok=True)
-        raise
-    _sync(folder.parent)
+    write_atomically(latest, lambda file: file.write_bytes(folder.name.encode()), temporary=_aside(latest))
+    sync(folder.parent)
 
 
 def _manifest(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -257,19 +255,10 @@ def _prune(newest: Path, keep_last: int, keep_every: int) -> None:
 
 def space_warning(root: Path, needed: int) -> str | None:
     """A sentence if the file system of `root` has less than 1.1 x `needed` bytes free, or None."""
-    free = _free_bytes(root)
+    free = free_bytes(root)
     if free >= 1.1 * needed:
         return None
-    return f"{root} has {_gigabytes(free)} free, and a checkpoint takes {_gigabytes(needed)}: make room."
-
-
-def _free_bytes(root: Path) -> int:
-    """Bytes that can still be written where `root` is, or will be."""
-    return shutil.disk_usage(next(folder for folder in (root, *root.parents) if folder.exists())).free
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3f} GB"
+    return f"{root} has {gigabytes(free)} free, and a checkpoint takes {gigabytes(needed)}: make room."
 
 
 class CheckpointWriter:
@@ -304,7 +293,7 @@ class CheckpointWriter:
     def _write(self, checkpoint: Checkpoint) -> None:
         train = self.config.train
         try:
-            make_again(self.root)
+            recreate_checkpoints(self.root)
             warning = space_warning(self.root, _size_of(checkpoint))
             if warning:
                 log.warning(warning)
@@ -320,10 +309,10 @@ class CheckpointWriter:
     def _room(self, checkpoint: Checkpoint) -> str:
         """Bytes needed and bytes free, in words."""
         try:
-            free = _gigabytes(_free_bytes(self.root))
+            free = gigabytes(free_bytes(self.root))
         except OSError as error:
             free = f"an unknown amount ({error})"
-        return f"it takes {_gigabytes(_size_of(checkpoint))}, {free} free"
+        return f"it takes {gigabytes(_size_of(checkpoint))}, {free} free"
 
 
 def _size_of(checkpoint: Checkpoint) -> int:
@@ -332,15 +321,8 @@ def _size_of(checkpoint: Checkpoint) -> int:
 
 
 def remove_unfinished(root: Path) -> list[str]:
-    """Delete what a killed writer left under temporary names; returns those names. Links are not ours."""
-    entries = sorted(root.iterdir()) if root.is_dir() else []
-    left = [entry for entry in entries if UNFINISHED_NAME.fullmatch(entry.name) and not entry.is_symlink()]
-    for entry in left:
-        try:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        except OSError as error:
-            log.warning("unfinished %s cannot be deleted: %s", entry, error.strerror or error)
-    return [entry.name for entry in left]
+    """Deletes what a killed writer left under temporary names; returns those names."""
+    return storage.remove_unfinished(root, UNFINISHED_NAME)
 
 
 def set_damaged_aside(folder: Path) -> None:
@@ -393,22 +375,3 @@ def content_sha256(module: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def file_sha256(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_synced(file: Path, content: bytes) -> None:
-    file.write_bytes(content)
-    _sync(file)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

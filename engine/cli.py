@@ -16,9 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from common.console import printable
+
 from .errors import INTERRUPTED_EXIT, MISTAKE_EXIT, TrainingAborted
 from .signals import die_with_parent
-from .text import printable
 
 NOISY = ("bitsandbytes", "diffusers.quantizers")  # remarks of optional packages about each other and other machines
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"

@@ -22,14 +22,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from common.checks import require
 from datasets import ClipDataset
 from datasets.text_features import TextCache
 from models.autoencoder import DTYPES
 from models.config import LatteConfig
+from models.identity import select_comparable, text_identity
 from models.text_encoder import TextConfig, TextEncoder
-from models.text_identity import comparable, text_identity
 
-from .config import Config, require
+from .config import Config
 from .distributed import on_main
 
 EMPTY = ""  # the caption of classifier-free guidance
@@ -271,5 +272,5 @@ def build_conditions(
     if config.text.features is None:
         return Captions(config.text, texts, EncodedFeatures(config.text, device), device)
     cache = TextCache(Path(config.text.features))
-    cache.check(comparable(on_main(lambda: text_identity(config.text))), [EMPTY, *texts])
+    cache.check(select_comparable(on_main(lambda: text_identity(config.text))), [EMPTY, *texts])
     return Captions(config.text, texts, cache, device)

@@ -6,10 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
+from common.checks import require
+
 from .build import describe
 from .callbacks import Callback
 from .cli import config_parser, leave
-from .config import Config, load_config, require
+from .config import Config, load_config
 from .distributed import close_world, init_world
 from .start import check_ranks_agree_on_config
 from .trainer import Trainer

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from .run_folder import is_same_file, make_again
-from .text import printable
+from common.console import printable
+from common.storage import is_same_file
+
+from .run_folder import recreate_checkpoints
 
 
 class Logger(Protocol):
@@ -89,7 +91,7 @@ class RunLogger:
             gone = " and ".join(name for name, there in present.items() if not there)
             self.say(f"warning: {gone} of {self._folder} was deleted during the run and is started again")
         else:
-            make_again(self._folder / "checkpoints")
+            recreate_checkpoints(self._folder / "checkpoints")
         self._jsonl.close()
         (self._folder / "tensorboard").mkdir(exist_ok=True)  # for rows that its writer still buffers
         with suppress(OSError):  # the writer may have failed already

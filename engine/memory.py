@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
+from common.checks import require
 from models.config import SIZE_KEYS
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
 
-from .config import Config, require
-from .config.text_network import text_network_config
+from .config import Config
+from .text_network import text_network_config
 
 GIB = 2**30
 STATE_BYTES = {"weights": 4, "gradients": 4, "Adam moments": 8, "average (EMA)": 4}  # bytes per parameter, all in fp32

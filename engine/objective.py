@@ -21,7 +21,7 @@ from diffusion import (
     LossTerms,
     RectifiedFlow,
     TimestepSampler,
-    conditioned,
+    condition_denoiser,
 )
 from models.autoencoder import LatentCodec, Posterior, StoredCodec
 
@@ -154,7 +154,8 @@ class Objective:
         if given is None:
             return self.diffusion.training_losses(denoiser, latents, timesteps, noise)
         known = Given(latents, functional.pad(given, (0, self.num_images)))
-        return self.diffusion.training_losses(conditioned(denoiser, known), latents, timesteps, noise).without(given)
+        terms = self.diffusion.training_losses(condition_denoiser(denoiser, known), latents, timesteps, noise)
+        return terms.without(given)
 
     def draw(self, positions: list[int], latent_shape: torch.Size, num_labels: int) -> Draws:
         """Draws all random numbers of the samples at `positions`, each from its own generator, in a fixed order."""

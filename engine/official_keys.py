@@ -1,11 +1,13 @@
-"""The keys of the official YAML files (Vchitect/Latte, configs/), each with its counterpart here.
+"""Keys of the official YAML files (Vchitect/Latte, configs/), and their translation to ours.
 
-Pure data without imports, so that `--help` stays quick: `engine.config` hints at the new name of an official key,
-`tools.convert_config` translates a whole file. Every key of the official configs of the four data sets is in exactly
-one table; a key without a counterpart has the reason.
+`engine.config` answers an official key with its new name; `tools.convert config` translates a whole file. Every key of
+the official configs of the four data sets is either in RENAMED or in DROPPED.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 # official key -> our dotted key
 RENAMED: dict[str, str] = {
@@ -70,3 +72,68 @@ DROPPED: dict[str, str] = {
     "run_time": "no program for these data sets read it; the sample names are numbered.",
     "num_sample": "no program for these data sets read it; sample.num_videos is the number of videos.",
 }
+
+# official key -> its value in our terms; other keys keep their value
+VALUES: dict[str, Callable[[Any], Any]] = {
+    "dataset": lambda name: str(name).removesuffix("_img"),
+    "sample_method": lambda method: str(method).lower(),
+    "use_fp16": lambda on: "fp16" if on else "fp32",
+    "mixed_precision": lambda on: "bf16" if on else "tf32",
+    "sample_names": lambda names: [str(name) for name in (names if isinstance(names, list) else [names])],
+}
+
+# official key -> a remark in the report of a translation
+REMARKS: dict[str, str] = {
+    "pretrained_model_path": "the codec is its subfolder vae; text-to-video parts are not read.",
+    "mixed_precision": "the official switch had no effect: it trained in tf32.",
+    "gradient_accumulation_steps": "all step counts here are optimizer steps, not micro-batches.",
+    "learning_rate": "the official programs always used 1e-4, whatever the file said.",
+}
+
+# official keys that have a counterpart but are not carried over -> the reason
+OMITTED: dict[str, str] = {
+    "frame_data_txt": "images are drawn from the videos; for those of a list, put them below data.path and "
+    "set data.frame_list.",
+}
+
+UNCONDITIONAL, TEXT = 1, 78  # values of the official key `extras`
+
+
+def translate_config(official: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Returns the sections of our config, and a line for each official key on what became of it.
+
+    Raises:
+        ValueError: a text-to-video config, which these data sets' programs do not run.
+    """
+    if official.get("extras") == TEXT or str(official.get("model", "")).startswith("LatteT2V"):
+        raise ValueError(
+            "this is a text-to-video config (model LatteT2V), and only those of ffs, sky, taichi and ucf101 are "
+            "translated: pass it to sample/sample_t2x.py, which reads its keys and names the replaced ones."
+        )
+    sections: dict[str, dict[str, Any]] = {}
+    report = []
+    for key, value in official.items():
+        if key in DROPPED:
+            report.append(f"dropped   {key}: {DROPPED[key]}")
+        elif key not in RENAMED:
+            report.append(f"unknown   {key}: not a key of the official configs; left out.")
+        elif key in OMITTED:
+            report.append(f"omitted   {key}: {OMITTED[key]}")
+        elif value is None:
+            report.append(f"empty     {key}: {RENAMED[key]} keeps its default.")
+        else:
+            report.append(_set_value(sections, key, value))
+    if official.get("extras") == UNCONDITIONAL and sections.get("model", {}).pop("num_classes", None) is not None:
+        report.append("note      num_classes: left out, since extras is 1 (unconditional).")
+    if "path" in sections.get("codec", {}):
+        sections["codec"]["subfolder"] = "vae"
+    return sections, report
+
+
+def _set_value(sections: dict[str, dict[str, Any]], key: str, value: Any) -> str:
+    """Sets the counterpart of the official `key`; returns its line of the report."""
+    section, _, name = RENAMED[key].partition(".")
+    ours = VALUES.get(key, lambda same: same)(value)
+    sections.setdefault(section, {})[name] = ours
+    remark = f" ({REMARKS[key]})" if key in REMARKS else ""
+    return f"renamed   {key} -> {RENAMED[key]}: {ours}{remark}"

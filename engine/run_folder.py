@@ -1,6 +1,6 @@
-"""What a run's folder tells others: who is writing it, how the last session ended, what happened on the way.
+"""The folder of a run: its lock, its events, the markers that say how the last session ended.
 
-.lock            held while a run writes here; names its host and process
+.lock            locked while a run writes here; names its host and process
 events.jsonl     starts, resumes, skipped steps, spikes, stops: one object a line
 errors/rank1.json  what ended rank 1: step, batch, error, traceback
 PREEMPTED        a signal stopped the run at this step; start it again to go on
@@ -9,72 +9,25 @@ COMPLETED        the run reached train.max_steps; hashes of the last checkpoint
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
-import os
 import shutil
 import socket
 import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from common.storage import FolderLock, write_json
 
 log = logging.getLogger(__name__)
 
 PREEMPTED, COMPLETED = "PREEMPTED", "COMPLETED"
 
 
-class FolderLock:
-    """The file `.lock` in a folder that one process at a time writes into.
-
-    Args:
-        key: the setting that names the folder, for the sentence that refuses it.
-    """
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder = folder
-        self.key = key
-        self._lock: IO[str] | None = None
-
-    def take(self) -> None:
-        """Hold the folder. Raises: OSError, a sentence, if another live process holds it."""
-        file = self.folder / ".lock"
-        lock = file.open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of a dead process's lock
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            lock.close()
-            raise OSError(
-                f"{self.key}={self.folder} is being written by {owner}; stop that run or name another folder."
-            ) from None
-        except OSError as error:
-            log.warning(
-                "%s cannot be locked (%s): see to it that only one run writes there", self.folder, error.strerror
-            )
-        if not is_same_file(lock, file):  # its last holder deleted it meanwhile
-            lock.close()
-            self.take()
-            return
-        lock.truncate(0)
-        lock.write(f"{socket.gethostname()}:{os.getpid()}\n")
-        lock.flush()
-        self._lock = lock
-
-    def release(self) -> None:
-        """Let go of the folder, if this process holds it."""
-        if self._lock is not None:
-            (self.folder / ".lock").unlink(missing_ok=True)
-            self._lock.close()
-            self._lock = None
-
-
 class RunFolder:
-    """The folder of one run. Only rank 0 opens and marks it; every rank may `report_failure`."""
+    """The folder of one run. Only rank 0 opens it and writes markers; every rank may call `report_failure`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -82,7 +35,7 @@ class RunFolder:
         self._lock = FolderLock(path, "train.output_dir")
 
     def open(self) -> None:
-        """Take the folder for this process and clear what the last session left.
+        """Locks the folder and deletes the markers and errors of the last session.
 
         Raises: OSError if it or its checkpoints/ cannot be written, or another live process writes into it.
         """
@@ -90,7 +43,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.take()
             self.checkpoints.mkdir(exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.checkpoints):  # now, and not after hours at the first checkpoint
+            with tempfile.TemporaryFile(dir=self.checkpoints):  # fails now, not after hours at the first checkpoint
                 pass
         except OSError as error:
             self.close()
@@ -103,33 +56,29 @@ class RunFolder:
         shutil.rmtree(self.path / "errors", ignore_errors=True)
 
     def _obstacle(self, error: OSError) -> str:
-        """What was in the way, in words."""
+        """Returns the cause of the error as text."""
         files = [place for place in (self.checkpoints, self.path, *self.path.parents) if place.is_file()]
         return f"{files[0]} is a file; name a folder" if files else error.strerror or str(error)
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Releases the lock."""
         self._lock.release()
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
-        """Append one event."""
-        make_again(self.checkpoints)
+        """Appends one event."""
+        recreate_checkpoints(self.checkpoints)
         row = {"time": round(time.time(), 3), "step": step, "event": kind, **facts}
         with (self.path / "events.jsonl").open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def mark(self, marker: str, step: int, **facts: Any) -> None:
-        """Leave `marker`, complete or not at all."""
-        make_again(self.checkpoints)
-        aside = self.path / f".{marker}.tmp"
-        with aside.open("w") as stream:
-            json.dump({"step": step, "time": round(time.time(), 3), **facts}, stream, indent=2)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(self.path / marker)
+        """Writes the file `marker` atomically."""
+        recreate_checkpoints(self.checkpoints)
+        content = {"step": step, "time": round(time.time(), 3), **facts}
+        write_json(self.path / marker, content, indent=2, temporary=self.path / f".{marker}.tmp")
 
     def report_failure(self, rank: int, step: int, error: BaseException, **facts: Any) -> None:
-        """Say what ended this rank, in a file of its own that no other rank's error overwrites."""
+        """Writes the error that ended this rank into a file of its own, so that no other rank overwrites it."""
         report = {
             "rank": rank,
             "host": socket.gethostname(),
@@ -146,17 +95,10 @@ class RunFolder:
             return
 
 
-def make_again(checkpoints: Path) -> None:
-    """Make the folder of checkpoints, and the run's around it, that somebody deleted during the run; say so."""
+def recreate_checkpoints(checkpoints: Path) -> None:
+    """Creates the checkpoint and run folders again if somebody deleted them during the run, with a warning."""
     if checkpoints.is_dir():
         return
     gone = checkpoints if checkpoints.parent.is_dir() else checkpoints.parent
     checkpoints.mkdir(parents=True, exist_ok=True)
-    log.warning("%s was deleted during the run: it is made again, and what was in it is lost", gone)
-
-
-def is_same_file(stream: IO[str], path: Path) -> bool:
-    """Whether `path` still names the open file."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    return False
+    log.warning("%s was deleted during the run: it was created again, and its content is lost", gone)

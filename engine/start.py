@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from common.checks import require
 from datasets import ClipDataset
 
 from . import checkpoint as ckpt
 from .build import count_parameters
-from .config import Config, require
+from .config import Config
 from .distributed import gather_objects
 from .run import Run
 from .state import TrainState

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from datasets import build_dataset
 from models import attention
-from models.compiling import compile_blocks
+from models.blocks import compile_blocks
 
 from . import resume, start
 from .build import build_objective

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.checks import require
 from datasets import ClipDataset, build_held_out
 
 from .callbacks import Observation, collect, distribute
-from .config import Config, require
+from .config import Config
 from .distributed import CPU, gather_objects
 from .objective import Objective, sample_generator
 from .run import Run

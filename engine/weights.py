@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from common.checks import require
 from models.convert import init_from_dit, is_image_checkpoint, load_weights, read_state_dict, weights_digest
 from models.convert_t2v import CONFIG_FILE, SUBFOLDER, TEMPORAL, convert_t2v, find_network
 from models.latte import Latte
@@ -25,7 +26,7 @@ from .checkpoint import (
     weights_file,
     write_folder,
 )
-from .config import Config, load_config, require
+from .config import Config, load_config
 from .distributed import shards_like
 from .ema import EMA
 

@@ -1,9 +1,8 @@
-"""Networks: Latte, its text-free parts, and the codecs between pixels and latents.
+"""Networks: Latte for class labels and for text, codecs, text encoder, adapters, and reading of weights.
 
-Nothing here imports another folder of this repository, and importing this package loads neither diffusers
-nor transformers.
+This package imports no other folder of the repository, and neither diffusers nor transformers on import.
 """
 
-from .latte import Latte, LatteConfig
+from .latte import Latte, LatteConfig, Route
 
-__all__ = ["Latte", "LatteConfig"]
+__all__ = ["Latte", "LatteConfig", "Route"]

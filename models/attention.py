@@ -1,4 +1,4 @@
-"""Multi-head attention along one axis of the tokens: the views, the kernels, and which of them computes it.
+"""Multi-head attention along one axis of the tokens: views, kernels, and the choice of the kernel.
 
 Letters: B batch, F frames, N tokens per frame, D width, H heads.
 """
@@ -18,7 +18,7 @@ from .embeddings import Rotation, rotate
 
 
 class View(NamedTuple):
-    """How one kind of attention folds tokens `(B, F, N, D)` to `(rows, length, heads, D/H)`, and back."""
+    """Einops patterns that fold tokens `(B, F, N, D)` to `(rows, length, heads, D/H)`, and back."""
 
     fold: str
     unfold: str
@@ -30,25 +30,25 @@ VIEWS: dict[str, View] = {
         "batch frames tokens (heads dim) -> (batch frames) tokens heads dim",
         "(batch frames) tokens heads dim -> batch frames tokens (heads dim)",
     ),
-    # among the F frames, for each token position: tokens count as heads, so that none has to change its place
+    # among the F frames, for each token position; tokens count as heads, which avoids a transposition in memory
     "temporal": View(
         "batch frames tokens (heads dim) -> batch frames (tokens heads) dim",
         "batch frames (tokens heads) dim -> batch frames tokens (heads dim)",
     ),
-    # the same where there would be more heads than the fused kernels take
+    # the same if there would be more heads than the fused kernels accept
     "temporal, large": View(
         "batch frames tokens (heads dim) -> (batch tokens) frames heads dim",
         "(batch tokens) frames heads dim -> batch frames tokens (heads dim)",
     ),
-    # all tokens of a clip as one row of queries, for the one row of words of its caption
+    # all tokens of a clip as one row of queries, for the words of its caption
     "text": View(
         "batch frames tokens (heads dim) -> batch (frames tokens) heads dim",
         "batch (frames tokens) heads dim -> batch frames tokens (heads dim)",
     ),
 }
-MAX_HEADS = 65535  # of a call of a fused kernel on CUDA: the extent of a grid of thread blocks
+MAX_HEADS = 65535  # in one call of a fused kernel on CUDA: the limit of a grid of thread blocks
 
-# torch's fused kernels in the order of preference; those that cannot take a call are passed over.
+# Fused kernels of torch in order of preference; torch skips those that do not support a call.
 BACKENDS: dict[str, list[SDPBackend]] = {
     "cuda": [
         SDPBackend.CUDNN_ATTENTION,
@@ -60,65 +60,65 @@ BACKENDS: dict[str, list[SDPBackend]] = {
 
 
 class Call(NamedTuple):
-    """One attention to compute: q `(B, F, N, D)`, k and v the same or what is attended to, strided as they come."""
+    """Arguments of one attention: q `(B, F, N, D)`; k and v alike, or of the tokens attended to; any strides."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     view: str  # a key of `VIEWS`
     num_heads: int
-    mask: Tensor | None = None  # what fused attention takes for the folded shapes
+    mask: Tensor | None = None  # bool or added to the scores; broadcasts over the folded (rows, H, queries, keys)
 
-    def folded(self) -> list[Tensor]:
-        """q, k, v in 4-D, `(rows, heads, length, D/H)`: fused attention takes nothing else."""
-        parts = (rearrange(each, self._how.fold, heads=self.num_heads) for each in (self.q, self.k, self.v))
+    def fold(self) -> list[Tensor]:
+        """Returns q, k, v as `(rows, heads, length, D/H)`, the only layout that fused kernels accept."""
+        parts = (rearrange(each, self._view.fold, heads=self.num_heads) for each in (self.q, self.k, self.v))
         return [each.transpose(1, 2) for each in parts]
 
-    def unfolded(self, out: Tensor) -> Tensor:
-        """The 4-D result as tokens `(B, F, N, D)`."""
+    def unfold(self, out: Tensor) -> Tensor:
+        """Returns the 4-D result as tokens `(B, F, N, D)`."""
         batch, frames = self.q.shape[:2]
         out = out.transpose(1, 2)
-        return rearrange(out, self._how.unfold, batch=batch, frames=frames, heads=self.num_heads)
+        return rearrange(out, self._view.unfold, batch=batch, frames=frames, heads=self.num_heads)
 
     @property
-    def _how(self) -> View:
+    def _view(self) -> View:
         large = self.view == "temporal" and self.q.shape[2] * self.num_heads > MAX_HEADS
         return VIEWS["temporal, large" if large else self.view]
 
 
-def fused(call: Call) -> Tensor:
-    """torch's scaled_dot_product_attention, with the backends in the order of `BACKENDS`."""
-    q, k, v = call.folded()
+def fused_attention(call: Call) -> Tensor:
+    """Computes attention by torch's scaled_dot_product_attention, with backends in the order of `BACKENDS`."""
+    q, k, v = call.fold()
     with _backends(q.device.type):
-        return call.unfolded(functional.scaled_dot_product_attention(q, k, v, attn_mask=call.mask))
+        return call.unfold(functional.scaled_dot_product_attention(q, k, v, attn_mask=call.mask))
 
 
 def _backends(device: str) -> AbstractContextManager[None]:
     return sdpa_kernel(BACKENDS[device], set_priority=True) if device in BACKENDS else nullcontext()
 
 
-def plain(call: Call) -> Tensor:
-    """softmax(q k^T / sqrt(D/H)) v, with the scores in memory: what the others must equal."""
-    q, k, v = call.folded()
-    # scaled before the product: scaled after it, the compiler takes this for attention and puts torch's kernel here
+def plain_attention(call: Call) -> Tensor:
+    """Computes softmax(q k^T / sqrt(D/H)) v with the scores in memory: the reference for the other kernels."""
+    q, k, v = call.fold()
+    # scaled before the product: otherwise the compiler recognises attention and replaces this by a fused kernel
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (rows, H, queries, keys)
     if call.mask is not None and call.mask.dtype.is_floating_point:
         scores = scores + call.mask
     elif call.mask is not None:
         scores = scores.masked_fill(~call.mask, float("-inf"))
-    return call.unfolded(scores.softmax(dim=-1) @ v)
+    return call.unfold(scores.softmax(dim=-1) @ v)
 
 
-KERNELS: dict[str, Callable[[Call], Tensor]] = {"fused": fused, "plain": plain}
+KERNELS: dict[str, Callable[[Call], Tensor]] = {"fused": fused_attention, "plain": plain_attention}
 CHOICES = ("auto", *KERNELS)
-_kernel: Callable[[Call], Tensor] = fused
+_kernel: Callable[[Call], Tensor] = fused_attention
 
 
 def choose(name: str) -> None:
-    """Compute all attention of this process with one of `KERNELS`; "auto", the default, is "fused"."""
+    """Sets the kernel of all attention in this process: one of `KERNELS`, or "auto", the default, for "fused"."""
     global _kernel
     if name not in CHOICES:
-        raise ValueError(f"attention must be one of {', '.join(CHOICES)}, not {name!r}")
+        raise ValueError(f"attention must be one of {', '.join(CHOICES)}, got {name!r}")
     _kernel = KERNELS["fused" if name == "auto" else name]
 
 
@@ -132,23 +132,23 @@ def attend(
     mask: Tensor | None = None,
     rotation: Rotation | None = None,
 ) -> Tensor:
-    """Multi-head attention along the axis that `view` names.
+    """Computes multi-head attention along the axis that `view` names.
 
     Args:
         q: queries `(B, F, N, D)`.
-        k, v: keys and values, the same shape, or that of what is attended to.
+        k, v: keys and values: the same shape, or that of the tokens attended to.
         view: a key of `VIEWS`.
-        mask: what fused attention takes for the folded shapes.
-        rotation: turns queries and keys by their frame.
+        mask: bool (True: attend) or numbers added to the scores; broadcasts over the folded (rows, H, queries, keys).
+        rotation: rotates queries and keys by their frame.
 
     Returns:
         `(B, F, N, D)`.
     """
     if rotation is not None:
-        q, k = (_turn(each, rotation, num_heads) for each in (q, k))
+        q, k = (_rotate_heads(each, rotation, num_heads) for each in (q, k))
     return _kernel(Call(q, k, v, view, num_heads, mask))
 
 
-def _turn(x: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+def _rotate_heads(x: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
     cos, sin = (each[:, None, None] for each in rotation)  # (F, 1, 1, D/H/2)
     return rotate(x.unflatten(-1, (num_heads, -1)), (cos, sin)).flatten(-2)

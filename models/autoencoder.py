@@ -1,7 +1,7 @@
-"""LatentCodec: video to latents and back, over frozen autoencoders of several makes, or in pixel space.
+"""LatentCodec: video to latents and back by a frozen autoencoder of one of several classes, or in pixel space.
 
-The YAML's `codec` section names the autoencoder and states its scale, shift, latent channels and
-down-sampling: they are never read silently from the weights, and the last two are checked when it loads.
+The `codec` section names the autoencoder and states scale, shift, latent channels and downsampling. They are never
+taken from the weights; the last two are checked when the autoencoder is loaded.
 
 Letters: B batch, F frames, C channels of the latents, H W pixels, h w latent pixels; N frames of all clips.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,27 +19,27 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .hub import find_folder, refuse_revision
+from .hub import expand_home, find_folder, is_hub_name, refuse_revision
 from .taef2 import DECODER_FILE, ENCODER_FILE, Taef2
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIG_FILE = "config.json"
-WEIGHTS = "diffusion_pytorch_model"  # what diffusers names them, before the suffix
-MOST = 2**16  # channels, down-sampling, frames at a time
-PROBE_SIZE = 64  # pixels of the empty frame that tells channels and down-sampling apart
+WEIGHTS = "diffusion_pytorch_model"  # file name in diffusers, without suffix
+MOST = 2**16  # upper limit of channels, downsampling and chunk size
+PROBE_SIZE = 64  # height and width of the empty frame that is encoded to check channels and downsampling
 
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """The `codec` section: which autoencoder, and how its latents are scaled.
+    """The `codec` section: the autoencoder, and the scaling of its latents.
 
     path: a folder in the diffusers format (its `config.json` names the class: AutoencoderKL, AutoencoderTiny
-        or AutoencoderKLTemporalDecoder), a hub name of such a one, a folder with `taef2_encoder.pth` and
+        or AutoencoderKLTemporalDecoder), the hub name of one, a folder with `taef2_encoder.pth` and
         `taef2_decoder.pth`, or null for pixel space (`latent_channels: 3`, `downsample_factor: 1`).
     scale, shift: latents = (z - shift) * scale.
     chunk_size: frames per call of encoder and decoder.
 
-    Raises: ValueError naming the key of a value out of range.
+    Raises: ValueError for a value out of range; the message names its key.
     """
 
     path: str | None = None
@@ -56,27 +55,27 @@ class CodecConfig:
     def __post_init__(self) -> None:
         for key in ("latent_channels", "downsample_factor", "chunk_size"):
             if not 1 <= getattr(self, key) <= MOST:
-                raise ValueError(f"codec.{key} is {getattr(self, key)}, but must be at least 1 and at most {MOST:,}")
+                raise ValueError(f"codec.{key} must be from 1 to {MOST:,}, got {getattr(self, key)}")
         if not 0.0 < self.scale < math.inf:
-            raise ValueError(f"codec.scale is {self.scale}, but must be positive and finite")
+            raise ValueError(f"codec.scale must be positive and finite, got {self.scale}")
         if not math.isfinite(self.shift):
-            raise ValueError(f"codec.shift is {self.shift}, but must be finite")
+            raise ValueError(f"codec.shift must be finite, got {self.shift}")
         if self.path is None and (self.subfolder or self.revision):
-            raise ValueError("codec.subfolder and codec.revision are parts of a codec.path: name that too")
+            raise ValueError("codec.subfolder and codec.revision are read only with codec.path: set that too")
         if self.dtype not in DTYPES:
-            raise ValueError(f"codec.dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}")
+            raise ValueError(f"codec.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 # ------------------------------------------------------------------------------------------- kinds
 
 
 class Kind(NamedTuple):
-    """How one make of autoencoder is called. Images are (N, 3, H, W) in [-1, 1], latents (N, C, h, w)."""
+    """Calls of one class of autoencoder. Images are (N, 3, H, W) in [-1, 1], latents (N, C, h, w)."""
 
     encode: Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]  # -> mean and, if stochastic, std
     decode: Callable[[Any, Tensor, int], Tensor]  # (network, latents, frames per clip) -> images
     stochastic: bool = False
-    temporal: bool = False  # the decoder mixes the frames of a clip, so a clip is never split
+    temporal: bool = False  # the decoder mixes frames, so clips are never split
 
 
 def _encode_gaussian(network: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -92,8 +91,8 @@ def _decode_clips(network: Any, latents: Tensor, num_frames: int) -> Tensor:
     return network.decode(latents, num_frames=num_frames).sample
 
 
-# Keys are the `_class_name` of the diffusers format, then our own two.
-KINDS: dict[str, Kind] = {
+# Keys are the `_class_name` in diffusers' config.json, then two of our own.
+AUTOENCODERS: dict[str, Kind] = {
     "AutoencoderKL": Kind(_encode_gaussian, _decode_frames, stochastic=True),
     "AutoencoderKLTemporalDecoder": Kind(_encode_gaussian, _decode_clips, stochastic=True, temporal=True),
     "AutoencoderTiny": Kind(lambda network, x: (network.encode(x).latents, None), _decode_frames),
@@ -106,28 +105,24 @@ KINDS: dict[str, Kind] = {
 
 
 def local_folder(config: CodecConfig) -> Path | None:
-    """The folder that `config.path` names, or None for what can only be a hub name.
+    """Returns the folder that `config.path` names, or None for a hub name.
 
-    Raises: FileNotFoundError for a path that looks like a folder (hub names are `name` or `owner/name`) but
-        is none.
+    Raises: FileNotFoundError if it is neither.
     """
-    path = str(config.path)
-    folder = Path(path)
-    with suppress(RuntimeError):  # the home of a user that there is not
-        folder = folder.expanduser()
+    folder = expand_home(str(config.path))
     if folder.is_dir():
         return folder
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if folder.exists() or not is_hub_name(str(config.path)):
         raise FileNotFoundError(
-            f"codec.path={path} is not a folder; give one in the diffusers format, or the owner/name of a hub"
+            f"codec.path={config.path} is not a folder; give one in the diffusers format, or owner/name on the hub"
         )
     return None
 
 
 def codec_folder(config: CodecConfig) -> Path:
-    """The folder of the autoencoder itself: in the folder that `config.path` names, or downloaded from the hub.
+    """Returns the folder of the autoencoder: in the folder that `config.path` names, or downloaded from the hub.
 
-    Raises: FileNotFoundError where there is none.
+    Raises: FileNotFoundError if there is none.
     """
     folder, inside = local_folder(config), f"{config.subfolder}/" if config.subfolder else ""
     if folder is not None:
@@ -142,23 +137,26 @@ def codec_folder(config: CodecConfig) -> Path:
 
 
 def _class_name(config: CodecConfig, file: Path) -> str:
-    """The `_class_name` of a `config.json`.
+    """Returns the `_class_name` in a `config.json`.
 
-    Raises: ValueError if it is not one of `KINDS`.
+    Raises: ValueError if it is not one of `AUTOENCODERS`.
     """
     try:
         name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"codec.path={config.path}: {file.name} does not describe an autoencoder") from error
-    known = [kind for kind in KINDS if kind.startswith("Autoencoder")]
+    known = [kind for kind in AUTOENCODERS if kind.startswith("Autoencoder")]
     if name not in known:
         raise ValueError(f"codec.path={config.path} holds a {name}, but a codec must be one of {', '.join(known)}")
     return str(name)
 
 
 def _load_diffusers(config: CodecConfig, folder: Path, class_name: str) -> nn.Module:
-    """The autoencoder through `from_pretrained`, refusing weights that do not fill it exactly."""
-    import diffusers  # slow to import: only runs with such a codec pay for it
+    """Loads an autoencoder by `from_pretrained`.
+
+    Raises: ValueError unless the weights fit exactly.
+    """
+    import diffusers  # slow to import
 
     try:
         network, report = getattr(diffusers, class_name).from_pretrained(
@@ -172,37 +170,37 @@ def _load_diffusers(config: CodecConfig, folder: Path, class_name: str) -> nn.Mo
     bad = [key for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in report[kind]]
     if bad:
         raise ValueError(
-            f"codec.path={config.path}: {len(bad)} tensors are missing, misshapen or not of {class_name},"
-            f" {bad[0]} the first"
+            f"codec.path={config.path}: {len(bad)} tensors are missing, unexpected or of another shape than in "
+            f"{class_name}, the first is {bad[0]}"
         )
     return cast(nn.Module, network)
 
 
 def _load(config: CodecConfig) -> tuple[Kind, nn.Module]:
-    """The network that `config.path` names, on the CPU, and how to call it."""
+    """Loads the network that `config.path` names, on the CPU; returns its kind and the network."""
     if config.path is None:
-        return KINDS["pixels"], nn.Identity()
+        return AUTOENCODERS["pixels"], nn.Identity()
     folder = codec_folder(config)
     if (folder / ENCODER_FILE).is_file() and (folder / DECODER_FILE).is_file():
-        return KINDS["Taef2"], Taef2.from_folder(folder).to(DTYPES[config.dtype])
+        return AUTOENCODERS["Taef2"], Taef2.from_folder(folder).to(DTYPES[config.dtype])
     if not (folder / CONFIG_FILE).is_file():
         name = "/".join(filter(None, (config.subfolder, CONFIG_FILE)))
         raise FileNotFoundError(f"codec.path={config.path} holds neither {name} nor {ENCODER_FILE} and {DECODER_FILE}")
     class_name = _class_name(config, folder / CONFIG_FILE)
-    return KINDS[class_name], _load_diffusers(config, folder, class_name)
+    return AUTOENCODERS[class_name], _load_diffusers(config, folder, class_name)
 
 
 # ------------------------------------------------------------------------------------------- codec
 
 
 class Posterior(NamedTuple):
-    """What an encoder says of a video: mean and, if it is stochastic, deviation, (B, F, C, h, w) each, unscaled."""
+    """Output of an encoder, unscaled: mean and, if stochastic, standard deviation, each (B, F, C, h, w)."""
 
     mean: Tensor
     std: Tensor | None
 
     def latents(self, config: CodecConfig, noise: Tensor | None = None) -> Tensor:
-        """The mean, or with unit `noise` of its shape a sample; shifted and scaled as `config` says; fp32."""
+        """Returns the mean, or with unit `noise` of its shape a sample, shifted and scaled as in `config`, in fp32."""
         z = self.mean.float()
         if noise is not None and self.std is not None:
             z = z + self.std.float() * noise.float()
@@ -211,14 +209,14 @@ class Posterior(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredCodec:
-    """A codec whose encoder has been run before: no network, only how its latents are drawn and scaled."""
+    """Stands for the codec of cached latents: how they are sampled and scaled, without a network."""
 
     config: CodecConfig
     stochastic: bool
 
 
 class LatentCodec(nn.Module):
-    """A frozen autoencoder over clips, always in evaluation mode and without gradients.
+    """A frozen autoencoder for clips, always in evaluation mode and without gradients.
 
     Attributes:
         config: its `CodecConfig`.
@@ -234,44 +232,43 @@ class LatentCodec(nn.Module):
 
     @classmethod
     def from_config(cls, config: CodecConfig, device: str | torch.device = "cpu") -> LatentCodec:
-        """Load the autoencoder that `config` names onto `device`.
+        """Loads the autoencoder that `config` names onto `device`.
 
-        Raises: FileNotFoundError for a folder or hub name that is not there; ValueError for weights that do
-            not fit, or a `codec.latent_channels` or `codec.downsample_factor` that is not the autoencoder's.
+        Raises: FileNotFoundError for a folder or hub name that does not exist; ValueError for weights that do not fit,
+            or if `codec.latent_channels` or `codec.downsample_factor` differ from those of the autoencoder.
         """
         kind, network = _load(config)
         for module in network.to(device=device).modules():
-            if isinstance(module, nn.Conv2d):  # halves the time on a CPU and suits tensor cores
+            if isinstance(module, nn.Conv2d):  # halves the time on a CPU, and is faster on tensor cores
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         codec = cls(config, kind, network)
         codec._check_against_config(torch.device(device))
         return codec
 
     def train(self, mode: bool = True) -> LatentCodec:
-        """Stays in evaluation mode, also inside a module that is set to train."""
+        """Keeps evaluation mode, also inside a module that is set to train."""
         return super().train(False)
 
     def latent_shape(self, video_shape: Iterable[int]) -> torch.Size:
-        """The shape of the latents of a video of that shape: (B, F, 3, H, W) -> (B, F, C, h, w).
+        """Returns the shape of the latents of a video: (B, F, 3, H, W) -> (B, F, C, h, w).
 
-        Raises: ValueError if it is not such a shape, or H or W is no multiple of `codec.downsample_factor`.
+        Raises: ValueError for another shape, or if H or W is not a multiple of `codec.downsample_factor`.
         """
         shape, factor = tuple(video_shape), self.config.downsample_factor
         if len(shape) != 5 or shape[2] != 3:
             raise ValueError(f"a video must be (batch, frames, 3, height, width), got {shape}")
         batch, frames, _, height, width = shape
         if height % factor or width % factor:
-            raise ValueError(
-                f"a video of {height}x{width} pixels cannot be encoded: codec.downsample_factor is {factor}"
-            )
+            raise ValueError(f"a video of {height}x{width} pixels is not divisible by codec.downsample_factor={factor}")
         return torch.Size((batch, frames, self.config.latent_channels, height // factor, width // factor))
 
     @torch.no_grad()
     def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, F, 3, H, W) in [-1, 1] -> latents (B, F, C, h, w), fp32.
 
-        noise: None for the mean of the encoder's distribution, else unit noise of the latents' shape for a
-            sample from it (`noise` is refused where there is no distribution, see `stochastic`).
+        noise: None for the mean of the encoder's distribution, or unit noise of the latents' shape for a sample.
+
+        Raises: ValueError for another shape, or for `noise` if the encoder is not `stochastic`.
         """
         shape = self.latent_shape(video.shape)
         if noise is not None and not self.stochastic:
@@ -282,7 +279,7 @@ class LatentCodec(nn.Module):
 
     @torch.no_grad()
     def posterior(self, video: Tensor) -> Posterior:
-        """(B, F, 3, H, W) in [-1, 1] -> the encoder's own mean and deviation, fp32."""
+        """(B, F, 3, H, W) in [-1, 1] -> unscaled mean and standard deviation, fp32."""
         shape = self.latent_shape(video.shape)
         images = rearrange(video, "b f c h w -> (b f) c h w").to(DTYPES[self.config.dtype])
         parts = [self.kind.encode(self.network, chunk) for chunk in images.split(self.config.chunk_size)]
@@ -294,8 +291,8 @@ class LatentCodec(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, F, C, h, w) -> (B, F, 3, H, W) in [-1, 1], fp32, clamped.
 
-        A decoder that mixes the frames of a clip gets whole clips, however small `codec.chunk_size` is, so
-        that the result never depends on it.
+        A decoder that mixes frames gets complete clips, even if `codec.chunk_size` is smaller, so that the result does
+        not depend on it.
         """
         batch, frames = latents.shape[:2]
         raw = latents.float() / self.config.scale + self.config.shift
@@ -308,9 +305,9 @@ class LatentCodec(nn.Module):
 
     @torch.no_grad()
     def _check_against_config(self, device: torch.device) -> None:
-        """Encode an empty frame and compare what comes out with the YAML.
+        """Encodes an empty frame to check channels and downsampling.
 
-        Raises: ValueError naming `codec.latent_channels` or `codec.downsample_factor`.
+        Raises: ValueError if `codec.latent_channels` or `codec.downsample_factor` are not those of the network.
         """
         empty = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=DTYPES[self.config.dtype])
         mean, _ = self.kind.encode(self.network, empty)

@@ -1,17 +1,18 @@
-"""The parts of a Latte layer: attention over space or time, the block, the final layer, the layer plans.
+"""Parts of Latte: attention over space or time, the block, the final layer, the layer plans.
 
 Letters: B batch, F frames (tubelets count as frames here), I images, N tokens per frame, D width. Tokens are
-`(B, F+I, N, D)` everywhere; only attention views them differently.
+`(B, F+I, N, D)` everywhere; only attention folds them differently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from .attention import attend
 from .embeddings import Rotation
@@ -19,13 +20,13 @@ from .embeddings import Rotation
 Axis = Literal["spatial", "temporal"]
 Layer = tuple[tuple[Axis, ...], ...]
 
-# A layer is a row of residual branches, followed by the MLP; the attentions of one branch are added.
+# A layer is a sequence of residual branches, then the MLP; the attentions of one branch are summed.
 SPATIAL: Layer = (("spatial",),)
 TEMPORAL: Layer = (("temporal",),)
 SPATIAL_THEN_TEMPORAL: Layer = (("spatial",), ("temporal",))
 SPATIAL_AND_TEMPORAL: Layer = (("spatial", "temporal"),)
 
-# Paper section 3.2, variants 1 to 4: how many of `depth` layers attend over what, in which order.
+# Variants 1 to 4 of paper section 3.2: depth -> the layers in order.
 LAYER_PLANS: dict[str, Callable[[int], list[Layer]]] = {
     "interleaved": lambda depth: [SPATIAL, TEMPORAL] * (depth // 2),
     "late_fusion": lambda depth: [SPATIAL] * (depth // 2) + [TEMPORAL] * (depth // 2),
@@ -35,7 +36,7 @@ LAYER_PLANS: dict[str, Callable[[int], list[Layer]]] = {
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention along one axis of the tokens; a subclass says which."""
+    """Multi-head self-attention along one axis of the tokens, which a subclass sets."""
 
     axis: ClassVar[Axis]
 
@@ -57,7 +58,7 @@ class SpatialAttention(Attention):
     axis = "spatial"
 
     def forward(self, x: Tensor, num_frames: int, rotation: Rotation | None = None) -> Tensor:
-        """`(B, F+I, N, D)` -> `(B, F+I, N, D)`; images are frames like any other."""
+        """`(B, F+I, N, D)` -> `(B, F+I, N, D)`; images are treated as frames."""
         return self.attend(x)
 
 
@@ -67,7 +68,7 @@ class TemporalAttention(Attention):
     axis = "temporal"
 
     def forward(self, x: Tensor, num_frames: int, rotation: Rotation | None = None) -> Tensor:
-        """`(B, F+I, N, D)` -> `(B, F+I, N, D)`; the images have no time: they get zero."""
+        """`(B, F+I, N, D)` -> `(B, F+I, N, D)`; zero for images, which have no time axis."""
         num_images = x.shape[1] - num_frames
         out = self.attend(x[:, :num_frames], rotation)  # (B, F, N, D)
         return functional.pad(out, (0, 0, 0, 0, 0, num_images)) if num_images else out
@@ -77,7 +78,7 @@ MIXERS: dict[Axis, type[Attention]] = {"spatial": SpatialAttention, "temporal": 
 
 
 class Mlp(nn.Module):
-    """Two linear maps with GELU (by tanh) between them, under timm's names."""
+    """Linear, GELU (tanh approximation), linear; parameter names as in timm."""
 
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class Mlp(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What the condition does to one residual branch; each broadcasts over tokens `(B, F+I, N, D)`."""
+    """Shift, scale and gate of one residual branch, each broadcasting over tokens `(B, F+I, N, D)`."""
 
     shift: Tensor
     scale: Tensor
@@ -98,14 +99,14 @@ class Modulation(NamedTuple):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Shift and scale normalised tokens."""
+    """Shifts and scales normalised tokens."""
     return x * (1 + scale) + shift
 
 
 def per_frame(rows: Tensor, num_frames: int, total: int) -> Tensor:
-    """`(B, 1, 1+I or F+I, 1, D)` -> `(B, 1 or F+I, 1, D)`: the clip's row for its F frames, then one per image.
+    """Repeats the clip's row for its F frames: `(B, 1+I, 1, D)` -> `(B, F+I, 1, D)`.
 
-    A single row is left to broadcast, and one for each of the `total` F+I frames is there already.
+    A single row broadcasts as it is, and `total` = F+I rows are one per frame already: both are returned unchanged.
     """
     if rows.shape[1] in (1, total):
         return rows
@@ -113,16 +114,16 @@ def per_frame(rows: Tensor, num_frames: int, total: int) -> Tensor:
 
 
 def conditioner(hidden_size: int, num_outputs: int) -> nn.Sequential:
-    """The adaLN head: condition `(..., D)` -> `num_outputs` vectors of width D, side by side."""
+    """Returns the adaLN head: condition `(..., D)` -> `num_outputs` concatenated vectors of width D."""
     return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, num_outputs * hidden_size))
 
 
 class Block(nn.Module):
     """One layer: the residual branches of its plan, then an MLP.
 
-    With `adaln` each branch is shifted, scaled and gated by the condition (DiT's adaLN-zero), and the
-    attention branches of a layer share one modulation. Without, it is a plain pre-norm transformer block,
-    for conditions that are given as tokens (paper section 3.3.2).
+    With `adaln` the condition shifts, scales and gates each branch (DiT's adaLN-zero), and the attention branches of
+    a layer share one modulation. Without, it is a plain pre-norm transformer block, for conditions given as tokens
+    (paper section 3.3.2).
     """
 
     def __init__(self, layer: Layer, hidden_size: int, num_heads: int, mlp_ratio: float, *, adaln: bool) -> None:
@@ -139,9 +140,11 @@ class Block(nn.Module):
         self.adaLN_modulation = conditioner(hidden_size, 6) if adaln else None
 
     def forward(self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None = None) -> Tensor:
-        """`(B, F+I, N, D)` -> the same; `condition (B, 1, 1+I or F+I, 1, D)`: as for `per_frame`.
+        """`(B, F+I, N, D)` -> the same. Temporal-only layers pass images through unchanged.
 
-        `rotation` turns queries and keys of temporal attention. A layer over time only lets images pass.
+        Args:
+            condition: `(B, 1 or 1+I or F+I, 1, D)`, see `per_frame`; None without `adaln`.
+            rotation: rotates queries and keys of temporal attention.
         """
         if not self.temporal_only or x.shape[1] == num_frames:
             return self._transform(x, condition, num_frames, rotation)
@@ -153,10 +156,10 @@ class Block(nn.Module):
     def _transform(self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None) -> Tensor:
         attention, mlp = self._modulations(condition, num_frames, x.shape[1])
         for branch in self.branches:
-            h = _enter(self.norm1(x), attention)
+            h = _modulate_input(self.norm1(x), attention)
             mixed = [getattr(self, name)(h, num_frames, rotation) for name, _ in branch]
-            x = x + _leave(sum(mixed[1:], start=mixed[0]), attention)
-        return x + _leave(self.mlp(_enter(self.norm2(x), mlp)), mlp)
+            x = x + _gate_output(sum(mixed[1:], start=mixed[0]), attention)
+        return x + _gate_output(self.mlp(_modulate_input(self.norm2(x), mlp)), mlp)
 
     def _modulations(
         self, condition: Tensor | None, num_frames: int, total: int
@@ -168,7 +171,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Normalise, modulate (with `adaln`) and map each token to its patch of `patch_dim` values."""
+    """Norm, modulation (with `adaln`), and a linear map of each token to the `patch_dim` values of its patch."""
 
     def __init__(self, hidden_size: int, patch_dim: int, *, adaln: bool) -> None:
         super().__init__()
@@ -185,9 +188,21 @@ class FinalLayer(nn.Module):
         return self.linear(x)
 
 
-def _enter(x: Tensor, modulation: Modulation | None) -> Tensor:
+def _modulate_input(x: Tensor, modulation: Modulation | None) -> Tensor:
     return x if modulation is None else modulate(x, modulation.shift, modulation.scale)
 
 
-def _leave(x: Tensor, modulation: Modulation | None) -> Tensor:
+def _gate_output(x: Tensor, modulation: Modulation | None) -> Tensor:
     return x if modulation is None else modulation.gate * x
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compiles each block in place; checkpoints stay the same.
+
+    For the backward pass a block keeps its inputs, matrix products and attention; norms, modulations, gates and GELU
+    are recomputed, fused with the operations that read them. This setting holds for everything that the process
+    compiles.
+    """
+    functorch_config.aggressive_recomputation = True
+    for block in blocks:
+        block.compile(dynamic=False)

@@ -1,7 +1,7 @@
-"""The parts of the text-conditioned network: adaLN-single, attention with separate projections, the block.
+"""Parts of the text-conditioned network: adaLN-single, attention with separate projections, the block.
 
-Names are diffusers', so that weights interchange. Letters: B batch, F frames, I images, N tokens per frame, D width,
-L words of a caption.
+Parameter names are those of diffusers, so that weights can be exchanged.
+Letters: B batch, F frames, I images, N tokens per frame, D width, L words of a caption.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .embeddings import TimestepEmbedder, timestep_features
 
 
 class Caption(NamedTuple):
-    """Projected captions: one for the clip, then one per image; masks as fused attention takes them."""
+    """Projected captions, the clip's first, then one per image; masks are added to the attention scores."""
 
     features: Tensor  # (B, 1+I, L, D)
     clip_mask: Tensor | None = None  # (B, 1, 1 or F*N, L)
@@ -28,7 +28,7 @@ class Caption(NamedTuple):
 
 
 class TwoLayers(nn.Module):
-    """Linear, activation, linear, under diffusers' names."""
+    """Linear, activation, linear; parameter names as in diffusers."""
 
     def __init__(self, in_features: int, hidden_size: int, activation: nn.Module) -> None:
         super().__init__()
@@ -51,15 +51,15 @@ class AdaLayerNormSingle(nn.Module):
         self.linear = nn.Linear(hidden_size, 6 * hidden_size)
 
     def forward(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`(B, ...)`, whole or fractional -> the embedded timesteps `(B, ..., D)` and modulations `(B, ..., 6, D)`."""
-        # fp32 at any precision of the weights, as in the code that trained them
+        """`(B, ...)`, integer or fractional -> embedded timesteps `(B, ..., D)` and modulations `(B, ..., 6, D)`."""
+        # in fp32 for weights of any precision, as in the code that trained them
         features = timestep_features(timesteps, TimestepEmbedder.num_features, torch.float32)
         embedded = self.emb["timestep_embedder"](features.to(dtype))
         return embedded, self.linear(functional.silu(embedded)).unflatten(-1, (6, -1))
 
 
 class Projections(nn.Module):
-    """What every attention has: separate projections, under diffusers' names."""
+    """Base of the attentions: separate projections; parameter names as in diffusers."""
 
     def __init__(self, config: LatteT2VConfig) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Projections(nn.Module):
 
 
 class SelfAttention(Projections):
-    """Attention of tokens to each other."""
+    """Self-attention along one axis of the tokens."""
 
     def forward(self, x: Tensor, view: str) -> Tensor:
         """`(B, F, N, D)` -> the same."""
@@ -80,7 +80,7 @@ class SelfAttention(Projections):
 
 
 class TextAttention(Projections):
-    """Attention of tokens to the words of their caption; keys and values once per caption, not per frame."""
+    """Cross-attention of tokens to the words of their caption; keys and values are shared by all frames."""
 
     def forward(self, x: Tensor, caption: Caption, num_frames: int) -> Tensor:
         """`(B, F+I, N, D)` -> the same."""
@@ -94,7 +94,7 @@ class TextAttention(Projections):
 
 
 class Projection(nn.Module):
-    """The first half of a feed-forward: a linear map and the activation, gated or not."""
+    """First half of the feed-forward: a linear map and the activation, optionally gated."""
 
     def __init__(self, hidden_size: int, inner_size: int, activation: str) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Projection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The MLP of a block, under diffusers' names."""
+    """MLP of a block; parameter names as in diffusers."""
 
     def __init__(self, config: LatteT2VConfig) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class FeedForward(nn.Module):
 
 
 class T2VBlock(nn.Module):
-    """Self-attention over space, then the caption, then an MLP; or over time, without the caption."""
+    """Spatial block: self-attention, cross-attention to the caption, MLP. Temporal block: self-attention, MLP."""
 
     def __init__(self, config: LatteT2VConfig, axis: Literal["spatial", "temporal"]) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class T2VBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, config.width))
 
     def forward(self, x: Tensor, modulation: Tensor, num_frames: int, caption: Caption | None = None) -> Tensor:
-        """`(B, F+I, N, D)` -> the same; `modulation (B, 1 or F+I, 6, D)`. A block over time only lets images pass."""
+        """`(B, F+I, N, D)` -> the same; `modulation (B, 1 or F+I, 6, D)`. Temporal blocks do not change images."""
         if self.axis == "spatial" or x.shape[1] == num_frames:
             return self._transform(x, modulation, num_frames, caption)
         clip = self._transform(x[:, :num_frames], modulation[:, :num_frames], num_frames, caption)
@@ -151,5 +151,5 @@ class T2VBlock(nn.Module):
         h = modulate(self.norm1(x), attention.shift, attention.scale)
         x = x + attention.gate * self.attn1(h, self.axis)
         if self.attn2 is not None:
-            x = x + self.attn2(x, caption, num_frames)  # neither normalised nor modulated, as in PixArt-alpha
+            x = x + self.attn2(x, caption, num_frames)  # without norm and modulation, as in PixArt-alpha
         return x + mlp.gate * self.ff(modulate(self.norm2(x), mlp.shift, mlp.scale))

@@ -1,4 +1,4 @@
-"""Size and kind of a Latte: the `model` section of a configuration, and the table of official sizes."""
+"""The `model` section of a configuration and the table of official sizes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import NamedTuple
 
+from common.checks import require
+
 from .blocks import LAYER_PLANS
 
 
-def require(condition: bool, sentence: str) -> None:
-    """Raise ValueError with `sentence` unless `condition` holds."""
-    if not condition:
-        raise ValueError(sentence)
-
-
 def official_name(name: str) -> str:
-    """The joint image-video networks of the official code are the same networks."""
+    """Returns `name` with `LatteIMG-`, the official name for joint training of the same network, as `Latte-`."""
     return name.replace("LatteIMG-", "Latte-", 1)
 
 
@@ -41,12 +37,12 @@ PRESETS = {  #         width  heads  depth  joint
 PATCH_SIZES = (2, 4, 8)
 NAMES = [f"Latte-{size}/{patch}" for size in PRESETS for patch in PATCH_SIZES]
 SIZE_KEYS = ("hidden_size", "depth", "num_heads", "patch_size")
-TEXT_SIZES = {"Latte-1": (1152, 56, 16, 2)}  # width, layers, heads, patch of the text-conditioned networks
+TEXT_SIZES = {"Latte-1": (1152, 56, 16, 2)}  # width, layers, heads, patch size of text-conditioned networks
 TEXT_NAMES = (*TEXT_SIZES, "custom-t2v", "custom-t2i")
 CUSTOM = ("custom", *TEXT_NAMES[len(TEXT_SIZES) :])
-# What a text-conditioned network takes from here; everything else is of the class-conditional one.
+# Keys that text-conditioned networks read; all others belong to class-conditional ones.
 TEXT_KEYS = ("name", *SIZE_KEYS, "learn_sigma", "gradient_checkpointing")
-# No network comes near; beyond them not even counting its parameters ends.
+# Limits far above any network; beyond them even counting the parameters would not finish.
 MOST = {"hidden_size": 2**16, "depth": 256}
 MAX_CLASSES = 2**24
 CHOICES: dict[str, Iterable[str]] = {
@@ -58,7 +54,7 @@ CHOICES: dict[str, Iterable[str]] = {
 
 
 class ModelSize(NamedTuple):
-    """The four numbers that a name stands for."""
+    """The four numbers that `model.name` fixes."""
 
     hidden_size: int
     depth: int
@@ -70,11 +66,12 @@ class ModelSize(NamedTuple):
 class LatteConfig:
     """The `model` section of a configuration.
 
-    A wrong value raises ValueError with a sentence that names the key.
+    Raises:
+        ValueError: an invalid value; the message names its key.
     """
 
     # Latte-{S,B,L,XL}/{2,4,8}, LatteIMG-* for the same network, or custom; conditioned on text: Latte-1, custom-t2v,
-    # and custom-t2i, which has no layers over time
+    # and custom-t2i, which has no temporal layers
     name: str = "Latte-XL/2"
     hidden_size: int | None = None  # this and the next three: only with `name: custom...`
     depth: int | None = None
@@ -86,11 +83,13 @@ class LatteConfig:
     tubelet_size: int = 2  # frames in a tubelet
     injection: str = "adaln"  # how timestep and label enter: adaln | tokens
     temporal_position: str = "absolute"  # absolute | rope
-    position_interpolation: bool = False  # other sizes: count on, or stretch the trained range
-    num_classes: int = 0  # 0 = unconditional
-    label_dropout: float = 0.1  # 0 = no null label, so no classifier-free guidance
+    position_interpolation: bool = (
+        False  # at other sizes: False continues positions, True rescales to the trained range
+    )
+    num_classes: int = 0  # 0: unconditional
+    label_dropout: float = 0.1  # 0: no null label, so no classifier-free guidance
     label_init_std: float = 0.02
-    learn_sigma: bool = True  # twice the channels come out: noise and variance
+    learn_sigma: bool = True  # output has twice the channels: noise and variance
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self) -> None:
@@ -98,20 +97,20 @@ class LatteConfig:
         self._check_name()
         self._check_size()
         self._check_text()
-        require(0 < self.mlp_ratio <= 64, f"model.mlp_ratio must be above 0 and at most 64, not {self.mlp_ratio}")
+        require(0 < self.mlp_ratio <= 64, f"model.mlp_ratio must be above 0 and at most 64, got {self.mlp_ratio}")
         require(
             self.patch_embedding != "tubelet" or self.tubelet_size >= 2,
-            f"model.tubelet_size must be at least 2, not {self.tubelet_size}; "
-            "single frames are model.patch_embedding uniform",
+            f"model.tubelet_size must be at least 2, got {self.tubelet_size}; "
+            "use model.patch_embedding uniform for single frames",
         )
         require(
             0 <= self.num_classes <= MAX_CLASSES,
-            f"model.num_classes must be 0 or more and at most {MAX_CLASSES:,}, not {self.num_classes}",
+            f"model.num_classes must be 0 or more and at most {MAX_CLASSES:,}, got {self.num_classes}",
         )
-        require(0 <= self.label_dropout < 1, f"model.label_dropout must be in [0, 1), not {self.label_dropout}")
+        require(0 <= self.label_dropout < 1, f"model.label_dropout must be in [0, 1), got {self.label_dropout}")
         require(
             0 <= self.label_init_std < float("inf"),
-            f"model.label_init_std must be 0 or more and finite, not {self.label_init_std}",
+            f"model.label_init_std must be 0 or more and finite, got {self.label_init_std}",
         )
         require(
             self.patch_embedding == "tubelet" or self.tubelet_size == 2,
@@ -120,7 +119,7 @@ class LatteConfig:
 
     @property
     def size(self) -> ModelSize:
-        """Width, depth, heads and patch size, from the name or as given."""
+        """Width, depth, heads and patch size: from the name, or as given for a custom one."""
         if self.name in CUSTOM:
             return ModelSize(*(getattr(self, key) for key in SIZE_KEYS))
         if self.name in TEXT_SIZES:
@@ -132,12 +131,12 @@ class LatteConfig:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is the text-conditioned network, which the `text` section belongs to."""
+        """Whether this is a text-conditioned network, whose captions the `text` section describes."""
         return self.name in TEXT_NAMES
 
     @property
     def frames_per_token(self) -> int:
-        """Frames that one token spans: 1, or the tubelet size."""
+        """Number of frames that one token spans: 1, or the tubelet size."""
         return self.tubelet_size if self.patch_embedding == "tubelet" else 1
 
     @property
@@ -152,13 +151,13 @@ class LatteConfig:
     def _check_choices(self) -> None:
         for key, choices in CHOICES.items():
             value = getattr(self, key)
-            require(value in choices, f"model.{key} must be one of {', '.join(choices)}, not {value!r}")
+            require(value in choices, f"model.{key} must be one of {', '.join(choices)}, got {value!r}")
 
     def _check_name(self) -> None:
         given = [key for key in SIZE_KEYS if getattr(self, key) is not None]
         if self.name in CUSTOM:
             missing = [f"model.{key}" for key in SIZE_KEYS if key not in given]
-            require(not missing, f"model.name {self.name} needs {', '.join(missing)} as well")
+            require(not missing, f"model.name {self.name} needs {', '.join(missing)}: set them")
             return
         known = [*NAMES, *TEXT_SIZES, *CUSTOM]
         close = get_close_matches(str(self.name), known, n=1)
@@ -173,11 +172,11 @@ class LatteConfig:
     def _check_size(self) -> None:
         width, depth, heads, _ = self.size
         for key, value in zip(SIZE_KEYS, self.size):
-            require(value >= 1, f"model.{key} must be at least 1, not {value}")
+            require(value >= 1, f"model.{key} must be at least 1, got {value}")
         for key, most in MOST.items():
             value = getattr(self.size, key)
-            require(value <= most, f"model.{key} must be at most {most:,}, not {value}: lower it")
-        require(width % 4 == 0, f"model.hidden_size must be divisible by 4 (sin-cos positions), not {width}")
+            require(value <= most, f"model.{key} must be at most {most:,}, got {value}: lower it")
+        require(width % 4 == 0, f"model.hidden_size must be divisible by 4 (sin-cos positions), got {width}")
         require(
             width % heads == 0,
             f"model.hidden_size ({width}) is not divisible by model.num_heads ({heads})",
@@ -185,23 +184,23 @@ class LatteConfig:
         require(
             self._has_joint_layers or depth % 2 == 0 or self.name == "custom-t2i",
             f"model.depth must be even with model.variant {self.variant}, which has as many spatial "
-            f"as temporal layers, not {depth}",
+            f"as temporal layers, got {depth}",
         )
         require(
             self.variant != "parallel" or heads % 2 == 0,
             f"model.num_heads must be even with model.variant parallel, which gives half to each attention, "
-            f"not {heads}",
+            f"got {heads}",
         )
         require(
             self.temporal_position != "rope" or self.head_width % 2 == 0,
-            f"model.temporal_position rope turns pairs of values, so the width of a head must be even, "
-            f"not {self.head_width} (model.hidden_size {width}, model.num_heads {heads})",
+            f"model.temporal_position rope rotates pairs of values, so the width of a head must be even, "
+            f"got {self.head_width} (model.hidden_size {width}, model.num_heads {heads})",
         )
 
     def _check_text(self) -> None:
-        """A text-conditioned network is of one kind, and its captions are described in the `text` section."""
-        strange = [item for item in fields(self) if item.name not in TEXT_KEYS] if self.is_text else []
-        for item in strange:
+        """Refuses keys of class-conditional networks for a text-conditioned one."""
+        inapplicable = [item for item in fields(self) if item.name not in TEXT_KEYS] if self.is_text else []
+        for item in inapplicable:
             value = getattr(self, item.name)
             require(
                 value == item.default,
@@ -210,6 +209,6 @@ class LatteConfig:
 
     @property
     def head_width(self) -> int:
-        """Width of a head of temporal attention."""
+        """Width of an attention head in temporal layers."""
         width, _, heads, _ = self.size
         return width // heads * (2 if self.variant == "parallel" else 1)

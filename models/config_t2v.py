@@ -1,4 +1,4 @@
-"""Size and kind of the text-conditioned network: the keys of diffusers' `config.json`, each read or refused."""
+"""Configuration of the text-conditioned network: the keys of diffusers' `config.json`, each read or refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from .config import require
+from common.checks import require
 
 CLASS_NAME = "LatteTransformer3DModel"  # diffusers' name of this network
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu")
@@ -22,7 +22,7 @@ SIZES = (
     "video_length",
 )
 
-# Keys of related classes' files (the official LatteT2V, PixArt's) -> the values at which they change nothing here.
+# Keys in files of related classes (the official LatteT2V, PixArt) -> values at which they have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_type": ("default", None),
     "double_self_attention": (False, None),
@@ -32,23 +32,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_vector_embeds": (None, False),
     "use_additional_conditions": (False, None),
 }
-UNREAD = ("norm_num_groups",)  # written by those classes too, and read for other kinds of input only
+UNREAD = ("norm_num_groups",)  # written by those classes, but read for other kinds of input only
 
 
 @dataclass(frozen=True)
 class LatteT2VConfig:
-    """Keys, names and defaults of diffusers' class; those that default to None must be given.
+    """Keys and defaults of diffusers' class; sizes that default to None must be given.
 
-    `sample_size` is the height and width of the latents at training, `video_length` their frames; the network
-    takes others too. `num_embeds_ada_norm` is kept for the file's sake: no network of this kind reads it.
+    `sample_size` is the height and width of the latents in training, `video_length` their number of frames; the
+    network takes others too. `num_embeds_ada_norm` is stored for diffusers and not read.
 
-    A value that the network has no part for raises ValueError with a sentence that names the key.
+    Raises:
+        ValueError: an invalid or unsupported value; the message names its key.
     """
 
     num_attention_heads: int = 16
     attention_head_dim: int = 88
     in_channels: int | None = None
-    out_channels: int | None = None  # None: as many as come in; twice as many: a variance too
+    out_channels: int | None = None  # None: the same as in_channels; twice as many: noise and variance
     num_layers: int = 1  # of each kind: spatial, temporal
     dropout: float = 0.0
     cross_attention_dim: int | None = None  # the network's width: captions are projected to it
@@ -67,25 +68,25 @@ class LatteT2VConfig:
         for key in SIZES:
             value = getattr(self, key)
             good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            require(good, f"{key} must be a whole number of at least 1, not {value!r}")
+            require(good, f"{key} must be an integer of at least 1, got {value!r}")
         require(
             self.norm_type == "ada_norm_single",
-            f"norm_type must be ada_norm_single, not {self.norm_type!r}: Latte knows no other",
+            f"norm_type must be ada_norm_single, the only one that Latte has, got {self.norm_type!r}",
         )
         require(
             self.cross_attention_dim == self.width,
             f"cross_attention_dim must be {self.width}, the network's width (num_attention_heads x "
-            f"attention_head_dim), not {self.cross_attention_dim!r}",
+            f"attention_head_dim), got {self.cross_attention_dim!r}",
         )
         require(
             self.activation_fn in ACTIVATIONS,
-            f"activation_fn must be one of {', '.join(ACTIVATIONS)}, not {self.activation_fn!r}",
+            f"activation_fn must be one of {', '.join(ACTIVATIONS)}, got {self.activation_fn!r}",
         )
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
-        require(self.width % 4 == 0, f"the width must be divisible by 4 (sin-cos positions), not {self.width}")
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        require(self.width % 4 == 0, f"the width must be divisible by 4 (sin-cos positions), got {self.width}")
         require(
             self.out_channels is None or self.out_channels >= 1,
-            f"out_channels must be at least 1, or null for as many as come in, not {self.out_channels}",
+            f"out_channels must be at least 1, or null for the same as in_channels, got {self.out_channels}",
         )
         require(
             self.sample_size % self.patch == 0,
@@ -94,19 +95,19 @@ class LatteT2VConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> LatteT2VConfig:
-        """From the content of a `config.json`, as diffusers or the official code writes it.
+        """Builds it from the content of a `config.json`, as diffusers or the official code writes it.
 
         Raises:
-            ValueError: a key that is unknown, or that asks for what this network does not have.
+            ValueError: a key that is unknown or whose value the network does not support.
         """
         known = {field.name for field in fields(cls)}
         given = {key: value for key, value in config.items() if not key.startswith("_") and key not in UNREAD}
         for key in sorted(set(given) - known):
-            _check_stranger(key, given.pop(key), given)
+            _check_foreign_key(key, given.pop(key), given)
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a `config.json` that diffusers loads."""
+        """Returns the content of a `config.json` that diffusers loads."""
         return {"_class_name": CLASS_NAME, **asdict(self)}
 
     @property
@@ -116,7 +117,7 @@ class LatteT2VConfig:
 
     @property
     def channels(self) -> tuple[int, int]:
-        """Channels in and out."""
+        """Numbers of input and output channels."""
         assert self.in_channels is not None  # checked above
         return self.in_channels, self.out_channels or self.in_channels
 
@@ -128,7 +129,7 @@ class LatteT2VConfig:
 
     @property
     def position_scale(self) -> int:
-        """Positions in space are divided by it: networks for more than 64 latent pixels squeeze them."""
+        """Divisor of spatial positions: above 1 for networks of more than 64 latent pixels."""
         return max(self.sample_size // 64, 1)
 
 
@@ -149,13 +150,15 @@ LATTE_1 = LatteT2VConfig(
 )
 
 
-def _check_stranger(key: str, value: Any, given: Mapping[str, Any]) -> None:
-    """Pass over a key of a related class where it changes nothing; refuse it otherwise."""
+def _check_foreign_key(key: str, value: Any, given: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key of a related class unless its value has no effect."""
     names = [field.name for field in fields(LatteT2VConfig)]
     allowed = NEUTRAL.get(key, ())
     if key == "interpolation_scale":
         allowed = (None, max(int(given.get("sample_size", 64)) // 64, 1))
     if not allowed:
         close = get_close_matches(key, names, n=1)
-        raise ValueError(f"{key} is no key of this network's config" + (f"; did you mean {close[0]}?" if close else ""))
-    require(value in allowed, f"{key} is {value!r}, which this network has no part for; only {allowed[0]!r} is known")
+        raise ValueError(
+            f"{key} is not a key of this network's config" + (f"; did you mean {close[0]}?" if close else "")
+        )
+    require(value in allowed, f"{key} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,11 +1,17 @@
-"""Weights from files: official Latte and ours, strictly; an image DiT as a start, with a report."""
+"""Weights from files: safe reading, strict loading, and initialisation from an image DiT.
+
+A `.pt` file is a pickle. PyTorch's restricted reader takes only tensors and plain containers from it and runs none of
+its code. It is used only in versions of PyTorch without a known hole, and on archives as `torch.save` writes them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,20 +21,36 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from .latte import Latte
-from .pickled import load_pickled
 
 log = logging.getLogger(__name__)
 
+SAFE_SINCE = "2.10"  # CVE-2025-32434, CVE-2026-24747: earlier restricted readers can be made to run code
+MAX_RECORDS = 100_000  # in an archive; one per tensor
+# Classes of the settings that training scripts store with weights (argparse, OmegaConf); `tools.convert checkpoint`
+# can skip them.
+SETTINGS = frozenset(
+    [
+        "argparse.Namespace",
+        *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig", "nodes.AnyNode")),
+        *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
+        *(f"builtins.{name}" for name in ("dict", "list", "int", "str", "float", "bool")),
+        *("typing.Any", "collections.defaultdict"),
+    ]
+)
+CONVERT = "`python -m tools.convert checkpoint` extracts the weights alone if its author gives you the file's SHA-256"
+DISTRUST = "weights need none: ask the author of the file for its `ema` or `model` dictionary of tensors alone"
+
 WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel, torch.compile
 PIXART_KEYS = ("state_dict_ema", "state_dict")  # of the `.pth` files that PixArt's training writes
-TABLES = {
+TABLES = {  # position tables -> advice if their shape does not fit
     "pos_embed": "for another latent size: set data.image_size as in training",
     "temp_embed": "for another frame count: set data.num_frames as in training",
 }
 
-# Why an image DiT has nothing for these of ours (a part of the key -> the reason).
+# Part of a key of ours -> why an image DiT has no weights for it.
 ONLY_OURS = {
     "temp_embed": "an image model has no frames; ours is computed",
     "temporal_attn": "an image model has no second attention; ours keeps its initialisation",
@@ -36,36 +58,95 @@ ONLY_OURS = {
 }
 
 
-@dataclass(frozen=True)
-class InitReport:
-    """What `init_from_dit` did, by key; the two `left` dictionaries say why."""
+# -------------------------------------------------------------------------------------------- files
 
-    taken: list[str]
-    left_theirs: dict[str, str]
-    left_ours: dict[str, str]
 
-    def __str__(self) -> str:
-        sections = [
-            ("taken from the checkpoint", len(self.taken), _fold((key, "") for key in self.taken)),
-            ("left in the checkpoint", len(self.left_theirs), _fold(self.left_theirs.items())),
-            ("kept as they were in the network", len(self.left_ours), _fold(self.left_ours.items())),
-        ]
-        return "\n".join(
-            line for title, count, lines in sections for line in (f"{title}: {count}", *(f"  {line}" for line in lines))
+class Ignored:
+    """Placeholder for an object that is skipped: accepts any arguments, items and state, and stores nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> Ignored:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
+def load_pickled(path: Path, ignored: Iterable[str] = ()) -> Any:
+    """Returns the content of a `.pt` file, on the CPU.
+
+    Args:
+        ignored: full names of classes whose objects are replaced by `Ignored`; other classes are refused.
+
+    Raises:
+        ValueError: this PyTorch is too old to read the file safely, or the file is broken, compressed, or contains
+            Python objects.
+    """
+    if TorchVersion(torch.__version__) < SAFE_SINCE:
+        raise ValueError(
+            f"{path} is not read, because with PyTorch {torch.__version__} a .pt file can run code; install "
+            f"PyTorch {SAFE_SINCE} or newer, or use a .safetensors file"
+        )
+    _check_archive(path)
+    stand_ins: list[Any] = [(Ignored, name) for name in ignored]
+    try:
+        with torch.serialization.safe_globals(stand_ins) if stand_ins else nullcontext():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # a broken file can raise anything, OSError included
+        objects = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
+        if objects:
+            raise ValueError(
+                f"{path} holds Python objects ({', '.join(objects)}), which are not loaded because that can run any "
+                f"code; {CONVERT if SETTINGS.issuperset(objects) else DISTRUST}"
+            ) from error
+        raise ValueError(f"{path} is not a complete PyTorch checkpoint; copy it again") from error
+
+
+def require_hash(file: Path, allowed: Sequence[str]) -> None:
+    """Raises ValueError for a file whose SHA-256 is not in `allowed`, FileNotFoundError for no file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {file}")
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found not in [each.strip().lower() for each in allowed]:
+        raise ValueError(f"{file} is not opened: its SHA-256 is {found}, but --sha256 allows {', '.join(allowed)}.")
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError for an archive that unpacks to more than its own size; `torch.save` never compresses."""
+    if not zipfile.is_zipfile(path):
+        return  # the format before PyTorch 1.6, or not a checkpoint: torch.load decides
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ValueError(f"{path} is not a complete PyTorch checkpoint; copy it again") from error
+    packed = any(record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 for record in records)
+    unpacked = sum(record.file_size for record in records)
+    if packed or unpacked > path.stat().st_size or len(records) > MAX_RECORDS:
+        raise ValueError(
+            f"{path} is refused: its {len(records)} records unpack to {unpacked} bytes from {path.stat().st_size}, "
+            "but torch.save writes them unpacked and unencrypted"
         )
 
 
 def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Read the weights of a `.safetensors` file or of a `.pt` file as the official code writes it.
+    """Returns the weights in a `.safetensors` file, or in a `.pt` file as the official code writes it.
 
-    Of a `.pt` file the weights under `prefer` are taken, else, with a warning, `ema` or `model` (of PixArt's `.pth`
-    `state_dict_ema` or `state_dict`), else the file is the weights. The prefixes that DistributedDataParallel and
-    torch.compile add to keys are removed. Nothing is unpickled but tensors and plain containers; objects of the
-    classes named in `ignored` are passed over.
+    A `.pt` file may hold several sets: the one under `prefer` is taken, else, with a warning, `ema` or `model` (in
+    PixArt's `.pth` files `state_dict_ema` or `state_dict`), else the file itself is the weights. Prefixes that
+    DistributedDataParallel and torch.compile add to keys are removed. For `ignored` see `load_pickled`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is broken, holds other Python objects, or no weights; the sentence says which.
+        ValueError: it is broken, contains other Python objects, or no weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,14 +158,58 @@ def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str
     return _unwrap(weights, path)
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:
-    """Load all weights or none.
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); copy it again") from error
+
+
+def _select_weights(content: Any, prefer: str, path: Path) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        return {}
+    for key in (prefer, "ema", "model", *PIXART_KEYS):
+        if isinstance(content.get(key), Mapping):
+            if key != prefer:
+                log.warning("%s holds no `%s` weights; using its `%s`", path, prefer, key)
+            return dict(content[key])
+    return dict(content)
+
+
+def _unwrap(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    bare = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in weights.items()}
+    if len(bare) < len(weights):
+        raise ValueError(
+            f"{path} holds the same weights twice, with and without a wrapper prefix ({', '.join(WRAPPERS)})"
+        )
+    return bare
+
+
+def extract_weights(path: Path, hashes: Sequence[str], prefer: str = "ema") -> dict[str, Tensor]:
+    """Returns the weights of an official `.pt` file that also holds settings, as tensors that share no memory.
 
     Args:
-        model: the network; unchanged where the weights do not fit.
+        hashes: SHA-256 of files to trust; any other file is not opened.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, another hash, or other objects than tensors and settings.
+    """
+    require_hash(path, hashes)
+    weights = read_state_dict(path, prefer, ignored=SETTINGS)
+    return {name: value.contiguous().clone() for name, value in weights.items()}
+
+
+# ------------------------------------------------------------------------ a network and its weights
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:
+    """Loads all weights or none.
+
+    Args:
+        model: the network; unchanged if the weights do not fit.
         state_dict: weights by official key.
-        source: where they come from, for the error.
-        assign: make these tensors the network's own instead of copying them into it.
+        source: name of their origin, for the error.
+        assign: use these tensors as the network's parameters instead of copying them.
 
     Raises:
         ValueError: keys are missing, unexpected or of another shape; all of them are listed.
@@ -96,76 +221,20 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
 
 
 def require_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raises ValueError that names `source` and the first of the `weights` that holds NaN or infinity."""
+    """Raises ValueError if any of the `weights` contains NaN or infinity, naming `source` and the first such key."""
     for name, value in weights.items():
         if value.is_floating_point() and not value.float().isfinite().all():
-            raise ValueError(f"{source}: {name} holds NaN or infinity, no weights to sample with; use another file")
+            raise ValueError(f"{source}: {name} holds NaN or infinity; use another file")
 
 
 def weights_digest(*groups: Mapping[str, Tensor], facts: bytes = b"") -> str:
-    """SHA-256 over names, shapes and numbers, in whatever order and file they are."""
+    """Returns the SHA-256 over names, shapes and values, which does not depend on their order or file format."""
     total = hashlib.sha256(facts)
     for group in groups:
         for name, value in sorted(group.items()):
             total.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
             total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def is_image_checkpoint(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether these can be an image DiT's weights: a table of positions in space and none in time."""
-    return "pos_embed" in state_dict and "temp_embed" not in state_dict
-
-
-def init_from_dit(model: Latte, state_dict: Mapping[str, Tensor]) -> InitReport:
-    """Start from an image DiT: take every weight of the same key and shape, keep ours for the rest.
-
-    In variants 1 and 2 temporal layers inherit the DiT layer of their number, as in the official code. In
-    `parallel` the attention inherits DiT's weights with half as many heads.
-
-    Raises:
-        ValueError: no layer fits, so this is not a DiT of the network's width.
-    """
-    ours = model.state_dict()
-    taken = [key for key, value in state_dict.items() if key in ours and ours[key].shape == value.shape]
-    if not any(key.startswith("blocks.") for key in taken):
-        raise ValueError(
-            "no layer of the checkpoint fits the network: train.init_from takes an image DiT "
-            f"of width {model.config.size.hidden_size} (model.name {model.config.name})"
-        )
-    kept = set(taken)
-    report = InitReport(
-        taken=taken,
-        left_theirs={key: _why_left(key, state_dict, model) for key in state_dict if key not in kept},
-        left_ours={key: _why_kept(key, state_dict, ours) for key in ours if key not in kept},
-    )
-    model.load_state_dict({**ours, **{key: state_dict[key] for key in taken}})
-    return report
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
-
-
-def _select_weights(content: Any, prefer: str, path: Path) -> dict[str, Any]:
-    if not isinstance(content, Mapping):
-        return {}
-    for key in (prefer, "ema", "model", *PIXART_KEYS):
-        if isinstance(content.get(key), Mapping):
-            if key != prefer:
-                log.warning("%s holds no `%s` weights, its `%s` is taken", path, prefer, key)
-            return dict(content[key])
-    return dict(content)
-
-
-def _unwrap(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    bare = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in weights.items()}
-    if len(bare) < len(weights):
-        raise ValueError(f"{path} holds the same weights twice, with and without the prefix of a wrapper")
-    return bare
 
 
 def _differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
@@ -182,6 +251,59 @@ def _differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> li
 
 def _shapes(theirs: Tensor, ours: Tensor) -> str:
     return f"{tuple(theirs.shape)} in the checkpoint, {tuple(ours.shape)} in the network"
+
+
+# ----------------------------------------------------------------------- starting from an image DiT
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """Keys that `init_from_dit` took, and those left in the checkpoint or in the network, with the reason."""
+
+    taken: list[str]
+    left_theirs: dict[str, str]
+    left_ours: dict[str, str]
+
+    def __str__(self) -> str:
+        sections = [
+            ("taken from the checkpoint", len(self.taken), _fold((key, "") for key in self.taken)),
+            ("left in the checkpoint", len(self.left_theirs), _fold(self.left_theirs.items())),
+            ("kept as they were in the network", len(self.left_ours), _fold(self.left_ours.items())),
+        ]
+        return "\n".join(
+            line for title, count, lines in sections for line in (f"{title}: {count}", *(f"  {line}" for line in lines))
+        )
+
+
+def is_image_checkpoint(state_dict: Mapping[str, Tensor]) -> bool:
+    """Returns whether these may be weights of an image DiT: with a spatial table of positions and no temporal one."""
+    return "pos_embed" in state_dict and "temp_embed" not in state_dict
+
+
+def init_from_dit(model: Latte, state_dict: Mapping[str, Tensor]) -> InitReport:
+    """Copies the weights of an image DiT that have the key and shape of one of ours; the others stay as they are.
+
+    In variants 1 and 2 a temporal layer takes the DiT layer of the same index, as in the official code. In `parallel`
+    the attention takes DiT's weights with half the number of heads.
+
+    Raises:
+        ValueError: no layer fits, so the weights are not those of a DiT of the network's width.
+    """
+    ours = model.state_dict()
+    taken = [key for key, value in state_dict.items() if key in ours and ours[key].shape == value.shape]
+    if not any(key.startswith("blocks.") for key in taken):
+        raise ValueError(
+            "no layer of the checkpoint fits the network: train.init_from must be an image DiT "
+            f"of width {model.config.size.hidden_size} (model.name {model.config.name})"
+        )
+    kept = set(taken)
+    report = InitReport(
+        taken=taken,
+        left_theirs={key: _why_left(key, state_dict, model) for key in state_dict if key not in kept},
+        left_ours={key: _why_kept(key, state_dict, ours) for key in ours if key not in kept},
+    )
+    model.load_state_dict({**ours, **{key: state_dict[key] for key in taken}})
+    return report
 
 
 def _why_left(key: str, theirs: Mapping[str, Tensor], model: Latte) -> str:
@@ -203,8 +325,11 @@ def _why_kept(key: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]
     return next(reasons, "not in the checkpoint")
 
 
+# ------------------------------------------------------------------------------------ lists of keys
+
+
 def _fold(keys: Iterable[tuple[str, str]]) -> list[str]:
-    """Keys with notes -> lines; the same key and note in many layers is one line, `blocks.{0-27}.attn...`."""
+    """Formats keys with notes as lines; a key with the same note in several layers is one, `blocks.{0-27}.attn...`."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for key, note in keys:
         head, number, tail = re.fullmatch(r"(?:(\w*blocks)\.(\d+)\.)?(.*)", key, re.DOTALL).groups(default="")  # type: ignore[union-attr]
@@ -216,7 +341,7 @@ def _fold(keys: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> `{0-2,5}`; a single number stands alone."""
+    """Formats [0, 1, 2, 5] as `{0-2,5}`, and [7] as `7`."""
     if len(numbers) == 1:
         return str(numbers[0])
     runs = [

@@ -1,7 +1,7 @@
 """Weights of the text-conditioned network: from diffusers, the official code and PixArt-alpha, and back to diffusers.
 
-Official and diffusers' weights have the same names and load strictly. An image network of PixArt-alpha, in diffusers'
-format or as its authors' `.pth`, becomes a video network that computes every frame as that image network does.
+Weights of diffusers and of the official code have the same names and load strictly. An image network of PixArt-alpha,
+in diffusers' format or its authors' `.pth`, becomes a video network that computes each frame as the image network does.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from .latte_t2v import LatteT2V
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-WEIGHTS = "diffusion_pytorch_model"  # what diffusers names them, before the suffix
-SUBFOLDER = "transformer"  # of a whole pipeline's folder
-# Written by: diffusers; the official code; PixArt-alpha in old and in new diffusers.
+WEIGHTS = "diffusion_pytorch_model"  # file name in diffusers, without suffix
+SUBFOLDER = "transformer"  # in the folder of a complete pipeline
+# Written by diffusers, by the official code, and for PixArt-alpha by old and new diffusers.
 CLASS_NAMES = (CLASS_NAME, "LatteT2V", "Transformer2DModel", "PixArtTransformer2DModel")
 TEMPORAL = "temporal_transformer_blocks."
-SCALE = "temporal_position_scale"  # ours, in a config.json: only of a network on its way from images to video
+SCALE = "temporal_position_scale"  # a key of ours in config.json, written while an image network becomes a video one
 
-# PixArt-alpha's names -> diffusers'; several: the tensor holds them one below the other.
+COMPARED_WORDS = 8  # length of the caption in a comparison with diffusers
+
+# Names in PixArt-alpha -> in diffusers; a tensor with several names is their concatenation along dimension 0.
 PIXART_NAMES: dict[str, tuple[str, ...]] = {
     "x_embedder.proj": ("pos_embed.proj",),
     "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
@@ -55,12 +57,12 @@ PIXART_NAMES: dict[str, tuple[str, ...]] = {
     "mlp.fc1": ("ff.net.0.proj",),
     "mlp.fc2": ("ff.net.2",),
 }
-# Keys that a checkpoint may have and the network has not -> why they are left.
-LEFT = {
+# Keys of checkpoints that the network does not have -> why they are ignored.
+IGNORED = {
     r"pos_embed(\.pos_embed)?|temp_pos_embed": "a table of positions; ours is computed",
     r"(caption_projection|y_embedder)\.y_embedding": "the empty caption of training; samplers encode an empty prompt",
 }
-LEFT_OF_IMAGES = {
+IGNORED_OF_IMAGES = {
     r"(csize_embedder|ar_embedder)\..*|.*\.(resolution_embedder|aspect_ratio_embedder)\..*": (
         "the image's size and shape as a condition, which Latte does not have"
     ),
@@ -68,9 +70,9 @@ LEFT_OF_IMAGES = {
 
 
 def find_network(source: str, revision: str | None, key: str) -> Path:
-    """The folder or file `source`, or the folder of a hub name, of which the state is said.
+    """Returns the folder or file `source`, or the downloaded folder of a hub name, whose commit is logged.
 
-    Raises: FileNotFoundError, one sentence that calls it `key`, where it is none of these.
+    Raises: FileNotFoundError, naming `key`, if it is none of these.
     """
     if Path(source).exists():
         return Path(source)
@@ -78,7 +80,7 @@ def find_network(source: str, revision: str | None, key: str) -> Path:
 
 
 def load_t2v(source: str | Path, **options: Any) -> LatteT2V:
-    """The network of a folder or file, in evaluation mode; see `convert_t2v`."""
+    """Returns the network in a folder or file, in evaluation mode; see `convert_t2v` for `options`."""
     model, report = convert_t2v(source, **options)
     log.info("%s\n%s", source, report)
     return model
@@ -93,25 +95,25 @@ def convert_t2v(
     dtype: torch.dtype | None = torch.float32,
     **options: Any,
 ) -> tuple[LatteT2V, InitReport]:
-    """The network of a folder or file, in evaluation mode, and what became of each tensor.
+    """Returns the network in a folder or file, in evaluation mode, and a report on every tensor.
 
     Args:
-        source: a folder in diffusers' format (of a whole pipeline, or of its transformer), or a file of weights:
-            `.safetensors`, or a `.pt`, `.pth` or `.bin`, of which nothing but tensors is unpickled.
-        config: what a `config.json` says. Default: the one beside the weights; without one that of Latte-1, which
-            is also PixArt-alpha's at 512 pixels.
+        source: a folder in diffusers' format (a complete pipeline or its transformer), or a file of weights:
+            `.safetensors`, or `.pt`, `.pth` or `.bin`, from which only tensors are unpickled.
+        config: content of a `config.json`. Default: the file next to the weights, or without one that of Latte-1,
+            which is also PixArt-alpha's at 512 pixels.
         variant: `fp16` for files named `diffusion_pytorch_model.fp16.safetensors`.
-        prefer: which weights of a training checkpoint.
+        prefer: set of weights to take from a training checkpoint, see `read_state_dict`.
         dtype: of the network; None for that of the file.
         options: of `LatteT2V`.
 
     Returns:
-        The network and the report. Weights without temporal blocks are an image network's: those blocks start as
-        the identity, and `temporal_position_scale` as 0.
+        The network and the report. Weights without temporal blocks are those of an image network: its new temporal
+        blocks start as the identity, and `temporal_position_scale` at 0.
 
     Raises:
-        FileNotFoundError: the folder or file, or a part of it, is not there.
-        ValueError: it is broken, or does not fit the network; all differences are listed.
+        FileNotFoundError: the folder or file, or a part of it, is missing.
+        ValueError: it is broken or does not fit the network; all differences are listed.
     """
     folder = _transformer_folder(Path(source))
     files = _weight_files(folder, variant) if folder else [Path(source)]
@@ -119,27 +121,27 @@ def convert_t2v(
     described = _config(config, folder or Path(source).parent)
     weights, left = _translate(weights)
     if "caption_projection.linear_1.weight" not in weights:
-        raise ValueError(f"{source} is no text-conditioned network: it has no projection of captions")
+        raise ValueError(f"{source} is not a text-conditioned network: it has no caption_projection")
     if SCALE in described:
         options.setdefault(SCALE, described.pop(SCALE))
     is_image = not any(key.startswith(TEMPORAL) for key in weights)
-    name = str(source) if described else f"{source}, taken for Latte-1 as there is no {CONFIG_FILE} beside it,"
+    name = str(source) if described else f"{source}, read as Latte-1 because there is no {CONFIG_FILE} next to it,"
     model, report = (_image_network if is_image else _video_network)(weights, described, name, options)
     report = replace(report, left_theirs=left | report.left_theirs)
     return model.to(dtype).eval() if dtype else model.eval(), report
 
 
 def save_t2v(model: LatteT2V, folder: str | Path) -> Path:
-    """Write the network as a folder that diffusers' class loads, whole or not at all; returns the folder.
+    """Writes the network atomically as a folder that diffusers' class loads; returns the folder.
 
     Raises:
-        FileExistsError: there is something in the folder already.
+        FileExistsError: the folder is not empty.
     """
     folder = require_new(Path(folder))
     config = model.config.to_dict()
     if model.temporal_position_scale != 1:
         config[SCALE] = model.temporal_position_scale
-        log.warning("%s: %s is %g, which diffusers takes for 1", folder, SCALE, model.temporal_position_scale)
+        log.warning("%s: %s is %g, but diffusers ignores it and uses 1", folder, SCALE, model.temporal_position_scale)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
@@ -154,18 +156,18 @@ def save_t2v(model: LatteT2V, folder: str | Path) -> Path:
 
 
 def require_new(folder: Path) -> Path:
-    """The folder, if nothing is there that could be overwritten.
+    """Returns the folder if it is missing or empty.
 
     Raises: FileExistsError otherwise.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not an empty folder: name another, so that nothing is overwritten")
+        raise FileExistsError(f"{folder} is not an empty folder: choose another, so that nothing is overwritten")
     return folder
 
 
 def to_diffusers(model: LatteT2V) -> nn.Module:
-    """diffusers' `LatteTransformer3DModel` with this network's weights, which the two then share."""
-    from diffusers import LatteTransformer3DModel  # slow to import: only this function needs it
+    """Returns diffusers' `LatteTransformer3DModel`, which shares this network's weights."""
+    from diffusers import LatteTransformer3DModel  # slow to import
 
     network = LatteTransformer3DModel.from_config(model.config.to_dict())
     network.to(model.dtype)
@@ -173,13 +175,35 @@ def to_diffusers(model: LatteT2V) -> nn.Module:
     return network.eval()
 
 
+def compare_with_diffusers(model: LatteT2V, folder: Path) -> float:
+    """Returns the largest difference to the outputs of diffusers' class with the weights in `folder`.
+
+    The difference is relative to the largest value, in fp32 on a small random clip. A network that still computes
+    images is compared frame by frame.
+    """
+    from diffusers import LatteTransformer3DModel
+
+    theirs = LatteTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    config, side = model.config, 2 * model.config.patch
+    noise = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, config.channels[0], config.video_length, side, side, generator=noise),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, COMPARED_WORDS, config.caption_channels or 0, generator=noise),
+        "enable_temporal_attentions": model.temporal_position_scale == 1,
+    }
+    with torch.no_grad():
+        first, second = model.float()(**inputs).sample, theirs(**inputs).sample
+    return float((first - second).abs().max() / second.abs().max().clamp_min(1e-12))
+
+
 # ------------------------------------------------------------------------------------------- files
 
 
 def _transformer_folder(source: Path) -> Path | None:
-    """The folder with the network's config.json, or None where `source` is a file.
+    """Returns the folder that holds the network's config.json, or None if `source` is a file.
 
-    Raises: FileNotFoundError where there is neither.
+    Raises: FileNotFoundError if it is neither.
     """
     if source.is_file():
         return None
@@ -188,16 +212,16 @@ def _transformer_folder(source: Path) -> Path | None:
     folders = [folder for folder in (source / SUBFOLDER, source) if (folder / CONFIG_FILE).is_file()]
     if not folders:
         raise FileNotFoundError(
-            f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}; of a training run "
-            "tools.export_t2v makes such a folder"
+            f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}; `python -m "
+            "tools.convert diffusers` writes such a folder from a training run"
         )
     return folders[0]
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files of the weights in a folder of diffusers: shards by their index, or one file.
+    """Returns the weight files in a folder of diffusers' format: the shards of an index, or one file.
 
-    Raises: FileNotFoundError where there are none.
+    Raises: FileNotFoundError if there are none.
     """
     part = f".{variant}" if variant else ""
     index = folder / f"{WEIGHTS}.safetensors.index{part}.json"
@@ -211,9 +235,9 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names.
+    """Returns the files that an index names.
 
-    Raises: ValueError for an index that is broken or points out of its folder.
+    Raises: ValueError for an index that is broken or names files outside its folder.
     """
     listed = read_json(index).get("weight_map")
     names = list(listed.values()) if isinstance(listed, dict) else []
@@ -225,16 +249,16 @@ def _shards(index: Path) -> list[Path]:
 def _read(files: list[Path], prefer: str) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in files:
-        own = read_state_dict(file, prefer)
-        require_finite(own, file.resolve())  # not the link to it in a temporary folder
-        weights |= own
+        part = read_state_dict(file, prefer)
+        require_finite(part, file.resolve())  # names the file rather than a link to it
+        weights |= part
     return weights
 
 
 def _config(given: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """What describes the network: as given, or in the folder; empty where nothing does.
+    """Returns the content of config.json: as given, or from the folder; empty if there is none.
 
-    Raises: ValueError for the description of another kind of network.
+    Raises: ValueError if it describes another kind of network.
     """
     file = folder / CONFIG_FILE
     config = dict(given) if given is not None else read_json(file) if file.is_file() else {}
@@ -250,8 +274,8 @@ def _config(given: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
 def _video_network(
     weights: dict[str, Tensor], config: dict[str, Any], source: str, options: dict[str, Any]
 ) -> tuple[LatteT2V, InitReport]:
-    """A network with all of its weights from the checkpoint."""
-    with torch.device("meta"):  # no time and memory for numbers that are replaced at once
+    """Builds a network with all of its weights from the checkpoint."""
+    with torch.device("meta"):  # skips initialisation, since all weights are replaced
         model = LatteT2V.from_config(config or LATTE_1, **options)
     load_weights(model, weights, source, assign=True)
     return model, InitReport(taken=list(weights), left_theirs={}, left_ours={})
@@ -260,9 +284,9 @@ def _video_network(
 def _image_network(
     weights: dict[str, Tensor], config: dict[str, Any], source: str, options: dict[str, Any]
 ) -> tuple[LatteT2V, InitReport]:
-    """A video network that starts as the checkpoint's image network."""
-    table = weights.get("pos_embed")  # of PixArt's own files, which have no config
-    weights, left = _leave(weights, LEFT | LEFT_OF_IMAGES)
+    """Builds a video network that computes each frame as the image network in the checkpoint."""
+    table = weights.get("pos_embed")  # in PixArt's own files, which have no config
+    weights, left = _drop_keys(weights, IGNORED | IGNORED_OF_IMAGES)
     config.pop("use_additional_conditions", None)
     described: Any = config or _pixart_config(table)
     model = LatteT2V.from_config(described, **options)
@@ -274,16 +298,16 @@ def _image_network(
 
 
 def _pixart_config(table: Tensor | None) -> LatteT2VConfig:
-    """PixArt-alpha's XL network, for images of the size that the table of positions `(1, N, D)` is for."""
+    """Returns the config of PixArt-alpha's XL network for the image size of its table of positions `(1, N, D)`."""
     if table is None:
         return LATTE_1
     return replace(LATTE_1, sample_size=math.isqrt(table.shape[1]) * LATTE_1.patch)
 
 
 def _translate(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights by our names, and the keys left out with the reason."""
+    """Renames weights to our names; returns them, and the ignored keys with the reason."""
     if not any(key.startswith("blocks.") for key in weights):
-        return _leave(weights, LEFT)
+        return _drop_keys(weights, IGNORED)
     renamed: dict[str, Tensor] = {}
     for key, value in weights.items():
         block, name, kind = re.fullmatch(r"(?:(blocks\.\d+\.))?(.*?)(\.weight|\.bias)?", key, re.DOTALL).groups("")  # type: ignore[union-attr]
@@ -297,7 +321,7 @@ def _translate(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return renamed, {}
 
 
-def _leave(weights: dict[str, Tensor], reasons: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights without the keys that `reasons` speak of, and those keys."""
+def _drop_keys(weights: dict[str, Tensor], reasons: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Removes the keys that match a pattern in `reasons`; returns the other weights, and the removed keys' reasons."""
     left = {key: why for pattern, why in reasons.items() for key in weights if re.fullmatch(pattern, key)}
     return {key: value for key, value in weights.items() if key not in left}, left

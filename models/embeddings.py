@@ -17,23 +17,23 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (F, head width / 2)
 
 
 class UniformPatchEmbed(nn.Module):
-    """Every frame by itself, in p x p patches (paper section 3.3.1, "uniform frame patch embedding")."""
+    """Embeds p x p patches of single frames (paper section 3.3.1, "uniform frame patch embedding")."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor, num_images: int) -> Tensor:
-        """`(B, F+I, C, H, W)` -> `(B, F+I, N, D)`; an image is a frame like any other."""
+        """`(B, F+I, C, H, W)` -> `(B, F+I, N, D)`; images are treated as frames."""
         batch = x.shape[0]
         x = self.proj(x.flatten(0, 1))  # (B*(F+I), D, H/p, W/p)
-        # in memory too: the layers' sums would keep the convolution's order, and each norm would copy it
+        # contiguous: otherwise residual sums keep the convolution's memory order, and each norm copies its input
         x = rearrange(x, "(batch frames) dim rows columns -> batch frames (rows columns) dim", batch=batch)
         return x.contiguous()
 
 
 class TubeletPatchEmbed(nn.Module):
-    """s frames at a time, in s x p x p tubelets (section 3.3.1, "compression frame patch embedding")."""
+    """Embeds s x p x p tubelets of s frames (section 3.3.1, "compression frame patch embedding")."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch_size: int, tubelet_size: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class TubeletPatchEmbed(nn.Module):
         self.proj = nn.Conv3d(in_channels, hidden_size, kernel, stride=kernel)
 
     def forward(self, x: Tensor, num_images: int) -> Tensor:
-        """`(B, F+I, C, H, W)` -> `(B, F/s+I, N, D)`; an image is a clip of itself repeated s times."""
+        """`(B, F+I, C, H, W)` -> `(B, F/s+I, N, D)`; an image is repeated s times."""
         num_frames = x.shape[1] - num_images
         if num_images:
             images = x[:, num_frames:].repeat_interleave(self.tubelet_size, dim=1)
@@ -52,9 +52,9 @@ class TubeletPatchEmbed(nn.Module):
 
 
 class FrameUpsampler(nn.Module):
-    """From tubelets back to frames: a transposed convolution in time after the linear decoder.
+    """Transposed convolution in time after the linear decoder: tubelets back to frames.
 
-    It starts as a copy: each of the s frames is its tubelet.
+    It is initialised to copy each tubelet to its s frames.
     """
 
     def __init__(self, channels: int, tubelet_size: int) -> None:
@@ -64,7 +64,7 @@ class FrameUpsampler(nn.Module):
         self.proj = nn.ConvTranspose3d(channels, channels, kernel, stride=kernel)
 
     def reset_parameters(self) -> None:
-        """Make every frame a copy of its tubelet."""
+        """Initialises every frame as a copy of its tubelet."""
         with torch.no_grad():
             self.proj.weight.zero_()
             self.proj.weight.diagonal(dim1=0, dim2=1).fill_(1.0)
@@ -97,7 +97,7 @@ def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """256 sinusoids of the timestep, then an MLP."""
+    """Embeds timesteps by 256 sinusoids and an MLP."""
 
     num_features = 256
 
@@ -110,14 +110,14 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """`(B, ...)`, whole or fractional -> `(B, ..., D)`."""
+        """`(B, ...)`, integer or fractional -> `(B, ..., D)`."""
         dtype = self.mlp[0].get_parameter("weight").dtype
         features = timestep_features(timesteps, self.num_features, torch.promote_types(dtype, torch.float32))
         return self.mlp(features.to(dtype))
 
 
 class LabelEmbedder(nn.Module):
-    """A table with one row per class and, for classifier-free guidance, a last row for "no label"."""
+    """Label table with one row per class and, for classifier-free guidance, a last row for "no label"."""
 
     def __init__(self, num_classes: int, hidden_size: int, *, null_row: bool) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class LabelEmbedder(nn.Module):
 
 
 def timestep_features(timesteps: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """`(B, ...)` -> `(B, ..., count)`: cosines, then sines, of periods from 2 pi to 2 pi x 10000."""
+    """`(B, ...)` -> `(B, ..., count)`: cosines, then sines, with periods from 2 pi to 2 pi x 10000."""
     half = count // 2
     steps = torch.arange(half, dtype=dtype, device=timesteps.device)
     angles = timesteps[..., None].to(dtype) * torch.exp(-math.log(MAX_PERIOD) * steps / half)
@@ -137,7 +137,7 @@ def timestep_features(timesteps: Tensor, count: int, dtype: torch.dtype) -> Tens
 
 
 def axis_positions(count: int, trained: int, *, stretch: bool, device: torch.device | None = None) -> Tensor:
-    """`(count,)` positions in float64: 0, 1, 2, ..., or with `stretch` spread over 0 to `trained`."""
+    """Returns `(count,)` positions in float64: 0, 1, 2, ..., or with `stretch` spaced evenly in [0, trained)."""
     spacing = trained / count if stretch else 1.0
     return torch.arange(count, dtype=torch.float64, device=device) * spacing
 
@@ -149,20 +149,20 @@ def sincos_table(positions: Tensor, dim: int) -> Tensor:
 
 
 def sincos_grid(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
-    """`(H,)` and `(W,)` -> `(H*W, dim)`, row by row: half for the column, half for the row (as MAE)."""
+    """`(H,)` and `(W,)` -> `(H*W, dim)`, row by row: half of `dim` for the column, half for the row (as in MAE)."""
     across = sincos_table(columns, dim // 2)[None].expand(len(rows), -1, -1)
     down = sincos_table(rows, dim // 2)[:, None].expand(-1, len(columns), -1)
     return torch.cat([across, down], dim=-1).flatten(0, 1)
 
 
 def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Rotation:
-    """Cosines and sines `(F, head_dim / 2)` that turn queries and keys by their position (RoFormer)."""
+    """Returns cosines and sines `(F, head_dim / 2)` that rotate queries and keys by their position (RoFormer)."""
     angles = _angles(positions, head_dim)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn each pair (i, i + width/2) of `(..., F, width)` by its frame's angle."""
+    """Rotates each pair (i, i + width/2) of `(..., F, width)` by the angle of its frame."""
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

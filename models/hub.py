@@ -1,4 +1,4 @@
-"""A model that is a folder here or a name on the hub: found, and its parts asked for by name."""
+"""Models that are local folders or names on the Hugging Face hub: lookup, download, and reading of their JSON files."""
 
 from __future__ import annotations
 
@@ -12,61 +12,86 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
+def expand_home(path: str) -> Path:
+    """Returns `path` with `~` expanded, or unchanged if there is no such home folder."""
+    with suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
+
+
+def is_hub_name(path: str) -> bool:
+    """Returns whether `path` has the form `owner/name` rather than that of a folder."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
 def find_folder(path: str, revision: str | None, key: str, patterns: Sequence[str]) -> Path:
-    """The folder that `path` names, downloaded where it is a hub name; says which state of it.
+    """Returns the folder that `path` names; a hub name is downloaded, and its commit is logged.
 
     Args:
         path: a folder, `owner/name`, or `owner/name@revision`.
-        revision: of a hub name that states none.
-        key: what `path` is called in a configuration.
-        patterns: the files that are needed of a hub name.
+        revision: of a hub name without `@revision`.
+        key: the configuration key of `path`, for errors.
+        patterns: files to download from the hub.
 
-    Raises: FileNotFoundError, one sentence, where it is neither; ValueError for the revision of a folder.
+    Raises:
+        FileNotFoundError: neither a folder nor a hub name that can be downloaded.
+        ValueError: a revision is given for a folder.
     """
-    folder = Path(path)
-    with suppress(RuntimeError):  # the home of a user that there is not
-        folder = folder.expanduser()
+    folder = expand_home(path)
     if folder.is_dir():
         refuse_revision(path, revision, key)
         return folder
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not is_hub_name(path):
         raise FileNotFoundError(f"{key}: there is no folder {folder}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # slow to import
 
     name, _, stated = path.partition("@")
     try:
         found = snapshot_download(name, revision=stated or revision, allow_patterns=list(patterns))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{key}={path} is not a folder here, and could not be had from the hub ({type(error).__name__})"
+            f"{key}={path} is not a local folder and could not be downloaded from the hub ({type(error).__name__})"
         ) from error
     log.warning("%s: revision %s, commit %s", name, stated or revision or "main", Path(found).name)
     return Path(found)
 
 
+def find_cached(path: str, revision: str | None, file: str) -> Path | None:
+    """Returns the folder of `path` on this machine: itself, or the hub's cache if it has `file`; None if neither."""
+    folder = expand_home(path)
+    if folder.is_dir():
+        return folder
+    if not is_hub_name(path):
+        return None
+    from huggingface_hub import try_to_load_from_cache  # slow to import
+
+    found = try_to_load_from_cache(path, file, revision=revision)
+    return Path(found).parents[file.count("/")] if isinstance(found, str) else None
+
+
 def refuse_revision(path: str, revision: str | None, key: str) -> None:
-    """Raises: ValueError where a revision is stated; `path` is a folder here, which has none."""
+    """Raises ValueError if a revision is given for `path`, which is a local folder."""
     if revision:
-        raise ValueError(f"{key}={path} is a folder here, which has no revision {revision}: leave that out")
+        raise ValueError(f"{key}={path} is a local folder, which has no revision {revision}: leave the revision out")
 
 
 def require_part(folder: Path, name: str) -> None:
-    """Raises: FileNotFoundError unless the folder has that sub-folder."""
+    """Raises FileNotFoundError unless the folder has the sub-folder `name`."""
     if not (folder / name).is_dir():
         raise FileNotFoundError(f"{folder} has no sub-folder {name}, which is a part of a Latte folder")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The names and values of a JSON file.
+    """Returns the JSON object in `file`.
 
-    Raises: OSError where it cannot be read; ValueError where it is broken or holds something else.
+    Raises: OSError if it cannot be read; ValueError if it is broken or not an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing, which is a part of a folder in diffusers' format") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not whole JSON; copy it again") from error
+        raise ValueError(f"{file} is not valid JSON; copy it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no names and values; copy it again")
+        raise ValueError(f"{file} is not a JSON object; copy it again")
     return content

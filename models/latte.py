@@ -6,6 +6,9 @@ N tokens per frame, D width. Between patch embedding and final layer F counts tu
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,11 +30,40 @@ from .embeddings import (
 )
 
 
-class Latte(nn.Module):
-    """The network: patches -> layers of spatial and temporal attention -> patches.
+class Route(NamedTuple):
+    """A range of blocks that computes only some of the tokens; the others skip it unchanged (TREAD, arXiv 2501.04765).
 
-    `num_frames` and `latent_size` are those of training; others work in `forward`, with positions computed
-    for them. The network draws no random numbers: label dropout is to replace labels by `null_label`.
+    The same token positions are kept in all frames of a clip, so that temporal attention sees whole rows. Positional
+    embeddings are added to all tokens; the tokens that `model.injection=tokens` appends are always kept.
+
+    Attributes:
+        start, stop: blocks from `start` to `stop` - 1.
+        keep: positions in [0, N) as int64, each once: `(K,)` for all clips, or `(B, K)` for each clip.
+    """
+
+    start: int
+    stop: int
+    keep: Tensor
+
+    def gather(self, x: Tensor, num_appended: int) -> Tensor:
+        """Returns the kept tokens of `x (B, F+I, N + num_appended, D)`: `(B, F+I, K + num_appended, D)`."""
+        return x.take_along_dim(self._index(x, num_appended), dim=2)
+
+    def scatter(self, kept: Tensor, x: Tensor, num_appended: int) -> Tensor:
+        """Returns `x` with the tokens of `gather` replaced by `kept`."""
+        return x.scatter(2, self._index(x, num_appended).expand_as(kept), kept)
+
+    def _index(self, x: Tensor, num_appended: int) -> Tensor:
+        keep = self.keep.expand(len(x), -1)
+        appended = torch.arange(x.shape[2] - num_appended, x.shape[2], device=keep.device).expand(len(x), -1)
+        return torch.cat([keep, appended], dim=1)[:, None, :, None]  # (B, 1, K + num_appended, 1)
+
+
+class Latte(nn.Module):
+    """Patch embedding, blocks of spatial and temporal attention, and a final layer back to patches.
+
+    `num_frames` and `latent_size` are those of training. `forward` takes other sizes too and computes positions for
+    them. The network draws no random numbers: the caller drops labels by replacing them with `null_label`.
 
     Args:
         config: the `model` section.
@@ -88,45 +120,91 @@ class Latte(nn.Module):
 
     @property
     def null_label(self) -> int | None:
-        """The label that means "no label", or None where there is no such row."""
+        """Label that means "no label", or None if the table has no such row."""
         return self.config.num_classes if self.config.has_null_label else None
 
-    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, *, num_images: int = 0) -> Tensor:
-        """Predict noise (or what else the diffusion asks for), and with `learn_sigma` its variance.
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None = None,
+        *,
+        num_images: int = 0,
+        return_hidden_states: Collection[int] = (),
+        route: Route | None = None,
+    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
+        """Predicts the noise (or the diffusion's other target) and, with `learn_sigma`, its variance.
 
         Args:
             x: noisy latents `(B, F+I, C, H, W)`: a clip, then `num_images` independent images.
-            timesteps: `(B,)`, whole or fractional; or `(B, F+I)`, one for each frame, where some are less noisy than
-                others (a tubelet has that of its first frame).
+            timesteps: `(B,)`, integer or fractional; or `(B, F+I)`, one for each frame (a tubelet takes that of its
+                first frame).
             labels: `(B,)` or `(B, 1+I)` in [0, num_classes], the clip's label first; None if unconditional.
-                The range is the caller's to check: that would be a wait for the device.
+                The range is not checked, because that would wait for the device.
             num_images: I, the number of frames at the end that are images.
+            return_hidden_states: indices of blocks whose output tokens are returned as well.
+            route: tokens that a range of blocks computes, None for all.
 
         Returns:
-            `(B, F+I, C, H, W)`, or 2C channels with `learn_sigma`.
+            `(B, F+I, C, H, W)`, or 2C channels with `learn_sigma`. With `return_hidden_states` a pair of that and
+            the tokens `(B, F+I, N, D)` by block, in which F counts tubelets; inside `route` only its K kept tokens.
 
         Raises:
-            ValueError: shapes that do not fit each other or the network.
+            ValueError: shapes that do not fit each other or the network, or a block that does not exist.
         """
         self._check_input(x, timesteps, labels, num_images)
+        self._check_blocks(return_hidden_states, route)
         grid = x.shape[3] // self.patch_size, x.shape[4] // self.patch_size  # rows and columns of tokens
         x = self.x_embedder(x, num_images) + self._space_positions(grid)  # (B, F+I, N, D)
-        num_frames = x.shape[1] - num_images  # F, from here on in tubelets where there are any
-        x, condition = self._inject(x, timesteps, labels, num_frames)  # with `tokens` N+1 or N+2 tokens per frame
-        rotation = self._rotation(num_frames, x)
-
-        for index, block in enumerate(self.blocks):
-            if index == self.first_temporal_layer:
-                x = self._add_time_positions(x, num_frames)
-            x = self._run(block, x, condition, num_frames, rotation)
-
+        num_frames = x.shape[1] - num_images  # F; from here on it counts tubelets where there are any
+        x, condition = self._inject(x, timesteps, labels, num_frames)  # with `tokens`, N+1 or N+2 tokens per frame
+        x, hidden_states = self.run_blocks(x, condition, num_frames, grid[0] * grid[1], return_hidden_states, route)
         x = x[:, :, : grid[0] * grid[1]]  # without the tokens of timestep and label
         x = self.final_layer(x, condition, num_frames)  # (B, F+I, N, p*p*C)
         x = unpatchify(x, grid, self.patch_size)  # (B, F+I, C, H, W)
-        return self.frame_upsampler(x, num_images) if self.config.patch_embedding == "tubelet" else x
+        if self.config.patch_embedding == "tubelet":
+            x = self.frame_upsampler(x, num_images)
+        return (x, hidden_states) if return_hidden_states else x
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        condition: Tensor | None,
+        num_frames: int,
+        num_tokens: int,
+        return_hidden_states: Collection[int],
+        route: Route | None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Applies all blocks; a method that changes how blocks are connected overrides this.
+
+        Args:
+            x: tokens `(B, F+I, N + appended, D)`, those of timestep and label last with `model.injection=tokens`.
+            condition: see `Block.forward`.
+            num_tokens: N.
+
+        Returns:
+            The tokens after the last block, and the hidden states by block.
+        """
+        rotation = self._rotation(num_frames, x)
+        num_appended = x.shape[2] - num_tokens
+        hidden_states: dict[int, Tensor] = {}
+        skipped: Tensor | None = None  # inside the route: all tokens, as they entered it
+        for index, block in enumerate(self.blocks):
+            if index == self.first_temporal_layer:
+                x = self._add_time_positions(x, num_frames)
+                skipped = None if skipped is None else self._add_time_positions(skipped, num_frames)
+            if route is not None and index == route.start:
+                skipped, x = x, route.gather(x, num_appended)
+            x = self._run(block, x, condition, num_frames, rotation)
+            if index in return_hidden_states:
+                hidden_states[index] = x[:, :, : x.shape[2] - num_appended]
+            if route is not None and skipped is not None and index == route.stop - 1:
+                x = route.scatter(x, skipped, num_appended)
+                skipped = None
+        return x, hidden_states
 
     def initialize_weights(self) -> None:
-        """DiT's initialisation: layers start as the identity (`adaln`) and the network's output as zero."""
+        """Initialises as DiT does: layers start as the identity (`adaln`), and the network's output as zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -154,7 +232,7 @@ class Latte(nn.Module):
     def _inject(
         self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_frames: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Timestep and label as a condition `(B, 1, 1+I or F+I, 1, D)`, or as tokens at the end of every frame."""
+        """Embeds timestep and label: as condition `(B, 1 or 1+I or F+I, 1, D)`, or as tokens appended to each frame."""
         parts = [self._embed_timesteps(timesteps, num_frames)]  # (B, 1 or F+I, 1, D)
         if labels is not None:
             label_rows = self.y_embedder(labels.reshape(len(labels), -1))[:, :, None]  # (B, 1 or 1+I, 1, D)
@@ -165,7 +243,7 @@ class Latte(nn.Module):
         return torch.cat([x, *tokens], dim=2), None
 
     def _embed_timesteps(self, timesteps: Tensor, num_frames: int) -> Tensor:
-        """`(B,)` -> `(B, 1, 1, D)`; `(B, F+I)` of frames -> `(B, F+I, 1, D)`, where `num_frames` F may be tubelets."""
+        """`(B,)` -> `(B, 1, 1, D)`; one per frame `(B, F+I)` -> `(B, F+I, 1, D)`, where F then counts tubelets."""
         if timesteps.ndim == 1:
             return self.t_embedder(timesteps)[:, None, None]
         span = self.config.frames_per_token
@@ -185,13 +263,13 @@ class Latte(nn.Module):
         return checkpoint(block, x, condition, num_frames, rotation, use_reentrant=False, preserve_rng_state=False)
 
     def _space_positions(self, grid: tuple[int, int]) -> Tensor:
-        """`(1, N, D)` for any grid; the trained one is kept."""
+        """Returns spatial positions `(1, N, D)` for any grid; those of the trained grid are stored."""
         if grid == self.grid:
             return self.pos_embed
         return self._space_table(grid, self.pos_embed.device).to(self.pos_embed.dtype)
 
     def _add_time_positions(self, x: Tensor, num_frames: int) -> Tensor:
-        """Add the temporal table to the clip's frames; images have no place in time."""
+        """Adds temporal positions to the frames of the clip; images have none."""
         if self.temp_embed is None:
             return x
         table = self.temp_embed
@@ -220,10 +298,10 @@ class Latte(nn.Module):
     def _check_clip(self, num_frames: int, height: int, width: int) -> None:
         span, patch = self.config.frames_per_token, self.patch_size
         if num_frames < 1:
-            raise ValueError(f"a clip needs at least one frame, not {num_frames}")
+            raise ValueError(f"a clip must have at least one frame, got {num_frames}")
         if num_frames % span:
             raise ValueError(
-                f"{num_frames} frames are not divisible by model.tubelet_size ({span}); change one of the two"
+                f"{num_frames} frames are not divisible by model.tubelet_size={span}; change one of the two"
             )
         if min(height, width) < patch or height % patch or width % patch:
             raise ValueError(
@@ -233,34 +311,41 @@ class Latte(nn.Module):
 
     def _check_input(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_images: int) -> None:
         if x.ndim != 5 or x.shape[2] != self.in_channels:
-            raise ValueError(f"the network takes latents (B, F+I, {self.in_channels}, H, W), not {tuple(x.shape)}")
+            raise ValueError(f"latents must be of shape (B, F+I, {self.in_channels}, H, W), got {tuple(x.shape)}")
         if timesteps.shape not in (x.shape[:1], x.shape[:2]):
             raise ValueError(
-                f"timesteps must be of shape ({len(x)},), one per clip, or {tuple(x.shape[:2])}, one per frame, not "
+                f"timesteps must be of shape ({len(x)},), one per clip, or {tuple(x.shape[:2])}, one per frame, got "
                 f"{tuple(timesteps.shape)}"
             )
         if num_images < 0:
-            raise ValueError(f"num_images must be 0 or more, not {num_images}")
+            raise ValueError(f"num_images must be at least 0, got {num_images}")
         self._check_clip(x.shape[1] - num_images, x.shape[3], x.shape[4])
         self._check_labels(labels, x.shape[0], num_images)
+
+    def _check_blocks(self, hidden: Collection[int], route: Route | None) -> None:
+        depth = len(self.blocks)
+        if not all(0 <= index < depth for index in hidden):
+            raise ValueError(f"return_hidden_states must be block indices in [0, {depth}), got {tuple(hidden)}")
+        if route is not None and not 0 <= route.start < route.stop <= depth:
+            raise ValueError(f"route must have 0 <= start < stop <= {depth}, got {route.start} and {route.stop}")
 
     def _check_labels(self, labels: Tensor | None, batch: int, num_images: int) -> None:
         if not self.config.num_classes:
             if labels is not None:
-                raise ValueError("labels were given to an unconditional network (model.num_classes is 0)")
+                raise ValueError("an unconditional network (model.num_classes=0) takes no labels: pass None")
             return
         if labels is None:
             raise ValueError(
-                f"a network of {self.config.num_classes} classes (model.num_classes) needs labels; "
-                f"the label for none is {self.null_label}"
+                f"a network with model.num_classes={self.config.num_classes} needs labels; the null label is "
+                f"{self.null_label}"
             )
         shapes = [(batch, 1 + num_images)] if num_images else [(batch,), (batch, 1)]
         if tuple(labels.shape) not in shapes:
             raise ValueError(
                 f"labels must be of shape {' or '.join(map(str, shapes))} for {batch} clips with "
-                f"{num_images} images each, not {tuple(labels.shape)}"
+                f"{num_images} images each, got {tuple(labels.shape)}"
             )
 
 
 def _attends_over_time(layer: Layer) -> bool:
-    return any("temporal" in branch for branch in layer)
+    return any(axis != "spatial" for branch in layer for axis in branch)

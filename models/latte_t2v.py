@@ -1,7 +1,7 @@
-"""LatteT2V: the text-conditioned network of Latte (arXiv 2401.03048), weights and names as in diffusers.
+"""LatteT2V: the text-conditioned network of Latte (arXiv 2401.03048), with the weights and names of diffusers.
 
-PixArt-alpha's image network (arXiv 2310.00426) with a temporal block after each of its blocks: one modulation for
-all blocks (adaLN-single), and cross-attention to the features of a caption in the spatial ones.
+It is PixArt-alpha's image network (arXiv 2310.00426) with a temporal block after each of its blocks. All blocks share
+one modulation (adaLN-single); the spatial ones attend to the features of a caption.
 
 Letters: B batch, F frames, I images of joint image-video training, C channels, H W latent height and width,
 N tokens per frame, D width, L words of a caption.
@@ -9,7 +9,7 @@ N tokens per frame, D width, L words of a caption.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -31,30 +31,31 @@ from .embeddings import (
 TextMask = Literal["official", "diffusers"]
 TEXT_MASKS: tuple[TextMask, ...] = ("official", "diffusers")
 CONDITIONERS = ("adaln_single.", "caption_projection.")
-DISCARD = -10_000.0  # added to the scores of words that a mask leaves out; finite, so that none left is no NaN
+DISCARD = -10_000.0  # added to the scores of masked words; finite, so that fully masked rows do not become NaN
 
 
 class T2VOutput(NamedTuple):
-    """What `LatteT2V` returns."""
+    """Output of `LatteT2V`."""
 
     sample: Tensor  # (B, C, F+I, H, W)
+    hidden_states: dict[int, Tensor] | None = None  # by block, (B, F+I, N, D)
 
 
 class LatteT2V(nn.Module):
-    """The text-conditioned network; it stands in for diffusers' `LatteTransformer3DModel`.
+    """Text-conditioned network, a drop-in replacement for diffusers' `LatteTransformer3DModel`.
 
-    Positions are computed, so `forward` takes other frame counts and sizes than those of training.
+    Positions are computed, so `forward` takes frame counts and sizes that differ from those of training.
 
     Args:
         config: the content of diffusers' `config.json`.
-        text_mask: what `encoder_attention_mask` means. `official`, the default: 1 for words to keep and 0 for
-            padding, one row per caption; it is how the weights were trained, and what diffusers documents.
-            `diffusers`: what its class computes (0.42): one row per frame, bool to keep, and numbers added to the
-            scores as they are, so that 1 and 0 hide nothing.
+        text_mask: meaning of `encoder_attention_mask`. `official`: 1 for words and 0 for padding, one row per
+            caption, as the weights were trained and as diffusers documents. `diffusers`: as its class computes
+            (0.42), one row per frame; bool masks select words, and numbers are added to the scores, so that 1 and 0
+            mask nothing.
         gradient_checkpointing: recompute each block in the backward pass.
-        temporal_position_scale: 1 is Latte. From 0 to 1 it lets the positions in time in, which no image network
-            has: at 0, an image network with temporal blocks that do nothing yet computes what it did before.
-        temporal: False: no temporal blocks at all. This is PixArt-alpha's network, every frame an image.
+        temporal_position_scale: factor of the temporal positions, 1 in Latte. At 0 an image network whose temporal
+            blocks are still the identity gives the same output as before.
+        temporal: False omits the temporal blocks, which gives PixArt-alpha's network: every frame is an image.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class LatteT2V(nn.Module):
     ) -> None:
         super().__init__()
         if text_mask not in TEXT_MASKS:
-            raise ValueError(f"text_mask must be one of {', '.join(TEXT_MASKS)}, not {text_mask!r}")
+            raise ValueError(f"text_mask must be one of {', '.join(TEXT_MASKS)}, got {text_mask!r}")
         self.config = config
         self.text_mask = text_mask
         self.gradient_checkpointing = gradient_checkpointing
@@ -85,7 +86,7 @@ class LatteT2V(nn.Module):
         self.norm_out = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = nn.Linear(width, patch * patch * out_channels)
-        # on the CPU also where weights are made on the meta device, since no file fills these in
+        # on the CPU even inside torch.device("meta"), because no checkpoint fills these buffers
         self.space_table: Tensor
         self.time_table: Tensor
         self.register_buffer("space_table", self._space_table(self.grid, "cpu"), persistent=False)
@@ -94,14 +95,14 @@ class LatteT2V(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | LatteT2VConfig, **changes: Any) -> LatteT2V:
-        """From the content of a `config.json`, with random weights.
+        """Builds the network from the content of a `config.json`, with random weights.
 
         Args:
-            config: diffusers' keys, or those of the official LatteT2V or of PixArt where they mean nothing else.
-            changes: other values for some of the keys, or the options of this class.
+            config: diffusers' keys, or those of the official LatteT2V or of PixArt if they have the same meaning.
+            changes: values that override keys of `config`, or options of this class.
 
         Raises:
-            ValueError: a key or value that the network has no part for.
+            ValueError: a key or value that the network does not support.
         """
         options = {key: changes.pop(key) for key in list(changes) if key not in LatteT2VConfig.__dataclass_fields__}
         given = config if isinstance(config, LatteT2VConfig) else LatteT2VConfig.from_dict({**config, **changes})
@@ -115,7 +116,7 @@ class LatteT2V(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """All blocks in the order in which they run: a spatial one, a temporal one, and so on."""
+        """All blocks in the order in which they run: spatial, temporal, spatial, ..."""
         if not self.temporal_transformer_blocks:
             return list(self.transformer_blocks)
         pairs = zip(self.transformer_blocks, self.temporal_transformer_blocks)
@@ -123,12 +124,12 @@ class LatteT2V(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the first weights which are floating-point numbers (quantised ones are not)."""
+        """Dtype of the first floating-point parameter (quantised weights are integers)."""
         return next(each.dtype for each in self.parameters() if each.is_floating_point())
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     def forward(
@@ -141,28 +142,30 @@ class LatteT2V(nn.Module):
         return_dict: bool = True,
         *,
         num_images: int = 0,
-    ) -> T2VOutput | tuple[Tensor]:
-        """Predict noise, and its variance where the network has twice the channels.
+        return_hidden_states: Collection[int] = (),
+    ) -> T2VOutput | tuple[Tensor] | tuple[Tensor, dict[int, Tensor]]:
+        """Predicts the noise and, if the network has twice the channels, its variance.
 
         Args:
             hidden_states: noisy latents `(B, C, F+I, H, W)`: a clip, then `num_images` independent images.
-            timestep: `(B,)`, whole or fractional; or `(B, F+I)`, one for each frame, where some are less noisy than
-                others.
+            timestep: `(B,)`, integer or fractional; or `(B, F+I)`, one for each frame.
             encoder_hidden_states: features of the captions `(B, L, C)`; with images `(B, 1+I, L, C)`, the clip's
                 first.
             encoder_attention_mask: `(B, L)`, with images `(B, 1+I, L)`; see `text_mask` for its meaning.
-            enable_temporal_attentions: False: every frame is an image by itself.
-            return_dict: False: a plain tuple.
-            num_images: I, the number of frames at the end that temporal blocks do not see.
+            enable_temporal_attentions: False skips the temporal blocks: every frame is an independent image.
+            return_dict: False returns a plain tuple.
+            num_images: I, the number of frames at the end that temporal blocks pass through unchanged.
+            return_hidden_states: indices into the blocks as they run (`blocks`, or with
+                `enable_temporal_attentions=False` the spatial ones) whose output tokens are returned as well.
 
         Returns:
-            `sample (B, out_channels, F+I, H, W)`.
+            `sample (B, out_channels, F+I, H, W)` and, with `return_hidden_states`, tokens `(B, F+I, N, D)` by block.
 
         Raises:
-            ValueError: shapes that do not fit each other or the network.
+            ValueError: shapes that do not fit each other or the network, or a block that does not exist.
         """
         if timestep is None or encoder_hidden_states is None:
-            raise ValueError("the network needs a timestep and encoder_hidden_states, the features of the captions")
+            raise ValueError("timestep and encoder_hidden_states (the features of the captions) must be given")
         self._check_input(hidden_states, timestep, encoder_hidden_states, num_images)
         patch, num_frames = self.config.patch, hidden_states.shape[2] - num_images
         grid = hidden_states.shape[3] // patch, hidden_states.shape[4] // patch
@@ -172,18 +175,27 @@ class LatteT2V(nn.Module):
             embedded, modulation = embedded[:, None], modulation[:, None]  # (B, 1, D), (B, 1, 6, D)
         caption = self._caption(encoder_hidden_states, encoder_attention_mask, x.shape, num_images)
         over_time = enable_temporal_attentions and len(self.temporal_transformer_blocks) > 0
-        for index, block in enumerate(self.blocks if over_time else self.transformer_blocks):
+        blocks = self.blocks if over_time else list(self.transformer_blocks)
+        if not all(0 <= index < len(blocks) for index in return_hidden_states):
+            indices = tuple(return_hidden_states)
+            raise ValueError(f"return_hidden_states must be block indices in [0, {len(blocks)}), got {indices}")
+        by_block: dict[int, Tensor] = {}
+        for index, block in enumerate(blocks):
             if index == 1 and over_time:
                 x = self._add_time_positions(x, num_frames)
             x = self._run(block, x, modulation, num_frames, caption)
+            if index in return_hidden_states:
+                by_block[index] = x
         shift, scale = (self.scale_shift_table + embedded[:, :, None])[:, :, None].unbind(-2)  # (B, 1 or F+I, 1, D)
         x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, F+I, N, p*p*C)
         sample = unpatchify(x, grid, patch).transpose(1, 2)  # (B, C, F+I, H, W)
+        if return_hidden_states:
+            return T2VOutput(sample, by_block) if return_dict else (sample, by_block)
         return T2VOutput(sample) if return_dict else (sample,)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """PixArt-alpha's initialisation: captions count for nothing at first, and the network's output is zero."""
+        """Initialises as PixArt-alpha does: cross-attention and the network's output are zero."""
         for name, module in self.named_modules():
             if name.startswith(CONDITIONERS) and isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -199,9 +211,9 @@ class LatteT2V(nn.Module):
 
     @torch.no_grad()
     def start_as_image_network(self) -> None:
-        """Make temporal blocks the identity and keep positions in time out: every frame is computed as an image.
+        """Makes temporal blocks the identity and removes temporal positions, so every frame is computed as an image.
 
-        To train from here, let `temporal_position_scale` grow from 0 to 1, where the network is Latte.
+        To train from here, raise `temporal_position_scale` from 0 to 1, its value in Latte.
         """
         _zero(self.temporal_transformer_blocks, ("attn1.to_out.0", "ff.net.2"))
         self.temporal_position_scale = 0.0
@@ -213,7 +225,7 @@ class LatteT2V(nn.Module):
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=random)
 
     def _caption(self, features: Tensor, mask: Tensor | None, tokens: torch.Size, num_images: int) -> Caption:
-        """Projected captions with masks for `tokens (B, F+I, N, D)`."""
+        """Projects captions and prepares their masks for tokens of the shape `tokens (B, F+I, N, D)`."""
         features = self.caption_projection(features if features.ndim == 4 else features[:, None])  # (B, 1+I, L, D)
         if mask is None:
             return Caption(features)
@@ -223,20 +235,20 @@ class LatteT2V(nn.Module):
         rows = (batch, length) if num_images == 0 and mask.ndim == 2 else (batch, captions, length)
         if tuple(mask.shape) != rows:
             raise ValueError(
-                f"encoder_attention_mask must be of shape {rows}, one row per caption, not {tuple(mask.shape)}"
+                f"encoder_attention_mask must be of shape {rows}, one row per caption, got {tuple(mask.shape)}"
             )
         scores = (1 - mask.to(features.dtype)) * DISCARD
         scores = scores.view(batch, captions, 1, length)
         return Caption(features, scores[:, :1], scores[:, 1:].reshape(-1, 1, 1, length) if num_images else None)
 
     def _space_positions(self, grid: tuple[int, int]) -> Tensor:
-        """`(1, 1, N, D)` for any grid; the trained one is kept."""
+        """Returns spatial positions `(1, 1, N, D)` for any grid; those of the trained grid are stored."""
         if grid == self.grid:
             return self.space_table
         return self._space_table(grid, self.space_table.device).to(self.space_table.dtype)
 
     def _add_time_positions(self, x: Tensor, num_frames: int) -> Tensor:
-        """Add the temporal table to the clip's frames; an image has no place in time, neither has a clip of one."""
+        """Adds temporal positions to the frames of the clip; images and clips of one frame have none."""
         if num_frames == 1 or self.temporal_position_scale == 0:
             return x
         table = self.time_table
@@ -246,7 +258,7 @@ class LatteT2V(nn.Module):
         return torch.cat([clip, x[:, num_frames:]], dim=1) if x.shape[1] > num_frames else clip
 
     def _space_table(self, grid: tuple[int, int], device: torch.device | str) -> Tensor:
-        """`(1, 1, N, D)`; other grids than the trained one span the same range."""
+        """Computes spatial positions `(1, 1, N, D)`; all grids span the range of the trained one."""
         spans = [
             torch.arange(count, dtype=torch.float32, device=device) / (count / trained) / self.config.position_scale
             for count, trained in zip(grid, self.grid)
@@ -255,24 +267,27 @@ class LatteT2V(nn.Module):
         return sincos_grid(rows, columns, self.config.width)[None, None].float()
 
     def _time_table(self, count: int, device: torch.device | str) -> Tensor:
-        """`(1, F, 1, D)`: frames are counted on, past the trained length too."""
+        """Computes temporal positions `(1, F, 1, D)`: 0, 1, 2, ..., also beyond the trained length."""
         positions = axis_positions(count, count, stretch=False, device=torch.device(device))
         return sincos_table(positions, self.config.width)[None, :, None].float()
 
     def _check_input(self, latents: Tensor, timesteps: Tensor, features: Tensor, num_images: int) -> None:
         channels, patch = self.config.channels[0], self.config.patch
         if latents.ndim != 5 or latents.shape[1] != channels:
-            raise ValueError(f"the network takes latents (B, {channels}, F+I, H, W), not {tuple(latents.shape)}")
+            raise ValueError(f"latents must be of shape (B, {channels}, F+I, H, W), got {tuple(latents.shape)}")
         if not 0 <= num_images < latents.shape[2]:
-            raise ValueError(f"num_images is {num_images}, but must leave a frame of {latents.shape[2]} for the clip")
+            raise ValueError(
+                f"num_images must be in [0, {latents.shape[2]}) for {latents.shape[2]} frames, got {num_images}"
+            )
         if min(latents.shape[3:]) < patch or any(side % patch for side in latents.shape[3:]):
             raise ValueError(
-                f"latents of {latents.shape[3]} x {latents.shape[4]} do not divide into patches of {patch} x {patch}"
+                f"latents of {latents.shape[3]} x {latents.shape[4]} are not divisible into patches of "
+                f"{patch} x {patch}"
             )
         shapes = [(len(latents),), (len(latents), latents.shape[2])]
         if tuple(timesteps.shape) not in shapes:
             raise ValueError(
-                f"timestep must be of shape {shapes[0]}, one per clip, or {shapes[1]}, one per frame, not "
+                f"timestep must be of shape {shapes[0]}, one per clip, or {shapes[1]}, one per frame, got "
                 f"{tuple(timesteps.shape)}"
             )
         captions = (features.shape[0], features.shape[1] if features.ndim == 4 else 1, features.shape[-1])
@@ -280,12 +295,12 @@ class LatteT2V(nn.Module):
             rows = f"(B, {1 + num_images}, L" if num_images else "(B, L"
             raise ValueError(
                 f"encoder_hidden_states must be {rows}, {self.config.caption_channels}) with B={len(latents)}, "
-                f"not {tuple(features.shape)}"
+                f"got {tuple(features.shape)}"
             )
 
 
 def _zero(network: nn.Module, names: tuple[str, ...]) -> None:
-    """Set the linear maps whose names end so to zero."""
+    """Sets the modules whose names end with one of `names` to zero."""
     for name, module in network.named_modules():
         if name.endswith(names):
             for parameter in module.parameters():
@@ -293,12 +308,12 @@ def _zero(network: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def _score_mask_per_frame(mask: Tensor, tokens: torch.Size, length: int, num_images: int) -> Tensor:
-    """Diffusers' mask, a row per frame `(B*F, L)` or `(B*F, 1, L)` -> `(B, 1, F*N, L)`, its numbers untouched."""
+    """Reshapes diffusers' mask, one row per frame: `(B*F, L)` or `(B*F, 1, L)` -> `(B, 1, F*N, L)`."""
     batch, frames, count, _ = tokens
     rows = batch * frames
     if num_images or tuple(mask.shape) not in ((rows, length), (rows, 1, length)):
         raise ValueError(
-            f"with text_mask=diffusers an encoder_attention_mask must be of shape ({rows}, 1, {length}), one row per "
-            f"frame and no images, not {tuple(mask.shape)}"
+            f"with text_mask=diffusers, encoder_attention_mask must be of shape ({rows}, 1, {length}), one row per "
+            f"frame and no images, got {tuple(mask.shape)}"
         )
     return mask.view(batch, 1, frames, length).repeat_interleave(count, dim=2)

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) of Latte and LatteT2V: a few weights learned beside frozen ones.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of Latte and LatteT2V: small trainable weights added to frozen ones.
 
-peft puts them into a network for training, and their files are peft's, so its own tools take them too, diffusers'
-networks included. Merging is arithmetic, W + scale * B A, and needs no peft.
+peft inserts them for training, and their files have peft's format, so peft's tools and diffusers' networks read them.
+Merging is W + scale * B A and needs no peft.
 
 Letters: r rank, D_in D_out the widths of a linear map; A (r, D_in), B (D_out, r).
 """
@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import require
+from common.checks import require
+
 from .convert import read_state_dict, require_finite
 from .hub import find_folder
 
@@ -33,7 +34,7 @@ KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weig
 # lora.targets -> linear maps of a block, by the names of Latte and of diffusers
 ATTENTION = r"\w*attn\d?\.(qkv|proj|to_[qkv]|to_out\.0)"
 TARGETS = {"attention": ATTENTION, "attention+mlp": rf"{ATTENTION}|mlp\.fc[12]|ff\.net\.(0\.proj|2)"}
-# Settings of peft's file that change what the weights mean -> the values that this arithmetic is for.
+# Settings in peft's file that change the meaning of the weights -> values for which W + scale * B A is right.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
@@ -47,27 +48,27 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The `lora` section: adapters beside the weights of `train.init_from`, which stay as they are."""
+    """The `lora` section: adapters to the frozen weights of `train.init_from`."""
 
-    rank: int = 0  # of the adapters; 0: none, the whole network is trained
-    alpha: float | None = None  # their output is scaled by alpha / rank; null: by 1
+    rank: int = 0  # of the adapters; 0: no adapters, the whole network is trained
+    alpha: float | None = None  # adapter outputs are scaled by alpha / rank; null: by 1
     targets: str = "attention"  # attention | attention+mlp
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, f"lora.rank must be zero or more, not {self.rank}.")
+        require(self.rank >= 0, f"lora.rank must be at least 0, got {self.rank}.")
         require(
             self.alpha is None or 0 < self.alpha < math.inf,
-            f"lora.alpha must be positive and finite, not {self.alpha}.",
+            f"lora.alpha must be positive and finite, got {self.alpha}.",
         )
-        require(self.targets in TARGETS, f"lora.targets must be one of {', '.join(TARGETS)}, not {self.targets!r}.")
+        require(self.targets in TARGETS, f"lora.targets must be one of {', '.join(TARGETS)}, got {self.targets!r}.")
         require(
             self.rank > 0 or (self.alpha is None and self.targets == "attention"),
-            "lora.alpha and lora.targets are read only with a lora.rank above 0: set that too, or leave them out.",
+            "lora.alpha and lora.targets are read only with a lora.rank above 0: set lora.rank too, or leave them out.",
         )
 
     @property
     def scale(self) -> float:
-        """What the adapters' output is multiplied by."""
+        """Factor of the adapters' output."""
         return (self.alpha or self.rank) / self.rank
 
 
@@ -75,25 +76,25 @@ class LoraConfig:
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> None:
-    """Freeze `model` and put adapters into its blocks that change nothing yet (B is zero); A is drawn."""
+    """Freezes `model` and adds adapters to its blocks; they have no effect yet, since B is zero and A is random."""
     _peft().inject_adapter_in_model(_peft_config(config, target_names(model, config.targets)), model)
 
 
 def target_names(model: nn.Module, targets: str) -> list[str]:
-    """The linear maps of a block that `targets` stands for, each once."""
+    """Returns the names of the linear maps of a block that `targets` stands for, each once."""
     blocks = (re.fullmatch(r"\w*blocks\.\d+\.(.+)", name) for name, each in model.named_modules() if _is_linear(each))
     return sorted({block[1] for block in blocks if block and re.fullmatch(TARGETS[targets], block[1])})
 
 
 def hold_frozen_linear_maps_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep frozen linear maps in what autocast would turn them into at each call: half the memory, no bit of change."""
+    """Casts frozen linear maps to the dtype that autocast casts them to in each call: less memory, the same results."""
     for module in model.modules():
         if _is_linear(module) and not any(each.requires_grad for each in module.parameters()):
             module.to(dtype)
 
 
 def lora_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters of a network's state dict."""
+    """Returns the adapter weights in a network's state dict."""
     return {key: value for key, value in state_dict.items() if KEY.fullmatch(key)}
 
 
@@ -105,21 +106,21 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 class Adapter(NamedTuple):
-    """By the name of each linear map: A, B, and what their product is multiplied by."""
+    """A, B and the factor of their product, by the name of each linear map; `source` names their origin in errors."""
 
     parts: dict[str, tuple[Tensor, Tensor, float]]
     source: str
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], scale_of: Any, source: str) -> Adapter:
-        """From keys as a network or peft's file has them; `scale_of(rank)` is the factor.
+        """Builds an adapter from keys of a network or of peft's file; `scale_of(rank)` is the factor.
 
-        Raises: ValueError for other keys, or an A without its B.
+        Raises: ValueError for other keys, or for an A without its B.
         """
         halves: dict[str, dict[str, Tensor]] = {}
         for key, value in weights.items():
             match = KEY.fullmatch(key)
-            require(match is not None and value.ndim == 2, f"{source} is no LoRA of linear maps: it holds {key}.")
+            require(match is not None and value.ndim == 2, f"{source} is not a LoRA of linear maps: it holds {key}.")
             halves.setdefault(match[1], {})[match[2]] = value  # type: ignore[index]
         bad = [
             name
@@ -128,22 +129,22 @@ class Adapter(NamedTuple):
         ]
         require(
             bool(halves) and not bad,
-            f"{source} is no whole LoRA: {bad[0] + ' lacks a half' if bad else 'it is empty'}.",
+            f"{source} is not a complete LoRA: {bad[0] + ' lacks a half' if bad else 'it is empty'}.",
         )
         return cls({name: (pair["A"], pair["B"], scale_of(len(pair["A"]))) for name, pair in halves.items()}, source)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Adapter:
-        """From a folder of peft, or a hub name: `adapter_config.json` and `adapter_model.safetensors`.
+        """Reads `adapter_config.json` and `adapter_model.safetensors` from a folder in peft's format, or a hub name.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: it is broken, or of a kind that is not merged by W + scale * B A.
+            ValueError: it is broken, or of a kind that cannot be merged by W + scale * B A.
         """
         folder = find_folder(str(folder), None, "lora", (CONFIG_FILE, WEIGHTS_FILE))
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} is no LoRA in peft's format: it has no {name}")
+                raise FileNotFoundError(f"{folder} is not a LoRA in peft's format: it has no {name}")
         config = _read_config(folder / CONFIG_FILE)
         alpha, root = config["lora_alpha"], bool(config.get("use_rslora"))
         weights = read_state_dict(folder / WEIGHTS_FILE)
@@ -152,9 +153,9 @@ class Adapter(NamedTuple):
 
     @torch.no_grad()
     def merge_into(self, weights: dict[str, Tensor], scale: float = 1.0) -> None:
-        """Replace each adapted weight of `weights` by W + scale * B A, added up in fp32, in W's dtype.
+        """Replaces each adapted weight of `weights` by W + scale * B A, computed in fp32, in the dtype of W.
 
-        Raises: ValueError where the network has no such linear map, and nothing is replaced.
+        Raises: ValueError if the network lacks one of the linear maps; then nothing is replaced.
         """
         for name, (a, b, _) in self.parts.items():
             own = weights.get(f"{name}.weight")
@@ -171,14 +172,14 @@ class Adapter(NamedTuple):
 
 
 def merge_lora(model: nn.Module, folder: str | Path, scale: float = 1.0) -> None:
-    """Merge the adapters of a folder of peft, or of a hub name, into a network."""
+    """Merges the adapters in a folder of peft's format, or of a hub name, into a network."""
     weights = model.state_dict()
     Adapter.from_folder(folder).merge_into(weights, scale)
     model.load_state_dict(weights, assign=True)
 
 
 def save_lora(weights: Mapping[str, Tensor], config: LoraConfig, folder: Path) -> Path:
-    """Write a network's adapters as peft does, whole or not at all; returns the folder, which must be new."""
+    """Writes a network's adapters in peft's format, atomically; returns the folder, which must be new."""
     names = list(Adapter.from_weights(weights, lambda rank: 1.0, "the network").parts)
     targets = sorted({re.sub(r"^\w*blocks\.\d+\.", "", name) for name in names})
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -195,16 +196,16 @@ def save_lora(weights: Mapping[str, Tensor], config: LoraConfig, folder: Path) -
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """Peft's settings, checked.
+    """Returns peft's settings.
 
-    Raises: ValueError naming what is not plain LoRA.
+    Raises: ValueError if they are broken or not those of plain LoRA.
     """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         alpha = float(config["lora_alpha"])
     except (ValueError, TypeError, LookupError, RecursionError):
         raise ValueError(f"{file} is not peft's description of a LoRA; copy it again") from None
-    require(math.isfinite(alpha), f"{file}: lora_alpha is {alpha}, which is no number to scale by")
+    require(math.isfinite(alpha), f"{file}: lora_alpha must be finite, got {alpha}")
     for key, allowed in PLAIN.items():
         value = config.get(key, allowed[0])
         require(value in allowed, f"{file}: {key} is {value!r}; only plain LoRA ({key} {allowed[0]!r}) can be merged")
@@ -217,7 +218,7 @@ def _peft_config(config: LoraConfig, targets: list[str]) -> Any:
 
 
 def _peft() -> Any:
-    """The package, imported where it is needed."""
+    """Imports peft, an optional package."""
     import peft
 
     return peft

@@ -1,6 +1,6 @@
-"""Linear maps in 8 or 4 bits, for sampling on a smaller GPU: T5's and the text-conditioned network's.
+"""Quantises linear maps of T5 and the text-conditioned network to 8 or 4 bits, for sampling on a smaller GPU.
 
-Only the blocks are quantised, which hold nearly all weights; embeddings, norms and the ends stay as they are.
+Only the blocks are quantised, which hold nearly all weights; embeddings, norms and the output layer are not.
 """
 
 from __future__ import annotations
@@ -12,27 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-# int8: torchao, a scale for each output, products in the dtype of the network; on any device.
-# bnb8: bitsandbytes' LLM.int8 (arXiv 2208.07339). bnb4: its NF4 (arXiv 2305.14314). On CUDA.
-KINDS = ("int8", "bnb8", "bnb4")
-FULL = (".wo",)  # of T5: its outputs outgrow fp16, so transformers keeps it in fp32, and bitsandbytes must not have it
+FULL = (".wo",)  # in T5: overflows fp16, so transformers keeps it in fp32 and bitsandbytes must not quantise it
 
 
 def check_device(kind: str | None, device: torch.device, key: str) -> None:
-    """Raises: ValueError for bitsandbytes without CUDA, in a sentence that names the key."""
+    """Raises ValueError, naming `key`, for bitsandbytes on a device other than CUDA."""
     if kind in ("bnb8", "bnb4") and device.type != "cuda":
-        raise ValueError(f"{key}={kind} is bitsandbytes', which needs CUDA; on {device.type} use int8")
+        raise ValueError(f"{key}={kind} is from bitsandbytes, which needs CUDA; use int8 on {device.type}")
 
 
 def quantize(network: nn.Module, kind: str | None, device: torch.device) -> nn.Module:
-    """`network` on `device`, with the linear maps of its blocks quantised one by one; None: as they are.
+    """Quantises the linear maps of the network's blocks in place, unless `kind` is None, and moves it to `device`.
 
-    Only what is quantised reaches the device, so nothing there is ever larger than the result.
+    Maps are moved one by one, so the device never holds more than the result and one map.
     """
     if kind is not None:
         for name, module in list(network.named_modules()):
             if isinstance(module, nn.Linear) and "block" in name and not (kind != "int8" and name.endswith(FULL)):
-                network.set_submodule(name, MAKERS[kind](module, device))
+                network.set_submodule(name, QUANTIZERS[kind](module, device))
     return network.to(device)
 
 
@@ -59,10 +56,12 @@ def _bitsandbytes(linear: nn.Linear, device: torch.device, *, four: bool) -> nn.
     if four:
         weight.module = made
     made.weight, made.bias = weight, linear.bias
-    return made.to(device)  # which is when they are quantised
+    return made.to(device)  # bitsandbytes quantises here
 
 
-MAKERS: dict[str, Callable[[nn.Linear, torch.device], nn.Module]] = {
+# int8: torchao, one scale per output, computes in the dtype of the network, on any device.
+# bnb8: LLM.int8 of bitsandbytes (arXiv 2208.07339). bnb4: its NF4 (arXiv 2305.14314). CUDA only.
+QUANTIZERS: dict[str, Callable[[nn.Linear, torch.device], nn.Module]] = {
     "int8": _torchao,
     "bnb8": partial(_bitsandbytes, four=False),
     "bnb4": partial(_bitsandbytes, four=True),

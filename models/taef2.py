@@ -1,8 +1,8 @@
 """TAEF2, a tiny autoencoder distilled from the FLUX.2 VAE (madebyollin/taesd, MIT): 32 channels, f8.
 
-Its two files, `taef2_encoder.pth` and `taef2_decoder.pth`, hold TAESD's stacks (convolutions and residual
-blocks) with twelve more tensors each: the blocks at the coarsest resolution first add a pooled branch. The
-layers below carry the indices of the files, so the weights load strictly.
+Its files, `taef2_encoder.pth` and `taef2_decoder.pth`, hold the stacks of TAESD (convolutions and residual blocks)
+with twelve more tensors each: blocks at the coarsest resolution have an additional pooled branch. The layers below
+have the indices of the files, so the weights load strictly.
 
 Letters: B images, C latent channels, H W pixels, h w latent pixels (H / 8, W / 8).
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .pickled import load_pickled
+from .convert import load_pickled
 
 ENCODER_FILE, DECODER_FILE = "taef2_encoder.pth", "taef2_decoder.pth"
 WIDTH = 64
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """3 tanh(z / 3): keeps wild latents within what the decoder has seen."""
+    """3 tanh(z / 3): keeps outliers in the range that the decoder was trained on."""
 
     def forward(self, z: Tensor) -> Tensor:
         return 3.0 * torch.tanh(z / 3.0)
@@ -66,7 +66,7 @@ def _blocks(count: int, *, pooled: bool = False) -> list[nn.Module]:
 
 
 def build_encoder() -> nn.Sequential:
-    """RGB in [0, 1] (B, 3, H, W) -> latents (B, 32, h, w)."""
+    """Returns the encoder: RGB in [0, 1] (B, 3, H, W) -> latents (B, 32, h, w)."""
     return nn.Sequential(
         *(_conv(3, WIDTH), *_blocks(1)),
         *(_halve(), *_blocks(3)),
@@ -77,7 +77,7 @@ def build_encoder() -> nn.Sequential:
 
 
 def build_decoder() -> nn.Sequential:
-    """Latents (B, 32, h, w) -> RGB in about [0, 1] (B, 3, H, W)."""
+    """Returns the decoder: latents (B, 32, h, w) -> RGB in about [0, 1] (B, 3, H, W)."""
     return nn.Sequential(
         *(SoftClamp(), _conv(LATENT_CHANNELS, WIDTH), nn.ReLU()),
         *(*_blocks(3, pooled=True), *_double()),
@@ -88,7 +88,7 @@ def build_decoder() -> nn.Sequential:
 
 
 class Taef2(nn.Module):
-    """TAEF2 over RGB in [-1, 1], the range of every codec here (its own is [0, 1])."""
+    """TAEF2 for RGB in [-1, 1], as all codecs here take it; TAEF2 itself uses [0, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,9 +96,9 @@ class Taef2(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path) -> Taef2:
-        """Load both files of `folder`, strictly.
+        """Loads both files of `folder` strictly.
 
-        Raises: ValueError naming the file that does not hold these weights.
+        Raises: ValueError naming a file that does not hold these weights.
         """
         net = cls()
         for part, name in ((net.encoder, ENCODER_FILE), (net.decoder, DECODER_FILE)):

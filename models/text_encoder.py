@@ -1,7 +1,7 @@
-"""T5 and its tokenizer: captions to the features that a text-conditioned network is conditioned on.
+"""T5 and its tokenizer: captions to the features that condition a text-conditioned network.
 
-transformers is imported only where an encoder is loaded.
-Letters: L words of a caption (T5's pieces), D width of the features.
+transformers is imported only when an encoder is loaded.
+Letters: L tokens of a caption (T5's pieces), D width of the features.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .quantize import quantize
 log = logging.getLogger(__name__)
 
 MAX_CAPTION = 100_000  # characters
-LONGEST = 4096  # pieces that the encoder is given at most: its memory grows with their square
-MAX_WORDS = 120  # of a prompt, in T5's pieces; what the weights were trained with
+LONGEST = 4096  # tokens of a caption at most: memory grows with their square
+MAX_WORDS = 120  # tokens of a prompt, as in the training of the released weights
 PARTS = ("tokenizer", "text_encoder")
-PROBES = ("a red disc moving", "two blue squares resting")  # as many words; no tokenizer may take them for the same
+PROBES = ("a red disc moving", "two blue squares resting")  # equally long; a working tokenizer tells them apart
 
 
 class Prompt(NamedTuple):
-    """Features of one prompt and of what it is guided away from, each (1, L, D)."""
+    """Features of a prompt and of its negative prompt, each (1, L, D)."""
 
     positive: Tensor
     negative: Tensor | None
@@ -37,45 +37,45 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The `text` section: the captions' encoder, and what the network is told of its captions."""
+    """The `text` section: the text encoder, and how captions are prepared for it."""
 
     path: str | None = None  # folder with tokenizer/ and text_encoder/, or a hub name
     revision: str | None = None  # of a hub name
     caption_channels: int = 4096  # D, the width of the encoder's features; T5-XXL has 4096
-    max_length: int = MAX_WORDS  # L, pieces that a caption is cut or padded to; padding is masked
+    max_length: int = MAX_WORDS  # L, tokens that a caption is cut or padded to; padding is masked
     caption_dropout: float = 0.1  # share of captions replaced by the empty one; 0: no classifier-free guidance
-    clean_captions: bool = True  # without addresses, mark-up and file names, as Latte-1's were
+    clean_captions: bool = True  # remove addresses, mark-up and file names, as in the training of Latte-1
     dtype: str = "fp32"  # fp32 | bf16 | fp16: of the encoder and its features
     features: str | None = None  # read features from this cache of tools.cache_text instead of encoding
 
     def __post_init__(self) -> None:
         for key, most in (("caption_channels", 2**16), ("max_length", LONGEST)):
             if not 1 <= getattr(self, key) <= most:
-                raise ValueError(f"text.{key} must be from 1 to {most}, not {getattr(self, key)}.")
+                raise ValueError(f"text.{key} must be from 1 to {most}, got {getattr(self, key)}.")
         if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"text.caption_dropout must be in [0, 1), not {self.caption_dropout}.")
+            raise ValueError(f"text.caption_dropout must be in [0, 1), got {self.caption_dropout}.")
         if self.dtype not in DTYPES:
-            raise ValueError(f"text.dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+            raise ValueError(f"text.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.revision and self.path is None:
-            raise ValueError("text.revision is of a hub name: name that too, text.path.")
+            raise ValueError("text.revision is read only with a hub name in text.path: set that too.")
 
     def folder(self) -> Path:
-        """Where the encoder is, downloaded where `path` is a hub name.
+        """Returns the folder of the encoder, downloaded if `path` is a hub name.
 
-        Raises: ValueError, FileNotFoundError where there is none.
+        Raises: ValueError if `path` is not set, FileNotFoundError if it cannot be found.
         """
         if self.path is None:
-            raise ValueError("text.path is not set: name the folder or hub name of the captions' encoder.")
+            raise ValueError("text.path is not set: set it to the folder or hub name of the text encoder.")
         return find_folder(self.path, self.revision, "text.path", [f"{part}/*" for part in PARTS])
 
     def prepare(self, caption: str) -> str:
-        """A caption as the encoder is to see it."""
+        """Returns a caption as the encoder takes it: cleaned, or only in lower case."""
         return clean_caption(caption) if self.clean_captions else caption.lower().strip()
 
 
 @dataclass
 class TextEncoder:
-    """T5 and its tokenizer; `max_length`: pieces that a prompt is cut to."""
+    """T5 and its tokenizer; prompts are cut to `max_length` tokens."""
 
     tokenizer: Any
     network: Any
@@ -91,19 +91,19 @@ class TextEncoder:
         *,
         max_length: int = MAX_WORDS,
     ) -> TextEncoder:
-        """From the sub-folders `tokenizer` and `text_encoder`, quantised as `models.quantize` says.
+        """Loads the sub-folders `tokenizer` and `text_encoder`; for `quantization` see `models.quantize`.
 
-        Raises: FileNotFoundError, ValueError: one is missing or broken, or the tokenizer is not the encoder's.
+        Raises: FileNotFoundError, ValueError: one is missing or broken, or they do not belong together.
         """
         from transformers import T5EncoderModel, T5Tokenizer
-        from transformers.utils import logging as remarks
+        from transformers.utils import logging as transformers_logging
 
         for name in PARTS:
             require_part(folder, name)
         read_json(folder / "text_encoder" / "config.json")
-        remarks.disable_progress_bar()  # of reading one file
-        told = remarks.get_verbosity()
-        remarks.set_verbosity(logging.CRITICAL)  # a table of all weights that do not fit
+        transformers_logging.disable_progress_bar()
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity(logging.CRITICAL)  # hides a table of all weights that do not fit
         try:
             tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
             network, report = T5EncoderModel.from_pretrained(
@@ -113,59 +113,56 @@ class TextEncoder:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"{folder}: tokenizer or text_encoder could not be loaded: {reason}") from error
         finally:
-            remarks.set_verbosity(told)
+            transformers_logging.set_verbosity(verbosity)
         lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
         if lost:
             raise ValueError(
-                f"{folder / 'text_encoder'}: {len(lost)} weights are missing or of another shape than its config.json "
-                f"says, {lost[0]} the first"
+                f"{folder / 'text_encoder'}: {len(lost)} weights are missing or have another shape than in its "
+                f"config.json, the first is {lost[0]}"
             )
         check_tokenizer(tokenizer, network.config.vocab_size, folder)
         return cls(tokenizer, quantize(network.eval().requires_grad_(False), quantization, device), max_length)
 
     @torch.no_grad()
     def features(self, text: str) -> tuple[Tensor, int]:
-        """Features (1, L, D) of a text, padding included, and how many of them are words."""
+        """Returns features (1, L, D) of a text, padding included, and the number of tokens without padding."""
         length = self.max_length
         tokens = self.tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        words = int(tokens.attention_mask.sum())  # before it is on the device, which it would wait for
+        words = int(tokens.attention_mask.sum())  # before the move to the device, which int() would wait for
         tokens = tokens.to(self.network.device)
         return self.network(tokens.input_ids, attention_mask=tokens.attention_mask)[0], words
 
     def encode(self, prompt: str, negative_prompt: str | None, *, clean: bool = True) -> Prompt:
-        """Features of the words of a prompt, and as many of the negative one; None: no guidance."""
+        """Returns features of a prompt without padding, and equally many of the negative prompt (None: no guidance)."""
         prepare = clean_caption if clean else lambda text: text.lower().strip()
         text = prepare(prompt)
         if not text:
-            log.warning("the prompt %r says nothing: its video is of what the network draws without a caption", prompt)
+            log.warning("the prompt %r is empty after cleaning: its video is sampled without a caption", prompt)
         count = len(self.tokenizer(text).input_ids)
         if count > self.max_length:
-            log.warning("a prompt of %d pieces is cut to the %d that the network knows", count, self.max_length)
+            log.warning("a prompt of %d tokens is cut to %d, the most that the network takes", count, self.max_length)
         positive, words = self.features(text)
         negative = None if negative_prompt is None else self.features(prepare(negative_prompt))[0][:, :words]
         return Prompt(positive[:, :words], negative)
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, folder: Path) -> None:
-    """Refuse a tokenizer that lost its vocabulary: it would make every prompt the same, without a word.
-
-    Raises: ValueError.
-    """
-    sizes = f"{folder}: the tokenizer knows {len(tokenizer)} pieces, the text encoder {vocab_size}"
+    """Raises ValueError for a tokenizer without its vocabulary, which would silently make all prompts the same."""
+    sizes = f"{folder}: the tokenizer has {len(tokenizer)} tokens, the text encoder {vocab_size}"
     if len(tokenizer) < vocab_size / 2 or len(tokenizer) > vocab_size:
-        raise ValueError(f"{sizes}: they do not belong together, or the tokenizer's files are not whole")
+        raise ValueError(f"{sizes}: they do not belong together, or the tokenizer's files are incomplete")
     first, second = (tokenizer(probe).input_ids for probe in PROBES)
     if first == second:
-        raise ValueError(f"{sizes}, but it takes different prompts for the same; copy the tokenizer again")
+        raise ValueError(f"{sizes}, but it encodes different prompts alike; copy the tokenizer again")
 
 
 def clean_caption(caption: str) -> str:
-    """A caption as the text encoder is to see it: without addresses, mark-up, file names, codes and shop talk.
+    """Removes addresses, mark-up, file names, codes and advertising from a caption.
 
-    The rules are those of DeepFloyd IF, which PixArt-alpha and Latte were trained with, as diffusers keeps them for its
-    own pipelines. Cleaned twice, as there: what one pass uncovers may need the next.
+    The rules are those of DeepFloyd IF, used to train PixArt-alpha and Latte, as diffusers implements them for its
+    pipelines. They are applied twice, as there, because one pass may uncover text for the next.
     """
     from diffusers.pipelines.latte.pipeline_latte import LattePipeline
 
-    clean = LattePipeline._clean_caption  # uses a pattern of the class, and no pipeline
+    clean = LattePipeline._clean_caption  # a method that reads only class attributes, so no pipeline is needed
     return clean(LattePipeline, clean(LattePipeline, caption[:MAX_CAPTION]))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import Denoiser, Given, evaluations, guided, sample_given
+from diffusion import Denoiser, Given, guide_denoiser, list_evaluations, sample_given
 from diffusion.samplers import Callback
 from engine.build import build_model, build_process
 from engine.conditions import Conditions, class_conditions
@@ -224,7 +224,7 @@ class Generator:
         shape = self.latent_shape(num_frames, image_size)
         process = build_process(self.config, respacing=str(steps)).to(self.device)
         method = self.resolve_method(method)
-        times = [each.time for each in evaluations(process, method)]
+        times = [each.time for each in list_evaluations(process, method)]
         guidance = Guidance(guidance_scale, guidance_interval, batched_guidance)
         plan = self._plan(shape, given, windows)
         indices = list(range(num)) if indices is None else list(indices)
@@ -315,7 +315,7 @@ class Generator:
     def denoiser(self, labels: Sequence[int | None], guidance: Guidance, walk: Walk) -> Denoiser:
         """Returns the guided network for a batch of `labels`; `walk` says which evaluation is under way."""
         numbers = [0 if label is None else label for label in labels]
-        return guided(
+        return guide_denoiser(
             self.network,
             self.conditions.batch(torch.tensor(numbers)[:, None]),
             guidance.scale,

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets.clips import DataConfig, Pixels
+from common.checks import require
+from datasets.clips import Pixels
+from datasets.config import DataConfig
 from datasets.readers import VideoError, open_video
 from diffusion import ConditionConfig, Denoiser, Given
-from diffusion.windows import fused, slide, window_starts
-from engine.config import require
+from diffusion.windows import fuse_windows, slide_windows, window_starts
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Plan:
         """What the sampler calls: the network's denoiser, or the mean of its windows."""
         if self.windows is None or self.slides:
             return denoiser
-        return fused(denoiser, self.windows.size, self.windows.overlap)
+        return fuse_windows(denoiser, self.windows.size, self.windows.overlap)
 
     def sample(self, sample_pass: Callable[[Given | None, int], Tensor], indices: Sequence[int]) -> Tensor:
         """Latents (B, F, C, h, w) of the videos `indices`.
@@ -168,4 +169,4 @@ class Plan:
 
         if not self.slides or self.num_passes == 1 or self.windows is None:
             return sample_window(known, there)
-        return slide(sample_window, known, there, self.windows.size, self.windows.overlap)
+        return slide_windows(sample_window, known, there, self.windows.size, self.windows.overlap)

@@ -79,7 +79,7 @@ class Walk:
     """Where a sampler is on its way, counted on the host.
 
     Args:
-        times: the network's timestep at every evaluation, as `diffusion.evaluations` gives them.
+        times: the network's timestep at every evaluation, as `diffusion.list_evaluations` gives them.
         num_steps: of the whole process (`diffusion.num_steps`).
     """
 

@@ -1,11 +1,11 @@
-"""A class-conditional or unconditional Latte as one folder or hub name, in the manner of diffusers' pipelines.
+"""Saves and loads a class-conditional or unconditional Latte as one folder or hub name, like diffusers' pipelines.
 
     pipeline = LatteVideoPipeline.from_checkpoint("results/ffs_train")
     pipeline.save_pretrained("my-latte")
     pipeline.push_to_hub("me/my-latte")
     videos = LatteVideoPipeline.from_pretrained("me/my-latte")(num_videos=4, seed=0)  # uint8 (4, F, H, W, 3)
 
-The folder holds `config.json` (network, diffusion, codec, and how to sample where a call is silent),
+The folder holds `config.json` (network, diffusion, codec, and the default sampling settings),
 `model.safetensors`, the autoencoder in `codec/`, and a model card. Text to video has diffusers' own pipeline.
 
 Letters: n videos, F frames, H W pixels.
@@ -40,7 +40,7 @@ from sample.generate import Generator, sampler_settings, usable_device
 CLASS_NAME = "LatteVideoPipeline"
 CONFIG_FILE, WEIGHTS_FILE, CODEC_FOLDER, CARD_FILE = "config.json", "model.safetensors", "codec", "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, f"{CODEC_FOLDER}/*")
-DATA_KEYS = ("num_frames", "image_size", "frame_interval")  # of the `data` section: what a clip is
+DATA_KEYS = ("num_frames", "image_size", "frame_interval")  # keys of the `data` section that define a clip
 SAMPLE_KEYS = ("seed", "steps", "method", "eta", "guidance_scale", "batch_size", "precision", "fps")
 CARD = """---
 library_name: latte
@@ -75,7 +75,7 @@ class LatteVideoPipeline:
     """Network, diffusion and codec behind one call.
 
     Args:
-        generator: what samples; its `config` says how where a call is silent.
+        generator: the sampler; its `config` holds the defaults of a call.
     """
 
     def __init__(self, generator: Generator) -> None:
@@ -83,7 +83,7 @@ class LatteVideoPipeline:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> LatteVideoPipeline:
-        """From a training's checkpoint or run folder, or an official file; see `Generator.from_checkpoint`."""
+        """Loads a checkpoint or run folder, or an official file; see `Generator.from_checkpoint`."""
         return cls(Generator.from_checkpoint(path, **options))
 
     @classmethod
@@ -95,15 +95,15 @@ class LatteVideoPipeline:
         device: torch.device | str | None = None,
         precision: str | None = None,
     ) -> LatteVideoPipeline:
-        """From a folder that `save_pretrained` wrote, or a hub name, of which `revision` and commit are printed.
+        """Loads a folder that `save_pretrained` wrote, or a hub name, whose `revision` and commit are printed.
 
         Args:
-            device: None is CUDA where there is one.
-            precision: fp32, bf16 or fp16; None is what the folder says.
+            device: None is CUDA if available.
+            precision: fp32, bf16 or fp16; None is the precision in the folder's config.
 
         Raises:
-            FileNotFoundError: there is no such folder or name, or a file of it is missing.
-            ValueError: the folder holds something else, or is broken.
+            FileNotFoundError: there is no such folder or name, or one of its files is missing.
+            ValueError: the folder is not such a pipeline, or is broken.
         """
         folder = find_folder(str(name), revision, "pretrained model", FILES)
         config, class_names = _read_config(folder)
@@ -119,10 +119,10 @@ class LatteVideoPipeline:
         return cls(Generator(model, codec, config, conditions, device=device, precision=precision))
 
     def __call__(self, labels: Sequence[int | str] | None = None, num_videos: int = 4, **settings: Any) -> np.ndarray:
-        """`num_videos` videos as uint8 (n, F, H, W, 3); each is a function of the seed and its number.
+        """Returns `num_videos` videos as uint8 (n, F, H, W, 3); each is a function of the seed and its number.
 
         Args:
-            labels: classes by number or name, taken in turn; None: all.
+            labels: classes by number or name, used in turn; None uses all.
             settings: seed, steps, method, eta, guidance_scale, batch_size, num_frames, image_size: see
                 `Generator.batches`.
         """
@@ -130,12 +130,12 @@ class LatteVideoPipeline:
         return self.generator.sample(**{**defaults, "labels": labels, **settings}, num=num_videos)
 
     def save_pretrained(self, folder: str | Path, name: str | None = None) -> Path:
-        """Write the pipeline, whole or not at all; returns the folder.
+        """Writes the pipeline atomically; returns the folder.
 
         Args:
-            name: what the model card calls it; None: as the folder.
+            name: title of the model card; None uses the name of the folder.
 
-        Raises: FileExistsError: there is something in the folder already.
+        Raises: FileExistsError: the folder is not empty.
         """
         folder = require_new(Path(folder))
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -149,11 +149,11 @@ class LatteVideoPipeline:
         return folder
 
     def push_to_hub(self, name: str, *, private: bool | None = None, message: str = "Upload a Latte") -> str:
-        """Write the pipeline to a hub name, which is made where there is none; returns the address of the commit.
+        """Writes the pipeline to a hub name, which is created if new; returns the address of the commit.
 
         The hub is that of HF_ENDPOINT, the token that of HF_TOKEN or of `hf auth login`.
 
-        Raises: OSError, one sentence, where the hub does not take it.
+        Raises: OSError, one sentence, if the hub refuses it.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -186,7 +186,7 @@ class LatteVideoPipeline:
         (folder / CARD_FILE).write_text(self._card(name), encoding="utf-8")
 
     def _card(self, name: str) -> str:
-        """The model card: what the network is and how to use it, and nothing that is not known."""
+        """Returns the model card: the network and its use."""
         config, names = self.generator.config, self.generator.conditions.names
         count = config.model.num_classes
         listed = "".join(f"\n{number}. {each}" for number, each in enumerate(names or [])).lstrip("\n")
@@ -207,13 +207,13 @@ class LatteVideoPipeline:
 
 
 def _codec_section(config: Config) -> dict[str, Any]:
-    """The `codec` section, its path within the folder."""
+    """Returns the `codec` section with the path inside the folder."""
     inside = None if config.codec.path is None else CODEC_FOLDER
     return asdict(config.codec) | {"path": inside, "subfolder": None, "revision": None}
 
 
 def _save_codec(codec: LatentCodec, folder: Path) -> None:
-    """The autoencoder as `codec.path` takes it; nothing for pixel space."""
+    """Writes the autoencoder in a form that `codec.path` takes; nothing for pixel space."""
     network: Any = codec.network
     if codec.config.path is None:
         return
@@ -229,9 +229,9 @@ def _save_codec(codec: LatentCodec, folder: Path) -> None:
 
 
 def _read_config(folder: Path) -> tuple[Config, list[str] | None]:
-    """What the folder's `config.json` says, and the names of its classes.
+    """Returns the configuration in the folder's `config.json`, and the names of its classes.
 
-    Raises: FileNotFoundError, ValueError: a file is missing, or describes something else.
+    Raises: FileNotFoundError, ValueError: a file is missing, or describes another model.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():

@@ -224,8 +224,9 @@ def write_overview(
 
     import numpy as np
 
+    from common.storage import write_atomically
     from sample.generate import windows_of
-    from sample.video_io import write_atomically, write_contact_sheet, write_gif
+    from sample.video_io import write_contact_sheet, write_gif
 
     videos = np.stack(shown)  # (n, F, H, W, 3)
     captions = [each["class_name"] or f"{each['index']:04d}" for each in files[: len(shown)]]

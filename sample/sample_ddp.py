@@ -239,7 +239,7 @@ class Job:
 
     def _facts(self, index: int, label: int | None) -> dict[str, Any]:
         """What samples.json says of a video."""
-        from engine.checkpoint import file_sha256
+        from common.storage import file_sha256
 
         paths = [self.folder.file(kind, index) for kind in self.folder.kinds]
         hashes = {path.relative_to(self.folder.path).as_posix(): file_sha256(path) for path in paths}
@@ -299,7 +299,8 @@ class Progress:
 
 def settings_of(request: Request, generator: Generator) -> dict[str, Any]:
     """All on which the videos depend, by dotted key, and the contents of checkpoint and codec."""
-    from engine.checkpoint import content_sha256, file_sha256
+    from common.storage import file_sha256
+    from engine.checkpoint import content_sha256
     from engine.config import all_keys
     from models.lora import WEIGHTS_FILE
 

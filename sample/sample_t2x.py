@@ -4,8 +4,8 @@
     python sample/sample_t2x.py --config configs/t2x/t2i_sample.yaml --prompt_file prompts.txt --seed 3
     python sample/sample_t2x.py --ckpt results/t2v --prompt "a cat"     # a run or checkpoint of train.py
 
-Flags stand above the file; prompts on the command line replace the file's. First all prompts are encoded and the
-text encoder is let go; then each prompt is sampled, decoded and written.
+Flags override the file; prompts on the command line replace the file's. First all prompts are encoded and the
+text encoder is freed; then each prompt is sampled, decoded and written.
 
 Writes into --save_img_path: 0000_<prompt>.mp4 (one frame: .png), samples.png (one row per video) and samples.json.
 """
@@ -21,20 +21,28 @@ if __package__ in (None, ""):
 
 import argparse
 import gc
-from contextlib import nullcontext
+import json
+import resource
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from textwrap import shorten
+from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from common.storage import write_atomically
 from engine.cli import run
-from sample.sample import add_frame_flags
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from models.text_encoder import Prompt
-    from sample.t2x_config import T2XConfig
-    from sample.t2x_run import TrainedRun
+from models.autoencoder import DTYPES
+from models.quantize import check_device
+from models.text_encoder import Prompt, TextEncoder
+from sample.generate import usable_device
+from sample.sample import add_frame_flags, make_writable
+from sample.t2x_config import T2XConfig, load_t2x_config
+from sample.text_model import FolderModel, RunModel, TextModel
+from sample.text_to_video import Sampler
+from sample.video_io import slug, write_contact_sheet, write_mp4
 
 SHOWN = 16  # videos on the contact sheet
 PROMPTS: dict[str, Any] = {"text_prompt": [], "prompt_file": None}  # where one is given, both are
@@ -50,7 +58,7 @@ SWITCHES = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; flags that are absent stay out of the result."""
+    """Returns the parser; flags that are absent stay out of its result."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -68,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--transformer", metavar="PATH", help="other weights of the network: a folder or file")
     add("--save_img_path", metavar="DIR", help="folder to write into")
     add("--video_length", type=int, metavar="N", help="frames; 1 makes images")
-    add("--image_size", type=int, nargs=2, metavar=("H", "W"), help="in pixels")
+    add("--image_size", type=int, nargs=2, metavar=("H", "W"), help="height and width in pixels")
     add("--num_videos_per_prompt", type=int, metavar="N")
     add("--seed", type=int, metavar="N")
     add("--sample_method", metavar="NAME", help="DDIM, DDPM, EulerDiscrete, ...; a wrong name lists all ten")
@@ -77,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--guidance_scale", type=float, metavar="X", help="1 is no guidance")
     add("--decode_chunk_size", type=int, metavar="N", help="frames decoded at a time")
     add("--lora", metavar="DIR", help="adapters to merge into the network, in peft's format")
-    add("--lora_scale", type=float, metavar="X", help="so much of them (1)")
+    add("--lora_scale", type=float, metavar="X", help="their weight (1)")
     add("--precision", metavar="KIND", help="fp16, bf16 or fp32")
     add("--quantize_text_encoder", metavar="KIND", help="int8; on CUDA also bnb8, bnb4 (bitsandbytes)")
     add("--quantize_transformer", metavar="KIND", help="the same for the network")
@@ -90,51 +98,36 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Sample as the command line says."""
+    """Samples as the command line says; returns the exit code."""
     settings = vars(build_parser().parse_args(argv))
     yaml, device_name = settings.pop("config"), settings.pop("device")
     if PROMPTS.keys() & settings.keys():
         settings = PROMPTS | settings
 
-    from sample.t2x_config import load_t2x_config
-    from sample.t2x_run import TrainedRun
-
-    run = TrainedRun.open(settings["ckpt"]) if settings.get("ckpt") else None
-    config = load_t2x_config(yaml, settings, run.settings() if run else None)
+    trained = RunModel.open(settings["ckpt"]) if settings.get("ckpt") else None
+    config = load_t2x_config(yaml, settings, trained.settings() if trained else None)
     prompts = config.prompts()
-
-    from models.quantize import check_device  # torch is imported here: --help is quick
-    from sample.generate import usable_device
-    from sample.sample import make_writable
-    from sample.text_to_video import find_folder
-
     device = usable_device(device_name)
     for key in ("quantize_text_encoder", "quantize_transformer"):
         check_device(getattr(config, key), device, key)
     target = Path(config.save_img_path)
     make_writable(target, "save_img_path")
-    with run.folder() if run else nullcontext(None) as made:
-        folder = made or find_folder(config)
-        encoded = encode_all(config, folder, prompts, device, run)
-        files = write_videos(config, folder, prompts, encoded, device, run)
+    model = trained or FolderModel.find(config)
+    encoded = encode_all(config, model, prompts, device)
+    files = write_videos(config, model, prompts, encoded, device)
     print(f"{len(files)} videos in {target}: samples.png shows {min(SHOWN, len(files))} of them")
     print(f"peak memory: {peak_memory(device)}")
     return 0
 
 
-def encode_all(
-    config: T2XConfig, folder: Path, prompts: list[str], device: torch.device, run: TrainedRun | None = None
-) -> list[Prompt]:
-    """Features of all prompts; the text encoder, by far the largest network, lives no longer than this."""
-    from models.autoencoder import DTYPES
-    from models.text_encoder import MAX_WORDS, TextEncoder
-
+def encode_all(config: T2XConfig, model: TextModel, prompts: list[str], device: torch.device) -> list[Prompt]:
+    """Returns the features of all prompts; the text encoder, by far the largest network, lives no longer than this."""
     encoder = TextEncoder.from_folder(
-        folder,
+        model.text_folder(),
         DTYPES[config.precision],
         device,
         config.quantize_text_encoder,
-        max_length=run.config.text.max_length if run else MAX_WORDS,
+        max_length=model.max_length,
     )
     negative = config.negative_prompt if config.guidance_scale > 1 else None
     encoded = [encoder.encode(prompt, negative, clean=config.clean_caption) for prompt in prompts]
@@ -145,23 +138,17 @@ def encode_all(
 
 def write_videos(
     config: T2XConfig,
-    folder: Path,
+    model: TextModel,
     prompts: list[str],
     encoded: list[Prompt],
     device: torch.device,
-    run: TrainedRun | None = None,
 ) -> list[dict[str, Any]]:
-    """Sample, decode and write each video as it comes, then the overview.
+    """Samples, decodes and writes each video as it comes, then the overview.
 
     Returns:
         for each video its file name, index and prompt: the `videos` of samples.json.
     """
-    from tqdm import tqdm
-
-    from sample.text_to_video import Sampler
-    from sample.video_io import slug
-
-    sampler = Sampler(config, folder, device, run.config.codec if run else None)
+    sampler = Sampler(config, model, device)
     target = Path(config.save_img_path)
     jobs = [
         (prompt, features) for prompt, features in zip(prompts, encoded) for _ in range(config.num_videos_per_prompt)
@@ -180,25 +167,14 @@ def write_videos(
 
 
 def write_video(folder: Path, stem: str, video: np.ndarray, fps: int) -> str:
-    """Write (F, H, W, 3) as an mp4, or one frame as a PNG; returns the file's name."""
-    from PIL import Image
-
-    from sample.video_io import write_atomically, write_mp4
-
+    """Writes (F, H, W, 3) as an mp4, or one frame as a PNG; returns the name of the file."""
     if len(video) > 1:
         return write_mp4(folder / f"{stem}.mp4", video, fps).name
     return write_atomically(folder / f"{stem}.png", Image.fromarray(video[0]).save).name
 
 
 def write_overview(folder: Path, shown: list[np.ndarray], files: list[dict[str, Any]], config: T2XConfig) -> None:
-    """The contact sheet of the videos `shown`, and samples.json with what made all of them."""
-    import json
-    from textwrap import shorten
-
-    import numpy as np
-
-    from sample.video_io import write_atomically, write_contact_sheet
-
+    """Writes the contact sheet of the videos `shown`, and samples.json with the settings of all of them."""
     captions = [shorten(each["prompt"], 40, placeholder=" ...") for each in files[: len(shown)]]
     write_contact_sheet(folder / "samples.png", np.stack(shown), captions)
     text = json.dumps({"sample": asdict(config), "videos": files}, indent=2, ensure_ascii=False) + "\n"
@@ -206,13 +182,9 @@ def write_overview(folder: Path, shown: list[np.ndarray], files: list[dict[str, 
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory that was held: of the GPU's allocator, or of the process."""
+    """Returns the peak memory in words: of the GPU's allocator, or of the process."""
     if device.type == "cuda":
-        import torch
-
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}"
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of the process"
 

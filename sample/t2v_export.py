@@ -1,9 +1,9 @@
-"""A trained text network as a Latte folder, which `sample_t2x.py` and diffusers' LattePipeline load.
+"""Exports a trained text network as a Latte folder, which `sample_t2x.py` and diffusers' LattePipeline load.
 
     transformer/ scheduler/ vae/ text_encoder/ tokenizer/ model_index.json
 
-The scheduler is the training's noise schedule and prediction; the decoder is a part where diffusers has its class. An
-image network becomes a PixArt-alpha folder: its transformer alone.
+The scheduler is the training's noise schedule and prediction; the decoder is included if diffusers has its class. An
+image network becomes a PixArt-alpha folder with the transformer alone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.captions import temporal_position_scale
+from common.checks import require
 from engine.checkpoint import find_checkpoint, load_checkpoint_config, read_state, weights_file
-from engine.config import Config, require
-from engine.config.text_network import text_network_config
-from models.autoencoder import KINDS, CodecConfig, local_folder
+from engine.config import Config
+from engine.text_network import text_network_config
+from engine.weights import temporal_position_scale
+from models.autoencoder import AUTOENCODERS, CodecConfig, local_folder
 from models.config_t2v import LatteT2VConfig
 from models.convert_t2v import CONFIG_FILE, SCALE, WEIGHTS, require_new
 from models.text_encoder import PARTS
@@ -39,73 +40,74 @@ PIPELINE = {
 }
 
 
-def export_run(source: str | Path, folder: Path, *, weights: str = "ema", link: bool = False) -> list[str]:
-    """Write the network of a run or checkpoint, with all parts of a pipeline that there are, into a new folder.
+def export_run(source: str | Path, folder: Path, *, weights: str = "ema") -> list[str]:
+    """Writes the network of a run or checkpoint, and the other parts of its pipeline, into a new folder.
+
+    A network without a variance gets one of zeros, because LattePipeline takes half of the channels for it.
 
     Args:
         weights: `ema` or `raw`.
-        link: name large files in place of copying them, for a sampler of ours that is about to read them. Otherwise a
-            network without a variance gets one, of zeros: LattePipeline takes half of the channels for it.
 
-    Returns: what was left out, in words.
+    Returns: the omitted parts and the reasons, one line each.
 
-    Raises: ValueError, OSError where the source is no text network, or diffusers has no sampler for its diffusion.
+    Raises: ValueError, OSError if the source is not a text network, or diffusers has no sampler for its diffusion.
     """
     checkpoint = find_checkpoint(Path(source))
     config = load_checkpoint_config(checkpoint)
     assert config is not None  # of a folder
     require(
-        config.model.is_text, f"{source} is no text network (model.name={config.model.name}): see sample/sample.py."
+        config.model.is_text,
+        f"{source} is no text network (model.name={config.model.name}): sample it with sample/sample.py.",
     )
-    require(not config.lora.rank, f"{source} holds adapters only: merge them into their network first.")
+    require(
+        not config.lora.rank,
+        f"{source} holds adapters only: merge them into their base weights first (python -m tools.convert weights).",
+    )
     require_new(folder)
     aside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        left = _write_parts(checkpoint, config, aside, weights, link)
+        omitted = _write_parts(checkpoint, config, aside, weights)
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside.replace(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return left
+    return omitted
 
 
-def _write_parts(checkpoint: Path, config: Config, out: Path, weights: str, link: bool) -> list[str]:
-    copy: Any = _link if link else shutil.copy
-    _write_network(checkpoint, config, out / "transformer", weights, link)
+def _write_parts(checkpoint: Path, config: Config, out: Path, weights: str) -> list[str]:
+    _write_network(checkpoint, config, out / "transformer", weights)
     if config.model.name == "custom-t2i":
         return ["scheduler, vae and text: an image network is a start for training (train.init_from)"]
     _write_json(out / "scheduler" / "scheduler_config.json", describe_scheduler(config))
     text = config.text.folder()
     for part in PARTS:
-        shutil.copytree(text / part, out / part, copy_function=copy)
+        shutil.copytree(text / part, out / part)
     vae, reason = _codec_folder(config.codec)
     if vae is None:
         return [f"vae: {reason}"]
     facts = {**json.loads((vae / CONFIG_FILE).read_text(encoding="utf-8")), "scaling_factor": config.codec.scale}
-    shutil.copytree(vae, out / "vae", copy_function=copy, ignore=shutil.ignore_patterns(CONFIG_FILE, ".*"))
+    shutil.copytree(vae, out / "vae", ignore=shutil.ignore_patterns(CONFIG_FILE, ".*"))
     _write_json(out / "vae" / CONFIG_FILE, facts)
     _write_json(out / "model_index.json", {**PIPELINE, "vae": ["diffusers", facts["_class_name"]]})
     return []
 
 
-def _write_network(checkpoint: Path, config: Config, out: Path, weights: str, link: bool) -> None:
+def _write_network(checkpoint: Path, config: Config, out: Path, weights: str) -> None:
     file, target = weights_file(checkpoint, weights), out / f"{WEIGHTS}.safetensors"
     require(file.is_file(), f"{checkpoint} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
     described = describe_network(config, read_state(checkpoint)["step"])
     out.mkdir(parents=True)
-    if link:
-        _link(file, target)
-    elif config.model.learn_sigma or config.model.name == "custom-t2i":
+    if config.model.learn_sigma or config.model.name == "custom-t2i":
         shutil.copy(file, target)
     else:
         described["out_channels"] *= 2
-        save_file(with_variance(load_file(file), described["patch_size"] ** 2), target, metadata={"format": "pt"})
+        save_file(add_zero_variance(load_file(file), described["patch_size"] ** 2), target, metadata={"format": "pt"})
     _write_json(out / CONFIG_FILE, described)
 
 
-def with_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
-    """Weights of a network that predicts C channels for each of the `pixels` of a patch, and now C zeros more."""
+def add_zero_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
+    """Returns weights that predict C zeros in addition to the C channels of each of the `pixels` of a patch."""
     padded = dict(weights)
     for key in ("proj_out.weight", "proj_out.bias"):
         parts = weights[key].unflatten(0, (pixels, -1))  # (p*p, C, ...)
@@ -114,7 +116,7 @@ def with_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
 
 
 def describe_network(config: Config, step: int) -> dict[str, Any]:
-    """The network's `config.json`."""
+    """Returns the content of the network's `config.json`."""
     network: LatteT2VConfig = text_network_config(config)
     described = network.to_dict()
     if config.model.name == "custom-t2i":
@@ -125,9 +127,9 @@ def describe_network(config: Config, step: int) -> dict[str, Any]:
 
 
 def describe_scheduler(config: Config) -> dict[str, Any]:
-    """The `scheduler_config.json` of the training's diffusion.
+    """Returns the content of `scheduler_config.json` for the training's diffusion.
 
-    Raises: ValueError for a flow, of which LattePipeline has no sampler.
+    Raises: ValueError for a flow, which LattePipeline cannot sample.
     """
     diffusion = config.diffusion
     require(
@@ -149,22 +151,18 @@ def describe_scheduler(config: Config) -> dict[str, Any]:
 
 
 def _codec_folder(config: CodecConfig) -> tuple[Path | None, str]:
-    """The decoder's folder, or None and why it is no part of a pipeline."""
+    """Returns the decoder's folder, or None and the reason why it cannot be part of a pipeline."""
     folder = local_folder(config) if config.path else None
     if folder is None:
-        return None, "the codec is no folder here"
+        return None, "codec.path is not a folder on this machine"
     folder = folder / (config.subfolder or "")
     file = folder / CONFIG_FILE
     name = json.loads(file.read_text(encoding="utf-8")).get("_class_name") if file.is_file() else None
-    if name not in KINDS:
-        return None, f"{folder} is none of diffusers' autoencoders"
+    if name not in AUTOENCODERS:
+        return None, f"{folder} is not one of diffusers' autoencoders"
     if config.shift:
-        return None, f"LattePipeline knows no codec.shift, which is {config.shift}"
+        return None, f"codec.shift is {config.shift}, which LattePipeline does not support"
     return folder, ""
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    Path(target).symlink_to(Path(source).resolve())
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffusion.windows import METHODS
-from engine.config import read_yaml, require
+from common.checks import require
+from diffusion.scheduled import SCHEDULERS
+from diffusion.windows import WINDOW_METHODS
+from engine.config import read_yaml
 from engine.config.checks import (
     FINITE,
     NOT_NEGATIVE,
@@ -25,25 +27,9 @@ from engine.config.checks import (
 )
 from engine.config.loading import one_line
 from engine.config.sections import FRAME_LIMITS, SAMPLE_PRECISIONS, SEED, check_frame_keys
-from models.quantize import KINDS
+from models.quantize import QUANTIZERS
 from sample.captions import read_prompts
 from sample.sample import MAX_VIDEOS
-
-# The official names -> the class in diffusers and its settings in addition to the beta schedule. A learned variance is
-# for DDPM alone: the other samplers have no use for it.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDIM": ("DDIMScheduler", {"clip_sample": False}),
-    "EulerDiscrete": ("EulerDiscreteScheduler", {}),
-    "DDPM": ("DDPMScheduler", {"clip_sample": False}),
-    "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
-    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {}),
-    "PNDM": ("PNDMScheduler", {}),
-    "HeunDiscrete": ("HeunDiscreteScheduler", {}),
-    "EulerAncestralDiscrete": ("EulerAncestralDiscreteScheduler", {}),
-    "DEISMultistep": ("DEISMultistepScheduler", {}),
-    "KDPM2AncestralDiscrete": ("KDPM2AncestralDiscreteScheduler", {}),
-}
-LEARNED_VARIANCE = ("DDPM",)
 
 # Keys of the official files that do not exist here -> what to write instead.
 REPLACED = {
@@ -69,8 +55,8 @@ LIMITS = {
     "guidance_scale": NOT_NEGATIVE,
     "lora_scale": FINITE,
     "precision": one_of(SAMPLE_PRECISIONS),
-    "quantize_text_encoder quantize_transformer": optional(one_of(KINDS)),
-    "window_method": one_of(METHODS),
+    "quantize_text_encoder quantize_transformer": optional(one_of(QUANTIZERS)),
+    "window_method": one_of(WINDOW_METHODS),
     **FRAME_LIMITS,
 }
 

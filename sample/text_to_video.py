@@ -1,94 +1,61 @@
 """Text to video in three steps: prompts -> features of T5 -> latents -> pixels; each network is held only as needed.
 
-Made of the parts of a Latte folder (tokenizer, text_encoder, transformer, scheduler, vae, vae_temporal_decoder), and
-equal to diffusers' LattePipeline for one prompt and the same initial latents.
+Equal to diffusers' LattePipeline for one prompt and the same initial latents.
 
 Letters: B batch (2 with guidance), L words of a prompt, F frames, C latent channels, h w latent pixels, H W pixels.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.clips import DataConfig
-from diffusion import ConditionConfig, Given, conditioned
+from datasets.config import DataConfig
+from diffusion import ConditionConfig, Given, ScheduledDiffusion, guide_denoiser, sample_given, start_walk
+from diffusion.scheduled import LATTE_NOISE
+from engine.conditions import TextFeatures
 from engine.config import window_overlap
 from engine.objective import sample_generator
-from models import hub
-from models.autoencoder import DTYPES, CodecConfig, LatentCodec
-from models.config import require
+from models.autoencoder import DTYPES, LatentCodec
 from models.convert_t2v import find_network, load_t2v
-from models.hub import require_part
 from models.latte_t2v import LatteT2V
 from models.lora import merge_lora
 from models.quantize import quantize
 from models.text_encoder import Prompt
 from sample.generate import require_finite_videos, to_uint8
 from sample.given import Plan, Windows, read_given
-from sample.t2x_config import LEARNED_VARIANCE, SCHEDULERS, T2XConfig
+from sample.t2x_config import T2XConfig
+from sample.text_model import TextModel
 
-LATTE_BETAS = {
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-}  # Latte's, where a folder says nothing
-BETAS = tuple(LATTE_BETAS)
 log = logging.getLogger(__name__)
 
-FIXED_VARIANCE = "fixed_large"  # of DDPM, of a network without a learned one
-PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae*")
 Progress = Callable[[int, int], object]
-
-
-def find_folder(config: T2XConfig) -> Path:
-    """The folder of `pretrained_model_path`.
-
-    Raises: FileNotFoundError, one sentence, where it is neither a folder nor a hub name.
-    """
-    patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
-    return hub.find_folder(config.pretrained_model_path, config.revision, "pretrained_model_path", patterns)
 
 
 # ------------------------------------------------------------------------------------------ latents
 
 
-def make_scheduler(config: T2XConfig, folder: Path, *, learned_variance: bool = True) -> Any:
-    """The sampler that `sample_method` names, on the noise schedule of the folder, or with the config's betas.
+def build_schedule(config: T2XConfig, model: TextModel, *, learned_variance: bool = True) -> ScheduledDiffusion:
+    """Returns the noise schedule of the model, with the betas of the config where it has some.
 
     Args:
-        learned_variance: whether the network predicts a variance beside the noise.
+        learned_variance: whether the network predicts a variance in addition to the noise.
     """
-    import diffusers
-
-    require_part(folder, "scheduler")
-    name, options = SCHEDULERS[config.sample_method]
-    betas = {key: getattr(config, key) for key in BETAS if getattr(config, key) is not None}
-    if config.sample_method in LEARNED_VARIANCE:
-        betas["variance_type"] = config.variance_type if learned_variance else FIXED_VARIANCE
-    owner = getattr(diffusers, name)
-    given = hub.read_json(folder / "scheduler" / "scheduler_config.json")
-    known = inspect.signature(owner.__init__).parameters
-    kept = {key: value for key, value in given.items() if key in known and key != "variance_type"}
-    scheduler = owner(**{**LATTE_BETAS, **kept, **betas, **options})
-    steps, most = config.num_sampling_steps, scheduler.config.num_train_timesteps
-    require(steps <= most, f"num_sampling_steps={steps} is more than the {most} steps of the noise schedule")
-    return scheduler
+    betas = {key: getattr(config, key) for key in LATTE_NOISE if getattr(config, key) is not None}
+    variance_type = config.variance_type if learned_variance else None
+    return ScheduledDiffusion({**model.scheduler_settings(), **betas}, config.num_sampling_steps, variance_type)
 
 
-@torch.no_grad()
 def denoise(
     model: LatteT2V,
-    scheduler: Any,
+    schedule: ScheduledDiffusion,
     prompt: Prompt,
     noise: Tensor,
     config: T2XConfig,
@@ -98,51 +65,39 @@ def denoise(
     plan: Plan | None = None,
     known: Given | None = None,
 ) -> Tensor:
-    """Unit noise (1, C, F, h, w) -> latents of the same shape.
+    """Turns unit noise (1, F, C, h, w) into latents of the same shape.
 
     Args:
         plan: how windows of a longer video are put together.
-        known: frames that the network sees clean, and that come out as they are.
+        known: frames that the network sees clean, and that are returned unchanged.
         generator: of the noise that some samplers add at each step.
         progress: called with the steps done and their number.
     """
-    scheduler.set_timesteps(config.num_sampling_steps, device=noise.device)
-    accepted = inspect.signature(scheduler.step).parameters
-    extra = {key: value for key, value in {"eta": config.eta, "generator": generator}.items() if key in accepted}
-    learned = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
-    guided = config.guidance_scale > 1 and prompt.negative is not None
-    captions = torch.cat([prompt.negative, prompt.positive]) if guided else prompt.positive  # type: ignore[list-item]
 
-    def network(x: Tensor, timesteps: Tensor) -> Tensor:
-        inputs = x.transpose(1, 2), timesteps, captions, None, config.enable_temporal_attentions
+    def network(x: Tensor, timesteps: Tensor, captions: TextFeatures) -> Tensor:
+        inputs = x.transpose(1, 2), timesteps, captions.features, None, config.enable_temporal_attentions
         return model(*inputs, return_dict=False)[0].transpose(1, 2)  # (B, F, C or 2C, h, w)
 
-    denoiser = network if plan is None else plan.denoiser(network)
-    denoiser = denoiser if known is None else conditioned(denoiser, known)
-    latents = noise * scheduler.init_noise_sigma
-    for done, step in enumerate(scheduler.timesteps, start=1):
-        entered = scheduler.scale_model_input(latents.expand(len(captions), -1, -1, -1, -1), step)
-        timesteps = step.expand(len(captions)).to(noise.device)
-        output = denoiser(entered.transpose(1, 2), timesteps).transpose(1, 2)
-        if guided:
-            without, with_caption = output.chunk(2)
-            output = without + config.guidance_scale * (with_caption - without)
-        if not learned:
-            output = output[:, : noise.shape[1]]
-        if known is not None:  # what is said of known frames goes nowhere; zero, so that their state stays small
-            output = output.masked_fill(known.frames[:, None, :, None, None], 0)
-        latents = scheduler.step(output, step, latents, **extra, return_dict=False)[0]
-        if progress is not None:
-            progress(done, len(scheduler.timesteps))
-    return latents if known is None else known.keep(latents.transpose(1, 2)).transpose(1, 2)
+    captions = TextFeatures(prompt.positive, None, prompt.negative)
+    scale = config.guidance_scale if prompt.negative is not None and config.guidance_scale > 1 else 1.0
+    denoiser = guide_denoiser(network, captions, scale, channels=None)
+    return sample_given(
+        schedule,
+        denoiser if plan is None else plan.denoiser(denoiser),
+        noise,
+        known,
+        method=config.sample_method,
+        eta=config.eta,
+        generator=generator,
+        callback=None if progress is None else lambda done, total, *_: progress(done, total),
+    )
 
 
-def load_network(config: T2XConfig, folder: Path, device: torch.device) -> LatteT2V:
-    """The text-conditioned network of the folder, or of `transformer`, ready to sample."""
-    if config.transformer is None:
-        require_part(folder, "transformer")
+def load_network(config: T2XConfig, source: TextModel, device: torch.device) -> LatteT2V:
+    """Returns the network of `source`, or of `transformer`, ready to sample."""
+    dtype = DTYPES[config.precision]
     other = config.transformer and find_network(config.transformer, None, "transformer")
-    model = load_t2v(other or folder / "transformer", dtype=DTYPES[config.precision])
+    model = load_t2v(other, dtype=dtype) if other else source.load_network(dtype)
     if config.lora:
         merge_lora(model, config.lora, config.lora_scale)
     quantize(model.requires_grad_(False), config.quantize_transformer, device)
@@ -155,28 +110,13 @@ def load_network(config: T2XConfig, folder: Path, device: torch.device) -> Latte
 # ------------------------------------------------------------------------------------------- pixels
 
 
-def load_codec(config: T2XConfig, folder: Path, device: torch.device) -> LatentCodec:
-    """The decoder of single frames, or the one of clips."""
-    name = "vae_temporal_decoder" if config.enable_vae_temporal_decoder else "vae"
-    require_part(folder, name)
-    described = hub.read_json(folder / name / "config.json")
-    widths = described.get("block_out_channels") or described["encoder_block_out_channels"]  # AutoencoderTiny's
-    codec = LatentCodec.from_config(
-        CodecConfig(
-            path=str(folder),
-            subfolder=name,
-            latent_channels=described["latent_channels"],
-            downsample_factor=2 ** (len(widths) - 1),
-            scale=described.get("scaling_factor", 0.18215),
-            dtype=config.precision,
-            chunk_size=config.decode_chunk_size,
-        ),
-        device,
-    )
+def load_codec(config: T2XConfig, source: TextModel, device: torch.device) -> LatentCodec:
+    """Returns the decoder of single frames, or that of clips."""
+    codec = LatentCodec.from_config(source.codec_config(config), device)
     network: Any = codec.network
     for wanted, method in ((config.vae_slicing, "enable_slicing"), (config.vae_tiling, "enable_tiling")):
         if wanted and not hasattr(network, method):
-            raise ValueError(f"{described['_class_name']} has no {method}: leave vae_slicing and vae_tiling out")
+            raise ValueError(f"{type(network).__name__} has no {method}: leave vae_slicing and vae_tiling out")
         if wanted:
             getattr(network, method)()
     if config.compile:
@@ -191,29 +131,25 @@ class Sampler:
     """The network, its sampler and the decoder, for one video after the other.
 
     A video is a function of (seed, index): its noise comes from a generator of its own on the CPU.
-
-    Args:
-        codec: the decoder, in place of the folder's.
     """
 
-    def __init__(self, config: T2XConfig, folder: Path, device: torch.device, codec: CodecConfig | None = None) -> None:
+    def __init__(self, config: T2XConfig, source: TextModel, device: torch.device) -> None:
         self.config = config
         self.device = device
         if config.cpu_offload and device.type == "cpu":
             log.warning("cpu_offload changes nothing here: the networks would take turns on a GPU")
         resting = torch.device("cpu") if config.cpu_offload else device
-        self.model = load_network(config, folder, resting)
+        self.model = load_network(config, source, resting)
         channels, out_channels = self.model.config.channels
-        self.scheduler = make_scheduler(config, folder, learned_variance=out_channels == 2 * channels)
-        self.codec = LatentCodec.from_config(codec, resting) if codec else load_codec(config, folder, resting)
+        self.schedule = build_schedule(config, source, learned_variance=out_channels == 2 * channels)
+        self.codec = load_codec(config, source, resting)
         self._check()
         self.plan = self._plan()
 
     @property
     def num_steps(self) -> int:
         """Evaluations of the network for one video; some samplers take several for each step."""
-        self.scheduler.set_timesteps(self.config.num_sampling_steps)
-        return len(self.scheduler.timesteps) * self.plan.num_passes
+        return start_walk(self.config.sample_method, self.schedule, self.device).num_steps * self.plan.num_passes
 
     def sample(self, prompt: Prompt, index: int, progress: Progress | None = None) -> np.ndarray:
         """The video of that index: uint8 (F, H, W, 3)."""
@@ -223,9 +159,9 @@ class Sampler:
         channels, _, *size = self.noise_shape[1:]
 
         def sample_pass(known: Given | None, frames: int) -> Tensor:
-            noise = torch.randn(1, channels, frames, *size, generator=generator).to(*placed)
-            inputs = self.model, self.scheduler, prompt, noise, self.config, generator, progress
-            return denoise(*inputs, plan=self.plan, known=known).transpose(1, 2)
+            noise = torch.randn(1, channels, frames, *size, generator=generator).to(*placed).transpose(1, 2)
+            inputs = self.model, self.schedule, prompt, noise, self.config, generator, progress
+            return denoise(*inputs, plan=self.plan, known=known)
 
         with self._on_device(self.model):
             latents = self.plan.sample(sample_pass, [index])

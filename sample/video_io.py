@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.text import printable
+from common.console import printable
+from common.storage import write_atomically
 
 MARGIN = 4  # pixels between the tiles of a contact sheet
 GIF_GAP = 2  # pixels between the tiles of a GIF
@@ -38,21 +38,6 @@ def slug(name: str, max_length: int = 80) -> str:
     """`name` as a safe part of a file name: letters, digits, `.`, `-`, `_`; never empty, never hidden."""
     safe = re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("._-")
     return safe[:max_length] or "unnamed"
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file beside `path`, sync it, then rename it into place; returns `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the suffix tells writers the format
-    try:
-        write(temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8) -> Path:

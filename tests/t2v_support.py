@@ -12,6 +12,7 @@ from diffusers import (
     DDIMScheduler,
     LattePipeline,
     LatteTransformer3DModel,
+    PixArtTransformer2DModel,
 )
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -36,6 +37,7 @@ CONFIG: dict[str, Any] = {
     "caption_channels": 12,
     "video_length": 4,
 }
+IMAGE = {key: value for key, value in CONFIG.items() if key != "video_length"}
 WORDS = 5  # of a caption's features
 
 
@@ -51,6 +53,11 @@ def randomize(network: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
 def theirs(seed: int = 0, **changes: Any) -> LatteTransformer3DModel:
     """diffusers' network with random weights."""
     return randomize(LatteTransformer3DModel(**{**CONFIG, **changes}), seed)  # type: ignore[return-value]
+
+
+def pixart(**changes: Any) -> PixArtTransformer2DModel:
+    """diffusers' image network with random weights."""
+    return randomize(PixArtTransformer2DModel(**{**IMAGE, **changes}), seed=5)  # type: ignore[return-value]
 
 
 def ours_of(network: nn.Module, **options: Any) -> LatteT2V:

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from datasets import build_dataset, build_held_out
-from datasets.clips import DataConfig
+from datasets.config import DataConfig
 from tests.text_support import CAPTIONS, draw_captioned, write_captions
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from datasets import DataConfig, build_catalog
-from datasets.catalog import CAPTIONED, RECIPES, read_frame_list
+from datasets.labels import read_frame_list
+from datasets.recipes import CAPTIONED, RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = sorted({*RECIPES} - {*CAPTIONED})  # those whose clips no list names

@@ -18,16 +18,16 @@ from safetensors import safe_open
 
 from datasets import build_dataset
 from datasets.latents import StoredClip, read_index
+from demo.data import write_mp4
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
 from models.autoencoder import CodecConfig, LatentCodec, Posterior
-from models.codec_identity import codec_identity, same_codec
+from models.identity import codec_identity, is_same_codec
 from tests.conftest import TINY
 from tests.fault_support import ROOT, rows, run
 from tests.latent_support import cache, save_codec
 from tools import caching
-from tools.make_demo_data import write_mp4
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
 CODECS = ("AutoencoderKL", "AutoencoderTiny", "pixels")
@@ -302,14 +302,14 @@ def test_the_codec_is_known_by_its_weights(tmp_path: Path, codecs: dict[str, lis
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
     for place in ("pickled", "parts"):
         moved = codec_identity(replace(first, path=str(tmp_path / place)))
-        assert moved["sha256"] == known["sha256"] and same_codec(known, moved), place
-    assert same_codec(known, codec_identity(replace(first, scale=2.0, shift=1.0, chunk_size=3)))
-    assert not same_codec(known, codec_identity(replace(first, dtype="bf16")))
+        assert moved["sha256"] == known["sha256"] and is_same_codec(known, moved), place
+    assert is_same_codec(known, codec_identity(replace(first, scale=2.0, shift=1.0, chunk_size=3)))
+    assert not is_same_codec(known, codec_identity(replace(first, dtype="bf16")))
     names = sorted(copy.state_dict())
     for name in (names[0], "encoder.conv_in.weight", names[-1]):
         copy.state_dict()[name].view(-1)[0] += 1e-6
         copy.save_pretrained(tmp_path / "other")
-        assert not same_codec(known, codec_identity(replace(first, path=str(tmp_path / "other")))), name
+        assert not is_same_codec(known, codec_identity(replace(first, path=str(tmp_path / "other")))), name
         copy.state_dict()[name].view(-1)[0] -= 1e-6
 
 
@@ -318,8 +318,8 @@ def test_a_codec_that_is_not_here_is_known_by_its_name(codecs: dict[str, list[st
     for name in ("/nowhere/codec", "nobody/nothing-of-this-name"):
         gone = replace(here, path=name)
         assert codec_identity(gone)["sha256"] is None
-        assert same_codec({**codec_identity(here), "path": name}, codec_identity(gone))
-        assert not same_codec(codec_identity(here), codec_identity(gone))
+        assert is_same_codec({**codec_identity(here), "path": name}, codec_identity(gone))
+        assert not is_same_codec(codec_identity(here), codec_identity(gone))
 
 
 def test_training_from_latents_imports_no_diffusers(

@@ -16,8 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import readers
-from datasets.readers import VideoError, open_video
+from datasets.readers import VideoError, open_video, pyav
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 LISTED = json.loads((MEDIA / "clips.json").read_text()) if MEDIA.is_dir() else []
@@ -80,7 +79,7 @@ def ffmpeg_frames(path: Path, indices: list[int], height: int, width: int) -> to
     return torch.from_numpy(frames.copy()).permute(0, 3, 1, 2)
 
 
-def telling_indices(reader: readers.PyAVReader) -> list[int]:
+def telling_indices(reader: pyav.PyAVReader) -> list[int]:
     """First, last, around key frames, and two between: where random access goes wrong if it does."""
     last = len(reader) - 1
     keys = np.searchsorted(reader.index.pts, reader.index.keys).tolist()
@@ -106,7 +105,7 @@ def test_sample_clip_has_the_true_frames(name: str) -> None:
     """Count as listed; each frame, fetched alone, is what the FFmpeg program decodes at that place."""
     path = MEDIA / "clips" / name
     reader = open_video(path)
-    assert isinstance(reader, readers.PyAVReader)
+    assert isinstance(reader, pyav.PyAVReader)
     assert len(reader) == FRAMES[name]
     assert bool(reader.damage) == (name in DAMAGED)
     assert bool(reader.cut_off) == (name in CUT_OFF)
@@ -157,25 +156,25 @@ def test_unreadable_sample_clip_is_named_with_the_reason(name: str, reader: str)
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every frame that is decoded."""
     count: list[int] = []
-    original = readers._decoded
+    original = pyav._decoded
 
     def counting(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:
         for frames in original(packets):
             count.extend(frame.pts or 0 for frame in frames or [])
             yield frames
 
-    monkeypatch.setattr(readers, "_decoded", counting)
+    monkeypatch.setattr(pyav, "_decoded", counting)
     return count
 
 
 @needs_media
 def test_only_what_is_needed_is_decoded(decoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """16 of 240 frames, a key frame every 12: the frames of a window and at most one group before it."""
-    readers._frame_index.cache_clear()
+    pyav._frame_index.cache_clear()
     reader = open_video(MEDIA / "clips/action/vision__v_SoccerJuggling_g23_c01.avi")
-    assert len(decoded) <= readers.PROBE_FRAMES
+    assert len(decoded) <= pyav.PROBE_FRAMES
     del decoded[:]
-    packets = readers._packets
+    packets = pyav._packets
     fetched: list[int] = []
 
     def counting(container: Any, stream: Any) -> Iterator[av.Packet]:
@@ -183,7 +182,7 @@ def test_only_what_is_needed_is_decoded(decoded: list[int], monkeypatch: pytest.
             fetched.append(packet.size)
             yield packet
 
-    monkeypatch.setattr(readers, "_packets", counting)
+    monkeypatch.setattr(pyav, "_packets", counting)
     reader.read(range(200, 216))
     assert 16 <= len(decoded) <= 40
     assert 16 <= len(fetched) <= 60  # it seeks: what lies before is not even read
@@ -266,7 +265,7 @@ def test_wiped_bytes_are_noticed(tmp_path: Path, length: int, wiped: int) -> Non
     middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
     data[middle : middle + wiped] = bytes(wiped)
     (tmp_path / "broken.mp4").write_bytes(bytes(data))
-    short = length <= readers.PROVEN_UP_TO
+    short = length <= pyav.PROVEN_UP_TO
     outcomes = []
     for index in range(len(open_video(tmp_path / "broken.mp4"))):
         reader = open_video(tmp_path / "broken.mp4")

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo import train_codec
+from demo import data, train_codec
 from models.autoencoder import CodecConfig, LatentCodec
-from tools import make_demo_data
 
 
 def test_it_trains_a_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_codec, "STATISTICS_STEPS", 8)
     clips, out = tmp_path / "demo", tmp_path / "codec"
-    make_demo_data.main(["--out", str(clips), "--clips-per-class", "25", "--frames", "16", "--workers", "1"])
+    data.main(["--out", str(clips), "--clips-per-class", "25", "--frames", "16", "--workers", "1"])
     for file in clips.glob("*/*_g[01]?_c01.mp4"):  # six clips a class are enough here
         file.unlink()
     command = ["--data", str(clips), "--out", str(out), "--steps", "40", "--decoder-steps", "2"]

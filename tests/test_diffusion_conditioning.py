@@ -16,11 +16,11 @@ from diffusion import (
     LossTerms,
     RectifiedFlow,
     build_diffusion,
-    conditioned,
+    condition_denoiser,
     sample,
     sample_given,
 )
-from diffusion.windows import fused, ramp, seams, slide, window_starts
+from diffusion.windows import find_seams, fuse_windows, ramp, slide_windows, window_starts
 
 SHAPE = (3, 6, 2, 4, 4)  # B F C H W
 METHODS = {"ddpm": "epsilon", "ddim": "x_start", "euler": "flow", "heun": "flow"}
@@ -95,7 +95,7 @@ def test_configurations_without_sense_are_refused() -> None:
         ("prefix", [1], 1, "not frames 1"),
         ("prefix", [0, 1, 2], 1, "3 given frames are more than the 2"),
         ("random", [8], 1, "nothing to sample"),
-        ("random", [1, 2], 2, "whole tubelets"),
+        ("random", [1, 2], 2, "complete tubelets"),
     ],
 )
 def test_what_a_network_cannot_be_given_is_refused(frames: str, places: list[int], span: int, sentence: str) -> None:
@@ -126,7 +126,9 @@ def test_the_loss_is_over_the_other_frames_only(prediction: str, learn_sigma: bo
         return output
 
     every = diffusion.training_losses(lambda x, t: output, clips, timesteps, noise)
-    terms = diffusion.training_losses(conditioned(network, Given(clips, padded)), clips, timesteps, noise).without(mask)
+    terms = diffusion.training_losses(
+        condition_denoiser(network, Given(clips, padded)), clips, timesteps, noise
+    ).without(mask)
     for clip in range(3):
         learned = [frame for frame in range(length) if not mask[clip, frame]]
         of_clip = sum(float(every.per_frame()[clip, frame]) for frame in learned) / len(learned)
@@ -199,9 +201,9 @@ def test_windows_cover_every_frame_and_overlap_enough(method: str) -> None:
 
 
 def test_seams_are_where_windows_begin_or_end() -> None:
-    assert seams(16, 16, 4, "fused") == seams(16, 16, 4, "autoregressive") == []
-    assert seams(32, 16, 4, "autoregressive") == [16, 28]
-    assert seams(32, 16, 4, "fused") == [12, 16, 28]
+    assert find_seams(16, 16, 4, "fused") == find_seams(16, 16, 4, "autoregressive") == []
+    assert find_seams(32, 16, 4, "autoregressive") == [16, 28]
+    assert find_seams(32, 16, 4, "fused") == [12, 16, 28]
 
 
 def test_fused_is_the_weighted_mean_of_the_windows() -> None:
@@ -213,7 +215,7 @@ def test_fused_is_the_weighted_mean_of_the_windows() -> None:
         )
 
     for times in (timesteps, timesteps[:, None] + torch.arange(11)):
-        found = fused(network, 5, 2)(x, times)
+        found = fuse_windows(network, 5, 2)(x, times)
         total, weight = torch.zeros_like(x), torch.zeros(11, dtype=torch.float64)
         for start in (0, 3, 6):
             part = network(x[:, start : start + 5], times if times.ndim == 1 else times[:, start : start + 5])
@@ -226,7 +228,7 @@ def test_fused_is_the_weighted_mean_of_the_windows() -> None:
 
 def test_one_window_over_all_frames_is_the_plain_network() -> None:
     x, timesteps = randn(*SHAPE), torch.tensor([4, 40, 9])
-    assert torch.equal(fused(frame_by_frame, 6, 5)(x, timesteps), frame_by_frame(x, timesteps))
+    assert torch.equal(fuse_windows(frame_by_frame, 6, 5)(x, timesteps), frame_by_frame(x, timesteps))
 
 
 @pytest.mark.parametrize("overlap", [1, 2, 4])
@@ -237,14 +239,14 @@ def test_a_constant_prediction_has_no_seams(overlap: int) -> None:
     def constant(x: Tensor, timesteps: Tensor) -> Tensor:
         return answer.expand_as(x)
 
-    clips = sample(diffusion, fused(constant, 5, overlap), noise, method="ddim")
+    clips = sample(diffusion, fuse_windows(constant, 5, overlap), noise, method="ddim")
     torch.testing.assert_close(clips, answer.expand_as(clips), rtol=1e-12, atol=1e-12)
 
     def sample_window(latents: Tensor, places: list[bool]) -> Tensor:
         given = Given(latents, torch.tensor([places])) if any(places) else None
         return sample_given(diffusion, constant, torch.randn_like(latents), given, method="ddim")
 
-    clips = slide(sample_window, torch.zeros_like(noise), [False] * 17, 5, overlap)
+    clips = slide_windows(sample_window, torch.zeros_like(noise), [False] * 17, 5, overlap)
     torch.testing.assert_close(clips, answer.expand_as(clips), rtol=1e-12, atol=1e-12)
 
 
@@ -260,7 +262,7 @@ def test_sliding_windows_go_on_from_what_is_there(overlap: int) -> None:
 
     start = torch.zeros(2, 14, 1, 1, 1, dtype=torch.float64)
     start[:, 1] = 7.0
-    clips = slide(count_on, start, [place == 1 for place in range(14)], 5, overlap)
+    clips = slide_windows(count_on, start, [place == 1 for place in range(14)], 5, overlap)
     assert clips.flatten(1).tolist() == [[6.0 + place for place in range(14)]] * 2
     assert steps[0] == [False, True, False, False, False]
     assert steps[1:] == [[place < overlap for place in range(5)]] * (len(steps) - 1)

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
-from diffusion import guided
+from diffusion import guide_denoiser
 
 CHANNELS, NULL = 3, 9
+
+
+@dataclass
+class Labels:
+    """Conditions of a batch: labels (B, 1), or None of an unconditional network."""
+
+    values: Tensor | None
+    has_null: bool = True
+
+    def null(self) -> Labels:
+        if self.values is None or not self.has_null:
+            raise ValueError("no null label")
+        return Labels(torch.full_like(self.values, NULL))
+
+    def join(self, other: Labels) -> Labels:
+        assert self.values is not None and other.values is not None
+        return Labels(torch.cat([self.values, other.values]))
 
 
 class Network:
@@ -17,7 +36,8 @@ class Network:
     def __init__(self) -> None:
         self.calls: list[tuple[int, Tensor | None]] = []
 
-    def __call__(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, timesteps: Tensor, condition: Labels) -> Tensor:
+        labels = condition.values
         self.calls.append((len(x), labels))
         value = timesteps.double().view(-1, 1, 1, 1, 1) / 100
         if labels is not None:
@@ -25,16 +45,16 @@ class Network:
         return torch.cat([x * value, x + value], 2)
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
+def inputs() -> tuple[Tensor, Tensor, Labels]:
     x = torch.randn(2, 4, CHANNELS, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return x, torch.tensor([10, 700]), torch.tensor([[1], [5]])
+    return x, torch.tensor([10, 700]), Labels(torch.tensor([[1], [5]]))
 
 
 def test_guided_noise_is_the_formula_and_sigma_is_conditional() -> None:
     x, timesteps, labels = inputs()
     conditional = Network()(x, timesteps, labels)
-    unconditional = Network()(x, timesteps, torch.full_like(labels, NULL))
-    found = guided(Network(), labels, NULL, 7.0, channels=CHANNELS)(x, timesteps)
+    unconditional = Network()(x, timesteps, labels.null())
+    found = guide_denoiser(Network(), labels, 7.0, channels=CHANNELS)(x, timesteps)
     expected = unconditional + 7.0 * (conditional - unconditional)
     torch.testing.assert_close(found[:, :, :CHANNELS], expected[:, :, :CHANNELS])
     assert torch.equal(found[:, :, CHANNELS:], conditional[:, :, CHANNELS:])
@@ -43,7 +63,7 @@ def test_guided_noise_is_the_formula_and_sigma_is_conditional() -> None:
 def test_both_halves_run_as_one_batch_with_null_labels_second() -> None:
     x, timesteps, labels = inputs()
     network = Network()
-    guided(network, labels, NULL, 2.0, channels=CHANNELS)(x, timesteps)
+    guide_denoiser(network, labels, 2.0, channels=CHANNELS)(x, timesteps)
     ((size, seen),) = network.calls
     assert size == 4
     assert seen is not None
@@ -53,15 +73,15 @@ def test_both_halves_run_as_one_batch_with_null_labels_second() -> None:
 def test_one_after_the_other_gives_the_same_in_calls_of_half_the_size() -> None:
     x, timesteps, labels = inputs()
     network = Network()
-    found = guided(network, labels, NULL, 7.0, channels=CHANNELS, batched=False)(x, timesteps)
+    found = guide_denoiser(network, labels, 7.0, channels=CHANNELS, batched=False)(x, timesteps)
     assert [(size, seen.tolist()) for size, seen in network.calls] == [(2, [[1], [5]]), (2, [[NULL], [NULL]])]
-    torch.testing.assert_close(found, guided(Network(), labels, NULL, 7.0, channels=CHANNELS)(x, timesteps))
+    torch.testing.assert_close(found, guide_denoiser(Network(), labels, 7.0, channels=CHANNELS)(x, timesteps))
 
 
 def test_outside_of_its_interval_guidance_is_one_plain_conditional_call() -> None:
     x, timesteps, labels = inputs()
     network, answers = Network(), iter([False, True])
-    denoiser = guided(network, labels, NULL, 7.0, channels=CHANNELS, active=lambda: next(answers))
+    denoiser = guide_denoiser(network, labels, 7.0, channels=CHANNELS, active=lambda: next(answers))
     assert torch.equal(denoiser(x, timesteps), Network()(x, timesteps, labels))
     assert not torch.equal(denoiser(x, timesteps), Network()(x, timesteps, labels))
     assert [size for size, _ in network.calls] == [2, 4]
@@ -71,22 +91,23 @@ def test_outside_of_its_interval_guidance_is_one_plain_conditional_call() -> Non
 def test_scale_one_is_one_plain_conditional_call(scale: float) -> None:
     x, timesteps, labels = inputs()
     network = Network()
-    found = guided(network, labels, None, scale, channels=CHANNELS)(x, timesteps)
+    found = guide_denoiser(network, Labels(labels.values, has_null=False), scale, channels=CHANNELS)(x, timesteps)
     assert torch.equal(found, Network()(x, timesteps, labels))
     assert [size for size, _ in network.calls] == [2]
 
 
 def test_scale_zero_is_unconditional_noise() -> None:
     x, timesteps, labels = inputs()
-    found = guided(Network(), labels, NULL, 0.0, channels=CHANNELS)(x, timesteps)
-    unconditional = Network()(x, timesteps, torch.full_like(labels, NULL))
+    found = guide_denoiser(Network(), labels, 0.0, channels=CHANNELS)(x, timesteps)
+    unconditional = Network()(x, timesteps, labels.null())
     torch.testing.assert_close(found[:, :, :CHANNELS], unconditional[:, :, :CHANNELS])
 
 
-def test_unconditional_network_needs_scale_one() -> None:
-    x, timesteps, labels = inputs()
-    assert guided(Network(), None, None, 1.0, channels=CHANNELS)(x, timesteps).shape[2] == 2 * CHANNELS
-    with pytest.raises(ValueError, match=r"Guidance scale 4\.0 needs a network with labels"):
-        guided(Network(), None, None, 4.0, channels=CHANNELS)
-    with pytest.raises(ValueError, match=r"model\.label_dropout=0"):
-        guided(Network(), labels, None, 4.0, channels=CHANNELS)
+@pytest.mark.parametrize(
+    "condition", [Labels(None), Labels(torch.tensor([[1], [5]]), has_null=False)], ids=["none", "labels"]
+)
+def test_a_condition_without_a_null_needs_scale_one(condition: Labels) -> None:
+    x, timesteps, _ = inputs()
+    assert guide_denoiser(Network(), condition, 1.0, channels=CHANNELS)(x, timesteps).shape[2] == 2 * CHANNELS
+    with pytest.raises(ValueError, match="no null label"):
+        guide_denoiser(Network(), condition, 4.0, channels=CHANNELS)

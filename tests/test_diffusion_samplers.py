@@ -15,7 +15,7 @@ from diffusion import (
     RectifiedFlow,
     StepOptions,
     build_diffusion,
-    evaluations,
+    list_evaluations,
     sample,
 )
 from diffusion.samplers import METHODS, ddim_step, ddpm_step, p_mean_variance
@@ -323,7 +323,7 @@ def test_evaluations_are_those_that_the_network_is_asked_for(method: str) -> Non
                 return x / 2
 
             sample(process, denoiser, randn(*SHAPE).float(), method=method)
-            assert [each.time for each in evaluations(process, method)] == asked
+            assert [each.time for each in list_evaluations(process, method)] == asked
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -384,10 +384,10 @@ def test_gradient_guidance_samples_the_posterior(method: str) -> None:
 @pytest.mark.parametrize(
     ("process", "options", "message"),
     [
-        (gaussian("4"), {"method": "euler"}, "'euler' does not fit diffusion.prediction=epsilon"),
+        (gaussian("4"), {"method": "euler"}, "'euler' does not support diffusion.prediction=epsilon"),
         (flow("4"), {"method": "ddpm"}, "choose euler | heun | dpm_solver++ | sde_dpm_solver++ | unipc"),
         (gaussian("4"), {"method": "plms"}, "choose ddpm | ddim | ddim_reverse | dpm_solver++"),
-        (gaussian("4"), {"method": "ddpm", "eta": 0.5}, "eta=0.5 belongs to method ddim"),
+        (gaussian("4"), {"method": "ddpm", "eta": 0.5}, "eta=0.5 is read only by method ddim"),
         (gaussian("4"), {"method": "unipc", "gradient_fn": perfect_denoiser}, "gradient_fn"),
         (flow("4"), {"method": "euler", "gradient_fn": perfect_denoiser}, "gradient_fn"),
     ],

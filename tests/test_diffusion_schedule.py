@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Normal
 
 from diffusion import DiffusionConfig, GaussianDiffusion, RectifiedFlow, build_diffusion
-from diffusion.schedule import cosine_betas, gaussian_tables, linear_betas, respaced_betas, respaced_timesteps
+from diffusion.schedule import cosine_betas, gaussian_tables, linear_betas, respace_betas, respace_timesteps
 
 
 def test_linear_betas_scale_with_the_number_of_steps() -> None:
@@ -49,23 +49,23 @@ def test_too_few_steps_for_the_linear_schedule_is_a_sentence() -> None:
     ],
 )
 def test_respacing(respacing: str, kept: list[int]) -> None:
-    assert respaced_timesteps(12, respacing) == kept
+    assert respace_timesteps(12, respacing) == kept
 
 
 def test_respacing_with_uneven_sections_gives_the_surplus_to_the_first() -> None:
-    assert respaced_timesteps(11, "6,5") == list(range(11))
+    assert respace_timesteps(11, "6,5") == list(range(11))
 
 
 @pytest.mark.parametrize("respacing", ["13", "0", "-3", "ddim", "ddim13", "ddim7", "ten", "2,,3", "1.5", "7,1"])
 def test_impossible_respacing_is_a_sentence_that_repeats_it(respacing: str) -> None:
     with pytest.raises(ValueError, match=f"[Rr]espacing '{respacing}'"):
-        respaced_timesteps(12, respacing)
+        respace_timesteps(12, respacing)
 
 
 def test_respaced_process_visits_the_same_noise_levels() -> None:
     betas = linear_betas(1000)
-    kept = respaced_timesteps(1000, "10,15,20")
-    short = torch.cumprod(1 - respaced_betas(betas, kept), 0)
+    kept = respace_timesteps(1000, "10,15,20")
+    short = torch.cumprod(1 - respace_betas(betas, kept), 0)
     torch.testing.assert_close(short, torch.cumprod(1 - betas, 0)[kept], rtol=1e-12, atol=0)
 
 
@@ -103,15 +103,15 @@ def test_network_is_given_the_original_timesteps() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"schedule": "quad"}, "diffusion.schedule is 'quad'; choose linear | cosine"),
-        ({"prediction": "noise"}, "diffusion.prediction is 'noise'"),
-        ({"loss": "l1"}, "diffusion.loss is 'l1'"),
+        ({"schedule": "quad"}, "diffusion.schedule must be one of linear, cosine, got 'quad'"),
+        ({"prediction": "noise"}, "diffusion.prediction must be one of"),
+        ({"loss": "l1"}, "diffusion.loss must be one of"),
         ({"fixed_variance": "big"}, "diffusion.fixed_variance"),
         ({"timestep_density": "cosine"}, "diffusion.timestep_density"),
         ({"timestep_sampler": "random"}, "diffusion.timestep_sampler"),
-        ({"num_steps": 0}, "diffusion.num_steps is 0"),
-        ({"timestep_shift": 0.0}, "diffusion.timestep_shift is 0.0"),
-        ({"timestep_shift": float("nan")}, "diffusion.timestep_shift is nan"),
+        ({"num_steps": 0}, "diffusion.num_steps must be at least 1, got 0"),
+        ({"timestep_shift": 0.0}, "diffusion.timestep_shift must be positive and finite, got 0.0"),
+        ({"timestep_shift": float("nan")}, "diffusion.timestep_shift must be positive and finite, got nan"),
         (
             {"prediction": "flow", "loss": "kl"},
             "diffusion.loss=kl has no meaning with diffusion.prediction=flow",

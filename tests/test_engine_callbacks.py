@@ -24,11 +24,11 @@ from engine.run import Run
 from engine.state import TrainState
 from engine.trainer import Trainer
 from engine.validation import Validation
+from evaluation.distances import frechet_distance
 from sample.generate import Generator
 from tests.detector_stubs import StubI3D, StubInception
 from tests.fault_support import armed, rows, run_ranks
 from tests.test_faults_exactness import TIMING, assert_same, state_of
-from tools.metrics.distances import frechet_distance
 
 WATCHED = [
     "monitor.val_every=2",

@@ -162,8 +162,8 @@ def test_captions_condition_the_network(tiny_text: list[str]) -> None:
         (["text.caption_dropout=1"], "text.caption_dropout"),
         (["text.revision=main", "text.path=null"], "text.revision"),
         (["text.dtype=half"], "text.dtype"),
-        (["text.max_length=0"], "text.max_length must be from 1 to 4096, not 0"),
-        (["text.max_length=100000"], "text.max_length must be from 1 to 4096, not 100000"),
+        (["text.max_length=0"], "text.max_length must be from 1 to 4096, got 0"),
+        (["text.max_length=100000"], "text.max_length must be from 1 to 4096, got 100000"),
         (["data.labels=none"], "captions take the place of labels"),
         (["codec.latent_channels=4", "codec.path=null"], "codec.latent_channels"),
         (["sample.guidance_scale=3", "text.caption_dropout=0"], "text.caption_dropout"),
@@ -182,7 +182,7 @@ def test_text_keys_belong_to_text_networks(tiny: list[str]) -> None:
 
 
 def test_latte_1_is_the_published_network() -> None:
-    from engine.config.text_network import text_network_config
+    from engine.text_network import text_network_config
     from models.config_t2v import LATTE_1
 
     config = load_config(None, ["model.name=Latte-1", "data.name=captions", "data.image_size=256"])

@@ -767,7 +767,7 @@ def test_C11_a_file_system_without_locks(
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     RunFolder(tmp_path / "run").open()
-    assert "cannot be locked (No locks available): see to it that only one run writes there" in caplog.text
+    assert "cannot be locked (No locks available): make sure only one run writes there" in caplog.text
 
 
 # ---- C12, C13: writing beside the training ---------------------------------------------------------
@@ -1004,7 +1004,7 @@ def with_deletions(monkeypatch: pytest.MonkeyPatch, deletions: dict[int, Path]) 
 
 @pytest.mark.parametrize("gone", ["run", "run/checkpoints", "run/metrics.jsonl", "run/tensorboard"])
 @pytest.mark.parametrize("log_every", [1, 10], ids=["logged", "saved"])
-def test_H7_what_is_deleted_during_the_run_is_made_again_and_told(
+def test_H12_what_is_deleted_during_the_run_is_made_again_and_told(
     tiny: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

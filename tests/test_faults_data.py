@@ -32,9 +32,11 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import ClipDataset, DataConfig, VideoError, build_catalog, build_dataset, clips, open_video, readers
+from datasets import ClipDataset, DataConfig, VideoError, build_catalog, build_dataset, clips, open_video
 from datasets.clips import MAX_ATTEMPTS
+from datasets.readers import pyav
 from datasets.shards import CacheError
+from demo.data import write_mp4
 from engine import start
 from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.config import load_config
@@ -46,7 +48,6 @@ from models.autoencoder import CodecConfig, LatentCodec
 from tests.fault_support import restore
 from tests.latent_support import cache, save_codec
 from tools import prepare_dataset
-from tools.make_demo_data import write_mp4
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
 LENGTH = 24
@@ -387,12 +388,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("reader", ["pyav", "decord"])
 def test_E6_large_frames_are_refused_before_decoding(large: Path, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(open_video(large, reader)) == 1  # within the default, which the largest cameras keep
-    readers._frame_index.cache_clear()
+    pyav._frame_index.cache_clear()
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(readers, "_decoded", never)
+    monkeypatch.setattr(pyav, "_decoded", never)
     monkeypatch.setattr("decord.VideoReader", never)
     with pytest.raises(
         VideoError, match=r"large\.mp4: its frames of 4096x2048 are larger than data\.max_pixels=2073600"
@@ -497,7 +498,7 @@ def test_E7_more_frames_than_any_clip_has_are_refused(
     clip: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By what the header states (mp4), and by counting where it states nothing (mkv)."""
-    monkeypatch.setattr(readers, "MAX_FRAMES", 20)
+    monkeypatch.setattr(pyav, "MAX_FRAMES", 20)
     for kind in ("mp4", "mkv"):
         (tmp_path / f"a.{kind}").write_bytes(clip[kind])
         with pytest.raises(VideoError, match=r"states more frames \(2[14]\) than a clip may have \(20\)"):
@@ -544,19 +545,19 @@ def test_E7_rotation_is_applied(tmp_path: Path) -> None:
 def test_E7_only_needed_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 100 frames with a key frame every 8, one window near the end: its group, and the probe at the start."""
     decoded: list[int] = []
-    honest = readers._decoded
+    honest = pyav._decoded
 
     def counting(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:
         for frames in honest(packets):
             decoded.extend(0 for _ in frames or [])
             yield frames
 
-    monkeypatch.setattr(readers, "_decoded", counting)
+    monkeypatch.setattr(pyav, "_decoded", counting)
     images = [np.full((32, 32, 3), 20 + number, np.uint8) for number in range(100)]
     reader = open_video(encode(tmp_path / "a.mp4", images, g="8"))
-    assert len(decoded) <= readers.PROBE_FRAMES + 1
+    assert len(decoded) <= pyav.PROBE_FRAMES + 1
     reader.read([84, 86])
-    assert len(decoded) <= 2 * readers.PROBE_FRAMES + 8
+    assert len(decoded) <= 2 * pyav.PROBE_FRAMES + 8
 
 
 # ---- E8: one order everywhere ----------------------------------------------------------------------
@@ -1030,7 +1031,7 @@ def test_H5_a_pattern_that_never_ends(clip: Bytes, tmp_path: Path, monkeypatch: 
     assert time.monotonic() - before < 30
 
 
-def test_H7_a_link_that_leads_back_to_itself(
+def test_H10_a_link_that_leads_back_to_itself(
     clip: Bytes, tmp_path: Path, tiny: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Left out, with a warning that names it; the other clips are trained on."""

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from common.storage import file_sha256
 from engine import checkpoint as ckpt
 from engine import launch, signals, trainer
 from engine.config import load_config
@@ -253,7 +254,7 @@ def test_A13_a_clean_finish_leaves_a_record(tiny: list[str], tmp_path: Path) -> 
     record = json.loads((tmp_path / "run" / "COMPLETED").read_text())
     folder = newest(tmp_path / "run")
     assert (record["step"], record["checkpoint"]) == (3, folder.name)
-    assert record["sha256"]["model.safetensors"] == ckpt.file_sha256(folder / "model.safetensors")
+    assert record["sha256"]["model.safetensors"] == file_sha256(folder / "model.safetensors")
     assert not (tmp_path / "run" / "PREEMPTED").exists()
     lines = inspect.getsource(launch.train)  # the record is written before anything is torn down
     assert lines.index(".fit()") < lines.index("close_world()")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common.storage import file_sha256
 from engine import checkpoint as ckpt
 from engine.config import OptimConfig, load_config
 from engine.distributed import World
@@ -305,7 +306,7 @@ def spoil(folder: Path, name: str, change: Any) -> None:
     else:
         file.write_text(json.dumps(change(json.loads(file.read_text()))))
     manifest = json.loads((folder / ckpt.MANIFEST).read_text())
-    manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": ckpt.file_sha256(file)}
+    manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     (folder / ckpt.MANIFEST).write_text(json.dumps(manifest))
 
 

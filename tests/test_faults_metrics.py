@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from evaluation.distances import frechet_distance
 from tests.detector_stubs import StubI3D, write_network
 from tools import calc_metrics_for_dataset as command
-from tools.metrics.distances import frechet_distance
 
 
 class BrokenI3D(nn.Module):

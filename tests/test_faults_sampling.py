@@ -387,7 +387,7 @@ def test_H5_too_many_videos(checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("step", [-1, math.nan, math.inf, 1.5, True, "1", None])
-def test_H7_a_manifest_whose_step_is_none(
+def test_H11_a_manifest_whose_step_is_none(
     checkpoint: Path, tmp_path: Path, step: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)

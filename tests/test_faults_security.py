@@ -30,8 +30,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from datasets.catalog import build_catalog, read_frame_list
-from datasets.clips import DataConfig, build_dataset
+from common.console import printable
+from datasets.build import build_catalog, build_dataset
+from datasets.config import DataConfig
+from datasets.labels import read_frame_list
 from datasets.readers import VideoError, open_video
 from engine import cli
 from engine.build import build_model
@@ -46,10 +48,11 @@ from engine.checkpoint import save_checkpoint as write_checkpoint
 from engine.conditions import class_conditions
 from engine.config import MAX_YAML_CHARACTERS, load_config
 from engine.logging import RunLogger
-from engine.text import printable
+from engine.official_keys import translate_config
 from engine.weights import load_model_weights
+from evaluation.detectors import load_detector
 from models.autoencoder import CodecConfig, LatentCodec
-from models.convert import read_state_dict
+from models.convert import extract_weights, read_state_dict
 from models.taef2 import DECODER_FILE, ENCODER_FILE, Taef2
 from sample.generate import Generator
 from sample.sample import write_samples
@@ -58,8 +61,7 @@ from sample.video_io import contact_sheet, slug, write_mp4
 from tests.conftest import TINY
 from tests.detector_stubs import write_stub
 from tests.fault_support import seal
-from tools import convert_checkpoint, convert_config, prepare_dataset
-from tools.metrics.detectors import load_detector
+from tools import convert, prepare_dataset
 from tools.unpack import unpack
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +108,7 @@ def test_D1_payload_in_a_checkpoint(tmp_path: Path, kind: str, form: str) -> Non
     else:
         torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
     for read in (read_state_dict, load_model_weights, lambda path: Source.open(path).weights("ema")):
-        with pytest.raises(ValueError, match=r"bad\.pt (holds Python objects|is not a whole)") as error:
+        with pytest.raises(ValueError, match=r"bad\.pt (holds Python objects|is not a complete)") as error:
             read(file)
         assert "\n" not in str(error.value)
     assert not marker.exists()
@@ -165,9 +167,9 @@ SETTINGS = {
 def test_D2_settings_are_refused_with_advice_that_works(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "official.pt"
     digest = with_settings(file, SETTINGS[kind])
-    with pytest.raises(ValueError, match=r"python -m tools\.convert_checkpoint`.*SHA-256"):
+    with pytest.raises(ValueError, match=r"python -m tools\.convert checkpoint`.*SHA-256"):
         read_state_dict(file)
-    assert convert_checkpoint.main([str(file), "--sha256", digest.upper()]) == 0
+    assert convert.main(["checkpoint", str(file), "--sha256", digest.upper()]) == 0
     weights = load_file(tmp_path / "official.safetensors")
     assert list(weights) == ["w"] and torch.equal(weights["w"], torch.ones(2))
     assert torch.equal(read_state_dict(tmp_path / "official.safetensors")["w"], torch.ones(2))
@@ -179,9 +181,9 @@ def test_D2_only_a_listed_hash_is_opened(tmp_path: Path, monkeypatch: pytest.Mon
     wrong = hashlib.sha256(b"another").hexdigest()
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(ValueError, match=f"not opened: its SHA-256 is {digest}, but --sha256 allows {wrong}"):
-        convert_checkpoint.main([str(file), "--sha256", wrong])
+        convert.main(["checkpoint", str(file), "--sha256", wrong])
     with pytest.raises(SystemExit):
-        convert_checkpoint.main([str(file)])
+        convert.main(["checkpoint", str(file)])
     assert not (tmp_path / "official.safetensors").exists()
 
 
@@ -190,7 +192,7 @@ def test_D2_the_convert_command_runs_nothing_even_with_the_hash(tmp_path: Path, 
     marker, file = tmp_path / "ran", tmp_path / "official.pt"
     digest = with_settings(file, argparse.Namespace(a=payloads(marker)[kind]))
     with pytest.raises(ValueError, match="Python objects"):
-        convert_checkpoint.main([str(file), "--sha256", digest])
+        convert.main(["checkpoint", str(file), "--sha256", digest])
     assert not marker.exists() and not (tmp_path / "official.safetensors").exists()
 
 
@@ -199,16 +201,7 @@ def test_D2_settings_are_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = tmp_path / "official.pt"
     digest = with_settings(file, argparse.Namespace(a=1))
     monkeypatch.setattr(argparse, "Namespace", lambda *_, **__: pytest.fail("made"))
-    convert = [str(file), "--sha256", digest]
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *_: FakeArguments(file, digest))
-    assert convert_checkpoint.main(convert) == 0
-
-
-class FakeArguments:
-    """What the convert command's parser gives, without the Namespace that the test takes away."""
-
-    def __init__(self, file: Path, digest: str) -> None:
-        self.checkpoint, self.sha256, self.output, self.weights = file, [digest], None, "ema"
+    assert torch.equal(extract_weights(file, [digest])["w"], torch.ones(2))
 
 
 # ---- D3: the code itself ---------------------------------------------------------------------------
@@ -227,7 +220,7 @@ FORBIDDEN = frozenset(
 FORBIDDEN_KEYWORDS = ("shell", "allow_pickle", "trust_remote_code")
 # (file, name) -> why it is right there
 ALLOWED = {
-    ("tools/metrics/torchscript.py", "torch.jit.load"): "after the hash, the archive and what runs while it is loaded",
+    ("evaluation/torchscript.py", "torch.jit.load"): "after the hash, the archive and what runs while it is loaded",
     ("tests/test_datasets_clips.py", "pickle.loads"): "a round trip of our own object",
     ("tests/test_datasets_readers.py", "pickle.loads"): "a round trip of our own object",
     ("tests/test_faults_data.py", "pickle.loads"): "a round trip of our own object",
@@ -342,7 +335,7 @@ def test_D4_dcp_folder_is_refused_unopened(dcp_folder: Path, tmp_path: Path, tin
                 trainer.fit()
         assert opened == []
         for name in (".metadata", "__0_0.distcp"):
-            with pytest.raises(ValueError, match=r"not a whole|Python objects"):
+            with pytest.raises(ValueError, match=r"not a complete|Python objects"):
                 read_state_dict(dcp_folder / name)
     finally:
         watching = False
@@ -388,7 +381,7 @@ def test_D5_header_attacks(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "bad.safetensors"
     file.write_bytes(SAFETENSORS[kind])
     before, start = memory(), time.process_time()
-    with pytest.raises(ValueError, match=r"bad\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"bad\.safetensors is not a complete safetensors file"):
         read_state_dict(file)
     assert time.process_time() - start < 0.1 and memory() - before < 50e6
 
@@ -440,7 +433,7 @@ def test_D6_version_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, versio
         assert read_state_dict(tmp_path / "a.pt") and Taef2.from_folder(tmp_path)
         return
     for read in (lambda: read_state_dict(tmp_path / "a.pt"), lambda: Taef2.from_folder(tmp_path)):
-        with pytest.raises(ValueError, match=rf"is not read: with PyTorch {version.split('+')[0]}.*2\.10 or newer"):
+        with pytest.raises(ValueError, match=rf"because with PyTorch {version.split('+')[0]}.*2\.10 or newer"):
             read()
 
 
@@ -480,10 +473,10 @@ def test_D7_hostile_yaml(tmp_path: Path, kind: str) -> None:
     text, word = YAMLS[kind]
     marker, file = tmp_path / "ran", tmp_path / "bad.yaml"
     file.write_text(text.replace("MARKER", str(marker)))
-    for read in (load_config, convert_config.read_official):
+    for read in (load_config, convert.read_official):
         start = time.process_time()
         with pytest.raises(ValueError, match=word) as error:
-            convert_config.convert(config) if isinstance(config := read(file), dict) else None
+            translate_config(config) if isinstance(config := read(file), dict) else None
         assert time.process_time() - start < 1.0
         assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
     assert not marker.exists()
@@ -800,7 +793,7 @@ def test_D12_a_hub_name_without_a_network(no_network: list[str], monkeypatch: py
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"could not be had from the hub"):
+    with pytest.raises(FileNotFoundError, match=r"could not be downloaded from the hub"):
         LatentCodec.from_config(CodecConfig(path="nobody/nothing-at-all"))
     assert no_network == []
 
@@ -985,7 +978,7 @@ def test_D12_a_detectors_hash(tmp_path: Path, no_network: list[str], monkeypatch
 @pytest.mark.parametrize("attack", ["bomb", "many", "encrypted"])
 def test_D12_D11_a_detector_as_a_bomb(tmp_path: Path, attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_stub("c3d", tmp_path)
-    monkeypatch.setattr("tools.metrics.torchscript.MAX_RECORDS", 50)
+    monkeypatch.setattr("evaluation.torchscript.MAX_RECORDS", 50)
     with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
         if attack == "bomb":
             archive.writestr("c3d/code/zeros.py", bytes(100 * 2**20))

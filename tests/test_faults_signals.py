@@ -268,12 +268,12 @@ def test_H2_ranks_with_different_configurations(
         ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
     ],
 )
-def test_H5_launch_variables_that_do_not_belong_together(variables: dict[str, str], said: str) -> None:
+def test_H8_launch_variables_that_do_not_belong_together(variables: dict[str, str], said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         launch_variables(variables)
 
 
-def test_H5_master_port_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_H8_master_port_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
@@ -286,7 +286,7 @@ def test_H5_master_port_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_H5_the_port_of_a_launch_is_in_use(tmp_path: Path) -> None:
+def test_H8_the_port_of_a_launch_is_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         flags = ["--nnodes=1", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from models import attention
-from models.attention import BACKENDS, Call, fused, plain
+from models.attention import BACKENDS, Call, fused_attention, plain_attention
 from models.blocks import LAYER_PLANS, MIXERS, Block
 from models.embeddings import axis_positions, rotary_table, rotate
 
@@ -179,7 +179,7 @@ def test_masks_mean_the_same_to_both_kernels(view: str, dtype: torch.dtype) -> N
     keep = torch.rand(rows, 1, length, length, generator=torch.Generator().manual_seed(4)) < 0.7
     keep |= torch.eye(length, dtype=torch.bool)  # no row without a key
     call = Call(q, k, v, view, HEADS, keep if dtype == torch.bool else keep.log().to(dtype))
-    first, second = fused(call), plain(call)
+    first, second = fused_attention(call), plain_attention(call)
     torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (first, second)]
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
@@ -208,7 +208,7 @@ def test_fused_attention_in_bf16(view: str) -> None:
     generator = torch.Generator().manual_seed(5)
     q, k, v, upstream = (torch.randn(2, 4, 9, 16, generator=generator).bfloat16() for _ in range(4))
     results = []
-    for dtype, run in ((torch.bfloat16, attention.fused), (torch.float64, attention.plain)):
+    for dtype, run in ((torch.bfloat16, attention.fused_attention), (torch.float64, attention.plain_attention)):
         inputs = [each.detach().to(dtype).requires_grad_() for each in (q, k, v)]
         out = run(attention.Call(*inputs, view, 2))
         out.backward(upstream.to(dtype))
@@ -224,5 +224,5 @@ def test_plain_stays_plain_when_compiled() -> None:
     torch._dynamo.reset()
     counters.clear()
     q, k, v = torch.randn(3, 1, 4, 6, 16, requires_grad=True).bfloat16()  # of a single clip it did
-    torch.compile(lambda: plain(Call(q, k, v, "temporal", 2)), fullgraph=True)()
+    torch.compile(lambda: plain_attention(Call(q, k, v, "temporal", 2)), fullgraph=True)()
     assert "fuse_attention" not in counters["inductor"]

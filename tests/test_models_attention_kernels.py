@@ -13,7 +13,7 @@ from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
 from models import attention
-from models.attention import attend, choose, fused, plain
+from models.attention import attend, choose, fused_attention, plain_attention
 from tests.temporal_kernel_support import brute_force, relative_error
 
 VIEWS = ("spatial", "temporal", "text")
@@ -70,13 +70,13 @@ def test_more_heads_than_a_grid_has_room_for(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_unknown_choice_is_named() -> None:
-    with pytest.raises(ValueError, match="attention must be one of auto, fused, plain, not 'xformers'"):
+    with pytest.raises(ValueError, match="attention must be one of auto, fused, plain, got 'xformers'"):
         choose("xformers")
 
 
 def test_the_key_of_a_run_chooses(tiny: list[str]) -> None:
     for name in ("plain", "auto"):
         Trainer(load_config(None, [*tiny, f"train.attention={name}"]), World())
-        assert attention._kernel is {"plain": plain, "auto": fused}[name]
+        assert attention._kernel is {"plain": plain_attention, "auto": fused_attention}[name]
     with pytest.raises(ValueError, match=r"train.attention must be one of auto, fused, plain, got 'math'"):
         load_config(None, [*tiny, "train.attention=math"])

@@ -239,7 +239,7 @@ def test_pixel_space_with_the_channels_of_a_codec() -> None:
     [("latent_channels", 0), ("downsample_factor", 0), ("chunk_size", 0), ("scale", 0.0), ("dtype", "fp8")],
 )
 def test_values_out_of_range_are_named(key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"codec\.{key} is"):
+    with pytest.raises(ValueError, match=rf"codec\.{key} must be"):
         CodecConfig(**{key: value})
 
 
@@ -255,7 +255,9 @@ def test_a_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"codec\.path=nobody/nothing .*could not be had from the hub") as error:
+    with pytest.raises(
+        FileNotFoundError, match=r"codec\.path=nobody/nothing .*could not be downloaded from the hub"
+    ) as error:
         LatentCodec.from_config(CodecConfig(path="nobody/nothing"))
     assert "\n" not in str(error.value)
 
@@ -292,7 +294,7 @@ def test_weights_that_do_not_fill_the_autoencoder(
 
 def test_videos_that_do_not_fit(saved: dict[str, tuple[Any, Path]]) -> None:
     codec = LatentCodec.from_config(config(saved["AutoencoderTiny"][1]))
-    with pytest.raises(ValueError, match=r"15x15 pixels .* codec\.downsample_factor is 2"):
+    with pytest.raises(ValueError, match=r"15x15 pixels .* codec\.downsample_factor=2"):
         codec.encode(clips(size=15))
     with pytest.raises(ValueError, match="a video must be"):
         codec.encode(clips()[0])
@@ -349,7 +351,7 @@ def test_the_shipped_codec_is_what_its_recipe_says() -> None:
     """Round trip of freshly drawn clips through assets/demo/codec, at both sizes."""
     import numpy as np
 
-    from datasets.demo import accuracy, draw_clip
+    from demo.drawn import accuracy, draw_clip
 
     folder = ROOT / "assets" / "demo" / "codec"
     recipe = json.loads((folder / "recipe.json").read_text())

@@ -105,7 +105,7 @@ def test_broken_files(tmp_path: Path, name: str) -> None:
     whole = path.read_bytes()
     for broken in (b"", b"hello world " * 20, whole[: len(whole) // 2], whole[:-40]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=f"{name} is not a whole") as raised:
+        with pytest.raises(ValueError, match=f"{name} is not a complete") as raised:
             read_state_dict(path)
         assert "\n" not in str(raised.value)
     with pytest.raises(FileNotFoundError):

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LattePipeline, LatteTransformer3DModel, PixArtTransformer2DModel
+from diffusers import LattePipeline, LatteTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.convert_t2v import convert_t2v, load_t2v, save_t2v, to_diffusers
-from tests.t2v_support import CONFIG, inputs, ours_of, randomize, theirs, tiny_pipeline
-from tools import convert_t2v as command
+from tests.t2v_support import CONFIG, IMAGE, inputs, ours_of, pixart, theirs, tiny_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -120,7 +119,7 @@ def test_our_network_in_a_pipeline_from_a_folder_and_the_whole_saved_again(tmp_p
 
 
 def test_official_files(tmp_path: Path) -> None:
-    """EMA first, prefixes of wrappers, and what older versions of the code kept beside the weights."""
+    """EMA first, prefixes of wrappers, and what older versions of the code kept next to the weights."""
     network = theirs()
     old = {
         "caption_projection.y_embedding": torch.ones(120, 12),
@@ -150,12 +149,6 @@ def test_other_frame_counts_and_options(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------- PixArt
-
-IMAGE = {key: value for key, value in CONFIG.items() if key != "video_length"}
-
-
-def pixart(**changes: Any) -> PixArtTransformer2DModel:
-    return randomize(PixArtTransformer2DModel(**{**IMAGE, **changes}), seed=5)  # type: ignore[return-value]
 
 
 def originally_named(network: nn.Module) -> dict[str, Tensor]:
@@ -246,7 +239,7 @@ def test_temporal_blocks_of_a_start_learn(tmp_path: Path) -> None:
 
 
 def test_image_size_conditions_are_left(tmp_path: Path) -> None:
-    """PixArt at 1024 pixels is told the size of its images; Latte is not, and the report says so."""
+    """PixArt at 1024 pixels takes the size of its images as a condition; Latte does not, and the report says so."""
     network = pixart(attention_head_dim=12, cross_attention_dim=24, use_additional_conditions=True)
     network.save_pretrained(tmp_path)
     model, report = convert_t2v(tmp_path)
@@ -265,7 +258,7 @@ def test_a_start_is_saved_with_its_scale(tmp_path: Path, caplog: pytest.LogCaptu
     model = load_t2v(tmp_path / "pixart", video_length=6)
     model.temporal_position_scale = 0.25
     save_t2v(model, tmp_path / "ours")
-    assert "temporal_position_scale is 0.25, which diffusers takes for 1" in caplog.text
+    assert "temporal_position_scale is 0.25, but diffusers ignores it and uses 1" in caplog.text
     again = load_t2v(tmp_path / "ours")
     assert again.temporal_position_scale == 0.25
     assert same_output(again, model)
@@ -300,13 +293,13 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_a_file_without_a_config_is_taken_for_latte_1(tmp_path: Path) -> None:
     save_file(theirs().state_dict(), tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"taken for Latte-1 as there is no config\.json beside it, does not fit"):
+    with pytest.raises(ValueError, match=r"read as Latte-1 because there is no config\.json next to it, does not fit"):
         load_t2v(tmp_path / "weights.safetensors")
 
 
 def test_a_class_conditional_network_is_named_as_such(tmp_path: Path) -> None:
     torch.save({"blocks.0.attn.qkv.weight": torch.ones(3, 1), "temp_embed": torch.ones(1)}, tmp_path / "ffs.pt")
-    with pytest.raises(ValueError, match="is no text-conditioned network"):
+    with pytest.raises(ValueError, match="is not a text-conditioned network"):
         load_t2v(tmp_path / "ffs.pt")
 
 
@@ -355,33 +348,3 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="no space"):
         save_t2v(ours_of(theirs()), tmp_path / "folder")
     assert not list(tmp_path.iterdir())
-
-
-# ------------------------------------------------------------------------------------ command line
-
-
-def test_the_command_converts_reports_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    theirs().save_pretrained(tmp_path / "latte")
-    pixart().save_pretrained(tmp_path / "pixart")
-    torch.save(theirs().state_dict(), tmp_path / "t2v.pt")
-    (tmp_path / "tiny.json").write_text(json.dumps(CONFIG))
-    for number, arguments in enumerate(
-        (["latte"], ["pixart"], ["latte", "--dtype", "fp16"], ["t2v.pt", "--config", str(tmp_path / "tiny.json")])
-    ):
-        source, *options = arguments
-        assert command.main([str(tmp_path / source), str(tmp_path / str(number)), *options]) == 0
-        out = capsys.readouterr().out
-        assert "taken from the checkpoint: " in out
-        assert re.search(r"0.02 M parameters, torch.float(32|16)", out)
-        difference = re.search(r"largest difference to diffusers' output: (\S+)\n", out)
-        assert float(difference[1]) < 1e-5
-        assert LatteTransformer3DModel.from_pretrained(tmp_path / str(number)).config.video_length in (4, 16)
-
-
-def test_the_command_notices_a_wrong_conversion(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs().save_pretrained(tmp_path / "latte")
-    monkeypatch.setattr("models.latte_t2v.LatteT2V._add_time_positions", lambda self, x, num_frames: x)
-    assert command.main([str(tmp_path / "latte"), str(tmp_path / "out")]) == 1
-    assert "too much" in capsys.readouterr().out

@@ -342,7 +342,7 @@ def test_tables_of_labels() -> None:
     [
         ({}, {"latent_size": 5}, ["5 x 5", "2 x 2", "data.image_size"]),
         ({}, {"latent_size": (4, 7)}, ["4 x 7", "2 x 2"]),
-        ({"patch_embedding": "tubelet"}, {"num_frames": 5}, ["5 frames", "model.tubelet_size (2)"]),
+        ({"patch_embedding": "tubelet"}, {"num_frames": 5}, ["5 frames", "model.tubelet_size=2"]),
         ({}, {"num_frames": 0}, ["at least one frame", "0"]),
     ],
 )
@@ -360,7 +360,7 @@ def test_impossible_sizes(changes: dict, sizes: dict, words: list[str]) -> None:
         ({}, (2, 4, 2, 4, 5), (2,), 0, ["4 x 5", "2 x 2"]),
         ({}, (2, 4, 2, 4, 6), (2,), 4, ["at least one frame"]),
         ({}, (2, 4, 2, 4, 6), (2,), -1, ["num_images", "-1"]),
-        ({}, (2, 4, 2, 4, 6), None, 0, ["3 classes", "labels", "3"]),
+        ({}, (2, 4, 2, 4, 6), None, 0, ["model.num_classes=3", "labels", "3"]),
         ({}, (2, 4, 2, 4, 6), (2, 3), 0, ["labels", "(2,) or (2, 1)", "(2, 3)"]),
         ({}, (2, 4, 2, 4, 6), (2,), 1, ["labels", "(2, 2)", "(2,)"]),
         ({"num_classes": 0}, (2, 4, 2, 4, 6), (2,), 0, ["labels", "unconditional"]),

@@ -223,7 +223,7 @@ def test_a_base_that_changed_is_refused(tiny: list[str], base: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("lora.rank=-1", "lora.rank must be zero or more"),
+        ("lora.rank=-1", "lora.rank must be at least 0"),
         ("lora.alpha=2", "read only with a lora.rank above 0"),
         ("lora.targets=attention+mlp", "read only with a lora.rank above 0"),
         ("lora.rank=2", "name these with train.init_from"),
@@ -256,10 +256,10 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     wide = theirs(num_attention_heads=4, cross_attention_dim=32)
     with pytest.raises(ValueError, match=r"attn1.to_\w.* is \(16, 16\) there, \(32, 32\) here"):
         merge_lora(ours_of(wide), folder)
-    with pytest.raises(FileNotFoundError, match="no LoRA in peft's format: it has no adapter_config"):
+    with pytest.raises(FileNotFoundError, match="not a LoRA in peft's format: it has no adapter_config"):
         Adapter.from_folder(tmp_path)
     file = folder / "adapter_config.json"
-    for text, words in (("{", "not peft's"), ("[]", "not peft's"), ('{"lora_alpha": "NaN"}', "no number"),
+    for text, words in (("{", "not peft's"), ("[]", "not peft's"), ('{"lora_alpha": "NaN"}', "alpha must be finite"),
                         ('{"lora_alpha": 2, "use_dora": true}', "use_dora is True; only plain LoRA")):  # fmt: skip
         file.write_text(text)
         with pytest.raises(ValueError, match=words):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from models.latte_t2v import LatteT2V
-from models.quantize import KINDS, check_device, quantize
+from models.quantize import QUANTIZERS, check_device, quantize
 from models.text_encoder import TextEncoder
 from tests.t2v_support import CONFIG, inputs, randomize, theirs, tiny_pipeline
 
@@ -45,7 +45,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZERS)
 @torch.no_grad()
 def test_the_network_computes_nearly_the_same_from_fewer_bytes(kind: str, dtype: torch.dtype) -> None:
     model = text_network()
@@ -60,7 +60,7 @@ def test_the_network_computes_nearly_the_same_from_fewer_bytes(kind: str, dtype:
     assert model.proj_out.weight.dtype == dtype, "the ends stay as they are"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZERS)
 @torch.no_grad()
 def test_the_text_encoder_too(kind: str) -> None:
     """In fp16, where T5's last maps stay in fp32: their values outgrow it."""
@@ -89,7 +89,9 @@ def test_a_quantised_encoder_from_a_folder(tmp_path: Path) -> None:
 
 def test_without_cuda_bitsandbytes_is_refused() -> None:
     for kind in ("bnb8", "bnb4"):
-        with pytest.raises(ValueError, match=f"quantize_transformer={kind} is bitsandbytes', which needs CUDA; on cpu"):
+        with pytest.raises(
+            ValueError, match=f"quantize_transformer={kind} is from bitsandbytes, which needs CUDA; use int8 on cpu"
+        ):
             check_device(kind, torch.device("cpu"), "quantize_transformer")
         check_device(kind, torch.device("cuda", 0), "quantize_transformer")
     check_device("int8", torch.device("cpu"), "quantize_transformer")
@@ -98,7 +100,7 @@ def test_without_cuda_bitsandbytes_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUANTIZERS)
 @torch.no_grad()
 def test_on_a_gpu(kind: str) -> None:
     """The same on CUDA, where the peak must stay below that of the half-precision network."""

@@ -18,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+from common.storage import FolderLock
 from engine.checkpoint import content_sha256, find_checkpoint, load_checkpoint_config
 from engine.conditions import class_conditions
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import SamplesNotWritten
 from engine.objective import sample_generator
-from engine.run_folder import FolderLock
 from engine.weights import load_model_weights
 from sample import sample_ddp
 from sample.generate import Generator, _drawn
@@ -351,7 +351,7 @@ def test_what_is_not_ours_stays(checkpoint: Path, tmp_path: Path) -> None:
     for name, content in strange.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=r"out/videos is there already and of no sampling job"):
+    with pytest.raises(ValueError, match=r"out/videos exists and is from no sampling job"):
         sample(checkpoint, folder)
     (folder / "videos" / "README").rename(folder / "README")
     assert sample(checkpoint, folder) == 0
@@ -364,7 +364,7 @@ def test_what_is_not_ours_stays(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_stranger_among_the_videos_is_refused(checkpoint: Path, job: Path, name: str) -> None:
     (job / name).parent.mkdir(exist_ok=True)
     (job / name).write_bytes(b"mine")
-    with pytest.raises(ValueError, match=rf"holds {name.partition('/')[2]}, which is no video of this job: move it"):
+    with pytest.raises(ValueError, match=rf"holds {name.partition('/')[2]}, which is not a video of this job: move it"):
         sample(checkpoint, job)
     assert (job / name).read_bytes() == b"mine"
 
@@ -375,7 +375,7 @@ def test_the_folder_of_sample_py_is_refused(checkpoint: Path, tmp_path: Path) ->
     arguments = ["--ckpt", str(checkpoint), "--steps", "2", "--num_videos", "1", "--device", "cpu"]
     assert single.main([*arguments, "--save_video_path", str(tmp_path / "out")]) == 0
     before = tree(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"samples\.json is there already and of no sampling job"):
+    with pytest.raises(ValueError, match=r"samples\.json exists and is from no sampling job"):
         sample(checkpoint, tmp_path / "out")
     assert tree(tmp_path / "out") == before
 
@@ -383,7 +383,7 @@ def test_the_folder_of_sample_py_is_refused(checkpoint: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("text", ["{}", "[1]", '{"settings": 3, "machines": []}', "half of i"])
 def test_another_programs_settings_are_refused(checkpoint: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match=r"settings\.json is not what a sampling job wrote"):
+    with pytest.raises(ValueError, match=r"settings\.json was not written by a sampling job"):
         sample(checkpoint, tmp_path)
     assert (tmp_path / "settings.json").read_text() == text
 

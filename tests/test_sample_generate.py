@@ -192,7 +192,7 @@ def test_classes_come_in_turn() -> None:
         (["model.label_dropout=0"], {"guidance_scale": 2.0}, "a null label"),
         ([], {"method": "euler"}, r"choose ddpm \| ddim"),
         (["diffusion.prediction=flow"], {"method": "ddim"}, r"choose euler \| heun"),
-        ([], {"eta": 0.5}, "eta=0.5 belongs to method ddim"),
+        ([], {"eta": 0.5}, "eta=0.5 is read only by method ddim"),
         ([], {"steps": 2000}, "2000"),
     ],
 )

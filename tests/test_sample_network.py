@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion import evaluations
+from diffusion import list_evaluations
 from engine.build import build_model, build_process
 from engine.config import Config, load_config
 from models.autoencoder import LatentCodec
@@ -134,7 +134,7 @@ class NoReading(TorchDispatchMode):
 def test_nothing_waits_for_the_device_during_a_walk() -> None:
     generator = generator_of()
     process, guidance = build_process(generator.config, respacing="6"), Guidance(2.0, (0.2, 0.9))
-    times = [each.time for each in evaluations(process, "ddim")]
+    times = [each.time for each in list_evaluations(process, "ddim")]
     walk = Walk(times, 1000)
     denoiser = generator.denoiser([0, 1], guidance, walk)
     from diffusion import sample

@@ -20,7 +20,7 @@ from engine.trainer import Trainer
 from sample.pipeline_latte import LatteVideoPipeline
 from tests.hub_stand_in import Hub, local_hub
 from tests.t2v_support import randomize, theirs, tiny_pipeline, tiny_vae
-from tools import make_pipeline
+from tools import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS: dict[str, Any] = {"num_videos": 3, "seed": 4, "steps": 2, "guidance_scale": 2.0}
@@ -56,7 +56,7 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
 
 
 def alone(name: str, hub: Hub, home: Path) -> tuple[str, str]:
-    """Hash of the videos that a fresh process makes, and what it says beside them."""
+    """Hash of the videos that a fresh process makes, and its standard error."""
     done = subprocess.run(
         [sys.executable, "-c", ALONE, name], cwd=ROOT, env=environment(hub, home), capture_output=True, text=True
     )
@@ -68,15 +68,8 @@ def test_pushed_and_loaded_elsewhere_it_makes_the_same_videos(checkpoint: Path, 
     """Written by the command in one process, loaded by hub name in another: bit for bit."""
     expected = LatteVideoPipeline.from_checkpoint(checkpoint, device="cpu")(**SETTINGS)
     assert expected.shape == (3, 4, 8, 8, 3) and expected.std() > 1
-    command = [
-        sys.executable,
-        "-m",
-        "tools.make_pipeline",
-        str(checkpoint),
-        str(tmp_path / "mine"),
-        "--push",
-        "me/mine",
-    ]
+    arguments = ["pipeline", str(checkpoint), str(tmp_path / "mine"), "--push", "me/mine"]
+    command = [sys.executable, "-m", "tools.convert", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment(hub, tmp_path / "a"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made, files = hub.find("me/mine", "main")
@@ -94,7 +87,7 @@ def test_pushed_and_loaded_elsewhere_it_makes_the_same_videos(checkpoint: Path, 
 
 
 def test_a_folder_keeps_classes_and_settings(checkpoint: Path, tmp_path: Path) -> None:
-    assert make_pipeline.main([str(checkpoint), str(tmp_path / "mine")]) == 0
+    assert convert.main(["pipeline", str(checkpoint), str(tmp_path / "mine")]) == 0
     pipeline = LatteVideoPipeline.from_pretrained(tmp_path / "mine", device="cpu")
     first = LatteVideoPipeline.from_checkpoint(checkpoint, device="cpu")
     assert pipeline.generator.conditions.names == first.generator.conditions.names
@@ -131,17 +124,17 @@ import torch
 from models.autoencoder import CodecConfig, LatentCodec
 from models.text_encoder import TextEncoder
 from sample import sample_t2x
-from tools import convert_t2v
+from tools import convert
 out = sys.argv[1]
 codec = LatentCodec.from_config(CodecConfig(path="me/latte", subfolder="vae", revision="v1", downsample_factor=2))
 assert codec.network.config.latent_channels == 4
 size = ["--image_size", "16", "16", "--video_length", "1", "--num_sampling_steps", "2"]
 assert not sample_t2x.main(["--pretrained_model_path", "me/latte", "--prompt", "a red disc", "--save_img_path", out,
                             "--precision", "fp32", "--device", "cpu", *size])
-assert not convert_t2v.main(["me/latte", out + "/converted", "--revision", "v1"])
+assert not convert.main(["t2v", "me/latte", out + "/converted", "--revision", "v1"])
 for number, arguments in enumerate((["me/absent"], ["me/latte", "--revision", "v9"])):
     try:
-        convert_t2v.main([arguments[0], out + str(number), *arguments[1:]])
+        convert.main(["t2v", arguments[0], out + str(number), *arguments[1:]])
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
 """
@@ -160,4 +153,4 @@ def test_a_hub_name_works_wherever_a_folder_does(hub: Hub, tmp_path: Path) -> No
     assert done.stderr.count(f"me/latte: revision main, commit {second}") == 1
     assert (tmp_path / "out" / "0000_a_red_disc.png").is_file()
     for name, reason in (("me/absent", "RepositoryNotFoundError"), ("me/latte", "RevisionNotFoundError")):
-        assert f"source={name} is not a folder here, and could not be had from the hub ({reason})" in done.stderr
+        assert f"source={name} is not a local folder and could not be downloaded from the hub ({reason})" in done.stderr

@@ -26,13 +26,14 @@ from models.lora import LoraConfig, add_lora, lora_weights, save_lora
 from sample import sample_t2x
 from sample.t2v_export import describe_scheduler, export_run
 from sample.t2x_config import load_t2x_config
-from sample.t2x_run import TrainedRun
+from sample.text_model import RunModel
 from sample.text_to_video import Sampler, denoise
 from tests.conftest import random_weights
 from tests.fault_support import restore, seal
 from tests.hub_stand_in import local_hub
 from tests.latent_support import save_codec
 from tests.text_support import TINY_TEXT, draw_captioned, save_text_encoder
+from tools import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -64,12 +65,13 @@ def test_diffusers_pipeline_makes_the_same_video(base: list[str], tmp_path: Path
     config = load_config(None, [*base, *predictions])
     source, folder = checkpoint(config, tmp_path / "run"), tmp_path / "latte"
     assert export_run(source, folder) == []
-    run = TrainedRun.open(str(source))
+    run = RunModel.open(str(source))
     settings = load_t2x_config(None, {"text_prompt": ["a stone falls"]}, run.settings())
-    sampler = Sampler(settings, folder, CPU, run.config.codec)
-    encoded = sample_t2x.encode_all(settings, folder, settings.prompts(), CPU, run)[0]
+    sampler = Sampler(settings, run, CPU)
+    encoded = sample_t2x.encode_all(settings, run, settings.prompts(), CPU)[0]
     noise = torch.randn(sampler.noise_shape, generator=torch.Generator().manual_seed(0))
-    ours = sampler.codec.decode(denoise(sampler.model, sampler.scheduler, encoded, noise, settings).transpose(1, 2))
+    latents = denoise(sampler.model, sampler.schedule, encoded, noise.transpose(1, 2), settings)
+    ours = sampler.codec.decode(latents)
     pipeline = LattePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -128,8 +130,7 @@ def test_a_network_without_a_variance_gets_one_of_zeros(base: list[str], tmp_pat
     config = load_config(None, [*base, "model.learn_sigma=false"])
     source = checkpoint(config, tmp_path / "run")
     export_run(source, tmp_path / "latte")
-    export_run(source, tmp_path / "links", link=True)
-    padded, plain = load_t2v(tmp_path / "latte"), load_t2v(tmp_path / "links")
+    padded, plain = load_t2v(tmp_path / "latte"), RunModel.open(str(source)).load_network(torch.float32)
     x, words, t = torch.randn(2, 5, 4, 4, 4), torch.randn(2, 6, 12), torch.tensor([3, 900])
     with torch.no_grad():
         mean, variance = padded(x, t, words, return_dict=False)[0].chunk(2, dim=1)
@@ -183,9 +184,11 @@ def test_a_run_is_sampled_by_its_name(base: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "0000_a_stone_falls.mp4").read_bytes() != first
 
 
-def test_an_image_network_is_pixart(base: list[str], tmp_path: Path) -> None:
+def test_an_image_network_is_pixart(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(None, [*base, *IMAGES])
-    export_run(checkpoint(config, tmp_path / "run"), tmp_path / "pixart")
+    source, folder = checkpoint(config, tmp_path / "run"), tmp_path / "pixart"
+    assert convert.main(["diffusers", str(source), str(folder), "--weights", "raw"]) == 0
+    assert capsys.readouterr().out.startswith(f"{folder} is written\nwithout scheduler, vae and text: ")
     theirs = PixArtTransformer2DModel.from_pretrained(tmp_path / "pixart" / "transformer").eval()
     ours = build_model(config).eval()
     ours.load_state_dict(random_weights(config, 0))
@@ -243,7 +246,7 @@ def test_a_video_network_is_a_start_too(base: list[str], tmp_path: Path) -> None
             torch.equal(value, run.state.model.state_dict()[key]) for key, value in random_weights(config, 0).items()
         )
     for overrides, sentence in [
-        (["train.temporal_ramp_steps=4"], "is for a video network begun from an image network, which"),
+        (["train.temporal_ramp_steps=4"], "is for a video network that starts from an image network, which"),
         (["model.hidden_size=32"], "is another network: attention_head_dim 8 there and 16 here"),
     ]:
         run = Trainer(load_config(None, [*base, f"train.init_from={tmp_path / 'latte'}", *overrides]), World())
@@ -262,7 +265,7 @@ from engine.distributed import World
 from engine.trainer import Trainer
 from models.latte_t2v import LatteT2V
 from sample import sample_t2x
-from tools import convert_t2v
+from tools import convert
 out, *keys = sys.argv[1:]
 run = Trainer(load_config(None, [*keys, "text.path=me/mine", "text.revision=v1", "train.init_from=me/mine@v1",
                                  f"train.output_dir={out}/run", "train.max_steps=1"]), World())
@@ -273,7 +276,7 @@ tuned.fit()
 size = ["--image_size", "16", "16", "--video_length", "1", "--num_sampling_steps", "2", "--precision", "fp32"]
 assert not sample_t2x.main(["--pretrained_model_path", "me/mine", "--transformer", "me/mine@v1", "--lora", "me/lora@v2",
                             "--prompt", "a stone", "--save_img_path", f"{out}/seen", "--device", "cpu", *size])
-assert not convert_t2v.main(["me/mine", f"{out}/merged", "--lora", "me/lora"])
+assert not convert.main(["t2v", "me/mine", f"{out}/merged", "--lora", "me/lora"])
 """
 
 
@@ -308,7 +311,7 @@ def test_what_cannot_be_exported(base: list[str], checkpoint_of_classes: Path, t
     with pytest.raises(ValueError, match="is no text network"):
         export_run(checkpoint_of_classes, tmp_path / "out")
     with pytest.raises(ValueError, match="is no text network"):
-        TrainedRun.open(str(checkpoint_of_classes))
+        RunModel.open(str(checkpoint_of_classes))
     assert not (tmp_path / "out").exists()
 
 

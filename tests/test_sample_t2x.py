@@ -17,12 +17,14 @@ import torch
 from diffusers import LattePipeline
 from PIL import Image
 
+from diffusion.scheduled import SCHEDULERS
 from engine.cli import run
 from models.text_encoder import TextEncoder, clean_caption
 from sample import sample_t2x
 from sample.captions import read_prompts
-from sample.t2x_config import SCHEDULERS, T2XConfig, load_t2x_config
-from sample.text_to_video import Sampler, denoise, find_folder, load_codec, make_scheduler
+from sample.t2x_config import T2XConfig, load_t2x_config
+from sample.text_model import FolderModel
+from sample.text_to_video import Sampler, build_schedule, denoise, load_codec
 from tests.t2v_support import inputs, ours_of, theirs, tiny_pipeline, tiny_vae
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,9 +50,9 @@ def both(folder: Path, config: T2XConfig, prompt: str = "a red disc", negative: 
     noise = torch.randn(1, 4, config.video_length, 8, 8, generator=torch.Generator().manual_seed(1))
     encoder = TextEncoder.from_folder(folder, torch.float32, CPU)
     features = encoder.encode(prompt, negative if config.guidance_scale > 1 else None, clean=False)
-    scheduler = make_scheduler(config, folder)
-    ours = denoise(ours_of(theirs()), scheduler, features, noise, config, torch.Generator().manual_seed(2))
-    pipeline = LattePipeline.from_pretrained(folder, scheduler=make_scheduler(config, folder))
+    schedule, generator = build_schedule(config, FolderModel(folder)), torch.Generator().manual_seed(2)
+    ours = denoise(ours_of(theirs()), schedule, features, noise.transpose(1, 2), config, generator).transpose(1, 2)
+    pipeline = LattePipeline.from_pretrained(folder, scheduler=schedule.build_scheduler(config.sample_method))
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         prompt,
@@ -90,9 +92,10 @@ def test_every_setting_equals_diffusers_pipeline(latte: Path, changes: dict[str,
 
 def test_learned_variance_is_for_ddpm_alone(latte: Path) -> None:
     """The official script gives it to all ten; of those two then keep three channels, where latents have four."""
-    assert make_scheduler(tiny(latte, sample_method="DDPM"), latte).config.variance_type == "learned_range"
+    schedule = build_schedule(tiny(latte), FolderModel(latte))
+    assert schedule.build_scheduler("DDPM").config.variance_type == "learned_range"
     for method in set(SCHEDULERS) - {"DDPM"}:
-        assert getattr(make_scheduler(tiny(latte, sample_method=method), latte).config, "variance_type", None) is None
+        assert getattr(schedule.build_scheduler(method).config, "variance_type", None) is None
 
 
 # -------------------------------------------------------------------------------------------- text
@@ -115,7 +118,7 @@ def test_a_long_prompt_is_cut_and_said(caplog: pytest.LogCaptureFixture) -> None
         prompt = TextEncoder(pipeline.tokenizer, pipeline.text_encoder).encode("a blue square " * 800, None)
     assert prompt.positive.shape[1] == 120
     assert prompt.negative is None
-    assert "cut to the 120 that the network knows" in caplog.text
+    assert "is cut to 120, the most that the network takes" in caplog.text
 
 
 CAPTIONS = [
@@ -161,7 +164,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(latte: Path, tmp_path: Pa
     pieces += [(f"<{number}>", -1.0) for number in range({"four pieces": 0, "all unknown": 58, "another's": 100}[kind])]
     T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "text_encoder").symlink_to(latte / "text_encoder")
-    words = "takes different prompts for the same" if kind == "all unknown" else "do not belong together"
+    words = "encodes different prompts alike" if kind == "all unknown" else "do not belong together"
     with pytest.raises(ValueError, match=words) as raised:
         TextEncoder.from_folder(tmp_path, torch.float32, CPU)
     assert "\n" not in str(raised.value)
@@ -220,13 +223,13 @@ def test_a_video_depends_on_seed_and_index_alone(latte: Path) -> None:
     config = tiny(latte, sample_method="EulerAncestralDiscrete", video_length=3)
     encoder = TextEncoder.from_folder(latte, torch.float32, CPU)
     prompt = encoder.encode("a red disc", "")
-    sampler = Sampler(config, latte, CPU)
+    sampler = Sampler(config, FolderModel(latte), CPU)
     first, second, again = (sampler.sample(prompt, index) for index in (0, 1, 0))
     assert first.shape == (3, 16, 16, 3)
     assert first.dtype == np.uint8
     assert np.array_equal(first, again)
     assert not np.array_equal(first, second)
-    other = Sampler(replace(config, seed=1), latte, CPU).sample(prompt, 0)
+    other = Sampler(replace(config, seed=1), FolderModel(latte), CPU).sample(prompt, 0)
     assert not np.array_equal(first, other)
 
 
@@ -234,12 +237,12 @@ def test_a_video_depends_on_seed_and_index_alone(latte: Path) -> None:
 def test_chunks_and_slices_change_no_pixel_of_single_frames(latte: Path, name: str) -> None:
     config = tiny(latte, enable_vae_temporal_decoder=name == "temporal")
     latents = torch.randn(1, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    whole = load_codec(config, latte, CPU).decode(latents)
-    parts = load_codec(replace(config, decode_chunk_size=2), latte, CPU).decode(latents)
+    whole = load_codec(config, FolderModel(latte), CPU).decode(latents)
+    parts = load_codec(replace(config, decode_chunk_size=2), FolderModel(latte), CPU).decode(latents)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
     assert whole.std() > 0.01
     if name == "AutoencoderKL":
-        sliced = load_codec(replace(config, vae_slicing=True, vae_tiling=True), latte, CPU).decode(latents)
+        sliced = load_codec(replace(config, vae_slicing=True, vae_tiling=True), FolderModel(latte), CPU).decode(latents)
         torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
 
 
@@ -289,16 +292,16 @@ def test_configs_that_are_refused(tmp_path: Path, text: str, words: str) -> None
 
 
 def test_other_mistakes(latte: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a folder here, which has no revision v1: leave that out"):
-        find_folder(T2XConfig(pretrained_model_path=str(latte), revision="v1"))
+    with pytest.raises(ValueError, match="is a local folder, which has no revision v1: leave the revision out"):
+        FolderModel.find(T2XConfig(pretrained_model_path=str(latte), revision="v1"))
     with pytest.raises(ValueError, match="num_sampling_steps=1001 is more than the 1000 steps of the noise schedule"):
-        make_scheduler(tiny(latte, num_sampling_steps=1001), latte)
+        build_schedule(tiny(latte, num_sampling_steps=1001), FolderModel(latte))
     with pytest.raises(ValueError, match="there is no prompt"):
         command(latte, tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        find_folder(T2XConfig(pretrained_model_path=str(tmp_path / "absent")))
-    with pytest.raises(FileNotFoundError, match="could not be had from the hub"):
-        find_folder(T2XConfig(pretrained_model_path="no_such_owner/no-such-model"))
+        FolderModel.find(T2XConfig(pretrained_model_path=str(tmp_path / "absent")))
+    with pytest.raises(FileNotFoundError, match="could not be downloaded from the hub"):
+        FolderModel.find(T2XConfig(pretrained_model_path="no_such_owner/no-such-model"))
     (tmp_path / "empty.txt").write_text("\n# nothing\n")
     with pytest.raises(ValueError, match="holds no prompt"):
         command(latte, tmp_path, "--prompt_file", str(tmp_path / "empty.txt"))
@@ -320,7 +323,7 @@ def test_a_hub_name_through_a_local_stand_in(
         return str(latte)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert find_folder(T2XConfig(revision="v1")) == latte
+    assert FolderModel.find(T2XConfig(revision="v1")).folder == latte
     assert (asked["name"], asked["revision"]) == ("maxin-cn/Latte-1", "v1")
     assert "transformer/*" in asked["allow_patterns"]
     assert f"maxin-cn/Latte-1: revision v1, commit {latte.name}" in caplog.text
@@ -339,7 +342,7 @@ def test_the_text_encoder_is_let_go_before_the_network_comes(latte: Path, monkey
         return made
 
     monkeypatch.setattr(TextEncoder, "from_folder", classmethod(remembered))
-    assert len(sample_t2x.encode_all(tiny(latte), latte, ["a", "b"], CPU)) == 2
+    assert len(sample_t2x.encode_all(tiny(latte), FolderModel(latte), ["a", "b"], CPU)) == 2
     assert alive[0]() is None
 
 
@@ -357,7 +360,7 @@ def test_adapters_on_the_command_line(latte: Path, tmp_path: Path) -> None:
     """Merged into what is sampled, in the share that --lora_scale says; and by the converter."""
     from models.convert_t2v import load_t2v
     from models.lora import LoraConfig, add_lora, lora_weights, save_lora
-    from tools import convert_t2v
+    from tools import convert
 
     model = ours_of(theirs())
     add_lora(model, LoraConfig(rank=2))
@@ -365,7 +368,7 @@ def test_adapters_on_the_command_line(latte: Path, tmp_path: Path) -> None:
         torch.nn.init.normal_(value, std=0.5)
     adapter = str(save_lora(lora_weights(model.state_dict()), LoraConfig(rank=2), tmp_path / "adapter"))
     merged = str(tmp_path / "merged")
-    assert convert_t2v.main([str(latte), merged, "--lora", adapter, "--lora_scale", "0.5"]) == 0
+    assert convert.main(["t2v", str(latte), merged, "--lora", adapter, "--lora_scale", "0.5"]) == 0
     given = inputs()
     assert (load_t2v(merged)(**given).sample - ours_of(theirs())(**given).sample).abs().max() > 0.1
     pictures = []
@@ -379,7 +382,7 @@ def test_adapters_on_the_command_line(latte: Path, tmp_path: Path) -> None:
 def test_compile_reaches_the_blocks_and_the_decoder(latte: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr("torch.nn.Module.compile", lambda self: compiled.append(type(self).__name__))
-    Sampler(tiny(latte, compile=True), latte, CPU)
+    Sampler(tiny(latte, compile=True), FolderModel(latte), CPU)
     assert compiled == ["T2VBlock"] * 4 + ["Decoder"]
 
 
@@ -401,13 +404,13 @@ def said_by(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
 
 BROKEN = [  # file, what is said where it is missing, and where it is cut off
     ("text_encoder/model.safetensors", "text_encoder could not be loaded: Error no file named", "could not be loaded"),
-    ("text_encoder/config.json", "text_encoder/config.json is missing", "text_encoder/config.json is not whole JSON"),
-    ("tokenizer/tokenizer.json", "the tokenizer knows", "could not be loaded"),
-    ("transformer/diffusion_pytorch_model.safetensors", "transformer holds no weights", "is not a whole safetensors"),
-    ("transformer/config.json", "transformer holds no network", "transformer/config.json is not whole JSON"),
-    ("scheduler/scheduler_config.json", "scheduler_config.json is missing", "scheduler_config.json is not whole JSON"),
+    ("text_encoder/config.json", "text_encoder/config.json is missing", "text_encoder/config.json is not valid JSON"),
+    ("tokenizer/tokenizer.json", "the tokenizer has", "could not be loaded"),
+    ("transformer/diffusion_pytorch_model.safetensors", "transformer holds no weights", "not a complete safetensors"),
+    ("transformer/config.json", "transformer holds no network", "transformer/config.json is not valid JSON"),
+    ("scheduler/scheduler_config.json", "scheduler_config.json is missing", "scheduler_config.json is not valid JSON"),
     ("vae/diffusion_pytorch_model.safetensors", "could not be loaded as AutoencoderKL", "could not be loaded as Auto"),
-    ("vae/config.json", "vae/config.json is missing", "vae/config.json is not whole JSON"),
+    ("vae/config.json", "vae/config.json is missing", "vae/config.json is not valid JSON"),
 ]
 
 
@@ -431,7 +434,7 @@ def test_an_encoder_that_is_not_its_configs_is_one_sentence(latte: Path, tmp_pat
     shutil.copytree(latte, folder)
     described = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps({**described, "d_ff": 64}))
-    with pytest.raises(ValueError, match=r"weights are missing or of another shape than its config\.json") as raised:
+    with pytest.raises(ValueError, match=r"missing or have another shape than in its config\.json") as raised:
         TextEncoder.from_folder(folder, torch.float32, CPU)
     assert "\n" not in str(raised.value)
 
@@ -455,19 +458,19 @@ def test_one_sentence_and_exit_code_2(
 
         folder = broken(latte, tmp_path / "latte", "tokenizer")
         T5Tokenizer(vocab_file=str(latte / "tokenizer" / "spiece.model")).save_pretrained(folder / "tokenizer")
-        words = "the tokenizer knows"
+        words = "the tokenizer has"
     elif kind == "sub-folder":
         folder, words = broken(latte, tmp_path / "latte", "vae"), "has no sub-folder vae"
     elif kind == "channels":
         theirs(in_channels=3, out_channels=6).save_pretrained(tmp_path / "network")
         flags, words = ["--transformer", str(tmp_path / "network")], "takes 4 latent channels, but the network makes 3"
     elif kind == "bitsandbytes":
-        flags, words = ["--quantize_text_encoder", "bnb4"], "bitsandbytes', which needs CUDA; on cpu use int8"
+        flags, words = ["--quantize_text_encoder", "bnb4"], "bitsandbytes, which needs CUDA; use int8 on cpu"
     elif kind == "lora":
-        flags, words = ["--lora", str(tmp_path)], "is no LoRA in peft's format"
+        flags, words = ["--lora", str(tmp_path)], "is not a LoRA in peft's format"
     else:
         monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
-        folder, words = Path("no_such_owner/no-such-model"), "could not be had from the hub"
+        folder, words = Path("no_such_owner/no-such-model"), "could not be downloaded from the hub"
     code, said = said_by(monkeypatch, capfd, "--pretrained_model_path", str(folder), "--prompt", "a", "--save_img_path",
                          str(tmp_path / "out"), *flags)  # fmt: skip
     assert code == 2
@@ -477,9 +480,9 @@ def test_one_sentence_and_exit_code_2(
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ("", "the prompt '' says nothing: its video is of what the network draws without a caption"),
-        ("https://a.com/b", "the prompt 'https://a.com/b' says nothing"),
-        ("a blue square " * 720, "pieces is cut to the 120 that the network knows"),
+        ("", "the prompt '' is empty after cleaning: its video is sampled without a caption"),
+        ("https://a.com/b", "the prompt 'https://a.com/b' is empty after cleaning"),
+        ("a blue square " * 720, "tokens is cut to 120, the most that the network takes"),
     ],
     ids=["empty", "only an address", "long"],
 )

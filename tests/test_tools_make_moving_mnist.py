@@ -106,7 +106,7 @@ def test_the_set_is_left_alone_and_another_refused(mnist: Path, tmp_path: Path) 
     inode = (out / "000000.mp4").stat().st_ino
     make(mnist, out)
     assert (out / "000000.mp4").stat().st_ino == inode
-    with pytest.raises(ValueError, match=r"other settings \(seed 0 there, 1 now\)"):
+    with pytest.raises(ValueError, match=r"other settings \(seed: 0 -> 1\)"):
         make(mnist, out, "--seed", "1")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")

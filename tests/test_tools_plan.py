@@ -62,7 +62,7 @@ def test_what_is_kept_is_what_a_real_forward_keeps(precision: str, checkpointing
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_kept_of_compiled_blocks_is_at_most_what_is_planned(precision: str) -> None:
     """The partitioner of the graphs may find less to keep than inputs, products and attention; it finds no more."""
-    from models.compiling import compile_blocks
+    from models.blocks import compile_blocks
 
     keys = ["model.name=custom", "model.hidden_size=128", "model.depth=2", "model.num_heads=2", "model.patch_size=2"]
     config = config_of(f"train.precision={precision}", "train.compile=true", *keys)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets import DataConfig, build_catalog, build_dataset
-from datasets.catalog import Clip, read_frame_list
+from datasets.catalog import Clip
 from datasets.clips import ClipDataset
+from datasets.labels import read_frame_list
 from engine.config import load_config
 from tools import prepare_dataset
 from tools.frames import write_video

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from datasets import DataConfig, VideoError, build_catalog
+from evaluation.sources import Source
 from sample.video_io import write_mp4
 from tools import prepare_dataset
-from tools.metrics.sources import Source
 from tools.unpack import MAX_ENTRIES, unpack
 
 

@@ -174,7 +174,7 @@ def demo_accuracy(folder: Path, config: Config, videos: int) -> dict[str, float]
         return {}
     import torch
 
-    from datasets.demo import accuracy
+    from demo.drawn import accuracy
     from sample.generate import Generator
 
     cached = folder / "accuracy.json"

@@ -52,10 +52,10 @@ def cache_text(config: Config, out: Path, world: World) -> None:
 
     Raises: ValueError, OSError where `out` is something else, or the captions or their encoder are unusable.
     """
+    from common.checks import require
     from engine.captions import EncodedFeatures
-    from engine.config import require
     from engine.distributed import gather_objects, on_main
-    from models.text_identity import text_identity
+    from models.identity import text_identity
     from tools.caching import locked, tell
 
     require(
@@ -111,10 +111,10 @@ def encode_shards(out: Path, captions: list[str], features: Features, config: Co
     """Write this rank's share of the shards that are not done."""
     from functools import partial
 
+    from common.storage import write_atomically
     from datasets.shards import shard_file, write_shard
     from datasets.text_features import FORMAT, TENSOR
     from engine.distributed import broadcast_object
-    from sample.video_io import write_atomically
     from tools.caching import progress, record_file, write_json
 
     shards = range(0, len(captions), SHARD_CAPTIONS)
@@ -139,8 +139,8 @@ def finish(out: Path, identity: dict[str, Any], captions: list[str]) -> int:
     import json
     from itertools import accumulate
 
+    from common.storage import write_atomically
     from datasets.text_features import FORMAT, INDEX, TABLE, Place, caption_key, write_table
-    from sample.video_io import write_atomically
     from tools.caching import clear_workings, record_file, write_json
 
     count = -(-len(captions) // SHARD_CAPTIONS)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.storage import FolderLock, write_atomically
 from datasets import Clip, VideoError, build_dataset
 from datasets.catalog import digest_of
 from datasets.clips import Pixels, reason_of
@@ -33,12 +34,10 @@ from datasets.shards import DTYPES, shard_file, write_shard
 from engine.config import Config
 from engine.distributed import World, broadcast_object, gather_objects, on_main
 from engine.errors import TrainingAborted
-from engine.run_folder import FolderLock
 from engine.stream import loaded_items, worker_loader
 from engine.watch import Breadcrumbs
 from models.autoencoder import LatentCodec
-from models.codec_identity import codec_identity, same_codec
-from sample.video_io import write_atomically
+from models.identity import codec_identity, is_same_codec
 
 PLAN = "plan.json"
 PIECE_BYTES = 2**26  # decoded frames that a loader worker hands over at a time
@@ -171,7 +170,7 @@ def _take(out: Path, lock: FolderLock) -> None:
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError unless the cache in `out` is of what is now asked for."""
     differing = [key for key in now if before.get(key) != now[key]]
-    if "codec" in differing and isinstance(before.get("codec"), dict) and same_codec(before["codec"], now["codec"]):
+    if "codec" in differing and isinstance(before.get("codec"), dict) and is_same_codec(before["codec"], now["codec"]):
         differing.remove("codec")
     if differing:
         changes = "; ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in differing)

@@ -28,10 +28,10 @@ from engine import cli
 
 if TYPE_CHECKING:
     from engine.distributed import World
-    from tools.metrics.detectors import Detector
-    from tools.metrics.measure import Evaluation
-    from tools.metrics.protocols import Metric
-    from tools.metrics.sources import Source
+    from evaluation.detectors import Detector
+    from evaluation.measure import Evaluation
+    from evaluation.protocols import Metric
+    from evaluation.sources import Source
 
 KIND = "latte metrics"  # tells our results from other files
 DETECTOR_FOLDER = Path("share_ckpts/detectors")
@@ -121,8 +121,8 @@ def check(arguments: argparse.Namespace) -> list[Metric]:
     """Look at the flags together; fills in `seeds`. ValueError for what makes no sense."""
     import os
 
-    from tools.metrics.measure import CHECKS, REPORTS
-    from tools.metrics.protocols import parse_metric
+    from evaluation.measure import CHECKS, REPORTS
+    from evaluation.protocols import parse_metric
 
     metrics = [parse_metric(name) for name in dict.fromkeys(arguments.metrics)]
     if not metrics:
@@ -172,12 +172,12 @@ def make_writable(out: Path) -> None:
 
 def prepare(arguments: argparse.Namespace, metrics: Sequence[Metric], world: World) -> Evaluation:
     """Find the clips and load the detectors."""
-    from tools.metrics.cache import FeatureCache
-    from tools.metrics.extract import Extractor
-    from tools.metrics.manifest import Manifest
-    from tools.metrics.measure import Evaluation
-    from tools.metrics.protocols import build_protocol
-    from tools.metrics.sources import Source
+    from evaluation.cache import FeatureCache
+    from evaluation.extract import Extractor
+    from evaluation.manifest import Manifest
+    from evaluation.measure import Evaluation
+    from evaluation.protocols import build_protocol
+    from evaluation.sources import Source
 
     settings = {
         key: getattr(arguments, key) for key in ("split", "resolution", "real_stride", "fake_stride", "divisor")
@@ -204,7 +204,7 @@ def prepare(arguments: argparse.Namespace, metrics: Sequence[Metric], world: Wor
 
 def load_detectors(given: Sequence[str], folder: Path, metrics: Sequence[Metric], world: World) -> dict[str, Detector]:
     """The detector of each family of metrics: of the files given, or else the official one's in `folder`."""
-    from tools.metrics.detectors import DETECTORS, Detector, DetectorFile, load_detector
+    from evaluation.detectors import DETECTORS, Detector, DetectorFile, load_detector
 
     files: list[tuple[str, DetectorFile]] = []
     for text in given:
@@ -250,7 +250,7 @@ def describe(
     seconds: float,
 ) -> dict[str, Any]:
     """The result file."""
-    from tools.metrics.report import all_warnings, versions
+    from evaluation.report import all_warnings, versions
 
     sources = {"real": evaluation.real, "fake": evaluation.fake}
     return {
@@ -279,9 +279,9 @@ def describe_source(source: Source) -> dict[str, Any]:
 
 def write(out: Path, result: dict[str, Any], evaluation: Evaluation) -> None:
     """The result and the manifest beside it, and the table for people."""
-    from sample.video_io import write_atomically
-    from tools.metrics.manifest import manifest_text
-    from tools.metrics.report import table
+    from common.storage import write_atomically
+    from evaluation.manifest import manifest_text
+    from evaluation.report import table
 
     sources = {side: source for side, source in (("real", evaluation.real), ("fake", evaluation.fake)) if source}
     manifest = out.with_name(f"{out.stem}.manifest.json")

@@ -25,7 +25,7 @@ from engine import cli
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tools.metrics.detectors import Detector, DetectorSpec, Golden
+    from evaluation.detectors import Detector, DetectorSpec, Golden
 
 SIZE = 64  # pixels
 SAME = 1e-4  # how far a sample's features may move with its batch, as a share of the largest
@@ -38,8 +38,8 @@ Check = tuple[str, bool, str]  # name, holds, what was seen
 def main(argv: list[str]) -> int:
     """Print all checks; 1 if one does not hold."""
     arguments = parse(argv)
+    from evaluation.detectors import Detector, DetectorFile
     from sample.generate import usable_device
-    from tools.metrics.detectors import Detector, DetectorFile
 
     device = usable_device(arguments.device)
     spec = spec_of(arguments.kind)
@@ -74,7 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def spec_of(kind: str | None) -> DetectorSpec | None:
     """The line of the table that --kind names; ValueError for none of them."""
-    from tools.metrics.detectors import DETECTORS
+    from evaluation.detectors import DETECTORS
 
     if kind is not None and kind not in DETECTORS:
         raise ValueError(f"--kind {kind}: there is no such detector; they are {', '.join(DETECTORS)}.")
@@ -123,7 +123,7 @@ def constants(detector: Detector, frames: int) -> float:
     """Frechet distance between black and white clips; their number does not matter, for they are all the same."""
     import torch
 
-    from tools.metrics.distances import frechet_distance
+    from evaluation.distances import frechet_distance
 
     sides = [torch.full((2, frames, 3, SIZE, SIZE), level, dtype=torch.uint8) for level in (0, 255)]
     return frechet_distance(*(detector(side) for side in sides))
@@ -134,7 +134,7 @@ def noise(detector: Detector, frames: int) -> float:
 
     As its source calls I3D: 224 x 224 pixels, neither rescaled nor resized.
     """
-    from tools.metrics.distances import Moments, frechet_from_moments
+    from evaluation.distances import Moments, frechet_from_moments
 
     real, fake = Moments(detector.dims), Moments(detector.dims)
     for seed, moments in ((2, real), (1, fake)):

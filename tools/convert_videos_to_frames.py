@@ -23,17 +23,17 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from common.console import printable
 from engine import cli
-from engine.text import printable
 from tools.frames import LANCZOS, Form, Task, identity_of, output_names, unusable_name
 from tools.output_folder import (
     LeftOut,
     OutputFolder,
-    entering,
+    collect_settings,
+    left_out_recorder,
     make_report,
     print_report,
     require_some,
-    settings_of,
 )
 
 if TYPE_CHECKING:
@@ -42,13 +42,16 @@ if TYPE_CHECKING:
 
 def find_videos(source: Path, extension: str | None, left_out: LeftOut) -> list[Clip]:
     """The video files below `source`, sorted: those that end in `extension`, or in any of a video."""
-    from datasets.catalog import VIDEOS, find_clips
+    from datasets.catalog import find_clips
     from datasets.readers import VIDEO_SUFFIXES
+    from datasets.recipes import VIDEOS
 
     wanted = {f".{extension.lstrip('.').lower()}"} if extension else VIDEO_SUFFIXES
     if not source.is_dir():
         raise FileNotFoundError(f"there is no folder '{source}'")
-    clips = sorted(find_clips(source, (VIDEOS,), entering(left_out, source), wanted), key=lambda clip: clip.name)
+    clips = sorted(
+        find_clips(source, (VIDEOS,), left_out_recorder(left_out, source), wanted), key=lambda clip: clip.name
+    )
     if not clips:
         raise ValueError(f"'{source}' holds no video files{f' that end in {min(wanted)}' if extension else ''}")
     return clips
@@ -96,7 +99,7 @@ def main(argv: list[str]) -> None:
         print_frame_rates(clips)
         return
     form = Form(arguments.format, arguments.quality, arguments.target_size, LANCZOS, arguments.force_fps)
-    settings = settings_of("convert_videos_to_frames", arguments.source_dir, form, video_ext=arguments.video_ext)
+    settings = collect_settings("convert_videos_to_frames", arguments.source_dir, form, video_ext=arguments.video_ext)
     with OutputFolder(arguments.target_dir, arguments.source_dir, settings) as folder:
         good = [clip for clip in clips if not unusable_name(clip.name)]
         refused = [{"name": clip.name, "skipped": unusable_name(clip.name)} for clip in clips if clip not in good]

@@ -27,9 +27,9 @@ import math
 import zlib
 from typing import TYPE_CHECKING, Any
 
+from demo.data import MARKER, make_set
 from engine import cli
 from tools.frames import SUFFIXES, Form, write_frames, write_video
-from tools.make_demo_data import MARKER, make_set
 from tools.output_folder import check_settings
 
 if TYPE_CHECKING:

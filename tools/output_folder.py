@@ -1,8 +1,8 @@
-"""Many clips -> one folder, in parallel and resumable, with a report of what was skipped and why. No command line.
+"""Converts many clips into one folder, in parallel and resumable, with a report of skipped files. No command line.
 
 `tools.prepare_dataset` and `tools.convert_videos_to_frames` name the clips, `tools.frames` writes each. A clip is
-written whole into OUT/.work/staged, entered into OUT/.work/journal.jsonl, then renamed into place. So whatever
-kills a run, what lies at its place is complete and in the journal, and the same command goes on from there.
+written into OUT/.work/staged, entered into OUT/.work/journal.jsonl, then renamed into place. So after a kill every
+clip in place is complete and in the journal, and the same command continues from there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -20,15 +19,18 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
-from engine.text import printable
+from common.console import printable, progress_bar
+from common.storage import FolderLock, explain_write_errors, find_changes, write_atomically
+from engine.signals import die_with_parent
 from tools.frames import Form, Record, Task, convert, remove
 
 WORK, JOURNAL = ".work", "journal.jsonl"
+RESUME_ADVICE = "; fix that, then repeat the command to continue"
 SHOWN = 10  # entries of each list that the summary prints; report.json holds all
 
 
 class OutputFolder:
-    """OUT, held by this process: what is in it, by its journal. Use as a context manager.
+    """The locked folder OUT and its journal. Use as a context manager.
 
     Raises: ValueError if OUT overlaps SOURCE, holds files of others, or was made with other settings; OSError if it
     cannot be written, or another process is writing it.
@@ -38,20 +40,21 @@ class OutputFolder:
         self.out, self.work = out, out / WORK
         self.staged, self.journal = self.work / "staged", self.work / JOURNAL
         self.settings = json.loads(json.dumps(settings))
+        self._lock = FolderLock(out, "OUT", self.work / "lock")
         _check_apart(out, source)
 
     def __enter__(self) -> OutputFolder:
-        with _sentence(self.out):
+        with explain_write_errors(str(self.out), RESUME_ADVICE):
             self._check_ours()
             self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.work / "lock", self.out)
+        self._lock.take()
         self.write_json(f"{WORK}/settings.json", self.settings)
-        with _sentence(self.out):
+        with explain_write_errors(str(self.out), RESUME_ADVICE):
             self.staged.mkdir(exist_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        self._lock.release()
 
     def _check_ours(self) -> None:
         if not self.out.exists() or not any(self.out.iterdir()):
@@ -61,7 +64,7 @@ class OutputFolder:
         check_settings(self.out, self.work / "settings.json", self.settings)
 
     def done(self, tasks: Sequence[Task]) -> dict[str, Record]:
-        """The records of the tasks that are made, by `out`. What the journal has beyond them is deleted."""
+        """Returns the records of finished tasks, by `out`; deletes journal clips that are not in `tasks`."""
         planned = {task.out: task for task in tasks}
         kept: dict[str, Record] = {}
         for record in self._read_journal():
@@ -90,24 +93,26 @@ class OutputFolder:
                     yield json.loads(line)
 
     def _rewrite(self, records: Iterable[Record]) -> None:
-        """The journal, in the order of the clips: no trace of the order in which they were made."""
+        """Writes the journal in the order of the clips, whatever order they were made in."""
         ordered = sorted(records, key=lambda record: str(record["out"]))
         self.write_text(f"{WORK}/{JOURNAL}", (f"{json.dumps(each)}\n" for each in ordered))
 
     def write_text(self, name: str, parts: Iterable[str]) -> None:
-        """Write the text file OUT/name whole or not at all; names that are no UTF-8 keep their bytes."""
-        aside = self.work / "aside"  # always the same, so that a kill leaves no more than one behind
-        with _sentence(self.out / name):
-            with aside.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
+        """Writes the text file OUT/name atomically; names that are not UTF-8 keep their bytes."""
+
+        def write(file: Path) -> None:
+            with file.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
                 stream.writelines(parts)
-            aside.replace(self.out / name)
+
+        with explain_write_errors(str(self.out / name), RESUME_ADVICE):
+            write_atomically(self.out / name, write, temporary=self.work / "aside")
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write OUT/name as indented JSON, whole or not at all."""
+        """Writes OUT/name as indented JSON, atomically."""
         self.write_text(name, [json.dumps(content, indent=1), "\n"])
 
     def keep(self, task: Task, record: Record) -> None:
-        """Enter what is made into the journal, then put it into place."""
+        """Enters a finished clip into the journal, then moves it into place."""
         with self.journal.open("a") as stream:
             stream.write(f"{json.dumps(record)}\n")
             stream.flush()
@@ -122,26 +127,23 @@ class OutputFolder:
         (self.staged / task.staged).rename(place)
 
     def make(self, tasks: Sequence[Task], form: Form, workers: int) -> list[Record]:
-        """Make what is not made yet; returns the record of every task, in their order."""
-        from tqdm import tqdm
-
+        """Makes the missing clips; returns the record of every task, in the order of `tasks`."""
         done = self.done(tasks)
         records = {task.name: done[task.out] for task in tasks if task.out in done}
         missing = [task for task in tasks if task.name not in records]
-        interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file gets a line now and then
-        with tqdm(total=len(tasks), initial=len(records), unit="clip", mininterval=interval, dynamic_ncols=True) as bar:
-            for task, record in _converted(missing, self.staged, form, workers):
+        with progress_bar(len(tasks), "clip", initial=len(records)) as bar:
+            for task, record in _convert_all(missing, self.staged, form, workers):
                 records[task.name] = record
                 if "skipped" not in record:
-                    with _sentence(self.out):
+                    with explain_write_errors(str(self.out), RESUME_ADVICE):
                         self.keep(task, record)
                 bar.update()
         self._rewrite(each for each in records.values() if "skipped" not in each)
         return [records[task.name] for task in tasks]
 
 
-def _converted(tasks: Sequence[Task], staged: Path, form: Form, workers: int) -> Iterator[tuple[Task, Record]]:
-    """(task, record) of each as they come; in this process, or in `workers` others."""
+def _convert_all(tasks: Sequence[Task], staged: Path, form: Form, workers: int) -> Iterator[tuple[Task, Record]]:
+    """Yields (task, record) as tasks finish; in this process, or in `workers` others."""
     if min(workers, len(tasks)) <= 1:
         yield from ((task, convert(task, staged / task.staged, form)) for task in tasks)
         return
@@ -154,10 +156,10 @@ def _converted(tasks: Sequence[Task], staged: Path, form: Form, workers: int) ->
             yield jobs.pop(job), job.result()
     except BrokenProcessPool as error:
         raise OSError(
-            "a worker process was killed (out of memory?): repeat the command, which goes on where it stopped, "
-            "with fewer --workers"
+            "a worker process was killed (out of memory?): repeat the command with fewer "
+            "--workers; it continues where it stopped"
         ) from error
-    except BaseException:  # Ctrl-C, a full disk: what the others are writing is made again, so nobody waits for it
+    except BaseException:  # Ctrl-C, a full disk: unfinished clips are made again, so do not wait for them
         for worker in active_children():
             worker.kill()
         raise
@@ -166,9 +168,7 @@ def _converted(tasks: Sequence[Task], staged: Path, form: Form, workers: int) ->
 
 
 def _start_worker(parent: int) -> None:
-    """One thread each; Ctrl-C is the program's to handle; and no worker outlives it."""
-    from engine.signals import die_with_parent
-
+    """Sets up a worker: one thread, Ctrl-C left to the program, death with the program."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
@@ -177,13 +177,13 @@ def _start_worker(parent: int) -> None:
 
 
 def check_settings(out: Path, marker: Path, settings: dict[str, Any]) -> None:
-    """ValueError, naming what differs, if the JSON file `marker` says that `out` was made with other settings."""
+    """Raises ValueError, with the differences, if `marker` (JSON) says that `out` was made with other settings."""
     if not marker.is_file():
         return
     there: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
-    keys = sorted(key for key in {*there, *settings} if there.get(key) != settings.get(key))
-    if keys:
-        both = ", ".join(f"{key} {there.get(key)!r} there, {settings.get(key)!r} now" for key in keys)
+    changes = find_changes(there, settings)
+    if changes:
+        both = ", ".join(changes)
         raise ValueError(f"{out} was made with other settings ({both}): repeat them, or name another folder")
 
 
@@ -192,36 +192,11 @@ def _check_apart(out: Path, source: Path) -> None:
         raise FileNotFoundError(f"there is no folder '{source}'")
     one, other = out.resolve(), source.resolve()
     if one == other or one.is_relative_to(other) or other.is_relative_to(one):
-        raise ValueError(f"the output folder '{out}' and the source '{source}' must lie apart, neither in the other")
-
-
-@contextlib.contextmanager
-def _sentence(out: Path) -> Iterator[None]:
-    """Turn the operating system's error into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # a sentence of ours
-            raise
-        reason = error.strerror or error
-        raise OSError(f"{out} cannot be written ({reason}): mend that, then repeat the command to go on") from error
-
-
-def _locked(file: Path, out: Path) -> Any:
-    """The open lock file; the kernel lets go of a dead process's lock."""
-    import fcntl
-
-    lock = file.open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise OSError(f"{out} is being written by another process: wait for it, or name another folder") from None
-    return lock
+        raise ValueError(f"the output folder '{out}' and the source '{source}' must not contain each other")
 
 
 def _remove_empty(folder: Path, root: Path) -> None:
-    """Delete `folder` and the folders above it, up to `root`, as far as they are empty."""
+    """Deletes `folder` and the folders above it, below `root`, while they are empty."""
     while folder != root:
         try:
             folder.rmdir()
@@ -239,11 +214,11 @@ def make_report(
     more_skipped: Sequence[Record],
     left_out: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """report.json: the settings, counts, and every file that is not in the result, with the reason.
+    """Returns the content of report.json: settings, counts, and every file that is not in the result, with the reason.
 
     Args:
         more_skipped: clips that never became tasks.
-        left_out: (reason, name below SOURCE) of the files that are no clips.
+        left_out: (reason, name below SOURCE) of files that are not clips.
     """
     made = [each for each in records if "skipped" not in each]
     skipped = [*(each for each in records if "skipped" in each), *more_skipped]
@@ -263,12 +238,12 @@ def _listed(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def print_report(report: dict[str, Any], out: Path) -> None:
-    """The summary: what was made, and the first lines of what was not."""
+    """Prints the summary: the clips made, and the first entries of each list of exceptions."""
     print(f"{report['clips_made']} of {report['clips_found']} clips, {report['frames']:,} frames, in {out}")
     for key, title in (
         ("skipped", "skipped"),
         ("notes", "made, with a remark"),
-        ("left_out", "no clips, left out"),
+        ("left_out", "not clips, left out"),
     ):
         entries = report[key]
         if entries:
@@ -280,25 +255,25 @@ def print_report(report: dict[str, Any], out: Path) -> None:
 
 
 def require_some(records: Sequence[Record], source: Path) -> None:
-    """ValueError, with the first reasons, if not one clip was made."""
+    """Raises ValueError, with the first reasons, if no clip was made."""
     if not any("skipped" not in each for each in records):
         reasons = "; ".join(f"{each['name']}: {each['skipped']}" for each in records[:3])
         raise ValueError(f"none of the {len(records)} clips in '{source}' can be used ({reasons or 'there are none'})")
 
 
-def settings_of(tool: str, source: Path, form: Form, **more: Any) -> dict[str, Any]:
-    """What a result depends on, for its marker and its report."""
+def collect_settings(tool: str, source: Path, form: Form, **more: Any) -> dict[str, Any]:
+    """Returns the settings that a result depends on, for its marker and its report."""
     return {"tool": tool, "source": str(source.resolve()), **asdict(form), **more}
 
 
-LeftOut = list[tuple[str, str]]  # (reason, name below SOURCE) of what is no clip
+LeftOut = list[tuple[str, str]]  # (reason, name below SOURCE) of files that are not clips
 
 
-def entering(left_out: LeftOut, root: Path) -> Callable[[str, Path], object]:
-    """For datasets.catalog.find_clips: enters into `left_out` each thing that is no clip."""
+def left_out_recorder(left_out: LeftOut, root: Path) -> Callable[[str, Path], object]:
+    """Returns a callback for `datasets.catalog.find_clips` that adds each file that is not a clip to `left_out`."""
 
     def enter(reason: str, path: Path) -> None:
-        words = f"no clip: a file *{reason[1:]}" if reason.startswith("*") else reason
+        words = f"not a clip: a file *{reason[1:]}" if reason.startswith("*") else reason
         left_out.append((words, path.relative_to(root).as_posix()))
 
     return enter

@@ -179,7 +179,7 @@ def _kept(config: Config, batch: int) -> float:
 
 
 def _as_compiled(forward: Callable[..., Any], pack: Callable[[Any], Any]) -> Callable[..., Any]:
-    """The same, but `pack` sees what `models.compiling` keeps: what enters, products and attention."""
+    """The same, but `pack` sees what `models.blocks.compile_blocks` keeps: what enters, products and attention."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves

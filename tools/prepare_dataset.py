@@ -42,11 +42,11 @@ from tools.frames import FORMATS, Form, Record, Task, frame_names, identity_of, 
 from tools.output_folder import (
     LeftOut,
     OutputFolder,
-    entering,
+    collect_settings,
+    left_out_recorder,
     make_report,
     print_report,
     require_some,
-    settings_of,
 )
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ class Place:
 
 def places_of(clips: Sequence[Clip], arguments: argparse.Namespace) -> list[Place]:
     """The place of each clip by the data set's layout. ValueError where names do not fit it."""
-    from datasets.catalog import RECIPES, class_names_of
+    from datasets.labels import class_names_of
+    from datasets.recipes import RECIPES
 
     layout = LAYOUTS[arguments.dataset]
     folders, names = split_folders(clips, layout)
@@ -355,8 +356,8 @@ def check_readable(out: Path, split: str, index: Sequence[Record], dataset: str)
 
     ValueError unless the clips are those that were made.
     """
-    from datasets.catalog import build_catalog
-    from datasets.clips import DataConfig
+    from datasets.build import build_catalog
+    from datasets.config import DataConfig
 
     own = {_below(entry): entry["class"] for entry in index if entry["split"] == split}
     labelled = any(name is not None for name in own.values())
@@ -428,7 +429,8 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
-    from datasets.catalog import FRAMES, RECIPES, VIDEOS, find_clips
+    from datasets.catalog import find_clips
+    from datasets.recipes import FRAMES, RECIPES, VIDEOS
     from tools.unpack import unpack
 
     if arguments.source.is_file() and arguments.source.suffix.lower() == ".zip":
@@ -447,10 +449,10 @@ def main(argv: list[str]) -> None:
     chosen = ("dataset", "split", "test_share", "seed", "labels", "group", "lists", "csv")
     given = {key: getattr(arguments, key) for key in chosen}
     paths = {key: str(path.resolve()) for key, path in given.items() if isinstance(path, Path)}
-    settings = settings_of("prepare_dataset", arguments.source, form, **given | paths)
+    settings = collect_settings("prepare_dataset", arguments.source, form, **given | paths)
     with OutputFolder(arguments.out, arguments.source, settings) as folder:
         left_out: LeftOut = []
-        enter = entering(left_out, arguments.source)
+        enter = left_out_recorder(left_out, arguments.source)
         clips = sorted(find_clips(arguments.source, (VIDEOS, FRAMES), enter), key=lambda clip: clip.name)
         if not clips:
             raise ValueError(f"'{arguments.source}' holds no video files and no folders of frames")

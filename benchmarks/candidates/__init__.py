@@ -1,4 +1,4 @@
-"""Kernels that are right but not yet proven to be fast: `python -m tools.bench attention` times them on a GPU.
+"""Kernels that are right but not yet proven to be fast: `python -m benchmarks attention` times them on a GPU.
 
 One moves to `models/` when it is ahead there. Nothing in the network imports this package.
 """

@@ -1,6 +1,5 @@
 """The typed configuration: defaults, then YAML, then `key=value`; unknown keys are refused with a hint."""
 
-from .checks import require
 from .loading import MAX_YAML_CHARACTERS, all_keys, load_config, read_yaml
 from .rules import Config
 from .sections import LABEL_RULES, MonitorConfig, OptimConfig, SampleConfig, TrainConfig, window_overlap
@@ -16,6 +15,5 @@ __all__ = [
     "all_keys",
     "load_config",
     "read_yaml",
-    "require",
     "window_overlap",
 ]

@@ -12,11 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-
-def require(condition: bool, sentence: str) -> None:
-    """Raises ValueError(sentence) unless `condition` holds."""
-    if not condition:
-        raise ValueError(sentence)
+from common.checks import require
 
 
 class Limit(NamedTuple):

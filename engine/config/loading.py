@@ -15,9 +15,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.checks import require
+
 from ..official_keys import DROPPED, RENAMED
 from ..removed import drop_removed
-from .checks import require
 from .rules import Config
 
 MAX_YAML_CHARACTERS = 65_536  # a config with every key takes 4,000

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from datasets.catalog import CAPTIONED
-from datasets.clips import DataConfig
+from common.checks import require
+from datasets.config import DataConfig
+from datasets.recipes import CAPTIONED
 from diffusion import ConditionConfig, DiffusionConfig
 from models.autoencoder import CodecConfig
 from models.latte import LatteConfig
 from models.lora import LoraConfig
 from models.text_encoder import TextConfig
 
-from .checks import require
 from .sections import FLOW_METHODS, GAUSSIAN_METHODS, MonitorConfig, OptimConfig, SampleConfig, TrainConfig
 
 

@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from datasets.clips import MAX_TIMEOUT_S
-from diffusion.multistep import SCHEDULERS
+from common.checks import require
+from datasets.config import MAX_TIMEOUT_S
+from diffusion.multistep import MULTISTEP_SOLVERS
 from models import attention
 
 from .checks import (
@@ -24,7 +25,6 @@ from .checks import (
     check_read_only_with,
     one_of,
     optional,
-    require,
     within,
 )
 
@@ -122,8 +122,8 @@ class TrainConfig:
 
 # ---- sample ----------------------------------------------------------------------------------------
 
-GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *SCHEDULERS)
-FLOW_METHODS = ("auto", "euler", "heun", *SCHEDULERS)
+GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *MULTISTEP_SOLVERS)
+FLOW_METHODS = ("auto", "euler", "heun", *MULTISTEP_SOLVERS)
 SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
 LABEL_RULES = ("balanced", "random")
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from datasets import transforms
-from diffusion import DiffusionConfig, GaussianDiffusion, StepOptions, guided, sample
+from diffusion import DiffusionConfig, GaussianDiffusion, StepOptions, guide_denoiser, sample
 from diffusion.samplers import ddim_reverse_step, ddim_step, ddpm_step
 from engine.conditions import ClassLabels
 from engine.ema import EMA
+from evaluation.distances import frechet_distance
 from models.convert import load_weights
 from models.latte import Latte, LatteConfig
-from tools.metrics.distances import frechet_distance
 
 from .goldens import Goldens, Mismatch, Quantity, Setting
 
@@ -143,7 +143,7 @@ def guidance(golden: Goldens, network: Callable[..., Tensor]) -> Tensor:
     with torch.no_grad():
         condition = ClassLabels(labels, null_label)
         call = lambda x, t, condition: network(x, t, condition.values)  # noqa: E731
-        conditional = guided(call, condition, golden.config["cfg_scale"], channels=channels)(x, timesteps)
+        conditional = guide_denoiser(call, condition, golden.config["cfg_scale"], channels=channels)(x, timesteps)
         unconditional = network(x, null_timesteps, null_labels)
     rest = unconditional[:, :, channels:]
     return torch.cat([conditional, torch.cat([conditional[:, :, :channels], rest], dim=2)])

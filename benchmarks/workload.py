@@ -1,0 +1,248 @@
+"""What is timed: the project's own training step, forward pass and sampling, and the reference's, on one problem.
+
+Nothing is read or downloaded: latents are drawn, and lie in a latent cache of the project's own format, so that the
+training step is the trainer's whole step, with its loading. Only torch, numpy, einops, timm and safetensors are needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from datasets.config import DataConfig
+from datasets.latents import FORMAT, INDEX, TENSOR, Run, StoredClip
+from datasets.recipes import RECIPES
+from datasets.shards import DTYPES, shard_file, write_shard
+from engine.build import PRECISIONS, build_model
+from engine.config import Config, TrainConfig
+from engine.distributed import World
+from engine.trainer import Trainer
+from models import attention
+from models.autoencoder import CodecConfig
+from models.identity import codec_identity
+from models.latte import Latte, LatteConfig
+
+from .reference import ReferenceLatte, ReferenceTraining
+from .timing import Call
+
+PIXELS = 8  # a side of a latent pixel
+TINY = {"model.name": "custom", "model.hidden_size": 32, "model.depth": 2, "model.num_heads": 2, "model.patch_size": 2}
+Keys = Mapping[str, Any]  # section.key -> value
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network and a batch of clips: `batch` x `frames` (+ `images`) x 4 x `latent` x `latent`.
+
+    size: a `model.name`; or `tiny`, to see whether it runs at all.
+    keys: further keys of the configuration, as {"train.precision": "bf16"}.
+    """
+
+    size: str = "Latte-S/2"
+    batch: int = 2
+    frames: int = 16
+    latent: int = 32
+    images: int = 0
+    classes: int = 0
+    keys: Keys = field(default_factory=dict, hash=False)
+
+    def config(self, folder: Path) -> Config:
+        """The configuration of a training of it, from the cache in `folder`."""
+        model = LatteConfig(num_classes=self.classes)
+        data = DataConfig(
+            num_frames=self.frames, frame_interval=1, image_size=PIXELS * self.latent, num_images=self.images,
+            num_workers=0, horizontal_flip=False, latents=str(folder / "latents"),
+        )  # fmt: skip
+        codec = CodecConfig(downsample_factor=PIXELS)
+        train = TrainConfig(batch_size=self.batch, output_dir=str(folder / "run"))
+        names = TINY if self.size == "tiny" else {"model.name": self.size}
+        return with_keys(Config(model=model, data=data, codec=codec, train=train), {**names, **self.keys})
+
+    def and_keys(self, **keys: Any) -> Workload:
+        """With further keys; a double underscore stands for the dot."""
+        return replace(self, keys={**self.keys, **{name.replace("__", "."): value for name, value in keys.items()}})
+
+    def flop(self) -> float:
+        """Of one forward pass of the batch, attention included, counted on the meta device."""
+        return _flop(replace(self, batch=1, keys={}), tuple(self.keys.items())) * self.batch
+
+    def __str__(self) -> str:
+        images = f" + {self.images} images" if self.images else ""
+        return f"{self.size}, batch {self.batch} x {self.frames} frames{images} x 4 x {self.latent} x {self.latent}"
+
+
+@lru_cache
+def _flop(workload: Workload, keys: tuple[tuple[str, Any], ...]) -> int:
+    """Of one clip; images take part in the layers over space alone."""
+    workload = replace(workload, keys=dict(keys))
+    meta = torch.device("meta")
+    model = build_model(workload.config(Path()), meta).eval()
+    latents, labels = drawn(workload, meta)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(latents, torch.zeros(1, device=meta), labels, num_images=workload.images)
+    return counter.get_total_flops()
+
+
+def with_keys(config: Config, keys: Keys) -> Config:
+    """`config` with some values replaced; ValueError for a key that there is not."""
+    changes: dict[str, dict[str, Any]] = {}
+    for name, value in keys.items():
+        section, _, key = name.partition(".")
+        if not hasattr(getattr(config, section, None), key):
+            raise ValueError(f"there is no configuration key {name}")
+        changes.setdefault(section, {})[key] = value
+    sections: dict[str, Any] = {name: replace(getattr(config, name), **values) for name, values in changes.items()}
+    return replace(config, **sections)
+
+
+def write_latents(workload: Workload, folder: Path, ranks: int = 1) -> None:
+    """A latent cache of drawn values: a few more clips than the ranks' batches, in `folder`/latents."""
+    config = workload.config(folder)
+    out, count = folder / "latents", workload.batch * ranks + max(2, workload.images)
+    shape = (1, 2, config.codec.latent_channels, config.latent_size, config.latent_size)
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn((workload.frames, *shape), generator=generator).abs() for _ in range(count))
+    side = config.data.image_size
+    clips = [
+        StoredClip(
+            f"class{number % max(1, workload.classes):03d}/{number:03d}", 0, workload.frames, workload.frames,
+            first=number * workload.frames, runs=(Run(workload.frames, side, side),),
+        )
+        for number in range(count)
+    ]  # fmt: skip
+    recipe = RECIPES[config.data.name]
+    settings = {
+        "image_size": side, "transform": recipe.transform, "max_pixels": config.data.max_pixels, "mirrored": False,
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    write_shard(shard_file(out, 0), "fp32", (count * workload.frames, *shape), rows, TENSOR, FORMAT)
+    index = {
+        "format": FORMAT, "codec": codec_identity(config.codec), "settings": settings, "dtype": "fp32",
+        "shape": shape, "shards": [count * workload.frames], "clips": [clip.to_json() for clip in clips],
+    }  # fmt: skip
+    assert index["dtype"] in DTYPES
+    (out / INDEX).write_text(json.dumps(index))
+
+
+# ---- ours --------------------------------------------------------------------------------------
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Give the layers that begin at zero other weights: arithmetic on zeros is faster than on anything else."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+class Ours:
+    """The trainer of a workload, of which one step after another is taken."""
+
+    def __init__(self, workload: Workload, folder: Path, device: torch.device, world: World | None = None) -> None:
+        world = world or World(device=device)
+        if not (folder / "latents" / INDEX).exists():
+            write_latents(workload, folder, world.size)
+        self.trainer = Trainer(workload.config(folder), world)
+        state = self.trainer.state
+        randomise(state.model)
+        state.ema.load_state_dict(state.model.state_dict())
+        self.trainer.prepare()
+        self.batches = self.trainer.run.batches(0)
+
+    def step(self) -> None:
+        """Load, forward, backward, norm, AdamW, average: the trainer's own."""
+        attention.choose(self.trainer.config.train.attention)  # a choice of the process
+        self.trainer.launch_step(next(self.batches))
+
+    @property
+    def model(self) -> Latte:
+        return cast(Latte, self.trainer.state.model)
+
+    def loss(self, latents: Tensor, labels: Tensor | None, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """The mean loss for given draws."""
+        objective = self.trainer.objective
+        labels = torch.zeros(len(latents), 1 + objective.num_images) if labels is None else labels
+        condition = objective.conditions.batch(labels)
+        return objective.terms(self.model, latents, condition, timesteps, noise).loss.mean()
+
+
+# ---- the reference -----------------------------------------------------------------------------
+
+
+class Theirs:
+    """The reference's training of a workload; with the weights of `model`, which must have been made alike."""
+
+    def __init__(self, workload: Workload, model: Latte, device: torch.device) -> None:
+        self.workload = workload
+        precision = cast(str, workload.keys.get("train.precision", "fp32"))
+        self.training = ReferenceTraining(
+            ReferenceLatte.like(model).train(), autocast_dtype=PRECISIONS[precision].autocast
+        )
+        self.latents, self.labels = drawn(workload, device)
+
+    def step(self) -> None:
+        """The official loop's body, on latents that are at hand."""
+        self.training.step(self.latents, self.labels, num_images=self.workload.images)
+
+
+def drawn(workload: Workload, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Latents (B, F+I, 4, h, w), and labels (B, 1+I) of a network that takes them."""
+    generator = torch.Generator().manual_seed(2)
+    shape = (workload.batch, workload.frames + workload.images, 4, workload.latent, workload.latent)
+    latents = torch.randn(shape, generator=generator).to(device)
+    if not workload.classes:
+        return latents, None
+    labels = torch.randint(workload.classes, (workload.batch, 1 + workload.images), generator=generator)
+    return latents, labels.to(device)
+
+
+def difference(ours: Ours, theirs: Theirs) -> float:
+    """How far the two losses are apart for the same weights and draws, relative to the reference's."""
+    timesteps, noise = theirs.training.draw(theirs.latents)
+    with torch.no_grad():
+        first = ours.loss(theirs.latents, theirs.labels, timesteps, noise)
+        second = theirs.training.loss(theirs.latents, theirs.labels, timesteps, noise, theirs.workload.images)
+    return float((first - second).abs() / second.abs())
+
+
+# ---- forward passes ----------------------------------------------------------------------------
+
+
+def forward_of(model: torch.nn.Module, workload: Workload, device: torch.device) -> Call:
+    """A forward pass without gradients, in the workload's precision."""
+    latents, labels = drawn(workload, device)
+    timesteps = torch.linspace(0, 999, workload.batch, device=device).long()
+    dtype = PRECISIONS[cast(str, workload.keys.get("train.precision", "fp32"))].autocast
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return cast(Callable[..., Tensor], model)(latents, timesteps, labels, num_images=workload.images)
+
+    return call
+
+
+def pair_of(workload: Workload, device: torch.device, folder: Path = Path()) -> tuple[Latte, ReferenceLatte]:
+    """Both networks with the same weights, for forward passes."""
+    config = workload.config(folder)
+    torch.manual_seed(0)
+    model = cast(Latte, build_model(config)).to(device).eval()
+    randomise(model)
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile()
+    return model, ReferenceLatte.like(model)
+
+
+def teraflops(flop: float, seconds: float) -> float:
+    """The rate, or nothing sensible for no time."""
+    return flop / seconds / 1e12 if seconds else math.nan

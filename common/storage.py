@@ -1,0 +1,173 @@
+"""Files and folders that survive a kill: atomic writes, folder locks, comparing settings, removing unfinished files.
+
+Checkpoints, run folders, sampling jobs, caches and prepared data sets are all written with these functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+log = logging.getLogger(__name__)
+
+
+# ---- files -------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object], temporary: Path | None = None) -> Path:
+    """Writes a file completely or not at all: fills a temporary file, syncs it and renames it to `path`.
+
+    Args:
+        write: receives the name of the temporary file and fills it.
+        temporary: its name, on the same file system; by default a hidden name next to `path` with the same suffix.
+
+    Returns:
+        `path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if temporary is None:
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # writers read the format off the suffix
+    try:
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, content: Any, indent: int | None = None, temporary: Path | None = None) -> None:
+    """Writes `content` as JSON, atomically."""
+    text = json.dumps(content, indent=indent)
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"), temporary)
+
+
+def write_synced(file: Path, content: bytes) -> None:
+    """Writes `content` and waits until it is on the disk."""
+    file.write_bytes(content)
+    sync(file)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(file: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---- folders -----------------------------------------------------------------------------------------
+
+
+class FolderLock:
+    """A lock file that lets one process at a time write into a folder; the kernel releases it when the process dies.
+
+    Args:
+        key: the setting that names the folder, for the error.
+        file: the lock file; by default `.lock` in the folder.
+    """
+
+    def __init__(self, folder: Path, key: str, file: Path | None = None) -> None:
+        self.folder, self.key = folder, key
+        self.file = file or folder / ".lock"
+        self._lock: IO[str] | None = None
+
+    def take(self) -> None:
+        """Takes the lock. Raises OSError, naming the owner, if another live process holds it."""
+        lock = self.file.open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise OSError(
+                f"{self.key}={self.folder} is being written by {owner}; stop that run or name another folder."
+            ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): make sure only one run writes there", self.folder, error.strerror)
+        if not is_same_file(lock, self.file):  # its last owner deleted it in the meantime
+            lock.close()
+            self.take()
+            return
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()}:{os.getpid()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Releases the lock, if this process holds it."""
+        if self._lock is not None:
+            self.file.unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+
+def is_same_file(stream: IO[str], path: Path) -> bool:
+    """Whether `path` still names the open file."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    return False
+
+
+def find_changes(before: Mapping[str, Any], now: Mapping[str, Any], keys: Collection[str] | None = None) -> list[str]:
+    """Returns `key: old -> new` for every setting that differs.
+
+    Args:
+        keys: settings to compare, in this order; by default all of both, sorted.
+    """
+    compared = sorted({*before, *now}) if keys is None else keys
+    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in compared if before.get(key) != now.get(key)]
+
+
+def remove_unfinished(folder: Path, names: re.Pattern[str]) -> list[str]:
+    """Deletes files and folders with a temporary name that a killed process left in `folder`.
+
+    Args:
+        names: matches the whole name. Links are never deleted.
+
+    Returns:
+        the matching names. An entry that cannot be deleted is reported as a warning.
+    """
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    unfinished = [entry for entry in entries if names.fullmatch(entry.name) and not entry.is_symlink()]
+    for entry in unfinished:
+        try:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except OSError as error:
+            log.warning("unfinished %s cannot be deleted: %s", entry, error.strerror or error)
+    return [entry.name for entry in unfinished]
+
+
+def free_bytes(folder: Path) -> int:
+    """Returns the bytes that can still be written to the file system of `folder`, which need not exist yet."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+
+
+@contextlib.contextmanager
+def explain_write_errors(place: str, advice: str = "") -> Iterator[None]:
+    """Turns errors of the operating system into one sentence: `place` cannot be written, the reason, the advice."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # already a sentence of ours
+            raise
+        raise OSError(f"{place} cannot be written: {error.strerror or error}{advice}") from error

@@ -1,0 +1,163 @@
+"""Configuration -> catalog and data set, for training and for held-out clips."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .captions import captioned_clips, renumbered
+from .catalog import Catalog, Clip, digest_of, find_clips, find_root
+from .clips import ClipDataset, window_span
+from .config import DataConfig
+from .labels import class_names_of, relabelled
+from .latents import LatentCache
+from .readers import check_installed
+from .recipes import CAPTIONED, FRAMES, RECIPES, VIDEOS
+
+
+def build_dataset(config: DataConfig, *, seed: int) -> ClipDataset:
+    """Catalog the folder and make the data set. ValueError or FileNotFoundError where the folder is wrong.
+
+    With `data.latents` frames come from that cache, which must be of this data; it knows its clips, so that
+    `data.path` may be left empty.
+    """
+    return _dataset(config, seed, held_out=False)
+
+
+def build_held_out(config: DataConfig, clips: ClipDataset, *, seed: int) -> ClipDataset:
+    """What the training on `clips` never sees: `data.val_path`, or what `data.val_share` holds out of `data.path`.
+
+    Labels are numbered as those of `clips`; nothing is mirrored; the images of joint training are from these videos.
+    ValueError or FileNotFoundError where the folder is wrong or nothing is held out.
+    """
+    key = "data.path" if config.val_path is None else "data.val_path"
+    path = config.path if config.val_path is None else config.val_path
+    fixed = replace(config, path=path, val_path=None, frame_list=None, horizontal_flip=False, max_clips=None)
+    if config.val_path is not None:  # which has a list of its own
+        fixed = replace(fixed, captions=None)
+    try:
+        found = _dataset(fixed, seed, held_out=config.val_path is None)
+        same_numbers = (
+            renumbered(found.catalog, clips.captions)
+            if config.name in CAPTIONED
+            else relabelled(found.catalog, clips.class_names)
+        )
+        return ClipDataset(fixed, same_numbers, seed, found.source)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace("data.path", key)) from None
+
+
+def _dataset(config: DataConfig, seed: int, *, held_out: bool) -> ClipDataset:
+    if config.latents is None:
+        check_installed(config.reader)
+        return ClipDataset(config, build_catalog(config, held_out=held_out), seed)
+    cache = LatentCache(Path(config.latents))
+    if not config.path and (config.frame_list or config.name in CAPTIONED):
+        key = "data.frame_list" if config.frame_list else "data.captions"
+        raise ValueError(f"{key} names files below data.path: give that too")
+    catalog = (
+        build_catalog(config, held_out=held_out)
+        if config.path
+        else catalog_of(str(cache.path), cache.catalogued(), config, held_out=held_out)
+    )
+    dataset = ClipDataset(config, catalog, seed, cache)
+    cache.check(dataset.latent_settings, [*catalog.clips, *(dataset.images or [])])
+    return dataset
+
+
+def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
+    """Find, sort, label and count the clips of `config.path`: those that `data.val_share` holds out, or the others.
+
+    FileNotFoundError where there is no such folder; ValueError where it holds nothing of the kind asked for,
+    or a clip has no class although classes are asked for.
+    """
+    root = _root(config.path)
+    recipe = RECIPES[config.name]
+    if config.name in CAPTIONED:
+        clips, skipped = captioned_clips(config, root)
+        return catalog_of(str(root), clips, config, skipped, held_out=held_out)
+    found, skipped = _found(root, recipe.clips)
+    if not found:
+        found, skipped = _found(root, (VIDEOS, FRAMES))
+    if not found:
+        raise ValueError(_nothing_found(config, skipped))
+    return catalog_of(str(root), found, config, skipped, held_out=held_out)
+
+
+def catalog_of(
+    root: str, found: list[Clip], config: DataConfig, skipped: Counter[str] | None = None, *, held_out: bool = False
+) -> Catalog:
+    """The catalog of clips that were `found`: those long enough and (not) held out, labelled, at most `max_clips`."""
+    recipe, skipped = RECIPES[config.name], Counter() if skipped is None else skipped
+    found = _long_enough(found, config, skipped)
+    captioned = config.name in CAPTIONED
+    rule = recipe.labels if config.labels == "auto" else config.labels
+    names = [clip.caption for clip in found] if captioned else class_names_of(found, rule)
+    classes = sorted({name for name in names if name is not None})
+    numbers = {name: label for label, name in enumerate(classes)}
+    labelled = [
+        replace(clip, label=numbers[name] if name is not None else 0) for clip, name in zip(found, names, strict=True)
+    ]
+    chosen = [clip for clip in labelled if is_held_out(clip.name, config.val_share) == held_out]
+    if not chosen:
+        raise ValueError(_nothing_chosen(config, len(labelled), held_out))
+    if config.val_share:
+        skipped["for training" if held_out else "held out"] = len(labelled) - len(chosen)
+    clips = chosen[: config.max_clips]
+    digest, left_out = digest_of(clips, classes), dict(sorted(skipped.items()))
+    if captioned:
+        return Catalog(root, clips, [], digest, left_out, captions=classes)
+    return Catalog(root, clips, classes, digest, left_out)
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Whether `share` of all clips, from 0 to 1, includes the one of that name, whatever others there are."""
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _nothing_chosen(config: DataConfig, total: int, held_out: bool) -> str:
+    what, remedy = ("none", "raise") if held_out else ("all", "lower")
+    return (
+        f"data.val_share={config.val_share} holds out {what} of the {total} clips of '{config.path}': {remedy} it, or "
+        "set data.val_path instead"
+    )
+
+
+def _root(path: str) -> Path:
+    if not path:
+        raise ValueError("data.path is empty: give the folder of the data set")
+    return find_root(path, "data.path")
+
+
+def _found(root: Path, kinds: Sequence[str]) -> tuple[list[Clip], Counter[str]]:
+    """The clips of these kinds in the order of their names, and the count of all else by reason."""
+    skipped: Counter[str] = Counter()
+    clips = find_clips(root, kinds, lambda reason, path: skipped.update([reason]))
+    return sorted(clips, key=lambda clip: clip.name), skipped
+
+
+def _long_enough(clips: list[Clip], config: DataConfig, skipped: Counter[str]) -> list[Clip]:
+    """Drop folders of frames that hold no window; the length of a video is known when it is opened."""
+    if config.short_clips == "loop":
+        return clips
+    span = window_span(config.num_frames, config.frame_interval)
+    kept = [clip for clip in clips if clip.num_frames is None or clip.num_frames >= span]
+    if len(kept) < len(clips):
+        skipped[f"fewer than {span} frames"] = len(clips) - len(kept)
+    if not kept:
+        raise ValueError(
+            f"data.path: none of the {len(clips)} clips in '{config.path}' has the {span} frames that "
+            f"data.num_frames={config.num_frames} and data.frame_interval={config.frame_interval} need "
+            f"(the longest has {max(clip.num_frames or 0 for clip in clips)})"
+        )
+    return kept
+
+
+def _nothing_found(config: DataConfig, skipped: Counter[str]) -> str:
+    wanted = f"{VIDEOS} or {FRAMES}"
+    seen = ", ".join(f"{count} {what}" for what, count in sorted(skipped.items())) or "nothing at all"
+    return f"data.path: data.name={config.name} needs {wanted}, but '{config.path}' holds none (found: {seen})"

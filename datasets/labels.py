@@ -1,0 +1,105 @@
+"""Class labels of clips and of listed images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .catalog import Catalog, Clip, digest_of
+from .config import DataConfig
+from .readers import IMAGE_SUFFIXES
+from .safe_paths import below
+
+
+def _class_of_folder(clip: Clip) -> str:
+    """The first folder below the root."""
+    first, *rest = clip.name.split("/")
+    if not rest:
+        raise ValueError(f"data.labels=class_folders: {clip.path!r} lies in no class folder")
+    return first
+
+
+def _class_of_file_name(clip: Clip) -> str:
+    """What follows the last '__' of the file's own name, without its extension."""
+    name = Path(clip.name).name
+    stem = Path(name).stem if clip.num_frames is None else name
+    *before, after = stem.rsplit("__", maxsplit=1)
+    if not before or not after:
+        raise ValueError(f"data.labels=file_name: the name of {clip.path!r} has no '__' before its class")
+    return after
+
+
+LABEL_RULES: dict[str, Callable[[Clip], str | None]] = {
+    "class_folders": _class_of_folder,
+    "file_name": _class_of_file_name,
+    "none": lambda clip: None,
+}
+
+
+def class_names_of(clips: Sequence[Clip], rule: str) -> list[str | None]:
+    """The class of each clip; `auto`: the first rule that fits all clips and gives two classes or more."""
+    if rule != "auto":
+        return [LABEL_RULES[rule](clip) for clip in clips]
+    for name in ("class_folders", "file_name"):
+        try:
+            names = [LABEL_RULES[name](clip) for clip in clips]
+        except ValueError:
+            continue
+        if len(set(names)) > 1:
+            return names
+    return [None] * len(clips)
+
+
+def relabelled(catalog: Catalog, class_names: Sequence[str]) -> Catalog:
+    """`catalog` with its labels numbered as in `class_names`; ValueError for a clip of a class that is not there."""
+    numbers = {name: label for label, name in enumerate(class_names)}
+    clips = []
+    for clip in catalog.clips:
+        name = catalog.class_names[clip.label] if catalog.class_names else None
+        if numbers and name not in numbers:
+            what = "no class" if name is None else f"class {name!r}"
+            raise ValueError(f"data.path: {clip.path!r} is of {what}, and the clips to train on have no such")
+        clips.append(replace(clip, label=numbers[name] if numbers and name is not None else 0))
+    return replace(catalog, clips=clips, class_names=list(class_names), digest=digest_of(clips, class_names))
+
+
+def read_frame_list(config: DataConfig, catalog: Catalog) -> list[Clip]:
+    """The images of `data.frame_list`, one a line: `path` or `path class`, relative to `data.path`.
+
+    The class may be a name or a number. Without it, it is the folder of the path, or the `v_<Class>_` of the
+    file name, that is a class of the catalog. A line that leaves the folder is refused with its number.
+    """
+    path = Path(config.frame_list or "").expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"data.frame_list: there is no file '{config.frame_list}'")
+    root = Path(catalog.root).resolve()
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+        numbered = [(number, line.rstrip("\r\n")) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"data.frame_list: '{path}' is empty")
+    return [_listed_frame(line, f"{path}, line {number}", root, catalog.class_names) for number, line in numbered]
+
+
+def _listed_frame(line: str, where: str, root: Path, classes: list[str]) -> Clip:
+    name, given = line.strip(), None
+    if Path(name).suffix.lower() not in IMAGE_SUFFIXES and " " in name:
+        name, given = name.rsplit(maxsplit=1)
+    target = below(root, name, where)
+    if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"{where}: {name!r} is no image ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    if target is None:
+        raise FileNotFoundError(f"{where}: there is no file {name!r} in data.path")
+    return Clip(str(target), name, target.stat().st_size, 1, _listed_label(name, given, where, classes))
+
+
+def _listed_label(name: str, given: str | None, where: str, classes: list[str]) -> int:
+    if not classes:
+        return 0
+    if given is not None and given.isdecimal() and given not in classes and int(given) < len(classes):
+        return int(given)
+    file_class = Path(name).name.removeprefix("v_").split("_")[0]
+    for candidate in [given] if given is not None else [*Path(name).parts[:-1], file_class]:
+        if candidate in classes:
+            return classes.index(candidate)
+    raise ValueError(f"{where}: {given or name!r} names none of the {len(classes)} classes of the data set")

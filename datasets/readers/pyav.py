@@ -1,0 +1,333 @@
+"""Video files through PyAV (FFmpeg)."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain, dropwhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import VideoError
+from .base import MAX_PIXELS, check_indices, file_identity, load_package, stack_frames, too_large
+from .containers import container_format
+
+if TYPE_CHECKING:
+    import av
+
+MAX_FRAMES = 2**22  # 38 hours at 30 frames a second; a file that claims more is broken, or meant to exhaust memory
+PROBE_FRAMES = 6  # frames decoded to see whether the timestamps of packets name frames
+PROVEN_UP_TO = 64  # clips with no more packets are decoded whole once: about one training window
+NO_STAMP = -(2**63)  # stands for a frame without a timestamp
+
+
+@dataclass(frozen=True)
+class FrameIndex:
+    """Where the frames of one file are; made once per process and file.
+
+    `pts (T,)`: presentation timestamps, ascending; `keys (K,)`: those at which decoding may begin.
+    Where timestamps do not name frames (AVI with B-frames), `timed` is False: `pts` just counts, frames are
+    found by counting from the start.
+    """
+
+    pts: np.ndarray
+    keys: np.ndarray
+    timed: bool
+    fps: float
+    damage: str | None
+    cut_off: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video file, the one demuxer that may open it, and the largest frames that may be decoded."""
+
+    path: str
+    format: str
+    max_pixels: int
+
+
+class PyAVReader:
+    """PyAV (FFmpeg): seeks to the key frame before the first wanted frame and decodes to the last wanted one.
+
+    The file is opened by us and its container is forced, so no playlist or address inside it is followed.
+    """
+
+    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
+        self.path = str(path)
+        self.source = Source(self.path, container_format(path), max_pixels)
+        self.index = _frame_index(self.source, *file_identity(path))
+        self.fps = self.index.fps
+        self.damage = self.index.damage
+        self.cut_off = self.index.cut_off
+
+    def __len__(self) -> int:
+        return len(self.index.pts)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Frames in the order asked, uint8 (T, C, H, W) RGB, rotation applied."""
+        wanted = check_indices(indices, len(self))
+        images: dict[int, np.ndarray] = {}
+        for targets in self._segments(sorted(set(wanted))):
+            images.update(self._decode(targets, self._key(targets[0])))
+        missing = [index for index in wanted if index not in images]
+        if missing:
+            raise self._undecodable(missing[0])
+        return stack_frames(self.path, [images[index] for index in wanted])
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """Every frame from first to last, (H, W, C) uint8: the file is decoded once, one frame held at a time."""
+        expected = 0
+        for index, image in self._decode(list(range(len(self))), None):
+            if index != expected:
+                break
+            yield image
+            expected += 1
+        if expected < len(self):
+            raise self._undecodable(expected)
+
+    def _undecodable(self, index: int) -> VideoError:
+        return VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
+
+    def _segments(self, wanted: list[int]) -> Iterator[list[int]]:
+        """Group frame numbers by the key frame that their decoding starts from."""
+        starts = np.searchsorted(self.index.keys, self.index.pts[wanted], side="right")
+        for start in np.unique(starts):
+            yield [index for index, own in zip(wanted, starts) if own == start]
+
+    def _decode(self, targets: list[int], key: int | None) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, image) of the `targets` as they come out, from the key frame `key` (None: the first packet) on."""
+        reformatter = load_package("av.video.reformatter").VideoReformatter()
+        numbers = {int(self.index.pts[index]): index for index in targets}
+        with open_container(self.source) as (container, stream):
+            packets = _packets_from(container, stream, key)
+            if stream.codec_context.name == "h264" and self.index.timed and not self.damage:
+                packets = _sparing(packets, stream.codec_context, min(numbers))
+            frames = self._frames(packets)
+            first = next((frame for frame in frames if key is None or _stamp(frame) >= key), None)
+            if key is not None and not (first and first.pts == key and first.key_frame):
+                yield from self._decode(targets, None)  # the seek missed, or the key frame is marked falsely
+                return
+            for ordinal, frame in enumerate(chain([first] if first else [], frames)):
+                index = numbers.pop(_stamp(frame) if self.index.timed else ordinal, None)
+                if index is not None:
+                    yield index, _to_rgb(frame, reformatter)
+                if not numbers:
+                    return
+
+    def _key(self, index: int) -> int | None:
+        """Timestamp of the last key frame at or before frame `index`; None = the start of the file."""
+        place = int(np.searchsorted(self.index.keys, self.index.pts[index], side="right")) - 1
+        return int(self.index.keys[place]) if place > 0 else None
+
+    def _frames(self, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
+        for frames in _decoded(packets):
+            if _is_broken(frames):
+                self.damage = self.damage or "a part of it cannot be decoded"
+            yield from frames or []
+
+
+def _is_broken(frames: list[av.VideoFrame] | None) -> bool:
+    """Whether a packet could not be decoded, or only with invented pixels."""
+    return frames is None or any(frame.is_corrupt for frame in frames)
+
+
+def _stamp(frame: av.VideoFrame) -> int:
+    return NO_STAMP if frame.pts is None else frame.pts
+
+
+def _to_rgb(frame: av.VideoFrame, reformatter: Any) -> np.ndarray:
+    """One decoded frame -> (H, W, C) uint8, turned upright."""
+    image = reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
+    return np.ascontiguousarray(np.rot90(image, k=round(frame.rotation / 90) % 4))
+
+
+@contextmanager
+def open_container(source: Source) -> Iterator[tuple[Any, Any]]:
+    """(container, first video stream) of a file; VideoError where it, or a read in the block, fails."""
+    av = load_package("av")
+    path = source.path
+    limit = {"max_pixels": str(4 * source.max_pixels + 2**16)}  # with the borders that decoders add
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(Path(path).open("rb"))
+            container = stack.enter_context(
+                av.open(file, mode="r", format=source.format, options=limit, metadata_errors="replace")
+            )
+        except (OSError, av.FFmpegError) as error:
+            raise VideoError(path, f"cannot be read as {source.format}: incomplete or damaged") from error
+        if not container.streams.video:
+            raise VideoError(path, "holds no video stream")
+        stream = container.streams.video[0]
+        decoder = stream.codec_context
+        if decoder is None:
+            raise VideoError(path, "its video codec is unknown")
+        if decoder.width * decoder.height > source.max_pixels:
+            raise VideoError(path, too_large(decoder.width, decoder.height, source.max_pixels))
+        decoder.options = limit
+        decoder.thread_count = 1  # loader workers are the parallelism
+        try:
+            yield container, stream
+        except OSError as error:  # the disk or network, not the file's content
+            raise VideoError(path, f"cannot be read to its end ({error.__class__.__name__})") from error
+
+
+def _packets(container: Any, stream: Any) -> Iterator[av.Packet]:
+    """Packets in file order; a read error ends them. The last, empty one (it drains the decoder) included."""
+    av = load_package("av")
+    try:
+        yield from container.demux(stream)
+    except av.FFmpegError:
+        return
+
+
+def _packets_from(container: Any, stream: Any, key: int | None) -> Iterator[av.Packet]:
+    """Packets of a freshly opened file, from the key frame with timestamp `key` on (None: all).
+
+    Containers seek loosely: what comes before the key frame is dropped undecoded, and the caller checks
+    what comes first.
+    """
+    av = load_package("av")
+    packets = _packets(container, stream)
+    if key is None:
+        return packets
+    with suppress(av.FFmpegError):  # a file without an index: its packets are read from the start
+        container.seek(key, stream=stream, backward=True)
+    return dropwhile(lambda packet: packet.pts is None or packet.pts < key, packets)
+
+
+def _sparing(packets: Iterator[av.Packet], decoder: Any, first: int) -> Iterator[av.Packet]:
+    """The same packets; of those before timestamp `first`, the decoder leaves out what no other frame refers to."""
+    for packet in packets:
+        before = packet.pts is not None and packet.pts < first
+        decoder.skip_frame = "NONREF" if before else "DEFAULT"
+        yield packet
+
+
+def _decoded(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:
+    """Frames of each packet, in presentation order; None for a packet that cannot be decoded."""
+    av = load_package("av")
+    for packet in packets:
+        try:
+            yield packet.decode()
+        except av.FFmpegError:
+            yield None
+
+
+@lru_cache(maxsize=16384)
+def _frame_index(source: Source, size: int, modified_ns: int) -> FrameIndex:
+    """Index of one file. `size` and `modified_ns` make a replaced file a new entry of the cache."""
+    stamps = array("q")  # a list of Python's integers takes five times the memory
+    keys: list[int] = []
+    with open_container(source) as (container, stream):
+        if source.format == "mov":  # a table; in others a remark, often wrong
+            _check_count(source, stream.frames)
+        for packet in _packets(container, stream):
+            if packet.size and not packet.is_discard:
+                stamps.append(NO_STAMP if packet.pts is None else packet.pts)
+                keys += [packet.pts] if packet.is_keyframe and packet.pts is not None else []
+                _check_count(source, len(stamps))
+        declared, rate = stream.frames, float(stream.average_rate or stream.guessed_rate or 0)
+        time_base = float(stream.time_base or 0)
+    if not stamps:
+        raise VideoError(source.path, "its video stream holds no frames")
+    times = np.unique(np.frombuffer(stamps, dtype=np.int64))
+    timed = len(times) == len(stamps) and times[0] != NO_STAMP
+    index = FrameIndex(
+        pts=times if timed else np.arange(len(stamps), dtype=np.int64),
+        keys=np.array(sorted(keys), dtype=np.int64),
+        timed=timed,
+        fps=_frame_rate(rate, times, time_base) if timed else rate,
+        damage=None,
+        cut_off=_missing_tail(source, size, declared, len(stamps)),
+    )
+    return _proven(source, index)
+
+
+def _check_count(source: Source, frames: int) -> None:
+    if frames > MAX_FRAMES:
+        raise VideoError(source.path, f"states more frames ({frames}) than a clip may have ({MAX_FRAMES})")
+
+
+def _frame_rate(stated: float, times: np.ndarray, time_base: float) -> float:
+    """The stated rate, unless the timestamps contradict it by more than 5 % (FLV states 1000, TS nothing)."""
+    seconds = float(times[-1] - times[0]) * time_base
+    if seconds <= 0:
+        return stated
+    measured = (len(times) - 1) / seconds
+    return stated if abs(stated - measured) <= 0.05 * measured else measured
+
+
+def _proven(source: Source, index: FrameIndex) -> FrameIndex:
+    """Compare the index with what the decoder says: on the first frames, or on all of them where needed.
+
+    All are decoded where the clip is short, its end is missing, or its timestamps do not name frames.
+    """
+    if index.timed and not index.cut_off and len(index.pts) > PROVEN_UP_TO:
+        seen, _ = _decode_stamps(source, PROBE_FRAMES)
+        if seen == index.pts[:PROBE_FRAMES].tolist():
+            return index
+    seen, damage = _decode_stamps(source, None)
+    if not seen:
+        raise VideoError(source.path, "none of its frames can be decoded")
+    if index.timed and seen == sorted(set(seen)) and set(seen) <= set(index.pts.tolist()):
+        return replace(index, pts=np.array(seen, dtype=np.int64), damage=damage)
+    counted = np.arange(len(seen), dtype=np.int64)
+    return replace(index, pts=counted, keys=counted[:1], timed=False, damage=damage)
+
+
+def _decode_stamps(source: Source, limit: int | None) -> tuple[list[int], str | None]:
+    """Timestamps of the first `limit` frames (None: all) as they leave the decoder; and the damage met."""
+    stamps: list[int] = []
+    broken = 0
+    with open_container(source) as (container, stream):
+        for frames in _decoded(_packets(container, stream)):
+            broken += _is_broken(frames)
+            stamps += [_stamp(frame) for frame in frames or []]
+            if limit and len(stamps) >= limit:
+                break
+    return stamps[:limit], f"{broken} of its packets cannot be decoded" if broken else None
+
+
+def _missing_tail(source: Source, size: int, declared: int, found: int) -> str | None:
+    """Tell a file whose end is missing, by what its container promises; None where nothing is promised."""
+    if source.format == "mov" and found < declared:
+        return f"the file is cut off: {found} of {declared} frames are there"
+    try:
+        promised = _promised_bytes(source.path, source.format)
+    except OSError as error:
+        raise VideoError(source.path, f"cannot be read to its end ({error.__class__.__name__})") from error
+    if promised > size:
+        return f"the file is cut off: {size} of {promised} bytes are there"
+    return None
+
+
+def _promised_bytes(path: str, format_name: str) -> int:
+    """File size that the outermost header of an AVI or Matroska file states; 0 where it states none."""
+    with Path(path).open("rb") as file:
+        if format_name == "avi":
+            return 8 + int.from_bytes(file.read(8)[4:], "little")
+        if format_name == "matroska":
+            file.seek(4)  # past the identifier of the header
+            file.seek(_ebml_size(file), 1)  # past the header, to the segment
+            known = file.read(4) == b"\x18\x53\x80\x67"
+            length = _ebml_size(file) if known else 0
+            return file.tell() + length if length else 0
+    return 0
+
+
+def _ebml_size(file: BinaryIO) -> int:
+    """One variable-length integer: leading zero bits of the first byte count its bytes; all ones: 0."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return 0
+    length = 9 - first[0].bit_length()
+    bits = 7 * length
+    value = int.from_bytes(first + file.read(length - 1), "big") & ((1 << bits) - 1)
+    return 0 if value == (1 << bits) - 1 else value

@@ -1,0 +1,35 @@
+"""Recipes: layout on disk, labels and transform of each data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VIDEOS, FRAMES, ARRAYS = "video files", "folders of frames", "sample arrays (000000.npy)"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one data set is read: what its clips are, where labels come from, how pixels are treated.
+
+    Where a folder holds no clips of the kind, those of the other are read: a prepared set keeps its name.
+    """
+
+    clips: tuple[str, ...]
+    labels: str
+    transform: str
+    horizontal_flip: bool
+
+
+RECIPES: dict[str, Recipe] = {
+    "ffs": Recipe((VIDEOS,), "none", "resize_then_center_crop", True),
+    "sky": Recipe((FRAMES,), "none", "center_crop_then_resize", True),
+    "taichi": Recipe((FRAMES,), "none", "resize_then_center_crop", True),
+    "ucf101": Recipe((VIDEOS,), "class_folders", "resize_then_center_crop", True),
+    "folder": Recipe((VIDEOS, FRAMES), "auto", "resize_then_center_crop", False),
+    # No flip: mirrored, "moves right" would carry the label "moves left".
+    "demo": Recipe((VIDEOS,), "class_folders", "resize_then_center_crop", False),
+    # Clips with captions, of a list; their labels are the captions' numbers. No flip: captions say left and right.
+    "captions": Recipe((VIDEOS, FRAMES), "captions", "resize_then_center_crop", False),
+}
+LABEL_CHOICES = ("auto", "class_folders", "file_name", "none")  # of `data.labels`; see labels.LABEL_RULES
+CAPTIONED = [name for name, recipe in RECIPES.items() if recipe.labels == "captions"]

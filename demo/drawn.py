@@ -1,0 +1,320 @@
+"""The demo set: eight classes, each a colour, a shape and a motion; captions of them; and a tracker that names them.
+
+`draw_clip` draws one clip (`demo/data.py` writes many as mp4 files in the UCF101 layout); `track`
+reads colour and motion back from the pixels of any clip, knowing nothing of its label, and answers None where
+there is no single coloured body that moves in one of the six ways; `accuracy` counts how often it agrees
+with the labels.
+
+Letters: T frames of a clip, H W height and width. Lengths are in units of the frame's side, y points down.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+# Eight hues, 45 degrees apart: a colour is named right as long as it is off by less than half of that.
+COLOURS = ("red", "amber", "lime", "green", "cyan", "blue", "violet", "pink")
+PALETTE = np.array([colorsys.hsv_to_rgb(i / len(COLOURS), 0.9, 0.95) for i in range(len(COLOURS))])  # (8, 3)
+
+# Inside of a body: (u, v) from its centre in units of its radius. All fit into a circle of REACH radii.
+REACH = 1.25
+SHAPES: dict[str, Callable[[Array, Array], NDArray[np.bool_]]] = {
+    "disc": lambda u, v: u * u + v * v < 1.0,
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) < 0.88,
+    "diamond": lambda u, v: abs(u) + abs(v) < 1.25,
+    "triangle": lambda u, v: np.maximum(v, math.sqrt(0.75) * abs(u) - 0.5 * v) < 0.62,
+    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.45) & (np.maximum(abs(u), abs(v)) < 1.15),
+    "ring": lambda u, v: abs(np.hypot(u, v) - 0.875) < 0.325,
+}
+
+
+@dataclass(frozen=True)
+class DemoClass:
+    """One class: what is drawn (`colour`, `shape`) and how it moves (`motion`)."""
+
+    colour: str
+    shape: str
+    motion: str
+
+    @property
+    def name(self) -> str:
+        """The folder of this class, `RedDiscRight`."""
+        return f"{self.colour.title()}{self.shape.title()}{self.motion.title()}"
+
+
+# In the order of their folder names, so that the position in this table is the label.
+CLASSES = (
+    DemoClass("amber", "square", "left"),
+    DemoClass("blue", "diamond", "down"),
+    DemoClass("cyan", "triangle", "up"),
+    DemoClass("green", "cross", "grow"),
+    DemoClass("lime", "ring", "shrink"),
+    DemoClass("pink", "disc", "grow"),
+    DemoClass("red", "disc", "right"),
+    DemoClass("violet", "square", "shrink"),
+)
+MOTIONS = tuple(sorted({c.motion for c in CLASSES}))
+
+
+# ---------------------------------------------------------------------------------------------- captions
+
+# How a motion is said: in the -ing form, and after "that".
+SAYINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "left": (("moving left", "moves left"), ("going to the left", "goes to the left")),
+    "right": (("moving right", "moves right"), ("going to the right", "goes to the right")),
+    "up": (("moving up", "moves up"), ("rising to the top", "rises to the top")),
+    "down": (("moving down", "moves down"), ("falling to the bottom", "falls to the bottom")),
+    "grow": (("growing", "grows"), ("getting larger", "gets larger")),
+    "shrink": (("shrinking", "shrinks"), ("getting smaller", "gets smaller")),
+}
+WORDINGS = (
+    "{a} {colour} {shape} {moving}",
+    "{a} {colour} {shape} that {moves}",
+    "the {shape} is {colour} and {moves}",
+    "{moving}, a {shape} of {colour} colour",
+    "a video of one {colour} {shape} {moving}",
+)
+
+
+def captions_of(kind: DemoClass) -> list[str]:
+    """Every wording of a clip of that kind, which need not be one of `CLASSES`; the plainest first."""
+    article = "an" if kind.colour[0] in "aeiou" else "a"
+    return [
+        wording.format(a=article, colour=kind.colour, shape=kind.shape, moving=moving, moves=moves)
+        for moving, moves in SAYINGS[kind.motion]
+        for wording in WORDINGS
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- drawing
+
+SUPERSAMPLING = 4  # points per pixel and axis
+MIN_FRAMES, MAX_FRAMES = 16, 32  # longer clips would move too little in a window of 16
+
+# A trajectory: (rng, frames) -> x, y of the centre and radius of the body, each (T,).
+Trajectory = tuple[Array, Array, Array]
+
+
+def _draw_translation(rng: np.random.Generator, frames: int, direction: tuple[int, int]) -> Trajectory:
+    radius = rng.uniform(0.13, 0.17)
+    reach = REACH * radius
+    travel = rng.uniform(0.42, 1.0 - 2.0 * reach)
+    start = rng.uniform(reach, 1.0 - reach - travel)  # where the body's way begins, from the low end
+    along = start + travel * np.linspace(0.0, 1.0, frames)
+    across = np.full(frames, rng.uniform(reach, 1.0 - reach))
+    if sum(direction) < 0:
+        along = along[::-1]
+    x, y = (along, across) if direction[0] else (across, along)
+    return x, y, np.full(frames, radius)
+
+
+def _draw_scaling(rng: np.random.Generator, frames: int, sense: int) -> Trajectory:
+    small, large = rng.uniform(0.09, 0.12), rng.uniform(0.26, 0.32)
+    x, y = rng.uniform(REACH * large, 1.0 - REACH * large, size=2)
+    radius = np.linspace(small, large, frames)[::sense]
+    return np.full(frames, x), np.full(frames, y), radius
+
+
+TRAJECTORIES: dict[str, Callable[[np.random.Generator, int], Trajectory]] = {
+    "right": lambda rng, frames: _draw_translation(rng, frames, (1, 0)),
+    "left": lambda rng, frames: _draw_translation(rng, frames, (-1, 0)),
+    "down": lambda rng, frames: _draw_translation(rng, frames, (0, 1)),
+    "up": lambda rng, frames: _draw_translation(rng, frames, (0, -1)),
+    "grow": lambda rng, frames: _draw_scaling(rng, frames, 1),
+    "shrink": lambda rng, frames: _draw_scaling(rng, frames, -1),
+}
+
+
+def _coverage(shape: str, trajectory: Trajectory, size: int) -> Array:
+    """The part of every pixel that the body covers, (T, size, size) in [0, 1]."""
+    points = (np.arange(size * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING)
+    x, y, radius = (v[:, None, None] for v in trajectory)
+    inside = SHAPES[shape]((points[None, None, :] - x) / radius, (points[None, :, None] - y) / radius)
+    return inside.reshape(len(x), size, SUPERSAMPLING, size, SUPERSAMPLING).mean(axis=(2, 4))
+
+
+def draw_clip(label: int, rng: np.random.Generator, *, size: int = 32, frames: int = 20) -> NDArray[np.uint8]:
+    """One anti-aliased clip of class `CLASSES[label]`, (frames, 3, size, size) uint8 RGB.
+
+    Position, size and speed of the body and the grey of the ground (dark or light) are drawn from `rng`; the
+    body never leaves the frame and moves visibly in every window of 16 consecutive frames.
+
+    Raises: ValueError if `frames` is outside 16 to 32, or `size` below 16.
+    """
+    if not MIN_FRAMES <= frames <= MAX_FRAMES:
+        raise ValueError(f"frames is {frames}, but a demo clip has {MIN_FRAMES} to {MAX_FRAMES} frames")
+    if size < 16:
+        raise ValueError(f"size is {size}, but a demo clip is at least 16 pixels wide")
+    kind = CLASSES[label]
+    colour = PALETTE[COLOURS.index(kind.colour)][:, None, None]
+    ground = rng.uniform(0.08, 0.35) if rng.uniform() < 0.5 else rng.uniform(0.65, 0.92)
+    cover = _coverage(kind.shape, TRAJECTORIES[kind.motion](rng, frames), size)[:, None]
+    video = ground + (colour - ground) * cover
+    return np.round(255.0 * video).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------- tracking
+
+
+@dataclass(frozen=True)
+class Track:
+    """What `track` saw; `colour` and `motion` are None where it saw no single body, no known motion."""
+
+    colour: str | None
+    motion: str | None
+    x: Array  # (T,) centre of the body, in units of the frame's side; empty without a body
+    y: Array  # (T,)
+    radius: Array  # (T,) of the disc of the same area
+
+
+_NOTHING = Track(None, None, np.empty(0), np.empty(0), np.empty(0))
+
+# A body is a compact patch of one saturated colour, here in (almost) every frame.
+MIN_CHROMA = 0.20  # the body's distance from grey; the palette has 0.61 to 0.70
+MIN_COHERENCE = 0.90  # length of the mean of the body's unit chroma vectors: 1 is one hue, 0 is noise
+MIN_AREA, MAX_AREA = 0.008, 0.60  # of the frame
+MAX_SPREAD = 2.2  # second moment over that of a disc of the same area: square 1.05, cross 1.3, ring 1.5
+MIN_PRESENT = 0.9  # share of the frames in which the body must be found
+
+MIN_TRAVEL = 0.15  # translations: net way, in units of the frame's side
+MIN_GROWTH = math.log(1.35)  # grow and shrink: |log| of the ratio of the last to the first radius
+MAX_WOBBLE = 0.15  # deviation (root mean square) from the fitted path, over that path's extent
+MAX_DRIFT = 0.10  # grow and shrink: deviation of the centre from its line, in units of the side
+
+
+def _chroma(video: Array) -> Array:
+    """Colour less its grey part, relative to that of the ground, (T, 3, H, W); the ground's is about 0."""
+    edges = [video[..., :2, :], video[..., -2:, :]]  # the top and bottom rows, which bodies hardly touch
+    border = np.concatenate([edge.reshape(*video.shape[:2], -1) for edge in edges], axis=-1)
+    ground = np.median(border, axis=(0, 2))[:, None, None]
+    difference = video - ground
+    return difference - difference.mean(axis=1, keepdims=True)
+
+
+def _body_colour(chroma: Array) -> Array | None:
+    """The mean chroma vector (3,) of the most saturated pixels, or None where they share no hue."""
+    strength = np.linalg.norm(chroma, axis=1)
+    count = max(1, int(MIN_AREA * strength[0].size))
+    core = np.partition(strength.reshape(len(strength), -1), -count, axis=1)[:, -count]  # of every frame
+    level = 0.8 * float(np.median(core))
+    if level < 0.8 * MIN_CHROMA:
+        return None
+    vectors = np.moveaxis(chroma, 1, -1)[strength > level]  # (pixels, 3)
+    mean = vectors.mean(axis=0)
+    coherence = np.linalg.norm(mean) / np.linalg.norm(vectors, axis=1).mean()
+    return mean if coherence > MIN_COHERENCE else None
+
+
+def _name_colour(vector: Array) -> str:
+    """The palette's nearest hue to a chroma vector (3,)."""
+    hues = PALETTE - PALETTE.mean(axis=1, keepdims=True)
+    cosine = hues @ vector / np.linalg.norm(hues, axis=1)
+    return COLOURS[int(cosine.argmax())]
+
+
+def _measure(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
+    """Centre x, y and radius of the body, and whether it is there, each (T,).
+
+    A pixel's chroma is the body's times the part that it covers, so the projection on the body's colour gives
+    coverage, and its moments give position and size to a fraction of a pixel.
+    """
+    cover = np.einsum("tchw,c->thw", chroma, colour) / float(colour @ colour)
+    cover = np.where(cover > 0.3, cover.clip(0.0, 1.0), 0.0)
+    height, width = cover.shape[1:]
+    xs, ys = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    area = cover.mean(axis=(1, 2))
+    mass = np.maximum(cover.sum(axis=(1, 2)), 1e-9)
+    x, y = cover.sum(axis=1) @ xs / mass, cover.sum(axis=2) @ ys / mass
+    moment = (cover.sum(axis=1) @ xs**2 + cover.sum(axis=2) @ ys**2) / mass - x**2 - y**2
+    spread = 2.0 * math.pi * moment / np.maximum(area, 1e-9)
+    present = (area > MIN_AREA) & (area < MAX_AREA) & (spread < MAX_SPREAD)
+    return x, y, np.sqrt(area / math.pi), present
+
+
+def _slope(values: Array, times: Array) -> float:
+    """Theil-Sen slope: the median over all pairs of frames, so that a few wrong frames do not matter."""
+    first, second = np.triu_indices(len(times), k=1)
+    return float(np.median((values[second] - values[first]) / (times[second] - times[first])))
+
+
+def _wobble(values: Array, times: Array, slope: float) -> float:
+    """Root mean square deviation of `values` from the line of that slope."""
+    rest = values - slope * times
+    return float(np.sqrt(np.mean((rest - np.median(rest)) ** 2)))
+
+
+def _name_line(x: Array, y: Array, radius: Array, times: Array) -> str | None:
+    """The direction of a straight way, or the sense of a change of size; None where there is neither or both."""
+    duration = float(times[-1] - times[0])
+    size = np.log(radius)
+    slopes = [_slope(values, times) for values in (x, y, size)]
+    way_x, way_y, growth = (slope * duration for slope in slopes)
+    off_line = math.hypot(_wobble(x, times, slopes[0]), _wobble(y, times, slopes[1]))
+
+    travel, sideways = max(abs(way_x), abs(way_y)), min(abs(way_x), abs(way_y))
+    travels, grows = travel > MIN_TRAVEL, abs(growth) > MIN_GROWTH
+    if travels and not grows and travel > 2.0 * sideways and off_line < MAX_WOBBLE * travel:
+        if abs(way_x) > abs(way_y):
+            return "right" if way_x > 0 else "left"
+        return "down" if way_y > 0 else "up"
+    if grows and not travels and off_line < MAX_DRIFT:
+        steady = _wobble(size, times, slopes[2]) < MAX_WOBBLE * abs(growth)
+        return ("grow" if growth > 0 else "shrink") if steady else None
+    return None
+
+
+def track(video: Any) -> Track:
+    """Name colour and motion of the body in a clip, from its pixels alone.
+
+    `video` is uint8 RGB, (T, 3, H, W), T at least 4, a numpy array or a tensor on the CPU. A clip without a
+    single compact, saturated body (noise, grey blobs, an empty ground) gives no colour and no motion; a body
+    that stands still or moves in no one of the six ways gives a colour and no motion.
+
+    Raises: ValueError if `video` is not uint8 of that shape.
+    """
+    pixels = np.asarray(video)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) < 4:
+        raise ValueError(f"a clip must be uint8 (T >= 4, 3, H, W), got {pixels.dtype} {pixels.shape}")
+    chroma = _chroma(pixels / 255.0)
+    colour = _body_colour(chroma)
+    if colour is None:
+        return _NOTHING
+    x, y, radius, present = _measure(chroma, colour)
+    if present.mean() < MIN_PRESENT:
+        return _NOTHING
+    times = np.flatnonzero(present).astype(float)
+    x, y, radius = x[present], y[present], radius[present]
+    motion = _name_line(x, y, radius, times)
+    return Track(_name_colour(colour), motion, x, y, radius)
+
+
+def accuracy(videos: Iterable[Any], labels: Iterable[int]) -> dict[str, float]:
+    """The shares of clips whose colour and whose motion the tracker names as the label says.
+
+    `videos` as for `track`; `labels` are positions in `CLASSES`. A clip in which the tracker sees nothing
+    counts as wrong. Returns `{"appearance_accuracy": ..., "motion_accuracy": ...}` in [0, 1].
+
+    Raises: ValueError without any clip, for a label out of range, or for unequal numbers of clips and labels.
+    """
+    colours, motions = [], []
+    for video, label in zip(videos, labels, strict=True):
+        if not 0 <= int(label) < len(CLASSES):
+            raise ValueError(f"label {label} is not one of the demo's classes, 0 to {len(CLASSES) - 1}")
+        seen, kind = track(video), CLASSES[int(label)]
+        colours.append(seen.colour == kind.colour)
+        motions.append(seen.motion == kind.motion)
+    if not colours:
+        raise ValueError("accuracy needs at least one clip")
+    return {"appearance_accuracy": float(np.mean(colours)), "motion_accuracy": float(np.mean(motions))}

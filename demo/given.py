@@ -1,0 +1,185 @@
+"""What given frames and windows do, measured on unseen clips of the demo set.
+
+    python -m demo.given --ckpt results/demo_condition --out results/demo_given
+
+Draws clips of 32 frames that no training saw, gives a network some of their frames and samples the others. The tracker
+of demo/drawn.py, which sees pixels only, says how far the body is from where the real one is and how often colour
+and motion are those of the label; evaluation/seams.py, how much frames change where windows meet. Writes a table, and a
+contact sheet of each case: the real clip above the sampled one.
+
+Letters: n videos, F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from engine import cli
+
+if TYPE_CHECKING:
+    from sample.generate import Generator
+
+REAL_FRAMES, SIZE = 32, 32  # of the clips that are drawn
+SET = 1  # their seed; the training set is that of seed 0
+OVERLAP = 4
+SHOWN = 4  # clips on a contact sheet
+
+
+class Case(NamedTuple):
+    """Frames that are given, the length of the videos, and how their windows are put together ("": none)."""
+
+    given: tuple[int, ...]
+    frames: int
+    method: str = ""
+
+
+CASES = {
+    "nothing given": Case((), 16),
+    "first frame": Case((0,), 16),
+    "first 4 frames": Case((0, 1, 2, 3), 16),
+    "first and last frame": Case((0, 15), 16),
+    "first 4, 32 frames at once": Case((0, 1, 2, 3), 32),
+    "first 4, 32 frames, sliding": Case((0, 1, 2, 3), 32, "autoregressive"),
+    "first 4, 32 frames, fused": Case((0, 1, 2, 3), 32, "fused"),
+    "first 4, 64 frames, sliding": Case((0, 1, 2, 3), 64, "autoregressive"),
+    "32 frames, fused": Case((), 32, "fused"),
+    "64 frames, fused": Case((), 64, "fused"),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of one case; errors are in pixels, None where they mean nothing."""
+
+    colour: float
+    motion: float
+    next_error: float | None  # of the body's centre in the first frame that is not given, median
+    mean_error: float | None  # over all frames that are not given
+    seam_ratio: float | None
+    seam_error: float | None
+
+
+def real_clips(number: int) -> tuple[np.ndarray, list[int]]:
+    """Unseen clips of all classes in turn, uint8 (n, F, H, W, 3), and their labels."""
+    from demo.drawn import CLASSES, draw_clip
+
+    labels = [index % len(CLASSES) for index in range(number)]
+    generators = (np.random.default_rng([SET, label, index]) for index, label in enumerate(labels))
+    clips = [draw_clip(label, rng, size=SIZE, frames=REAL_FRAMES) for label, rng in zip(labels, generators)]
+    return np.stack(clips).transpose(0, 1, 3, 4, 2), labels
+
+
+def sample_case(generator: Generator, case: Case, clips: np.ndarray, steps: int) -> np.ndarray:
+    """The videos of a case, uint8 (n, F, H, W, 3)."""
+    import torch
+
+    from sample.given import GivenFrames, Windows
+
+    pixels = torch.from_numpy(clips[:, list(case.given)]).permute(0, 1, 4, 2, 3) / 127.5 - 1
+    trained = generator.config.data.num_frames
+    return generator.sample(
+        num=len(clips),
+        steps=steps,
+        method="ddim",
+        batch_size=16,
+        num_frames=case.frames,
+        given=GivenFrames(pixels, case.given) if case.given else None,
+        windows=Windows(trained, OVERLAP, case.method) if case.method else None,
+    )
+
+
+def measure(videos: np.ndarray, clips: np.ndarray, labels: list[int], case: Case, window: int) -> Found:
+    """What the tracker and the seams say of the videos of a case."""
+    from demo.drawn import accuracy
+    from diffusion.windows import find_seams
+    from evaluation.seams import seam_change
+
+    named = accuracy(videos.transpose(0, 1, 4, 2, 3), labels)
+    places = find_seams(case.frames, window, OVERLAP, case.method or "autoregressive")
+    seam = seam_change(videos, places) if places else None
+    next_error = mean_error = None
+    if case.given and case.frames <= clips.shape[1]:
+        errors = position_errors(videos, clips[:, : case.frames])  # (n, F)
+        free = [frame for frame in range(case.frames) if frame not in case.given]
+        next_error, mean_error = float(np.median(errors[:, free[0]])), float(np.median(errors[:, free].mean(axis=1)))
+    return Found(
+        named["appearance_accuracy"],
+        named["motion_accuracy"],
+        next_error,
+        mean_error,
+        seam.ratio if seam else None,
+        seam.error if seam else None,
+    )
+
+
+def position_errors(videos: np.ndarray, clips: np.ndarray) -> np.ndarray:
+    """Distance in pixels between the bodies of two sets of videos, (n, F); infinite where one has none."""
+    from demo.drawn import track
+
+    errors = np.full(videos.shape[:2], np.inf)
+    for row, pair in zip(errors, zip(videos, clips, strict=True), strict=True):
+        sampled, real = (track(video.transpose(0, 3, 1, 2)) for video in pair)
+        if len(sampled.x) == len(real.x) == len(row):
+            row[:] = SIZE * np.hypot(sampled.x - real.x, sampled.y - real.y)
+    return errors
+
+
+def table(rows: dict[str, Found]) -> str:
+    """The measurements as Markdown."""
+    lines = ["| | colour | motion | next frame, px | all frames, px | seams |", "|---|---|---|---|---|---|"]
+    for name, found in rows.items():
+        pixels = ["" if value is None else f"{value:.1f}" for value in (found.next_error, found.mean_error)]
+        seam = "" if found.seam_ratio is None else f"{found.seam_ratio:.2f} ± {found.seam_error:.2f}"
+        lines.append(f"| {name} | {found.colour:.0%} | {found.motion:.0%} | {pixels[0]} | {pixels[1]} | {seam} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="PATH", help="a network of the demo's classes")
+    parser.add_argument("--out", type=Path, default=Path("results/demo_given"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--videos", type=int, default=64, metavar="N", help="of each case (%(default)s)")
+    parser.add_argument("--steps", type=int, default=25, metavar="N", help="of DDIM (%(default)s)")
+    parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help="only this one; may be repeated")
+    arguments = parser.parse_args(argv)
+    if arguments.videos < 8:
+        raise ValueError(f"--videos must be at least 8, one of each class, not {arguments.videos}.")
+
+    from demo.drawn import CLASSES
+    from sample.generate import Generator
+    from sample.video_io import write_contact_sheet
+
+    generator = Generator.from_checkpoint(arguments.ckpt)
+    conditional = generator.config.condition.frames != "none"
+    clips, labels = real_clips(arguments.videos)
+    window = generator.config.data.num_frames
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = {"real clips": measure(clips, clips, labels, Case((), REAL_FRAMES), window)}
+    for name in arguments.case or CASES:
+        case = CASES[name]
+        if case.given and not conditional:
+            continue
+        videos = sample_case(generator, case, clips, arguments.steps)
+        rows[name] = measure(videos, clips, labels, case, window)
+        held = np.concatenate([clips, clips[:, -1:].repeat(max(0, case.frames - REAL_FRAMES), axis=1)], axis=1)
+        pairs = held[:, : case.frames]  # of longer videos the real clip stands still at its end
+        shown = [video for index in range(SHOWN) for video in (pairs[index], videos[index])]
+        captions = [text for index in range(SHOWN) for text in (f"real {CLASSES[labels[index]].name}", "sampled")]
+        slug = name.replace(",", "").replace(" ", "_")
+        write_contact_sheet(arguments.out / f"{slug}.png", np.stack(shown), captions)
+    content = {"ckpt": str(arguments.ckpt), "videos": arguments.videos, "steps": arguments.steps}
+    measured = {name: asdict(found) for name, found in rows.items()}
+    (arguments.out / "given.json").write_text(json.dumps(content | {"measured": measured}, indent=2) + "\n")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,122 @@
+"""Real features that were computed before, found again by content: safetensors and JSON, no pickle.
+
+An entry is found by the protocol's rules, the list of all clips with their sizes, the detector's SHA-256, and what
+moves the last bits (device, threads, versions). It counts only if every file that it was made from still has the
+SHA-256 that it had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from common.storage import write_atomically
+from datasets.readers import VideoError
+
+from .distances import Moments
+from .extract import FeatureSet
+from .protocols import SideRules
+from .sources import Source, Window, content_digest, window_to_json, windows_from_json
+
+VERSION = 2  # of the entries; another one is not read
+NOTES = ("short", "unreadable", "cut_off")
+
+
+class FeatureCache:
+    """A folder of entries; each is `<key>.safetensors` and, written last, `<key>.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, key: str, source: Source, rules: SideRules) -> FeatureSet | None:
+        """The entry, or None where there is none, it is more than `rules` allow, or one of its files has changed."""
+        try:
+            record = json.loads(self._record(key).read_text(encoding="utf-8"))
+            content = self._features(key).read_bytes()
+            if record["version"] != VERSION or record["sha256"] != hashlib.sha256(content).hexdigest():
+                return None
+            features = _from_record(record, load(content), source)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        fits = rules.allows(features.windows) and _digests(source, features) == record["contents"]
+        return features if fits else None
+
+    def store(self, key: str, source: Source, features: FeatureSet, about: Mapping[str, Any]) -> None:
+        """Write an entry; `about` is for people who look into it. OSError where that fails."""
+        tensors = {f"rows/{name}": rows.contiguous() for name, rows in features.rows.items()}
+        for place, moments in enumerate(features.moments):
+            tensors |= {f"moments/{place}/{name}": tensor.cpu() for name, tensor in moments.state().items()}
+        if features.kept is not None:
+            tensors["kept"] = features.kept
+        content = save(tensors)
+        record = {
+            "version": VERSION,
+            "about": dict(about),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "size": features.size,
+            "whole": features.whole,
+            "windows": [window_to_json(window, source) for window in features.windows],
+            **{note: getattr(features, note) for note in NOTES},
+            "contents": _digests(source, features),
+        }
+        write_atomically(self._features(key), lambda path: path.write_bytes(content))
+        text = json.dumps(record, indent=1) + "\n"
+        write_atomically(self._record(key), lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _features(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def _record(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
+
+
+def cache_key(rules: SideRules, source: Source, sha256: str, **more: Any) -> str:
+    """Names an entry: what was asked for, of which files, judged by which detector."""
+    asked = {"version": VERSION, "rules": asdict(rules), "clips": source.listing(), "detector": sha256, **more}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Source) -> FeatureSet:
+    rows = {name.removeprefix("rows/"): rows for name, rows in tensors.items() if name.startswith("rows/")}
+    moments = []
+    for place in sorted({name.split("/")[1] for name in tensors if name.startswith("moments/")}):
+        prefix = f"moments/{place}/"
+        state = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+        moments.append(Moments.from_state(state))
+    return FeatureSet(
+        rows,
+        moments,
+        kept=tensors.get("kept"),
+        windows=windows_from_json(record["windows"], source, "cache"),
+        size=(record["size"][0], record["size"][1]),
+        whole=bool(record["whole"]),
+        **{note: dict(record[note]) for note in NOTES},
+    )
+
+
+def _digests(source: Source, features: FeatureSet) -> dict[str, str]:
+    """SHA-256 of the content behind every clip that was used or left out, by name."""
+    windows: dict[str, list[Window] | None] = {name: None for note in NOTES for name in getattr(features, note)}
+    for window in features.windows:
+        name = source.clips[window.clip].name
+        windows.setdefault(name, [])
+        if (known := windows[name]) is not None:
+            known.append(window)
+    clips = {clip.name: clip for clip in source.clips}
+
+    def digest(name: str) -> str:
+        try:
+            return content_digest(clips[name], windows[name])
+        except (OSError, VideoError) as error:  # what could not be read then must be just as unreadable now
+            return f"unreadable: {type(error).__name__}"
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(windows, pool.map(digest, windows)))

@@ -1,0 +1,105 @@
+"""A metric beside a training: the Frechet distance of its samples to clips that it never saw.
+
+Few samples make it large, and another number of them makes it another: it is there to compare the steps of one run,
+whose noise, labels and clips are always the same. Numbers to publish come from a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.checks import require
+from datasets import ClipDataset, build_held_out
+from engine.callbacks import Observation, agree, attempt, collect, distribute
+from engine.config import Config
+from engine.objective import Objective
+from engine.run import Run
+from engine.state import TrainState
+from engine.validation import spread
+from sample.generate import to_uint8
+from sample.preview import build_generator, sample_chunk, split_chunks
+
+from .detectors import DETECTORS, Detector, load_detector
+from .distances import frechet_distance
+
+METRICS = {"fvd", "fid"}  # of a detector, one of which it must be made for
+
+
+class Metric:
+    """The callback `metric`: `monitor.metric_videos` samples of the average, as the `sample` section says.
+
+    Raises: ValueError for a detector that is not known or gives no features for a Frechet distance.
+    """
+
+    kind = "metric"
+
+    def __init__(self, config: Config) -> None:
+        self.every = config.monitor.metric_every
+        self.config = config
+        self.detector: Detector | None = None
+        self.real: Tensor | None = None
+        if self.every:
+            name = config.monitor.metric_detector
+            fitting = [spec.name for spec in DETECTORS.values() if METRICS & set(spec.metrics)]
+            require(name in fitting, f"monitor.metric_detector={name} is none of {', '.join(fitting)}.")
+
+    def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
+        """Load the detector and try it on an empty clip; the clips are read when they are needed."""
+        monitor, data = self.config.monitor, self.config.data
+        self.detector = load_detector(
+            str(monitor.metric_detector),
+            str(monitor.metric_detector_path),
+            sha256=monitor.metric_detector_sha256,
+            device=run.world.device,
+        )
+        self.features(np.zeros((1, data.num_frames, data.image_size, data.image_size, 3), np.uint8))
+        self.clips = build_held_out(replace(data, latents=None), run.clips, seed=self.config.train.seed)
+        self.indices = spread(len(self.clips), monitor.metric_videos)
+        require(len(self.indices) > 1, f"monitor.metric_every needs two held-out clips or more in {data.path}.")
+        return [
+            f"metric: {monitor.metric_videos} samples against {len(self.indices)} held-out clips of "
+            f"{self.clips.catalog.root}, detector {self.detector.name}, sha256 {self.detector.sha256}"
+        ]
+
+    def observe(self, run: Run, state: TrainState, objective: Objective) -> Observation:
+        """The distance as `ema/frechet_<detector>`, with both numbers."""
+        if self.real is None:
+            self.real = self._shared(run, self.indices, lambda indices: real_videos(self.clips, indices))
+        generator = build_generator(self.config, state.ema.model, objective)
+        fake = self._shared(
+            run, range(self.config.monitor.metric_videos), lambda indices: sample_chunk(run, generator, indices)
+        )
+        real = self.real
+        distance = attempt(run, lambda: frechet_distance(real, fake) if run.world.is_main else 0.0)
+        name = f"ema/frechet_{self.config.monitor.metric_detector}"
+        values = {name: distance, "videos": self.config.monitor.metric_videos, "clips": len(self.indices)}
+        return Observation(values, f"{name} {distance:.4g}")
+
+    def features(self, videos: np.ndarray) -> Tensor:
+        """uint8 (n, F, H, W, 3) -> (n, D) of clips, or (n F, D) of their frames, as the detector takes them."""
+        assert self.detector is not None
+        pixels = torch.from_numpy(videos).permute(0, 1, 4, 2, 3)
+        return self.detector(pixels if self.detector.input == "clip" else pixels.flatten(0, 1))
+
+    def _shared(self, run: Run, indices: Sequence[int], videos: Callable[[Sequence[int]], np.ndarray]) -> Tensor:
+        """The features of all those videos, shared out over the ranks, on all of them."""
+        chunks = split_chunks(run, indices)
+
+        def work(place: int) -> Tensor:
+            pixels, rows = videos(chunks[place]), []
+            for number in range(len(chunks[0])):  # one at a time, for the memory; on every rank as often
+                rows += [self.features(pixels[number : number + 1])] if number < len(pixels) else []
+                agree(run)
+            return torch.cat(rows)
+
+        return torch.cat(collect(distribute(run, len(chunks), work)))
+
+
+def real_videos(clips: ClipDataset, indices: Sequence[int]) -> np.ndarray:
+    """The fixed windows of those clips: uint8 (n, F, H, W, 3)."""
+    return to_uint8(torch.stack([clips[0, index]["video"][: clips.config.num_frames] for index in indices]))

@@ -1,0 +1,124 @@
+"""How much a video changes where one window takes over from another, against everywhere else.
+
+    python -m evaluation.seams results/samples [...]
+
+Each folder is one that sample/sample.py wrote; where its samples.json names windows, their seams are measured.
+Without windows, `--window`, `--overlap` and `--window_method` say where the seams would be: what they find in real
+clips, or in videos sampled at once, is what a ratio of 1 looks like.
+
+Letters: n videos, F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import cli
+
+
+@dataclass(frozen=True)
+class SeamChange:
+    """Mean change from frame to frame, in grey levels: at seams, and elsewhere; their ratio and its standard error."""
+
+    at_seams: float
+    elsewhere: float
+    ratio: float
+    error: float
+
+
+def frame_changes(videos: np.ndarray) -> np.ndarray:
+    """Mean absolute difference of neighbouring frames in grey levels: uint8 (n, F, H, W, 3) -> (n, F-1)."""
+    return np.stack([np.abs(np.diff(video.astype(np.int16), axis=0)).mean(axis=(1, 2, 3)) for video in videos])
+
+
+def seam_change(videos: np.ndarray, seams: Sequence[int]) -> SeamChange:
+    """The change into the frames `seams` against that into all others.
+
+    The ratio is that of the means over all videos; its error is the jackknife's over videos.
+
+    Args:
+        videos: uint8 (n, F, H, W, 3).
+        seams: frames, 1 to F-1, each the first behind a seam.
+
+    Raises:
+        ValueError: without a seam, without another frame to compare with, or for frames that are not there.
+    """
+    changes = frame_changes(videos)
+    places = sorted({seam - 1 for seam in seams})
+    if not places or places[0] < 0 or places[-1] >= changes.shape[1] or len(places) == changes.shape[1]:
+        raise ValueError(f"seams must be some of the frames 1 to {changes.shape[1]}, and not all, not {list(seams)}.")
+    at, rest = changes[:, places].mean(axis=1), np.delete(changes, places, axis=1).mean(axis=1)
+    ratio = float(at.mean() / max(rest.mean(), 1e-12))
+    count = len(at)
+    if count < 2:
+        return SeamChange(float(at.mean()), float(rest.mean()), ratio, float("nan"))
+    without = (at.sum() - at) / np.maximum(rest.sum() - rest, 1e-12)
+    error = float(np.sqrt((count - 1) * np.mean((without - without.mean()) ** 2)))
+    return SeamChange(float(at.mean()), float(rest.mean()), ratio, error)
+
+
+def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The videos of a folder of samples, uint8 (n, F, H, W, 3), and what its samples.json says.
+
+    Raises:
+        ValueError: no such folder, in one sentence.
+    """
+    from datasets.readers import open_video
+
+    try:
+        written: dict[str, Any] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+        files = [str(video["file"]) for video in written["videos"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{folder} is no folder of samples: sample/sample.py writes one, with a samples.json."
+        ) from None
+    readers = [open_video(folder / file) for file in files]
+    frames = [reader.read(range(len(reader))).permute(0, 2, 3, 1).numpy() for reader in readers]
+    if len({video.shape for video in frames}) != 1:
+        raise ValueError(f"the videos in {folder} differ in length or size.")
+    return np.stack(frames), written
+
+
+def seams_in(written: dict[str, Any], arguments: argparse.Namespace, num_frames: int) -> list[int]:
+    """Where the seams of the videos are, by their samples.json or by the command line."""
+    from diffusion.windows import WINDOW_METHODS, find_seams
+
+    made = written.get("windows") or {}
+    window = arguments.window or made.get("size")
+    if not window:
+        raise ValueError("these videos were sampled at once: say with --window and --overlap where seams would be.")
+    overlap = arguments.overlap or made.get("overlap") or max(1, window // 4)
+    method = arguments.window_method or made.get("method") or WINDOW_METHODS[0]
+    if method not in WINDOW_METHODS:
+        raise ValueError(f"--window_method must be one of {', '.join(WINDOW_METHODS)}, not {method!r}.")
+    if not 1 <= overlap < window:
+        raise ValueError(f"--overlap must be from 1 to {window - 1}, not {overlap}.")
+    return find_seams(num_frames, window, overlap, method)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    parser.add_argument("--window", type=int, metavar="N", help="frames of a window")
+    parser.add_argument("--overlap", type=int, metavar="N", help="frames that it shares with the next")
+    parser.add_argument("--window_method", metavar="NAME", help="autoregressive or fused")
+    arguments = parser.parse_args(argv)
+    print(f"{'videos':40s}{'at seams':>10s}{'elsewhere':>11s}{'ratio':>8s}{'error':>8s}")
+    for folder in arguments.folders:
+        videos, written = read_samples(folder)
+        found = seam_change(videos, seams_in(written, arguments, videos.shape[1]))
+        numbers = f"{found.at_seams:10.2f}{found.elsewhere:11.2f}{found.ratio:8.2f}{found.error:8.2f}"
+        print(f"{str(folder)[-39:]:40s}{numbers}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,130 @@
+"""Identities of frozen encoders from their files alone, without building a network: caches are compared by them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .autoencoder import CONFIG_FILE, CodecConfig
+from .convert import load_pickled, weights_digest
+from .hub import find_cached
+from .taef2 import DECODER_FILE, ENCODER_FILE
+from .text_encoder import PARTS, TextConfig
+
+# files that `from_pretrained` reads, in its order of preference: one file or its shards
+WEIGHT_FILES = (
+    re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors"),
+    re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.bin"),
+)
+CODEC_NAMES = ("path", "subfolder", "revision")
+TEXT_NAMES = ("path", "revision")
+
+
+# ------------------------------------------------------------------------------------------- codec
+
+
+def codec_identity(config: CodecConfig) -> dict[str, Any]:
+    """Returns everything that latents depend on except scale and shift, as JSON values.
+
+    `sha256` covers all weights and the autoencoder's own config. It does not depend on the file format, and is None
+    if the weights are not on this machine (hub names are looked up in the local cache only).
+
+    Raises: ValueError if a weight file cannot be read.
+    """
+    return {
+        "path": config.path,
+        "subfolder": config.subfolder,
+        "revision": config.revision,
+        "latent_channels": config.latent_channels,
+        "downsample_factor": config.downsample_factor,
+        "dtype": config.dtype,
+        "sha256": _codec_sha256(config),
+    }
+
+
+def is_same_codec(made: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Returns whether two identities are of one codec: by weights, or by names if `now` has no weights at hand."""
+    keys = ["latent_channels", "downsample_factor", "dtype", *(["sha256"] if now["sha256"] else CODEC_NAMES)]
+    return all(made.get(key) == now[key] for key in keys)
+
+
+def _codec_sha256(config: CodecConfig) -> str | None:
+    if config.path is None:
+        return hashlib.sha256(b"pixels").hexdigest()
+    inside = config.subfolder or ""
+    root = find_cached(config.path, config.revision, "/".join(filter(None, [inside, CONFIG_FILE])))
+    if root is None:
+        return None
+    folder = root / inside
+    taef2 = [folder / name for name in (ENCODER_FILE, DECODER_FILE)]
+    if all(file.is_file() for file in taef2):
+        return weights_digest(*(_read(file) for file in taef2), facts=b"{}")
+    files = next((found for pattern in WEIGHT_FILES if (found := _matching(folder, pattern))), [])
+    if not files:
+        return None
+    try:
+        facts = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        facts = {key: value for key, value in facts.items() if key == "_class_name" or not key.startswith("_")}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise ValueError(f"codec.path={config.path}: {CONFIG_FILE} does not describe an autoencoder") from None
+    weights = {name: value for file in files for name, value in _read(file).items()}
+    return weights_digest(weights, facts=json.dumps(facts, sort_keys=True).encode())
+
+
+def _matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    return sorted(file for file in folder.glob("*") if pattern.fullmatch(file.name))
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix != ".safetensors":
+        return load_pickled(file)
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors raises error classes of its own
+        raise ValueError(f"{file} cannot be read: {error}") from None
+
+
+# ------------------------------------------------------------------------------------ text encoder
+
+
+def text_identity(config: TextConfig) -> dict[str, Any]:
+    """Returns everything that the features of a caption depend on, as JSON values.
+
+    `sha256` covers all files of the tokenizer and of the encoder. It is None if they are not on this machine (hub
+    names are looked up in the local cache only).
+    """
+    return {
+        "path": config.path,
+        "revision": config.revision,
+        "sha256": _text_sha256(config),
+        "dtype": config.dtype,
+        "width": config.caption_channels,
+        "max_length": config.max_length,
+        "clean_captions": config.clean_captions,
+    }
+
+
+def select_comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of a text identity that a cache must equal: the hash of the files, or without it their name."""
+    ignored = TEXT_NAMES if identity["sha256"] or identity["path"] is None else ()
+    return {key: value for key, value in identity.items() if key not in ignored and not (key == "sha256" and not value)}
+
+
+def _text_sha256(config: TextConfig) -> str | None:
+    folder = None if config.path is None else find_cached(config.path, config.revision, f"{PARTS[1]}/{CONFIG_FILE}")
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    files = [file for part in PARTS for file in sorted((folder / part).rglob("*")) if file.is_file()]
+    for file in files:
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{content}\0".encode())
+    return digest.hexdigest() if files else None

@@ -1,0 +1,56 @@
+"""The demo's report: it measures the mp4s that lie there, and the page shows files that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from demo import __main__ as demo
+from demo.drawn import CLASSES, draw_clip
+from sample.video_io import write_contact_sheet, write_mp4
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Eight real clips of each kind, but those called `trained` bear the next class's label."""
+    for kind in demo.TITLES:
+        files = []
+        for label, shown in enumerate(CLASSES):
+            video = draw_clip(label, np.random.default_rng(label), size=32, frames=16).transpose(0, 2, 3, 1)
+            claimed = (label + 1) % len(CLASSES) if kind == "trained" else label
+            files.append({"file": f"{label:04d}.mp4", "index": label, "label": claimed, "class_name": shown.name})
+            write_mp4(tmp_path / kind / files[-1]["file"], video)
+        write_contact_sheet(tmp_path / kind / "samples.png", video[None], ["one"])
+        (tmp_path / kind / "samples.json").write_text(json.dumps({"videos": files}))
+    (tmp_path / "train").mkdir()
+    rows = [{"step": step, "loss": 1 / step} for step in (1, 10, 100)]
+    (tmp_path / "train" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_the_report_counts_what_the_files_show(results: Path) -> None:
+    metrics = demo.measure(results)
+    for kind, expected in (("real", 1.0), ("pretrained", 1.0), ("trained", 0.0)):
+        assert metrics[f"appearance_accuracy_{kind}"] == expected
+        assert metrics[f"motion_accuracy_{kind}"] == expected
+        assert metrics[f"num_videos_{kind}"] == 8
+    assert (metrics["training_loss_start"], metrics["training_loss_end"], metrics["training_steps"]) == (1.0, 0.01, 100)
+
+
+def test_the_page_names_files_that_exist(results: Path) -> None:
+    demo.plot_losses(results / "train" / "metrics.jsonl", results / "loss.png")
+    demo.write_page(results, demo.measure(results))
+    page = (results / "index.html").read_text()
+    named = re.findall(r'src="([^"]+)"', page)
+    assert len([name for name in named if name.endswith(".mp4")]) == 24
+    assert all((results / name).is_file() for name in named)
+    assert "100.0%" in page and "0.0%" in page
+
+
+def test_too_few_videos_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 64"):
+        demo.main(["--videos", "10"])

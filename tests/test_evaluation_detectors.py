@@ -1,0 +1,528 @@
+"""Detectors: files that are what they say, called as the real ones are; and the command that checks one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from datasets.readers import open_video
+from engine import cli
+from evaluation import detectors, torchscript
+from evaluation.detectors import DETECTORS, Detector, DetectorFile, load_detector
+from evaluation.distances import frechet_distance
+from evaluation.stand_in import StandIn
+from tests.detector_stubs import STUBS, PublishedI3D, StubI3D, StubInception, write_network, write_stub
+from tools import check_detector
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+WEIGHTS = SHARED / "weights" / "mobilenet_v2_imagenet_dequantized.pth"
+CLIPS = SHARED / "media" / "clips" / "asl"
+needs_weights = pytest.mark.skipif(not WEIGHTS.is_file(), reason="../shared/weights is absent")
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("stubs")
+    return {name: write_stub(name, folder) for name in STUBS}
+
+
+@pytest.fixture(scope="module")
+def random_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MobileNetV2 with random weights that let its input through, as torchvision saves it."""
+    from torchvision.models import mobilenet_v2
+
+    torch.manual_seed(0)
+    network = mobilenet_v2()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 1)
+            module.running_var.uniform_(0.02, 0.1)
+    file = tmp_path_factory.mktemp("backbone") / "mobilenet_v2.pth"
+    torch.save(network.state_dict(), file)
+    return file
+
+
+def plain(name: str) -> nn.Module:
+    """The stub before it became TorchScript, with the weights of its file."""
+    torch.manual_seed(0)
+    return STUBS[name]().eval()
+
+
+# ---- the table ---------------------------------------------------------------------------------------
+
+
+def test_every_metric_has_a_detector_and_a_name_of_its_own() -> None:
+    served = {metric for spec in DETECTORS.values() if not spec.stand_in for metric in spec.metrics}
+    assert served == {"fvd", "kvd", "fid", "kid", "is", "isv"}
+    for name, spec in DETECTORS.items():
+        assert name == spec.name and spec.input in ("clip", "frame") and spec.output in ("features", "probabilities")
+        assert ("is" in spec.metrics or "isv" in spec.metrics) == (spec.output == "probabilities")
+        assert "://" in spec.origin and Path(spec.file).suffix in (".pt", ".pth")
+        assert spec.sha256 is None or len(bytes.fromhex(spec.sha256)) == 32
+    # torchvision's file names end in the first digits of their hash
+    assert DETECTORS["mobilenet_v2"].file.endswith(f"-{str(DETECTORS['mobilenet_v2'].sha256)[:8]}.pth")
+
+
+def test_the_i3d_is_called_as_stylegan_v_calls_it() -> None:
+    spec = DETECTORS["i3d"]
+    assert dict(spec.arguments) == {"rescale": True, "resize": True, "return_features": True}
+    assert (spec.dims, spec.frames) == (400, (10, None))
+    assert dict(DETECTORS["inception"].arguments) == {"return_features": True}
+    assert dict(DETECTORS["inception_is"].arguments) == {"no_output_bias": True}
+    assert dict(DETECTORS["c3d"].arguments) == {}
+
+
+# ---- calls -------------------------------------------------------------------------------------------
+
+
+def test_i3d_sees_channels_first_minus_one_to_one_whole_frames(stubs: dict[str, Path]) -> None:
+    clips = noise(2, 12, 3, 40, 56)
+    pixels = torch.stack([clip.permute(1, 0, 2, 3) for clip in clips]).float() / 127.5 - 1
+    pixels = nn.functional.interpolate(pixels, (12, 32, 32), mode="trilinear", align_corners=False)
+    network = plain("i3d")
+    with torch.no_grad():
+        expected = network.out(torch.tanh(network.conv(pixels)).mean((2, 3, 4)))
+    detector = load_detector("i3d", stubs["i3d"])
+    found = detector(clips)
+    assert (detector.name, detector.dims, detector.input) == ("i3d", 400, "clip")
+    assert found.dtype == torch.float32 and not found.requires_grad
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(found, detector(clips.flip(1)), atol=1e-6)
+
+
+def test_inception_gives_features_or_probabilities_without_the_bias(stubs: dict[str, Path]) -> None:
+    frames, network = noise(3, 3, 24, 32), plain("inception")
+    with torch.no_grad():
+        features = torch.relu(network.conv(frames.float() / 128 - 1)).mean((2, 3))
+        expected = (features @ network.output.weight.T).softmax(1)
+    assert torch.allclose(load_detector("inception", stubs["inception"])(frames), features, atol=1e-6)
+    found = load_detector("inception_is", stubs["inception"])(frames)
+    assert found.shape == (3, 1008) and torch.allclose(found, expected, atol=1e-7)
+
+
+def test_c3d_takes_16_frames_and_no_arguments(stubs: dict[str, Path]) -> None:
+    detector, clips = load_detector("c3d", stubs["c3d"]), noise(2, 16, 3, 20, 20)
+    with torch.no_grad():
+        expected = plain("c3d")(clips.transpose(1, 2))
+    assert torch.allclose(detector(clips), expected, atol=1e-7)
+    for frames in (15, 17):
+        with pytest.raises(ValueError, match=f"c3d takes clips of 16 frames, not {frames}"):
+            detector(clips[:, :1].expand(-1, frames, -1, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.rand(1, 16, 3, 8, 8), r"uint8 pixels of 0 to 255.* not torch\.float32"),
+        (torch.rand(1, 16, 3, 8, 8) * 255, r"not torch\.float32"),
+        (noise(1, 16, 3, 8, 8).long(), r"not torch\.int64"),
+        (noise(1, 9, 3, 8, 8), "clips of 10 or more frames, not 9"),
+        (noise(1, 3, 16, 8, 8), r"clips \(B, T, 3, H, W\), not \(1, 3, 16, 8, 8\)"),
+        (noise(16, 3, 8, 8), r"clips \(B, T, 3, H, W\)"),
+        (noise(0, 16, 3, 8, 8), r"not \(0, 16"),
+    ],
+)
+def test_pixels_that_would_give_wrong_numbers_are_refused(stubs: dict[str, Path], pixels: Tensor, message: str) -> None:
+    """Above all those of 0 to 1, which give tiny distances and no error."""
+    with pytest.raises(ValueError, match=message):
+        load_detector("i3d", stubs["i3d"])(pixels)
+
+
+@pytest.mark.parametrize("pixels", [noise(2, 4, 8, 8), noise(1, 2, 3, 8, 8), torch.rand(2, 3, 8, 8)])
+def test_frames_too(stubs: dict[str, Path], pixels: Tensor) -> None:
+    with pytest.raises(ValueError, match="inception takes"):
+        load_detector("inception", stubs["inception"])(pixels)
+
+
+class Meddler(nn.Module):
+    """Tells the settings that it runs under."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flags = [
+            torch.get_float32_matmul_precision() == "highest",
+            not torch.backends.cudnn.allow_tf32,
+            torch.backends.cudnn.deterministic,
+            not torch.is_autocast_enabled("cpu"),
+            torch.is_inference_mode_enabled(),
+            not torch._C._get_graph_executor_optimize(),
+        ]
+        return torch.tensor([flags], dtype=torch.float32).expand(len(x), -1)
+
+
+def test_it_runs_in_full_precision_whatever_the_process_does(stubs: dict[str, Path]) -> None:
+    detector = load_detector("i3d", stubs["i3d"])
+    clips = noise(2, 16, 3, 32, 32)
+    expected = detector(clips)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(detector(clips), expected)
+            detector.network = Meddler()
+            assert detector.run(clips).tolist() == [[1] * 6] * 2
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_same_clips_give_the_same_bits_in_every_call(stubs: dict[str, Path]) -> None:
+    """TorchScript would rewrite its graphs after the first calls."""
+    detector, clips = load_detector("i3d", stubs["i3d"]), noise(3, 16, 3, 32, 32)
+    found = [detector(clips) for _ in range(5)]
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+class WrongSize(nn.Module):
+    """Looks like I3D, and is none."""
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        return torch.zeros(x.shape[0], 1024)
+
+
+class NotANumber(nn.Module):
+    """Looks like I3D, and gives none."""
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        return torch.full([x.shape[0], 400], float("nan"))
+
+
+@pytest.mark.parametrize("network", [WrongSize(), NotANumber()])
+def test_features_that_cannot_be_right_are_refused(tmp_path: Path, network: nn.Module) -> None:
+    detector = load_detector("i3d", write_network(network, tmp_path / "a.pt"))
+    with pytest.raises(ValueError, match=r"a\.pt: i3d gave .*not finite \(2, 400\)"):
+        detector(noise(2, 16, 3, 8, 8))
+
+
+def test_what_the_network_says_is_one_line(tmp_path: Path) -> None:
+    detector = load_detector("inception", write_network(StubInception(), tmp_path / "a.pt"))
+    with pytest.raises(ValueError, match=r"a\.pt: inception cannot take \(1, 3, 2, 2\): ") as error:
+        detector(noise(1, 3, 2, 2))
+    assert "\n" not in str(error.value)
+
+
+# ---- files -------------------------------------------------------------------------------------------
+
+
+def test_a_hash_is_always_there_and_must_be_the_given_one(stubs: dict[str, Path]) -> None:
+    digest = hashlib.sha256(stubs["i3d"].read_bytes()).hexdigest()
+    assert load_detector("i3d", stubs["i3d"]).sha256 == digest
+    assert load_detector("i3d", str(stubs["i3d"]), sha256=f" {digest.upper()} ").sha256 == digest
+    wrong = hashlib.sha256(b"another").hexdigest()
+    with pytest.raises(ValueError, match=f"not opened: its SHA-256 is {digest}, but {wrong} is expected"):
+        load_detector("i3d", stubs["i3d"], sha256=wrong)
+
+
+def test_a_file_that_is_no_detector_is_one_sentence(stubs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("no network")
+    for spec, needed in ((None, "a TorchScript network, nor weights"), (DETECTORS["mobilenet_v2"], "weights")):
+        with pytest.raises(ValueError, match=rf"text\.pt is not {needed} for a stand-in: get one from .*") as error:
+            DetectorFile.read(tmp_path / "text.pt", spec=spec)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"text\.pt is no TorchScript file, or not whole; .*: get it from https"):
+        load_detector("i3d", tmp_path / "text.pt")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt is none of the detectors i3d, .*: it holds other weights"):
+        DetectorFile.read(tmp_path / "other.pt").told()
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_missing_file_is_one_line_that_says_where_it_is_to_be_had(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        load_detector(name, tmp_path / "gone.pt")
+    said = str(error.value)
+    assert str(tmp_path / "gone.pt") in said and DETECTORS[name].origin in said and "\n" not in said
+    with pytest.raises(FileNotFoundError):
+        load_detector(name, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "other"), [("i3d", "c3d"), ("i3d", "inception"), ("inception_is", "i3d")])
+def test_another_detectors_file_is_refused_by_its_arguments(stubs: dict[str, Path], name: str, other: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"is not {re.escape(DETECTORS[name].file)}, the detector {name}: its forward"
+    ):
+        load_detector(name, stubs[other])
+
+
+def test_an_unknown_name_lists_the_known_ones(stubs: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="no detector 'i4d'; they are i3d, c3d"):
+        load_detector("i4d", stubs["i3d"])
+
+
+def test_files_are_told_by_their_arguments(stubs: dict[str, Path], random_backbone: Path) -> None:
+    expected = {
+        stubs["i3d"]: ["i3d"],
+        stubs["c3d"]: ["c3d"],
+        stubs["inception"]: ["inception", "inception_is"],
+        random_backbone: ["mobilenet_v2_clip", "mobilenet_v2", "mobilenet_v2_is"],
+    }
+    for file, names in expected.items():
+        assert [spec.name for spec in DetectorFile.read(file).kinds()] == names
+
+
+def test_a_large_file_is_not_read(stubs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchscript, "MAX_BYTES", 1000)
+    monkeypatch.setattr(Path, "read_bytes", lambda *_: pytest.fail("read"))
+    with pytest.raises(ValueError, match="no detector is that large"):
+        load_detector("i3d", stubs["i3d"])
+
+
+# ---- the stand-in ------------------------------------------------------------------------------------
+
+
+def stand_in(kind: str, file: Path) -> Detector:
+    return load_detector({"frame": "mobilenet_v2", "clip": "mobilenet_v2_clip", "is": "mobilenet_v2_is"}[kind], file)
+
+
+def test_stand_in_is_torchvisions_network(random_backbone: Path) -> None:
+    """On frames of its own size, where nothing is resized."""
+    from torchvision.models import mobilenet_v2
+    from torchvision.transforms.functional import normalize
+
+    network = mobilenet_v2().eval()
+    network.load_state_dict(torch.load(random_backbone, weights_only=True))
+    frames = noise(2, 3, 224, 224)
+    pixels = normalize(frames / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    with torch.no_grad():
+        features, logits = network.features(pixels).mean((2, 3)), network(pixels)
+        steps = network.features[:18](pixels).mean((2, 3))
+    assert torch.allclose(stand_in("frame", random_backbone)(frames), features, atol=1e-4)
+    assert not torch.allclose(features[0], features[1], atol=1e-2)
+    assert torch.allclose(stand_in("is", random_backbone)(frames), logits.softmax(1), atol=1e-7)
+    found = stand_in("clip", random_backbone)(frames[None])[0]
+    expected = torch.cat([steps.mean(0), (steps[1] - steps[0]).abs()])
+    assert torch.allclose(found, expected, atol=1e-3) and expected[:320].abs().max() > 10 > expected[320:].max() > 0.1
+
+
+def test_stand_in_on_a_clip_sees_time(random_backbone: Path) -> None:
+    detector, clip = stand_in("clip", random_backbone), noise(1, 6, 3, 64, 64)
+    straight, turned, shuffled = (detector(clip[:, order])[0] for order in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0],
+                                                                           [0, 3, 1, 4, 2, 5]))  # fmt: skip
+    assert torch.allclose(straight[:320], shuffled[:320], atol=1e-4)
+    assert not torch.allclose(straight[320:], shuffled[320:], atol=0.01 * straight[320:].max().item())
+    assert torch.allclose(straight, turned, atol=1e-4)  # backwards is as smooth
+    still = detector(clip[:, :1].expand(-1, 6, -1, -1, -1))
+    assert still[0, 320:].eq(0).all()
+    with pytest.raises(ValueError, match="clips of 2 or more frames, not 1"):
+        detector(clip[:, :1])
+
+
+def test_stand_in_on_clips_does_not_depend_on_the_batch(random_backbone: Path) -> None:
+    detector, clips = stand_in("clip", random_backbone), noise(3, 4, 3, 40, 48)
+    assert torch.equal(detector(clips)[1:], torch.cat([detector(clip[None]) for clip in clips[1:]]))
+
+
+def test_stand_in_has_plain_relus_where_the_batch_norms_are_folded() -> None:
+    """Quantised networks have; torchvision's own weights come with limits of 6."""
+    from torchvision.models import mobilenet_v2
+
+    weights = mobilenet_v2().state_dict()
+    for folded, kind in ((True, nn.ReLU), (False, nn.ReLU6)):
+        weights["features.0.1.running_mean"].fill_(0.0 if folded else 0.1)
+        found = StandIn("frame", weights, Path("a.pth"))
+        assert {type(each) for each in found.modules() if isinstance(each, nn.ReLU | nn.ReLU6)} == {kind}
+
+
+@needs_weights
+def test_stand_in_knows_real_pictures() -> None:
+    """Its features put the frames of a clip nearer to each other than to another clip's."""
+    detector = stand_in("frame", WEIGHTS)
+    frames = [torch.from_numpy(np.asarray(open_video(file).read([5, 25]))) for file in sorted(CLIPS.iterdir())[:4]]
+    found = detector(torch.cat(frames)).view(4, 2, -1)
+    gaps = torch.cdist(found[:, 0], found[:, 1])
+    assert gaps.argmin(1).tolist() == [0, 1, 2, 3]
+
+
+@needs_weights
+def test_stand_in_orders_real_clips_as_one_would() -> None:
+    """Later frames of the same clips < the same frames in another order < blurred < noise."""
+    detector, clips = stand_in("clip", WEIGHTS), []
+    for file in sorted(CLIPS.iterdir())[:4]:
+        frames = torch.from_numpy(np.asarray(open_video(file).read(list(range(5, 35, 3))))).float()
+        clips.append(nn.functional.interpolate(frames, (64, 64), mode="area").byte())
+    real, later = torch.stack(clips)[:, :6], torch.stack(clips)[:, 1:7]
+    small = nn.functional.avg_pool3d(real.float(), (1, 4, 4))
+    others = {
+        "later": later,
+        "shuffled": real[:, [0, 4, 1, 5, 2, 3]],
+        "blurred": nn.functional.interpolate(small, scale_factor=(1, 4, 4)).byte(),
+        "noise": noise(*real.shape),
+    }
+    features = detector(real)
+    value = {name: frechet_distance(features, detector(each)) for name, each in others.items()}
+    assert abs(frechet_distance(features, features)) < 1e-6
+    assert list(value.values()) == sorted(value.values()), value
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path, stubs: dict[str, Path]) -> None:
+    torch.save({"features.0.0.weight": torch.ones(2)}, tmp_path / "a.pth")
+    torch.save({"w": torch.ones(2)}, tmp_path / "b.pth")
+    for name, message in (("a.pth", "torchvision's mobilenet_v2"), ("b.pth", "it holds other weights")):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} .*{message}"):
+            stand_in("frame", tmp_path / name)
+    with pytest.raises(ValueError, match="is a TorchScript file, but weights are needed"):
+        stand_in("frame", stubs["i3d"])
+
+
+# ---- tools.check_detector ----------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, list[str]]:
+    code = check_detector.main([str(each) for each in arguments])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_check_of_a_detector_that_gives_the_published_values(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = write_network(PublishedI3D(), tmp_path / "i3d.pt")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    code, lines = run(capsys, file, "--sha256", digest)
+    assert code == 0 and lines[-1] == "7 of 7 checks hold (cpu)"
+    assert lines[1] == f"sha256  {digest}" and lines[2] == "takes   x, rescale, resize, return_features"
+    assert "ok    zeros against ones T=30 151.2565, published 151.2565 +- 1" in lines
+    assert "ok    shape                   (3, 16, 3, 64, 64) uint8 -> (3, 400) float32" in lines
+
+
+def test_check_of_a_detector_that_does_not(stubs: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    code, lines = run(capsys, stubs["i3d"])
+    assert code == 1 and lines[-1] == "4 of 7 checks hold (cpu)"
+    assert [line[:29] for line in lines if line.startswith("FAIL")] == [
+        f"FAIL  zeros against ones T={frames}" for frames in (10, 16, 30)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "number"), [("c3d", ["c3d"], 5), ("inception", ["inception", "inception_is"], 9)]
+)
+def test_check_of_detectors_without_published_values(
+    stubs: dict[str, Path],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kinds: list[str],
+    number: int,
+) -> None:
+    code, lines = run(capsys, stubs[name])
+    assert code == 0 and lines[-1] == f"{number} of {number} checks hold (cpu)"
+    assert [line for line in lines if line.startswith("note")] == [
+        f"note  no published value is known for {kind}" for kind in kinds
+    ]
+    spec = DETECTORS[kinds[0]]
+    known = [f"known   not {spec.file}, SHA-256", f"        {spec.sha256}"] if spec.sha256 else []
+    assert lines[3:5] == [*known, "", f"{spec.name}: {', '.join(spec.metrics)}"][:2]
+    monkeypatch.setattr(detectors, "_SHA256", {spec.file: hashlib.sha256(stubs[name].read_bytes()).hexdigest()})
+    assert run(capsys, stubs[name])[1][3] == f"known   this is {spec.file}, SHA-256"
+    assert any("probabilities" in line for line in lines)
+
+
+def test_check_of_a_kind_that_is_named(stubs: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    code, lines = run(capsys, stubs["inception"], "--kind", "inception")
+    assert code == 0 and "inception: fid, kid" in lines and not any("inception_is" in line for line in lines)
+
+
+class Flickering(StubI3D):
+    """Another answer each time."""
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        return torch.rand(x.shape[0], 400)
+
+
+class Deaf(StubI3D):
+    """The same answer to everything."""
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        return torch.ones(x.shape[0], 400)
+
+
+class Sociable(StubI3D):
+    """A sample's answer depends on its neighbours, as with batch norms that were left training."""
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        x = x.float()
+        return ((x - x.mean()) / x.std()).mean([1, 3, 4]).abs().mean(1, keepdim=True).expand(-1, 400).contiguous()
+
+
+class Improbable(nn.Module):
+    """Scores that were not normalised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().mean([1, 2, 3, 4])[:, None].expand(-1, 101).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("network", "failed"),
+    [
+        (Flickering(), "same input twice"),
+        (Deaf(), "other input"),
+        (Sociable(), "alone, among others"),
+        (Improbable(), "probabilities"),
+        (WrongSize(), "shape"),
+    ],
+)
+def test_check_sees(tmp_path: Path, capsys: pytest.CaptureFixture, network: nn.Module, failed: str) -> None:
+    code, lines = run(capsys, write_network(network, tmp_path / "a.pt"))
+    assert code == 1
+    assert any(line.startswith(f"FAIL  {failed}") for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["GONE"], "there is no detector file"),
+        (["FILE", "--sha256", "00"], "is not opened: its SHA-256 is"),
+        (["FILE", "--kind", "i4d"], "--kind i4d: there is no such detector"),
+        (["FILE", "--kind", "i3d"], "is not i3d_torchscript.pt"),
+        (["FILE", "--device", "abacus"], "--device abacus"),
+        (["OTHER"], "is none of the detectors i3d"),
+    ],
+)
+def test_check_of_nothing_is_a_sentence_and_2(
+    stubs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    arguments: list[str],
+    message: str,
+) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "other.pth")
+    files = {"FILE": str(stubs["c3d"]), "GONE": str(tmp_path / "gone.pt"), "OTHER": str(tmp_path / "other.pth")}
+    monkeypatch.setattr(sys, "argv", ["check_detector", *(files.get(each, each) for each in arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.run(check_detector.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_long_check_draws_what_its_source_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_detector, "NOISE_VIDEOS", 24)
+    monkeypatch.setattr(check_detector, "NOISE_SIZE", 5)
+    found = torch.cat(list(check_detector.noise_clips(2, frames=3)))
+    expected = np.random.RandomState(2).rand(24, 3, 5, 5, 3).astype(np.float32)
+    assert torch.equal(found, torch.from_numpy(expected).permute(0, 4, 1, 2, 3))
+
+
+def test_long_check_leaves_pixels_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Noise of 0 to 1, neither rescaled nor resized; covariances divided by one less than the number."""
+    monkeypatch.setattr(check_detector, "NOISE_VIDEOS", 8)
+    monkeypatch.setattr(check_detector, "NOISE_SIZE", 12)
+    clips = [np.random.RandomState(seed).rand(8, 16, 12, 12, 3) for seed in (1, 2)]
+    level = [each.mean((1, 2, 3, 4)) * 152.9175**0.5 / 2 for each in clips]
+    expected = (level[0].mean() - level[1].mean()) ** 2 + (level[0].std(ddof=1) - level[1].std(ddof=1)) ** 2
+    detector = load_detector("i3d", write_network(PublishedI3D(), tmp_path / "i3d.pt"))
+    assert check_detector.noise(detector, 16) == pytest.approx(expected, rel=1e-3)
+    long = detectors.Golden("noise of two seeds", 16, expected, 0.1 * expected, "here", minutes=True)
+    monkeypatch.setattr(detector, "spec", dataclasses.replace(detector.spec, goldens=(long,)))
+    assert len(list(check_detector.checks(detector, long=False))) == 4
+    assert list(check_detector.checks(detector, long=True))[-1][:2] == ("noise of two seeds T=16", True)

@@ -1,0 +1,152 @@
+"""The table of metrics, the protocols and the treatment of pixels, against what is published of each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datasets.readers import open_video
+from evaluation.detectors import DETECTORS
+from evaluation.pixels import MP4_FPS, fit, through_jpeg, through_mp4
+from evaluation.protocols import METRICS, build_protocol, parse_metric, protocol_for
+
+CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
+needs_media = pytest.mark.skipif(not CLIPS.is_dir(), reason="needs ../shared/media: real clips")
+
+
+def spans(metric: str, protocol: str, dataset: str | None = None) -> tuple[int, int]:
+    """Frames of the shortest real and fake video that is kept."""
+    whole = protocol_for(parse_metric(metric), build_protocol(protocol, dataset), 0)
+    return whole.side("real").span, whole.side("fake").span
+
+
+@pytest.mark.parametrize(
+    ("metric", "protocol", "dataset", "shortest"),
+    [
+        ("fvd2048_16f", "stylegan-v", None, (16, 16)),
+        ("fvd2048_128f", "stylegan-v", None, (128, 128)),
+        ("fvd2048_128f_subsample8f", "stylegan-v", None, (128, 128)),  # not 121, which would hold the clip
+        ("fvd2048_16f", "stylegan-v", "taichi", (16, 16)),
+        ("fvd2048_16f", "latte", None, (48, 16)),
+        ("fvd2048_16f", "latte", "ffs", (48, 16)),
+        ("fvd2048_16f", "latte", "sky", (48, 16)),
+        ("fvd2048_16f", "latte", "ucf101", (48, 16)),
+        ("fvd2048_16f", "latte", "taichi", (96, 16)),
+        ("fvd2048_16f", "latte-published", "taichi", (96, 16)),
+        ("fvd2048_128f", "latte", "ffs", (384, 128)),
+    ],
+)
+def test_strides_and_shortest_videos(
+    metric: str, protocol: str, dataset: str | None, shortest: tuple[int, int]
+) -> None:
+    assert spans(metric, protocol, dataset) == shortest
+
+
+def test_protocols_differ_as_published() -> None:
+    ours, latte, published = (build_protocol(name) for name in ("stylegan-v", "latte", "latte-published"))
+    assert (ours.selection, latte.selection) == ("first", "random")
+    assert (ours.real_storage, latte.fake_storage) == ("as read", "as read")
+    assert (published.real_storage, published.fake_storage) == ("jpeg75", "mp4 quality 9, jpeg75")
+    assert {each.divisor for each in (ours, latte, published)} == {"n"}
+    assert {each.split for each in (ours, latte, published)} == {"train"}
+    assert build_protocol("latte", "ffs").resolution == 256 and build_protocol("latte").resolution is None
+
+
+def test_official_metrics_ask_for_the_official_counts() -> None:
+    counts = {name: (each.num_real, each.num_fake, each.frames, each.subsample) for name, each in METRICS.items()}
+    assert counts["fvd2048_16f"] == counts["kvd2048_16f"] == (2048, 2048, 16, 1)
+    assert counts["fvd2048_128f"] == (2048, 2048, 128, 1)
+    assert counts["fvd2048_128f_subsample8f"] == (2048, 2048, 16, 8)
+    assert counts["fid50k_full"] == (None, 50_000, 1, 1)
+    assert counts["kid50k_full"] == (1_000_000, 50_000, 1, 1)
+    assert counts["is50k"] == (0, 50_000, 1, 1)
+    assert counts["isv2048_ucf"] == (0, 2048, 16, 1) and METRICS["isv2048_ucf"].shuffle_seed == 42
+    families = {family for spec in DETECTORS.values() for family in spec.metrics}
+    assert {each.family for each in METRICS.values()} <= families
+
+
+@pytest.mark.parametrize("name", ["fvd2048_128f", "fvd2048_128f_subsample8f"])
+def test_general_names_mean_what_the_official_lines_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    official = METRICS[name]
+    monkeypatch.delitem(METRICS, name)
+    assert parse_metric(name) == official
+    for short, long in (("fid50k_full", "fid50000_full"), ("is50k", "is50000"), ("kid50k_full", "kid50000_full")):
+        assert replace(parse_metric(long), name=short) == METRICS[short]
+
+
+def test_other_numbers_and_wrong_names() -> None:
+    small = parse_metric("fvd64_32f_subsample2f")
+    assert (small.num_real, small.num_fake, small.frames, small.subsample) == (64, 64, 16, 2)
+    assert (parse_metric("fid5k_full").num_real, parse_metric("fid5k_full").num_fake) == (None, 5000)
+    assert parse_metric("isv64_ucf").shuffle_seed == 42
+    for name, reason in (
+        ("fid50k", "did you mean 'fid50k_full'"),
+        ("fvd2048", "'fvd2048' is unknown"),
+        ("fvd64_16f_subsample3f", "16 frames cannot be taken every 3th: not divisible"),
+        ("fvd1_16f", "at least 2 items"),
+        ("fvd64_0f", "at least 1 frame"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            parse_metric(name)
+    with pytest.raises(ValueError, match="--protocol: 'late' is unknown, use one of stylegan-v, latte"):
+        build_protocol("late")
+    with pytest.raises(ValueError, match="--real_stride is 0"):
+        build_protocol("latte", real_stride=0)
+
+
+def test_a_changed_protocol_says_so() -> None:
+    assert build_protocol("latte", "ffs", real_stride=3, fake_stride=None).changed == ()
+    assert build_protocol("latte", "ffs", real_stride=1, resolution=128).changed == ("real_stride=1",)
+
+
+# ------------------------------------------------------------------------------------------------ pixels
+
+
+def picture(height: int, width: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, height, width), dtype=np.uint8))
+
+
+def test_crops_are_pillows_filter_on_the_right_square() -> None:
+    frames = picture(40, 60)
+    image = Image.fromarray(frames[1].permute(1, 2, 0).numpy())
+    square = image.crop((10, 0, 50, 40)).resize((32, 32), Image.Resampling.LANCZOS)
+    assert np.array_equal(fit(frames, "center_crop_then_resize", 32)[1].permute(1, 2, 0), np.asarray(square))
+    small = image.resize((48, 32), Image.Resampling.LANCZOS).crop((8, 0, 40, 32))
+    assert np.array_equal(fit(frames, "resize_then_center_crop", 32)[1].permute(1, 2, 0), np.asarray(small))
+    for crop in ("center_crop_then_resize", "resize_then_center_crop"):
+        assert fit(frames, crop, 50).shape == (2, 3, 50, 50)  # also to larger sizes
+        assert fit(frames, crop, None) is frames
+        square_frames = picture(32, 32)
+        assert fit(square_frames, crop, 32) is square_frames
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    return float(10 * torch.log10(255**2 / (a.double() - b.double()).square().mean()))
+
+
+@needs_media
+def test_published_storage_is_that_of_the_official_files(tmp_path: Path) -> None:
+    """imageio's quality 9, and Pillow's JPEG with a `q` that it does not know, as the official tools write them."""
+    reader = open_video(CLIPS / "action" / "vision__v_SoccerJuggling_g23_c01.avi")
+    frames = fit(reader.read(range(40, 56)), "center_crop_then_resize", 256)
+    iio.imwrite(
+        tmp_path / "a.mp4", frames.permute(0, 2, 3, 1).numpy(), plugin="FFMPEG", fps=MP4_FPS, quality=9, codec="libx264"
+    )
+    theirs, ours = open_video(tmp_path / "a.mp4").read(range(16)), through_mp4(frames)
+    assert psnr(frames, ours) == pytest.approx(psnr(frames, theirs), abs=0.1)
+    assert psnr(theirs, ours) > 50  # another build of the encoder
+    Image.fromarray(frames[3].permute(1, 2, 0).contiguous().numpy()).save(tmp_path / "a.jpg", q=95)
+    assert torch.equal(open_video(tmp_path / "a.jpg").read([0])[0], through_jpeg(frames)[3])
+    assert 42 < psnr(frames, ours) < 45 and 36 < psnr(frames, through_jpeg(ours)) < 41  # measured beforehand
+
+
+def test_sizes_that_the_official_files_would_stretch_are_refused() -> None:
+    with pytest.raises(ValueError, match="frames of 60x40 cannot go through the official mp4"):
+        through_mp4(picture(40, 60))

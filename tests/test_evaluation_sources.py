@@ -1,0 +1,283 @@
+"""Which clips are taken and which frames of them: hand-counted folders, brute force, and the traps of other tools."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.catalog import Clip
+from evaluation.protocols import SideRules, build_protocol, parse_metric, protocol_for
+from evaluation.sources import (
+    CALL_FRAMES,
+    TASK_FRAMES,
+    ClipReader,
+    Request,
+    Source,
+    TooShort,
+    Window,
+    choose_window,
+    clip_tasks,
+    content_digest,
+    frame_tasks,
+    frame_windows,
+    shuffled,
+    window_to_json,
+    windows_from_json,
+)
+
+
+def rules(metric: str = "fvd2048_16f", protocol: str = "stylegan-v", side: str = "real", seed: int = 0) -> SideRules:
+    return protocol_for(parse_metric(metric), build_protocol(protocol), seed).side(side)
+
+
+def array(file: Path, frames: int, start: int = 0) -> Path:
+    """A sample array whose frame i is of grey level start + i."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.arange(start, start + frames, dtype=np.uint8)
+    np.save(file, np.tile(levels[:, None, None, None], (1, 8, 8, 3)))
+    return file
+
+
+def levels(frames: torch.Tensor | None) -> list[int]:
+    assert frames is not None
+    return frames[:, 0, 0, 0].tolist()
+
+
+# ---------------------------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize(
+    ("metric", "protocol", "side", "length", "last_offset"),
+    [
+        ("fvd2048_16f", "stylegan-v", "real", 16, 0),
+        ("fvd2048_16f", "stylegan-v", "real", 20, 4),
+        ("fvd2048_16f", "stylegan-v", "fake", 20, 0),
+        ("fvd2048_128f_subsample8f", "stylegan-v", "real", 128, 7),
+        ("fvd2048_128f_subsample8f", "stylegan-v", "real", 130, 9),
+        ("fvd2048_16f", "latte", "real", 48, 2),
+        ("fvd2048_16f", "latte", "real", 50, 4),
+        ("fvd2048_16f", "latte", "fake", 50, 0),
+    ],
+)
+def test_every_offset_is_drawn_and_the_last_frame_reached(
+    metric: str, protocol: str, side: str, length: int, last_offset: int
+) -> None:
+    """0 to L - n s + s - 1, both ends; the largest one ends on frame L - 1."""
+    own = rules(metric, protocol, side)
+    drawn = Counter(choose_window(own, Clip("x", f"clip{i}", 0), 0, length).offset for i in range(600))
+    assert sorted(drawn) == list(range(last_offset + 1))
+    assert min(drawn.values()) > 600 / (last_offset + 1) / 2  # evenly
+    ends = {choose_window(own, Clip("x", f"clip{i}", 0), 0, length).indices[-1] for i in range(600)}
+    assert max(ends) == (length - 1 if side == "real" else own.frames - 1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "protocol", "side", "shortest"),
+    [
+        ("fvd2048_16f", "stylegan-v", "real", 16),
+        ("fvd2048_16f", "stylegan-v", "fake", 16),
+        ("fvd2048_128f_subsample8f", "stylegan-v", "real", 128),
+        ("fvd2048_128f_subsample8f", "stylegan-v", "fake", 128),
+        ("fvd2048_16f", "latte", "real", 48),
+        ("fvd2048_16f", "latte", "fake", 16),
+    ],
+)
+def test_one_frame_less_is_too_short(metric: str, protocol: str, side: str, shortest: int) -> None:
+    own, clip = rules(metric, protocol, side), Clip("x", "x", 0)
+    choose_window(own, clip, 0, shortest)
+    with pytest.raises(TooShort, match=f"has {shortest - 1} frames, a clip needs {shortest}"):
+        choose_window(own, clip, 0, shortest - 1)
+
+
+def test_offsets_depend_on_seed_and_clip_alone() -> None:
+    names = [f"clip{i}" for i in range(50)]
+
+    def offsets(seed: int, names: list[str]) -> dict[str, int]:
+        own = rules(seed=seed)
+        return {name: choose_window(own, Clip("x", name, 0), 0, 400).offset for name in names}
+
+    assert offsets(0, names) == offsets(0, names[::-1])  # neither the place nor the neighbours
+    assert offsets(0, names) != offsets(1, names)
+    assert len(set(offsets(0, names).values())) > 30
+
+
+# ------------------------------------------------------------------------------------------ selection
+
+
+def test_first_in_the_order_of_names_folder_by_folder(tmp_path: Path) -> None:
+    """`clip` and `clip-1` are siblings: as text, 'clip-1/b' would come before 'clip/a'."""
+    for name in ("clip-1/000001", "clip/000000", "clip/000003", "clip/sub/000002", "b/000009"):
+        array(tmp_path / f"{name}.npy", 16)
+    source = Source.find(str(tmp_path), "--real_data_path")
+    assert [clip.name.removesuffix(".npy") for clip in source.clips] == [
+        *("b/000009", "clip/000000", "clip/000003", "clip/sub/000002", "clip-1/000001")
+    ]
+    assert source.order(rules()) == [0, 1, 2, 3, 4]
+
+
+def test_random_selection_is_seeded_and_complete(tmp_path: Path) -> None:
+    for number in range(40):
+        array(tmp_path / f"{number:06d}.npy", 16)
+    source = Source.find(str(tmp_path), "--real_data_path")
+    every = rules(protocol="latte")
+    orders = [source.order(replace(every, count=39, seed=seed)) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert all(sorted(order) == list(range(40)) for order in orders)  # the last steps in where one cannot be used
+    assert orders[0] != sorted(orders[0])
+    assert source.order(replace(every, count=40)) == source.order(replace(every, count=None)) == list(range(40))
+
+
+def test_arrays_are_the_samples_and_videos_beside_them_their_copies(tmp_path: Path) -> None:
+    array(tmp_path / "arrays" / "000000.npy", 16)
+    (tmp_path / "0000.mp4").write_bytes(b"for people")
+    source = Source.find(str(tmp_path), "--fake_data_path")
+    assert [clip.name for clip in source.clips] == ["arrays/000000.npy"]
+    assert source.skipped == {"*.mp4": 1}
+
+
+def test_nothing_to_read_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    np.save(tmp_path / "statistics.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"--fake_data_path: '.*' holds no video, .*\(found: 1 \*\.npy, 1 \*\.txt\)"):
+        Source.find(str(tmp_path), "--fake_data_path")
+    with pytest.raises(FileNotFoundError, match="--real_data_path: there is no folder"):
+        Source.find(str(tmp_path / "gone"), "--real_data_path")
+    with pytest.raises(ValueError, match="is a file, not a folder of clips"):
+        Source.find(str(tmp_path / "notes.txt"), "--real_data_path")
+
+
+# -------------------------------------------------------------------------------------------- reading
+
+
+def test_pictures_of_every_mode_become_rgb(tmp_path: Path) -> None:
+    """Grey is repeated, transparency dropped, a palette looked up: 16 frames in each of the modes."""
+    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    images = {
+        "grey": Image.fromarray(colours[..., 0]),
+        "alpha": Image.fromarray(np.dstack([colours, np.full((8, 8), 9, np.uint8)])),
+        "palette": Image.fromarray(colours).quantize(64),
+        "rgb": Image.fromarray(colours),
+    }
+    for name, image in images.items():
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for frame in range(16):
+            image.save(tmp_path / "set" / name / f"{frame:03d}.png")
+    source = Source.find(str(tmp_path / "set"), "--real_data_path")
+    readings = ClipReader(source, rules(), [tuple(Request(place) for place in range(4))])[0]
+    shown = {source.clips[each.clip].name: each.frames[5].permute(1, 2, 0).numpy() for each in readings}  # type: ignore[index]
+    assert np.array_equal(shown["grey"], np.repeat(colours[..., :1], 3, axis=2))
+    assert np.array_equal(shown["alpha"], colours) and np.array_equal(shown["rgb"], colours)
+    assert np.array_equal(shown["palette"], np.asarray(images["palette"].convert("RGB")))
+
+
+def test_the_frames_are_those_of_the_window(tmp_path: Path) -> None:
+    array(tmp_path / "000000.npy", 100)
+    source = Source.find(str(tmp_path), "--real_data_path")
+    readings = ClipReader(source, rules(), [(Request(0, Window(0, 5, 6, 16)), Request(0, Window(0, 0, 1, 3)))])[0]
+    assert levels(readings[0].frames) == list(range(5, 101, 6))
+    assert levels(readings[1].frames) == [0, 1, 2]
+    beyond = ClipReader(source, rules(), [(Request(0, Window(0, 90, 1, 16)),)])[0]
+    assert beyond[0].problem == "has 100 frames, but frame 105 is asked for"
+
+
+def test_problems_are_told_and_tell_short_from_unreadable(tmp_path: Path) -> None:
+    array(tmp_path / "000000.npy", 15)
+    array(tmp_path / "000001.npy", 16)
+    (tmp_path / "000002.npy").write_bytes(b"broken")
+    source = Source.find(str(tmp_path), "--real_data_path")
+    short, good, broken = ClipReader(source, rules(), [tuple(Request(place) for place in range(3))])[0]
+    assert (short.problem, short.short, short.frames) == ("has 15 frames, a clip needs 16", True, None)
+    assert good.problem is None and levels(good.frames) == list(range(16))
+    assert (broken.problem, broken.short) == ("is not a readable .npy array", False)
+
+
+def test_shuffled_frames_are_the_same_frames_in_another_order() -> None:
+    frames = torch.arange(16).view(16, 1, 1, 1)
+    one, same, other = (shuffled(frames, Clip("x", name, 0)).flatten() for name in ("a", "a", "b"))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert one.tolist() != sorted(one.tolist()) and sorted(one.tolist()) == list(range(16))
+
+
+# ------------------------------------------------------------------------------------------ tasks
+
+
+@pytest.mark.parametrize(("count", "expected"), [(None, 60), (50_000, 60), (33, 33), (7, 7)])
+@pytest.mark.parametrize("protocol", ["stylegan-v", "latte"])
+def test_frames_are_taken_once_each(protocol: str, count: int | None, expected: int) -> None:
+    lengths = [16, 0, 3, 40, 1]
+    own = replace(rules("fid50k_full", protocol, "fake"), count=count)
+    windows = frame_windows(lengths, own)
+    taken = [(window.clip, index) for window in windows for index in window.indices]
+    everything = [(clip, index) for clip, length in enumerate(lengths) for index in range(length)]
+    assert len(taken) == len(set(taken)) == expected and set(taken) <= set(everything)
+    assert taken == sorted(taken)
+    if protocol == "stylegan-v":
+        assert taken == everything[:expected]
+    elif expected < 60:
+        assert taken != everything[:expected]
+    tasks = frame_tasks(windows)
+    assert [request.window for task in tasks for request in task] == windows
+    for task in tasks:
+        assert len({request.clip for request in task}) == 1
+        assert sum(request.window.frames for request in task if request.window) <= TASK_FRAMES
+
+
+def test_calls_are_fixed_blocks_of_clips() -> None:
+    requests = [Request(place) for place in range(19)]
+    tasks = clip_tasks(requests, 16)
+    assert [len(task) for task in tasks] == [8, 8, 3] and CALL_FRAMES == 128
+    assert [request for task in tasks for request in task] == requests
+    assert [len(task) for task in clip_tasks(requests, 200)] == [1] * 19
+
+
+# ---------------------------------------------------------------------------------------------- content
+
+
+def test_the_digest_is_of_what_was_read(tmp_path: Path) -> None:
+    for frame in range(20):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (frame, 0, 0)).save(tmp_path / "a" / f"{frame:03d}.png")
+    clip = Source.find(str(tmp_path), "x").clips[0]
+    window = [Window(0, 2, 1, 16)]
+    before = content_digest(clip, window), content_digest(clip, None)
+    Image.new("RGB", (8, 8), (99, 0, 0)).save(tmp_path / "a" / "019.png")  # not in the window
+    assert content_digest(clip, window) == before[0] and content_digest(clip, None) != before[1]
+    Image.new("RGB", (8, 8), (99, 0, 0)).save(tmp_path / "a" / "017.png")
+    assert content_digest(clip, window) != before[0]
+
+
+def test_windows_come_back_from_json(tmp_path: Path) -> None:
+    array(tmp_path / "000000.npy", 100)
+    source = Source.find(str(tmp_path), "x")
+    windows = [Window(0, 5, 6, 16), Window(0, 0, 1, 1)]
+    lines = [window_to_json(window, source) for window in windows]
+    assert lines == [["000000.npy", 5, 6, 16], ["000000.npy", 0, 1, 1]]
+    assert windows_from_json(lines, source, "list") == windows
+    for line, reason in (
+        (["gone.npy", 0, 1, 16], "list: 'gone.npy' is not in"),
+        (["000000.npy", -1, 1, 16], "list: line 1 is not"),
+        (["000000.npy", 0, 0, 16], "list: line 1 is not"),
+        (["000000.npy", 0, 1, "16"], "list: line 1 is not"),
+        ("000000.npy", "list: line 1 is not"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            windows_from_json([line], source, "list")
+
+
+def test_gif_and_video_are_decoded_directly(tmp_path: Path) -> None:
+    frames = [Image.new("L", (8, 8), 10 * number) for number in range(16)]
+    content = io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:])
+    (tmp_path / "a.gif").write_bytes(content.getvalue())
+    before = sorted(tmp_path.rglob("*"))
+    source = Source.find(str(tmp_path), "x")
+    reading = ClipReader(source, rules(), [(Request(0),)])[0][0]
+    assert levels(reading.frames) == list(range(0, 160, 10))
+    assert sorted(tmp_path.rglob("*")) == before

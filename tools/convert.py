@@ -1,0 +1,229 @@
+"""Converts official and trained files: configs, weights and whole models.
+
+    python -m tools.convert config OFFICIAL.yaml [-o OURS.yaml]
+    python -m tools.convert checkpoint OFFICIAL.pt --sha256 HASH [-o WEIGHTS.safetensors]
+    python -m tools.convert t2v SOURCE FOLDER [--dtype fp16] [--lora ADAPTERS]
+    python -m tools.convert weights RUN FOLDER [--weights raw] [--adapter]
+    python -m tools.convert diffusers RUN FOLDER
+    python -m tools.convert pipeline RUN FOLDER [--push OWNER/NAME]
+
+RUN is a run folder, which stands for its newest checkpoint, or a checkpoint folder. `python -m tools.convert SUBCOMMAND
+--help` lists the flags of a subcommand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from common.storage import write_atomically
+from engine import cli
+from engine.config import load_config, read_yaml
+from engine.official_keys import translate_config
+from engine.weights import export_adapter, export_weights
+from models.autoencoder import DTYPES
+from models.convert import extract_weights
+from models.convert_t2v import compare_with_diffusers, convert_t2v, find_network, read_json, require_new, save_t2v
+from models.lora import merge_lora
+from sample.pipeline_latte import LatteVideoPipeline
+from sample.t2v_export import export_run
+
+MAX_DIFFERENCE = 1e-4  # of a converted text network from diffusers' outputs; relative, in fp32
+
+
+def main(argv: list[str]) -> int:
+    """Runs one subcommand and returns its exit code."""
+    arguments = vars(build_parser().parse_args(argv))
+    return arguments.pop("run")(**arguments) or 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all subcommands; each parsed flag is a keyword argument of the function in `run`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
+
+    add = _add_command(commands, "config", write_config)
+    add("official", type=Path, metavar="OFFICIAL.yaml")
+    add("-o", "--output", type=Path, metavar="OURS.yaml", help="default: standard output")
+
+    add = _add_command(commands, "checkpoint", write_checkpoint_weights)
+    add("checkpoint", type=Path, help="an official .pt file")
+    add("--sha256", required=True, action="append", metavar="HASH", help="of a file to trust")
+    add("-o", "--output", type=Path, metavar="FILE", help="default: the name of the checkpoint, ending in .safetensors")
+    add("--weights", choices=["ema", "model"], default="ema", help="which weights (default: ema)")
+
+    add = _add_command(commands, "t2v", write_text_network)
+    add("source", help="a folder in diffusers' format, a hub name, or a .safetensors, .pt or .pth file")
+    add("folder", type=Path, help="where to write; must be new or empty")
+    add("--config", type=Path, metavar="FILE", help="a config.json; default: the one in the folder of the weights")
+    add("--revision", metavar="NAME", help="of a hub name")
+    add("--lora", metavar="DIR", help="adapters to merge, in peft's format")
+    add("--lora_scale", type=float, default=1.0, metavar="X", help="factor of the adapters (1)")
+    add("--variant", help="e.g. fp16, of a folder with weights named so")
+    add("--weights", choices=["ema", "model"], default="ema", help="of a .pt file (default: ema)")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="to write in (default: that of the source)")
+
+    add = _add_command(commands, "weights", write_weights)
+    add("checkpoint", type=Path, help="a run or checkpoint folder")
+    add("target", type=Path, help="folder to write")
+    add("--weights", choices=["ema", "raw"], default="ema", help="which weights (default: ema)")
+    add("--adapter", action="store_true", help="only the adapters of a run with lora.rank, in peft's format")
+
+    add = _add_command(commands, "diffusers", write_diffusers_folder)
+    add("source", type=Path, help="a run or checkpoint folder")
+    add("folder", type=Path, help="where to write; must be new or empty")
+    add("--weights", choices=["ema", "raw"], default="ema", help="which weights (default: ema)")
+
+    add = _add_command(commands, "pipeline", write_pipeline)
+    add("checkpoint", type=Path, help="a run or checkpoint folder, or an official .pt")
+    add("folder", type=Path, help="where to write; must be new or empty")
+    add("--config", type=Path, metavar="FILE", help="config of an official .pt, which holds none")
+    add("--weights", choices=["ema", "raw"], default="ema", help="which weights (default: ema)")
+    add("--push", metavar="OWNER/NAME", help="also write it to this hub name")
+    add("--private", action="store_true", help="create that hub name as a private one")
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Callable[..., int | None]) -> Callable[..., Any]:
+    """Adds a subcommand whose help is the docstring of `run`; returns its `add_argument`."""
+    text = inspect.cleandoc(run.__doc__ or "")
+    parser = commands.add_parser(
+        name,
+        help=text.partition("\n")[0],
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser.add_argument
+
+
+def write_config(official: Path, output: Path | None) -> None:
+    """Translates a config of the official repository and reports what became of each key.
+
+    Takes the training and sampling configs of the four data sets. The report goes to standard error.
+    """
+    sections, report = translate_config(read_official(official))
+    sys.stderr.write("\n".join(report) + "\n")
+    try:
+        load_config(base=sections)
+    except ValueError as error:
+        raise ValueError(f"{official}: its translation is refused: {error}") from None
+    yaml = OmegaConf.to_yaml(OmegaConf.create(sections))
+    text = f"# Converted from {official.name} by tools.convert config.\n{yaml}"
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+
+
+def read_official(path: Path) -> dict[str, Any]:
+    """Returns the flat mapping in an official config file.
+
+    Raises: FileNotFoundError, ValueError: one sentence.
+    """
+    values = read_yaml(path)
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"config file {path} holds no keys; an official config is a list of `key: value` lines.")
+    if isinstance(values.get("model"), dict):
+        raise ValueError(f"config file {path} has sections, so it is a config of this project already.")
+    return {str(key): value for key, value in values.items()}
+
+
+def write_checkpoint_weights(checkpoint: Path, sha256: list[str], output: Path | None, weights: str) -> None:
+    """Extracts the weights of an official .pt file that also holds other Python objects, as safetensors.
+
+    HASH is published by the author of the file (Hugging Face shows it on the file's page); a file with any other
+    hash is not opened. Only tensors are read: saved settings (argparse, OmegaConf) are skipped without running any
+    of their code, and a file that holds anything else is refused.
+    """
+    tensors = extract_weights(checkpoint, sha256, weights)
+    target = output or checkpoint.with_suffix(".safetensors")
+    write_atomically(target, lambda temporary: save_file(tensors, temporary))
+    print(f"{target}: {len(tensors)} tensors")
+
+
+def write_text_network(
+    source: str,
+    folder: Path,
+    config: Path | None,
+    revision: str | None,
+    lora: str | None,
+    lora_scale: float,
+    variant: str | None,
+    weights: str,
+    dtype: str | None,
+) -> int:
+    """Converts a text-to-video or PixArt-alpha network to a folder that diffusers and this project load.
+
+    SOURCE is a folder in diffusers' format (of a pipeline or of its transformer) or a file of weights: the official
+    LatteT2V's, or PixArt-alpha's, whose image network becomes a video network with temporal blocks that start as the
+    identity. Prints which tensors were taken and which were left, then loads FOLDER with diffusers' class and compares
+    the outputs of both; the exit code is 1 if they differ.
+    """
+    require_new(folder)
+    model, report = convert_t2v(
+        find_network(source, revision, "source"),
+        config=read_json(config) if config else None,
+        variant=variant,
+        prefer=weights,
+        dtype=DTYPES[dtype] if dtype else None,
+    )
+    if lora:
+        merge_lora(model, lora, lora_scale)
+    save_t2v(model, folder)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{report}\n{folder}: {count / 1e6:.2f} M parameters, {model.dtype}")
+    difference = compare_with_diffusers(model, folder)
+    is_close = difference <= MAX_DIFFERENCE
+    print(f"largest difference to diffusers' output: {difference:.1e}" + ("" if is_close else ", too much"))
+    return 0 if is_close else 1
+
+
+def write_weights(checkpoint: Path, target: Path, weights: str, adapter: bool) -> None:
+    """Copies one set of weights of a checkpoint with its config, which is all that sampling needs.
+
+    Adapters are merged into their base weights, or with --adapter written alone as a folder that peft loads.
+    """
+    export = export_adapter if adapter else export_weights
+    print(export(checkpoint, target, weights))
+
+
+def write_diffusers_folder(source: Path, folder: Path, weights: str) -> None:
+    """Exports a trained text network as a folder for sample_t2x.py and for diffusers' LattePipeline.
+
+    The folder holds transformer, scheduler, text_encoder and tokenizer, and the vae if diffusers has its class. An
+    image network (custom-t2i) becomes a PixArt-alpha folder, for train.init_from.
+    """
+    omitted = export_run(source, folder, weights=weights)
+    print("\n".join([f"{folder} is written", *(f"without {reason}" for reason in omitted)]))
+
+
+def write_pipeline(
+    checkpoint: Path, folder: Path, config: Path | None, weights: str, push: str | None, private: bool
+) -> None:
+    """Exports a trained Latte as a folder that LatteVideoPipeline.from_pretrained loads, and pushes it to a hub.
+
+    The folder holds config.json, model.safetensors, the autoencoder and a model card (docs/sampling.md). The hub is
+    that of HF_ENDPOINT, the token that of HF_TOKEN or of `hf auth login`.
+    """
+    require_new(folder)
+    pipeline = LatteVideoPipeline.from_checkpoint(
+        checkpoint, config=load_config(config) if config else None, weights=weights, device="cpu"
+    )
+    print(pipeline.save_pretrained(folder, push.rpartition("/")[2] if push else None))
+    if push:
+        print(pipeline.push_to_hub(push, private=private or None))
+
+
+if __name__ == "__main__":
+    cli.run(main)
