@@ -1,6 +1,6 @@
-"""Attention alone, by kernel and shape: over time, over space, forward and backward, each with its error.
+"""Attention alone, by kernel and shape: over time and space, forward and backward, with the error of each.
 
-A kernel of benchmarks/candidates that is ahead of `fused` over time at every batch belongs into models/attention.py.
+A kernel of benchmarks/candidates that is faster than `fused` over time at every batch belongs in models/attention.py.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +20,22 @@ from torch.nn.attention import SDPBackend
 from models import attention
 
 from . import report
-from .timing import Call, interleaved
-from .train import asked
-from .workload import PRECISIONS, Workload
+from .timing import Call, Case, Timer, compare
+from .workload import PRECISIONS, Workload, read_problem
 
-COPY = 4.3e12  # bytes/s that an H200 reads and writes: the floor of what waits for memory (docs/attention.md)
+COPY = 4.3e12  # bytes/s that an H200 reads and writes: the floor of memory-bound kernels (docs/attention.md)
 SWEEP = (8, 16, 32)
 COLUMNS = {"": "", "forward ms": ".3f", "both ms": ".3f", "ratio": ".2f", "floors": ".1f", "error": ".0e"}
+ABOUT = """
+`both` is forward and backward, from the packed projection to its gradient; `ratio` is how many times as fast as
+`fused`, the median over rounds; `floors` is the time over that of moving each number once at 4.3 TB/s; `error` is that
+of the output, relative, to float64. `three projections` omits the extra cost of these.
+"""
+Attend = Callable[[list[Tensor]], Tensor]  # takes [qkv], or [q, k, v]
 
 
 class Shape(NamedTuple):
-    """Of one call: `(batch, frames, tokens, 3 x heads x head_width)`."""
+    """Shape of one call: `(batch, frames, tokens, 3 x heads x head_width)`."""
 
     batch: int
     frames: int
@@ -39,17 +45,14 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, workload: Workload, batch: int) -> Shape:
-        """In the workload's network."""
+        """Returns the shape in the workload's network."""
         size = workload.config(Path()).model.size
         tokens = (workload.latent // size.patch_size) ** 2
         return cls(batch, workload.frames, tokens, size.num_heads, size.hidden_size // size.num_heads)
 
 
-Attend = Callable[[list[Tensor]], Tensor]  # of [qkv], or of [q, k, v]
-
-
 class Candidate(NamedTuple):
-    """One way to compute it: `name` of `models.attention.KERNELS` or "triton", and what else is different about it."""
+    """A way to compute attention: a name of `models.attention.KERNELS` or "triton", and options."""
 
     name: str
     view: str
@@ -58,9 +61,9 @@ class Candidate(NamedTuple):
     compiled: bool = False
 
     def build(self, heads: int) -> Attend:
-        """The function to be timed."""
+        """Returns the function to be timed."""
         if self.name == "triton":
-            from benchmarks.candidates.temporal_kernel import packed_temporal_attention
+            from benchmarks.candidates.temporal_kernel import packed_temporal_attention  # needs triton
 
             return lambda parts: packed_temporal_attention(parts[0], heads)
 
@@ -71,8 +74,8 @@ class Candidate(NamedTuple):
         return torch.compile(attend, fullgraph=True) if self.compiled else attend
 
     @contextmanager
-    def chosen(self, device: torch.device) -> Iterator[None]:
-        """Let attention be computed in this way."""
+    def selected(self, device: torch.device) -> Iterator[None]:
+        """Selects this kernel within the context."""
         before = dict(attention.BACKENDS)
         attention.choose("auto" if self.name == "triton" else self.name)
         if self.backend is not None:
@@ -84,13 +87,13 @@ class Candidate(NamedTuple):
             attention.choose("auto")
 
 
-def candidates(view: str, device: torch.device) -> dict[str, Candidate]:
-    """All that may be worth a comparison on `device`; the first is what the others are compared with."""
+def candidates(view: str, on_cuda: bool) -> dict[str, Candidate]:
+    """Returns all candidates for a device by name; the first is the reference."""
     found = {"fused": Candidate("fused", view), "plain": Candidate("plain", view)}
     if view == "temporal":
         found["fused, a row for each token"] = Candidate("fused", "temporal, large")
         found["fused, three projections"] = Candidate("fused", view, separate=True)
-    if device.type == "cuda":
+    if on_cuda:
         for backend in ("CUDNN", "FLASH", "EFFICIENT"):
             one = getattr(SDPBackend, f"{backend}_ATTENTION")
             found[f"fused, {backend.lower()}"] = Candidate("fused", view, backend=one)
@@ -100,81 +103,59 @@ def candidates(view: str, device: torch.device) -> dict[str, Candidate]:
     return found
 
 
-def measure(
-    shape: Shape, view: str, precision: str, arguments: argparse.Namespace, device: torch.device
-) -> report.Section:
-    """The table of one shape."""
-    dtype = PRECISIONS[precision][1] or torch.float32
-    width = shape.heads * shape.head_width
+def measure(shape: Shape, view: str, precision: str, timer: Timer) -> report.Section:
+    """Returns the table of one shape."""
+    device, dtype = timer.device, PRECISIONS[precision][1] or torch.float32
+    width, repeats = shape.heads * shape.head_width, 20 if timer.on_cuda else 1  # on CUDA, calls are queued
     torch.manual_seed(0)
     qkv = torch.randn(*shape[:3], 3 * width, device=device).to(dtype).requires_grad_()
     parts = [part.detach().clone().requires_grad_() for part in qkv.chunk(3, dim=-1)]
     grad = torch.randn(*shape[:3], width, device=device).to(dtype)
     q, k, v = qkv[:1].detach().double().chunk(3, dim=-1)
     exact = attention.plain_attention(attention.Call(q, k, v, view, shape.heads))
-    forwards: dict[str, Call] = {}
-    steps: dict[str, Call] = {}
-    errors: dict[str, float | None] = {}
-    for name, candidate in candidates(view, device).items():
-        inputs = parts if candidate.separate else [qkv]
-        forward, both = _calls(candidate, inputs, grad, shape.heads, device)
+    forwards: list[Case] = []
+    steps: list[Case] = []
+    refused: list[dict[str, Any]] = []
+    for name, candidate in candidates(view, timer.on_cuda).items():
+        forward, both = _calls(candidate, parts if candidate.separate else [qkv], grad, shape.heads, repeats)
         try:
             out = both()
-        except RuntimeError as refusal:  # a kernel that cannot take the shape, or the type
+        except RuntimeError as refusal:  # the kernel does not support the shape or type
             if isinstance(refusal, torch.OutOfMemoryError) or "CUDA error" in str(refusal):
                 raise
-            errors[name] = None
+            refused.append({"": f"{name}: not supported"})
             continue
-        errors[name] = float((out[:1].double() - exact).norm() / exact.norm())
-        forwards[name], steps[name] = forward, both
-    timing = {"rounds": arguments.rounds, "clock": arguments.clock, "device": device, "warmup": 2}
-    first, whole = interleaved(forwards, **timing), interleaved(steps, **timing)
+        error = float((out[:1].double() - exact).norm() / exact.norm())
+        forwards.append(Case(name, forward, repeats=repeats))
+        steps.append(Case(name, both, repeats=repeats, cells={"error": error}))
+    timer = replace(timer, warmup=2)
+    compare(forwards, (), timer)
+    rows = compare(steps, COLUMNS, timer)
     floor = 11 * qkv.numel() / 3 * qkv.element_size() / COPY  # q, k, v, out; then q, k, v, their gradients, out's
-    rows: list[dict[str, Any]] = []
-    for name, error in errors.items():
-        if error is None:
-            rows.append({"": f"{name}: does not take it"})
-            continue
-        both_s = whole[name].median / _times(device)
-        rows.append(
-            {
-                "": name,
-                "forward ms": 1e3 * first[name].median / _times(device),
-                "both ms": 1e3 * both_s,
-                "ratio": whole[name].times_as_fast_as(whole["fused"]),
-                "floors": both_s / floor if device.type == "cuda" else None,
-                "error": error,
-                **whole[name].to_json(),
-            }
-        )
+    for row, first, both_case in zip(rows, forwards, steps):
+        row |= {"forward ms": 1e3 * first.seconds, "both ms": 1e3 * both_case.seconds}
+        row["floors"] = both_case.seconds / floor if timer.on_cuda else None
     text = (
         f"{shape.batch} clips, {shape.frames} frames, {shape.tokens} tokens, {shape.heads} heads of {shape.head_width}."
     )
     axis = "time" if view == "temporal" else "space"
-    return report.Section(f"Over {axis}, {precision}, batch {shape.batch}", text, COLUMNS, rows)
+    return report.Section(f"Over {axis}, {precision}, batch {shape.batch}", text, COLUMNS, [*rows, *refused])
 
 
-def _times(device: torch.device) -> int:
-    """Calls in one measurement: on CUDA they are queued one behind the other."""
-    return 20 if device.type == "cuda" else 1
-
-
-def _calls(
-    candidate: Candidate, inputs: list[Tensor], grad: Tensor, heads: int, device: torch.device
-) -> tuple[Call, Call]:
-    """The forward pass, and the forward and backward pass; each returns the output."""
+def _calls(candidate: Candidate, inputs: list[Tensor], grad: Tensor, heads: int, repeats: int) -> tuple[Call, Call]:
+    """Returns the forward pass, and the forward and backward pass; both return the output."""
     attend = candidate.build(heads)
 
     @torch.no_grad()
     def forward() -> Tensor:
-        with candidate.chosen(device):
-            for _ in range(_times(device)):
+        with candidate.selected(grad.device):
+            for _ in range(repeats):
                 out = attend(inputs)
             return out
 
     def both() -> Tensor:
-        with candidate.chosen(device):
-            for _ in range(_times(device)):
+        with candidate.selected(grad.device):
+            for _ in range(repeats):
                 out = attend(inputs)
                 torch.autograd.grad(out, inputs, grad)
             return out.detach()
@@ -183,18 +164,13 @@ def _calls(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, write."""
-    workload, device = asked(arguments)
-    sweep = device.type == "cuda" and arguments.batch is None and not arguments.quick
+    """Measures, prints and writes the tables."""
+    workload, timer = read_problem(arguments)
+    sweep = timer.on_cuda and arguments.batch is None and not arguments.quick
     sections = []
-    for precision in arguments.precision or (["bf16"] if device.type == "cuda" else ["fp32", "bf16"]):
+    for precision in arguments.precision or (["bf16"] if timer.on_cuda else ["fp32", "bf16"]):
         for view in ("temporal", "spatial"):
             for batch in SWEEP if sweep else (workload.batch,):
-                sections.append(measure(Shape.of(workload, batch), view, precision, arguments, device))
+                sections.append(measure(Shape.of(workload, batch), view, precision, timer))
                 torch.compiler.reset()
-    text = (
-        "`both` is forward and backward, from the packed projection to its gradient; `ratio` is how many times as fast "
-        "as `fused`, the median over rounds; `floors` is the time over that of moving each number once at 4.3 TB/s; "
-        "`error` is that of the output, relative, to float64. `three projections` leaves out what these cost more."
-    )
-    report.write("attention", "Attention alone", text, sections, arguments.out, device.type)
+    report.write("attention", "Attention alone", ABOUT, sections, arguments.out, timer.device)

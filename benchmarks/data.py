@@ -1,15 +1,15 @@
-"""What it costs to read clips: from files, from frames and from latents, as ratios of one run.
-
-    python -m benchmarks data [--rounds 5] [--videos FILE ...]
+"""Cost of reading clips: from files, frames and latents, as ratios of one run.
 
 Draws clips of 240 frames of 256 x 256, caches them by an autoencoder of the usual shape (4 channels, 8-fold, mean and
-deviation), reads 16 frames at a time by every way in turn, round after round, and trains a few steps of Latte-S/2 from
-the latents. The reference is the whole file decoded, as the official loaders do. `--videos` adds files of your own.
+deviation), reads 16 frames at a time from each in turn, round after round, and trains a few steps of Latte-S/2 from the
+latents. The reference decodes the whole file, as the official loaders do. `--videos` adds files of your own.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import random
 import statistics
 import tempfile
 import time
@@ -18,8 +18,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
+import torch
+from PIL import Image
+
+from datasets import build_dataset, open_video
+from datasets.clips import Pixels
+from engine.config import load_config
+from engine.distributed import World
+from engine.stream import ClipStream, PositionBatches, load_micro_batches
+from engine.trainer import Trainer
+from tools.caching.latents import cache_latents
+
 from . import report
-from .timing import Timing, interleaved
+from .timing import Timer, Timing
 
 LENGTH, SIZE, CLIPS = 240, 256, 2  # frames of a clip, its side in pixels, clips of each kind
 KEY_FRAMES = (12, 60, 240)  # frames from one to the next
@@ -35,10 +48,7 @@ STEP = ["model.name=Latte-S/2", "train.batch_size=2", "train.log_every=1", "data
 
 
 def draw_clips(root: Path) -> None:
-    """Moving textures with noise: `files12` and so on by the distance of key frames, `frames` as JPEG."""
-    import numpy as np
-    from PIL import Image
-
+    """Draws moving textures with noise: `files12` and so on by the distance of key frames, `frames` as JPEG."""
     rng = np.random.default_rng(0)
     texture = np.kron(rng.integers(0, 256, (40, 40, 3)), np.ones((16, 16, 1), int)).astype(np.int16)
     for clip in range(CLIPS):
@@ -55,9 +65,7 @@ def draw_clips(root: Path) -> None:
 
 
 def write_h264(path: Path, video: Any, key_distance: int) -> None:
-    """Write a uint8 (T, H, W, 3) array as x264 does by default, but with key frames at that distance alone."""
-    import av
-
+    """Writes a uint8 (T, H, W, 3) array with the defaults of x264, but with key frames at that distance only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"g": str(key_distance), "sc_threshold": "0"})
@@ -69,9 +77,8 @@ def write_h264(path: Path, video: Any, key_distance: int) -> None:
 
 
 def save_codec(folder: Path) -> list[str]:
-    """A random AutoencoderKL of Stable Diffusion's latent shape and few weights; overrides that name it."""
+    """Saves a small random AutoencoderKL with Stable Diffusion's latent shape; returns the overrides that name it."""
     import diffusers
-    import torch
 
     torch.manual_seed(0)
     sides = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
@@ -81,11 +88,8 @@ def save_codec(folder: Path) -> list[str]:
     return [f"codec.path={folder}"]
 
 
-def whole_file(path: str | Path) -> Any:
-    """Every frame of a file as (T, H, W, 3) uint8: the reference."""
-    import av
-    import numpy as np
-
+def decode_file(path: str | Path) -> Any:
+    """Decodes every frame of a file to (T, H, W, 3) uint8: the reference."""
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
@@ -95,12 +99,10 @@ def whole_file(path: str | Path) -> Any:
 
 
 def measure_reading(videos: dict[str, Path], rounds: int) -> dict[str, dict[str, Timing]]:
-    """CPU seconds of the whole file and of 16 frames of it from random places, for each video, on one thread."""
-    import random
+    """Times decoding the whole file and 16 frames from random places, for each video, on one thread."""
+    timer = Timer(rounds=4 * rounds, clock="cpu")
 
-    from datasets import open_video
-
-    def sixteen(path: Path, draw: random.Random) -> None:
+    def read_sixteen(path: Path, draw: random.Random) -> None:
         reader = open_video(path)
         start = draw.randrange(len(reader) - 15)
         reader.read(range(start, start + 16))
@@ -108,31 +110,23 @@ def measure_reading(videos: dict[str, Path], rounds: int) -> dict[str, dict[str,
     found = {}
     for name, path in videos.items():
         draw = random.Random(0)
-        calls = {"whole": partial(whole_file, path), "ours": partial(sixteen, path, draw)}
-        found[name] = interleaved(calls, rounds=4 * rounds, clock="cpu")
+        calls = {"whole": partial(decode_file, path), "ours": partial(read_sixteen, path, draw)}
+        found[name] = timer.time(calls)
     return found
 
 
 # ----------------------------------------------------------------------------------------------- loading
 
 
-def whole_file_source(config: Any) -> Any:
-    """Clips as training gets them, but with the whole file decoded for each."""
-    import torch
+class WholeFile(Pixels):
+    """Reads clips as training does, but decodes the whole file for each."""
 
-    from datasets.clips import Pixels
-
-    class WholeFile(Pixels):
-        def read(self, opened: Any, clip: Any, indices: list[int]) -> Any:
-            return torch.from_numpy(whole_file(clip.path)[indices]).permute(0, 3, 1, 2).contiguous()
-
-    return WholeFile(config)
+    def read(self, opened: Any, clip: Any, indices: list[int]) -> Any:
+        return torch.from_numpy(decode_file(clip.path)[indices]).permute(0, 3, 1, 2).contiguous()
 
 
 def clips_per_second(dataset: Any, workers: int, seconds: float) -> float:
-    """Of the training's own loader, batches of two, after its first ones."""
-    from engine.stream import ClipStream, PositionBatches, load_micro_batches
-
+    """Returns the rate of the training's loader in batches of two, after its first ones."""
     batches = load_micro_batches(
         ClipStream(dataset, 0), PositionBatches(0, batch_size=2, rank=0, world_size=1), workers, False, 60.0
     )
@@ -146,42 +140,34 @@ def clips_per_second(dataset: Any, workers: int, seconds: float) -> float:
 
 
 def measure_loading(data: dict[str, Any], rounds: int, seconds: float = 2.0) -> dict[tuple[str, int], list[float]]:
-    """Clips/s of every data set with every number of workers, in turn, round after round."""
+    """Returns clips/s of every data set and number of workers, measured in turn, round after round."""
     found: dict[tuple[str, int], list[float]] = {(name, workers): [] for name in data for workers in WORKERS}
     for _ in range(rounds):
         for name, workers in found:
             if name == "whole files" and workers:
-                continue  # its class is local to this process
+                continue  # only the reference value is needed
             found[name, workers].append(clips_per_second(data[name], workers, seconds))
     return {key: rates for key, rates in found.items() if rates}
 
 
 def data_sets(root: Path, cache: Path) -> dict[str, Any]:
-    """Every way to the same 16 frames of 256 x 256."""
-    from datasets import build_dataset
-    from engine.config import load_config
+    """Returns the data sets that read the same 16 frames of 256 x 256."""
 
-    def made(folder: str, *extra: str) -> Any:
+    def build(folder: str, *extra: str) -> Any:
         return build_dataset(load_config(None, [*SETTINGS, f"data.path={root / folder}", *extra]).data, seed=0)
 
-    files = {f"files, a key frame every {distance}": made(f"files{distance}") for distance in KEY_FRAMES}
-    whole = made(f"files{KEY_FRAMES[0]}")
-    whole.source = whole_file_source(whole.config)
-    latents = made("frames", f"data.latents={cache}")
-    return {"whole files": whole, **files, "frames (JPEG)": made("frames"), "latents (fp32)": latents}
+    files = {f"files, a key frame every {distance}": build(f"files{distance}") for distance in KEY_FRAMES}
+    whole = build(f"files{KEY_FRAMES[0]}")
+    whole.source = WholeFile(whole.config)
+    latents = build("frames", f"data.latents={cache}")
+    return {"whole files": whole, **files, "frames (JPEG)": build("frames"), "latents (fp32)": latents}
 
 
 # ---------------------------------------------------------------------------------------------- training
 
 
 def measure_waiting(root: Path, overrides: Sequence[str], steps: int) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl of a few training steps; the first, which starts the worker, left out."""
-    import json
-
-    from engine.config import load_config
-    from engine.distributed import World
-    from engine.trainer import Trainer
-
+    """Trains a few steps; returns the rows of metrics.jsonl but the first, which starts the worker."""
     out = Path(tempfile.mkdtemp(dir=root))
     keys = [f"train.output_dir={out}", f"train.max_steps={steps + 1}", "train.checkpoint_every=1000000"]
     trainer = Trainer(load_config(None, [*SETTINGS, *STEP, *overrides, *keys]), World())
@@ -194,29 +180,31 @@ def measure_waiting(root: Path, overrides: Sequence[str], steps: int) -> list[di
 # ------------------------------------------------------------------------------------------------ report
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Median and, in brackets, the least and the most."""
+def format_spread(values: Sequence[float], digits: int = 1) -> str:
+    """Formats the median, and the least and the most in brackets."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def reading_section(found: dict[str, dict[str, Timing]]) -> report.Section:
-    """Milliseconds and ratios of `measure_reading`."""
+    """Returns the table of `measure_reading`."""
     rows = []
     for name, timings in found.items():
         whole, ours = ([1e3 * value for value in timings[key].seconds] for key in ("whole", "ours"))
         ratio = statistics.median(whole) / statistics.median(ours)
-        rows.append({"": name, "whole file, ms": spread(whole), "16 frames, ms": spread(ours), "ratio": ratio})
+        rows.append(
+            {"": name, "whole file, ms": format_spread(whole), "16 frames, ms": format_spread(ours), "ratio": ratio}
+        )
     text = (
         f"From a random place of clips of {LENGTH} frames, {SIZE} x {SIZE}, H.264 (or the file named), against "
         "decoding every frame to RGB; CPU time, one thread; median (least to most). Frames between two key frames can "
-        "only be had by decoding from the first of these on, so rare key frames cost."
+        "only be decoded from the first of these on, so rare key frames cost."
     )
     columns = {"": "", "whole file, ms": "", "16 frames, ms": "", "ratio": ".1f"}
     return report.Section("Reading 16 frames of a file", text, columns, rows)
 
 
 def loading_section(found: dict[tuple[str, int], list[float]]) -> report.Section:
-    """Clips/s of `measure_loading`, and their ratio to whole files without workers."""
+    """Returns the table of `measure_loading`, with ratios to whole files without workers."""
     reference = statistics.median(found["whole files", 0])
     rows: dict[str, dict[str, Any]] = {}
     for (name, workers), rates in found.items():
@@ -232,34 +220,28 @@ def loading_section(found: dict[tuple[str, int], list[float]]) -> report.Section
 
 
 def waiting_section(waiting: list[dict[str, Any]]) -> report.Section:
-    """What the trainer's own log says."""
+    """Returns the table of the trainer's log."""
     row = {
         "": f"{len(waiting)} steps",
-        "s/step": spread([row["seconds_per_step"] for row in waiting], 2),
-        "waiting for data, %": spread([100 * row["data_wait_share"] for row in waiting], 3),
+        "s/step": format_spread([row["seconds_per_step"] for row in waiting], 2),
+        "waiting for data, %": format_spread([100 * row["data_wait_share"] for row in waiting], 3),
     }
     text = "Latte-S/2, batch 2, one thread, one loader worker; from `metrics.jsonl`: median (least to most)."
     return report.Section("Training from latents", text, dict.fromkeys(row, ""), [row])
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, write. FileNotFoundError for a file of --videos that there is not."""
+    """Measures, prints and writes the tables. Raises FileNotFoundError for a missing file of --videos."""
     for path in arguments.videos:
         if not path.is_file():
             raise FileNotFoundError(f"--videos: there is no file {path}.")
-
-    import torch
-
-    from engine.config import load_config
-    from engine.distributed import World
-    from tools.caching import cache_latents
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         draw_clips(root)
         overrides = [*SETTINGS, *save_codec(root / "codec"), f"data.path={root / 'frames'}"]
         cache_latents(load_config(None, overrides), root / "cache", "fp32", 64 * 10**6, World())
-        torch.set_num_threads(1)  # as in a loader's worker; and the machine may have other users
+        torch.set_num_threads(1)  # as in a loader's worker
         drawn = {f"a key frame every {each}": root / f"files{each}" / "0.mp4" for each in KEY_FRAMES}
         reading = measure_reading({**drawn, **{path.name: path for path in arguments.videos}}, arguments.rounds)
         loading = measure_loading(data_sets(root, root / "cache"), arguments.rounds)

@@ -1,10 +1,8 @@
-"""What an evaluation costs: clips/s from videos and arrays against pre-extracted frames; memory by the clips.
-
-    python -m benchmarks metrics [--clips 256] [--workers 2]
+"""Cost of an evaluation: clips/s from videos and arrays against extracted frames; memory by the number of clips.
 
 Draws long real and short generated videos, and extracts their frames as JPEG, which the official tool needs first. A
-tiny network stands in I3D's place, so that reading is what is measured: a real one takes the same time whatever is
-read. All ways are measured in turn, twice, in one run, and the faster of each is taken; the figures are ratios.
+tiny network replaces I3D, so that reading is what is measured. All ways are measured in turn, twice, in one run, and
+the faster of each is taken; the figures are ratios.
 """
 
 from __future__ import annotations
@@ -19,16 +17,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from datasets.readers import open_video
+from sample.video_io import write_mp4
+from tools.calc_metrics_for_dataset import main as evaluate
 
 from . import report
 
-if TYPE_CHECKING:
-    import numpy as np
-
 FRAMES, SIZE = {"real": 128, "fake": 16}, 256  # of each drawn video
-DISTINCT = 64  # videos of each side that are drawn; more clips are links to them
-# What is read: (real, fake, whether the real side is in the cache)
+DISTINCT = 64  # drawn videos of each side; further clips are links to them
+# name -> real side, fake side, whether the real side is cached
 WAYS = {
     "frames, extracted beforehand": ("frames", "frames", False),
     "videos": ("videos", "videos", False),
@@ -39,16 +43,12 @@ MEMORY_CLIPS = (256, 2048)
 
 
 def draw_sets(root: Path, clips: int) -> float:
-    """The clips of both sides in every form; returns the seconds that extracting all frames takes."""
-    import numpy as np
-
-    from sample.video_io import write_mp4
-
+    """Draws the clips of both sides in every form; returns the seconds to extract all frames."""
     seconds = 0.0
     for side, frames in FRAMES.items():
         drawn = root / side / "drawn"
         for number in range(DISTINCT):
-            video = moving_shapes(number, frames)
+            video = draw_video(number, frames)
             write_mp4(drawn / f"{number:06d}.mp4", video)
             np.save(drawn / f"{number:06d}.npy", video)
         seconds += extract_frames(drawn)
@@ -58,11 +58,7 @@ def draw_sets(root: Path, clips: int) -> float:
 
 
 def extract_frames(folder: Path) -> float:
-    """Every frame of every mp4 as JPEG, a folder for each; the seconds that it took."""
-    from PIL import Image
-
-    from datasets.readers import open_video
-
+    """Extracts every frame of every mp4 as JPEG, a folder for each; returns the seconds it took."""
     started = time.perf_counter()
     for file in sorted(folder.glob("*.mp4")):
         target = folder / file.stem
@@ -74,7 +70,7 @@ def extract_frames(folder: Path) -> float:
 
 
 def link_clips(drawn: Path, folder: Path, suffix: str, clips: int) -> Path:
-    """A folder of `clips` clips, each a copy (files) or a folder of links to a drawn one's frames."""
+    """Fills a folder with `clips` clips, each a link or a folder of links to a drawn one."""
     folder.mkdir()
     for number in range(clips):
         source, target = drawn / f"{number % DISTINCT:06d}{suffix}", folder / f"{number:06d}{suffix}"
@@ -85,11 +81,8 @@ def link_clips(drawn: Path, folder: Path, suffix: str, clips: int) -> Path:
     return folder
 
 
-def moving_shapes(seed: int, frames: int) -> np.ndarray:
-    """(frames, SIZE, SIZE, 3) uint8: squares that move over a grainy picture of smooth colours."""
-    import numpy as np
-    from PIL import Image
-
+def draw_video(seed: int, frames: int) -> np.ndarray:
+    """Draws (frames, SIZE, SIZE, 3) uint8: squares that move over a grainy picture of smooth colours."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
     ground = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -108,9 +101,7 @@ def moving_shapes(seed: int, frames: int) -> np.ndarray:
 
 
 def write_detector(file: Path) -> Path:
-    """A TorchScript network with I3D's signature: two convolutions on frames of 56 x 56."""
-    import torch
-    from torch import Tensor, nn
+    """Writes a TorchScript network with I3D's signature: a convolution on frames of 56 x 56."""
 
     class Tiny(nn.Module):
         def __init__(self) -> None:
@@ -128,8 +119,8 @@ def write_detector(file: Path) -> Path:
     return file
 
 
-def command(root: Path, real: Path, fake: Path, clips: int, *more: str) -> list[str]:
-    """Arguments that compare two folders."""
+def build_command(root: Path, real: Path, fake: Path, clips: int, *more: str) -> list[str]:
+    """Returns the arguments that compare two folders."""
     return [
         *("--real_data_path", str(real), "--fake_data_path", str(fake), "--metrics", f"fvd{clips}_16f"),
         *("--protocol", "stylegan-v", "--detector", str(root / "tiny.pt"), "--out", str(root / "result.json")),
@@ -138,19 +129,17 @@ def command(root: Path, real: Path, fake: Path, clips: int, *more: str) -> list[
 
 
 def clips_per_second(root: Path, way: str, clips: int, workers: int) -> float:
-    """Of the whole command, in this process; both sides count."""
-    from tools.calc_metrics_for_dataset import main as evaluate
-
+    """Runs the whole command in this process; returns its rate over both sides."""
     real, fake, cached = WAYS[way]
     more = ("--use_cache", str(int(cached)), "--workers", str(workers))
     started = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluate(command(root, root / "real" / real, root / "fake" / fake, clips, *more))
+        evaluate(build_command(root, root / "real" / real, root / "fake" / fake, clips, *more))
     return 2 * clips / (time.perf_counter() - started)
 
 
 def measure_rates(root: Path, clips: int, workers: int) -> dict[str, float]:
-    """Clips/s of every way; the first evaluation with the cache fills it."""
+    """Returns clips/s of every way; the first evaluation with the cache fills it."""
     found = dict.fromkeys(WAYS, 0.0)
     for _ in range(2):
         for way in WAYS:
@@ -159,22 +148,24 @@ def measure_rates(root: Path, clips: int, workers: int) -> dict[str, float]:
 
 
 def peak_mib(root: Path, clips: int, workers: int) -> float:
-    """Largest resident set of any process of one command that compares videos with arrays."""
+    """Returns the largest resident set of any process of a command that compares videos with arrays."""
     real = link_clips(root / "real" / "drawn", root / f"real{clips}", ".mp4", clips)
     fake = link_clips(root / "fake" / "drawn", root / f"fake{clips}", ".npy", clips)
-    argv = command(root, real, fake, clips, "--use_cache", "0", "--workers", str(workers))
+    argv = build_command(root, real, fake, clips, "--use_cache", "0", "--workers", str(workers))
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.calc_metrics_for_dataset", *argv], cwd=report.ROOT, stdout=subprocess.DEVNULL
     )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise OSError(f"the command over {clips} clips ended with exit code {process.returncode}")
+        raise OSError(f"evaluating {clips} clips failed with exit code {process.returncode}.")
     return usage.ru_maxrss / 1024
 
 
-def sections_of(rates: dict[str, float], seconds: float, memory: dict[int, float], clips: int) -> list[report.Section]:
-    """The tables: rates against frames, and memory by the clips."""
+def build_sections(
+    rates: dict[str, float], seconds: float, memory: dict[int, float], clips: int
+) -> list[report.Section]:
+    """Returns the tables: rates against frames, and memory by the number of clips."""
     frames = rates["frames, extracted beforehand"]
     whole = 2 * clips / (2 * clips / frames + seconds)
     found = {**rates, "frames, with the time of extracting them": whole}
@@ -195,7 +186,7 @@ def sections_of(rates: dict[str, float], seconds: float, memory: dict[int, float
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, write."""
+    """Measures, prints and writes the tables."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         seconds = draw_sets(root, arguments.clips)
@@ -204,8 +195,8 @@ def run(arguments: argparse.Namespace) -> None:
         memory = {count: peak_mib(root, count, arguments.workers) for count in MEMORY_CLIPS}
     text = (
         f"{arguments.clips} clips of 16 frames a side, {SIZE} x {SIZE}, from real videos of {FRAMES['real']} frames "
-        f"and generated ones of {FRAMES['fake']}; a tiny network in I3D's place, so that reading is what is measured; "
+        f"and generated ones of {FRAMES['fake']}; a tiny network instead of I3D, so that reading is what is measured; "
         f"{arguments.workers} loader processes."
     )
-    sections = sections_of(rates, seconds, memory, arguments.clips)
+    sections = build_sections(rates, seconds, memory, arguments.clips)
     report.write("metrics", "What an evaluation costs", text, sections, arguments.out)

@@ -1,50 +1,47 @@
-"""Quality beside speed on the demo network: methods, steps and guidance, as a table and a plot.
-
-    python -m benchmarks quality [--videos 64] [--threads 1] [--out docs/benchmarks/sampling.json]
+"""Quality and cost of sampling with the demo network: methods, steps and guidance, as a table and a plot.
 
 Every cell samples the same videos: the same noise, the same labels. Its cost is the network's forward passes for a
-video, which no machine changes. Measured are the distance of the frames from the reference (the same noise, 250 steps
+video, independent of the machine. Measured are the distance of the frames from the reference (the same noise, 250 steps
 of DPM-Solver++: the solution of the probability flow; a stochastic method has none), how often the tracker of
-demo/drawn.py names colour and motion as the label asks, and the Frechet distance to drawn clips on 24 plain
-features of a clip. Beside --out lands the page, and the plot in docs/images. What --out holds already is not sampled
-again: a stopped run goes on.
+demo/drawn.py names colour and motion of the label, and the Fréchet distance to drawn clips on 24 plain features of a
+clip. Cells in `sampling.json` of --out are not sampled again, so a stopped run continues.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
-import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from engine import cli
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
+from demo.drawn import CLASSES, accuracy, draw_clip
+from diffusion import DiffusionConfig, build_diffusion, list_evaluations
+from evaluation.distances import frechet_distance
+from sample.generate import Generator
 
-    from sample.generate import Generator
+from . import report
 
-ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT = ROOT / "assets" / "demo" / "latte"
-PLOT = ROOT / "docs" / "images" / "sampling_quality.png"
+CHECKPOINT = report.ROOT / "assets" / "demo" / "latte"
+PLOT = report.ROOT / "docs" / "images" / "sampling_quality.png"
 STEPS = (5, 10, 15, 25, 50, 100, 250)
 METHODS = ("ddim", "dpm_solver++", "unipc", "ddpm")
 TITLES = {"ddim": "DDIM", "dpm_solver++": "DPM-Solver++", "unipc": "UniPC", "ddpm": "DDPM"}
 STOCHASTIC = ("ddpm", "sde_dpm_solver++")
 GUIDED = ("ddim", 25, 2.0)
 INTERVALS = (None, (0.2, 0.8), (0.0, 0.6), (0.4, 1.0))
-REAL = 1024  # drawn clips that stand for the data
+REAL = 1024  # drawn clips that represent the data
 
 
 class Cell(NamedTuple):
-    """One way of sampling."""
+    """A method with its steps and guidance."""
 
     method: str
     steps: int
@@ -53,7 +50,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its key in the file, and how it is called."""
+        """Its key in the file and its label."""
         parts = [f"{TITLES[self.method]} {self.steps}"]
         parts += [f"guidance {self.scale:g}"] if self.scale != 1 else []
         parts += [f"at {self.interval[0]:g} to {self.interval[1]:g}"] if self.interval else []
@@ -63,8 +60,8 @@ class Cell(NamedTuple):
 REFERENCE = Cell("dpm_solver++", 250)
 
 
-def cells() -> list[Cell]:
-    """All of them, the reference first and dear ones last."""
+def list_cells() -> list[Cell]:
+    """Returns all cells, the reference first, then by cost."""
     plain = [Cell(method, steps) for steps in STEPS for method in METHODS]
     method, steps, scale = GUIDED
     guided = [Cell(method, steps, scale, interval) for interval in INTERVALS]
@@ -72,97 +69,61 @@ def cells() -> list[Cell]:
     return list(dict.fromkeys([REFERENCE, *rest]))
 
 
-def main(argv: list[str]) -> int:
-    """Measure what is missing, then write the page and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--out", type=Path, default=ROOT / "docs/benchmarks/sampling.json", metavar="FILE", help="the figures")
-    add(
-        "--videos", type=int, default=64, metavar="N", help="of each cell, a multiple of 8: as many of every class (64)"
-    )
-    add("--threads", type=int, default=1, metavar="N", help="of the CPU (1)")
-    add("--device", default="cpu", metavar="NAME")
-    arguments = parser.parse_args(argv)
+def run(arguments: argparse.Namespace) -> None:
+    """Measures the missing cells, then writes the page and the plot."""
     if arguments.videos < 32 or arguments.videos % 8:
-        raise ValueError(
-            f"--videos {arguments.videos}: give a multiple of 8, at least 32, for distances of 24 features."
-        )
+        raise ValueError(f"--videos must be a multiple of 8 and at least 32, got {arguments.videos}.")
+    torch.set_num_threads(arguments.threads or 1)
+    file = arguments.out / "sampling.json"
+    facts: dict[str, Any] = {"videos": arguments.videos, **report.facts()}
+    rows: dict[str, dict[str, Any]] = {}
+    if file.is_file():
+        content = json.loads(file.read_text())
+        if content.get("facts", {}).get("videos") != arguments.videos:
+            raise ValueError(f"{file} holds figures of another number of videos: use another --out.")
+        facts, rows = content["facts"], content["rows"]  # of the run that is continued
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for row in measure(rows, arguments.videos, arguments.device or "cpu"):
+        file.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {row}\n")
+        sys.stdout.flush()
+    picture = PLOT if arguments.out.resolve() == PLOT.parents[1] / "benchmarks" else file.with_suffix(".png")
+    file.with_suffix(".md").write_text(build_page(facts, rows))
+    plot(rows, picture)
+    sys.stdout.write(f"written: {file.with_suffix('.md')}, {file}, {picture}\n")
 
-    import torch
 
-    torch.set_num_threads(arguments.threads)
-    bench = Bench(arguments.out, arguments.videos, arguments.device)
-    bench.measure(cells())
-    bench.facts["command"] = "python -m benchmarks quality " + shlex.join(argv)
-    bench.save()
-    arguments.out.with_suffix(".md").write_text(page(bench.facts, bench.rows))
-    plot(
-        bench.rows,
-        PLOT if arguments.out.parent == PLOT.parents[1] / "benchmarks" else arguments.out.with_suffix(".png"),
-    )
-    print(f"{arguments.out.with_suffix('.md')} has the tables")
-    return 0
+def measure(rows: dict[str, dict[str, Any]], count: int, device: str) -> Iterable[dict[str, Any]]:
+    """Adds the missing rows; yields each once it is there."""
+    generator = Generator.from_checkpoint(CHECKPOINT, device=device)
+    labels = [index % len(CLASSES) for index in range(count)]
+    real = compute_features(draw_clips(REAL))
 
-
-class Bench:
-    """The figures in a file, and what makes those that are missing."""
-
-    def __init__(self, file: Path, videos: int, device: str) -> None:
-        from sample.generate import Generator
-
-        self.file = file
-        self.videos = videos
-        self.facts: dict[str, Any] = {"videos": videos, **machine()}
-        self.rows: dict[str, dict[str, Any]] = {}
-        if file.is_file():
-            content = json.loads(file.read_text())
-            if content.get("facts", {}).get("videos") != videos:
-                raise ValueError(f"--out {file} holds figures of another number of videos: name another file.")
-            self.facts, self.rows = content["facts"], content["rows"]  # of the run that is continued
-        self.generator: Generator = Generator.from_checkpoint(CHECKPOINT, device=device)
-
-    def measure(self, wanted: Iterable[Cell]) -> None:
-        """Sample and measure every cell that is not in the file yet, and write the file after each."""
-        from demo.drawn import CLASSES
-
-        labels = [index % len(CLASSES) for index in range(self.videos)]
-        real = features(drawn_clips(REAL))
-        if not self.rows:
-            self.rows["Drawn clips"] = quality(drawn_clips(self.videos, seed=1), labels, real)
-        reference = None
-        for cell in wanted:
-            if cell.name in self.rows:
-                continue
-            exact = cell.method not in STOCHASTIC
-            if exact and reference is None:
-                reference = self.sample(REFERENCE)
-            videos = reference if reference is not None and cell == REFERENCE else self.sample(cell)
-            row = {**cell._asdict(), "forwards": forwards(cell), **quality(videos, labels, real)}
-            away = difference(videos, reference) if exact and reference is not None else None
-            row["grey_levels_from_reference"] = away
-            self.rows[cell.name] = row
-            self.save()
-            print(f"{time.strftime('%H:%M:%S')} {cell.name}: {row}", flush=True)
-
-    def sample(self, cell: Cell) -> np.ndarray:
-        """The videos of a cell: uint8 (n, F, H, W, 3)."""
+    def sample(cell: Cell) -> np.ndarray:
         settings: dict[str, Any] = {"method": cell.method, "steps": cell.steps, "guidance_scale": cell.scale}
         if cell.interval:
             settings["guidance_interval"] = cell.interval
-        return self.generator.sample(num=self.videos, batch_size=32, seed=0, **settings)
+        return generator.sample(num=count, batch_size=32, seed=0, **settings)
 
-    def save(self) -> None:
-        """Write the file."""
-        self.file.write_text(json.dumps({"facts": self.facts, "rows": self.rows}, indent=1) + "\n")
+    if not rows:
+        rows["Drawn clips"] = measure_quality(draw_clips(count, seed=1), labels, real)
+    reference = None
+    for cell in list_cells():
+        if cell.name in rows:
+            continue
+        exact = cell.method not in STOCHASTIC
+        if exact and reference is None:
+            reference = sample(REFERENCE)
+        videos = reference if reference is not None and cell == REFERENCE else sample(cell)
+        row = {**cell._asdict(), "forwards": count_forwards(cell), **measure_quality(videos, labels, real)}
+        away = rms_difference(videos, reference) if exact and reference is not None else None
+        row["grey_levels_from_reference"] = away
+        rows[cell.name] = row
+        yield {"": cell.name, **row}
 
 
-# --------------------------------------------------------------------------------------------- measures
-
-
-def forwards(cell: Cell) -> float:
-    """Forward passes of all layers for one video; guided evaluations have two."""
-    from diffusion import DiffusionConfig, build_diffusion, list_evaluations
-
+def count_forwards(cell: Cell) -> float:
+    """Counts the forward passes for one video; guided evaluations have two."""
     process = build_diffusion(DiffusionConfig(), learn_sigma=False, respacing=str(cell.steps))
     times = [each.time / 1000 for each in list_evaluations(process, cell.method)]
     low, high = cell.interval or (0.0, 1.0)
@@ -170,39 +131,27 @@ def forwards(cell: Cell) -> float:
     return len(times) + guided
 
 
-def quality(videos: np.ndarray, labels: list[int], real: Tensor) -> dict[str, float]:
-    """What tracker and distance say of uint8 (n, F, H, W, 3)."""
-    from demo.drawn import accuracy
-    from evaluation.distances import frechet_distance
-
+def measure_quality(videos: np.ndarray, labels: list[int], real: Tensor) -> dict[str, float]:
+    """Returns accuracy and Fréchet distance of uint8 (n, F, H, W, 3)."""
     named = accuracy(list(videos.transpose(0, 1, 4, 2, 3)), labels)
-    distance = frechet_distance(real, features(videos))
+    distance = frechet_distance(real, compute_features(videos))
     return {"colour": named["appearance_accuracy"], "motion": named["motion_accuracy"], "frechet": round(distance, 2)}
 
 
-def features(videos: np.ndarray) -> Tensor:
-    """(n, 24) of uint8 (n, F, H, W, 3): the mean colour of each quarter of the frame, and its mean change in time."""
-    import torch
-    import torch.nn.functional as F
-
+def compute_features(videos: np.ndarray) -> Tensor:
+    """Returns (n, 24) of uint8 (n, F, H, W, 3): the mean colour of each quarter of the frame, and its mean change."""
     pixels = torch.from_numpy(videos).double().permute(0, 1, 4, 2, 3)  # (n, F, 3, H, W)
     quarters = F.adaptive_avg_pool2d(pixels.flatten(0, 1), 2).unflatten(0, pixels.shape[:2]).flatten(2)  # (n, F, 12)
     return torch.cat([quarters.mean(1), quarters.diff(dim=1).abs().mean(1)], 1)
 
 
-def difference(videos: np.ndarray, reference: np.ndarray) -> float:
-    """Root mean square difference in grey levels."""
-    import numpy as np
-
+def rms_difference(videos: np.ndarray, reference: np.ndarray) -> float:
+    """Returns the root mean square difference in grey levels."""
     return round(float(np.sqrt(np.mean((videos.astype(np.float32) - reference) ** 2))), 3)
 
 
-def drawn_clips(number: int, seed: int = 0) -> np.ndarray:
-    """Clips of the data, the classes in turn: uint8 (n, 16, 32, 32, 3); a random window of each, as in training."""
-    import numpy as np
-
-    from demo.drawn import CLASSES, draw_clip
-
+def draw_clips(number: int, seed: int = 0) -> np.ndarray:
+    """Draws random windows of clips of the classes in turn, as in training: uint8 (n, 16, 32, 32, 3)."""
     rng = np.random.default_rng(seed)
     windows = []
     for index in range(number):
@@ -212,74 +161,50 @@ def drawn_clips(number: int, seed: int = 0) -> np.ndarray:
     return np.stack(windows)
 
 
-def machine() -> dict[str, str]:
-    """Versions and commit."""
-    import diffusers
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    hardware = f"{platform.machine()}, {os.cpu_count()} cores"
-    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    return {"hardware": hardware, "versions": versions, "commit": commit.stdout.strip()}
-
-
-# ------------------------------------------------------------------------------------- table and plot
+HEADS = {
+    "": "",
+    "forwards for a video": "",
+    "grey levels from the reference": ".2f",
+    "colour right": ".1%",
+    "motion right": ".1%",
+    "Fréchet": ".1f",
+}
+KEYS = ("forwards", "grey_levels_from_reference", "colour", "motion", "frechet")
 
 
-HEAD = """| way | forwards for a video | grey levels from the reference | colour right | motion right | Fréchet |
-|---|---|---|---|---|---|"""
-
-
-def line(name: str, row: dict[str, Any]) -> str:
-    """A row of the table."""
-    away = row.get("grey_levels_from_reference")
-    cells = [
-        "" if away is None else f"{away:.2f}",
-        f"{row['colour']:.1%}",
-        f"{row['motion']:.1%}",
-        f"{row['frechet']:.1f}",
-    ]
-    return f"| {name} | {row.get('forwards', '')} | " + " | ".join(cells) + " |"
-
-
-def kind(row: dict[str, Any]) -> str:
-    """To which table a row belongs."""
+def kind_of(row: dict[str, Any]) -> str:
+    """Returns the table that a row belongs to."""
     if "method" not in row:
         return "data"
     return "guidance" if row["scale"] != 1 else "plain"
 
 
-def table(rows: dict[str, dict[str, Any]], kinds: Iterable[str]) -> str:
-    """The rows of those kinds, cheap ones first."""
-    found = [(name, row) for name, row in rows.items() if kind(row) in kinds]
-    found.sort(key=lambda item: item[1].get("forwards", 0))
-    return "\n".join([HEAD, *(line(*each) for each in found)])
+def build_table(title: str, rows: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
+    """Formats the rows of those names, cheap ones first."""
+    chosen = sorted(names, key=lambda name: rows[name].get("forwards", 0))
+    cells = [{"": name, **dict(zip(list(HEADS)[1:], map(rows[name].get, KEYS)))} for name in chosen]
+    return report.Section(title, "", HEADS, cells).markdown()
 
 
-def page(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
-    """docs/benchmarks/sampling.md but for what people write about it."""
-    guided_beside = {
-        name: row for name, row in rows.items() if name == Cell(*GUIDED[:2]).name or kind(row) == "guidance"
-    }
-    return f"""# Quality beside speed in sampling
+def build_page(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
+    """Formats docs/benchmarks/sampling.md."""
+    guided = [name for name, row in rows.items() if name == Cell(*GUIDED[:2]).name or kind_of(row) == "guidance"]
+    plain = [name for name, row in rows.items() if kind_of(row) in ("plain", "data")]
+    title = f"Guidance in an interval of the noise levels ({TITLES[GUIDED[0]]}, {GUIDED[1]} steps)"
+    return f"""# Sampling quality and cost
 
-{facts["hardware"]}, {facts["versions"]}; commit {facts["commit"]}; `{facts["command"]}`.
+{report.describe(facts)}
+
 The demo network (`assets/demo/latte`, x-start prediction, 32 pixels), {facts["videos"]} videos of each way from the
-same noise, so that one video is {100 / facts["videos"]:.1f} %. Cost is counted in forward passes of all layers, which
-no machine changes. The reference is DPM-Solver++ in 250 steps, which solves the probability flow; a stochastic method
-has none. The Fréchet distance is to {REAL} drawn clips, on 24 plain features (mean colour of each quarter of the frame,
-and its mean change): it compares with nothing outside of this page. "Drawn clips" are as many others: the floor.
+same noise, so that one video is {100 / facts["videos"]:.1f} %. Cost is counted in forward passes of all layers,
+independent of the machine. The reference is DPM-Solver++ in 250 steps, which solves the probability flow; a stochastic
+method has none. The Fréchet distance is to {REAL} drawn clips, on 24 plain features (mean colour of each quarter of the
+frame, and its mean change): it is comparable within this page only. "Drawn clips" are as many others: the floor.
 
 ![Error, motion and distance over cost](../images/{PLOT.name})
 
-## Methods and steps
-
-{table(rows, ("plain", "data"))}
-
-## Guidance in an interval of the noise levels ({TITLES[GUIDED[0]]}, {GUIDED[1]} steps)
-
-{table(guided_beside, ("plain", "guidance"))}
-"""
+{build_table("Methods and steps", rows, plain)}
+{build_table(title, rows, guided)}"""
 
 
 PANELS = {
@@ -291,7 +216,7 @@ COLOURS = {"ddim": "#4c78a8", "dpm_solver++": "#e45756", "unipc": "#54a24b", "dd
 
 
 def plot(rows: dict[str, dict[str, Any]], file: Path) -> None:
-    """Each measure over the forward passes of a video."""
+    """Plots each measure over the forward passes of a video."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -300,7 +225,7 @@ def plot(rows: dict[str, dict[str, Any]], file: Path) -> None:
     figure, panels = plt.subplots(1, len(PANELS), figsize=(12, 3.9), layout="constrained")
     for axes, (key, title) in zip(panels, PANELS.items(), strict=True):
         for method, colour in COLOURS.items():
-            drawn = [row for row in rows.values() if kind(row) == "plain" and row["method"] == method]
+            drawn = [row for row in rows.values() if kind_of(row) == "plain" and row["method"] == method]
             points = sorted((row["forwards"], row[key]) for row in drawn if row[key] not in (None, 0))
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=TITLES[method], markersize=5, linewidth=1.4)
         if key != "grey_levels_from_reference":
@@ -321,7 +246,3 @@ def plot(rows: dict[str, dict[str, Any]], file: Path) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(file, dpi=110)
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -1,12 +1,11 @@
-"""What every benchmark is a ratio to: the official algorithm, plainly, at the cost that the official code pays.
+"""Reference implementation of the official algorithm, at the cost of the official code.
 
-Written anew for this purpose, and checked against the official code's own outputs (tests/goldens). It keeps each of
-that code's habits that cost something: tokens moved between "frames by tokens" and "tokens by frames" around every
-block, the condition repeated for every frame and every token position and modulated in each row, packed queries, keys
-and values copied, scores of softmax attention held in memory, each coefficient of the diffusion copied from the host
-and spread over a whole clip, AdamW as torch makes it by default, a norm and an average parameter by parameter, and a
-wait for the loss in every step. It is no straw man: it adds nothing that the official code does not do. Interleaved
-layers, uniform patches and adaLN only, as there.
+Checked against the outputs of the official code (tests/goldens). It keeps each property of that code that costs time:
+tokens moved between "frames by tokens" and "tokens by frames" around every block, the condition repeated for every
+frame and every token position and modulated in each row, packed queries, keys and values copied, scores of softmax
+attention held in memory, each coefficient of the diffusion copied from the host and broadcast to a whole clip, AdamW
+with torch's defaults, a norm and an average parameter by parameter, and a wait for the loss in every step. It adds
+nothing that the official code does not do. Interleaved layers, uniform patches and adaLN only, as there.
 
 Letters: B clips, F frames, I images, C channels, N tokens per frame, D width.
 """
@@ -33,12 +32,12 @@ from models.latte import Latte
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Rows (R, L, D), each with its own shift and scale (R, D)."""
+    """Modulates rows (R, L, D), each with its own shift and scale (R, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class PlainAttention(nn.Module):
-    """Softmax attention of rows (R, L, D) that holds all its scores."""
+    """Softmax attention of rows (R, L, D) that stores all scores."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -53,7 +52,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """adaLN-zero block over rows (R, L, D), with a condition (R, D) for each."""
+    """adaLN-zero block over rows (R, L, D), each with a condition (R, D)."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -70,7 +69,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainFinal(nn.Module):
-    """The final layer, likewise by rows."""
+    """Final layer, modulated by rows."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
@@ -84,7 +83,7 @@ class PlainFinal(nn.Module):
 
 
 class PlainTimestep(nn.Module):
-    """The timestep's MLP."""
+    """Timestep MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -95,7 +94,7 @@ class PlainTimestep(nn.Module):
 
 
 class PlainLabel(nn.Module):
-    """The label's table."""
+    """Label embedding."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
@@ -106,9 +105,9 @@ class PlainLabel(nn.Module):
 
 
 class ReferenceLatte(nn.Module):
-    """The network of the official code; its state dict is that of our `Latte`, and so are its outputs.
+    """The official network, with the state dict and the outputs of our `Latte`.
 
-    ValueError for a network that the official code does not have.
+    Raises: ValueError for a network that the official code does not have.
     """
 
     def __init__(
@@ -133,14 +132,14 @@ class ReferenceLatte(nn.Module):
 
     @classmethod
     def like(cls, model: Latte) -> ReferenceLatte:
-        """With the weights of `model`, on its device."""
+        """Returns a copy of `model`, on its device."""
         size = model.latent_size[0]
         plain = cls(model.config, in_channels=model.in_channels, latent_size=size, num_frames=model.num_frames)
         plain.load_state_dict(model.state_dict())
         return plain.to(model.pos_embed.device).train(model.training)
 
     def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, *, num_images: int = 0) -> Tensor:
-        """As `models.Latte.forward`: (B, F+I, C, H, W) -> (B, F+I, C or 2C, H, W)."""
+        """Predicts as `models.Latte.forward`: (B, F+I, C, H, W) -> (B, F+I, C or 2C, H, W)."""
         batch, frames = len(x), x.shape[1] - num_images
         x = self.x_embedder(rearrange(x, "b f c h w -> (b f) c h w")) + self.pos_embed  # (B*(F+I), N, D)
         time = self.t_embedder(timesteps)  # (B, D)
@@ -162,7 +161,7 @@ class ReferenceLatte(nn.Module):
         return rearrange(self._unpatchify(x), "(b f) c h w -> b f c h w", b=batch)
 
     def _labels(self, labels: Tensor, frames: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Rows for spatial (B*(F+I), D) and for temporal (B*N, D) blocks of labels (B, 1 or 1+I)."""
+        """Embeds labels (B, 1 or 1+I) in rows for spatial (B*(F+I), D) and for temporal (B*N, D) blocks."""
         embedded = self.y_embedder(labels)
         clip = repeat(embedded[:, 0], "b d -> b f d", f=frames)
         by_frame = rearrange(torch.cat([clip, embedded[:, 1:]], dim=1), "b f d -> (b f) d")
@@ -178,7 +177,7 @@ class ReferenceLatte(nn.Module):
 
 
 class ReferenceDiffusion:
-    """Learned variance, noise predicted, squared error plus bound. Tables live on the host, in float64."""
+    """Diffusion with learned variance and noise prediction. Its float64 tables are on the host."""
 
     def __init__(self, num_steps: int = 1000, respacing: str = "") -> None:
         self.kept = respace_timesteps(num_steps, respacing)
@@ -187,34 +186,34 @@ class ReferenceDiffusion:
         self.num_timesteps = len(self.kept)
 
     def entry(self, name: str, timesteps: Tensor, x: Tensor) -> Tensor:
-        """Table `name` at `timesteps`, copied from the host and spread over a clip like `x`."""
+        """Copies table `name` at `timesteps` from the host and broadcasts it to the shape of `x`."""
         values = torch.from_numpy(self.tables[name]).to(timesteps.device)[timesteps].float()
         return values[:, None, None, None, None] + torch.zeros(x.shape, device=timesteps.device)
 
     def network_timesteps(self, timesteps: Tensor) -> Tensor:
-        """What the network is told."""
+        """Returns the timesteps of the full process."""
         return torch.tensor(self.kept, device=timesteps.device, dtype=timesteps.dtype)[timesteps]
 
     def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """The noisy clip."""
+        """Returns the noisy clip."""
         signal = self.entry("sqrt_alphas_cumprod", timesteps, x_start)
         return signal * x_start + self.entry("sqrt_one_minus_alphas_cumprod", timesteps, x_start) * noise
 
     def q_posterior(self, x_start: Tensor, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance, log variance of q(x_{t-1} | x_t, x_0)."""
+        """Returns mean, variance and log variance of q(x_{t-1} | x_t, x_0)."""
         mean = self.entry("posterior_mean_coef1", timesteps, x) * x_start
         mean = mean + self.entry("posterior_mean_coef2", timesteps, x) * x
         variance = self.entry("posterior_variance", timesteps, x)
         return mean, variance, self.entry("posterior_log_variance_clipped", timesteps, x)
 
     def p_mean_variance(self, output: Tensor, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and log variance of p(x_{t-1} | x_t), and the clean clip predicted on the way."""
+        """Returns mean and log variance of p(x_{t-1} | x_t), and the predicted clean clip."""
         noise, values = output.split(x.shape[2], dim=2)
         smallest = self.entry("posterior_log_variance_clipped", timesteps, x)
         largest = self.entry("log_betas", timesteps, x)
         share = (values + 1) / 2
         log_variance = share * largest + (1 - share) * smallest
-        torch.exp(log_variance)  # the variance, which the official code computes and no step reads
+        torch.exp(log_variance)  # the unused variance of the official code
         x_start = self.entry("sqrt_recip_alphas_cumprod", timesteps, x) * x
         x_start = x_start - self.entry("sqrt_recipm1_alphas_cumprod", timesteps, x) * noise
         mean, _, _ = self.q_posterior(x_start, x, timesteps)
@@ -223,7 +222,7 @@ class ReferenceDiffusion:
     def training_loss(
         self, network: Callable[..., Tensor], x_start: Tensor, timesteps: Tensor, noise: Tensor
     ) -> Tensor:
-        """(B,) squared error plus variational bound."""
+        """Returns squared error plus variational bound, (B,)."""
         x = self.q_sample(x_start, timesteps, noise)
         output = network(x, self.network_timesteps(timesteps)).float()
         predicted, values = output.split(x.shape[2], dim=2)
@@ -234,7 +233,7 @@ class ReferenceDiffusion:
     def sample(
         self, network: Callable[..., Tensor], x: Tensor, method: str = "ddpm", steps: int | None = None
     ) -> Tensor:
-        """Walk `steps` (default: all) of the process from noise `x` by `ddpm` or `ddim` (eta 0)."""
+        """Samples from noise `x` by `ddpm` or `ddim` (eta 0); runs the first `steps` steps (default: all)."""
         step = {"ddpm": self.ddpm_step, "ddim": self.ddim_step}[method]
         for index in list(range(self.num_timesteps))[::-1][:steps]:
             timesteps = torch.tensor([index] * len(x), device=x.device)
@@ -242,14 +241,14 @@ class ReferenceDiffusion:
         return x
 
     def ddpm_step(self, output: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """x_{t-1} of the network's output at x_t."""
+        """Returns x_{t-1} by DDPM from the network's output at x_t."""
         mean, log_variance, _ = self.p_mean_variance(output, x, timesteps)
         noise = torch.randn_like(x)
         moving = (timesteps != 0).float()[:, None, None, None, None]
         return mean + moving * torch.exp(0.5 * log_variance) * noise
 
     def ddim_step(self, output: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """The same by DDIM; the noise that eta 0 multiplies away is drawn all the same."""
+        """Returns x_{t-1} by DDIM; draws the noise although eta is 0, as the official code does."""
         _, _, x_start = self.p_mean_variance(output, x, timesteps)
         noise = self.entry("sqrt_recip_alphas_cumprod", timesteps, x) * x - x_start
         noise = noise / self.entry("sqrt_recipm1_alphas_cumprod", timesteps, x)
@@ -263,7 +262,7 @@ class ReferenceDiffusion:
 def frozen_bound(
     diffusion: ReferenceDiffusion, output: Tensor, x_start: Tensor, x: Tensor, timesteps: Tensor
 ) -> Tensor:
-    """The variational bound of every value, in bits, shaped like a clip; at t = 0 the decoder's."""
+    """Returns the variational bound of every value in bits, (B, F, C, H, W); at t = 0 that of the decoder."""
     true_mean, _, true_log_variance = diffusion.q_posterior(x_start, x, timesteps)
     mean, log_variance, _ = diffusion.p_mean_variance(output, x, timesteps)
     divergence = normal_kl(true_mean, true_log_variance, mean, log_variance)
@@ -276,7 +275,7 @@ def _mean(values: Tensor) -> Tensor:
 
 
 def guided_network(network: Callable[..., Tensor], scale: float) -> Callable[..., Tensor]:
-    """Classifier-free guidance of 2B clips of which the second half is ignored, as the official loop carries them.
+    """Adds classifier-free guidance for 2B clips whose second half is ignored, as in the official loop.
 
     The labels are (2B,): the classes, then the null label.
     """
@@ -296,12 +295,12 @@ def guided_network(network: Callable[..., Tensor], scale: float) -> Callable[...
 
 
 class ReferenceTraining:
-    """The body of the official training loop, from latents on.
+    """The body of the official training loop, after encoding.
 
     Args:
         model: trained in place.
-        autocast_dtype: the network computes in it; the official code has no such thing.
-        clip: scale the gradient down to `max_grad_norm`, as it does from step 20,000 on.
+        autocast_dtype: of the network; the official code has no autocast.
+        clip: clip the gradient to `max_grad_norm`, as the official code does from step 20,000 on.
     """
 
     def __init__(
@@ -323,12 +322,12 @@ class ReferenceTraining:
         self.running_loss, self.gradient_norm = 0.0, torch.tensor(0.0)
 
     def draw(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps (B,) and noise like the latents."""
+        """Draws timesteps (B,) and noise of the shape of the latents."""
         timesteps = torch.randint(0, self.diffusion.num_timesteps, (len(latents),), device=latents.device)
         return timesteps, torch.randn_like(latents)
 
     def loss(self, latents: Tensor, labels: Tensor | None, timesteps: Tensor, noise: Tensor, images: int = 0) -> Tensor:
-        """The mean loss, to differentiate."""
+        """Returns the mean loss, to differentiate."""
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
@@ -337,7 +336,7 @@ class ReferenceTraining:
         return self.diffusion.training_loss(network, latents, timesteps, noise).mean()
 
     def step(self, latents: Tensor, labels: Tensor | None = None, *draws: Tensor, num_images: int = 0) -> float:
-        """One step on latents (B, F+I, C, H, W); `draws` are timesteps and noise where they are given."""
+        """Runs one step on latents (B, F+I, C, H, W); `draws` are given timesteps and noise, if any."""
         timesteps, noise = draws or self.draw(latents)
         loss = self.loss(latents, labels, timesteps, noise, num_images)
         loss.backward()
@@ -351,7 +350,7 @@ class ReferenceTraining:
         return value
 
     def clip_gradients(self) -> Tensor:
-        """The norm of all gradients, from the norm of each."""
+        """Returns the norm of all gradients, from the norm of each."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.norm(torch.stack([torch.norm(gradient.detach(), 2.0) for gradient in gradients]), 2.0)
         if self.clip:
@@ -362,7 +361,7 @@ class ReferenceTraining:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """The moving average, one parameter after another, position tables too."""
+        """Updates the EMA parameter by parameter, position embeddings included."""
         averages = dict(self.average.named_parameters())
         for name, parameter in self.model.named_parameters():
             averages[name].mul_(self.ema_decay).add_(parameter.data, alpha=1 - self.ema_decay)

@@ -1,4 +1,4 @@
-"""Tables for the terminal (80 columns), a Markdown page and a JSON file, all of the same figures."""
+"""Writes tables to the terminal (80 columns), a Markdown page and a JSON file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = 80
-_begun: dict[str, Any] = {"words": sys.argv[1:], "load": os.getloadavg()[0]}  # of the benchmark under way
+_start: dict[str, Any] = {"words": sys.argv[1:], "load": os.getloadavg()[0]}  # of the current benchmark
 
 
 @dataclass
@@ -25,9 +27,9 @@ class Section:
     """One table.
 
     Attributes:
-        columns: head -> format of its cells (`.2f`, `.0%`, empty for text); a row lacks what is not known.
-        rows: head -> value; what has no column goes to JSON alone.
-        picture: a file beside the page.
+        columns: head -> format of its cells (`.2f`, `.0%`, empty for text); a row omits unknown values.
+        rows: head -> value; values without a column are only in the JSON.
+        picture: a file in the folder of the page.
     """
 
     title: str
@@ -37,14 +39,14 @@ class Section:
     picture: str | None = None
 
     def cells(self) -> list[list[str]]:
-        """The heads, then every row, as text."""
+        """Returns the heads, then every row, as text."""
         return [
             list(self.columns),
             *([_cell(row.get(head), how) for head, how in self.columns.items()] for row in self.rows),
         ]
 
     def terminal(self) -> str:
-        """As aligned text, at most COLUMNS wide."""
+        """Returns aligned text, at most COLUMNS wide."""
         cells = self.cells()
         widths = [max(len(row[place]) for row in cells) for place in range(len(self.columns))]
         room = COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1)
@@ -56,7 +58,7 @@ class Section:
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        """As a part of a page."""
+        """Returns a section of a page."""
         head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in self.cells())
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -70,18 +72,16 @@ def _cell(value: Any, how: str) -> str:
     return format(value, how) if how and not isinstance(value, str) else str(value)
 
 
-def begin(words: Sequence[str]) -> None:
-    """Note what was asked for, and what the machine does beside it."""
-    _begun.update(words=list(words), load=os.getloadavg()[0])
+def start(words: Sequence[str]) -> None:
+    """Records the command line and the load of the machine."""
+    _start.update(words=list(words), load=os.getloadavg()[0])
 
 
-def facts(device: str = "cpu") -> dict[str, Any]:
-    """Of the machine, the software, the code and the command."""
-    import torch
-
+def facts(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Returns the machine, the versions, the commit and the command."""
     found = {
         "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "load": f"{_begun['load']:.1f} before, {os.getloadavg()[0]:.1f} at the end",
+        "load": f"{_start['load']:.1f} before, {os.getloadavg()[0]:.1f} at the end",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
@@ -104,7 +104,7 @@ def _driver() -> str:
 
 
 def processor() -> str:
-    """Its model's name."""
+    """Returns the model name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -114,7 +114,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Of the working tree; with a plus where files differ from it."""
+    """Returns the commit of the working tree, with a plus if files differ from it."""
 
     def git(*words: str) -> str:
         try:
@@ -127,13 +127,13 @@ def commit() -> str:
 
 
 def command() -> str:
-    """What was typed; files by their names alone."""
-    words = [Path(word).name if word.startswith("/") else word for word in _begun["words"]]
+    """Returns the command line, with absolute paths shortened to file names."""
+    words = [Path(word).name if word.startswith("/") else word for word in _start["words"]]
     return " ".join(["python -m benchmarks", *map(shlex.quote, words)])
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The facts as a paragraph."""
+    """Returns the facts as a paragraph."""
     gpu = f"{found['gpu']}; " if "gpu" in found else ""
     return (
         f"{gpu}{found['machine']}; load {found['load']}; Python {found['python']}, torch {found['torch']}; "
@@ -141,8 +141,10 @@ def describe(found: dict[str, Any]) -> str:
     )
 
 
-def write(name: str, title: str, text: str, sections: Sequence[Section], out: Path, device: str = "cpu") -> None:
-    """Print `sections`, and write them as `name`.md and `name`.json into `out`."""
+def write(
+    name: str, title: str, text: str, sections: Sequence[Section], out: Path, device: torch.device | str = "cpu"
+) -> None:
+    """Prints `sections`, and writes them as `name`.md and `name`.json to `out`."""
     for section in sections:
         show(section)
     known = save(name, title, text, sections, out, device)
@@ -152,18 +154,18 @@ def write(name: str, title: str, text: str, sections: Sequence[Section], out: Pa
 
 
 def show(section: Section) -> None:
-    """Print it."""
+    """Prints a section."""
     sys.stdout.write(section.terminal() + "\n")
     sys.stdout.flush()
 
 
 def save(
-    name: str, title: str, text: str, sections: Sequence[Section], out: Path, device: str = "cpu"
+    name: str, title: str, text: str, sections: Sequence[Section], out: Path, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Write `sections` as `name`.md and `name`.json into `out`; returns the facts about this run."""
+    """Writes `sections` as `name`.md and `name`.json to `out`; returns the facts about this run."""
     known = facts(device)
     out.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {title}", text, describe(known), *(section.markdown() for section in sections)]
+    parts = [f"# {title}", " ".join(text.split()), describe(known), *(section.markdown() for section in sections)]
     (out / f"{name}.md").write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
     tables = [{"title": section.title, "rows": section.rows} for section in sections]
     (out / f"{name}.json").write_text(json.dumps({"facts": known, "tables": tables}, indent=1) + "\n")

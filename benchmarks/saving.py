@@ -1,9 +1,7 @@
-"""What checkpoints cost: the same steps without, with, and with asynchronous saving, in one run.
-
-    python -m benchmarks saving [--steps 40] [--every 10]
+"""Cost of checkpoints: the same steps without, with, and with asynchronous saving, in one run.
 
 Trains Latte-S/2 (a checkpoint of 0.5 GB) on the demo set in this process, all three ways in turn, twice, and takes
-the faster of each. The figures are ratios of whole loops, so that what a thread takes from the training counts too.
+the faster of each. The figures are ratios of whole loops, so that the work of the writing thread counts, too.
 """
 
 from __future__ import annotations
@@ -14,6 +12,10 @@ import time
 from pathlib import Path
 
 from demo.data import draw_set
+from engine.config import load_config
+from engine.distributed import World
+from engine.state import TrainState
+from engine.trainer import Trainer
 
 from . import report
 
@@ -26,13 +28,8 @@ MODES = {"none": "train.async_checkpoint=false", "in the step": "train.async_che
          "asynchronous": "train.async_checkpoint=true"}  # fmt: skip
 
 
-def seconds_of(mode: str, data: Path, steps: int, every: int) -> tuple[float, float]:
-    """(seconds of the loop, of them inside `save`) of one run; the last checkpoint is waited for."""
-    from engine.config import load_config
-    from engine.distributed import World
-    from engine.state import TrainState
-    from engine.trainer import Trainer
-
+def time_training(mode: str, data: Path, steps: int, every: int) -> tuple[float, float]:
+    """Runs the training; returns the seconds of the loop, and those inside `save`, until the last write ends."""
     with tempfile.TemporaryDirectory() as out:
         overrides = [f"data.path={data}", f"train.output_dir={out}/run", f"train.max_steps={steps}", MODES[mode]]
         trainer = Trainer(load_config(None, [*SETTINGS, *overrides, f"train.checkpoint_every={every}"]), World())
@@ -53,14 +50,14 @@ def seconds_of(mode: str, data: Path, steps: int, every: int) -> tuple[float, fl
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, write."""
+    """Measures, prints and writes the table."""
     steps, every = arguments.steps, arguments.every
     with tempfile.TemporaryDirectory() as folder:
         draw_set(Path(folder), {"clips_per_class": 1, "size": 16, "frames": 16, "seed": 0}, workers=1)
         found: dict[str, tuple[float, float]] = {}
         for _ in range(2):
             for mode in MODES:
-                now = seconds_of(mode, Path(folder), steps, every)
+                now = time_training(mode, Path(folder), steps, every)
                 found[mode] = min(found.get(mode, now), now)
     plain = found["none"][0]
     rows = [

@@ -1,4 +1,4 @@
-"""Text to video: the sampling loop against diffusers' pipeline, and what quantising, compiling and layouts change.
+"""Text to video: the sampling loop against diffusers' pipeline; quantised, compiled, and in other memory layouts.
 
 On CUDA a network of Latte-1's size samples 16 frames of 512 x 512 in fp16, 50 steps with guidance; a decoder of Stable
 Diffusion's size decodes them; a T5 of XXL's size encodes a prompt. On a CPU all three are small. Weights are random, so
@@ -8,11 +8,11 @@ nothing is downloaded. Without diffusers ours alone is timed.
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ from models.latte_t2v import LatteT2V
 from models.quantize import QUANTIZERS, quantize
 
 from . import report
-from .timing import Call, interleaved
+from .timing import Call, Case, Timer, compare_one_by_one
 
 GUIDANCE = 7.5
 WORDS = 24  # of the prompt
+HAS_DIFFUSERS = find_spec("diffusers") is not None
+Maker = Callable[[], tuple[Call, nn.Module]]
 COLUMNS = {
     "": "",
     "median s": ".2f",
@@ -42,7 +44,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of everything that is run."""
+    """Sizes of the networks and of the video."""
 
     network: LatteT2VConfig
     frames: int
@@ -66,72 +68,46 @@ SMALL_SCALE = Scale(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, write."""
+    """Measures, prints and writes the tables."""
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     scale = LATTE_SCALE if device.type == "cuda" and not arguments.quick else SMALL_SCALE
     if arguments.steps:
         scale = replace(scale, steps=arguments.steps)
     if arguments.quick:
         scale = replace(scale, steps=2, network=replace(scale.network, num_layers=1))
-    measure = Measure(device, arguments.rounds, arguments.clock)
-    sections = [sampling(scale, measure, compiled=not arguments.quick)]
-    sections += [decoding(scale, measure, compiled=not arguments.quick)] if _diffusers() else []
-    sections.append(encoding(scale, measure))
-    theirs = "" if _diffusers() else " diffusers is not installed here: ours alone is timed, and no decoder."
+    timer = Timer(device, arguments.rounds, arguments.clock)
+    sections = [sampling(scale, timer, compiled=not arguments.quick)]
+    sections += [decoding(scale, timer, compiled=not arguments.quick)] if HAS_DIFFUSERS else []
+    sections.append(encoding(scale, timer))
+    theirs = "" if HAS_DIFFUSERS else " diffusers is not installed here: ours alone is timed, and no decoder."
     text = (
         f"Random weights. `ratio`: how many times as fast as the first row; `apart`: from its result, relative.{theirs}"
     )
-    report.write("t2v", "Text to video", text, sections, arguments.out, device.type)
+    report.write("t2v", "Text to video", text, sections, arguments.out, device)
 
 
-@dataclass
-class Measure:
-    """How rows are timed: each in turn with the first of its table, which stays while others come and go."""
+@torch.no_grad()
+def table(title: str, text: str, makers: dict[str, Maker], timer: Timer) -> report.Section:
+    """Times each network in turn with the first, which alone stays in memory; the peak is that of one network."""
 
-    device: torch.device
-    rounds: int
-    clock: str
+    def case(name: str, make: Maker) -> Case:
+        call, network = make()
+        return Case(name, call, cells={"weights MiB": weight_bytes(network) / 2**20})
 
-    @torch.no_grad()
-    def table(self, title: str, text: str, makers: dict[str, Callable[[], tuple[Call, nn.Module]]]) -> report.Section:
-        """A line for each; the peak is that of one network, without what the first holds."""
-        rows: list[dict[str, Any]] = []
-        kept: dict[str, Call] = {}
-        expected: Tensor | None = None
-        for name, make in makers.items():
-            held = self._allocated("memory_allocated") if kept else 0
-            call, network = make()
-            result = call().float().cpu()  # compiles, too
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
-                call()
-            peak = self._allocated("max_memory_allocated")
-            kept, expected = kept or {name: call}, result if expected is None else expected
-            calls = {**kept, name: call}
-            found = interleaved(calls, rounds=self.rounds, warmup=0, clock=self.clock, device=self.device)
-            rows.append({
-                "": name, "median s": found[name].median, "spread": found[name].spread,
-                "ratio": found[name].times_as_fast_as(found[next(iter(kept))]),
-                "weights MiB": weight_bytes(network) / 2**20, "peak GiB": (peak - held) / 2**30 if peak else None,
-                "apart": float((result - expected).norm() / expected.norm()) if len(rows) else None,
-                **found[name].to_json(),
-            })  # fmt: skip
-            del call, network
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return report.Section(title, text, COLUMNS, rows)
+    cases = {name: partial(case, name, make) for name, make in makers.items()}
+    return report.Section(title, text, COLUMNS, compare_one_by_one(cases, COLUMNS, timer, _difference))
 
-    def _allocated(self, counter: str) -> int:
-        return int(getattr(torch.cuda, counter)(self.device)) if self.device.type == "cuda" else 0
+
+def _difference(result: Tensor, expected: Tensor) -> float:
+    return float((result.float() - expected.float()).norm() / expected.float().norm())
 
 
 # ---- the network --------------------------------------------------------------------------------------
 
 
-def sampling(scale: Scale, measure: Measure, *, compiled: bool) -> report.Section:
-    """The loop from noise to latents."""
-    device, dtype, network = measure.device, scale.dtype, scale.network
+def sampling(scale: Scale, timer: Timer, *, compiled: bool) -> report.Section:
+    """Returns the table of the sampling loop, from noise to latents."""
+    device, dtype, network = timer.device, scale.dtype, scale.network
     captions = _drawn(2, WORDS, network.caption_channels or 0).to(device, dtype)
     noise = _drawn(1, network.channels[0], scale.frames, scale.latent, scale.latent).to(device, dtype)
 
@@ -139,7 +115,7 @@ def sampling(scale: Scale, measure: Measure, *, compiled: bool) -> report.Sectio
         model: Any = quantize(_network(network, dtype), kind, device)
         for block in model.blocks if compile_it else ():
             block.compile()
-        return (lambda: walk(model, captions, noise, scale.steps)), model
+        return (lambda: sample_ddim(model, captions, noise, scale.steps)), model
 
     def theirs() -> tuple[Call, nn.Module]:
         from models.convert_t2v import to_diffusers
@@ -148,7 +124,7 @@ def sampling(scale: Scale, measure: Measure, *, compiled: bool) -> report.Sectio
             model := to_diffusers(_network(network, dtype)).to(device), captions, noise, scale
         ), model
 
-    makers: dict[str, Callable[[], tuple[Call, nn.Module]]] = {"diffusers' pipeline": theirs} if _diffusers() else {}
+    makers: dict[str, Maker] = {"diffusers' pipeline": theirs} if HAS_DIFFUSERS else {}
     makers["ours"] = ours
     if compiled:
         makers["ours, compiled"] = lambda: ours(compile_it=True)
@@ -158,12 +134,12 @@ def sampling(scale: Scale, measure: Measure, *, compiled: bool) -> report.Sectio
         f"{scale.frames} frames, latents {scale.latent} x {scale.latent}, {scale.steps} DDIM steps with guidance "
         f"{GUIDANCE:g}, {_name(dtype)}; the same weights and noise in all rows."
     )
-    return measure.table("Sampling", text, makers)
+    return table("Sampling", text, makers, timer)
 
 
 @torch.no_grad()
-def walk(model: LatteT2V, captions: Tensor, noise: Tensor, steps: int) -> Tensor:
-    """Our own DDIM on our own schedule, (1, C, F, h, w): what sampling a text network takes without diffusers."""
+def sample_ddim(model: LatteT2V, captions: Tensor, noise: Tensor, steps: int) -> Tensor:
+    """Samples (1, C, F, h, w) with our DDIM and schedule, without diffusers."""
     process = build_diffusion(DiffusionConfig(), learn_sigma=True, respacing=f"ddim{steps}").to(noise.device)
     channels = noise.shape[1]
 
@@ -197,7 +173,7 @@ def _their_pipeline(network: nn.Module, captions: Tensor, noise: Tensor, scale: 
 
 
 def _network(config: LatteT2VConfig, dtype: torch.dtype) -> LatteT2V:
-    """The same random weights each time; none of them zero."""
+    """Returns a network with the same random weights each time, none of them zero."""
     torch.manual_seed(0)
     model = LatteT2V(config)
     for parameter in model.parameters():
@@ -209,22 +185,22 @@ def _network(config: LatteT2VConfig, dtype: torch.dtype) -> LatteT2V:
 # ---- decoder and text encoder -------------------------------------------------------------------------
 
 
-def decoding(scale: Scale, measure: Measure, *, compiled: bool) -> report.Section:
-    """From latents to frames, with layouts, compiled, and in parts."""
+def decoding(scale: Scale, timer: Timer, *, compiled: bool) -> report.Section:
+    """Returns the table of decoding latents to frames: by layout, compiled, and in parts."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
     blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     sizes: Any = {"block_out_channels": scale.decoder, "layers_per_block": 2, "sample_size": 8 * scale.latent}
     vae = AutoencoderKL(down_block_types=blocks[0], up_block_types=blocks[1], **sizes).to(scale.dtype).eval()
-    latents = _drawn(1, scale.frames, 4, scale.latent, scale.latent).to(measure.device)
+    latents = _drawn(1, scale.frames, 4, scale.latent, scale.latent).to(timer.device)
     precision = {torch.float32: "fp32", torch.float16: "fp16"}[scale.dtype]
 
     def maker(
         channels_last: bool = False, compile_it: bool = False, chunk: int = scale.frames, method: str = ""
     ) -> Any:
         def make() -> tuple[Call, nn.Module]:
-            network = deepcopy(vae).to(measure.device)
+            network = deepcopy(vae).to(timer.device)
             if channels_last:
                 network = network.to(memory_format=torch.channels_last)
             if compile_it:
@@ -248,11 +224,11 @@ def decoding(scale: Scale, measure: Measure, *, compiled: bool) -> report.Sectio
     text = (
         f"{scale.frames} frames of {8 * scale.latent} x {8 * scale.latent}, {precision}. Sampling uses channels_last."
     )
-    return measure.table("Decoding", text, makers)
+    return table("Decoding", text, makers, timer)
 
 
-def encoding(scale: Scale, measure: Measure) -> report.Section:
-    """A prompt of 120 pieces."""
+def encoding(scale: Scale, timer: Timer) -> report.Section:
+    """Returns the table of encoding a prompt of 120 tokens."""
     from transformers import T5Config, T5EncoderModel
 
     config: Any = T5Config(**scale.t5, feed_forward_proj="gated-gelu", dropout_rate=0.0)
@@ -260,26 +236,26 @@ def encoding(scale: Scale, measure: Measure) -> report.Section:
 
     def maker(kind: str | None) -> Any:
         def make() -> tuple[Call, nn.Module]:
-            with torch.device("meta"):  # its own initialisation of five billion numbers would take minutes
+            with torch.device("meta"):  # skips an initialisation that would take minutes
                 network = T5EncoderModel(config).eval().requires_grad_(False).to(scale.dtype)
             generator = torch.Generator().manual_seed(0)
             for parameter in network.to_empty(device="cpu").parameters():
                 parameter.uniform_(-0.03, 0.03, generator=generator)
-            network = quantize(network, kind, measure.device)
-            return (lambda: network(words.to(measure.device))[0]), network
+            network = quantize(network, kind, timer.device)
+            return (lambda: network(words.to(timer.device))[0]), network
 
         return make
 
-    kinds = tuple(QUANTIZERS) if measure.device.type == "cuda" else ("int8",)
+    kinds = tuple(QUANTIZERS) if timer.device.type == "cuda" else ("int8",)
     makers = {_name(scale.dtype): maker(None), **{kind: maker(kind) for kind in kinds}}
-    return measure.table("Encoding a prompt", "T5 with a gated MLP, 120 pieces.", makers)
+    return table("Encoding a prompt", "T5 with a gated MLP, 120 tokens.", makers, timer)
 
 
 # ---- helpers ------------------------------------------------------------------------------------------
 
 
 def weight_bytes(network: nn.Module) -> int:
-    """Bytes of all weights, quantised or not."""
+    """Returns the bytes of all weights, quantised or not."""
     return sum(_bytes(parameter) for parameter in network.parameters())
 
 
@@ -296,9 +272,3 @@ def _drawn(*shape: int) -> Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _diffusers() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("diffusers") is not None

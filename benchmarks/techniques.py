@@ -1,34 +1,35 @@
-"""Each technique by itself: the same thing with and without it, in turn. To add one is to add a line to TECHNIQUES."""
+"""Each technique by itself: the same work with and without it, in turn. Add one as a line of TECHNIQUES."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import repeat
 
+from engine.ema import EMA
 from models import attention
 
 from . import report
-from .timing import Call, interleaved
-from .train import asked
-from .workload import Keys, Ours, Workload, forward_of, pair_of
+from .reference import ReferenceTraining
+from .timing import Call, Timer
+from .workload import Keys, Ours, Workload, forward_of, pair_of, read_problem
 
 Pair = tuple[Call, Call]  # with, without
 Build = Callable[[Workload, Path, torch.device], Pair]
+COLUMNS = {"": "", "with, s": ".4f", "without, s": ".4f", "ratio": ".2f"}
 
 
 class Technique(NamedTuple):
-    """What it is, and how to make the pair of calls that differ by it alone.
+    """A technique and the constructor of two calls that differ by it alone.
 
-    precision: what else is computed in.
-    cuda: it makes no difference elsewhere.
+    precision: of everything else.
+    cuda: skipped on other devices, where it makes no difference.
     """
 
     name: str
@@ -38,20 +39,17 @@ class Technique(NamedTuple):
 
 
 def step(on: Keys, off: Keys) -> Build:
-    """A training step with the one or the other keys."""
+    """Compares a training step with either set of configuration keys."""
 
     def build(workload: Workload, folder: Path, device: torch.device) -> Pair:
-        first, second = (
-            Ours(workload.and_keys(**{key.replace(".", "__"): value for key, value in keys.items()}), folder, device)
-            for keys in (on, off)
-        )
+        first, second = (Ours(workload.with_keys(keys), folder, device) for keys in (on, off))
         return first.step, second.step
 
     return build
 
 
 def attending(on: str, off: str) -> Build:
-    """A training step with the one or the other `train.attention`, of one trainer: the choice is the process's."""
+    """Compares two values of `train.attention` in one trainer: the kernel is chosen for the whole process."""
 
     def build(workload: Workload, folder: Path, device: torch.device) -> Pair:
         ours = Ours(workload, folder, device)
@@ -66,24 +64,20 @@ def attending(on: str, off: str) -> Build:
 
 
 def networks(workload: Workload, folder: Path, device: torch.device) -> Pair:
-    """All that the network does better, in a forward pass: against the reference's."""
+    """Compares our forward pass with the reference's."""
     model, plain = pair_of(workload, device)
     return forward_of(model, workload, device), forward_of(plain, workload, device)
 
 
 def averages(workload: Workload, folder: Path, device: torch.device) -> Pair:
-    """The moving average alone: in one call, or parameter by parameter."""
-    from engine.ema import EMA
-
-    from .reference import ReferenceTraining
-
+    """Compares the EMA update alone: in one call, or parameter by parameter."""
     model, plain = pair_of(workload, device)
     ours, theirs = EMA(model), ReferenceTraining(plain)
     return lambda: ours.update(model), theirs.update_average
 
 
 def modulations(workload: Workload, folder: Path, device: torch.device) -> Pair:
-    """The modulation of all layers alone: of each clip, or of each frame and each place in a frame."""
+    """Compares the modulation of all layers alone: once per clip, or for each frame and each token position."""
     model, plain = pair_of(workload, device)
     heads = [block.get_submodule("adaLN_modulation") for block in plain.blocks]
     condition = torch.randn(workload.batch, model.config.size.hidden_size, device=device)
@@ -121,33 +115,28 @@ TECHNIQUES = [
 # fmt: on
 
 
-def measure(
-    workload: Workload, device: torch.device, rounds: int, clock: str, names: list[str] | None = None
-) -> report.Section:
-    """The table of all techniques, or of those whose name holds one of `names`."""
-    rows = []
+def measure(workload: Workload, timer: Timer, names: list[str] | None = None) -> report.Section:
+    """Returns the table of all techniques, or of those with one of `names` in their name."""
+    rows: list[dict[str, Any]] = []
     for technique in TECHNIQUES:
         chosen = not names or any(name in technique.name for name in names)
-        if not chosen or (technique.cuda and device.type != "cuda"):
+        if not chosen or (technique.cuda and not timer.on_cuda):
             continue
         torch.compiler.reset()
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            on, off = technique.build(workload.and_keys(train__precision=technique.precision), folder, device)
-            found = interleaved({"with": on, "without": off}, rounds=rounds, clock=clock, device=device)
+        with tempfile.TemporaryDirectory() as folder:
+            problem = workload.and_keys(train__precision=technique.precision)
+            found = timer.time(dict(zip(("with", "without"), technique.build(problem, Path(folder), timer.device))))
             attention.choose("auto")
+        medians = {f"{name}, s": timing.median for name, timing in found.items()}
         ratio = found["with"].times_as_fast_as(found["without"])
-        rows.append(
-            {"": technique.name, "with, s": found["with"].median, "without, s": found["without"].median, "ratio": ratio}
-            | {name: timing.to_json() for name, timing in found.items()}
-        )
+        samples = {name: timing.to_json() for name, timing in found.items()}
+        rows.append({"": technique.name, **medians, "ratio": ratio, **samples})
     text = f"{workload}; fp32 and eager but for what the row names. A ratio above 1 is that much faster with it."
-    columns = {"": "", "with, s": ".4f", "without, s": ".4f", "ratio": ".2f"}
-    return report.Section("Techniques, one by one", text, columns, rows)
+    return report.Section("Techniques, one by one", text, COLUMNS, rows)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, write."""
-    workload, device = asked(arguments)
-    section = measure(workload, device, arguments.rounds, arguments.clock, arguments.only)
-    report.write("techniques", "Techniques, one by one", "", [section], arguments.out, device.type)
+    """Measures, prints and writes the table."""
+    workload, timer = read_problem(arguments)
+    section = measure(workload, timer, arguments.only)
+    report.write("techniques", "Techniques, one by one", "", [section], arguments.out, timer.device)

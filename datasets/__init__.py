@@ -1,6 +1,6 @@
 """Video data: folders of files -> clips. Not the Hugging Face package of the same name: see docs/datasets.md.
 
-Nothing here imports another folder of ours, and video libraries are imported only when a file is opened.
+Imports `common` and no other folder of ours. Video libraries are imported when the first file is opened.
 """
 
 from .build import build_catalog, build_dataset, build_held_out

@@ -8,60 +8,63 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .captions import captioned_clips, renumbered
-from .catalog import Catalog, Clip, digest_of, find_clips, find_root
+from .captions import read_captioned_clips, renumber_captions
+from .catalog import Catalog, Clip, compute_digest, find_clips, find_root
 from .clips import ClipDataset, window_span
 from .config import DataConfig
-from .labels import class_names_of, relabelled
+from .labels import find_class_names, relabel
 from .latents import LatentCache
 from .readers import check_installed
 from .recipes import CAPTIONED, FRAMES, RECIPES, VIDEOS
 
 
 def build_dataset(config: DataConfig, *, seed: int) -> ClipDataset:
-    """Catalog the folder and make the data set. ValueError or FileNotFoundError where the folder is wrong.
+    """Returns the data set of a configuration.
 
-    With `data.latents` frames come from that cache, which must be of this data; it knows its clips, so that
-    `data.path` may be left empty.
+    With `data.latents` frames come from that cache, which must have been made from this data; it lists its clips, so
+    `data.path` may be empty.
+
+    Raises: ValueError, FileNotFoundError where the folder or cache is unusable.
     """
-    return _dataset(config, seed, held_out=False)
+    return _build(config, seed, held_out=False)
 
 
 def build_held_out(config: DataConfig, clips: ClipDataset, *, seed: int) -> ClipDataset:
-    """What the training on `clips` never sees: `data.val_path`, or what `data.val_share` holds out of `data.path`.
+    """Returns the held-out data set: `data.val_path`, or the clips of `data.path` selected by `data.val_share`.
 
-    Labels are numbered as those of `clips`; nothing is mirrored; the images of joint training are from these videos.
-    ValueError or FileNotFoundError where the folder is wrong or nothing is held out.
+    Labels are numbered as in `clips`; nothing is mirrored; the images of joint training are frames of these videos.
+
+    Raises: ValueError, FileNotFoundError where the folder is unusable or nothing is held out.
     """
     key = "data.path" if config.val_path is None else "data.val_path"
     path = config.path if config.val_path is None else config.val_path
     fixed = replace(config, path=path, val_path=None, frame_list=None, horizontal_flip=False, max_clips=None)
-    if config.val_path is not None:  # which has a list of its own
+    if config.val_path is not None:  # a folder of its own has a list of its own
         fixed = replace(fixed, captions=None)
     try:
-        found = _dataset(fixed, seed, held_out=config.val_path is None)
+        found = _build(fixed, seed, held_out=config.val_path is None)
         same_numbers = (
-            renumbered(found.catalog, clips.captions)
+            renumber_captions(found.catalog, clips.captions)
             if config.name in CAPTIONED
-            else relabelled(found.catalog, clips.class_names)
+            else relabel(found.catalog, clips.class_names)
         )
         return ClipDataset(fixed, same_numbers, seed, found.source)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(str(error).replace("data.path", key)) from None
 
 
-def _dataset(config: DataConfig, seed: int, *, held_out: bool) -> ClipDataset:
+def _build(config: DataConfig, seed: int, *, held_out: bool) -> ClipDataset:
     if config.latents is None:
         check_installed(config.reader)
         return ClipDataset(config, build_catalog(config, held_out=held_out), seed)
     cache = LatentCache(Path(config.latents))
     if not config.path and (config.frame_list or config.name in CAPTIONED):
         key = "data.frame_list" if config.frame_list else "data.captions"
-        raise ValueError(f"{key} names files below data.path: give that too")
+        raise ValueError(f"{key} names files below data.path: set that too")
     catalog = (
         build_catalog(config, held_out=held_out)
         if config.path
-        else catalog_of(str(cache.path), cache.catalogued(), config, held_out=held_out)
+        else make_catalog(str(cache.path), cache.list_clips(), config, held_out=held_out)
     )
     dataset = ClipDataset(config, catalog, seed, cache)
     cache.check(dataset.latent_settings, [*catalog.clips, *(dataset.images or [])])
@@ -69,33 +72,33 @@ def _dataset(config: DataConfig, seed: int, *, held_out: bool) -> ClipDataset:
 
 
 def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
-    """Find, sort, label and count the clips of `config.path`: those that `data.val_share` holds out, or the others.
+    """Returns the catalog of `config.path`: of the clips that `data.val_share` holds out, or of the others.
 
-    FileNotFoundError where there is no such folder; ValueError where it holds nothing of the kind asked for,
-    or a clip has no class although classes are asked for.
+    Raises: FileNotFoundError where there is no such folder; ValueError where it holds no clips, or a clip has no class
+    although classes are required.
     """
-    root = _root(config.path)
+    root = _find_data_root(config.path)
     recipe = RECIPES[config.name]
     if config.name in CAPTIONED:
-        clips, skipped = captioned_clips(config, root)
-        return catalog_of(str(root), clips, config, skipped, held_out=held_out)
-    found, skipped = _found(root, recipe.clips)
+        clips, skipped = read_captioned_clips(config, root)
+        return make_catalog(str(root), clips, config, skipped, held_out=held_out)
+    found, skipped = _find_sorted(root, recipe.clips)
     if not found:
-        found, skipped = _found(root, (VIDEOS, FRAMES))
+        found, skipped = _find_sorted(root, (VIDEOS, FRAMES))
     if not found:
         raise ValueError(_nothing_found(config, skipped))
-    return catalog_of(str(root), found, config, skipped, held_out=held_out)
+    return make_catalog(str(root), found, config, skipped, held_out=held_out)
 
 
-def catalog_of(
+def make_catalog(
     root: str, found: list[Clip], config: DataConfig, skipped: Counter[str] | None = None, *, held_out: bool = False
 ) -> Catalog:
-    """The catalog of clips that were `found`: those long enough and (not) held out, labelled, at most `max_clips`."""
+    """Returns the catalog of `found`: long enough, (not) held out, labelled, at most `max_clips` of them."""
     recipe, skipped = RECIPES[config.name], Counter() if skipped is None else skipped
-    found = _long_enough(found, config, skipped)
+    found = _drop_short(found, config, skipped)
     captioned = config.name in CAPTIONED
     rule = recipe.labels if config.labels == "auto" else config.labels
-    names = [clip.caption for clip in found] if captioned else class_names_of(found, rule)
+    names = [clip.caption for clip in found] if captioned else find_class_names(found, rule)
     classes = sorted({name for name in names if name is not None})
     numbers = {name: label for label, name in enumerate(classes)}
     labelled = [
@@ -107,14 +110,14 @@ def catalog_of(
     if config.val_share:
         skipped["for training" if held_out else "held out"] = len(labelled) - len(chosen)
     clips = chosen[: config.max_clips]
-    digest, left_out = digest_of(clips, classes), dict(sorted(skipped.items()))
+    digest, left_out = compute_digest(clips, classes), dict(sorted(skipped.items()))
     if captioned:
         return Catalog(root, clips, [], digest, left_out, captions=classes)
     return Catalog(root, clips, classes, digest, left_out)
 
 
 def is_held_out(name: str, share: float) -> bool:
-    """Whether `share` of all clips, from 0 to 1, includes the one of that name, whatever others there are."""
+    """Whether the clip of that name belongs to `share` (0 to 1) of all clips; independent of the other clips."""
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -127,21 +130,21 @@ def _nothing_chosen(config: DataConfig, total: int, held_out: bool) -> str:
     )
 
 
-def _root(path: str) -> Path:
+def _find_data_root(path: str) -> Path:
     if not path:
-        raise ValueError("data.path is empty: give the folder of the data set")
+        raise ValueError("data.path is empty: set the folder of the data set")
     return find_root(path, "data.path")
 
 
-def _found(root: Path, kinds: Sequence[str]) -> tuple[list[Clip], Counter[str]]:
-    """The clips of these kinds in the order of their names, and the count of all else by reason."""
+def _find_sorted(root: Path, kinds: Sequence[str]) -> tuple[list[Clip], Counter[str]]:
+    """Returns the clips of these kinds in the order of their names, and the number of other files by reason."""
     skipped: Counter[str] = Counter()
     clips = find_clips(root, kinds, lambda reason, path: skipped.update([reason]))
     return sorted(clips, key=lambda clip: clip.name), skipped
 
 
-def _long_enough(clips: list[Clip], config: DataConfig, skipped: Counter[str]) -> list[Clip]:
-    """Drop folders of frames that hold no window; the length of a video is known when it is opened."""
+def _drop_short(clips: list[Clip], config: DataConfig, skipped: Counter[str]) -> list[Clip]:
+    """Drops folders of frames that are shorter than a window; the length of a video is not known yet."""
     if config.short_clips == "loop":
         return clips
     span = window_span(config.num_frames, config.frame_interval)

@@ -1,8 +1,8 @@
-"""Lists of captions: CSV, JSON lines or Parquet -> the clips or images that they name, each with its caption.
+"""Lists of captions (CSV, JSON lines, Parquet) -> clips or images with captions.
 
-A line names a file or a folder of frames below `data.path`; WebVid's lists name it by `videoid` and `page_dir`. A line
-that leaves the folder ends the run; one whose file is not there, or whose caption is empty, is passed over by the
-same rules as an unusable clip (`data.strict`, `data.max_unusable`).
+A line names a file or a folder of frames below `data.path`; WebVid's lists name it by `videoid` and `page_dir`. A path
+that leaves the folder ends the run. A line whose file is missing or whose caption is empty is skipped by the same rules
+as an unusable clip (`data.strict`, `data.max_unusable`).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .catalog import Catalog, Clip, digest_of
+from .catalog import Catalog, Clip, compute_digest
 from .config import DataConfig
 from .readers import HIDDEN, IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from .safe_paths import below
+from .safe_paths import resolve_below
 
 log = logging.getLogger(__name__)
 
-LISTS = ("captions.csv", "captions.jsonl", "captions.parquet")  # looked for in data.path
+LISTS = ("captions.csv", "captions.jsonl", "captions.parquet")  # default names in data.path
 FILE_COLUMNS = ("file", "path", "video", "video_path", "image", "image_path", "filename", "file_name")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "name")
 WEBVID = ("videoid", "page_dir")  # the file is page_dir/videoid.mp4, its caption is `name`
 
 
 class Unusable(ValueError):
-    """A line that names nothing to train on; `reason` is the same for all lines of its kind."""
+    """A line that cannot be used; `reason` groups such lines."""
 
     def __init__(self, reason: str, sentence: str) -> None:
         super().__init__(sentence)
@@ -38,7 +38,7 @@ class Unusable(ValueError):
 
 
 class Line(NamedTuple):
-    """One line of a list, and where it stands, in words."""
+    """One line of a list; `where` is its file and number, for errors."""
 
     where: str
     values: Mapping[str, Any]
@@ -48,15 +48,15 @@ class Line(NamedTuple):
 
 
 def read_lines(path: Path, key: str) -> Iterator[Line]:
-    """The lines of a list; `key` is what it is called in an error.
+    """Yields the lines of a list; `key` names the setting in errors.
 
-    Raises: FileNotFoundError, ValueError, one sentence, where there is no such list or a line cannot be read.
+    Raises: FileNotFoundError, ValueError where there is no such list or a line cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{key}: there is no file '{path}'")
-    reader = READERS.get(path.suffix.lower())
+    reader = LIST_READERS.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"{key}: '{path}' is none of {', '.join(READERS)}")
+        raise ValueError(f"{key}: '{path}' is none of {', '.join(LIST_READERS)}")
     try:
         yield from reader(path)
     except UnicodeDecodeError:
@@ -70,7 +70,7 @@ def _read_csv(path: Path) -> Iterator[Line]:
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
                 if None in row or None in row.values():
-                    raise ValueError(f"{where}: there are not as many values as columns: put a caption in quotes")
+                    raise ValueError(f"{where}: values and columns differ in number: put captions in quotes")
                 yield Line(where, row)
         except csv.Error as error:
             raise ValueError(f"{path}, line {rows.line_num + 1}: {error}") from None
@@ -101,7 +101,7 @@ def _read_parquet(path: Path) -> Iterator[Line]:
         raise ValueError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
 
 
-READERS: dict[str, Callable[[Path], Iterator[Line]]] = {
+LIST_READERS: dict[str, Callable[[Path], Iterator[Line]]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
@@ -112,14 +112,14 @@ READERS: dict[str, Callable[[Path], Iterator[Line]]] = {
 
 
 class Columns(NamedTuple):
-    """How a line is read: the columns of the file (one; or WebVid's two) and of the caption."""
+    """The columns of the file (one, or WebVid's two) and of the caption."""
 
     file: tuple[str, ...]
     caption: str
 
     @classmethod
-    def of(cls, config: DataConfig, line: Line) -> Columns:
-        """As the configuration says, or the well-known ones; ValueError where there are none."""
+    def find(cls, config: DataConfig, line: Line) -> Columns:
+        """Finds the configured or the well-known columns. Raises: ValueError where there are none."""
         have = list(line.values)
         files = [config.file_column] if config.file_column else list(FILE_COLUMNS)
         captions = [config.caption_column] if config.caption_column else list(CAPTION_COLUMNS)
@@ -136,8 +136,8 @@ class Columns(NamedTuple):
         assert file is not None and caption is not None
         return cls(file, caption)
 
-    def name_and_caption(self, line: Line) -> tuple[str, str]:
-        """The file's name below the root, and its caption; ValueError where the line lacks one, Unusable if empty."""
+    def read(self, line: Line) -> tuple[str, str]:
+        """Returns the file name below the root and the caption. Raises: ValueError without one, Unusable if empty."""
         wanted = (*self.file, self.caption)
         lacking = [name for name in wanted if name not in line.values]
         if lacking:
@@ -151,14 +151,16 @@ class Columns(NamedTuple):
         return parts[0], caption
 
 
-def listed(path: Path, key: str, config: DataConfig, root: Path, clip_of: Callable[[Path, str, str], Clip]) -> Listed:
-    """The clips of a list, in its order.
+def read_list(
+    path: Path, key: str, config: DataConfig, root: Path, make_clip: Callable[[Path, str, str], Clip]
+) -> Listed:
+    """Returns the clips of a list, in its order.
 
     Args:
-        key: what the list is called in an error.
-        clip_of: (file, its name, where it is listed) -> the clip, or Unusable.
+        key: names the setting in errors.
+        make_clip: (file, its name, file and line) -> the clip; raises Unusable.
 
-    Raises: FileNotFoundError, ValueError with the line's number.
+    Raises: FileNotFoundError, ValueError with the line number.
     """
     clips: list[Clip] = []
     unusable: list[Unusable] = []
@@ -166,13 +168,13 @@ def listed(path: Path, key: str, config: DataConfig, root: Path, clip_of: Callab
     resolved = root.resolve()
     known: dict[str, str] = {}  # equal captions are kept once
     for line in read_lines(path, key):
-        columns = columns or Columns.of(config, line)
+        columns = columns or Columns.find(config, line)
         try:
-            name, caption = columns.name_and_caption(line)
-            target = below(resolved, name, line.where)
+            name, caption = columns.read(line)
+            target = resolve_below(resolved, name, line.where)
             if target is None:
                 raise Unusable("not there", f"{line.where}: there is no {name!r} in data.path")
-            clips.append(replace(clip_of(target, name, line.where), caption=known.setdefault(caption, caption)))
+            clips.append(replace(make_clip(target, name, line.where), caption=known.setdefault(caption, caption)))
         except Unusable as error:
             unusable.append(error)
     _check_share(path, key, config, clips, unusable)
@@ -180,7 +182,7 @@ def listed(path: Path, key: str, config: DataConfig, root: Path, clip_of: Callab
 
 
 class Listed(NamedTuple):
-    """The clips of a list, and how many of its lines were passed over, by reason."""
+    """The clips of a list, and the number of skipped lines by reason."""
 
     clips: list[Clip]
     skipped: Counter[str]
@@ -197,11 +199,11 @@ def _check_share(path: Path, key: str, config: DataConfig, clips: Sequence[Clip]
         raise ValueError(str(unusable[0]))
     if not clips or len(unusable) > config.max_unusable * total:
         raise ValueError(f"{unusable[0]}; {count}, more than data.max_unusable={config.max_unusable} allows")
-    log.warning("%s; %s and are passed over", unusable[0], count)
+    log.warning("%s; %s and are skipped", unusable[0], count)
 
 
-def _video(target: Path, name: str, where: str) -> Clip:
-    """A video file or a folder of frames."""
+def _make_video(target: Path, name: str, where: str) -> Clip:
+    """Returns the clip of a video file or of a folder of frames."""
     if target.is_dir():
         frames = [each for each in target.iterdir() if each.suffix.lower() in IMAGE_SUFFIXES]
         count = sum(not each.name.startswith(HIDDEN) for each in frames)
@@ -209,51 +211,51 @@ def _video(target: Path, name: str, where: str) -> Clip:
             raise Unusable("a folder without frames", f"{where}: {name!r} is a folder without frames")
         return Clip(str(target), name, count, num_frames=count)
     if target.suffix.lower() not in VIDEO_SUFFIXES:
-        raise Unusable("no video", f"{where}: {name!r} is no video ({' '.join(sorted(VIDEO_SUFFIXES))})")
+        raise Unusable("not a video", f"{where}: {name!r} is not a video ({' '.join(sorted(VIDEO_SUFFIXES))})")
     return Clip(str(target), name, target.stat().st_size)
 
 
-def _image(target: Path, name: str, where: str) -> Clip:
+def _make_image(target: Path, name: str, where: str) -> Clip:
     if target.suffix.lower() not in IMAGE_SUFFIXES:
-        raise Unusable("no image", f"{where}: {name!r} is no image ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        raise Unusable("not an image", f"{where}: {name!r} is not an image ({' '.join(sorted(IMAGE_SUFFIXES))})")
     return Clip(str(target), name, target.stat().st_size, 1)
 
 
-def captioned_clips(config: DataConfig, root: Path) -> Listed:
-    """The clips of `data.captions`, sorted by name, each with its caption.
+def read_captioned_clips(config: DataConfig, root: Path) -> Listed:
+    """Returns the clips of `data.captions`, sorted by name, each with its caption.
 
-    Raises: FileNotFoundError, ValueError, one sentence.
+    Raises: FileNotFoundError, ValueError.
     """
-    found = listed(_list_of(config, root), "data.captions", config, root, _video)
+    found = read_list(_find_list(config, root), "data.captions", config, root, _make_video)
     return found._replace(clips=sorted(found.clips, key=lambda clip: (clip.name, clip.caption or "")))
 
 
-def captioned_images(config: DataConfig, catalog: Catalog) -> tuple[Catalog, list[Clip]]:
-    """The image-text pairs of `data.frame_list`, and the catalog with their captions beside its own."""
-    images = listed(
-        Path(config.frame_list or "").expanduser(), "data.frame_list", config, Path(catalog.root), _image
+def read_captioned_images(config: DataConfig, catalog: Catalog) -> tuple[Catalog, list[Clip]]:
+    """Returns the catalog, extended by the captions of `data.frame_list`, and the image-text pairs of that list."""
+    images = read_list(
+        Path(config.frame_list or "").expanduser(), "data.frame_list", config, Path(catalog.root), _make_image
     ).clips
-    extended = with_captions(catalog, [str(image.caption) for image in images])
+    extended = add_captions(catalog, [str(image.caption) for image in images])
     numbers = extended.numbers
     return extended, [replace(image, label=numbers[str(image.caption)]) for image in images]
 
 
-def with_captions(catalog: Catalog, captions: Iterable[str]) -> Catalog:
-    """`catalog` with further captions after its own, whose numbers stay."""
+def add_captions(catalog: Catalog, captions: Iterable[str]) -> Catalog:
+    """Returns `catalog` with new captions appended, so that existing numbers stay."""
     known = catalog.numbers
     new = sorted({caption for caption in captions if caption not in known})
     return replace(catalog, captions=[*catalog.captions, *new])
 
 
-def renumbered(catalog: Catalog, captions: Sequence[str]) -> Catalog:
-    """`catalog` with labels counted as in `captions`, and its further captions after these."""
-    extended = with_captions(replace(catalog, captions=list(captions)), catalog.captions)
+def renumber_captions(catalog: Catalog, captions: Sequence[str]) -> Catalog:
+    """Returns `catalog` with labels numbered as in `captions`, and its other captions appended."""
+    extended = add_captions(replace(catalog, captions=list(captions)), catalog.captions)
     numbers = extended.numbers
     clips = [replace(clip, label=numbers[str(clip.caption)]) for clip in catalog.clips]
-    return replace(extended, clips=clips, digest=digest_of(clips, extended.captions))
+    return replace(extended, clips=clips, digest=compute_digest(clips, extended.captions))
 
 
-def _list_of(config: DataConfig, root: Path) -> Path:
+def _find_list(config: DataConfig, root: Path) -> Path:
     if config.captions is not None:
         return Path(config.captions).expanduser()
     found = [root / name for name in LISTS if (root / name).is_file()]

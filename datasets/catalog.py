@@ -22,10 +22,10 @@ LeftOut = Callable[[str, Path], object]  # (reason, path) of a file that is not 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: where it is, its name below the root ('/' between folders), its label.
+    """One clip: its path, its name below the root (with '/' between folders), its label.
 
-    `size` is the bytes of a video file or the frames of a folder; `num_frames` of a video is known only when
-    it is opened, and None here.
+    `size` is the bytes of a video file or the number of frames of a folder. `num_frames` of a video file is None:
+    it is known once the file is opened.
     """
 
     path: str
@@ -38,10 +38,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Clips in the order of their names; `class_names[label]`; `digest` names the content, not the place.
+    """Clips in the order of their names; `class_names[label]`; `digest` identifies the content, not the location.
 
-    `skipped` counts what was left out, by reason. Without labels `class_names` is empty and labels are 0. Of a set with
-    captions labels are the numbers of these, `captions[label]`, and there are no classes.
+    `skipped` counts left-out files by reason. Without labels `class_names` is empty and labels are 0. In a set with
+    captions the label is a caption number, `captions[label]`, and there are no classes.
     """
 
     root: str
@@ -57,12 +57,12 @@ class Catalog:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """Caption -> its number."""
+        """The number of each caption."""
         return {caption: number for number, caption in enumerate(self.captions)}
 
 
-def digest_of(clips: Sequence[Clip], classes: Sequence[str]) -> str:
-    """SHA-256 over names, sizes and classes: equal on two machines exactly if their catalogs are."""
+def compute_digest(clips: Sequence[Clip], classes: Sequence[str]) -> str:
+    """Returns a SHA-256 over names, sizes and classes: equal on two machines exactly if their catalogs are equal."""
     digest = hashlib.sha256()
     for clip in clips:
         label = classes[clip.label] if classes else ""
@@ -71,9 +71,9 @@ def digest_of(clips: Sequence[Clip], classes: Sequence[str]) -> str:
 
 
 def find_root(path: str, key: str) -> Path:
-    """The folder of clips that `path` names; `key` is what it is called in the error."""
+    """Returns the folder of clips at `path`; `key` names the setting in errors."""
     root = Path(path)
-    with suppress(RuntimeError):  # the home of a user that there is not
+    with suppress(RuntimeError):  # ~ of an unknown user
         root = root.expanduser()
     if not root.exists():
         raise FileNotFoundError(f"{key}: there is no folder '{path}'")
@@ -90,12 +90,12 @@ def find_root(path: str, key: str) -> Path:
 def find_clips(
     root: Path, kinds: Sequence[str], left_out: LeftOut, suffixes: Collection[str] = VIDEO_SUFFIXES
 ) -> Iterator[Clip]:
-    """All clips below the folder `root`, in no order. In a folder with videos or arrays, images are strays.
+    """Yields all clips below the folder `root`, unsorted. Images next to videos or arrays are left out.
 
     Args:
         kinds: VIDEOS, FRAMES, ARRAYS or some of them.
-        left_out: told (reason, path) of everything that is no clip.
-        suffixes: what the names of video files end in, in lower case.
+        left_out: called with (reason, path) for everything that is not a clip.
+        suffixes: suffixes of video files, in lower case.
     """
     for folder, files in _walk(root, left_out):
         clips = [f for f in files if VIDEOS in kinds and Path(f).suffix.lower() in suffixes]
@@ -112,12 +112,12 @@ def find_clips(
 
 
 def is_sample_array(name: str) -> bool:
-    """Whether a file of this name is a sample in lossless form: those have numbers for names, other arrays not."""
+    """Whether this is the name of a lossless sample: a number with the suffix of arrays."""
     return Path(name).suffix.lower() == ARRAY_SUFFIX and Path(name).stem.isdecimal()
 
 
 def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, its visible files), links followed, each real folder once; hidden entries are left out."""
+    """Yields (folder, its visible files), following links and visiting each real folder once."""
     pending, seen = [root], {os.path.realpath(root)}
     while pending:
         folder = pending.pop()
@@ -137,7 +137,7 @@ def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _kind_of(entry: os.DirEntry[str]) -> Literal["folder", "file", "neither"]:
-    """Tell what a link or entry leads to; a link in a circle leads nowhere, which is said."""
+    """Returns the kind of an entry, with links followed; warns of a link that leads back to itself."""
     try:
         return "folder" if entry.is_dir() else "file" if entry.is_file() else "neither"
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Clips for training: which frames of which video, as a pure function of (seed, epoch, index).
+"""Clips for training: the choice of frames is a pure function of (seed, epoch, index).
 
-Nothing here depends on the worker, the process, or what was read before; so a run can stop, resume and change
-its number of workers, and still see the same clips.
+Nothing depends on the worker, the process or earlier reads, so a run can stop, resume and change its number of workers
+and still see the same clips.
 
 Letters: F frames, I images, C channels, H height, W width.
 """
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .captions import captioned_images
-from .catalog import Catalog, Clip, digest_of
+from .captions import read_captioned_images
+from .catalog import Catalog, Clip, compute_digest
 from .config import DataConfig
 from .labels import read_frame_list
-from .readers import Reader, VideoError, file_identity, open_video
+from .readers import Reader, VideoError, identify_file, open_video
 from .recipes import CAPTIONED, RECIPES
 from .transforms import TRANSFORMS, horizontal_flip, to_signed_range
 
@@ -33,14 +33,14 @@ PURPOSES = {"window": 1, "flip": 2, "replacement": 3, "image": 4, "frame": 5, "i
 
 
 def window_span(num_frames: int, frame_interval: int) -> int:
-    """Frames from the first to the last of a clip of `num_frames`, every `frame_interval`-th."""
+    """Returns the number of video frames that a clip of `num_frames`, every `frame_interval`-th, covers."""
     return (num_frames - 1) * frame_interval + 1
 
 
 class Sample(TypedDict, total=False):
-    """`video (F+I, 3, H, W)` float32 in [-1, 1]; `labels (1+I,)` int64; `index` of the clip that is shown.
+    """`video (F+I, 3, H, W)` float32 in [-1, 1]; `labels (1+I,)` int64; `index` of the clip that was used.
 
-    From a cache there is no video but `latents (F+I, P, C, h, w)`: mean and, where P is 2, deviation.
+    Clips from a cache have `latents (F+I, P, C, h, w)` instead of video: mean and, if P is 2, deviation.
     """
 
     video: Tensor
@@ -50,16 +50,16 @@ class Sample(TypedDict, total=False):
 
 
 class FrameSource(Protocol):
-    """Where the frames of a clip come from, and as what: `key` names them in a `Sample`."""
+    """Source of the frames of a clip: pixels or latents; `key` is their name in a `Sample`."""
 
     key: str
 
     def open(self, clip: Clip) -> Any:
-        """Something with `len()` and `cut_off`, as a Reader. VideoError where the clip cannot be used."""
+        """Returns an object with `len()` and `cut_off`, as a Reader. Raises: VideoError for an unusable clip."""
         ...
 
     def show(self, opened: Any, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
-        """These frames, (T, ...), all mirrored or none. VideoError where any cannot be used."""
+        """Returns these frames, (T, ...), all mirrored or none. Raises: VideoError where one is unusable."""
         ...
 
 
@@ -73,38 +73,38 @@ class Pixels:
         self.transform = TRANSFORMS[RECIPES[config.name].transform]
 
     def open(self, clip: Clip) -> Reader:
-        """The reader of a clip that is what the catalog found."""
+        """Returns the reader of a clip. Raises: VideoError if the clip changed since the catalog was made."""
         reader = open_video(clip.path, self.config.reader, self.config.max_pixels)
         _check_unchanged(clip, reader)
         return reader
 
     def show(self, opened: Reader, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
-        """float (T, 3, H, W)."""
+        """Returns transformed frames, float (T, 3, H, W)."""
         return self.finish(self.read(opened, clip, indices), mirrored)
 
     def read(self, opened: Reader, clip: Clip, indices: list[int]) -> Tensor:
-        """uint8 (T, C, H, W); VideoError where undecodable parts make their distances or pixels doubtful."""
-        frames = opened.read(indices) if not opened.damage else None  # told at once, or by reading
+        """Returns uint8 (T, C, H, W). Raises: VideoError for a damaged clip, whose frames or spacing may be wrong."""
+        frames = opened.read(indices) if not opened.damage else None  # found when opened, or when read
         if frames is None or opened.damage:
             raise VideoError(clip.path, str(opened.damage))
         return frames
 
     def finish(self, frames: Tensor, mirrored: bool) -> Tensor:
-        """uint8 (T, C, H, W) -> float (T, C, size, size) in [-1, 1]."""
+        """Transforms uint8 (T, C, H, W) to float (T, C, size, size) in [-1, 1]."""
         frames = horizontal_flip(frames) if mirrored else frames
         return to_signed_range(self.transform(frames, self.config.image_size))
 
 
 class ClipDataset(Dataset[Sample]):
-    """`dataset[epoch, index]`: one clip of video `index`, drawn anew in every epoch, and I extra images.
+    """`dataset[epoch, index]`: one clip of video `index`, drawn again in every epoch, and I extra images.
 
-    A clip that cannot be used (broken, too large, too short) is replaced by another, drawn from (seed, epoch,
-    index); it is named in a warning once and kept in `skipped` (path -> reason; each loader worker has its own).
-    `cut_off` likewise names files whose end is missing though a window fits; with `strict` both raise
-    VideoError. `looped` names the short ones that `data.short_clips=loop` repeats. Without `strict`, VideoError
-    comes after MAX_ATTEMPTS unusable clips in a row, or with more than `data.max_unusable` of all in `skipped`.
+    An unusable clip (broken, too large, too short) is replaced by another, drawn from (seed, epoch, index); it is named
+    in one warning and kept in `skipped` (path -> reason; separate in each loader worker). `cut_off` holds files whose
+    end is missing although a window fits; with `strict` both raise VideoError. `looped` holds the short clips that
+    `data.short_clips=loop` repeats. Without `strict`, VideoError is raised after MAX_ATTEMPTS consecutive unusable
+    clips, or once `skipped` holds more than `data.max_unusable` of all clips.
 
-    `digest` names the content: of the catalog, and of the frame list where there is one.
+    `digest` identifies the content: of the catalog, and of the frame list if there is one.
     """
 
     def __init__(self, config: DataConfig, catalog: Catalog, seed: int, source: FrameSource | None = None) -> None:
@@ -115,15 +115,15 @@ class ClipDataset(Dataset[Sample]):
         self.span = window_span(config.num_frames, config.frame_interval)
         self.images: list[Clip] | None = None
         if config.frame_list and config.name in CAPTIONED:
-            self.catalog, self.images = captioned_images(config, catalog)
+            self.catalog, self.images = read_captioned_images(config, catalog)
         elif config.frame_list:
             self.images = read_frame_list(config, catalog)
         self.skipped: dict[str, str] = {}
         self.cut_off: dict[str, str] = {}
         self.looped: dict[str, str] = {}
         names = self.catalog.class_names or self.catalog.captions
-        self.digest = digest_of([*catalog.clips, *(self.images or [])], names)
-        self.on_open: Callable[[str], None] | None = None  # told the path of each video before it is read
+        self.digest = compute_digest([*catalog.clips, *(self.images or [])], names)
+        self.on_open: Callable[[str], None] | None = None  # called with the path of each video before it is read
 
     def __len__(self) -> int:
         return len(self.catalog.clips)
@@ -138,12 +138,12 @@ class ClipDataset(Dataset[Sample]):
 
     @property
     def captions(self) -> list[str]:
-        """Of a set with captions, those of its clips and images; labels are their numbers."""
+        """The captions of clips and images, indexed by label; empty for a set without captions."""
         return self.catalog.captions
 
     @property
     def latent_settings(self) -> dict[str, object]:
-        """What latents of its frames depend on, beside the codec."""
+        """The settings that latents of its frames depend on, except the codec."""
         return {
             "image_size": self.config.image_size,
             "transform": self.transform_name,
@@ -152,7 +152,7 @@ class ClipDataset(Dataset[Sample]):
         }
 
     def describe(self) -> dict[str, object]:
-        """What a run's log should say about its data."""
+        """Returns the facts about the data for the log of a run."""
         return {
             "name": self.config.name,
             "path": self.catalog.root,
@@ -183,19 +183,19 @@ class ClipDataset(Dataset[Sample]):
         return {**frames, "labels": torch.tensor(labels), "index": used}
 
     def _random(self, purpose: str, *place: int) -> np.random.Generator:
-        """A generator of its own for every purpose and place: the order of calls never matters."""
+        """Returns a separate generator for every purpose and place, so that the order of calls never matters."""
         entropy = [self.seed % 2**64, PURPOSES[purpose], *place]
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
     def _clip_candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """The clip itself, then its replacements."""
+        """Yields the clip itself, then its replacements."""
         yield index
         draw = self._random("replacement", epoch, index)
         while True:
             yield int(draw.integers(len(self)))
 
     def _image_candidates(self, epoch: int, index: int, place: int) -> Iterator[int]:
-        """Places in the frame list; or other videos of the set (the same one where there is no other)."""
+        """Yields indices into the frame list, or of other videos (the same one if it is the only one)."""
         draw = self._random("image", epoch, index, place)
         while True:
             if self.images is not None:
@@ -206,7 +206,7 @@ class ClipDataset(Dataset[Sample]):
     def _first_usable(
         self, clips: Sequence[Clip], candidates: Iterator[int], load: Callable[[Clip], Tensor]
     ) -> tuple[int, Tensor]:
-        """The first of the candidates among `clips` that loads, and what it gave; VideoError as the class says."""
+        """Returns the index of the first usable candidate among `clips`, and its frames."""
         failures: dict[str, str] = {}
         for index in islice(candidates, MAX_ATTEMPTS):
             try:
@@ -214,9 +214,9 @@ class ClipDataset(Dataset[Sample]):
             except VideoError as error:
                 if self.config.strict or error.ends_run:
                     raise
-                failures[clips[index].path] = self._note(self.skipped, clips[index], error, "is skipped")
+                failures[clips[index].path] = self._record(self.skipped, clips[index], error, "is skipped")
                 self._check_share()
-        raise VideoError(self.catalog.root, f"{MAX_ATTEMPTS} clips in a row cannot be used: {_listed(failures)}")
+        raise VideoError(self.catalog.root, f"{MAX_ATTEMPTS} clips in a row cannot be used: {_summarize(failures)}")
 
     def _check_share(self) -> None:
         total = len(self) + len(self.images or [])
@@ -224,12 +224,12 @@ class ClipDataset(Dataset[Sample]):
             raise VideoError(
                 self.catalog.root,
                 f"{len(self.skipped)} of {total} clips cannot be used, more than data.max_unusable="
-                f"{self.config.max_unusable} allows: {_listed(self.skipped)}",
+                f"{self.config.max_unusable} allows: {_summarize(self.skipped)}",
             )
 
-    def _note(self, notes: dict[str, str], clip: Clip, error: VideoError, fate: str) -> str:
-        """The reason, remembered; and said once for each clip."""
-        reason = reason_of(error, clip)
+    def _record(self, notes: dict[str, str], clip: Clip, error: VideoError, fate: str) -> str:
+        """Records and returns the reason; warns once per clip."""
+        reason = describe_failure(error, clip)
         if clip.path not in notes:
             notes[clip.path] = reason
             log.warning("%r %s: %s", clip.path, fate, reason)
@@ -243,13 +243,13 @@ class ClipDataset(Dataset[Sample]):
             error = VideoError(clip.path, reader.cut_off)
             if self.config.strict:
                 raise error
-            self._note(self.cut_off, clip, error, "is used as far as it goes")
+            self._record(self.cut_off, clip, error, "is used as far as it goes")
         return reader
 
     def _window(self, clip: Clip, epoch: int, index: int) -> Tensor:
-        """F frames at the exact stride, from a start drawn among all that fit: (F, ...).
+        """Returns F frames at the exact stride, from a random start: (F, ...).
 
-        A clip that is looped may start at any of its frames. One whose end is missing is never looped.
+        A looped clip may start at any of its frames. A clip whose end is missing is never looped.
         """
         reader = self._open(clip)
         length, starts = len(reader), len(reader) - self.span + 1
@@ -257,7 +257,7 @@ class ClipDataset(Dataset[Sample]):
             error = VideoError(clip.path, f"has {length} frames, a window needs {self.span}")
             if self.config.short_clips == "skip" or reader.cut_off:
                 raise error
-            self._note(self.looped, clip, error, "is looped")
+            self._record(self.looped, clip, error, "is looped")
             starts = length
         start = int(self._random("window", epoch, index).integers(starts))
         window = range(start, start + self.span, self.config.frame_interval)
@@ -265,7 +265,7 @@ class ClipDataset(Dataset[Sample]):
         return self.source.show(reader, clip, [place % length for place in window], mirrored)
 
     def _image(self, epoch: int, index: int, place: int) -> tuple[Tensor, int]:
-        """One random frame of another video, or one image of the list: (1, ...) and its label."""
+        """Returns one random frame of another video, or one image of the list, (1, ...), and its label."""
         source = self.images if self.images is not None else self.catalog.clips
 
         def load(clip: Clip) -> Tensor:
@@ -281,23 +281,23 @@ class ClipDataset(Dataset[Sample]):
         return self.flips and bool(draw.random() < 0.5)
 
 
-def _listed(failures: dict[str, str]) -> str:
-    """The first MAX_ATTEMPTS of path -> reason, in words."""
+def _summarize(failures: dict[str, str]) -> str:
+    """Returns the first MAX_ATTEMPTS of path -> reason as text."""
     rest = len(failures) - MAX_ATTEMPTS
     named = "; ".join(f"{path}: {reason}" for path, reason in islice(failures.items(), MAX_ATTEMPTS))
     return f"{named}; and {rest} more" if rest > 0 else named
 
 
 def _check_unchanged(clip: Clip, reader: Reader) -> None:
-    """VideoError where this is not what the catalog found, whose digest a run's checkpoints hold."""
+    """Raises VideoError if the clip differs from the catalog, whose digest is stored in checkpoints."""
     if clip.num_frames is None:
-        found, before, unit = file_identity(clip.path)[0], clip.size, "bytes"
+        found, before, unit = identify_file(clip.path)[0], clip.size, "bytes"
     else:
         found, before, unit = len(reader), clip.num_frames, "frames"
     if found != before:
-        raise VideoError(clip.path, f"has changed since the run began: {before} {unit} then, {found} now")
+        raise VideoError(clip.path, f"changed after the run started: {before} {unit} then, {found} now")
 
 
-def reason_of(error: VideoError, clip: Clip) -> str:
-    """Why `clip` cannot be used; of a folder, which of its frames."""
+def describe_failure(error: VideoError, clip: Clip) -> str:
+    """Returns the reason why `clip` is unusable, with the file if it is a frame of a folder."""
     return error.reason if error.path == clip.path else f"{error.path!r}: {error.reason}"

@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from .readers import MAX_PIXELS, READERS
 from .recipes import CAPTIONED, LABEL_CHOICES, RECIPES
 
-MOST = {"num_frames": 2**16, "num_images": 2**16, "image_size": 2**14, "num_workers": 256}  # of these keys
-MAX_TIMEOUT_S = 366 * 24 * 3600.0  # longer ones overflow where they are waited for
+LIMITS = {"num_frames": 2**16, "num_images": 2**16, "image_size": 2**14, "num_workers": 256}  # largest values
+MAX_TIMEOUT_S = 366 * 24 * 3600.0  # longer timeouts overflow in the system call that waits
 SHORT_CLIPS = ("skip", "loop")
 
 
@@ -18,27 +18,27 @@ SHORT_CLIPS = ("skip", "loop")
 class DataConfig:
     """The `data` section of a configuration."""
 
-    name: str = "folder"  # ffs | sky | taichi | ucf101 | folder | demo | captions: a line of catalog.RECIPES
+    name: str = "folder"  # ffs | sky | taichi | ucf101 | folder | demo | captions: a line of recipes.RECIPES
     path: str = ""  # the folder of the data set
-    val_path: str | None = None  # a folder laid out alike, of clips to validate on and never to train on
-    val_share: float = 0.0  # or so many of the clips of data.path, by the hash of their names; not trained on
+    val_path: str | None = None  # a folder of the same layout with clips for validation only
+    val_share: float = 0.0  # or this share of the clips of data.path, by the hash of their names
     latents: str | None = None  # read frames from this cache of tools.cache_latents instead of decoding and encoding
     labels: str = "auto"  # auto (as the data set says; `folder`: by its layout) | class_folders | file_name | none
     captions: str | None = None  # list of files and captions; null: captions.csv, .jsonl or .parquet in data.path
-    file_column: str | None = None  # of the files in that list; null: file, path, video, ..., or WebVid's
-    caption_column: str | None = None  # of their captions; null: caption, text, prompt or name
-    frame_list: str | None = None  # joint training: images from this list instead of the set's own videos
+    file_column: str | None = None  # column of the files in that list; null: file, path, video, ..., or WebVid's
+    caption_column: str | None = None  # column of the captions; null: caption, text, prompt or name
+    frame_list: str | None = None  # joint training: images from this list instead of frames of the clips
     num_frames: int = 16  # F
     frame_interval: int = 3  # every n-th frame of the video
     image_size: int = 256  # side of the square, pixels
     num_images: int = 0  # I, extra images per clip (joint image-video training)
     num_workers: int = 4  # loader processes per rank
-    worker_timeout_s: float = 600.0  # a loader process that gives nothing for so long ends the run
+    worker_timeout_s: float = 600.0  # a loader process that is silent for this long ends the run
     reader: str = "auto"  # auto | pyav | decord
-    horizontal_flip: bool | None = None  # mirror half of the clips; null = as the data set's recipe says
-    max_pixels: int = MAX_PIXELS  # a clip with larger frames is unusable; it is refused before they are decoded
-    short_clips: str = "skip"  # skip: a clip shorter than a window is unusable; loop: it begins anew at its end
-    max_unusable: float = 0.5  # share of the clips that may turn out unusable; more end the run
+    horizontal_flip: bool | None = None  # mirror half of the clips; null: as in the data set's recipe
+    max_pixels: int = MAX_PIXELS  # a clip with larger frames is unusable; refused before decoding
+    short_clips: str = "skip"  # skip: a clip shorter than a window is unusable; loop: repeat it
+    max_unusable: float = 0.5  # share of clips that may be unusable; more end the run
     strict: bool = False  # stop at the first clip that cannot be used, instead of replacing it
     max_clips: int | None = None  # use only the first n clips
 
@@ -56,7 +56,7 @@ class DataConfig:
             _at_least(key, getattr(self, key), 1)
         for key in ("num_images", "num_workers"):
             _at_least(key, getattr(self, key), 0)
-        for key, most in MOST.items():
+        for key, most in LIMITS.items():
             if getattr(self, key) > most:
                 raise ValueError(f"data.{key}: {getattr(self, key)} is too many; at most {most:,}")
         if not 0 < self.worker_timeout_s <= MAX_TIMEOUT_S:
@@ -66,7 +66,7 @@ class DataConfig:
         if not 0 <= self.max_unusable <= 1:
             raise ValueError(f"data.max_unusable: {self.max_unusable} must be a share, from 0 to 1")
         if self.frame_list is not None and not self.num_images:
-            raise ValueError("data.frame_list is read only in joint training: set data.num_images, or drop it")
+            raise ValueError("data.frame_list is read only in joint training: set data.num_images, or leave it out")
         for key in ("captions", "file_column", "caption_column"):
             if getattr(self, key) is not None and self.name not in CAPTIONED:
                 raise ValueError(f"data.{key} is read only with data.name={CAPTIONED[0]}: set that, or leave it out")
@@ -75,7 +75,7 @@ class DataConfig:
         if not 0 <= self.val_share < 1:
             raise ValueError(f"data.val_share: {self.val_share} must be a share, from 0 to below 1")
         if self.val_share and self.val_path is not None:
-            raise ValueError("data.val_share and data.val_path both say what is held out: set one of them")
+            raise ValueError("data.val_share and data.val_path both select held-out clips: set only one of them")
         if self.val_share and self.frame_list is not None:
             raise ValueError(
                 "data.val_share cannot tell which images of data.frame_list show a clip that it holds out: "

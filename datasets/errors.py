@@ -1,4 +1,4 @@
-"""The one error of files that cannot be used as clips."""
+"""The error raised for files that cannot be used as clips."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 class VideoError(ValueError):
     """A clip that cannot be read: `path` and `reason`, in one sentence. It pickles."""
 
-    ends_run = False  # whether no other clip may stand in for this one
+    ends_run = False  # True where no other clip may replace this one
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(str(path), reason)

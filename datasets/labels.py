@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .catalog import Catalog, Clip, digest_of
+from .catalog import Catalog, Clip, compute_digest
 from .config import DataConfig
 from .readers import IMAGE_SUFFIXES
-from .safe_paths import below
+from .safe_paths import resolve_below
 
 
 def _class_of_folder(clip: Clip) -> str:
-    """The first folder below the root."""
+    """Returns the first folder below the root."""
     first, *rest = clip.name.split("/")
     if not rest:
         raise ValueError(f"data.labels=class_folders: {clip.path!r} lies in no class folder")
@@ -21,7 +21,7 @@ def _class_of_folder(clip: Clip) -> str:
 
 
 def _class_of_file_name(clip: Clip) -> str:
-    """What follows the last '__' of the file's own name, without its extension."""
+    """Returns the part of the file name after the last '__', without its extension."""
     name = Path(clip.name).name
     stem = Path(name).stem if clip.num_frames is None else name
     *before, after = stem.rsplit("__", maxsplit=1)
@@ -37,8 +37,8 @@ LABEL_RULES: dict[str, Callable[[Clip], str | None]] = {
 }
 
 
-def class_names_of(clips: Sequence[Clip], rule: str) -> list[str | None]:
-    """The class of each clip; `auto`: the first rule that fits all clips and gives two classes or more."""
+def find_class_names(clips: Sequence[Clip], rule: str) -> list[str | None]:
+    """Returns the class of each clip; `auto`: by the first rule that fits all clips and gives two or more classes."""
     if rule != "auto":
         return [LABEL_RULES[rule](clip) for clip in clips]
     for name in ("class_folders", "file_name"):
@@ -51,24 +51,24 @@ def class_names_of(clips: Sequence[Clip], rule: str) -> list[str | None]:
     return [None] * len(clips)
 
 
-def relabelled(catalog: Catalog, class_names: Sequence[str]) -> Catalog:
-    """`catalog` with its labels numbered as in `class_names`; ValueError for a clip of a class that is not there."""
+def relabel(catalog: Catalog, class_names: Sequence[str]) -> Catalog:
+    """Returns `catalog` with labels numbered as in `class_names`. Raises ValueError for a clip of another class."""
     numbers = {name: label for label, name in enumerate(class_names)}
     clips = []
     for clip in catalog.clips:
         name = catalog.class_names[clip.label] if catalog.class_names else None
         if numbers and name not in numbers:
             what = "no class" if name is None else f"class {name!r}"
-            raise ValueError(f"data.path: {clip.path!r} is of {what}, and the clips to train on have no such")
+            raise ValueError(f"data.path: {clip.path!r} is of {what}, which the training clips lack")
         clips.append(replace(clip, label=numbers[name] if numbers and name is not None else 0))
-    return replace(catalog, clips=clips, class_names=list(class_names), digest=digest_of(clips, class_names))
+    return replace(catalog, clips=clips, class_names=list(class_names), digest=compute_digest(clips, class_names))
 
 
 def read_frame_list(config: DataConfig, catalog: Catalog) -> list[Clip]:
-    """The images of `data.frame_list`, one a line: `path` or `path class`, relative to `data.path`.
+    """Returns the images of `data.frame_list`, one per line: `path` or `path class`, relative to `data.path`.
 
-    The class may be a name or a number. Without it, it is the folder of the path, or the `v_<Class>_` of the
-    file name, that is a class of the catalog. A line that leaves the folder is refused with its number.
+    The class may be a name or a number. Without one it is the folder of the path, or the `v_<Class>_` of the file
+    name, that is a class of the catalog. A path that leaves the folder is refused with its line number.
     """
     path = Path(config.frame_list or "").expanduser()
     if not path.is_file():
@@ -85,9 +85,9 @@ def _listed_frame(line: str, where: str, root: Path, classes: list[str]) -> Clip
     name, given = line.strip(), None
     if Path(name).suffix.lower() not in IMAGE_SUFFIXES and " " in name:
         name, given = name.rsplit(maxsplit=1)
-    target = below(root, name, where)
+    target = resolve_below(root, name, where)
     if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"{where}: {name!r} is no image ({' '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ValueError(f"{where}: {name!r} is not an image ({' '.join(sorted(IMAGE_SUFFIXES))})")
     if target is None:
         raise FileNotFoundError(f"{where}: there is no file {name!r} in data.path")
     return Clip(str(target), name, target.stat().st_size, 1, _listed_label(name, given, where, classes))

@@ -1,18 +1,17 @@
-"""A cache of latents: every frame of every clip as an encoder's mean and deviation, to be drawn from at random.
+"""A cache of latents: every frame of every clip as the mean and deviation of an encoder.
 
-    index.json              what it is of, and where each clip's frames lie; written last
+    index.json              settings, and the place of each clip's frames; written last
     shard-00000.safetensors one tensor `latents (N, V, P, C, h, w)`: the frames of some clips, one after another
 
-It holds frames, not clips, so every window, stride and extra image can be drawn from it, and distributions, not
-samples, so every epoch draws anew. Values are the encoder's own: neither shifted nor scaled. docs/latents.md.
+It holds frames, not clips, so every window, stride and extra image can be drawn from it; and distributions, not
+samples, so every epoch draws new samples. Values are those of the encoder, neither shifted nor scaled. docs/latents.md.
 
-Letters: N frames of a shard, T frames read, V views (as it is; mirrored), P parts (mean; deviation), C channels,
-h w latent pixels.
+Letters: N frames of a shard, T frames read, V views (plain; mirrored), P parts (mean; deviation), C channels, h w size
+of latents.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,17 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import shards
 from .catalog import Clip
 from .readers import VideoError
-from .shards import DTYPES, CacheError, map_shard, shard_file
+from .shards import DTYPES, INDEX, CacheError, map_shard, shard_file
 
 FORMAT = "latte-latents-1"
-TENSOR = "latents"  # what a shard's tensor is called
-INDEX = "index.json"
+TENSOR = "latents"  # name of the tensor in a shard
 
 
-class Run(NamedTuple):
-    """Consecutive frames that are alike: how many, their height and width, and why they cannot be used, if so."""
+class FrameRun(NamedTuple):
+    """Consecutive frames of one kind: their number, height and width; `reason` if they are unusable."""
 
     frames: int
     height: int
@@ -42,13 +41,13 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredClip:
-    """One clip of a cache: `name`, `size` and `num_frames` are the catalog's.
+    """One clip of a cache: `name`, `size` and `num_frames` are those of the catalog.
 
-    frames: how many it has; they are rows `first` to `first + frames` of shard `shard`.
-    reason: why it cannot be opened; then it has no frames.
-    cut_off: what is missing at its end, in words.
-    runs: what its frames are like; together they are all `frames`.
-    listed: it is an image of `data.frame_list`, no clip of the set.
+    frames: number of its frames, which are rows `first` to `first + frames` of shard `shard`.
+    reason: the reason why it cannot be opened; then it has no frames.
+    cut_off: a sentence if its end is missing.
+    runs: its frames by kind, in order; they add up to `frames`.
+    listed: whether it is an image of `data.frame_list` instead of a clip.
     """
 
     name: str
@@ -59,22 +58,22 @@ class StoredClip:
     first: int = 0
     reason: str | None = None
     cut_off: str | None = None
-    runs: tuple[Run, ...] = ()
+    runs: tuple[FrameRun, ...] = ()
     listed: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Without what is as always."""
+        """Returns its fields, without those that have their default value."""
         return {key: value for key, value in asdict(self).items() if value or key in ("name", "size")}
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> StoredClip:
-        """The clip of `to_json`; TypeError or ValueError where it is none."""
-        runs = tuple(Run(int(n), int(h), int(w), reason) for n, h, w, reason in facts.get("runs", ()))
+        """Returns the clip that `to_json` wrote. Raises: TypeError, ValueError for other content."""
+        runs = tuple(FrameRun(int(n), int(h), int(w), reason) for n, h, w, reason in facts.get("runs", ()))
         numbers = {key: int(facts[key]) for key in ("size", "frames", "shard", "first") if key in facts}
         return cls(**{"num_frames": None, **facts, **numbers, "runs": runs})
 
-    def obstacle(self, indices: Iterable[int]) -> str | None:
-        """Why these frames cannot be shown together, or None."""
+    def find_obstacle(self, indices: Iterable[int]) -> str | None:
+        """Returns the reason why these frames cannot be used together, or None."""
         ends = np.cumsum([run.frames for run in self.runs])
         touched = [self.runs[place] for place in np.unique(np.searchsorted(ends, list(indices), side="right"))]
         reason = next((run.reason for run in touched if run.reason), None)
@@ -85,7 +84,7 @@ class StoredClip:
 
 
 class OpenedClip(NamedTuple):
-    """A stored clip, as a reader of it."""
+    """A stored clip with the interface of a reader."""
 
     stored: StoredClip
 
@@ -94,7 +93,7 @@ class OpenedClip(NamedTuple):
 
     @property
     def cut_off(self) -> str | None:
-        """As a reader's."""
+        """A sentence if the end of the clip is missing."""
         return self.stored.cut_off
 
 
@@ -102,11 +101,11 @@ class LatentCache:
     """A finished cache in `path`, opened for reading; a frame source of `ClipDataset`.
 
     Attributes:
-        codec: what is known of the codec that made it: `models.identity`.
+        codec: identity of the codec that made it, see `models.identity`.
         stochastic: whether it holds deviations (P is 2).
-        settings: what else the latents depend on: image_size, transform, max_pixels, mirrored (V is 2).
+        settings: the other settings that the latents depend on: image_size, transform, max_pixels, mirrored (V is 2).
 
-    Raises: FileNotFoundError, ValueError in one sentence where it is absent, unfinished, damaged or another format.
+    Raises: FileNotFoundError, ValueError where it is absent, unfinished, damaged or of another format.
     """
 
     key = "latents"
@@ -130,16 +129,16 @@ class LatentCache:
 
     @property
     def stochastic(self) -> bool:
-        """Whether it holds deviations beside the means."""
+        """Whether it holds deviations in addition to means."""
         return self.shape[1] == 2
 
-    def catalogued(self) -> list[Clip]:
-        """Its clips, listed images apart, as a catalog finds them."""
+    def list_clips(self) -> list[Clip]:
+        """Returns its clips, without listed images, as entries of a catalog."""
         kept = [clip for clip in self.clips.values() if not clip.listed]
         return [Clip(clip.name, clip.name, clip.size, clip.num_frames) for clip in kept]
 
     def check(self, settings: Mapping[str, Any], clips: Sequence[Clip]) -> None:
-        """ValueError unless it holds `clips`, made with `settings`."""
+        """Raises ValueError unless it holds `clips`, made with `settings`."""
         for key, value in settings.items():
             made = self.settings.get(key)
             if made != value and not (key == "mirrored" and made):
@@ -150,21 +149,21 @@ class LatentCache:
         absent = [clip for clip in clips if self._lacks(clip)]
         if absent:
             raise ValueError(
-                f"data.latents: {self.path} is of other data: {len(absent)} of {len(clips)} clips are not in it, or "
-                f"were of another size ({absent[0].name!r} the first); make a cache of this data"
+                f"data.latents: {self.path} was made from other data: {len(absent)} of {len(clips)} clips are missing "
+                f"or had another size (first: {absent[0].name!r}); make a cache of this data"
             )
 
     def open(self, clip: Clip) -> OpenedClip:
-        """The clip; VideoError where it could not be opened when the cache was made."""
+        """Returns the clip. Raises: VideoError if it could not be opened when the cache was made."""
         stored = self.clips[clip.name]
         if stored.reason:
             raise VideoError(clip.path, stored.reason)
         return OpenedClip(stored)
 
     def show(self, opened: OpenedClip, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
-        """(T, P, C, h, w) in the cache's own number format. VideoError as when the frames were decoded."""
+        """Returns (T, P, C, h, w) in the number format of the cache. Raises: VideoError as decoding would."""
         stored = opened.stored
-        obstacle = stored.obstacle(indices)
+        obstacle = stored.find_obstacle(indices)
         if obstacle:
             raise VideoError(clip.path, obstacle)
         rows = self._map(stored.shard)[stored.first + np.asarray(indices), int(mirrored)]  # (T, P, C, h, w), a copy
@@ -175,7 +174,7 @@ class LatentCache:
         return latents
 
     def _map(self, number: int) -> np.ndarray:
-        """The shard (N, V, P, C, h, w), from disk when it is touched."""
+        """Returns the memory-mapped shard (N, V, P, C, h, w)."""
         return map_shard(shard_file(self.path, number), self.dtype, (self.shard_frames[number], *self.shape), TENSOR)
 
     def _lacks(self, clip: Clip) -> bool:
@@ -183,7 +182,7 @@ class LatentCache:
         return stored is None or (stored.size, stored.num_frames) != (clip.size, clip.num_frames)
 
     def _check_places(self) -> None:
-        """ValueError where a clip lies outside its shard, or its runs are not its frames."""
+        """Raises ValueError where a clip lies outside its shard, or its runs do not add up to its frames."""
         for clip in self.clips.values():
             held = self.shard_frames[clip.shard] if 0 <= clip.shard < len(self.shard_frames) else 0
             if clip.frames != sum(run.frames for run in clip.runs) or not 0 <= clip.first <= held - clip.frames:
@@ -191,19 +190,5 @@ class LatentCache:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The index of a finished cache. FileNotFoundError, ValueError where there is none that this version reads."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"data.latents: there is no folder '{path}'; tools.cache_latents makes one")
-    try:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        kind = index["format"]
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"data.latents: '{path}' is no finished cache, it has no {INDEX}; run tools.cache_latents, again if it "
-            "was interrupted"
-        ) from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError(f"data.latents: {path / INDEX} cannot be read; make the cache anew") from None
-    if kind != FORMAT:
-        raise ValueError(f"data.latents: {path} is of format {kind!r}; this version reads {FORMAT!r}")
-    return dict(index)
+    """Returns the index of a finished cache. Raises: FileNotFoundError, ValueError where there is none to read."""
+    return shards.read_index(path, FORMAT, "data.latents", "tools.cache_latents")

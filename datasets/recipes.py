@@ -9,9 +9,10 @@ VIDEOS, FRAMES, ARRAYS = "video files", "folders of frames", "sample arrays (000
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one data set is read: what its clips are, where labels come from, how pixels are treated.
+    """How one data set is read: the kinds of its clips, the rule for labels, the transform.
 
-    Where a folder holds no clips of the kind, those of the other are read: a prepared set keeps its name.
+    Where a folder holds no clips of these kinds, video files and folders of frames are both accepted, so that a
+    prepared data set keeps its name.
     """
 
     clips: tuple[str, ...]
@@ -26,9 +27,9 @@ RECIPES: dict[str, Recipe] = {
     "taichi": Recipe((FRAMES,), "none", "resize_then_center_crop", True),
     "ucf101": Recipe((VIDEOS,), "class_folders", "resize_then_center_crop", True),
     "folder": Recipe((VIDEOS, FRAMES), "auto", "resize_then_center_crop", False),
-    # No flip: mirrored, "moves right" would carry the label "moves left".
+    # No flip: a mirrored "moves left" would keep its label but move right.
     "demo": Recipe((VIDEOS,), "class_folders", "resize_then_center_crop", False),
-    # Clips with captions, of a list; their labels are the captions' numbers. No flip: captions say left and right.
+    # Clips of a list of captions; labels are caption numbers. No flip: captions may say left and right.
     "captions": Recipe((VIDEOS, FRAMES), "captions", "resize_then_center_crop", False),
 }
 LABEL_CHOICES = ("auto", "class_folders", "file_name", "none")  # of `data.labels`; see labels.LABEL_RULES

@@ -1,18 +1,18 @@
-"""File names from a list that somebody else wrote: none may lead out of the folder that it is a list of."""
+"""Resolves file names from untrusted lists, so that none leads out of the data folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 
-def below(root: Path, name: str, where: str) -> Path | None:
-    """What `name` means below `root`, links followed; None where there is no such thing.
+def resolve_below(root: Path, name: str, where: str) -> Path | None:
+    """Returns the path of `name` below `root`, with links followed, or None where it does not exist.
 
     Args:
-        root: resolved.
-        where: in which line of which list, for the error.
+        root: a resolved path.
+        where: file and line of the name, for the error.
 
-    Raises: ValueError for a name that is no plain relative path or leads out of the root.
+    Raises: ValueError for a name that is not a plain relative path, or that leads out of the root.
     """
     if any(ord(character) < 32 for character in name) or "://" in name or ":" in name.split("/")[0]:
         raise ValueError(f"{where}: {name!r} is not a plain path")

@@ -1,4 +1,7 @@
-"""Shards of a cache: safetensors files of one large tensor each, written row by row and mapped when read."""
+"""Shards and index of a cache of latents or text features.
+
+A shard is a safetensors file with one large tensor, written row by row and memory-mapped when read.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +19,13 @@ from torch import Tensor
 
 from .readers import VideoError
 
-OPEN_SHARDS = 512  # mapped at a time by one process; a map holds a file descriptor, of which there are often 1024
+INDEX = "index.json"
+OPEN_SHARDS = 512  # maps open at a time in one process; each holds a file descriptor, of which 1024 are common
 MAX_HEADER = 2**16  # bytes; ours takes 200
 
 
 class Dtype(NamedTuple):
-    """A number format: its name in safetensors, what numpy maps it as, what torch sees it as."""
+    """A number format: its name in safetensors, the numpy type to map it with, the torch type."""
 
     name: str
     mapped: type[np.generic]
@@ -36,24 +40,24 @@ DTYPES = {
 
 
 class CacheError(VideoError):
-    """The cache itself is damaged: no other clip may stand in for what it lacks."""
+    """The cache itself is damaged, so no other clip may replace the unreadable one."""
 
     ends_run = True
 
 
 def shard_file(folder: Path, number: int) -> Path:
-    """Where shard `number` of a cache lies."""
+    """Returns the path of shard `number`."""
     return folder / f"shard-{number:05d}.safetensors"
 
 
 def write_shard(file: Path, dtype: str, shape: Sequence[int], rows: Iterable[Tensor], name: str, format: str) -> None:
-    """Write `rows`, each (n, ...), as one tensor of `shape` (N, ...), piece by piece.
+    """Writes `rows`, each (n, ...), as one tensor of `shape` (N, ...), piece by piece.
 
-    The header comes first, so that no more than a piece is ever in memory. ValueError if the rows are not N.
+    The header is written first, so memory holds one piece at a time. Raises ValueError if the rows are not N.
 
     Args:
-        name: of the tensor.
-        format: of the cache, for whoever opens the file by itself.
+        name: name of the tensor.
+        format: format of the cache, kept in the metadata of the file.
     """
     kind, count = DTYPES[dtype], 0
     with file.open("wb") as stream:
@@ -64,11 +68,11 @@ def write_shard(file: Path, dtype: str, shape: Sequence[int], rows: Iterable[Ten
         stream.flush()
         os.fsync(stream.fileno())
     if count != shape[0]:
-        raise ValueError(f"{file}: {count} rows came for a shard of {shape[0]}")
+        raise ValueError(f"{file}: {count} rows were given for a shard of {shape[0]}")
 
 
 def _header(dtype: Dtype, shape: Sequence[int], name: str, format: str) -> bytes:
-    """Of a safetensors file: its length in 8 bytes, then JSON, padded so that the tensor begins at a multiple of 64."""
+    """Returns a safetensors header: 8 bytes of length, then JSON padded to align the tensor to 64 bytes."""
     entry = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [0, _bytes_of(dtype, shape)]}
     text = json.dumps({"__metadata__": {"format": format}, name: entry}).encode()
     text += b" " * (-(len(text) + 8) % 64)
@@ -81,7 +85,7 @@ def _bytes_of(dtype: Dtype, shape: Sequence[int]) -> int:
 
 @lru_cache(maxsize=OPEN_SHARDS)
 def map_shard(file: Path, dtype: Dtype, shape: tuple[int, ...], name: str) -> np.ndarray:
-    """The tensor of that name in a shard, read-only and mapped. CacheError unless it is of `shape`."""
+    """Returns the tensor `name` of a shard, memory-mapped read-only. Raises CacheError unless it has `shape`."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -97,3 +101,28 @@ def map_shard(file: Path, dtype: Dtype, shape: tuple[int, ...], name: str) -> np
             file, f"holds {found[0]} {list(found[1])} in {size} bytes, not {dtype.name} {list(shape)}; make it anew"
         )
     return np.asarray(np.memmap(file, dtype.mapped, "r", 8 + length, shape))
+
+
+def read_index(path: Path, format: str, key: str, tool: str) -> dict[str, Any]:
+    """Returns the index of a finished cache.
+
+    Args:
+        format: the format that the caller reads.
+        key, tool: the setting that names the cache and the command that makes one, for errors.
+
+    Raises: FileNotFoundError, ValueError where there is no finished cache of that format.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{key}: there is no folder '{path}'; {tool} makes one")
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        found = index["format"]
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{key}: '{path}' is no finished cache, it has no {INDEX}; run {tool}, again if it was interrupted"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise ValueError(f"{key}: {path / INDEX} cannot be read; make the cache anew") from None
+    if found != format:
+        raise ValueError(f"{key}: {path} is of format {found!r}; this version reads {format!r}")
+    return dict(index)

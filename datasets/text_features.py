@@ -1,17 +1,16 @@
-"""A cache of text features: every caption as its encoder's features of words, without padding (the empty one: with).
+"""A cache of text features: the word features of every caption, without padding (the empty caption: with padding).
 
-    index.json              what it is of; written last
-    captions.safetensors    for each caption: the SHA-256 of its text, its shard, its first row and its words
+    index.json              settings; written last
+    captions.safetensors    for each caption: the SHA-256 of its text, its shard, its first row, its number of words
     shard-00000.safetensors one tensor `features (N, D)`: the words of some captions, one after another
 
-Captions are found by their text, so a cache serves every list of which it holds all captions. docs/text_to_video.md.
+Captions are looked up by text, so a cache serves every list whose captions it holds. docs/text_to_video.md.
 Letters: N words of a shard, n of a caption, D width of the features.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,16 +21,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.storage import find_changes
+
+from . import shards
 from .shards import DTYPES, CacheError, map_shard, shard_file
 
 FORMAT = "latte-text-1"
-INDEX = "index.json"
 TABLE = "captions.safetensors"
-TENSOR = "features"  # what a shard's tensor is called
+TENSOR = "features"  # name of the tensor in a shard
 
 
 class Place(NamedTuple):
-    """Where the words of one caption are."""
+    """The place of the words of one caption."""
 
     shard: int
     first: int
@@ -39,23 +40,23 @@ class Place(NamedTuple):
 
 
 def caption_key(caption: str) -> bytes:
-    """By what a caption is found: the SHA-256 of its text."""
+    """Returns the key of a caption: the SHA-256 of its text."""
     return hashlib.sha256(caption.encode(errors="surrogatepass")).digest()
 
 
 def write_table(file: Path, captions: Sequence[str], places: Sequence[Place]) -> None:
-    """Write the table of all captions."""
+    """Writes the table of all captions."""
     keys = np.frombuffer(b"".join(caption_key(each) for each in captions), np.uint8).reshape(len(captions), 32)
     save_file({"sha256": torch.from_numpy(keys.copy()), "places": torch.tensor(places, dtype=torch.int64)}, file)
 
 
 class TextCache:
-    """A finished cache in `path`, opened for reading: `cache(caption)` gives the words' features (n, D).
+    """A finished cache in `path`, opened for reading: `cache(caption)` returns the features (n, D) of its words.
 
     Attributes:
-        identity: what the features depend on, beside the captions.
+        identity: settings that the features depend on, except the captions.
 
-    Raises: FileNotFoundError, ValueError in one sentence where it is absent, unfinished or damaged.
+    Raises: FileNotFoundError, ValueError where it is absent, unfinished or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +79,7 @@ class TextCache:
             self._map(number)
 
     def __call__(self, caption: str) -> Tensor:
-        """The features of its words (n, D), in the cache's number format."""
+        """Returns the features of its words (n, D), in the number format of the cache."""
         place = self.places[caption_key(caption)]
         rows = np.array(self._map(place.shard)[place.first : place.first + place.words])
         features = torch.from_numpy(rows).view(self.dtype.torch)
@@ -88,20 +89,18 @@ class TextCache:
         return features
 
     def check(self, identity: Mapping[str, Any], captions: Sequence[str]) -> None:
-        """ValueError unless it holds all of `captions`, made as `identity` says."""
-        differing = [
-            f"{key} {self.identity.get(key)} -> {now}" for key, now in identity.items() if self.identity.get(key) != now
-        ]
-        if differing:
+        """Raises ValueError unless it holds all of `captions`, made with the settings `identity`."""
+        changes = find_changes(self.identity, identity, list(identity))
+        if changes:
             raise ValueError(
-                f"text.features: {self.path} was made with other settings ({', '.join(differing)}); make a cache "
+                f"text.features: {self.path} was made with other settings ({', '.join(changes)}); make a cache "
                 "with this configuration"
             )
         absent = [caption for caption in captions if caption_key(caption) not in self.places]
         if absent:
             raise ValueError(
-                f"text.features: {self.path} is of other captions: {len(absent)} of {len(captions)} are not in it "
-                f"({absent[0][:60]!r} the first); make a cache of these"
+                f"text.features: {self.path} was made with other captions: {len(absent)} of {len(captions)} captions "
+                f"are missing (first: {absent[0][:60]!r}); make a cache of these"
             )
 
     def _map(self, number: int) -> np.ndarray:
@@ -110,19 +109,5 @@ class TextCache:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The index of a finished cache. FileNotFoundError, ValueError where there is none that this version reads."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"text.features: there is no folder '{path}'; tools.cache_text makes one")
-    try:
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        kind = index["format"]
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"text.features: '{path}' is no finished cache, it has no {INDEX}; run tools.cache_text, again if it was "
-            "interrupted"
-        ) from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError(f"text.features: {path / INDEX} cannot be read; make the cache anew") from None
-    if kind != FORMAT:
-        raise ValueError(f"text.features: {path} is of format {kind!r}; this version reads {FORMAT!r}")
-    return dict(index)
+    """Returns the index of a finished cache. Raises: FileNotFoundError, ValueError where there is none to read."""
+    return shards.read_index(path, FORMAT, "text.features", "tools.cache_text")

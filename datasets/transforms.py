@@ -1,4 +1,4 @@
-"""Pixels of a clip -> what the network sees. A clip is transformed as a whole, so frames stay aligned.
+"""Transforms of the pixels of a clip; all frames are transformed alike.
 
 Letters: T frames, C channels, H height, W width.
 """
@@ -15,45 +15,45 @@ Transform = Callable[[Tensor, int], Tensor]
 
 
 def to_unit_range(clip: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [0, 1]."""
+    """Converts uint8 0..255 to float32 in [0, 1]."""
     return clip.float() / 255
 
 
 def to_signed_range(clip: Tensor) -> Tensor:
-    """[0, 1] -> [-1, 1]."""
+    """Maps [0, 1] to [-1, 1]."""
     return clip * 2 - 1
 
 
 def horizontal_flip(clip: Tensor) -> Tensor:
-    """Mirror all frames left to right, (T, C, H, W)."""
+    """Mirrors all frames left to right, (T, C, H, W)."""
     return clip.flip(-1)
 
 
 def resize_then_center_crop(clip: Tensor, size: int) -> Tensor:
-    """Short side to `size`, then the centre: uint8 (T, C, H, W) -> float (T, C, size, size) in [0, 1]."""
+    """Resizes the short side, then crops the centre: uint8 (T, C, H, W) -> float (T, C, size, size) in [0, 1]."""
     return center_crop(_resize_short_side(to_unit_range(clip), size), size)
 
 
 def center_crop_then_resize(clip: Tensor, size: int) -> Tensor:
-    """Largest centred square, then to `size`: uint8 (T, C, H, W) -> float (T, C, size, size) in [0, 1]."""
+    """Crops the largest centred square, then resizes it: uint8 (T, C, H, W) -> float (T, C, size, size) in [0, 1]."""
     square = center_crop(to_unit_range(clip), min(clip.shape[-2:]))
     return F.interpolate(square, size=(size, size), mode="bilinear", align_corners=False)
 
 
 def center_crop(clip: Tensor, size: int) -> Tensor:
-    """The centred square of side `size`. Halves of a pixel round to even, as the official code's do."""
+    """Crops the centred square of side `size`. Half pixels are rounded to even, as in the official code."""
     height, width = clip.shape[-2:]
     top, left = round((height - size) / 2), round((width - size) / 2)
     return clip[..., top : top + size, left : left + size]  # (T, C, size, size)
 
 
 def _resize_short_side(clip: Tensor, size: int) -> Tensor:
-    """Bilinear, not antialiased, by the exact factor: the long side is rounded down, not stretched to fit."""
+    """Resizes bilinearly, without antialiasing, by the exact factor; the long side is rounded down."""
     short = min(clip.shape[-2:])
-    if short == size:  # interpolation would give every pixel back, and takes longer than decoding it
+    if short == size:  # interpolation would return the same pixels, and takes longer than decoding
         return clip
     factor = size / short
-    if math.floor(short * factor) < size:  # the product fell just short of the whole number
+    if math.floor(short * factor) < size:  # rounding made the product slightly too small
         factor = math.nextafter(factor, math.inf)
     return F.interpolate(clip, scale_factor=(factor, factor), mode="bilinear", align_corners=False)
 

@@ -1,1 +1,1 @@
-"""The demo and what its assets were made with."""
+"""The demo: drawn clips and their tracker, the end-to-end runs, and the recipes of the shipped assets."""

@@ -1,9 +1,8 @@
-"""The demo set: eight classes, each a colour, a shape and a motion; captions of them; and a tracker that names them.
+"""The demo set: eight classes, each a colour, a shape and a motion; their captions; and a tracker that recognises them.
 
-`draw_clip` draws one clip (`demo/data.py` writes many as mp4 files in the UCF101 layout); `track`
-reads colour and motion back from the pixels of any clip, knowing nothing of its label, and answers None where
-there is no single coloured body that moves in one of the six ways; `accuracy` counts how often it agrees
-with the labels.
+`draw_clip` draws one clip (`demo/data.py` writes many as mp4 files in the UCF101 layout); `track` recognises colour and
+motion from the pixels of any clip, without its label, and returns None if there is no single coloured body that moves
+in one of the six ways; `accuracy` counts how often it agrees with the labels.
 
 Letters: T frames of a clip, H W height and width. Lengths are in units of the frame's side, y points down.
 """
@@ -24,11 +23,11 @@ Array = NDArray[np.float64]
 
 # ---------------------------------------------------------------------------------------------- classes
 
-# Eight hues, 45 degrees apart: a colour is named right as long as it is off by less than half of that.
+# Eight hues, 45 degrees apart: a colour is recognised if it is off by less than half of that.
 COLOURS = ("red", "amber", "lime", "green", "cyan", "blue", "violet", "pink")
 PALETTE = np.array([colorsys.hsv_to_rgb(i / len(COLOURS), 0.9, 0.95) for i in range(len(COLOURS))])  # (8, 3)
 
-# Inside of a body: (u, v) from its centre in units of its radius. All fit into a circle of REACH radii.
+# Interior of a body: (u, v) from its centre in units of its radius. All fit into a circle of REACH radii.
 REACH = 1.25
 SHAPES: dict[str, Callable[[Array, Array], NDArray[np.bool_]]] = {
     "disc": lambda u, v: u * u + v * v < 1.0,
@@ -42,7 +41,7 @@ SHAPES: dict[str, Callable[[Array, Array], NDArray[np.bool_]]] = {
 
 @dataclass(frozen=True)
 class DemoClass:
-    """One class: what is drawn (`colour`, `shape`) and how it moves (`motion`)."""
+    """One class: appearance (`colour`, `shape`) and `motion`."""
 
     colour: str
     shape: str
@@ -50,7 +49,7 @@ class DemoClass:
 
     @property
     def name(self) -> str:
-        """The folder of this class, `RedDiscRight`."""
+        """Name of the class and its folder, such as `RedDiscRight`."""
         return f"{self.colour.title()}{self.shape.title()}{self.motion.title()}"
 
 
@@ -70,7 +69,7 @@ MOTIONS = tuple(sorted({c.motion for c in CLASSES}))
 
 # ---------------------------------------------------------------------------------------------- captions
 
-# How a motion is said: in the -ing form, and after "that".
+# Wordings of a motion: in the -ing form, and after "that".
 SAYINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "left": (("moving left", "moves left"), ("going to the left", "goes to the left")),
     "right": (("moving right", "moves right"), ("going to the right", "goes to the right")),
@@ -89,7 +88,7 @@ WORDINGS = (
 
 
 def captions_of(kind: DemoClass) -> list[str]:
-    """Every wording of a clip of that kind, which need not be one of `CLASSES`; the plainest first."""
+    """Lists every wording of a clip of that kind, which need not be one of `CLASSES`; the plainest first."""
     article = "an" if kind.colour[0] in "aeiou" else "a"
     return [
         wording.format(a=article, colour=kind.colour, shape=kind.shape, moving=moving, moves=moves)
@@ -111,7 +110,7 @@ def _draw_translation(rng: np.random.Generator, frames: int, direction: tuple[in
     radius = rng.uniform(0.13, 0.17)
     reach = REACH * radius
     travel = rng.uniform(0.42, 1.0 - 2.0 * reach)
-    start = rng.uniform(reach, 1.0 - reach - travel)  # where the body's way begins, from the low end
+    start = rng.uniform(reach, 1.0 - reach - travel)  # of the path, from the low end
     along = start + travel * np.linspace(0.0, 1.0, frames)
     across = np.full(frames, rng.uniform(reach, 1.0 - reach))
     if sum(direction) < 0:
@@ -138,7 +137,7 @@ TRAJECTORIES: dict[str, Callable[[np.random.Generator, int], Trajectory]] = {
 
 
 def _coverage(shape: str, trajectory: Trajectory, size: int) -> Array:
-    """The part of every pixel that the body covers, (T, size, size) in [0, 1]."""
+    """Returns the part of every pixel that the body covers, (T, size, size) in [0, 1]."""
     points = (np.arange(size * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING)
     x, y, radius = (v[:, None, None] for v in trajectory)
     inside = SHAPES[shape]((points[None, None, :] - x) / radius, (points[None, :, None] - y) / radius)
@@ -146,17 +145,17 @@ def _coverage(shape: str, trajectory: Trajectory, size: int) -> Array:
 
 
 def draw_clip(label: int, rng: np.random.Generator, *, size: int = 32, frames: int = 20) -> NDArray[np.uint8]:
-    """One anti-aliased clip of class `CLASSES[label]`, (frames, 3, size, size) uint8 RGB.
+    """Draws one anti-aliased clip of class `CLASSES[label]`, (frames, 3, size, size) uint8 RGB.
 
-    Position, size and speed of the body and the grey of the ground (dark or light) are drawn from `rng`; the
-    body never leaves the frame and moves visibly in every window of 16 consecutive frames.
+    Position, size and speed of the body and the grey of the background (dark or light) are sampled from `rng`; the body
+    never leaves the frame and moves visibly in every window of 16 consecutive frames.
 
     Raises: ValueError if `frames` is outside 16 to 32, or `size` below 16.
     """
     if not MIN_FRAMES <= frames <= MAX_FRAMES:
-        raise ValueError(f"frames is {frames}, but a demo clip has {MIN_FRAMES} to {MAX_FRAMES} frames")
+        raise ValueError(f"a demo clip has {MIN_FRAMES} to {MAX_FRAMES} frames, got {frames}.")
     if size < 16:
-        raise ValueError(f"size is {size}, but a demo clip is at least 16 pixels wide")
+        raise ValueError(f"a demo clip is at least 16 pixels wide, got {size}.")
     kind = CLASSES[label]
     colour = PALETTE[COLOURS.index(kind.colour)][:, None, None]
     ground = rng.uniform(0.08, 0.35) if rng.uniform() < 0.5 else rng.uniform(0.65, 0.92)
@@ -170,7 +169,7 @@ def draw_clip(label: int, rng: np.random.Generator, *, size: int = 32, frames: i
 
 @dataclass(frozen=True)
 class Track:
-    """What `track` saw; `colour` and `motion` are None where it saw no single body, no known motion."""
+    """Result of `track`; `colour` is None without a single body, `motion` without a known motion."""
 
     colour: str | None
     motion: str | None
@@ -188,15 +187,15 @@ MIN_AREA, MAX_AREA = 0.008, 0.60  # of the frame
 MAX_SPREAD = 2.2  # second moment over that of a disc of the same area: square 1.05, cross 1.3, ring 1.5
 MIN_PRESENT = 0.9  # share of the frames in which the body must be found
 
-MIN_TRAVEL = 0.15  # translations: net way, in units of the frame's side
+MIN_TRAVEL = 0.15  # translations: net displacement, in units of the frame's side
 MIN_GROWTH = math.log(1.35)  # grow and shrink: |log| of the ratio of the last to the first radius
 MAX_WOBBLE = 0.15  # deviation (root mean square) from the fitted path, over that path's extent
 MAX_DRIFT = 0.10  # grow and shrink: deviation of the centre from its line, in units of the side
 
 
 def _chroma(video: Array) -> Array:
-    """Colour less its grey part, relative to that of the ground, (T, 3, H, W); the ground's is about 0."""
-    edges = [video[..., :2, :], video[..., -2:, :]]  # the top and bottom rows, which bodies hardly touch
+    """Returns the colour without its grey part, relative to the background, (T, 3, H, W); about 0 in the background."""
+    edges = [video[..., :2, :], video[..., -2:, :]]  # the top and bottom rows, which bodies rarely touch
     border = np.concatenate([edge.reshape(*video.shape[:2], -1) for edge in edges], axis=-1)
     ground = np.median(border, axis=(0, 2))[:, None, None]
     difference = video - ground
@@ -204,7 +203,7 @@ def _chroma(video: Array) -> Array:
 
 
 def _body_colour(chroma: Array) -> Array | None:
-    """The mean chroma vector (3,) of the most saturated pixels, or None where they share no hue."""
+    """Returns the mean chroma vector (3,) of the most saturated pixels, or None if they do not share a hue."""
     strength = np.linalg.norm(chroma, axis=1)
     count = max(1, int(MIN_AREA * strength[0].size))
     core = np.partition(strength.reshape(len(strength), -1), -count, axis=1)[:, -count]  # of every frame
@@ -218,17 +217,17 @@ def _body_colour(chroma: Array) -> Array | None:
 
 
 def _name_colour(vector: Array) -> str:
-    """The palette's nearest hue to a chroma vector (3,)."""
+    """Returns the nearest hue of the palette to a chroma vector (3,)."""
     hues = PALETTE - PALETTE.mean(axis=1, keepdims=True)
     cosine = hues @ vector / np.linalg.norm(hues, axis=1)
     return COLOURS[int(cosine.argmax())]
 
 
 def _measure(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
-    """Centre x, y and radius of the body, and whether it is there, each (T,).
+    """Returns centre x, y and radius of the body, and its presence, each (T,).
 
-    A pixel's chroma is the body's times the part that it covers, so the projection on the body's colour gives
-    coverage, and its moments give position and size to a fraction of a pixel.
+    A pixel's chroma is the body's times the covered part, so the projection on the body's colour gives coverage, and
+    its moments give position and size to a fraction of a pixel.
     """
     cover = np.einsum("tchw,c->thw", chroma, colour) / float(colour @ colour)
     cover = np.where(cover > 0.3, cover.clip(0.0, 1.0), 0.0)
@@ -244,19 +243,19 @@ def _measure(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDArray
 
 
 def _slope(values: Array, times: Array) -> float:
-    """Theil-Sen slope: the median over all pairs of frames, so that a few wrong frames do not matter."""
+    """Returns the Theil-Sen slope: the median over all pairs of frames, robust to a few wrong frames."""
     first, second = np.triu_indices(len(times), k=1)
     return float(np.median((values[second] - values[first]) / (times[second] - times[first])))
 
 
 def _wobble(values: Array, times: Array, slope: float) -> float:
-    """Root mean square deviation of `values` from the line of that slope."""
+    """Returns the root mean square deviation of `values` from the line of that slope."""
     rest = values - slope * times
     return float(np.sqrt(np.mean((rest - np.median(rest)) ** 2)))
 
 
 def _name_line(x: Array, y: Array, radius: Array, times: Array) -> str | None:
-    """The direction of a straight way, or the sense of a change of size; None where there is neither or both."""
+    """Returns the direction of a straight motion, or `grow` or `shrink`; None for neither or both."""
     duration = float(times[-1] - times[0])
     size = np.log(radius)
     slopes = [_slope(values, times) for values in (x, y, size)]
@@ -276,11 +275,11 @@ def _name_line(x: Array, y: Array, radius: Array, times: Array) -> str | None:
 
 
 def track(video: Any) -> Track:
-    """Name colour and motion of the body in a clip, from its pixels alone.
+    """Recognises colour and motion of the body in a clip from its pixels.
 
     `video` is uint8 RGB, (T, 3, H, W), T at least 4, a numpy array or a tensor on the CPU. A clip without a
-    single compact, saturated body (noise, grey blobs, an empty ground) gives no colour and no motion; a body
-    that stands still or moves in no one of the six ways gives a colour and no motion.
+    single compact, saturated body (noise, grey blobs, an empty background) has no colour and no motion; a body that
+    stands still or moves in none of the six ways has a colour and no motion.
 
     Raises: ValueError if `video` is not uint8 of that shape.
     """
@@ -301,20 +300,20 @@ def track(video: Any) -> Track:
 
 
 def accuracy(videos: Iterable[Any], labels: Iterable[int]) -> dict[str, float]:
-    """The shares of clips whose colour and whose motion the tracker names as the label says.
+    """Returns the fractions of clips in which the tracker's colour and motion match the label.
 
-    `videos` as for `track`; `labels` are positions in `CLASSES`. A clip in which the tracker sees nothing
-    counts as wrong. Returns `{"appearance_accuracy": ..., "motion_accuracy": ...}` in [0, 1].
+    `videos` as for `track`; `labels` are positions in `CLASSES`. A clip without a recognised body counts as
+    wrong. Returns `{"appearance_accuracy": ..., "motion_accuracy": ...}` in [0, 1].
 
-    Raises: ValueError without any clip, for a label out of range, or for unequal numbers of clips and labels.
+    Raises: ValueError without any clip, a label out of range, or unequal numbers of clips and labels.
     """
     colours, motions = [], []
     for video, label in zip(videos, labels, strict=True):
         if not 0 <= int(label) < len(CLASSES):
-            raise ValueError(f"label {label} is not one of the demo's classes, 0 to {len(CLASSES) - 1}")
+            raise ValueError(f"label {label} is not one of the demo's classes, 0 to {len(CLASSES) - 1}.")
         seen, kind = track(video), CLASSES[int(label)]
         colours.append(seen.colour == kind.colour)
         motions.append(seen.motion == kind.motion)
     if not colours:
-        raise ValueError("accuracy needs at least one clip")
+        raise ValueError("accuracy needs at least one clip.")
     return {"appearance_accuracy": float(np.mean(colours)), "motion_accuracy": float(np.mean(motions))}

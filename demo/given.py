@@ -1,11 +1,11 @@
-"""What given frames and windows do, measured on unseen clips of the demo set.
+"""Measures given frames and windows on unseen clips of the demo set.
 
     python -m demo.given --ckpt results/demo_condition --out results/demo_given
 
-Draws clips of 32 frames that no training saw, gives a network some of their frames and samples the others. The tracker
-of demo/drawn.py, which sees pixels only, says how far the body is from where the real one is and how often colour
-and motion are those of the label; evaluation/seams.py, how much frames change where windows meet. Writes a table, and a
-contact sheet of each case: the real clip above the sampled one.
+Draws clips of 32 frames that are not in the training set, gives a network some of their frames and samples the others.
+The tracker of demo/drawn.py measures the distance of the body from the real one and how often colour and motion match
+the label; evaluation/seams.py measures the change of frames where windows meet. Writes a table, and a contact sheet of
+each case: the real clip above the sampled one.
 
 Letters: n videos, F frames, H W pixels.
 """
@@ -16,23 +16,28 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from diffusion.windows import find_seams
 from engine import cli
+from evaluation.seams import seam_change
+from sample.generate import Generator
+from sample.given import GivenFrames, Windows
+from sample.video_io import write_contact_sheet
 
-if TYPE_CHECKING:
-    from sample.generate import Generator
+from .drawn import CLASSES, accuracy, draw_clip, track
 
-REAL_FRAMES, SIZE = 32, 32  # of the clips that are drawn
+REAL_FRAMES, SIZE = 32, 32  # of the drawn clips
 SET = 1  # their seed; the training set is that of seed 0
 OVERLAP = 4
 SHOWN = 4  # clips on a contact sheet
 
 
 class Case(NamedTuple):
-    """Frames that are given, the length of the videos, and how their windows are put together ("": none)."""
+    """Given frames, the length of the videos, and the method that combines their windows ("": one window)."""
 
     given: tuple[int, ...]
     frames: int
@@ -54,8 +59,8 @@ CASES = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was measured of one case; errors are in pixels, None where they mean nothing."""
+class Measured:
+    """Measurements of one case; errors are in pixels, None where they do not apply."""
 
     colour: float
     motion: float
@@ -65,10 +70,8 @@ class Found:
     seam_error: float | None
 
 
-def real_clips(number: int) -> tuple[np.ndarray, list[int]]:
-    """Unseen clips of all classes in turn, uint8 (n, F, H, W, 3), and their labels."""
-    from demo.drawn import CLASSES, draw_clip
-
+def draw_real_clips(number: int) -> tuple[np.ndarray, list[int]]:
+    """Draws unseen clips of all classes in turn, uint8 (n, F, H, W, 3); returns them and their labels."""
     labels = [index % len(CLASSES) for index in range(number)]
     generators = (np.random.default_rng([SET, label, index]) for index, label in enumerate(labels))
     clips = [draw_clip(label, rng, size=SIZE, frames=REAL_FRAMES) for label, rng in zip(labels, generators)]
@@ -76,11 +79,7 @@ def real_clips(number: int) -> tuple[np.ndarray, list[int]]:
 
 
 def sample_case(generator: Generator, case: Case, clips: np.ndarray, steps: int) -> np.ndarray:
-    """The videos of a case, uint8 (n, F, H, W, 3)."""
-    import torch
-
-    from sample.given import GivenFrames, Windows
-
+    """Samples the videos of a case, uint8 (n, F, H, W, 3)."""
     pixels = torch.from_numpy(clips[:, list(case.given)]).permute(0, 1, 4, 2, 3) / 127.5 - 1
     trained = generator.config.data.num_frames
     return generator.sample(
@@ -94,12 +93,8 @@ def sample_case(generator: Generator, case: Case, clips: np.ndarray, steps: int)
     )
 
 
-def measure(videos: np.ndarray, clips: np.ndarray, labels: list[int], case: Case, window: int) -> Found:
-    """What the tracker and the seams say of the videos of a case."""
-    from demo.drawn import accuracy
-    from diffusion.windows import find_seams
-    from evaluation.seams import seam_change
-
+def measure(videos: np.ndarray, clips: np.ndarray, labels: list[int], case: Case, window: int) -> Measured:
+    """Measures the videos of a case with the tracker and at the seams."""
     named = accuracy(videos.transpose(0, 1, 4, 2, 3), labels)
     places = find_seams(case.frames, window, OVERLAP, case.method or "autoregressive")
     seam = seam_change(videos, places) if places else None
@@ -108,7 +103,7 @@ def measure(videos: np.ndarray, clips: np.ndarray, labels: list[int], case: Case
         errors = position_errors(videos, clips[:, : case.frames])  # (n, F)
         free = [frame for frame in range(case.frames) if frame not in case.given]
         next_error, mean_error = float(np.median(errors[:, free[0]])), float(np.median(errors[:, free].mean(axis=1)))
-    return Found(
+    return Measured(
         named["appearance_accuracy"],
         named["motion_accuracy"],
         next_error,
@@ -119,9 +114,7 @@ def measure(videos: np.ndarray, clips: np.ndarray, labels: list[int], case: Case
 
 
 def position_errors(videos: np.ndarray, clips: np.ndarray) -> np.ndarray:
-    """Distance in pixels between the bodies of two sets of videos, (n, F); infinite where one has none."""
-    from demo.drawn import track
-
+    """Returns the distance in pixels between the bodies of two sets of videos, (n, F); infinite without a body."""
     errors = np.full(videos.shape[:2], np.inf)
     for row, pair in zip(errors, zip(videos, clips, strict=True), strict=True):
         sampled, real = (track(video.transpose(0, 3, 1, 2)) for video in pair)
@@ -130,8 +123,8 @@ def position_errors(videos: np.ndarray, clips: np.ndarray) -> np.ndarray:
     return errors
 
 
-def table(rows: dict[str, Found]) -> str:
-    """The measurements as Markdown."""
+def format_table(rows: dict[str, Measured]) -> str:
+    """Formats the measurements as Markdown."""
     lines = ["| | colour | motion | next frame, px | all frames, px | seams |", "|---|---|---|---|---|---|"]
     for name, found in rows.items():
         pixels = ["" if value is None else f"{value:.1f}" for value in (found.next_error, found.mean_error)]
@@ -141,7 +134,7 @@ def table(rows: dict[str, Found]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; returns the exit code."""
+    """Measures the cases; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", type=Path, required=True, metavar="PATH", help="a network of the demo's classes")
     parser.add_argument("--out", type=Path, default=Path("results/demo_given"), metavar="DIR", help="(%(default)s)")
@@ -150,15 +143,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help="only this one; may be repeated")
     arguments = parser.parse_args(argv)
     if arguments.videos < 8:
-        raise ValueError(f"--videos must be at least 8, one of each class, not {arguments.videos}.")
-
-    from demo.drawn import CLASSES
-    from sample.generate import Generator
-    from sample.video_io import write_contact_sheet
+        raise ValueError(f"--videos must be at least 8, one of each class, got {arguments.videos}.")
 
     generator = Generator.from_checkpoint(arguments.ckpt)
     conditional = generator.config.condition.frames != "none"
-    clips, labels = real_clips(arguments.videos)
+    clips, labels = draw_real_clips(arguments.videos)
     window = generator.config.data.num_frames
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = {"real clips": measure(clips, clips, labels, Case((), REAL_FRAMES), window)}
@@ -169,7 +158,7 @@ def main(argv: list[str]) -> int:
         videos = sample_case(generator, case, clips, arguments.steps)
         rows[name] = measure(videos, clips, labels, case, window)
         held = np.concatenate([clips, clips[:, -1:].repeat(max(0, case.frames - REAL_FRAMES), axis=1)], axis=1)
-        pairs = held[:, : case.frames]  # of longer videos the real clip stands still at its end
+        pairs = held[:, : case.frames]  # in longer videos, the real clip repeats its last frame
         shown = [video for index in range(SHOWN) for video in (pairs[index], videos[index])]
         captions = [text for index in range(SHOWN) for text in (f"real {CLASSES[labels[index]].name}", "sampled")]
         slug = name.replace(",", "").replace(" ", "_")
@@ -177,7 +166,7 @@ def main(argv: list[str]) -> int:
     content = {"ckpt": str(arguments.ckpt), "videos": arguments.videos, "steps": arguments.steps}
     measured = {name: asdict(found) for name, found in rows.items()}
     (arguments.out / "given.json").write_text(json.dumps(content | {"measured": measured}, indent=2) + "\n")
-    print(table(rows))
+    print(format_table(rows))
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Make a small T5 encoder for the captions of the demo set: a tokenizer of their words, and random weights.
+"""Makes a small T5 encoder for the captions of the demo set: a tokenizer of their words, and random weights.
 
     python -m demo.text_encoder            # fills data/demo_text, the folder that the demo configs read
 
-A real text encoder is 4.7 billion weights that have read the web; this one has half a million that have read nothing.
-Its features still tell words apart, by its embeddings, and where they stand, by its attention; what they mean, the
-network learns. The folder has the layout of a Latte folder: `tokenizer/` and `text_encoder/`. The same seed gives the
-same files; a folder that is there already is left alone.
+A real text encoder has 4.7 billion trained weights; this one has half a million random weights. Its features still
+depend on the words, through the embeddings, and on their positions, through attention; the video network learns their
+meaning. The folder has the layout of a Latte folder: `tokenizer/` and `text_encoder/`. The same seed gives the same
+files; an existing folder is kept.
 """
 
 from __future__ import annotations
@@ -15,32 +15,34 @@ import math
 import re
 import string
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from engine import cli
+
+from .data import make_set
+from .drawn import COLOURS, MOTIONS, SHAPES, DemoClass, captions_of
 
 if TYPE_CHECKING:
     from transformers import T5Tokenizer
 
-FORMAT = 1  # raised when what is made changes
+FORMAT = 1  # raised when the output changes
 WIDTH = 64  # of the features: text.caption_channels
 SPECIAL = ("<pad>", "</s>", "<unk>")  # T5's first three
-LETTER = -20.0  # the logarithm of its probability: less than any word's
+LETTER = -20.0  # log-probability of a letter: below that of any word
 
 
-def all_captions() -> list[str]:
-    """Every caption of every colour, shape and motion, not only of the eight kinds of the set."""
-    from itertools import product
-
-    from demo.drawn import COLOURS, MOTIONS, SHAPES, DemoClass, captions_of
-
+def list_captions() -> list[str]:
+    """Lists the captions of every colour, shape and motion, not only of the eight classes of the set."""
     kinds = (DemoClass(*each) for each in product(COLOURS, SHAPES, MOTIONS))
     return [caption for kind in kinds for caption in captions_of(kind)]
 
 
 def train_tokenizer(captions: list[str]) -> T5Tokenizer:
-    """A unigram tokenizer as T5's: the words of these captions by their frequency, and letters for other words."""
+    """Returns a unigram tokenizer as T5's: the words of these captions by frequency, and letters for other words."""
     from transformers import T5Tokenizer
 
     words = Counter(piece for caption in captions for piece in re.findall(r"\w+|[^\w\s]", caption))
@@ -51,11 +53,10 @@ def train_tokenizer(captions: list[str]) -> T5Tokenizer:
 
 
 def make(folder: Path, seed: int) -> None:
-    """Write both parts."""
-    import torch
+    """Writes the tokenizer and the encoder."""
     from transformers import T5Config, T5EncoderModel
 
-    tokenizer = train_tokenizer(all_captions())
+    tokenizer = train_tokenizer(list_captions())
     torch.manual_seed(seed)
     sizes = {"d_model": WIDTH, "d_kv": 16, "d_ff": 4 * WIDTH, "num_layers": 2, "num_heads": 4}
     encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **sizes))
@@ -64,13 +65,11 @@ def make(folder: Path, seed: int) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; returns the exit code."""
+    """Makes the encoder of the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/demo_text"), help="folder to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (%(default)s)")
     arguments = parser.parse_args(argv)
-
-    from demo.data import make_set
 
     parameters = {"format": FORMAT, "seed": arguments.seed, "width": WIDTH}
     made = make_set(arguments.out, parameters, lambda root: make(root, arguments.seed))

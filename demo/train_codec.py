@@ -1,4 +1,4 @@
-"""Train the demo's autoencoder on the demo set, and write it as a diffusers folder: the recipe of assets/demo/codec.
+"""Trains the demo's autoencoder on the demo set, and writes it as a diffusers folder: the recipe of assets/demo/codec.
 
     python -m demo.data
     python -m demo.data --out data/demo64 --size 64 --clips-per-class 50
@@ -40,14 +40,14 @@ def read_clips(root: Path, *, held_out: bool) -> tuple[Tensor, list[str]]:
     """Returns the clips of a demo set, uint8 (clips, T, 3, H, W), and the class name of each."""
     paths = [path for path in sorted(root.glob("*/*.mp4")) if (HELD_OUT in path.name) == held_out]
     if not paths:
-        raise FileNotFoundError(f"{root} is no demo set of 25 groups: make one with python -m demo.data")
+        raise FileNotFoundError(f"{root} is not a demo set of 25 groups: make one with python -m demo.data.")
     readers = [open_video(path) for path in paths]
     return torch.stack([reader.read(range(len(reader))) for reader in readers]), [path.parent.name for path in paths]
 
 
 def new_network() -> Any:
     """Returns the untrained autoencoder: He initialisation, and residual branches that start at zero."""
-    from diffusers import AutoencoderTiny  # slow to import
+    from diffusers import AutoencoderTiny
 
     network = AutoencoderTiny(
         latent_channels=LATENT_CHANNELS,

@@ -18,9 +18,9 @@ from models.lora import add_lora, hold_frozen_linear_maps_in
 
 from .conditions import Conditions
 from .config import Config
+from .config.text_network import text_network_config
 from .memory import check_network_fits
 from .objective import FP32, Objective, Precision
-from .text_network import text_network_config
 
 PRECISIONS = {  # by train.precision
     "fp32": FP32,

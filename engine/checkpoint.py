@@ -1,4 +1,4 @@
-"""Checkpoints: folders of safetensors and JSON, hashed, written aside and renamed into place. No pickle.
+"""Checkpoints: folders of safetensors and JSON, hashed, written under a temporary name and renamed. No pickle.
 
     step-0000012/
         model.safetensors   weights after the step; of a run with `lora.rank` the adapters alone
@@ -67,17 +67,17 @@ class CheckpointError(ValueError):
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """`root/step-0000012` for step 12."""
+    """Returns `root/step-0000012` for step 12."""
     return root / f"step-{step:07d}"
 
 
 def save_checkpoint(
     checkpoint: Checkpoint, config: Config, root: Path, keep_last: int = 2, keep_every: int = 0
 ) -> Path:
-    """Write `checkpoint` as `root/step-...`, verify it, point `root/latest` to it, prune older ones.
+    """Writes `checkpoint` as `root/step-...`, verify it, point `root/latest` to it, prune older ones.
 
     Nothing under the final name is ever incomplete: files are written and synced in a temporary folder
-    beside it, renamed, and read back before any older checkpoint goes.
+    next to it, renamed, and read back before any older checkpoint goes.
 
     Args:
         keep_last: newest checkpoints kept, in addition to those of `keep_every`; 0 keeps all.
@@ -122,7 +122,7 @@ def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict
 
 
 def _aside(final: Path) -> Path:
-    """A name beside `final` for what is not yet, or no longer, whole; the next start deletes such."""
+    """Returns a temporary name next to `final`, which the next start deletes."""
     return final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
 
 
@@ -141,7 +141,7 @@ def _manifest(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Check every file of `folder` against its manifest.
+    """Checks every file of `folder` against its manifest.
 
     Raises:
         CheckpointError: naming the first file that is missing, cut or changed.
@@ -170,7 +170,7 @@ def verify(folder: Path) -> None:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Step folders under `root`, oldest first; foreign names and links are not ours."""
+    """Returns the step folders under `root`, oldest first, ignoring other names and links."""
     if not root.is_dir():
         return []
     found = [entry for entry in root.iterdir() if STEP_NAME.fullmatch(entry.name) and not entry.is_symlink()]
@@ -178,7 +178,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint under `root` that verifies, and a sentence for each newer one that does not."""
+    """Returns the newest checkpoint under `root` that verifies, and a sentence for each newer one that does not."""
     complaints: list[str] = []
     for folder in reversed(list_checkpoints(root)):
         try:
@@ -190,7 +190,7 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest verified one of a run."""
+    """Returns the checkpoint folder at `path`: itself, or the newest verified one of a run."""
     if (path / ".metadata").exists():
         raise CheckpointError(
             f"{path} is a torch.distributed.checkpoint folder, which is not opened: its .metadata is a pickle and can "
@@ -213,7 +213,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify a training checkpoint, whole."""
+    """Reads and verifies a training checkpoint."""
     verify(folder)
     state = read_state(folder)
     tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in ("model", "ema", "optim", "rng")}
@@ -224,7 +224,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_checkpoint_config(path: str | Path) -> Config | None:
-    """The configuration that a checkpoint of ours holds; None for a single file (.pt), which holds none."""
+    """Returns the configuration in a checkpoint of ours; None for a single file (.pt), which has none."""
     if Path(path).is_file():
         return None
     return load_config(find_checkpoint(Path(path)) / "config.yaml", saved=True)
@@ -236,10 +236,10 @@ def weights_file(folder: Path, weights: str) -> Path:
 
 
 def _prune(newest: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but `newest`, the `keep_last - 1` before it and every `keep_every`-th.
+    """Deletes all but `newest`, the `keep_last - 1` before it and every `keep_every`-th.
 
-    One that cannot be deleted is named and the rest go on. A folder is renamed first, so that a kill leaves no
-    half of it under its name.
+    One that cannot be deleted is named in a warning. A folder is renamed first, so that a kill leaves no partial
+    checkpoint under a final name.
     """
     if not keep_last:
         return
@@ -254,7 +254,7 @@ def _prune(newest: Path, keep_last: int, keep_every: int) -> None:
 
 
 def space_warning(root: Path, needed: int) -> str | None:
-    """A sentence if the file system of `root` has less than 1.1 x `needed` bytes free, or None."""
+    """Returns a sentence if the file system of `root` has less than 1.1 x `needed` bytes free, or None."""
     free = free_bytes(root)
     if free >= 1.1 * needed:
         return None
@@ -276,7 +276,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write `checkpoint`, whose tensors nobody changes any more; waits for the one before it."""
+        """Write `checkpoint`, whose tensors must not change any more; waits for the previous write."""
         self.wait()
         if not self.config.train.async_checkpoint:
             self._write(checkpoint)
@@ -285,7 +285,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written."""
+        """Waits until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -298,7 +298,7 @@ class CheckpointWriter:
             if warning:
                 log.warning(warning)
             save_checkpoint(checkpoint, self.config, self.root, train.keep_last, train.keep_every)
-        except CheckpointError as error:  # not for lack of room
+        except CheckpointError as error:  # not caused by a full disk
             self.failure = str(error)
         except Exception as error:  # safetensors and torch raise their own kinds on a full disk
             self.failure = (
@@ -307,7 +307,7 @@ class CheckpointWriter:
             )
 
     def _room(self, checkpoint: Checkpoint) -> str:
-        """Bytes needed and bytes free, in words."""
+        """Returns the needed and the free bytes as text."""
         try:
             free = gigabytes(free_bytes(self.root))
         except OSError as error:
@@ -326,7 +326,7 @@ def remove_unfinished(root: Path) -> list[str]:
 
 
 def set_damaged_aside(folder: Path) -> None:
-    """Rename the newer checkpoints that gave way to `folder`, so that they no longer count among those kept."""
+    """Renames checkpoints newer than `folder`, so that they no longer count among those kept."""
     folders = list_checkpoints(folder.parent)
     for damaged in folders[folders.index(folder) + 1 :]:
         damaged.rename(damaged.with_name(f"{damaged.name}.damaged-{uuid.uuid4().hex[:8]}"))
@@ -369,7 +369,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def content_sha256(module: nn.Module) -> str:
-    """The SHA-256 over names and values of a module's tensors: the same from whatever file they came."""
+    """Returns the SHA-256 over names and values of a module's tensors, independent of the file they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

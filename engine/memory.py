@@ -19,7 +19,7 @@ from models.latte import Latte
 from models.latte_t2v import LatteT2V
 
 from .config import Config
-from .text_network import text_network_config
+from .config.text_network import text_network_config
 
 GIB = 2**30
 STATE_BYTES = {"weights": 4, "gradients": 4, "Adam moments": 8, "average (EMA)": 4}  # bytes per parameter, all in fp32

@@ -1,1 +1,1 @@
-"""Distances between sets of videos."""
+"""Evaluation: metrics of generated videos under named protocols."""

@@ -1,8 +1,8 @@
-"""Real features that were computed before, found again by content: safetensors and JSON, no pickle.
+"""Cache of real features, addressed by content: safetensors and JSON, no pickle.
 
-An entry is found by the protocol's rules, the list of all clips with their sizes, the detector's SHA-256, and what
-moves the last bits (device, threads, versions). It counts only if every file that it was made from still has the
-SHA-256 that it had.
+The key of an entry covers the protocol's rules, the list of all clips with their sizes, the detector's SHA-256, and all
+that changes the last bits (device, threads, versions). An entry is valid only if every file behind it still has the
+recorded SHA-256.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from datasets.readers import VideoError
 from .distances import Moments
 from .extract import FeatureSet
 from .protocols import SideRules
-from .sources import Source, Window, content_digest, window_to_json, windows_from_json
+from .sources import Source, Window, digest_content, window_to_json, windows_from_json
 
-VERSION = 2  # of the entries; another one is not read
+VERSION = 2  # of the entries; others are ignored
 NOTES = ("short", "unreadable", "cut_off")
 
 
@@ -37,7 +37,7 @@ class FeatureCache:
         self.folder = folder
 
     def load(self, key: str, source: Source, rules: SideRules) -> FeatureSet | None:
-        """The entry, or None where there is none, it is more than `rules` allow, or one of its files has changed."""
+        """Returns the entry; None if it is missing, exceeds the count of `rules`, or its files have changed."""
         try:
             record = json.loads(self._record(key).read_text(encoding="utf-8"))
             content = self._features(key).read_bytes()
@@ -50,7 +50,7 @@ class FeatureCache:
         return features if fits else None
 
     def store(self, key: str, source: Source, features: FeatureSet, about: Mapping[str, Any]) -> None:
-        """Write an entry; `about` is for people who look into it. OSError where that fails."""
+        """Writes an entry; `about` is a description for readers of the JSON. Raises OSError if writing fails."""
         tensors = {f"rows/{name}": rows.contiguous() for name, rows in features.rows.items()}
         for place, moments in enumerate(features.moments):
             tensors |= {f"moments/{place}/{name}": tensor.cpu() for name, tensor in moments.state().items()}
@@ -78,8 +78,8 @@ class FeatureCache:
         return self.folder / f"{key}.json"
 
 
-def cache_key(rules: SideRules, source: Source, sha256: str, **more: Any) -> str:
-    """Names an entry: what was asked for, of which files, judged by which detector."""
+def build_cache_key(rules: SideRules, source: Source, sha256: str, **more: Any) -> str:
+    """Returns the name of an entry, from its rules, files and detector."""
     asked = {"version": VERSION, "rules": asdict(rules), "clips": source.listing(), "detector": sha256, **more}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -103,7 +103,7 @@ def _from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor], sourc
 
 
 def _digests(source: Source, features: FeatureSet) -> dict[str, str]:
-    """SHA-256 of the content behind every clip that was used or left out, by name."""
+    """Returns the SHA-256 of the content of every clip that was used or left out, by name."""
     windows: dict[str, list[Window] | None] = {name: None for note in NOTES for name in getattr(features, note)}
     for window in features.windows:
         name = source.clips[window.clip].name
@@ -114,8 +114,8 @@ def _digests(source: Source, features: FeatureSet) -> dict[str, str]:
 
     def digest(name: str) -> str:
         try:
-            return content_digest(clips[name], windows[name])
-        except (OSError, VideoError) as error:  # what could not be read then must be just as unreadable now
+            return digest_content(clips[name], windows[name])
+        except (OSError, VideoError) as error:  # an unreadable clip must still fail in the same way
             return f"unreadable: {type(error).__name__}"
 
     with ThreadPoolExecutor(4) as pool:

@@ -1,4 +1,4 @@
-"""Detectors: the networks whose features the metrics compare. Local files, told by their SHA-256, never fetched.
+"""Detectors: the networks whose features the metrics compare. Local files, identified by SHA-256, never downloaded.
 
 Letters: B samples, T frames of a clip, H W height and width in pixels, D features or classes.
 """
@@ -25,43 +25,44 @@ NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metr
 
 @dataclass(frozen=True)
 class Golden:
-    """A published value that a detector must reproduce."""
+    """Published value that a detector must reproduce."""
 
-    check: str  # of tools.check_detector: which clips, which distance
+    check: str  # name of a check of tools.check_detector
     frames: int  # T
     value: float
     tolerance: float
     source: str
-    minutes: bool = False  # takes that long on a CPU
+    minutes: bool = False  # takes minutes on a CPU
 
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """What is known of a detector."""
+    """Specification of a detector."""
 
     name: str
     metrics: tuple[str, ...]  # fvd kvd fid kid is isv
-    file: str  # its usual name
-    origin: str  # where a user gets it
+    file: str  # usual file name
+    origin: str  # where to download it
     input: str  # clip | frame
     dims: int  # D
     output: str = "features"  # features | probabilities
-    frames: tuple[int, int | None] = (1, None)  # fewest and most in a clip
-    arguments: Mapping[str, bool] = field(default_factory=dict)  # of its forward, beside the pixels
+    frames: tuple[int, int | None] = (1, None)  # minimum and maximum of a clip
+    arguments: Mapping[str, bool] = field(default_factory=dict)  # further arguments of its forward
     stand_in: str | None = None  # the kind of `StandIn`; None: a TorchScript network
     goldens: tuple[Golden, ...] = ()
 
     @property
     def sha256(self) -> str | None:
-        """Of the usual file, as projects that pin it state it alike; None where we know of none. Another file of the
-        same make works too, and the result says that it is another.
+        """SHA-256 of the usual file as published projects pin it; None if unknown.
+
+        Another file of the same kind works, too; the result then has a warning.
         """
         return _SHA256.get(self.file)
 
 
 _CONSTANT = "JunyaoHu/common_metrics_on_video_quality, README"
 _I3D_GOLDENS = (
-    # the source says that values move by about 1 between PyTorch versions: the same share of the larger one
+    # the source states deviations of about 1 between PyTorch versions; scaled for the larger value
     Golden("zeros against ones", 10, 569.2296294, 4.0, _CONSTANT),
     Golden("zeros against ones", 16, 152.9175031, 1.0, _CONSTANT),
     Golden("zeros against ones", 30, 151.2564850, 1.0, _CONSTANT),
@@ -72,7 +73,7 @@ _C3D = f"{DROPBOX}/jxpu7avzdc9n97q/c3d_ucf101.pt (StyleGAN-V)"
 _INCEPTION = f"{NVIDIA}/inception-2015-12-05.pt (NVIDIA)"
 _MOBILENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth (torchvision)"
 _MOBILENET_FILE = "mobilenet_v2-b0353104.pth"
-_SHA256 = {  # docs/metrics.md says who states them
+_SHA256 = {  # sources: docs/metrics.md
     "i3d_torchscript.pt": "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
     "inception-2015-12-05.pt": "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
     _MOBILENET_FILE: "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
@@ -109,7 +110,7 @@ DETECTORS: dict[str, DetectorSpec] = {
 
 @dataclass(frozen=True)
 class DetectorFile:
-    """A file that was read: a TorchScript network, or weights for a stand-in."""
+    """Contents of a detector file: a TorchScript network, or weights for a stand-in."""
 
     path: Path
     sha256: str
@@ -118,14 +119,14 @@ class DetectorFile:
 
     @classmethod
     def read(cls, path: str | Path, *, sha256: str | None = None, spec: DetectorSpec | None = None) -> DetectorFile:
-        """Read and check a file.
+        """Reads and checks a file.
 
         Args:
-            sha256: what it must be; None takes any.
-            spec: what it is meant to be; None takes either kind of file.
+            sha256: required hash; None accepts any.
+            spec: required detector; None accepts either kind of file.
 
         Raises:
-            FileNotFoundError, ValueError: one sentence with the file, and where it can be had.
+            FileNotFoundError, ValueError: with the file, and where to get it.
         """
         path = Path(path)
         origin = spec.origin if spec else "the address that docs/metrics.md gives for it"
@@ -143,18 +144,18 @@ class DetectorFile:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """Of the network's forward; none for weights."""
+        """Argument names of the network's forward; none for weights."""
         return tuple(argument.name for argument in self._arguments())
 
     def fits(self, spec: DetectorSpec) -> bool:
-        """Whether it can be called as that detector is; of weights, whether they are the stand-in's."""
+        """Returns whether the network takes that detector's arguments, or the weights are the stand-in's."""
         if spec.stand_in or self.network is None:
             return bool(spec.stand_in and self.weights and KEY in self.weights)
         required = {argument.name for argument in self._arguments() if not argument.has_default_value()}
         return set(spec.arguments) <= set(self.arguments) and len(required - set(spec.arguments)) <= 1
 
     def kinds(self) -> list[DetectorSpec]:
-        """All detectors that it can be: those of one file, told by the arguments that they need together."""
+        """Returns all detectors that the file can be: those of one file have distinct arguments."""
         found = []
         for spec in filter(self.fits, DETECTORS.values()):
             needed = {name for each in DETECTORS.values() if each.file == spec.file for name in each.arguments}
@@ -162,14 +163,14 @@ class DetectorFile:
                 found.append(spec)
         return found
 
-    def told(self) -> list[DetectorSpec]:
-        """`kinds`; ValueError for a file that is no detector."""
+    def require_kinds(self) -> list[DetectorSpec]:
+        """Returns `kinds()`. Raises ValueError for a file that is not a detector."""
         if not self.kinds():
-            raise ValueError(f"{self.path} is none of the detectors {', '.join(DETECTORS)}: {self.described()}.")
+            raise ValueError(f"{self.path} is none of the detectors {', '.join(DETECTORS)}: {self.describe()}.")
         return self.kinds()
 
-    def described(self) -> str:
-        """What is in it, for people."""
+    def describe(self) -> str:
+        """Describes the contents for error messages."""
         return f"its forward takes ({', '.join(self.arguments)})" if self.arguments else "it holds other weights"
 
     def _arguments(self) -> list[Any]:
@@ -177,14 +178,14 @@ class DetectorFile:
 
 
 class Detector:
-    """A network that turns uint8 pixels into features or class probabilities.
+    """A network that maps uint8 pixels to features or class probabilities.
 
-    Always in fp32 without TF32, and by the same kernels in every call, whatever the process's settings are.
+    It runs in fp32 without TF32, with the same kernels in every call, regardless of the process's settings.
     """
 
     def __init__(self, spec: DetectorSpec, file: DetectorFile, device: torch.device | str = "cpu") -> None:
         if not file.fits(spec):
-            raise ValueError(f"{file.path} is not {spec.file}, the detector {spec.name}: {file.described()}.")
+            raise ValueError(f"{file.path} is not {spec.file}, the detector {spec.name}: {file.describe()}.")
         self.spec, self.path, self.sha256 = spec, file.path, file.sha256
         self.name, self.dims, self.input = spec.name, spec.dims, spec.input
         self.device = torch.device(device)
@@ -192,10 +193,10 @@ class Detector:
         self.network = network.to(self.device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 clips (B, T, 3, H, W) or frames (B, 3, H, W), as `input` says -> float32 (B, D) on the CPU.
+        """Maps uint8 clips (B, T, 3, H, W) or frames (B, 3, H, W), according to `input`, to float32 (B, D) on the CPU.
 
         Raises:
-            ValueError: pixels of another type or shape, too few frames, or features that are not (B, D) numbers.
+            ValueError: pixels of another type or shape, too few frames, or features that are not finite or not (B, D).
         """
         self._check(pixels)
         pixels = pixels.to(self.device)
@@ -211,8 +212,8 @@ class Detector:
 
     @torch.inference_mode()
     def run(self, pixels: Tensor, **arguments: bool) -> Tensor:
-        """The network as it is, with other arguments than the metrics use; float32 on the CPU."""
-        # forward, and not a call: what a file hooks to a call is in no graph that was looked at
+        """Runs the network with any arguments; returns float32 on the CPU."""
+        # forward, not __call__: the hooks of a call are not in the graph that was checked
         try:
             with _full_precision(self.device):
                 return self.network.forward(pixels, **arguments).float().cpu()
@@ -237,14 +238,14 @@ class Detector:
 def load_detector(
     name: str, path: str | Path, *, sha256: str | None = None, device: torch.device | str = "cpu"
 ) -> Detector:
-    """The detector of that name from its file.
+    """Loads a detector from its file.
 
     Args:
         name: one of `DETECTORS`.
-        sha256: refuse any other file; without it any file is taken, and its hash is there to be reported.
+        sha256: required hash; None accepts any file.
 
     Raises:
-        FileNotFoundError: there is no such file; the sentence names where it can be had.
+        FileNotFoundError: there is no such file; the message says where to get it.
         ValueError: an unknown name, another hash, or a file that is not this detector.
     """
     if name not in DETECTORS:
@@ -255,7 +256,7 @@ def load_detector(
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """fp32 products in fp32; no autocast; no kernels chosen by timing, nor graphs rewritten after the first calls."""
+    """Disables TF32, autocast, cuDNN autotuning, and the graph rewriting of TorchScript."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

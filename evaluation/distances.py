@@ -1,6 +1,6 @@
 """Distances between sets of features: Frechet (FVD, FID), kernel (KVD, KID) and inception score.
 
-They take what a detector gives, nothing else, and compute in float64. Letters: N real and M fake samples,
+They depend on features only, and compute in float64. Letters: N real and M fake samples,
 D dimensions, C classes.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DIVISORS = {"n": 0, "n-1": 1}  # of a covariance -> what is taken off the count
+DIVISORS = {"n": 0, "n-1": 1}  # of a covariance -> subtracted from the count
 
 
 class Moments:
@@ -34,7 +34,7 @@ class Moments:
 
     @torch.no_grad()
     def add(self, features: Tensor) -> Moments:
-        """Take in features (B, D); returns itself. ValueError for another D, or values that are no numbers."""
+        """Adds features (B, D); returns itself. Raises ValueError for another D, or values that are not finite."""
         _check_features("", features, fewest=0)
         if features.shape[1] != self.dims:
             raise ValueError(f"The features have {features.shape[1]} dimensions, but {self.dims} are summed.")
@@ -53,17 +53,17 @@ class Moments:
 
     @property
     def count(self) -> int:
-        """Samples so far."""
+        """Number of samples so far."""
         return int(self._count)
 
     @property
     def mean(self) -> Tensor:
-        """(D,), float64, on the CPU."""
+        """Mean (D,), float64, on the CPU."""
         self._need(1)
         return self._sum.cpu() / self.count
 
     def covariance(self, divisor: str = "n") -> Tensor:
-        """(D, D), float64, on the CPU, divided by the count ("n") or by one less ("n-1")."""
+        """Returns the covariance (D, D), float64, on the CPU, divided by the count ("n") or by one less ("n-1")."""
         if divisor not in DIVISORS:
             raise ValueError(f"The divisor must be one of {', '.join(DIVISORS)}, not {divisor!r}.")
         self._need(1 + DIVISORS[divisor])
@@ -77,7 +77,7 @@ class Moments:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Moments:
-        """The inverse of `state`, which it copies; ValueError for tensors that are not such sums."""
+        """Restores a copy of `state`. Raises ValueError for tensors that are not such sums."""
         moments = cls(state["sum"].shape[-1] if "sum" in state else 0, device)
         for name, tensor in moments.state().items():
             given = state.get(name)
@@ -92,7 +92,7 @@ class Moments:
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
-    """Squared Frechet distance between Gaussians fitted to `real` (N, D) and `fake` (M, D).
+    """Returns the squared Frechet distance between Gaussians fitted to `real` (N, D) and `fake` (M, D).
 
     |mean_r - mean_f|^2 + tr(cov_r) + tr(cov_f) - 2 tr((cov_r cov_f)^(1/2)), covariances divided by N and M.
     With centred features X and Y the last trace is the nuclear norm of X Y^T / sqrt(N M): no matrix root,
@@ -115,11 +115,11 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
 
 def frechet_from_moments(real: Moments, fake: Moments, divisor: str = "n") -> float:
-    """`frechet_distance` from means and covariances alone.
+    """Returns `frechet_distance` from means and covariances.
 
     With cov_r = R R^T, tr((cov_r cov_f)^(1/2)) is the sum of the square roots of the eigenvalues of R^T cov_f R, all
-    real and none negative. With N and M samples at most min(N, M) - 1 of them are not zero: the others, which are
-    rounding, are left out, and so fewer samples than dimensions do no harm.
+    real and non-negative. With N and M samples, at most min(N, M) - 1 of them are not zero: the others are rounding
+    errors and are omitted, so the result is right for fewer samples than dimensions.
 
     Args:
         divisor: of the covariances, "n" (StyleGAN-V, Latte) or "n-1" (the first FVD code and most libraries).
@@ -144,13 +144,13 @@ def frechet_from_moments(real: Moments, fake: Moments, divisor: str = "n") -> fl
 def kernel_distance(
     real: Tensor, fake: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Mean and deviation, times 1000, of the squared maximum mean discrepancy over random subsets (KID; KVD on clips).
+    """Returns mean and deviation, times 1000, of the squared MMD over random subsets (KID; KVD on clips).
 
-    The kernel is (x.y / D + 1)^3, the estimate unbiased, so it can be below zero. (Binkowski et al., arXiv 1801.01401.)
+    Binkowski et al., arXiv 1801.01401. The kernel is (x.y / D + 1)^3; the estimate is unbiased, so it can be negative.
 
     Args:
-        real, fake: (N, D) and (M, D), in an order of their own: the draw is of places.
-        subsets: how many; the deviation is over them, divided by their number.
+        real, fake: (N, D) and (M, D); the subsets depend on their order.
+        subsets: number of subsets; the deviation is over them, divided by their number.
         subset_size: samples a side, drawn without replacement; all where a side has fewer.
         seed: of the draw.
 
@@ -171,7 +171,7 @@ def kernel_distance(
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> float:
-    """The unbiased estimate from x (m, D) and y (m, D)."""
+    """Returns the unbiased estimate from x (m, D) and y (m, D)."""
     m, dims = x.shape
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -183,18 +183,18 @@ def _squared_mmd(x: Tensor, y: Tensor) -> float:
 
 
 def inception_score(probabilities: Tensor, *, splits: int = 10, shuffle_seed: int | None = None) -> tuple[float, float]:
-    """Mean and deviation over splits of exp(mean KL(p(class | sample) || p(class))).
+    """Returns mean and deviation over splits of exp(mean KL(p(class | sample) || p(class))).
 
     Salimans et al., arXiv 1606.03498. Split i holds the samples from floor(i N / splits) to floor((i + 1) N / splits);
     a probability of zero adds zero.
 
     Args:
         probabilities: (N, C), rows that sum to 1.
-        splits: the deviation is over them, divided by their number.
+        splits: number of splits; the deviation is over them, divided by their number.
         shuffle_seed: of NumPy's RandomState, which shuffles the samples first; video IS uses 42. None: no shuffle.
 
     Raises:
-        ValueError: rows that are no probabilities, or fewer samples than splits.
+        ValueError: rows that are not probabilities, or fewer samples than splits.
     """
     _check_features("", probabilities, fewest=1)
     rows = probabilities.detach().cpu().double()
@@ -214,7 +214,7 @@ def _parts(rows: Tensor, splits: int) -> Iterator[Tensor]:
 
 
 def _split_score(rows: Tensor) -> Tensor:
-    """exp of the mean over samples of sum p (log p - log mean p)."""
+    """Returns exp of the mean over samples of sum p (log p - log mean p)."""
     return (torch.xlogy(rows, rows) - torch.xlogy(rows, rows.mean(0))).sum(1).mean().exp()
 
 

@@ -1,7 +1,7 @@
-"""A metric beside a training: the Frechet distance of its samples to clips that it never saw.
+"""A metric during training: the Frechet distance between samples and held-out clips.
 
-Few samples make it large, and another number of them makes it another: it is there to compare the steps of one run,
-whose noise, labels and clips are always the same. Numbers to publish come from a checkpoint.
+The value depends on the number of samples, and is large for few of them. It compares the steps of one run, which use
+the same noise, labels and clips; evaluate a checkpoint for numbers to publish.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from sample.preview import build_generator, sample_chunk, split_chunks
 from .detectors import DETECTORS, Detector, load_detector
 from .distances import frechet_distance
 
-METRICS = {"fvd", "fid"}  # of a detector, one of which it must be made for
+METRICS = {"fvd", "fid"}  # a detector must be for one of these
 
 
 class Metric:
-    """The callback `metric`: `monitor.metric_videos` samples of the average, as the `sample` section says.
+    """The callback `metric`: samples `monitor.metric_videos` videos of the EMA with the settings of `sample`.
 
-    Raises: ValueError for a detector that is not known or gives no features for a Frechet distance.
+    Raises: ValueError for an unknown detector, or one without features for a Frechet distance.
     """
 
     kind = "metric"
@@ -49,7 +49,7 @@ class Metric:
             require(name in fitting, f"monitor.metric_detector={name} is none of {', '.join(fitting)}.")
 
     def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
-        """Load the detector and try it on an empty clip; the clips are read when they are needed."""
+        """Loads the detector and runs it on an empty clip; the clips are read at the first observation."""
         monitor, data = self.config.monitor, self.config.data
         self.detector = load_detector(
             str(monitor.metric_detector),
@@ -67,7 +67,7 @@ class Metric:
         ]
 
     def observe(self, run: Run, state: TrainState, objective: Objective) -> Observation:
-        """The distance as `ema/frechet_<detector>`, with both numbers."""
+        """Returns the distance as `ema/frechet_<detector>`, with the numbers of videos and clips."""
         if self.real is None:
             self.real = self._shared(run, self.indices, lambda indices: real_videos(self.clips, indices))
         generator = build_generator(self.config, state.ema.model, objective)
@@ -81,18 +81,18 @@ class Metric:
         return Observation(values, f"{name} {distance:.4g}")
 
     def features(self, videos: np.ndarray) -> Tensor:
-        """uint8 (n, F, H, W, 3) -> (n, D) of clips, or (n F, D) of their frames, as the detector takes them."""
+        """Maps uint8 (n, F, H, W, 3) to (n, D) of clips, or (n F, D) of their frames, according to the detector."""
         assert self.detector is not None
         pixels = torch.from_numpy(videos).permute(0, 1, 4, 2, 3)
         return self.detector(pixels if self.detector.input == "clip" else pixels.flatten(0, 1))
 
     def _shared(self, run: Run, indices: Sequence[int], videos: Callable[[Sequence[int]], np.ndarray]) -> Tensor:
-        """The features of all those videos, shared out over the ranks, on all of them."""
+        """Returns the features of all those videos on every rank; each rank computes a part."""
         chunks = split_chunks(run, indices)
 
         def work(place: int) -> Tensor:
             pixels, rows = videos(chunks[place]), []
-            for number in range(len(chunks[0])):  # one at a time, for the memory; on every rank as often
+            for number in range(len(chunks[0])):  # one at a time, to save memory; the same count on every rank
                 rows += [self.features(pixels[number : number + 1])] if number < len(pixels) else []
                 agree(run)
             return torch.cat(rows)
@@ -101,5 +101,5 @@ class Metric:
 
 
 def real_videos(clips: ClipDataset, indices: Sequence[int]) -> np.ndarray:
-    """The fixed windows of those clips: uint8 (n, F, H, W, 3)."""
+    """Reads the fixed windows of those clips: uint8 (n, F, H, W, 3)."""
     return to_uint8(torch.stack([clips[0, index]["video"][: clips.config.num_frames] for index in indices]))

@@ -1,8 +1,8 @@
-"""Clips -> features, streamed through a detector on any number of ranks, with the same bits on all of them.
+"""Extracts features of clips with a detector; the bits do not depend on the number of ranks.
 
-What meets in one call of the detector is a matter of the clips' order alone; rank r of W takes the calls r, r + W,
-...; and their features are put together in the order of the calls. So every clip counts once, and nothing depends
-on W. Only features are kept: pixels of a few calls at a time are in memory.
+The clips' order alone decides the clips of each detector call; rank r of W takes the calls r, r + W, ...; and their
+features are concatenated in the order of the calls. So every clip counts once, and nothing depends on W. Only features
+are kept: the pixels of a few calls at a time are in memory.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from .sources import (
     Source,
     Task,
     Window,
-    clip_tasks,
     draw,
-    frame_tasks,
-    frame_windows,
-    none_usable,
+    explain_unusable,
+    group_clips,
+    group_frames,
+    select_frame_windows,
     shuffled,
 )
 
-GATHER_EVERY = 8  # calls of each rank between two gatherings
-MOMENT_ROWS = 1024  # features that are summed up at a time
+GATHER_EVERY = 8  # calls of each rank between two gathers
+MOMENT_ROWS = 1024  # features added to the moments at a time
 PLAIN = "plain"
-Variant = Callable[[Tensor, Clip], Tensor]  # frames (T, 3, H, W) of a clip -> what the detector is shown of them
+Variant = Callable[[Tensor, Clip], Tensor]  # frames (T, 3, H, W) of a clip -> frames for the detector
 
 
 class DetectorLike(Protocol):
-    """What is asked of a detector; see `detectors.Detector`."""
+    """Interface of a detector; see `detectors.Detector`."""
 
     name: str
     sha256: str
@@ -56,8 +56,8 @@ class DetectorLike(Protocol):
     def __call__(self, pixels: Tensor) -> Tensor: ...
 
 
-def variant(name: str) -> Variant:
-    """`plain`; `shuffled` frames; or `first16`, the first 16 frames."""
+def build_variant(name: str) -> Variant:
+    """Returns the variant `plain`, `shuffled` (frames), or `first16` (the first 16 frames)."""
     if name == PLAIN:
         return lambda frames, clip: frames
     if name == "shuffled":
@@ -68,16 +68,16 @@ def variant(name: str) -> Variant:
 
 @dataclass
 class FeatureSet:
-    """What is known of one side. On ranks other than 0 without features.
+    """Features and clips of one side. On ranks other than 0 without features.
 
     Args:
         rows: by variant, (N, D) float32, in the order of the windows' frames.
-        moments: of all plain features, in two halves of the clips, where there are too many to keep; rows are then a
-            drawn sample of them.
-        kept: the numbers of the items in that sample, (rows,) int64; None where all are there.
-        windows: what was read, in order.
+        moments: of all plain features, in two halves of the clips, if there are too many to keep; rows are then a
+            random sample of them.
+        kept: the numbers of the items in that sample, (rows,) int64; None if all are kept.
+        windows: the windows that were read, in order.
         size: (H, W) of all frames.
-        whole: all that there is was taken, and nothing drawn; see `SideRules.whole`.
+        whole: all items were taken, and nothing was drawn; see `SideRules.whole`.
         short, unreadable, cut_off: clips by name, with the reason; the last were used, as far as they can be read.
     """
 
@@ -93,11 +93,11 @@ class FeatureSet:
 
     @property
     def count(self) -> int:
-        """N: items that were seen."""
+        """N: number of items."""
         return sum(half.count for half in self.moments) if self.moments else len(self.rows[PLAIN])
 
     def clips(self) -> np.ndarray:
-        """The clip, a place in the source, that each row is of."""
+        """Returns the clip of each row, as an index in the source."""
         of_clips = self.count == len(self.windows)
         items = np.repeat([window.clip for window in self.windows],
                           [1 if of_clips else window.frames for window in self.windows])  # fmt: skip
@@ -106,7 +106,7 @@ class FeatureSet:
 
 @dataclass
 class Judged:
-    """A task after the detector: the readings without their pixels, the features by variant, the frame sizes met."""
+    """Result of a task: the readings without pixels, the features by variant, the frame sizes."""
 
     readings: list[Reading]
     rows: dict[str, Tensor]
@@ -114,11 +114,11 @@ class Judged:
 
 
 class Extractor:
-    """Reads with `workers` loader processes per rank, and judges with `detector` in this one.
+    """Reads with `workers` loader processes per rank, and runs the detector in this process.
 
     Args:
-        progress: told (items done, items asked for), on rank 0.
-        timeout_s: a loader process that gives nothing for so long ends the run.
+        progress: called with (items done, items requested), on rank 0.
+        timeout_s: a loader process that returns nothing in this time ends the run.
     """
 
     def __init__(
@@ -140,12 +140,12 @@ class Extractor:
         windows: Sequence[Window] | None = None,
         max_rows: int | None = None,
     ) -> FeatureSet:
-        """The features of one side.
+        """Extracts the features of one side.
 
         Args:
-            windows: exactly these, instead of those that the rules choose.
-            max_rows: of more frames than these their moments and a drawn sample of so many are kept, for any number of
-                them in the same memory.
+            windows: exactly these, instead of those of the rules.
+            max_rows: above this number of frames, keeps exact moments and a random sample of `max_rows`, in constant
+                memory.
 
         Raises:
             ValueError: no clip can be used, or frames differ in size.
@@ -155,7 +155,7 @@ class Extractor:
             self._clips(gather, rules, detector, variants, windows)
         else:
             self._frames(gather, rules, detector, windows, max_rows)
-        return gather.finished()
+        return gather.finish()
 
     def _clips(
         self,
@@ -165,7 +165,7 @@ class Extractor:
         variants: Sequence[str],
         windows: Sequence[Window] | None,
     ) -> None:
-        """As many clips as are asked for: for each that cannot be used the next one in the order is tried."""
+        """Reads the requested number of clips: each unusable clip is replaced by the next one in the order."""
         source = gather.source
         requests = [Request(place) for place in source.order(rules)]
         if windows is not None:
@@ -176,7 +176,7 @@ class Extractor:
         while tried < len(requests) and len(gather.result.windows) < wanted:
             some = requests[tried : tried + wanted - len(gather.result.windows)]
             tried += len(some)
-            tasks = clip_tasks(some, rules.frames)
+            tasks = group_clips(some, rules.frames)
             self._judge(
                 gather, rules, tasks, lambda readings: judge_clips(readings, source, detector, variants), wanted
             )
@@ -189,19 +189,19 @@ class Extractor:
         windows: Sequence[Window] | None,
         max_rows: int | None,
     ) -> None:
-        """Single frames; which ones there are is known when all lengths are."""
+        """Reads single frames, selected once all lengths are known."""
         source = gather.source
         if windows is None:
             lengths = []
             for index, (length, problem) in enumerate(self.in_order(Lengths(source), lambda item: item)):
                 lengths.append(length)
-                gather.problem(Reading(index, problem=problem))
-            windows = frame_windows(lengths, rules)
+                gather.note(Reading(index, problem=problem))
+            windows = select_frame_windows(lengths, rules)
             gather.result.whole = sum(window.frames for window in windows) == sum(lengths)
         gather.most = wanted = sum(window.frames for window in windows)
         if max_rows is not None and wanted > max_rows and self.world.is_main:
             gather.summarise(windows, max_rows, [Moments(detector.dims, self.world.device) for _ in range(2)])
-        self._judge(gather, rules, frame_tasks(windows), lambda readings: judge_frames(readings, detector), wanted)
+        self._judge(gather, rules, group_frames(windows), lambda readings: judge_frames(readings, detector), wanted)
 
     def _judge(
         self,
@@ -217,7 +217,7 @@ class Extractor:
                 self.progress(gather.done, wanted)
 
     def in_order(self, dataset: Dataset, process: Callable[[Any], Any]) -> Iterator[Any]:
-        """`process(item)` of every item of `dataset`, in order, on every rank; each done by one rank."""
+        """Yields `process(item)` of every item of `dataset`, in order, on every rank; each is processed by one rank."""
         total, world = len(dataset), self.world  # type: ignore[arg-type]
         mine = range(world.rank, total, world.size)
         workers = min(self.workers, len(mine))
@@ -230,19 +230,19 @@ class Extractor:
 
 
 def judge_clips(readings: list[Reading], source: Source, detector: DetectorLike, variants: Sequence[str]) -> Judged:
-    """One call of a clip detector for each variant."""
+    """Runs a clip detector once for each variant."""
     good = [(each.frames, source.clips[each.clip]) for each in readings if each.frames is not None]
     sizes = sorted({(frames.shape[-2], frames.shape[-1]) for frames, _ in good})
     rows = {}
     if len(sizes) == 1:
         for name in variants:
-            show = variant(name)
+            show = build_variant(name)
             rows[name] = detector(torch.stack([show(frames, clip) for frames, clip in good]))
     return Judged([replace(each, frames=None) for each in readings], rows, sizes)
 
 
 def judge_frames(readings: list[Reading], detector: DetectorLike) -> Judged:
-    """One call of a frame detector."""
+    """Runs a frame detector once."""
     good = [each.frames for each in readings if each.frames is not None]
     sizes = sorted({(frames.shape[-2], frames.shape[-1]) for frames in good})
     rows = {PLAIN: detector(torch.cat(good))} if len(sizes) == 1 else {}
@@ -250,29 +250,29 @@ def judge_frames(readings: list[Reading], detector: DetectorLike) -> Judged:
 
 
 class Gathered:
-    """Puts judged tasks together, in order.
+    """Concatenates the results of tasks, in order.
 
     Args:
-        keep: whether features are kept (rank 0).
+        keep: whether to keep features (rank 0).
     """
 
     def __init__(self, source: Source, keep: bool) -> None:
         self.source, self.keep = source, keep
         self.result = FeatureSet()
-        self.pending: list[list[Tensor]] = [[], []]  # rows that are not in the moments yet
-        self.rows: dict[str, Tensor] = {}  # (most, D): one block of memory, or small ones would lie between large ones
-        self.most = 0  # rows that there will be at most
+        self.pending: list[list[Tensor]] = [[], []]  # rows not yet in the moments
+        self.rows: dict[str, Tensor] = {}  # (most, D): one block each, against fragmentation
+        self.most = 0  # upper bound of the rows
         self.second_half: set[int] = set()
         self.sampling = draw(0, "sample")
         self.done = 0  # items
 
     def summarise(self, windows: Sequence[Window], most: int, moments: list[Moments]) -> None:
-        """From now on sum up the features of two random halves of the clips in `moments`, and keep `most` rows."""
+        """From now on, adds the features of two random halves of the clips to `moments`, and keeps `most` rows."""
         self.result.moments, self.result.kept, self.most = moments, torch.arange(most), most
-        self.second_half = set(halves([window.clip for window in windows], seed=0)[1].tolist())
+        self.second_half = set(split_halves([window.clip for window in windows], seed=0)[1].tolist())
 
-    def problem(self, reading: Reading) -> None:
-        """Note what is wrong with a clip, if anything."""
+    def note(self, reading: Reading) -> None:
+        """Records the problem of a clip, if any."""
         name = self.source.clips[reading.clip].name
         if reading.problem:
             notes = self.result.short if reading.short else self.result.unreadable
@@ -281,7 +281,7 @@ class Gathered:
             self.result.cut_off.setdefault(name, reading.remark)
 
     def take(self, judged: Judged) -> None:
-        """Take in the next task. ValueError where the frames' size is not that of those before."""
+        """Adds the next task. Raises ValueError if the frame size differs from earlier ones."""
         for size in judged.sizes:
             self.result.size = self.result.size or size
             if size != self.result.size:
@@ -292,7 +292,7 @@ class Gathered:
                 )
         used = []
         for reading in judged.readings:
-            self.problem(reading)
+            self.note(reading)
             if reading.window is not None and not reading.problem:
                 used.append(reading.window)
         self.result.windows += used
@@ -303,8 +303,8 @@ class Gathered:
         self.done += len(judged.rows.get(PLAIN, ()))
 
     def _keep(self, rows: Mapping[str, Tensor]) -> None:
-        """Into the blocks. Once they are full item i goes, with probability most / (i + 1), to a drawn place in them:
-        any `most` items are then as likely as any others (Vitter, 1985, algorithm R).
+        """Copies rows to the blocks. Once these are full, item i replaces a random row with probability most / (i + 1),
+        so that all subsets are equally likely (Vitter, 1985, algorithm R).
         """
         free = self.most - self.done
         for name, features in rows.items():
@@ -318,7 +318,7 @@ class Gathered:
                 self.rows[PLAIN][place], self.result.kept[place] = row, item
 
     def _add(self, rows: Mapping[str, Tensor], used: Sequence[Window]) -> None:
-        """To the moments of the half that the clip belongs to; a task is of one clip."""
+        """Adds rows to the moments of the clip's half; a task holds one clip."""
         for features in rows.values():
             half = int(used[0].clip in self.second_half)
             self.pending[half].append(features)
@@ -330,11 +330,11 @@ class Gathered:
             self.result.moments[half].add(torch.cat(self.pending[half]))
             self.pending[half] = []
 
-    def finished(self) -> FeatureSet:
-        """All that was taken in. ValueError where that is nothing."""
+    def finish(self) -> FeatureSet:
+        """Returns the features. Raises ValueError if no clip was usable."""
         result = self.result
         if not result.windows:
-            raise none_usable(self.source, {**result.unreadable, **result.short})
+            raise explain_unusable(self.source, {**result.unreadable, **result.short})
         for half in range(len(result.moments)):
             self._flush(half)
         if result.kept is not None:
@@ -346,7 +346,7 @@ class Gathered:
         return result
 
 
-def halves(clips: Iterable[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two random halves of the different clips; of an odd number one more is in the second."""
+def split_halves(clips: Iterable[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits the distinct clips into two random halves; the second has the extra clip of an odd number."""
     order = draw(seed, "halves").permutation(np.unique(list(clips)))
     return order[: len(order) // 2], order[len(order) // 2 :]

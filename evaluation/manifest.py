@@ -1,4 +1,4 @@
-"""The list of what was read, for reading the same clips again: JSON, a line [file, offset, stride, frames] each."""
+"""Manifest of the windows that were read, to read them again: JSON, a line [file, offset, stride, frames] each."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .sources import Source, Window, window_to_json, windows_from_json
 KIND = "latte clip manifest"
 
 
-def manifest_text(read: Mapping[tuple[str, SideRules], FeatureSet], sources: Mapping[str, Source]) -> str:
-    """The manifest of everything that was read."""
+def format_manifest(read: Mapping[tuple[str, SideRules], FeatureSet], sources: Mapping[str, Source]) -> str:
+    """Formats the manifest of all windows that were read."""
     entries = []
     for (side, rules), features in read.items():
         windows = [json.dumps(window_to_json(window, sources[side])) for window in features.windows]
@@ -27,9 +27,9 @@ def manifest_text(read: Mapping[tuple[str, SideRules], FeatureSet], sources: Map
 
 
 class Manifest:
-    """A manifest that is read back.
+    """A manifest read from a file.
 
-    Raises: FileNotFoundError, ValueError where the file is none.
+    Raises: FileNotFoundError; ValueError if the file is not a manifest.
     """
 
     def __init__(self, path: str, sources: Mapping[str, Source]) -> None:
@@ -45,9 +45,9 @@ class Manifest:
             raise ValueError(f"--manifest: '{path}' is not a manifest that this tool wrote") from error
 
     def __call__(self, side: str, rules: SideRules) -> tuple[SideRules, Sequence[Window]]:
-        """The rules that an entry was read under, `rules` or `rules.whole`, and its windows.
+        """Returns the rules of an entry, `rules` or `rules.whole`, and its windows.
 
-        Raises: ValueError where there is no such entry.
+        Raises: ValueError if there is no such entry.
         """
         for each in (rules.whole, rules):
             lines = self.entries.get((side, _key(asdict(each))))

@@ -1,4 +1,4 @@
-"""Features of both sides -> values, with what tells whether to trust them: spread, floor, sensitivity, warnings."""
+"""Computes metrics from the features of both sides, with their spread, floor, sensitivity and warnings."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ import torch
 from datasets.readers import VIDEO_SUFFIXES
 from engine.distributed import broadcast_object, on_main
 
-from .cache import FeatureCache, cache_key
+from .cache import FeatureCache, build_cache_key
 from .detectors import DETECTORS, Detector
 from .distances import Moments, frechet_distance, frechet_from_moments, inception_score, kernel_distance
-from .extract import PLAIN, Extractor, FeatureSet, halves
-from .protocols import Metric, Protocol, SideRules, protocol_for
-from .report import library_versions
-from .sources import Source, Window, first_size
+from .extract import PLAIN, Extractor, FeatureSet, split_halves
+from .protocols import Metric, Protocol, SideRules, fill_protocol
+from .report import list_library_versions
+from .sources import Source, Window, find_first_size
 
 log = logging.getLogger(__name__)
 
 CHECKS = ("floor", "shuffle")
 REPORTS = ("clip", "frame")
-ENOUGH = 2048  # items below which the bias of a Frechet distance is no longer small
+ENOUGH = 2048  # items below which a Frechet distance has a large bias
 SHORTEST = 16  # frames of the shortest part of a clip that `frame` reports on
 POSITIONS = 16  # frames of a clip at most that `frame` reports on
 SPLITS, SUBSETS, SUBSET_SIZE = 10, 100, 1000
 MOMENT_ROWS = 4096
-MAX_ROWS = 50_000  # features of real frames that are kept; of more, their moments and a sample of so many
-Score = tuple[float, float | None]  # value, and its deviation over subsets or splits
+MAX_ROWS = 50_000  # features of real frames to keep; above, moments and a sample of this size
+Score = tuple[float, float | None]  # value, deviation over subsets or splits
 
 Listed = Callable[[str, SideRules], tuple[SideRules, "Sequence[Window]"]]  # `Manifest`
 
 
 @dataclass
 class Evaluation:
-    """One comparison of two sources.
+    """Comparison of two sources.
 
     Args:
-        real: None where only metrics that do not look at real data are asked for.
+        real: None if no metric needs real data.
         detectors: by `Metric.family`.
-        windows: what a manifest says to read, instead of what the rules choose; None: the rules choose.
-        cache: of the real side; None: everything is computed.
+        windows: windows of a manifest, instead of those of the rules.
+        cache: of the real side; None computes everything.
         checks: some of CHECKS. reports: some of REPORTS.
     """
 
@@ -60,55 +60,55 @@ class Evaluation:
     checks: Sequence[str] = CHECKS
     reports: Sequence[str] = ("clip",)
     known: dict[tuple[Any, ...], FeatureSet] = field(default_factory=dict)
-    read: dict[tuple[str, SideRules], FeatureSet] = field(default_factory=dict)  # what went into the values
+    read: dict[tuple[str, SideRules], FeatureSet] = field(default_factory=dict)  # behind the values
 
     def measure(self, metric: Metric, seeds: Sequence[int]) -> dict[str, Any]:
-        """The whole entry of one metric in the result file; {} on ranks other than 0."""
-        sides = _sides(metric)
-        protocols = [protocol_for(metric, self.protocol, seed) for seed in seeds]
+        """Returns the entry of one metric in the result file; {} on ranks other than 0."""
+        sides = _list_sides(metric)
+        protocols = [fill_protocol(metric, self.protocol, seed) for seed in seeds]
         runs = []
         for protocol in protocols:
             sets = {side: self.features(side, metric, protocol.side(side)) for side in sides}
             if self.extractor.world.is_main:
-                _usable(self, metric, sets)
-                runs.append((sets, self._scores(metric, protocol, sets)))
+                _require_usable(self, metric, sets)
+                runs.append((sets, self._score_seed(metric, protocol, sets)))
             if all(protocol.side(side).seed is None or sets[side].whole for side in sides):
-                break  # nothing was drawn, so every seed would give the same
+                break  # nothing was drawn: every seed gives the same
         if not runs:
             return {}
-        entry = _summary([scores for _, scores in runs])
-        counts = {side: _counts(self.source(side), metric, [sets[side] for sets, _ in runs]) for side in sides}
+        entry = _summarise([scores for _, scores in runs])
+        counts = {side: _count_clips(self.source(side), metric, [sets[side] for sets, _ in runs]) for side in sides}
         entry["detector"] = self.detectors[metric.family].name
-        used = {f"num_{side}": each["used"] for side, each in counts.items()}  # at most what the metric's name says
+        used = {f"num_{side}": each["used"] for side, each in counts.items()}  # at most the number in the metric's name
         entry["protocol"] = protocols[0].to_dict() | {"seed": None, "seeds": list(seeds[: len(runs)])} | used
         entry["counts"] = counts
-        entry["dropped"] = {side: _dropped([sets[side] for sets, _ in runs]) for side in sides}
-        entry["warnings"] = _warnings(self, metric, protocols[0], counts)
+        entry["dropped"] = {side: _list_dropped([sets[side] for sets, _ in runs]) for side in sides}
+        entry["warnings"] = _list_warnings(self, metric, protocols[0], counts)
         return entry
 
-    def look(self, metrics: Sequence[Metric]) -> None:
-        """Find what a clip of each side can tell of all metrics, before anything is computed; on every rank.
+    def check_inputs(self, metrics: Sequence[Metric]) -> None:
+        """Checks the first usable clip of each side for all metrics before anything is computed; on every rank.
 
-        Raises: ValueError for too few clips, none that is long enough or readable, or another size on either side.
+        Raises: ValueError for too few clips, none long enough or readable, or different sizes of the sides.
         """
-        on_main(lambda: self._look(metrics))
+        on_main(lambda: self._check_inputs(metrics))
 
-    def _look(self, metrics: Sequence[Metric]) -> None:
+    def _check_inputs(self, metrics: Sequence[Metric]) -> None:
         for metric in metrics:
-            protocol, sizes = protocol_for(metric, self.protocol, seed=0), {}
-            for side in _sides(metric):
+            protocol, sizes = fill_protocol(metric, self.protocol, seed=0), {}
+            for side in _list_sides(metric):
                 source = self.source(side)
                 if metric.unit == "clip":
-                    _enough(metric, source, len(source.clips))
-                if self.windows is None:  # whose clips are known, and were read before
-                    sizes[side] = first_size(source, protocol.side(side))
-            _same_size(sizes)
+                    _require_enough(metric, source, len(source.clips))
+                if self.windows is None:  # the clips of a manifest were usable before
+                    sizes[side] = find_first_size(source, protocol.side(side))
+            _require_same_size(sizes)
 
     # ---- features ----------------------------------------------------------------------------------
 
     def features(self, side: str, metric: Metric, rules: SideRules) -> FeatureSet:
-        """The features of one side; the same ones are computed once."""
-        detector, variants = self.detectors[metric.family], self._variants(side, metric)
+        """Returns the features of one side; equal requests are computed once."""
+        detector, variants = self.detectors[metric.family], self._list_variants(side, metric)
         max_rows = MAX_ROWS if side == "real" and metric.unit == "frame" else None
         what = (side, detector.name, variants, max_rows)
         for each in (rules.whole, rules):
@@ -116,33 +116,33 @@ class Evaluation:
             if found and rules.allows(found.windows):
                 break
         else:
-            found = self._cached(side, rules, detector, variants, max_rows)
+            found = self._load_or_extract(side, rules, detector, variants, max_rows)
             each = rules.whole if found.whole else rules
             self.known[(*what, each)] = found
         self.read[side, each] = found
         return found
 
     def source(self, side: str) -> Source:
-        """The real or the fake clips."""
+        """Returns the real or the fake clips."""
         source = self.real if side == "real" else self.fake
         assert source is not None  # checked before anything is read
         return source
 
-    def _variants(self, side: str, metric: Metric) -> tuple[str, ...]:
-        """What else than the clips themselves the detector is shown."""
+    def _list_variants(self, side: str, metric: Metric) -> tuple[str, ...]:
+        """Lists the variants of the clips that the detector runs on."""
         if metric.unit == "frame":
             return (PLAIN,)
-        lengths = tuple(f"first{length}" for length in self._lengths(metric))
+        lengths = tuple(f"first{length}" for length in self._list_lengths(metric))
         wanted = side == "real" and metric.kind != "inception_score" and "shuffle" in self.checks
         return (PLAIN, *lengths, *(("shuffled",) if wanted else ()))
 
-    def _lengths(self, metric: Metric) -> list[int]:
-        """16, 32, ... frames, below those of the metric."""
+    def _list_lengths(self, metric: Metric) -> list[int]:
+        """Lists 16, 32, ... frames, below those of the metric."""
         if "frame" not in self.reports or metric.unit != "clip":
             return []
         return [SHORTEST << power for power in range(20) if SHORTEST << power < metric.frames]
 
-    def _cached(
+    def _load_or_extract(
         self,
         side: str,
         rules: SideRules,
@@ -150,15 +150,15 @@ class Evaluation:
         variants: tuple[str, ...],
         max_rows: int | None,
     ) -> FeatureSet:
-        """From the cache, or else computed; on ranks other than 0 without features."""
+        """Loads features from the cache, or extracts them; on ranks other than 0 without features."""
         source, world = self.source(side), self.extractor.world
         cache = self.cache if side == "real" and world.is_main else None
         given, windows = self.windows(side, rules) if self.windows else (rules, None)
-        bits = {"device": world.device.type, "threads": torch.get_num_threads(), "versions": library_versions()}
+        bits = {"device": world.device.type, "threads": torch.get_num_threads(), "versions": list_library_versions()}
         more = bits | {"variants": variants, "windows": windows, "max_rows": max_rows}
 
         def key(rules: SideRules) -> str:
-            return cache_key(rules, source, f"{detector.name} {detector.sha256}", **more)
+            return build_cache_key(rules, source, f"{detector.name} {detector.sha256}", **more)
 
         entries = (cache.load(key(each), source, rules) for each in (given.whole, given)) if cache else ()
         found = next(filter(None, entries), None)
@@ -171,38 +171,38 @@ class Evaluation:
         if cache:
             under = given.whole if found.whole else given
             about = {"root": source.root, "detector": detector.name, "rules": vars(under)}
-            _keep(cache, key(under), source, found, about)
+            _store(cache, key(under), source, found, about)
         return found
 
     # ---- values ------------------------------------------------------------------------------------
 
-    def _scores(self, metric: Metric, protocol: Protocol, sets: Mapping[str, FeatureSet]) -> dict[str, Any]:
-        """The value of one seed, and the checks beside it."""
+    def _score_seed(self, metric: Metric, protocol: Protocol, sets: Mapping[str, FeatureSet]) -> dict[str, Any]:
+        """Returns the value of one seed, and its checks."""
         real, fake = sets.get("real"), sets["fake"]
         value, spread = score(metric, protocol, real, fake)
         scores: dict[str, Any] = {"value": value, "spread": spread}
         if real is not None and "floor" in self.checks:
-            halves = real_halves(real, protocol.seed)
+            halves = split_real_halves(real, protocol.seed)
             if min(half.count for half in halves) > 1:
                 scores["floor"] = score(metric, protocol, *halves)[0]
                 scores["floor_counts"] = [half.count for half in halves]
         if real is not None and "shuffled" in real.rows:
             scores["shuffled"] = score(metric, protocol, real, replace(real, rows={PLAIN: real.rows["shuffled"]}))[0]
         if "frame" in self.reports:
-            scores |= self._along(metric, protocol, real, fake, value)
+            scores |= self._score_along(metric, protocol, real, fake, value)
         return scores
 
-    def _along(
+    def _score_along(
         self, metric: Metric, protocol: Protocol, real: FeatureSet | None, fake: FeatureSet, value: float
     ) -> dict[str, Any]:
-        """How the value goes along the clip: by its length; of frames, by their place in it."""
+        """Returns the value by the length of the clip or, for frames, by their position in it."""
 
         def part(side: FeatureSet | None, name: str) -> FeatureSet | None:
             return side and replace(side, rows={PLAIN: side.rows[name]})
 
         if metric.unit == "clip":
             lengths = {n: score(metric, protocol, part(real, f"first{n}"), part(fake, f"first{n}"))[0]  # type: ignore[arg-type]
-                       for n in self._lengths(metric)}  # fmt: skip
+                       for n in self._list_lengths(metric)}  # fmt: skip
             return {"by_length": lengths | {metric.frames: value}}
         places = np.concatenate([np.asarray(window.indices) for window in fake.windows])
         shown = np.unique(np.linspace(0, places.max(), POSITIONS).round().astype(int))
@@ -212,26 +212,26 @@ class Evaluation:
         return {"by_frame": {place: score(metric, protocol, real, each)[0] for place, each in at.items()}}
 
 
-def _sides(metric: Metric) -> list[str]:
+def _list_sides(metric: Metric) -> list[str]:
     return [side for side in ("real", "fake") if getattr(metric, f"num_{side}") != 0]
 
 
 def score(metric: Metric, protocol: Protocol, real: FeatureSet | None, fake: FeatureSet) -> Score:
-    """The metric of two sets of features; its deviation where it is a mean over subsets or splits."""
+    """Returns the metric of two sets of features, and its deviation if it is a mean over subsets or splits."""
     if metric.kind == "inception_score":
         return inception_score(fake.rows[PLAIN], splits=SPLITS, shuffle_seed=metric.shuffle_seed)
     assert real is not None  # a distance has two sides
     if metric.kind == "kernel":
         x, y = real.rows[PLAIN], fake.rows[PLAIN]
         value, spread = kernel_distance(x, y, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=protocol.seed)
-        return value, None if len(x) == len(y) <= SUBSET_SIZE else spread  # each subset is all there is
+        return value, None if len(x) == len(y) <= SUBSET_SIZE else spread  # each subset is the whole set
     if protocol.divisor == "n" and not (real.moments or fake.moments):
         return frechet_distance(real.rows[PLAIN], fake.rows[PLAIN]), None
-    return frechet_from_moments(moments_of(real), moments_of(fake), protocol.divisor), None
+    return frechet_from_moments(sum_moments(real), sum_moments(fake), protocol.divisor), None
 
 
-def moments_of(features: FeatureSet) -> Moments:
-    """Of all items."""
+def sum_moments(features: FeatureSet) -> Moments:
+    """Returns the moments of all items."""
     if features.moments:
         return sum(features.moments[1:], features.moments[0])
     rows = features.rows[PLAIN]
@@ -241,13 +241,13 @@ def moments_of(features: FeatureSet) -> Moments:
     return moments
 
 
-def real_halves(features: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
-    """Two random halves of the clips, as many in one as in the other; no clip has frames in both."""
+def split_real_halves(features: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
+    """Splits the clips into two random halves of equal size; no clip has frames in both."""
     clips, rows = features.clips(), features.rows[PLAIN]
-    if features.moments:  # whose halves are always the same
-        parts = halves([window.clip for window in features.windows], seed=0)
+    if features.moments:  # of fixed halves
+        parts = split_halves([window.clip for window in features.windows], seed=0)
     else:
-        parts = halves(clips, seed)
+        parts = split_halves(clips, seed)
         parts = (parts[0], parts[1][: len(parts[0])])
     first, second = (FeatureSet({PLAIN: rows[torch.from_numpy(np.isin(clips, some))]}) for some in parts)
     for half, moments in zip((first, second), features.moments):
@@ -255,8 +255,8 @@ def real_halves(features: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet
     return first, second
 
 
-def _keep(cache: FeatureCache, *entry: Any) -> None:
-    """Store an entry; a cache that cannot be written costs time, not the result."""
+def _store(cache: FeatureCache, *entry: Any) -> None:
+    """Stores an entry; only warns if the cache cannot be written."""
     try:
         cache.store(*entry)
     except OSError as error:
@@ -266,8 +266,8 @@ def _keep(cache: FeatureCache, *entry: Any) -> None:
 # ------------------------------------------------------------------------------------------- summaries
 
 
-def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds; the deviation is that of a sample (divided by one less than the seeds)."""
+def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns means over the seeds; the deviation is that of a sample (divided by one less than the seeds)."""
     values = [run["value"] for run in runs]
     entry: dict[str, Any] = {
         "value": statistics.fmean(values),
@@ -286,21 +286,21 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return entry
 
 
-def _usable(evaluation: Evaluation, metric: Metric, sets: Mapping[str, FeatureSet]) -> None:
-    """ValueError where the sides differ in size, or one has too few items for the metric."""
-    _same_size({side: features.size for side, features in sets.items()})
+def _require_usable(evaluation: Evaluation, metric: Metric, sets: Mapping[str, FeatureSet]) -> None:
+    """Raises ValueError if the sides differ in size, or one has too few items for the metric."""
+    _require_same_size({side: features.size for side, features in sets.items()})
     for side, features in sets.items():
-        _enough(metric, evaluation.source(side), features.count)
+        _require_enough(metric, evaluation.source(side), features.count)
 
 
-def _same_size(sizes: Mapping[str, tuple[int, int] | None]) -> None:
+def _require_same_size(sizes: Mapping[str, tuple[int, int] | None]) -> None:
     known = {side: size for side, size in sizes.items() if size}
     if len(set(known.values())) > 1:
         said = " and ".join(f"the {side} ones {width}x{height}" for side, (height, width) in known.items())
         raise ValueError(f"the frames differ in size, {said}: give --resolution, to which all are cropped and resized")
 
 
-def _enough(metric: Metric, source: Source, count: int) -> None:
+def _require_enough(metric: Metric, source: Source, count: int) -> None:
     fewest = SPLITS if metric.kind == "inception_score" else 2
     if count < fewest:
         raise ValueError(
@@ -309,9 +309,9 @@ def _enough(metric: Metric, source: Source, count: int) -> None:
         )
 
 
-def _counts(source: Source, metric: Metric, sets: Sequence[FeatureSet]) -> dict[str, Any]:
-    """What was found, used and left out on one side. Of several seeds the fewest that one used, and all left out."""
-    dropped, size = _dropped(sets), sets[0].size
+def _count_clips(source: Source, metric: Metric, sets: Sequence[FeatureSet]) -> dict[str, Any]:
+    """Counts the clips of one side: found, used (the minimum over seeds) and left out (in any seed)."""
+    dropped, size = _list_dropped(sets), sets[0].size
     return {
         "used": min(features.count for features in sets),
         "unit": metric.unit,
@@ -323,8 +323,8 @@ def _counts(source: Source, metric: Metric, sets: Sequence[FeatureSet]) -> dict[
     }
 
 
-def _dropped(sets: Sequence[FeatureSet]) -> dict[str, dict[str, str]]:
-    """Every clip that was left out in any seed, with the reason; and those used though their end is missing."""
+def _list_dropped(sets: Sequence[FeatureSet]) -> dict[str, dict[str, str]]:
+    """Lists every clip that was left out in any seed, with the reason, and those used although cut off."""
     merged: dict[str, dict[str, str]] = {}
     for note in ("unreadable", "short", "cut_off"):
         merged["too_short" if note == "short" else note] = {
@@ -333,12 +333,12 @@ def _dropped(sets: Sequence[FeatureSet]) -> dict[str, dict[str, str]]:
     return merged
 
 
-def _warnings(
+def _list_warnings(
     evaluation: Evaluation, metric: Metric, protocol: Protocol, counts: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """What makes this value less than it seems, a sentence each. `counts`: of `_counts`, by side."""
+    """Lists reservations about the value, a sentence each. `counts`: of `_count_clips`, by side."""
     used = {side: each["used"] for side, each in counts.items()}
-    found = [*_count_warnings(metric, protocol, used), *_data_warnings(evaluation, protocol, counts)]
+    found = [*_list_count_warnings(metric, protocol, used), *_list_data_warnings(evaluation, protocol, counts)]
     detector = evaluation.detectors[metric.family]
     spec = DETECTORS[detector.name]
     if spec.stand_in:
@@ -352,7 +352,7 @@ def _warnings(
     return found
 
 
-def _count_warnings(metric: Metric, protocol: Protocol, counts: Mapping[str, int]) -> list[str]:
+def _list_count_warnings(metric: Metric, protocol: Protocol, counts: Mapping[str, int]) -> list[str]:
     found = []
     asked = {side: getattr(protocol, f"num_{side}") for side in counts if side == "fake" or metric.unit == "clip"}
     few = [f"{counts[side]} {side}" for side, most in asked.items() if most is not None and counts[side] < most]
@@ -367,11 +367,11 @@ def _count_warnings(metric: Metric, protocol: Protocol, counts: Mapping[str, int
     return found
 
 
-def _same_place(*sources: Source) -> bool:
+def _is_same_place(*sources: Source) -> bool:
     return len({Path(source.root).resolve() for source in sources}) == 1
 
 
-def _data_warnings(
+def _list_data_warnings(
     evaluation: Evaluation, protocol: Protocol, counts: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:  # fmt: skip
     found = []
@@ -381,7 +381,7 @@ def _data_warnings(
             found.append(f"{side} clips were left out: {', '.join(dropped)}; the result file names them")
         if each["cut_off"]:
             found.append(f"{each['cut_off']} {side} files are cut off or damaged, and were used as far as they go")
-    if "real" in counts and evaluation.real and _same_place(evaluation.real, evaluation.fake):
+    if "real" in counts and evaluation.real and _is_same_place(evaluation.real, evaluation.fake):
         found.append(f"real and fake clips are the same, '{evaluation.fake.root}': the value judges no sample")
     words = {word.lower() for word in PurePath(evaluation.real.root).parts} if evaluation.real else set()
     if "real" in counts and protocol.split == "train" and words & {"test", "val", "valid", "validation"}:

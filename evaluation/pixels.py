@@ -1,6 +1,6 @@
-"""What is done with the frames of a clip before a detector sees them: crop and size, and lossy storage.
+"""Preprocessing of frames for a detector: crop and resize, and lossy storage.
 
-All take and give uint8 (T, 3, H, W). Nothing touches the disk.
+All functions map uint8 (T, 3, H, W) to uint8 (T, 3, H, W), in memory.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ JPEG_QUALITY = 75  # Pillow's default: the official converter's `q=95` is a para
 
 
 def resize_then_center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size`, then the centre (StyleGAN-V's converter)."""
+    """Resizes the short side to `size`, then crops the centre (StyleGAN-V's converter)."""
     factor = size / min(image.size)
     width, height = (max(size, round(side * factor)) for side in image.size)
     return center_crop(image.resize((width, height), Image.Resampling.LANCZOS), size)
 
 
 def center_crop_then_resize(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square, then to `size` (Latte's converter)."""
+    """Crops the largest centred square, then resizes it to `size` (Latte's converter)."""
     return center_crop(image, min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centred square of side `size`."""
+    """Crops the centred square of side `size`."""
     left, top = (round((side - size) / 2) for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
@@ -43,14 +43,14 @@ CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 
 def fit(frames: Tensor, crop: str, size: int | None) -> Tensor:
-    """The frames as squares of side `size`, by Pillow's Lanczos filter; those that are so already, as they are."""
+    """Crops and resizes frames to `size` x `size` with Pillow's Lanczos filter; keeps frames of that size."""
     if size is None or frames.shape[-2:] == (size, size):
         return frames
     return _each(frames, lambda image: np.asarray(CROPS[crop](image, size)))
 
 
 def through_jpeg(frames: Tensor) -> Tensor:
-    """Each frame written and read as the official converter's JPEG."""
+    """Encodes and decodes each frame as the official converter's JPEG."""
 
     def round_trip(image: Image.Image) -> np.ndarray:
         file = io.BytesIO()
@@ -61,9 +61,9 @@ def through_jpeg(frames: Tensor) -> Tensor:
 
 
 def through_mp4(frames: Tensor) -> Tensor:
-    """The clip written and read as the official sampler's mp4: H.264, yuv420p.
+    """Encodes and decodes the clip as the official sampler's mp4: H.264, yuv420p.
 
-    Raises: ValueError for sizes that imageio, which wrote them, would have stretched.
+    Raises: ValueError for sizes that imageio, the official writer, resizes.
     """
     import av
 

@@ -1,7 +1,7 @@
-"""What is measured and how: the table of metrics, the named protocols and the presets of the data sets.
+"""Metrics, protocols and presets of data sets.
 
-A metric says which detector sees how many clips of how many frames. A protocol says which clips those are and
-what is done with their pixels. Together they make a `Protocol`, all of which stands in every result.
+A metric defines the detector and the number and length of the clips. A protocol defines the selection and the
+preprocessing of the clips. Together they form a `Protocol`, which is recorded in every result.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-ALL = None  # as a count: everything there is
+ALL = None  # as a count
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One line of the table.
+    """A metric.
 
     Args:
         kind: frechet, kernel or inception_score.
-        family: which detectors may judge it: one of their `DetectorSpec.metrics`.
-        unit: what an item is, "clip" or "frame".
-        num_real, num_fake: items at most; ALL, or 0 for a side that is not looked at.
-        frames: n, frames of a clip that the detector sees.
-        subsample: these are so many frames apart, on both sides.
+        family: its detectors have it in their `DetectorSpec.metrics`.
+        unit: of an item, "clip" or "frame".
+        num_real, num_fake: maximum of items; ALL, or 0 for an unused side.
+        frames: frames of a clip for the detector.
+        subsample: distance of these frames, on both sides.
         shuffle_seed: of the samples before they are split (inception score).
     """
 
@@ -53,7 +53,7 @@ METRICS: dict[str, Metric] = {
         Metric("isv2048_ucf", "inception_score", "isv", "clip", 0, 2048, 16, shuffle_seed=42),
     )
 }
-# Any other numbers: a pattern, and the line of the table that it varies. N may end in k, for thousands.
+# Other numbers: pattern -> the metric that it varies. N may end in k, for thousands.
 FAMILIES: tuple[tuple[str, str], ...] = (
     (r"fvd(?P<n>\d+k?)_(?P<f>\d+)f(_subsample(?P<s>\d+)f)?", "fvd2048_16f"),
     (r"kvd(?P<n>\d+k?)_(?P<f>\d+)f(_subsample(?P<s>\d+)f)?", "kvd2048_16f"),
@@ -65,9 +65,9 @@ FAMILIES: tuple[tuple[str, str], ...] = (
 
 
 def parse_metric(name: str) -> Metric:
-    """The metric of that name: a line of METRICS, or one with other numbers (`fvd64_16f`, `fid5k_full`).
+    """Returns the metric of that name: one of METRICS, or one with other numbers (`fvd64_16f`, `fid5k_full`).
 
-    Raises: ValueError for a name that is neither.
+    Raises: ValueError for an unknown name.
     """
     if name in METRICS:
         return METRICS[name]
@@ -101,18 +101,18 @@ def _with_numbers(model: Metric, name: str, n: str, f: str | None = None, s: str
 
 @dataclass(frozen=True)
 class SideRules:
-    """How the items of one side are found and treated: `Protocol.side` fills it in.
+    """Selection and preprocessing of the items of one side, built by `Protocol.side`.
 
     Args:
         unit: clip or frame.
-        count: items at most; None all.
+        count: maximum of items; None takes all.
         frames, stride: a clip is `frames` frames, `stride` apart; videos shorter than frames x stride are left out.
         offset: "start", or "uniform": drawn from 0 to L - frames x stride + stride - 1, both included, L being
             the length of the video.
         selection: "first" in the order of the names, or "random".
         crop, resolution: see `pixels.CROPS`; None leaves the frames as they are.
-        storage: what the frames go through before the detector sees them: a key of `pixels.STORAGE`.
-        seed: of offsets and selection; None where neither is drawn.
+        storage: lossy storage before the detector: a key of `pixels.STORAGE`.
+        seed: of offsets and selection; None if neither is random.
     """
 
     unit: str
@@ -128,26 +128,26 @@ class SideRules:
 
     @property
     def whole(self) -> SideRules:
-        """The same where all that there is was taken, which no seed and no count has a say in."""
+        """The rules that take all items, independent of seed and count."""
         return replace(self, count=ALL, selection="first", seed=None)
 
     def allows(self, windows: Sequence[Any]) -> bool:
-        """Whether these (`sources.Window`) are no more items than asked for: else, taken whole, they are too many."""
+        """Returns whether these windows (`sources.Window`) have at most `count` items."""
         items = len(windows) if self.unit == "clip" else sum(window.frames for window in windows)
         return self.count is ALL or items <= self.count
 
     @property
     def span(self) -> int:
-        """Frames of the shortest video that is kept."""
+        """Frames of the shortest usable video."""
         return self.frames * self.stride
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that a value depends on beside the files and the detector. See SideRules and Metric for the words.
+    """All settings that a value depends on, apart from the files and the detector; see SideRules and Metric.
 
-    `split` is what the caller says the real data are; it is reported, and cannot be checked. `changed` names what
-    was set otherwise than the protocol of that name has it.
+    `split` names the real data for the report, and cannot be checked. `changed` lists the settings that differ from the
+    named protocol.
     """
 
     name: str
@@ -171,7 +171,7 @@ class Protocol:
     changed: tuple[str, ...] = ()
 
     def side(self, side: str) -> SideRules:
-        """The rules of the "real" or "fake" side."""
+        """Returns the rules of the "real" or "fake" side."""
         own = {key: getattr(self, f"{side}_{key}") for key in ("stride", "offset", "storage")}
         count = getattr(self, f"num_{side}")
         offset = own["offset"] == "uniform" and self.unit == "clip"
@@ -188,7 +188,7 @@ class Protocol:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Returns the protocol for JSON."""
         return asdict(self)
 
 
@@ -208,7 +208,7 @@ PRESET_RESOLUTION = 256
 
 
 def build_protocol(name: str, dataset: str | None = None, **settings: Any) -> Protocol:
-    """The protocol called `name`, with the preset of `dataset` and then `settings` (those not None) over it.
+    """Returns the protocol `name`, updated by the preset of `dataset`, then by `settings` that are not None.
 
     Raises: ValueError for an unknown name, or a setting out of range.
     """
@@ -222,7 +222,7 @@ def build_protocol(name: str, dataset: str | None = None, **settings: Any) -> Pr
     for key in ("real_stride", "fake_stride", "resolution"):
         if key in given and given[key] < 1:
             raise ValueError(f"--{key} is {given[key]}, but must be at least 1")
-    named = ("real_stride", "fake_stride", "selection", "divisor")  # the rest is the caller's to say
+    named = ("real_stride", "fake_stride", "selection", "divisor")  # other settings are the caller's choice
     changed = tuple(f"{key}={given[key]}" for key in named if key in given and given[key] != getattr(protocol, key))
     return replace(protocol, changed=changed, **given)
 
@@ -232,8 +232,8 @@ def _known(flag: str, value: str, table: dict[str, Any]) -> None:
         raise ValueError(f"{flag}: '{value}' is unknown, use one of {', '.join(table)}")
 
 
-def protocol_for(metric: Metric, protocol: Protocol, seed: int) -> Protocol:
-    """`protocol` with the counts, frames and strides of `metric`, and one seed."""
+def fill_protocol(metric: Metric, protocol: Protocol, seed: int) -> Protocol:
+    """Returns `protocol` with the counts, frames and strides of `metric`, and one seed."""
     frames = metric.unit == "frame"
     return replace(
         protocol,

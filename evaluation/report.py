@@ -1,4 +1,4 @@
-"""The result of an evaluation as JSON, and as a table of 80 columns."""
+"""Formats the result of an evaluation as a table of 80 columns."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
+import PIL
+import torch
+
 from common.console import printable
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 80
-NAMED = 5  # dropped clips that the table names; the file names all
+NAMED = 5  # dropped clips in the table; the file lists all
 
 
-def versions() -> dict[str, str | None]:
-    """Of everything that touches pixels or numbers."""
+def list_versions() -> dict[str, str | None]:
+    """Returns the versions of the code and of all libraries behind the numbers."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "commit": git.stdout.strip() or None,
         "python": platform.python_version(),
-        **library_versions(),
+        **list_library_versions(),
     }
 
 
-def library_versions() -> dict[str, str]:
-    """Of the libraries that may move the last bits of features."""
-    import av
-    import numpy
-    import PIL
-    import torch
+def list_library_versions() -> dict[str, str]:
+    """Returns the versions of the libraries that may change the last bits of features."""
+    import av  # slow to import
 
     modules = {"torch": torch, "numpy": numpy, "av": av, "pillow": PIL}
     return {name: module.__version__ for name, module in modules.items()}
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """What a person should see of the result."""
+def format_table(result: Mapping[str, Any]) -> str:
+    """Formats the result for the terminal."""
     parts = [_head(result), _values(result["metrics"]), _along(result["metrics"]), _detectors(result["detectors"])]
     parts += [_dropped(result["metrics"]), _warnings(result["metrics"])]
     return "\n\n".join(part for part in parts if part)
@@ -82,7 +83,7 @@ def _values(metrics: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Four or five digits, or "-" where there is none; what is rounding is 0."""
+    """Formats four or five digits; "-" for None; rounding errors as 0."""
     if value is None:
         return "-"
     value = value if abs(value) > 1e-9 else 0.0
@@ -107,7 +108,7 @@ def _detectors(detectors: Mapping[str, Any]) -> str:
 
 
 def _dropped(metrics: Mapping[str, Any]) -> str:
-    """The clips that cannot be read, by name; the first few."""
+    """Lists the first few unreadable clips by name."""
     names: dict[str, str] = {}
     for entry in metrics.values():
         for side, notes in entry["dropped"].items():
@@ -118,7 +119,7 @@ def _dropped(metrics: Mapping[str, Any]) -> str:
 
 
 def _warnings(metrics: Mapping[str, Any]) -> str:
-    """Each warning once, with the metrics that it is about."""
+    """Lists each warning once, with its metrics."""
     about: dict[str, list[str]] = {}
     for name, entry in metrics.items():
         for warning in entry["warnings"]:
@@ -131,11 +132,11 @@ def _warnings(metrics: Mapping[str, Any]) -> str:
 
 
 def _wrapped(text: str, **indents: str) -> str:
-    """`text` in lines of 80 columns; a path is never broken."""
+    """Wraps `text` to 80 columns without breaking paths."""
     indents = {"subsequent_indent": "  "} | indents
     return textwrap.fill(printable(text), WIDTH, break_long_words=False, break_on_hyphens=False, **indents)  # type: ignore[arg-type]
 
 
-def all_warnings(metrics: Mapping[str, Any]) -> Sequence[str]:
-    """Every warning once."""
+def merge_warnings(metrics: Mapping[str, Any]) -> Sequence[str]:
+    """Returns every warning once."""
     return list(dict.fromkeys(warning for entry in metrics.values() for warning in entry["warnings"]))

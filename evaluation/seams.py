@@ -1,10 +1,10 @@
-"""How much a video changes where one window takes over from another, against everywhere else.
+"""Measures the change of videos at the seams of their windows, relative to other frames.
 
     python -m evaluation.seams results/samples [...]
 
-Each folder is one that sample/sample.py wrote; where its samples.json names windows, their seams are measured.
-Without windows, `--window`, `--overlap` and `--window_method` say where the seams would be: what they find in real
-clips, or in videos sampled at once, is what a ratio of 1 looks like.
+Each folder is an output of sample/sample.py; the seams are those of the windows in its samples.json. Without windows,
+`--window`, `--overlap` and `--window_method` place the seams: real clips, or videos sampled in one window, have a ratio
+of about 1.
 
 Letters: n videos, F frames, H W pixels.
 """
@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from datasets.readers import open_video
+from diffusion.windows import WINDOW_METHODS, find_seams
 from engine import cli
 
 
 @dataclass(frozen=True)
 class SeamChange:
-    """Mean change from frame to frame, in grey levels: at seams, and elsewhere; their ratio and its standard error."""
+    """Mean change from frame to frame in grey levels, at seams and elsewhere; their ratio and its standard error."""
 
     at_seams: float
     elsewhere: float
@@ -34,26 +36,26 @@ class SeamChange:
 
 
 def frame_changes(videos: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of neighbouring frames in grey levels: uint8 (n, F, H, W, 3) -> (n, F-1)."""
+    """Returns the mean absolute difference of consecutive frames in grey levels: uint8 (n, F, H, W, 3) -> (n, F-1)."""
     return np.stack([np.abs(np.diff(video.astype(np.int16), axis=0)).mean(axis=(1, 2, 3)) for video in videos])
 
 
 def seam_change(videos: np.ndarray, seams: Sequence[int]) -> SeamChange:
-    """The change into the frames `seams` against that into all others.
+    """Compares the change into the frames `seams` with that into all others.
 
-    The ratio is that of the means over all videos; its error is the jackknife's over videos.
+    The ratio is that of the means over all videos; its error is the jackknife estimate over videos.
 
     Args:
         videos: uint8 (n, F, H, W, 3).
-        seams: frames, 1 to F-1, each the first behind a seam.
+        seams: frames, 1 to F-1, each the first after a seam.
 
     Raises:
-        ValueError: without a seam, without another frame to compare with, or for frames that are not there.
+        ValueError: no seam, no other frame to compare with, or frames out of range.
     """
     changes = frame_changes(videos)
     places = sorted({seam - 1 for seam in seams})
     if not places or places[0] < 0 or places[-1] >= changes.shape[1] or len(places) == changes.shape[1]:
-        raise ValueError(f"seams must be some of the frames 1 to {changes.shape[1]}, and not all, not {list(seams)}.")
+        raise ValueError(f"seams must be some of the frames 1 to {changes.shape[1]}, but not all, got {list(seams)}.")
     at, rest = changes[:, places].mean(axis=1), np.delete(changes, places, axis=1).mean(axis=1)
     ratio = float(at.mean() / max(rest.mean(), 1e-12))
     count = len(at)
@@ -65,19 +67,17 @@ def seam_change(videos: np.ndarray, seams: Sequence[int]) -> SeamChange:
 
 
 def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """The videos of a folder of samples, uint8 (n, F, H, W, 3), and what its samples.json says.
+    """Reads the videos of a folder of samples, uint8 (n, F, H, W, 3), and its samples.json.
 
     Raises:
-        ValueError: no such folder, in one sentence.
+        ValueError: not a folder of samples.
     """
-    from datasets.readers import open_video
-
     try:
         written: dict[str, Any] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
         files = [str(video["file"]) for video in written["videos"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{folder} is no folder of samples: sample/sample.py writes one, with a samples.json."
+            f"{folder} is not a folder of samples: sample/sample.py writes one, with a samples.json."
         ) from None
     readers = [open_video(folder / file) for file in files]
     frames = [reader.read(range(len(reader))).permute(0, 2, 3, 1).numpy() for reader in readers]
@@ -86,25 +86,23 @@ def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
     return np.stack(frames), written
 
 
-def seams_in(written: dict[str, Any], arguments: argparse.Namespace, num_frames: int) -> list[int]:
-    """Where the seams of the videos are, by their samples.json or by the command line."""
-    from diffusion.windows import WINDOW_METHODS, find_seams
-
+def locate_seams(written: dict[str, Any], arguments: argparse.Namespace, num_frames: int) -> list[int]:
+    """Returns the seams of the videos, from the command line or their samples.json."""
     made = written.get("windows") or {}
     window = arguments.window or made.get("size")
     if not window:
-        raise ValueError("these videos were sampled at once: say with --window and --overlap where seams would be.")
+        raise ValueError("these videos were sampled in one window: give --window and --overlap.")
     overlap = arguments.overlap or made.get("overlap") or max(1, window // 4)
     method = arguments.window_method or made.get("method") or WINDOW_METHODS[0]
     if method not in WINDOW_METHODS:
-        raise ValueError(f"--window_method must be one of {', '.join(WINDOW_METHODS)}, not {method!r}.")
+        raise ValueError(f"--window_method must be one of {', '.join(WINDOW_METHODS)}, got {method!r}.")
     if not 1 <= overlap < window:
-        raise ValueError(f"--overlap must be from 1 to {window - 1}, not {overlap}.")
+        raise ValueError(f"--overlap must be from 1 to {window - 1}, got {overlap}.")
     return find_seams(num_frames, window, overlap, method)
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; returns the exit code."""
+    """Measures the folders; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR")
     parser.add_argument("--window", type=int, metavar="N", help="frames of a window")
@@ -114,7 +112,7 @@ def main(argv: list[str]) -> int:
     print(f"{'videos':40s}{'at seams':>10s}{'elsewhere':>11s}{'ratio':>8s}{'error':>8s}")
     for folder in arguments.folders:
         videos, written = read_samples(folder)
-        found = seam_change(videos, seams_in(written, arguments, videos.shape[1]))
+        found = seam_change(videos, locate_seams(written, arguments, videos.shape[1]))
         numbers = f"{found.at_seams:10.2f}{found.elsewhere:11.2f}{found.ratio:8.2f}{found.error:8.2f}"
         print(f"{str(folder)[-39:]:40s}{numbers}")
     return 0

@@ -1,5 +1,4 @@
-"""Where the clips of an evaluation come from, and which of them are taken: a folder of videos, of folders of frames,
-or of arrays, at any depth.
+"""Clips of an evaluation and their selection, from a folder of videos, of folders of frames, or of arrays.
 
 Letters: T frames of a window, H W height and width in pixels, L frames of a video.
 """
@@ -27,16 +26,16 @@ from .pixels import STORAGE, fit
 from .protocols import SideRules
 
 PURPOSES = {"offset": 1, "selection": 2, "shuffle": 3, "halves": 4, "sample": 5}
-CALL_FRAMES = 128  # frames in one call of a clip detector; part of no result on the CPU, but of the last bits on a GPU
-TASK_FRAMES = 32  # frames read and judged at a time where frames are the items
+CALL_FRAMES = 128  # frames in one call of a clip detector; changes the last bits on a GPU
+TASK_FRAMES = 32  # frames read at a time if frames are the items
 
 
 class TooShort(VideoError):
-    """A video that has fewer frames than a clip needs."""
+    """A video with fewer frames than a clip needs."""
 
 
 class Window(NamedTuple):
-    """Which frames of which clip: `clip` is a place in the source; `frames` of them, `stride` apart, from `offset`."""
+    """Frames of a clip: `clip` is an index in the source; `frames` of them, `stride` apart, from `offset`."""
 
     clip: int
     offset: int
@@ -49,18 +48,18 @@ class Window(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A clip to be read; the window is drawn when its length is known, unless it is given."""
+    """A clip to be read; without a window, one is drawn once the length is known."""
 
     clip: int
     window: Window | None = None
 
 
-Task = tuple[Request, ...]  # what is read, and judged by the detector, at a time
+Task = tuple[Request, ...]  # read and passed to the detector together
 
 
 @dataclass
 class Reading:
-    """What became of a request: frames (T, 3, H, W), or the `problem` for which there are none."""
+    """Result of a request: frames (T, 3, H, W), or the `problem` that prevented them."""
 
     clip: int
     window: Window | None = None
@@ -72,7 +71,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Source:
-    """The clips of one side, in the order of their names, folder by folder; `skipped` counts all else by reason."""
+    """The clips of one side, in the order of their names, folder by folder; `skipped` counts other files by reason."""
 
     root: str
     clips: list[Clip]
@@ -80,11 +79,11 @@ class Source:
 
     @classmethod
     def find(cls, path: str, key: str) -> Source:
-        """Look into the folder `path`; `key` is what it is called in errors.
+        """Finds the clips in the folder `path`; `key` names it in errors.
 
-        Arrays, where there are any, are the samples, and videos beside them their copies for people.
+        If there are arrays, they are the samples, and videos are taken for previews of them.
 
-        Raises: FileNotFoundError, ValueError where there is nothing to read.
+        Raises: FileNotFoundError; ValueError if there is nothing to read.
         """
         root = find_root(path, key)
         for kinds in ((ARRAYS,), (VIDEOS, FRAMES)):
@@ -97,42 +96,42 @@ class Source:
         raise ValueError(f"{key}: '{path}' holds no video, no folder of frames and no sample array (found: {seen})")
 
     def listing(self) -> list[tuple[str, int]]:
-        """(name, size) of every clip: bytes of a file, frames of a folder."""
+        """Returns (name, size) of every clip: bytes of a file, frames of a folder."""
         return [(clip.name, clip.size) for clip in self.clips]
 
     def order(self, rules: SideRules) -> list[int]:
-        """Places of all clips, in the order in which they are tried: that of the names, unless some are drawn."""
+        """Returns the indices of all clips in the order of their use: by name, unless some are drawn."""
         if rules.selection == "first" or rules.count is None or rules.count >= len(self.clips):
             return list(range(len(self.clips)))
         return draw(rules.seed, "selection").permutation(len(self.clips)).tolist()
 
 
 def draw(seed: int | None, purpose: str, name: str = "") -> np.random.Generator:
-    """A generator of its own for every purpose and clip: what else is drawn, and in which order, never matters."""
+    """Returns a random generator for a purpose and clip, independent of all other draws."""
     words = np.frombuffer(hashlib.sha256(name.encode(errors="surrogateescape")).digest(), np.uint32)
     entropy = [(seed or 0) % 2**64, PURPOSES[purpose], *words.tolist()]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 def choose_window(rules: SideRules, clip: Clip, place: int, length: int) -> Window:
-    """The window of a clip of `length` frames. TooShort where it holds none."""
+    """Returns the window of a clip of `length` frames. Raises TooShort if it does not fit."""
     if length < rules.span:
         raise TooShort(clip.path, f"has {length} frames, a clip needs {rules.span}")
     offset = 0
     if rules.offset == "uniform":
-        last = length - rules.span + rules.stride - 1  # from here the last frame of the video is the last of the clip
+        last = length - rules.span + rules.stride - 1  # where the clip ends with the last frame of the video
         offset = int(draw(rules.seed, "offset", clip.name).integers(last + 1))
     return Window(place, offset, rules.stride, rules.frames)
 
 
 def shuffled(frames: Tensor, clip: Clip) -> Tensor:
-    """The frames (T, ...) in another order, the same for this clip in every run."""
+    """Returns the frames (T, ...) in a random order, fixed for this clip."""
     order = draw(0, "shuffle", clip.name).permutation(len(frames))
     return frames[torch.from_numpy(order)]
 
 
 class ClipReader(Dataset[list[Reading]]):
-    """`reader[i]`: the frames of task i, treated as the rules say. What cannot be read is told, never raised."""
+    """`reader[i]`: the preprocessed frames of task i. Problems of clips are in the readings, not raised."""
 
     def __init__(self, source: Source, rules: SideRules, tasks: Sequence[Task]) -> None:
         self.source, self.rules, self.tasks = source, rules, tasks
@@ -145,12 +144,14 @@ class ClipReader(Dataset[list[Reading]]):
         return [reading for place, requests in groups for reading in self._read(place, list(requests))]
 
     def _read(self, place: int, requests: list[Request]) -> Iterator[Reading]:
-        """All windows of one clip, which is opened once."""
+        """Reads all windows of one clip, which is opened once."""
         clip = self.source.clips[place]
         try:
             reader = open_video(clip.path)
             windows = [window or choose_window(self.rules, clip, place, len(reader)) for _, window in requests]
-            frames = self._treat(read_frames(reader, clip, [index for window in windows for index in window.indices]))
+            frames = self._preprocess(
+                read_frames(reader, clip, [index for window in windows for index in window.indices])
+            )
         except VideoError as error:
             short = isinstance(error, TooShort)
             yield from (Reading(place, window, problem=error.reason, short=short) for _, window in requests)
@@ -158,12 +159,12 @@ class ClipReader(Dataset[list[Reading]]):
         for window, own in zip(windows, frames.split([window.frames for window in windows])):
             yield Reading(place, window, own, remark=reader.cut_off)
 
-    def _treat(self, frames: Tensor) -> Tensor:
+    def _preprocess(self, frames: Tensor) -> Tensor:
         return STORAGE[self.rules.storage](fit(frames, self.rules.crop, self.rules.resolution))
 
 
-def first_size(source: Source, rules: SideRules) -> tuple[int, int]:
-    """(H, W) of the first clip that can be used, as a detector would see it. ValueError where none can."""
+def find_first_size(source: Source, rules: SideRules) -> tuple[int, int]:
+    """Returns (H, W) of the first usable clip after preprocessing. Raises ValueError if there is none."""
     problems: dict[str, str] = {}
     for place in source.order(rules):
         (reading,) = ClipReader(source, rules, [(Request(place),)])[0]
@@ -171,17 +172,17 @@ def first_size(source: Source, rules: SideRules) -> tuple[int, int]:
             height, width = reading.frames.shape[-2:]
             return height, width
         problems[source.clips[place].name] = str(reading.problem)
-    raise none_usable(source, problems)
+    raise explain_unusable(source, problems)
 
 
-def none_usable(source: Source, problems: Mapping[str, str]) -> ValueError:
-    """What is wrong where no clip can be used; `problems`: by name."""
+def explain_unusable(source: Source, problems: Mapping[str, str]) -> ValueError:
+    """Returns the error for a side without a usable clip; `problems`: by name."""
     some = "; ".join(f"{name}: {problem}" for name, problem in islice(problems.items(), 3))
     return ValueError(f"none of the {len(source.clips)} clips in '{source.root}' can be used: {some}")
 
 
 def read_frames(reader: Reader, clip: Clip, indices: list[int]) -> Tensor:
-    """The frames, or VideoError where parts that cannot be decoded make them doubtful."""
+    """Reads the frames. Raises VideoError if damaged parts make them unreliable."""
     if max(indices) >= len(reader):
         raise VideoError(clip.path, f"has {len(reader)} frames, but frame {max(indices)} is asked for")
     frames = reader.read(indices)
@@ -191,7 +192,7 @@ def read_frames(reader: Reader, clip: Clip, indices: list[int]) -> Tensor:
 
 
 class Lengths(Dataset[tuple[int, str | None]]):
-    """`lengths[i]`: (frames of clip i, None), or (0, why it cannot be read)."""
+    """`lengths[i]`: (frames of clip i, None), or (0, the reason that it cannot be read)."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -209,14 +210,14 @@ class Lengths(Dataset[tuple[int, str | None]]):
 # ------------------------------------------------------------------------------------------------ tasks
 
 
-def clip_tasks(requests: Sequence[Request], frames: int) -> list[Task]:
-    """Requests in fixed blocks: which clips meet in one call of the detector is a matter of their order alone."""
+def group_clips(requests: Sequence[Request], frames: int) -> list[Task]:
+    """Groups requests in fixed blocks: their order alone decides the clips of each detector call."""
     size = max(1, CALL_FRAMES // frames)
     return [tuple(requests[start : start + size]) for start in range(0, len(requests), size)]
 
 
-def frame_windows(lengths: Sequence[int], rules: SideRules) -> list[Window]:
-    """Single frames as items: all, the first or a drawn set of `rules.count` of them, as runs, clip by clip."""
+def select_frame_windows(lengths: Sequence[int], rules: SideRules) -> list[Window]:
+    """Selects single frames: all, the first or a random set of `rules.count`, as runs, clip by clip."""
     total = sum(lengths)
     count = total if rules.count is None else min(rules.count, total)
     if rules.selection == "random" and count < total:
@@ -227,7 +228,7 @@ def frame_windows(lengths: Sequence[int], rules: SideRules) -> list[Window]:
 
 
 def _runs(taken: Iterable[int], lengths: Sequence[int]) -> Iterator[Window]:
-    """Numbers among all frames of all clips -> windows of neighbouring frames, none longer than TASK_FRAMES."""
+    """Converts frame numbers over all clips to windows of consecutive frames, of at most TASK_FRAMES."""
     ends = np.cumsum(lengths)
     starts = ends - lengths
     numbers = np.fromiter(taken, dtype=np.int64)
@@ -241,8 +242,8 @@ def _runs(taken: Iterable[int], lengths: Sequence[int]) -> Iterator[Window]:
             begin = place
 
 
-def frame_tasks(windows: Sequence[Window]) -> list[Task]:
-    """The windows in their order; neighbours of one clip together, as long as they hold TASK_FRAMES frames or fewer."""
+def group_frames(windows: Sequence[Window]) -> list[Task]:
+    """Groups consecutive windows of one clip, up to TASK_FRAMES frames."""
     tasks: list[list[Request]] = []
     held = TASK_FRAMES
     for before, window in zip([None, *windows], windows):
@@ -257,10 +258,10 @@ def frame_tasks(windows: Sequence[Window]) -> list[Task]:
 # ---------------------------------------------------------------------------------------------- content
 
 
-def content_digest(clip: Clip, windows: Iterable[Window] | None) -> str:
-    """SHA-256 over the bytes that reading these windows (None: any) depends on: the file, or the frames' own files.
+def digest_content(clip: Clip, windows: Iterable[Window] | None) -> str:
+    """Returns the SHA-256 of the file, or of the frame files, behind these windows (None: behind all frames).
 
-    Raises: OSError, VideoError where they cannot be read.
+    Raises: OSError, VideoError if they cannot be read.
     """
     digest = hashlib.sha256()
     files = [Path(clip.path)]
@@ -277,14 +278,14 @@ def content_digest(clip: Clip, windows: Iterable[Window] | None) -> str:
 
 
 def window_to_json(window: Window, source: Source) -> list[Any]:
-    """[file, offset, stride, frames]: a line of a manifest."""
+    """Returns [file, offset, stride, frames], a line of a manifest."""
     return [source.clips[window.clip].name, *window[1:]]
 
 
 def windows_from_json(lines: Sequence[Any], source: Source, where: str) -> list[Window]:
-    """The inverse of `window_to_json`.
+    """Inverts `window_to_json`.
 
-    Raises: ValueError, one sentence with `where`, for lines that are no windows or clips that are not there.
+    Raises: ValueError, with `where`, for malformed lines or missing clips.
     """
     places = {clip.name: place for place, clip in enumerate(source.clips)}
     windows = []

@@ -1,6 +1,6 @@
-"""A stand-in for the detectors that cannot be had: torchvision's MobileNetV2, on frames and on clips.
+"""A stand-in for detectors that are not available: torchvision's MobileNetV2, on frames and on clips.
 
-It orders sets of videos as one would expect, but its values compare with nothing that was ever published.
+It ranks sets of videos plausibly, but its values are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZE = 224
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, on which it was trained
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 LAST_BLOCK = 18  # layers up to the last bottleneck, of 320 channels; one more makes them 1280
-KEY = "features.0.0.weight"  # tells its weights from others'
+KEY = "features.0.0.weight"  # identifies its weights
 
 
 class StandIn(nn.Module):
     """MobileNetV2 as a detector.
 
     Args:
-        kind: "frame": the 1280 pooled features of a frame; "clip": of a clip the mean over time of the 320 pooled
-            features of the last bottleneck, beside the mean absolute change from frame to frame, which moves when
-            frames change places; "probabilities": the 1000 ImageNet classes of a frame.
-        weights: torchvision's state dict; one that went through int8 (batch norms folded) gets plain ReLUs, as
-            quantised networks have.
-        path: of the weights, for the error.
+        kind: "frame": the 1280 pooled features of a frame; "clip": the mean over time of the 320 pooled features
+            of the last bottleneck, and their mean absolute change from frame to frame, which depends on the order of
+            the frames; "probabilities": the 1000 ImageNet classes of a frame.
+        weights: torchvision's state dict; one converted from int8 (batch norms folded) gets plain ReLUs, as in
+            quantised networks.
+        path: of the weights, for errors.
 
     Raises:
         ValueError: the weights are not MobileNetV2's.
@@ -48,7 +48,7 @@ class StandIn(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 frames (B, 3, H, W) or clips (B, 3, T, H, W) -> (B, D)."""
+        """Maps uint8 frames (B, 3, H, W) or clips (B, 3, T, H, W) to (B, D)."""
         if self.kind == "clip":
             return torch.stack([self._clip(clip.transpose(0, 1)) for clip in pixels])
         frames = self._normalized(pixels)
@@ -57,12 +57,12 @@ class StandIn(nn.Module):
         return self.network.features(frames).mean((2, 3))
 
     def _clip(self, frames: Tensor) -> Tensor:
-        """(T, 3, H, W) -> (640,). One clip at a time: its features do not depend on its neighbours, nor memory on B."""
+        """Maps (T, 3, H, W) to (640,), one clip at a time, independent of the batch."""
         features = self.network.features[:LAST_BLOCK](self._normalized(frames)).mean((2, 3))
         return torch.cat([features.mean(0), features.diff(dim=0).abs().mean(0)])
 
     def _normalized(self, frames: Tensor) -> Tensor:
-        """uint8 (T, 3, H, W) -> (T, 3, 224, 224), whole frames, aspect not kept."""
+        """Resizes and normalises uint8 (T, 3, H, W) to (T, 3, 224, 224), ignoring the aspect ratio."""
         resized = F.interpolate(frames.float() / 255, (SIZE, SIZE), mode="bilinear", antialias=True)
         mean, std = (resized.new_tensor(each).view(3, 1, 1) for each in (MEAN, STD))
         return (resized - mean) / std

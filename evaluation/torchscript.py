@@ -1,8 +1,8 @@
-"""Reading TorchScript archives, which are programs: what they would do is looked at before any of it runs.
+"""Loads TorchScript archives, which are programs, after checking their operations.
 
 TorchScript cannot call Python, but it can write files (`torch.save`), read them (`torch.from_file`), and do so
-while it is loaded (`__setstate__`). A detector does none of this. The archive's hash comes before its zip, the zip
-before its code, and what the code would run before the first call. It is a check of one file, not a sandbox.
+while it is loaded (`__setstate__`). A detector does none of this. The hash is checked before the zip archive, the
+archive before its code, and the operations before the first call. It is a check of one file, not a sandbox.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 
 MAX_BYTES = 4 * 2**30
 MAX_RECORDS = 100_000  # of an archive; one per tensor and source file
-MAX_CODE_BYTES = 64 * 2**20  # source is the one part of such an archive that is packed
+MAX_CODE_BYTES = 64 * 2**20  # source code is the only compressed part of such an archive
 NAMESPACES = ("aten", "prim")  # of the operations that networks use; others come from extensions
-# Operations that touch files; and calls whose target shows only when they run, other networks' hosts included
+# Operations on files, and calls whose target is known only at run time, remote calls included
 REFUSED = ("aten::save", "aten::from_file", "prim::CallMethod", "prim::CallFunction", "prim::rpc")
-LOAD_TIME = (b"__setstate__", b"torch.classes")  # what would run before it can be looked at
+LOAD_TIME = (b"__setstate__", b"torch.classes")  # runs before it can be checked
 
 
 def read_bytes(path: Path, origin: str, sha256: str | None) -> tuple[bytes, str]:
-    """The content of a detector file and its SHA-256; nothing is opened beyond that.
+    """Reads a detector file; returns its bytes and SHA-256.
 
     Raises:
-        FileNotFoundError: there is no such file; the sentence names `origin`, where it can be had.
+        FileNotFoundError: there is no such file; the message names `origin`.
         ValueError: its hash is not `sha256`.
     """
     if not path.is_file():
@@ -46,19 +46,19 @@ def read_bytes(path: Path, origin: str, sha256: str | None) -> tuple[bytes, str]
 
 
 def load_torchscript(content: bytes, path: Path, origin: str) -> Any:
-    """The network in a TorchScript archive, on the CPU, in evaluation mode.
+    """Loads the network of a TorchScript archive on the CPU, in evaluation mode.
 
     Args:
-        path, origin: of the archive, for the sentences.
+        path, origin: of the archive, for errors.
 
     Raises:
-        ValueError: it is a pickle, bare weights, broken, blown up, or does what no detector does.
+        ValueError: a pickle, weights only, a broken archive, a zip bomb, or forbidden operations.
     """
     _check_kind(content, path, origin)
     _check_records(content, path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is on its way out; the detectors are what they are
+            warnings.simplefilter("ignore")  # TorchScript is deprecated, but detectors use it
             network = torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
         graph = network.inlined_graph
     except Exception as error:  # a broken archive can raise anything
@@ -70,12 +70,12 @@ def load_torchscript(content: bytes, path: Path, origin: str) -> Any:
 
 
 def is_torchscript(content: bytes) -> bool:
-    """Whether this is a zip archive with source code in it, as `torch.jit.save` writes."""
+    """Returns whether the bytes are a zip archive with source code, as `torch.jit.save` writes."""
     return any("/code/" in each.filename.lower() for each in _records(content) or [])
 
 
 def _records(content: bytes) -> list[zipfile.ZipInfo] | None:
-    """What a zip archive lists; None for what is none."""
+    """Lists the records of a zip archive; None for other bytes."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return archive.infolist()
@@ -94,7 +94,7 @@ def _check_kind(content: bytes, path: Path, origin: str) -> None:
 
 
 def _check_records(content: bytes, path: Path) -> None:
-    """Refuse an archive that unpacks to far more than its size, and code that would run while it is loaded."""
+    """Refuses an archive that unpacks to far more than its size, and code that runs at load time."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         records = archive.infolist()
         unpacked = sum(record.file_size for record in records)
@@ -122,7 +122,7 @@ def _check_source(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: Path)
 
 
 def _operations(block: Any) -> Iterator[str]:
-    """The kind of every operation of a graph, those of its branches, loops and parallel parts included."""
+    """Yields the kind of every operation of a graph, including branches, loops and parallel parts."""
     for node in block.nodes():
         yield node.kind()
         for inner in node.blocks():

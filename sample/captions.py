@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines and those that start with # are passed over.
+    """Reads the prompts of a text file, one per line, without empty lines and lines that start with #.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or no prompt in it.

@@ -14,7 +14,7 @@ Batch = tuple[list[int], np.ndarray]
 
 
 class Decoder:
-    """Gives the videos of each batch in order; ahead, one batch later.
+    """Decodes batches in order; with `ahead`, each one while the next is sampled.
 
     Args:
         decode: (indices of videos, latents (B, F, C, h, w)) -> uint8 (B, F, H, W, 3).

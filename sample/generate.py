@@ -33,14 +33,14 @@ from models.lora import Adapter
 from .class_names import UCF101_CLASSES
 from .decoding import Decoder
 from .given import GivenFrames, Plan, Windows, read_given
-from .network import Network, Walk
+from .network import EvaluationCounter, Network
 from .source import Source
 
 Progress = Callable[[int, int], None]  # (sampler steps done, sampler steps in all)
 
 
 def usable_device(name: torch.device | str | None) -> torch.device:
-    """The device of that name, or CUDA where there is one; ValueError for one that this machine lacks."""
+    """Returns the device of that name, by default CUDA if available. Raises: ValueError if the machine lacks it."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         known = device.type == "cuda" and 0 <= (device.index or 0) < torch.cuda.device_count()
@@ -53,7 +53,7 @@ def usable_device(name: torch.device | str | None) -> torch.device:
 
 
 def resolve_labels(labels: Sequence[int | str], num_classes: int, class_names: Sequence[str] | None) -> list[int]:
-    """Class numbers of `labels`, which may be numbers, their spelling, or class names.
+    """Returns the class numbers of `labels`, which may be numbers, numbers as text, or class names.
 
     Raises:
         ValueError: an unknown name, a number out of range, or labels for a network without classes.
@@ -68,7 +68,7 @@ def _resolve_label(label: str, num_classes: int, class_names: Sequence[str]) -> 
         return list(class_names).index(label)
     if not label.removeprefix("-").isdecimal():
         known = f"its classes are {', '.join(class_names)}" if class_names else "its class names are not known"
-        raise ValueError(f"sample.labels: {label!r} is no class of this network; {known}; numbers work too.")
+        raise ValueError(f"sample.labels: {label!r} is not a class of this network; {known}; numbers work too.")
     if not 0 <= int(label) < num_classes:
         raise ValueError(
             f"sample.labels: label {label} is out of range; the network has {num_classes} classes, "
@@ -79,14 +79,14 @@ def _resolve_label(label: str, num_classes: int, class_names: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance of a walk: its scale, the noise levels it is for, and whether in one call of 2B."""
+    """Classifier-free guidance: its scale, its interval of noise levels, and whether in one call of 2B."""
 
     scale: float = 1.0
     interval: Sequence[float] | None = None
     batched: bool = True
 
     def is_active(self, fraction: float) -> bool:
-        """Whether a noise level, from 0 (data) to 1 (noise), is guided."""
+        """Returns whether a noise level, from 0 (data) to 1 (noise), is guided."""
         return self.interval is None or self.interval[0] <= fraction <= self.interval[1]
 
 
@@ -130,7 +130,7 @@ class Generator:
         device: torch.device | str | None = None,
         **network: Any,
     ) -> Generator:
-        """Load a checkpoint or run folder of ours, or an official .pt file.
+        """Loads a checkpoint or run folder of ours, or an official .pt file.
 
         Args:
             config: needed for an official file; None takes the one in our checkpoint.
@@ -150,7 +150,7 @@ class Generator:
         device: torch.device | str | None = None,
         **network: Any,
     ) -> Generator:
-        """`from_checkpoint` of an opened one."""
+        """Loads an opened source; see `from_checkpoint`."""
         config = config or source.config
         if config is None:
             raise ValueError(f"{source.path} holds weights only: give the config of its network.")
@@ -171,7 +171,7 @@ class Generator:
         return cls(model.requires_grad_(False), codec, config, conditions, device=device, **network)
 
     def sample(self, labels: Sequence[int | str] | None = None, num: int = 4, **settings: Any) -> np.ndarray:
-        """`num` videos as uint8 (n, F, H, W, 3); `settings` as for `batches`."""
+        """Samples `num` videos: uint8 (n, F, H, W, 3); `settings` as for `batches`."""
         return np.concatenate([videos for _, videos in self.batches(labels, num, **settings)])
 
     def batches(
@@ -196,7 +196,7 @@ class Generator:
         windows: Windows | None = None,
         callback: Progress | None = None,
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Sample in batches of at most `batch_size`.
+        """Samples in batches of at most `batch_size`.
 
         Args:
             labels, label_rule: as for `labels_for`, which draws with `seed`.
@@ -211,14 +211,14 @@ class Generator:
             batched_guidance: conditional and unconditional as one batch, else one after the other.
             num_frames, image_size: of the videos; None is what the network was trained on.
             overlap_decode: on CUDA, decode a batch while the next one is sampled.
-            given: frames that the videos show, for networks trained with given frames.
+            given: known frames of the videos, for networks trained with given frames.
             windows: sample longer videos in windows; None: all frames at once.
 
         Yields:
             (indices, videos): videos are uint8 (B, F, H, W, 3).
 
         Raises:
-            ValueError: settings that the network or its diffusion cannot follow, in one sentence.
+            ValueError: settings that the network or its diffusion does not support.
         """
         label_of = self.labels_for(labels, label_rule, seed)
         shape = self.latent_shape(num_frames, image_size)
@@ -236,10 +236,10 @@ class Generator:
             wanted = [label_of(index) for index in chunk]
 
             def sample_pass(known: Given | None, frames: int) -> Tensor:
-                walk = Walk(times, self.config.diffusion.num_steps)
+                counter = EvaluationCounter(times, self.config.diffusion.num_steps)
                 return sample_given(
                     process,
-                    walk.counted(plan.denoiser(self.denoiser(wanted, guidance, walk))),
+                    counter.count(plan.denoiser(self.denoiser(wanted, guidance, counter))),
                     noise.draw((frames, *shape[1:])),
                     known,
                     method=method,
@@ -256,7 +256,7 @@ class Generator:
             yield from decoder.rest()
 
     def _plan(self, shape: tuple[int, int, int, int], given: GivenFrames | None, windows: Windows | None) -> Plan:
-        """What is known of the videos, and in which passes they are sampled; ValueError where that cannot be."""
+        """Returns known frames and windows of the videos. Raises: ValueError if the network does not support them."""
         plan = Plan(shape, torch.empty(0, device=self.device), windows=windows)
         if given is not None:
             latents = self.codec.encode(given.pixels.to(self.device))
@@ -275,7 +275,7 @@ class Generator:
     def labels_for(
         self, labels: Sequence[int | str] | None = None, rule: str = "balanced", seed: int = 0
     ) -> Callable[[int], int | None]:
-        """The label of each video index, one of `labels` (None: of all classes); None if unconditional.
+        """Returns a function from video index to label: one of `labels` (None: all classes); None if unconditional.
 
         Args:
             rule: "balanced" takes them in turn, so their counts differ by one at most; "random" draws one for each
@@ -288,7 +288,7 @@ class Generator:
         if not chosen:
             return lambda index: None
         if rule == "random":
-            return lambda index: chosen[_drawn(seed, index) % len(chosen)]
+            return lambda index: chosen[_draw_number(seed, index) % len(chosen)]
         return lambda index: chosen[index % len(chosen)]
 
     def class_name(self, label: int | None) -> str | None:
@@ -299,21 +299,21 @@ class Generator:
         return names[label] if label < len(names) else f"class-{label:03d}"
 
     def resolve_method(self, method: str) -> str:
-        """`method`, or what `auto` means for this diffusion."""
+        """Returns `method`, with `auto` resolved for this diffusion."""
         if method != "auto":
             return method
         return "euler" if self.config.diffusion.prediction == "flow" else "ddpm"
 
     def latent_shape(self, num_frames: int | None, image_size: int | None) -> tuple[int, int, int, int]:
-        """(F, C, h, w) of one video's latents."""
+        """Returns the shape (F, C, h, w) of one video's latents."""
         size, factor = image_size or self.config.data.image_size, self.config.codec.downsample_factor
         if size % factor:
             raise ValueError(f"data.image_size={size} must be a multiple of codec.downsample_factor={factor}.")
         side = size // factor
         return num_frames or self.config.data.num_frames, self.config.codec.latent_channels, side, side
 
-    def denoiser(self, labels: Sequence[int | None], guidance: Guidance, walk: Walk) -> Denoiser:
-        """Returns the guided network for a batch of `labels`; `walk` says which evaluation is under way."""
+    def denoiser(self, labels: Sequence[int | None], guidance: Guidance, counter: EvaluationCounter) -> Denoiser:
+        """Returns the guided network for a batch of `labels`; `counter` says which evaluation is under way."""
         numbers = [0 if label is None else label for label in labels]
         return guide_denoiser(
             self.network,
@@ -321,12 +321,12 @@ class Generator:
             guidance.scale,
             channels=self.config.codec.latent_channels,
             batched=guidance.batched,
-            active=lambda: guidance.is_active(walk.fraction),
+            active=lambda: guidance.is_active(counter.fraction),
         )
 
 
 def sampler_settings(config: Config) -> dict[str, Any]:
-    """What `config` says to `Generator.batches`, but for which videos."""
+    """Returns the arguments of `Generator.batches` that `config` determines; not the choice of videos."""
     keys = (
         *("labels", "label_rule", "seed", "steps", "method", "eta", "batch_size"),
         *("guidance_scale", "guidance_interval", "batched_guidance", "overlap_decode"),
@@ -337,7 +337,7 @@ def sampler_settings(config: Config) -> dict[str, Any]:
 
 
 def windows_of(config: Config) -> Windows | None:
-    """The windows that `config` asks for; by default such that the network can sample in."""
+    """Returns the windows of `config`; the method is by default one that the network supports."""
     wanted = config.sample
     if wanted.window is None:
         return None
@@ -347,23 +347,23 @@ def windows_of(config: Config) -> Windows | None:
 
 
 class VideoNoise:
-    """Unit noise of a batch of videos, each drawn from its own generator seeded with (seed, index)."""
+    """Unit noise of a batch of videos, each from its own generator seeded with (seed, index)."""
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
         self.generators = [sample_generator(seed, index, torch.device("cpu")) for index in indices]
         self.device = device
 
     def draw(self, shape: Sequence[int]) -> Tensor:
-        """The next noise (B, *shape)."""
+        """Draws the next noise (B, *shape)."""
         return torch.stack([torch.randn(*shape, generator=each) for each in self.generators]).to(self.device)
 
     def like(self, x: Tensor) -> Tensor:
-        """The next noise in the shape of x (B, ...)."""
+        """Draws the next noise in the shape of x (B, ...)."""
         return self.draw(x.shape[1:])
 
 
-def _drawn(seed: int, index: int) -> int:
-    """A random number of 64 bits for video `index`, independent of its noise."""
+def _draw_number(seed: int, index: int) -> int:
+    """Returns a random 64-bit number for video `index`, independent of its noise."""
     return int(np.random.SeedSequence([seed, index], spawn_key=(1,)).generate_state(1, np.uint64)[0])
 
 
@@ -383,7 +383,7 @@ def require_finite_videos(indices: Sequence[int], latents: Tensor, video: Tensor
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
-    """(B, F, 3, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3), rounded to the nearest."""
+    """Converts (B, F, 3, H, W) in [-1, 1] to uint8 (B, F, H, W, 3), rounded to the nearest."""
     levels = (video.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()
 
@@ -395,6 +395,6 @@ def _progress(callback: Progress | None, chunk: int, chunks: int) -> Callback | 
 
 
 def _known_class_names(config: Config) -> list[str] | None:
-    """Names of a set whose classes are fixed, for files that do not say."""
+    """Returns the class names of a data set whose classes are fixed, for files without names."""
     ucf101 = config.data.name == "ucf101" and config.model.num_classes == len(UCF101_CLASSES)
     return UCF101_CLASSES if ucf101 else None

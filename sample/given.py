@@ -1,4 +1,4 @@
-"""Videos of which frames are known, or which are longer than a window: from files to passes of the sampler.
+"""Videos with known frames, or longer than a window: from files to passes of the sampler.
 
 Letters: V given sets of frames, k frames each, B videos of a batch, F frames, C latent channels, h w latent pixels,
 H W pixels.
@@ -36,7 +36,7 @@ class GivenFrames:
 
 @dataclass(frozen=True)
 class Windows:
-    """Frames of a window, frames that it shares with the next, and a method of `diffusion.windows`."""
+    """Frames per window, frames shared with the next window, and a method of `diffusion.windows`."""
 
     size: int
     overlap: int
@@ -47,10 +47,10 @@ class Windows:
 
 
 def read_given(wanted: Any, data: DataConfig, prefix: str = "sample.") -> GivenFrames | None:
-    """What `first_frame`, `given` and `last_frame` name, resized and cropped as training clips are.
+    """Reads `first_frame`, `given` and `last_frame`, resized and cropped as training clips are.
 
     Args:
-        wanted: what has these keys; `prefix` is what stands before them in errors.
+        wanted: has these keys; `prefix` precedes them in errors.
         data: length and size of the videos, and how clips are read.
 
     Raises:
@@ -71,12 +71,12 @@ def read_given(wanted: Any, data: DataConfig, prefix: str = "sample.") -> GivenF
 
 
 def _image(path: str, key: str, data: DataConfig) -> Tensor:
-    """(1, 3, H, W) in [-1, 1] of an image."""
+    """Reads an image: (1, 3, H, W) in [-1, 1]."""
     return _frames(path, key, data, lambda length: [0] if length == 1 else None, "must be one image")
 
 
 def _end_of(path: str, key: str, count: int, data: DataConfig) -> Tensor:
-    """(`count`, 3, H, W): the last frames of a video, as far apart as those of a training clip."""
+    """Reads the last frames of a video, as far apart as those of a training clip: (`count`, 3, H, W)."""
     span = (count - 1) * data.frame_interval + 1
     return _frames(
         path,
@@ -90,7 +90,7 @@ def _end_of(path: str, key: str, count: int, data: DataConfig) -> Tensor:
 def _frames(
     path: str, key: str, data: DataConfig, choose: Callable[[int], Sequence[int] | None], complaint: str
 ) -> Tensor:
-    """The frames that `choose` picks of a file's; ValueError with the `complaint` where it picks none."""
+    """Reads the frames that `choose` picks. Raises: ValueError with the `complaint` if it picks none."""
     pixels = Pixels(data)
     try:
         reader = open_video(path, data.reader, data.max_pixels)
@@ -106,7 +106,7 @@ def _frames(
 
 @dataclass(frozen=True)
 class Plan:
-    """How the videos of a job are made: what is known of them, and in which passes of the sampler.
+    """Known frames and windows of the videos of a job, and the resulting passes of the sampler.
 
     Attributes:
         shape: (F, C, h, w) of a video's latents.
@@ -126,7 +126,7 @@ class Plan:
         return self.windows is not None and self.windows.method == "autoregressive"
 
     def known(self) -> list[set[int]]:
-        """Which frames of each window are known when it is sampled, counted from its first."""
+        """Returns the frames of each window that are known when it is sampled, counted from its first."""
         frames, windows = self.shape[0], self.windows
         if windows is None or frames <= windows.size:
             return [set(self.places)]
@@ -137,23 +137,23 @@ class Plan:
 
     @property
     def num_passes(self) -> int:
-        """Passes of the sampler for each batch."""
+        """Number of passes of the sampler for each batch."""
         return len(self.known()) if self.slides else 1
 
     def check(self, condition: ConditionConfig, span: int) -> None:
-        """ValueError unless the network, trained with `condition`, can be given what is known of every window."""
+        """Raises ValueError if a network trained with `condition` does not support the known frames of a window."""
         size = min(self.shape[0], self.windows.size) if self.windows else self.shape[0]
         for places in self.known():
             condition.check_given(places, size, span)
 
     def denoiser(self, denoiser: Denoiser) -> Denoiser:
-        """What the sampler calls: the network's denoiser, or the mean of its windows."""
+        """Returns `denoiser`, or the mean of its windows."""
         if self.windows is None or self.slides:
             return denoiser
         return fuse_windows(denoiser, self.windows.size, self.windows.overlap)
 
     def sample(self, sample_pass: Callable[[Given | None, int], Tensor], indices: Sequence[int]) -> Tensor:
-        """Latents (B, F, C, h, w) of the videos `indices`.
+        """Samples the latents (B, F, C, h, w) of the videos `indices`.
 
         Args:
             sample_pass: (what is known, frames) -> latents (B, frames, C, h, w).

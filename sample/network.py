@@ -1,7 +1,7 @@
-"""The network as a sampler calls it: its precision and compilation; and a walk, one batch from noise to data.
+"""The network as a sampler calls it: precision and compilation; and the count of its evaluations.
 
-The timesteps of a walk are known before it begins, so `Walk` counts the evaluations on the host and nothing waits for
-the device.
+The timesteps of a batch are known before it starts, so `EvaluationCounter` counts the evaluations on the host and
+nothing waits for the device.
 
 Letters: B videos of a batch, F frames, C latent channels, h w latent pixels.
 """
@@ -75,8 +75,8 @@ def _compile(function: Callable[..., Any], device: torch.device) -> Callable[...
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
-class Walk:
-    """Where a sampler is on its way, counted on the host.
+class EvaluationCounter:
+    """Counts the evaluations of a batch on the host.
 
     Args:
         times: the network's timestep at every evaluation, as `diffusion.list_evaluations` gives them.
@@ -86,15 +86,15 @@ class Walk:
     def __init__(self, times: Sequence[float], num_steps: int) -> None:
         self.times = times
         self.num_steps = num_steps
-        self.number = -1  # of the evaluation that goes on; -1 before the first
+        self.number = -1  # of the current evaluation; -1 before the first
 
     @property
     def fraction(self) -> float:
-        """How noisy the evaluation's clips are: 0 for data, 1 for noise."""
+        """Noise level of the current evaluation: 0 for data, 1 for noise."""
         return self.times[self.number] / self.num_steps
 
-    def counted(self, denoiser: Denoiser) -> Denoiser:
-        """`denoiser`, whose calls are counted."""
+    def count(self, denoiser: Denoiser) -> Denoiser:
+        """Returns `denoiser` with its calls counted."""
 
         def call(x: Tensor, timesteps: Tensor) -> Tensor:
             self.number += 1

@@ -3,9 +3,8 @@
     python sample/sample.py --ckpt results/run                                   our run or checkpoint folder
     python sample/sample.py --config configs/ucf101/ucf101_sample.yaml --ckpt ucf101.pt --labels HorseRiding,3
 
-Flags stand above the `sample` section of --config, and that above the defaults; trailing
-`section.key=value` override anything. A checkpoint of ours brings its own network, diffusion and codec; an
-official .pt file needs --config to say them.
+Flags override the `sample` section of --config, which overrides the defaults; trailing `section.key=value` override
+everything. A checkpoint of ours contains its network, diffusion and codec; an official .pt file needs --config.
 
 Writes into --save_video_path: 0000_<class>.mp4, ..., samples.gif, samples.png (one row per video) and
 samples.json.
@@ -21,17 +20,21 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
 
 import argparse
-from typing import TYPE_CHECKING, Any, NamedTuple
+import json
+import tempfile
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
+import numpy as np
+from tqdm import tqdm
+
+from common.storage import write_atomically
 from engine.cli import run
+from engine.config import Config, load_config
 from engine.removed import refuse_removed_flags
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from engine.config import Config
-    from sample.generate import Generator
-    from sample.source import Source
+from sample.generate import Generator, sampler_settings, windows_of
+from sample.source import Source, sampling_config
+from sample.video_io import slug, write_contact_sheet, write_gif, write_mp4
 
 SHOWN = 16  # videos in the GIF and on the contact sheet
 MAX_VIDEOS = 1_000_000  # of one command; names of six digits sort as numbers do
@@ -39,7 +42,7 @@ SIZE_KEYS = ("data.num_frames=", "data.image_size=")
 
 
 class Request(NamedTuple):
-    """What a command line asks for."""
+    """A command line, resolved: source, configuration and device."""
 
     source: Source
     config: Config  # what to sample
@@ -48,7 +51,7 @@ class Request(NamedTuple):
 
 
 def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
-    """The command line; flags that are absent stay out of the result."""
+    """Returns the parser; flags that are absent stay out of its result."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -80,7 +83,7 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     )
     add("--weights", metavar="KIND", help="ema or raw")
     add("--lora", metavar="DIR", help="adapters to merge into the network, in peft's format")
-    add("--lora_scale", type=float, metavar="X", help="so much of them (1)")
+    add("--lora_scale", type=float, metavar="X", help="their weight (1)")
     add("--precision", metavar="KIND", help="fp32, bf16 or fp16")
     add("--batch_size", type=int, metavar="N", help="videos at a time; changes the memory, not the videos")
     add("--fps", type=int, metavar="N", help="frames per second of the files")
@@ -96,19 +99,19 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
 
 
 def add_frame_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags for given frames and windows, which the sampling of text has too."""
+    """Adds the flags for given frames and windows, which sample_t2x.py has too."""
     add = parser.add_argument
     add("--first_frame", action="append", metavar="IMAGE", help="begin with it; several are taken in turn by index")
     add("--last_frame", action="append", metavar="IMAGE", help="end with it; several in turn")
-    add("--given", action="append", metavar="VIDEO", help="go on from its end; several in turn")
-    add("--given_frames", type=int, metavar="N", help="so many last frames of it (1)")
+    add("--given", action="append", metavar="VIDEO", help="continue it from its end; several in turn")
+    add("--given_frames", type=int, metavar="N", help="number of its last frames to use (1)")
     add("--window", type=int, metavar="N", help="sample longer videos in windows of N frames")
     add("--overlap", type=int, metavar="N", help="frames that a window shares with the next (a quarter of it)")
     add("--window_method", metavar="NAME", help="autoregressive (networks trained with given frames) or fused")
 
 
 def main(argv: list[str]) -> int:
-    """Sample as the command line says."""
+    """Samples as the command line says; returns the exit code."""
     refuse_removed_flags(argv)
     request = resolve(vars(build_parser().parse_intermixed_args(argv)))
     generator = load_generator(request, request.device)
@@ -120,26 +123,22 @@ def main(argv: list[str]) -> int:
 
 
 def resolve(arguments: dict[str, Any]) -> Request:
-    """What the parsed `arguments`, the YAML and the checkpoint say together; verifies the checkpoint."""
-    from sample.source import Source, sampling_config  # torch is imported here: --help is quick
-
+    """Merges the parsed `arguments`, the YAML file and the checkpoint, which is verified."""
     settings = dict(arguments)
     yaml, device, overrides = (settings.pop(key) for key in ("config", "device", "overrides"))
     source = Source.open(checkpoint_path(yaml, settings, overrides))
     config = sampling_config(source, yaml, settings, overrides)
     if config.sample.num_videos > MAX_VIDEOS:
         raise ValueError(
-            f"--num_videos {config.sample.num_videos} is more than the {MAX_VIDEOS} that file names have room for; "
-            "sample more with another --seed into another folder."
+            f"--num_videos {config.sample.num_videos} is more than {MAX_VIDEOS}, all that file names have room "
+            "for; sample more with another --seed into another folder."
         )
     trained = sampling_config(source, yaml, settings, [each for each in overrides if not each.startswith(SIZE_KEYS)])
     return Request(source, config, trained, device)
 
 
 def load_generator(request: Request, device: Any) -> Generator:
-    """The network and codec of `request`, on `device`."""
-    from sample.generate import Generator
-
+    """Loads network and codec of `request` on `device`."""
     wanted = request.config.sample
     return Generator.from_source(
         request.source,
@@ -153,9 +152,7 @@ def load_generator(request: Request, device: Any) -> Generator:
 
 
 def make_writable(folder: Path, flag: str = "--save_video_path") -> None:
-    """Make `folder`, and see that files can be made in it, before anything is sampled."""
-    import tempfile
-
+    """Makes `folder` and checks that files can be made in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -165,9 +162,7 @@ def make_writable(folder: Path, flag: str = "--save_video_path") -> None:
 
 
 def checkpoint_path(yaml: str | None, settings: dict[str, Any], overrides: list[str]) -> str:
-    """--ckpt, or `sample.ckpt` of the overrides or of the YAML file."""
-    from engine.config import load_config
-
+    """Returns --ckpt, or `sample.ckpt` of the overrides or of the YAML file."""
     named = [each.partition("=")[2] for each in overrides if each.startswith("sample.ckpt=")]
     path = settings.get("ckpt") or (named[-1] if named else None) or (load_config(yaml).sample.ckpt if yaml else None)
     if not path:
@@ -176,13 +171,11 @@ def checkpoint_path(yaml: str | None, settings: dict[str, Any], overrides: list[
 
 
 def write_samples(generator: Generator, config: Config, folder: Path, checkpoint: str) -> list[dict[str, Any]]:
-    """Sample what `config.sample` asks for, write each batch as it comes, then the overview.
+    """Samples as `config.sample` says and writes each batch as it comes, then the overview.
 
     Returns:
         for each video its file name, index, label and class name: the `videos` of samples.json.
     """
-    from sample.video_io import slug, write_mp4
-
     wanted = config.sample
     label_of = generator.labels_for(wanted.labels, wanted.label_rule, wanted.seed)
     shown: list[np.ndarray] = []
@@ -200,11 +193,7 @@ def write_samples(generator: Generator, config: Config, folder: Path, checkpoint
 
 
 def batches_with_progress(generator: Generator, config: Config) -> Any:
-    """`generator.batches` for `config`, under a progress bar of sampler steps."""
-    from tqdm import tqdm
-
-    from sample.generate import sampler_settings
-
+    """Yields `generator.batches` for `config`, with a progress bar of sampler steps."""
     interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file gets a line now and then
     with tqdm(unit="step", dynamic_ncols=True, mininterval=interval) as bar:
 
@@ -218,16 +207,7 @@ def batches_with_progress(generator: Generator, config: Config) -> Any:
 def write_overview(
     folder: Path, shown: list[np.ndarray], files: list[dict[str, Any]], config: Config, checkpoint: str, **facts: Any
 ) -> None:
-    """The GIF and contact sheet of the videos `shown`, and samples.json with what made all of them, and `facts`."""
-    import json
-    from dataclasses import asdict
-
-    import numpy as np
-
-    from common.storage import write_atomically
-    from sample.generate import windows_of
-    from sample.video_io import write_contact_sheet, write_gif
-
+    """Writes GIF and contact sheet of the videos `shown`, and samples.json with the settings of all and `facts`."""
     videos = np.stack(shown)  # (n, F, H, W, 3)
     captions = [each["class_name"] or f"{each['index']:04d}" for each in files[: len(shown)]]
     write_gif(folder / "samples.gif", videos, config.sample.fps, scale=None)

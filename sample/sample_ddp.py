@@ -1,12 +1,12 @@
-"""Sample many videos on any number of processes; killed or stopped, the same command goes on.
+"""Sample many videos on any number of processes; after a kill or a stop, the same command continues.
 
     torchrun --nproc_per_node=8 sample/sample_ddp.py --ckpt results/run --num_videos 2048 --save_video_path OUT
     python sample/sample_ddp.py --config configs/ffs/ffs_sample.yaml --ckpt ffs.pt --num_videos 2048
 
-Exactly --num_videos videos, OUT/videos/000000.mp4, ..., each a function of (seed, index), and beside them
+Writes exactly --num_videos videos, OUT/videos/000000.mp4, ..., each a function of (seed, index), and
 OUT/lossless/000000.npy, ..., their frames as uint8 (F, H, W, 3) for metrics. Batches are fixed blocks of indices,
-so the files are the same bytes on any number of processes and after any restart. OUT/samples.json is written when
-all is there. docs/sampling.md has more.
+so the files have the same bytes on any number of processes and after any restart. OUT/samples.json is written
+last. docs/sampling.md has more.
 """
 
 from __future__ import annotations
@@ -20,24 +20,32 @@ ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
 
+from engine.cli import leave, run  # before torch, so that torchrun's death is noticed during the slow imports
+
+# isort: split
 import argparse
+import hashlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from engine.cli import leave, run
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.storage import file_sha256
+from datasets.readers import open_video
+from engine.checkpoint import content_sha256
+from engine.config import Config, all_keys
+from engine.distributed import World, close_world, init_world, on_all, on_main
 from engine.errors import PREEMPTED_EXIT, SamplesNotWritten
+from engine.logging import duration
 from engine.removed import refuse_removed_flags
-from sample.sample import SHOWN, Request, build_parser, load_generator, make_writable, resolve
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from engine.config import Config
-    from engine.distributed import World
-    from engine.signals import StopSignals
-    from sample.generate import Generator
-    from sample.sample_folder import SampleFolder
+from engine.signals import StopSignals
+from models.lora import WEIGHTS_FILE
+from sample.generate import Generator, sampler_settings, usable_device
+from sample.given import read_given
+from sample.sample import SHOWN, Request, build_parser, load_generator, make_writable, resolve, write_overview
+from sample.sample_folder import SampleFolder
 
 # keys of the configuration on which the videos depend; of codec and given frames the content counts
 SECTIONS = ("model.", "diffusion.", "condition.", "codec.", "data.num_frames", "data.image_size", "sample.")
@@ -45,11 +53,12 @@ FREE = {
     *("sample.ckpt", "sample.save_video_path", "sample.num_videos", "sample.overlap_decode"),
     *("codec.path", "codec.subfolder", "codec.revision", "sample.first_frame", "sample.last_frame", "sample.given"),
 }
-TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0  # between two looks at what all processes have written
+TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0  # between two counts of the videos of all processes
 START_TIMEOUT_S = 1800.0  # for the slowest process to load the checkpoint
-POLL_S = 0.5  # between two looks for the last videos of the others
-PATIENCE_S = 1800.0  # rank 0 gives up when no video of the others has come for so long, and
-PATIENCE_BATCHES = 10  # for so many times what a batch of its own took
+POLL_S = 0.5  # between two checks for the last videos of the others
+# rank 0 gives up when no video of the others comes for PATIENCE_S seconds and the time of PATIENCE_BATCHES batches
+PATIENCE_S = 1800.0
+PATIENCE_BATCHES = 10
 
 
 class Stopped(Exception):
@@ -57,7 +66,7 @@ class Stopped(Exception):
 
 
 def parse(argv: list[str]) -> dict[str, Any]:
-    """The flags of sample.py, and those of many videos."""
+    """Parses the flags of sample.py and of this script."""
     refuse_removed_flags(argv)
     parser = build_parser(__doc__)
     parser.add_argument(
@@ -76,14 +85,9 @@ def parse(argv: list[str]) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Sample this process's share of what the command line asks for."""
+    """Samples this process's share of the videos; returns the exit code."""
     arguments = parse(argv)
     lossless, threads = arguments.pop("lossless"), arguments.pop("threads")
-
-    import torch  # here, and in what follows: --help is quick
-
-    from engine.distributed import close_world
-    from engine.signals import StopSignals
 
     torch.set_num_threads(threads)
     with StopSignals((signal.SIGTERM, signal.SIGUSR1)) as signals:  # Ctrl-C need not wait for a batch
@@ -93,20 +97,17 @@ def main(argv: list[str]) -> int:
             job.sample()
         except Stopped:
             there = f"{len(job.folder.done())} of {job.folder.num_videos} videos are there"
-            job.say(f"stopped by a signal; {there}, and the same command goes on")
+            job.say(f"stopped by a signal; {there}, and the same command continues")
             return leave(PREEMPTED_EXIT)
     close_world()  # after a clean end only
     return leave(0)
 
 
 def join(device: str | None) -> World:
-    """This process's place among the others, with its own GPU.
+    """Joins the other processes; each has its own GPU.
 
-    Over gloo also on GPUs: it carries a few sentences, and tells of a dead process at once.
+    Uses gloo on GPUs too: messages are small, and gloo notices a dead process at once.
     """
-    from engine.distributed import init_world
-    from sample.generate import usable_device
-
     kind = usable_device(device)
     if kind.index is not None:
         raise ValueError(f"--device {device}: say cpu or cuda, each process takes a GPU of its own.")
@@ -119,13 +120,10 @@ class Job:
     """One process's share of the videos of a request.
 
     Args:
-        extra: settings on which the files depend beside those of the request.
+        extra: further settings that change the files.
     """
 
     def __init__(self, request: Request, world: World, signals: StopSignals, extra: dict[str, Any]) -> None:
-        from engine.distributed import on_all, on_main
-        from sample.sample_folder import SampleFolder
-
         wanted = request.config.sample
         self.request = request
         self.world = world
@@ -142,12 +140,12 @@ class Job:
         self.starts = starts[world.rank :: world.size]
 
     def say(self, text: str) -> None:
-        """A line for people, once however many processes there are."""
+        """Prints a line, on rank 0 only."""
         if self.world.is_main:
             print(text, file=sys.stderr)
 
     def sample(self) -> None:
-        """Write this process's videos; on rank 0 wait for those of the others, then write the overview.
+        """Writes this process's videos; rank 0 then waits for those of the others and writes the overview.
 
         Raises:
             Stopped: by a signal, within a step of the sampler.
@@ -161,7 +159,7 @@ class Job:
             self._finish()
 
     def _open(self, everyone: list[tuple[dict[str, Any], str]]) -> list[int]:
-        """Rank 0: take the folder; the first indices of the batches of which a video is missing."""
+        """Takes the folder on rank 0; returns the first indices of the batches with missing videos."""
         for rank, (settings, _) in enumerate(everyone):
             differing = [key for key, value in settings.items() if value != self.settings[key]]
             if differing:
@@ -179,7 +177,7 @@ class Job:
         return starts
 
     def _write_batches(self, progress: Progress) -> float:
-        """Sample and write the missing videos of this process's batches; seconds of the slowest.
+        """Samples and writes the missing videos of this process's batches; returns the seconds of the slowest.
 
         A batch is sampled whole, also where some of it is there or it goes beyond the last video: the bytes of a
         video depend on the others of its batch.
@@ -192,8 +190,6 @@ class Job:
             self._check_signals()
             steps = total // len(self.starts)
             progress.look(f"step {(done - 1) % steps + 1}/{steps}")
-
-        from sample.generate import sampler_settings
 
         batches = self.generator.batches(indices=indices, callback=step, **sampler_settings(self.request.config))
         for batch, videos in batches:
@@ -208,7 +204,7 @@ class Job:
             raise Stopped
 
     def _wait_for_others(self, progress: Progress, patience: float) -> None:
-        """Return when all videos are there; SamplesNotWritten if none comes for `patience` seconds."""
+        """Waits for all videos. Raises: SamplesNotWritten if none comes for `patience` seconds."""
         missing, since = self.folder.num_videos - progress.count(), time.monotonic()
         while missing > 0:
             self._check_signals()
@@ -223,9 +219,7 @@ class Job:
             since = time.monotonic() if missing < before else since
 
     def _finish(self) -> None:
-        """Write the overview, samples.json last, and let go of the folder."""
-        from sample.sample import write_overview
-
+        """Writes the overview, samples.json last, and releases the folder."""
         folder, wanted = self.folder, self.request.config.sample
         label_of = self.generator.labels_for(wanted.labels, wanted.label_rule, wanted.seed)
         files = [self._facts(index, label_of(index)) for index in range(folder.num_videos)]
@@ -238,9 +232,7 @@ class Job:
         print(f"{folder.num_videos} videos in {folder.path}: samples.png and samples.gif show {len(shown)} of them")
 
     def _facts(self, index: int, label: int | None) -> dict[str, Any]:
-        """What samples.json says of a video."""
-        from common.storage import file_sha256
-
+        """Returns the entry of a video in samples.json."""
         paths = [self.folder.file(kind, index) for kind in self.folder.kinds]
         hashes = {path.relative_to(self.folder.path).as_posix(): file_sha256(path) for path in paths}
         name = self.generator.class_name(label)
@@ -248,11 +240,9 @@ class Job:
 
 
 class Progress:
-    """The videos of all processes that are there: a bar in a terminal, else a line every half minute."""
+    """Progress over the videos of all processes: a bar in a terminal, else a line every half minute."""
 
     def __init__(self, folder: SampleFolder, enabled: bool) -> None:
-        from tqdm import tqdm
-
         terminal = sys.stderr.isatty()
         self.folder = folder
         self.lines = enabled and not terminal
@@ -268,11 +258,11 @@ class Progress:
         )
 
     def count(self) -> int:
-        """Videos that are there now."""
+        """Counts the videos that exist now."""
         return len(self.folder.done())
 
     def look(self, doing: str) -> None:
-        """Show how far all are, if it is time to; `doing` is what this process does now."""
+        """Updates the display if it is time to; `doing` is the current task of this process."""
         if time.monotonic() - self.shown < self.interval:
             return
         self.shown = time.monotonic()
@@ -284,26 +274,19 @@ class Progress:
 
     def line(self, done: int, doing: str) -> str:
         """`12/64 videos  0.42 videos/s  ETA 0:02:04  step 3/25`; no rate before the first new video."""
-        from engine.logging import duration
-
         rate = (done - self.first) / max(1e-9, self.shown - self.started)
         ahead = f"{rate:.3g} videos/s  ETA {duration((self.folder.num_videos - done) / rate)}  " if rate else ""
         return f"{done}/{self.folder.num_videos} videos  {ahead}{doing}"
 
     def close(self) -> None:
-        """Show the end."""
+        """Closes the display."""
         self.interval = 0.0
         self.look("done")
         self.bar.close()
 
 
 def settings_of(request: Request, generator: Generator) -> dict[str, Any]:
-    """All on which the videos depend, by dotted key, and the contents of checkpoint and codec."""
-    from common.storage import file_sha256
-    from engine.checkpoint import content_sha256
-    from engine.config import all_keys
-    from models.lora import WEIGHTS_FILE
-
+    """Returns everything that determines the videos: values by dotted key, and hashes of checkpoint and codec."""
     config = request.config
     lora = config.sample.lora
     keys = [key.split(".") for key in all_keys() if key.startswith(SECTIONS) and key not in FREE]
@@ -317,11 +300,7 @@ def settings_of(request: Request, generator: Generator) -> dict[str, Any]:
 
 
 def given_sha256(config: Config) -> str | None:
-    """The SHA-256 over the pixels that the videos are to show, and where; None without such."""
-    import hashlib
-
-    from sample.given import read_given
-
+    """Returns the SHA-256 over given frames and their places; None without such."""
     given = read_given(config.sample, config.data)
     if given is None:
         return None
@@ -329,21 +308,15 @@ def given_sha256(config: Config) -> str | None:
 
 
 def machine(device: torch.device) -> str:
-    """The kind of device and the versions that the last bit of a video may depend on."""
-    import torch
-
+    """Returns the kind of device and the versions that the last bit of a video may depend on."""
     kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return f"torch {torch.__version__} on {device.type} {kind}"
 
 
 def read_back(folder: SampleFolder, index: int) -> np.ndarray:
-    """Video `index` from its array, or from its mp4 where there is none: uint8 (F, H, W, 3)."""
-    import numpy as np
-
+    """Reads video `index` from its array, or from its mp4: uint8 (F, H, W, 3)."""
     if "lossless" in folder.kinds:
         return np.load(folder.file("lossless", index))
-    from datasets.readers import open_video
-
     reader = open_video(folder.file("videos", index))
     return reader.read(range(len(reader))).permute(0, 2, 3, 1).numpy()
 

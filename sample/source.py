@@ -1,4 +1,4 @@
-"""What to sample from: a checkpoint of ours, which holds its config, or an official file, which does not."""
+"""Sources to sample from: a checkpoint of ours, which contains its config, or an official file, which does not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.weights import load_checkpoint_weights, load_model_weights
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to sample from: a folder of ours, with its config, or an official file, without."""
+    """A checkpoint to sample from: a folder of ours with its config, or an official file without."""
 
     path: Path
     config: Config | None
@@ -24,7 +24,7 @@ class Source:
 
     @classmethod
     def open(cls, path: str | Path) -> Source:
-        """Find and verify what `path` means: a checkpoint or run folder of ours, or a .pt/.safetensors file.
+        """Opens and verifies a checkpoint or run folder of ours, or a .pt/.safetensors file.
 
         Raises:
             ValueError: there is no sound checkpoint; the message names the file.
@@ -36,27 +36,27 @@ class Source:
         return cls(folder, load_config(folder / "config.yaml", saved=True), read_state(folder).get("class_names"))
 
     def weights(self, kind: str) -> dict[str, Tensor]:
-        """The `ema` or the `raw` weights."""
+        """Loads the `ema` or the `raw` weights."""
         if self.config is None:
             return load_model_weights(self.path, kind)
         return load_checkpoint_weights(self.path, kind)
 
     def weights_file(self, kind: str) -> Path:
-        """The file that holds them."""
+        """Returns the file of those weights."""
         return self.path if self.config is None else weights_file(self.path, kind)
 
 
 def sampling_config(
     source: Source, yaml: str | Path | None, settings: Mapping[str, Any], overrides: list[str]
 ) -> Config:
-    """What to sample with, from the checkpoint, a YAML file and the command line.
+    """Merges the configuration of a checkpoint, a YAML file and the command line.
 
-    A checkpoint of ours brings its own `model`, `diffusion`, `data` and `codec`; of a YAML beside it the
-    `sample` section and `codec.path` count. An official file brings nothing: the YAML says it all.
+    A checkpoint of ours determines `model`, `diffusion`, `data` and `codec`; of the YAML file only the `sample`
+    section and `codec.path` are read. For an official file the YAML file determines everything.
 
     Args:
-        settings: keys of the `sample` section that stand above the YAML.
-        overrides: `section.key=value`, above everything.
+        settings: keys of the `sample` section that override the YAML file.
+        overrides: `section.key=value`, which override everything.
     """
     given = load_config(yaml) if yaml else None
     base = source.config or given

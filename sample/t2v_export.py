@@ -21,7 +21,7 @@ from torch import Tensor
 from common.checks import require
 from engine.checkpoint import find_checkpoint, load_checkpoint_config, read_state, weights_file
 from engine.config import Config
-from engine.text_network import text_network_config
+from engine.config.text_network import text_network_config
 from engine.weights import temporal_position_scale
 from models.autoencoder import AUTOENCODERS, CodecConfig, local_folder
 from models.config_t2v import LatteT2VConfig

@@ -128,7 +128,7 @@ def load_codec(config: T2XConfig, source: TextModel, device: torch.device) -> La
 
 
 class Sampler:
-    """The network, its sampler and the decoder, for one video after the other.
+    """Network, sampler and decoder, for one video after the other.
 
     A video is a function of (seed, index): its noise comes from a generator of its own on the CPU.
     """
@@ -148,11 +148,11 @@ class Sampler:
 
     @property
     def num_steps(self) -> int:
-        """Evaluations of the network for one video; some samplers take several for each step."""
+        """Evaluations of the network for one video; some samplers make several per step."""
         return start_walk(self.config.sample_method, self.schedule, self.device).num_steps * self.plan.num_passes
 
     def sample(self, prompt: Prompt, index: int, progress: Progress | None = None) -> np.ndarray:
-        """The video of that index: uint8 (F, H, W, 3)."""
+        """Samples the video of that index: uint8 (F, H, W, 3)."""
         generator = sample_generator(self.config.seed, index, torch.device("cpu"))
         placed = self.device, self.model.dtype
         prompt = Prompt(*(each if each is None else each.to(*placed) for each in prompt))  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ class Sampler:
 
     @contextmanager
     def _on_device(self, network: torch.nn.Module) -> Iterator[None]:
-        """Have the network on the device, and with `cpu_offload` no longer than needed."""
+        """Moves the network to the device; with `cpu_offload` only for the block."""
         if not self.config.cpu_offload:
             yield
             return
@@ -191,7 +191,7 @@ class Sampler:
                 torch.cuda.empty_cache()
 
     def _plan(self) -> Plan:
-        """What is known of the videos, and their windows; the network's files do not say what it was trained with."""
+        """Returns known frames and windows; the network's files do not say which of these it was trained with."""
         config = self.config
         windows = Windows(config.window, window_overlap(config), config.window_method) if config.window else None
         channels, frames, height, width = self.noise_shape[1:]

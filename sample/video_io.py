@@ -1,4 +1,4 @@
-"""Writing generated videos: mp4, GIF, contact sheet, arrays. Same frames, same bytes; files appear whole or not.
+"""Writes generated videos: mp4, GIF, contact sheet, arrays; atomically, and the same bytes for the same frames.
 
 Videos are uint8 RGB, (n, F, H, W, 3) for several of one size and (F, H, W, 3) for one.
 Letters: n videos, F frames, H W height and width in pixels.
@@ -22,8 +22,8 @@ from common.storage import write_atomically
 MARGIN = 4  # pixels between the tiles of a contact sheet
 GIF_GAP = 2  # pixels between the tiles of a GIF
 BACKGROUND = 255
-# One thread and bit-exact muxing: the bytes depend on the frames alone, not on the machine's core count.
-# Without cpu-independent, its assembly for macroblock trees reads what lies in memory behind small frames.
+# One thread and bit-exact muxing: the bytes depend on the frames alone, not on the number of cores.
+# Without cpu-independent, the assembly code for macroblock trees reads memory past the end of small frames.
 X264_OPTIONS = {
     "crf": "10",
     "preset": "medium",
@@ -35,15 +35,15 @@ MP4_OPTIONS = {"fflags": "+bitexact"}
 
 
 def slug(name: str, max_length: int = 80) -> str:
-    """`name` as a safe part of a file name: letters, digits, `.`, `-`, `_`; never empty, never hidden."""
+    """Returns `name` as a safe part of a file name: letters, digits, `.`, `-`, `_`; never empty, never hidden."""
     safe = re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("._-")
     return safe[:max_length] or "unnamed"
 
 
 def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8) -> Path:
-    """Write one video (F, H, W, 3) as H.264 in yuv420p, which every player and browser shows.
+    """Writes one video (F, H, W, 3) as H.264 in yuv420p, which every player and browser shows.
 
-    The format needs even sizes: of an odd height or width the last row or column is repeated once.
+    The format needs even sizes: for an odd height or width the last row or column is repeated once.
     """
     import av
 
@@ -52,7 +52,7 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8) -> Path:
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
     def write(temporary: Path) -> None:
-        # in this process: an ffmpeg beside it may end by a full disk or a signal, unnoticed, with half a file
+        # in this process: a separate ffmpeg could fail unnoticed and leave a truncated file
         with av.open(str(temporary), "w", format="mp4", container_options=MP4_OPTIONS) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=X264_OPTIONS)
             stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
@@ -64,17 +64,17 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8) -> Path:
 
 
 def write_lossless(path: str | Path, video: np.ndarray) -> Path:
-    """Write one video (F, H, W, 3) as it is: numpy's .npy, format version 1, for `np.load(..., mmap_mode="r")`."""
-    buffer = io.BytesIO()  # numpy's own writing to a file does not say that the disk is full
+    """Writes one video (F, H, W, 3) unchanged: numpy's .npy, format version 1, for `np.load(..., mmap_mode="r")`."""
+    buffer = io.BytesIO()  # numpy's writing to a file does not report a full disk
     np.lib.format.write_array(buffer, np.ascontiguousarray(as_frames(video, ndim=4)), version=(1, 0))
     return write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def write_gif(path: str | Path, videos: np.ndarray, fps: float = 8, scale: int | None = 1) -> Path:
-    """Write the videos (n, F, H, W, 3) playing side by side in a near-square grid, as one looping GIF.
+    """Writes the videos (n, F, H, W, 3) side by side in a near-square grid, as one looping GIF.
 
-    All frames share one palette, so still parts do not flicker. `scale` enlarges by whole pixels; None as
-    much as brings tiny videos to about 64 pixels.
+    All frames share one palette, so still parts do not flicker. `scale` enlarges by whole pixels; None enlarges tiny
+    videos to about 64 pixels.
     """
     tiles = enlarge(as_frames(videos, ndim=5), scale)
     frames = [Image.fromarray(frame) for frame in grid(tiles)]
@@ -103,12 +103,12 @@ def write_contact_sheet(
 def contact_sheet(
     videos: np.ndarray, captions: Sequence[str] | None = None, scale: int | None = None, max_frames: int = 16
 ) -> np.ndarray:
-    """One picture of the videos (n, F, H, W, 3): a row per video, a column per frame, captions on the left.
+    """Returns one picture of the videos (n, F, H, W, 3): a row per video, a column per frame, captions on the left.
 
     Args:
         captions: one per video, or None for no caption column.
-        scale: whole-number enlargement without smoothing; None brings tiny videos to about 64 pixels.
-        max_frames: of longer videos so many evenly spaced frames are shown, the first and last among them.
+        scale: whole-number enlargement without smoothing; None enlarges tiny videos to about 64 pixels.
+        max_frames: longer videos show this many evenly spaced frames, including the first and the last.
 
     Returns:
         (height, width, 3) uint8.
@@ -133,7 +133,7 @@ def contact_sheet(
 
 
 def draw_captions(sheet: np.ndarray, captions: Sequence[str], row_height: int) -> np.ndarray:
-    """The sheet with each caption at the left of its row, centred in height."""
+    """Returns the sheet with each caption at the left of its row, vertically centred."""
     image = Image.fromarray(sheet)
     draw, font = ImageDraw.Draw(image), caption_font()
     for row, caption in enumerate(captions):
@@ -143,24 +143,24 @@ def draw_captions(sheet: np.ndarray, captions: Sequence[str], row_height: int) -
 
 
 def caption_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's built-in font: no font file of the machine is needed."""
+    """Returns Pillow's built-in font, so that no font file is needed."""
     return ImageFont.load_default(13)
 
 
 def caption_width(captions: Sequence[str]) -> int:
-    """Pixels that the caption column needs."""
+    """Returns the width of the caption column in pixels."""
     return max((math.ceil(caption_font().getlength(caption)) + MARGIN for caption in captions), default=0)
 
 
 def enlarge(videos: np.ndarray, scale: int | None) -> np.ndarray:
-    """(n, F, H, W, 3) with every pixel repeated `scale` times each way; None: up to about 64 pixels."""
+    """Returns (n, F, H, W, 3) with every pixel repeated `scale` times each way; None: up to about 64 pixels."""
     if scale is None:
         scale = max(1, round(64 / max(videos.shape[2:4])))
     return videos.repeat(scale, axis=2).repeat(scale, axis=3) if scale > 1 else videos
 
 
 def grid(videos: np.ndarray) -> np.ndarray:
-    """(n, F, H, W, 3) -> (F, height, width, 3): the videos side by side in a near-square grid."""
+    """Places the videos (n, F, H, W, 3) side by side in a near-square grid, (F, height, width, 3)."""
     count, frames, height, width, _ = videos.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -173,10 +173,10 @@ def grid(videos: np.ndarray) -> np.ndarray:
 
 
 def as_frames(videos: np.ndarray, ndim: int) -> np.ndarray:
-    """The videos as a uint8 array, checked (CPU tensors are taken too).
+    """Returns the videos, an array or a CPU tensor, as a checked uint8 array.
 
     Raises:
-        ValueError: other type or shape than uint8 with `ndim` axes, the last of size 3; or nothing in it.
+        ValueError: not uint8 with `ndim` axes, the last of size 3; or empty.
     """
     array = np.asarray(videos)
     if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or array.size == 0:

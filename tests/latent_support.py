@@ -15,7 +15,7 @@ from datasets import Clip
 from datasets.clips import Pixels
 from engine.config import load_config
 from engine.distributed import World
-from tools import caching
+from tools.caching import latents as caching
 
 SHARDS = 3  # of the tiny sets: some clips share one
 

@@ -147,7 +147,7 @@ def test_attention_has_a_row_for_each_candidate_with_its_error(tmp_path: Path) -
         (["train", "--batch", "0"], "--batch must be at least 1"),
         (["memory", "--kind", "mine"], "--kind mine is unknown"),
         (["train", "--size", "Latte-M/2"], "Latte-M/2"),
-        (["train", "--quick", "--size", "Latte-S/2"], "--quick takes tiny sizes of its own: leave --size out"),
+        (["train", "--quick", "--size", "Latte-S/2"], "--quick has tiny sizes of its own: omit --size"),
         (["data", "--videos", "nowhere.mp4"], "there is no file nowhere.mp4"),
     ],
 )

@@ -261,7 +261,7 @@ def test_frame_list_labels(classes: Path) -> None:
         ("f/x.jpg C", "'C' names none of the 2 classes"),
         ("f/x.jpg 2", "'2' names none of the 2 classes"),
         ("f/x.jpg", "names none of the 2 classes"),
-        ("A/v_A_g01_c01.avi", "is no image"),
+        ("A/v_A_g01_c01.avi", "is not an image"),
     ],
 )
 def test_bad_frame_list_entries_name_their_line(classes: Path, row: str, sentence: str) -> None:

@@ -156,25 +156,25 @@ def test_unreadable_sample_clip_is_named_with_the_reason(name: str, reader: str)
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every frame that is decoded."""
     count: list[int] = []
-    original = pyav._decoded
+    original = pyav._decode_packets
 
     def counting(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:
         for frames in original(packets):
             count.extend(frame.pts or 0 for frame in frames or [])
             yield frames
 
-    monkeypatch.setattr(pyav, "_decoded", counting)
+    monkeypatch.setattr(pyav, "_decode_packets", counting)
     return count
 
 
 @needs_media
 def test_only_what_is_needed_is_decoded(decoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """16 of 240 frames, a key frame every 12: the frames of a window and at most one group before it."""
-    pyav._frame_index.cache_clear()
+    pyav._index_frames.cache_clear()
     reader = open_video(MEDIA / "clips/action/vision__v_SoccerJuggling_g23_c01.avi")
     assert len(decoded) <= pyav.PROBE_FRAMES
     del decoded[:]
-    packets = pyav._packets
+    packets = pyav._read_packets
     fetched: list[int] = []
 
     def counting(container: Any, stream: Any) -> Iterator[av.Packet]:
@@ -182,7 +182,7 @@ def test_only_what_is_needed_is_decoded(decoded: list[int], monkeypatch: pytest.
             fetched.append(packet.size)
             yield packet
 
-    monkeypatch.setattr(pyav, "_packets", counting)
+    monkeypatch.setattr(pyav, "_read_packets", counting)
     reader.read(range(200, 216))
     assert 16 <= len(decoded) <= 40
     assert 16 <= len(fetched) <= 60  # it seeks: what lies before is not even read
@@ -265,7 +265,7 @@ def test_wiped_bytes_are_noticed(tmp_path: Path, length: int, wiped: int) -> Non
     middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
     data[middle : middle + wiped] = bytes(wiped)
     (tmp_path / "broken.mp4").write_bytes(bytes(data))
-    short = length <= pyav.PROVEN_UP_TO
+    short = length <= pyav.VERIFIED_UP_TO
     outcomes = []
     for index in range(len(open_video(tmp_path / "broken.mp4"))):
         reader = open_video(tmp_path / "broken.mp4")

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo import __main__ as demo
+from demo import page
+from demo.__main__ import main
 from demo.drawn import CLASSES, draw_clip
 from sample.video_io import write_contact_sheet, write_mp4
 
@@ -17,7 +18,7 @@ from sample.video_io import write_contact_sheet, write_mp4
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     """Eight real clips of each kind, but those called `trained` bear the next class's label."""
-    for kind in demo.TITLES:
+    for kind in page.TITLES:
         files = []
         for label, shown in enumerate(CLASSES):
             video = draw_clip(label, np.random.default_rng(label), size=32, frames=16).transpose(0, 2, 3, 1)
@@ -33,7 +34,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_the_report_counts_what_the_files_show(results: Path) -> None:
-    metrics = demo.measure(results)
+    metrics = page.measure(results)
     for kind, expected in (("real", 1.0), ("pretrained", 1.0), ("trained", 0.0)):
         assert metrics[f"appearance_accuracy_{kind}"] == expected
         assert metrics[f"motion_accuracy_{kind}"] == expected
@@ -42,15 +43,15 @@ def test_the_report_counts_what_the_files_show(results: Path) -> None:
 
 
 def test_the_page_names_files_that_exist(results: Path) -> None:
-    demo.plot_losses(results / "train" / "metrics.jsonl", results / "loss.png")
-    demo.write_page(results, demo.measure(results))
-    page = (results / "index.html").read_text()
-    named = re.findall(r'src="([^"]+)"', page)
+    page.plot_losses(results / "train" / "metrics.jsonl", results / "loss.png")
+    page.write_page(results, page.measure(results))
+    text = (results / "index.html").read_text()
+    named = re.findall(r'src="([^"]+)"', text)
     assert len([name for name in named if name.endswith(".mp4")]) == 24
     assert all((results / name).is_file() for name in named)
-    assert "100.0%" in page and "0.0%" in page
+    assert "100.0%" in text and "0.0%" in text
 
 
 def test_too_few_videos_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 64"):
-        demo.main(["--videos", "10"])
+        main(["--videos", "10"])

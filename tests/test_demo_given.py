@@ -1,23 +1,23 @@
-"""What is measured of given frames: nothing wrong in real clips, and a known shift where there is one."""
+"""Measurements of given frames: no error in real clips, and a known shift."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from demo.given import CASES, Case, measure, position_errors, real_clips, table
+from demo.given import CASES, Case, draw_real_clips, format_table, measure, position_errors
 
 
 def test_real_clips_are_right_and_without_seams() -> None:
-    clips, labels = real_clips(8)
+    clips, labels = draw_real_clips(8)
     found = measure(clips, clips, labels, Case((0,), 32), window=16)
     assert (found.colour, found.motion, found.next_error, found.mean_error) == (1.0, 1.0, 0.0, 0.0)
     assert found.seam_ratio == pytest.approx(1.0, abs=0.2)
-    assert "| 0.0 | 0.0 |" in table({"real": found})
+    assert "| 0.0 | 0.0 |" in format_table({"real": found})
 
 
-def test_a_body_that_is_elsewhere_is_so_far_away() -> None:
-    clips, labels = real_clips(8)
+def test_a_shifted_body_has_the_distance_of_the_shift() -> None:
+    clips, labels = draw_real_clips(8)
     moved = clips.copy()
     moved[:, 5:] = np.roll(clips[:, 5:], (1, 1), axis=(2, 3))  # one pixel down, one to the right
     moved[:, 5:, :1], moved[:, 5:, :, :1] = moved[:, 5:, 1:2], moved[:, 5:, :, 1:2]
@@ -29,6 +29,6 @@ def test_a_body_that_is_elsewhere_is_so_far_away() -> None:
     assert np.isinf(position_errors(np.zeros_like(clips), clips)).all()  # no body at all
 
 
-def test_the_cases_are_such_that_the_network_was_trained_for() -> None:
+def test_the_cases_are_those_of_training() -> None:
     for case in CASES.values():
         assert len(case.given) <= 8 and set(case.given) < set(range(case.frames))

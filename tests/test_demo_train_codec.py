@@ -31,7 +31,7 @@ def test_it_trains_a_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert latents.mean().item() == pytest.approx(figures["latent_mean"], abs=1e-3)
     with pytest.raises(ValueError, match="is there already"):
         train_codec.main(command)
-    with pytest.raises(FileNotFoundError, match="is no demo set"):
+    with pytest.raises(FileNotFoundError, match="is not a demo set"):
         train_codec.main(["--data", str(tmp_path), "--out", str(tmp_path / "other")])
 
 

@@ -182,7 +182,7 @@ def test_text_keys_belong_to_text_networks(tiny: list[str]) -> None:
 
 
 def test_latte_1_is_the_published_network() -> None:
-    from engine.text_network import text_network_config
+    from engine.config.text_network import text_network_config
     from models.config_t2v import LATTE_1
 
     config = load_config(None, ["model.name=Latte-1", "data.name=captions", "data.image_size=256"])

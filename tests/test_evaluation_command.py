@@ -350,7 +350,7 @@ def test_a_sample_of_a_stream_is_fair_and_belongs_together() -> None:
         for window in windows:
             values = torch.arange(10.0).view(10, 1) + 10 * window.clip
             gather.take(extract.Judged([extract.Reading(window.clip, window)], {"plain": values}, [(8, 8)]))
-        found = gather.finished()
+        found = gather.finish()
         assert found.rows["plain"].shape == (10, 1) and found.count == 40
         assert found.kept is not None and found.kept.tolist() == found.rows["plain"].flatten().tolist()
         assert found.clips().tolist() == [int(value) // 10 for value in found.rows["plain"].flatten()]
@@ -651,9 +651,9 @@ def test_a_loader_process_that_dies_ends_the_run(
     monkeypatch.setattr(extract, "ClipReader", Dying)
     with pytest.raises(RuntimeError, match=r"worker .*exited unexpectedly"):
         from engine.distributed import World
-        from evaluation.protocols import build_protocol, parse_metric, protocol_for
+        from evaluation.protocols import build_protocol, fill_protocol, parse_metric
 
-        rules = protocol_for(parse_metric("fvd8_16f"), build_protocol("stylegan-v"), 0).side("fake")
+        rules = fill_protocol(parse_metric("fvd8_16f"), build_protocol("stylegan-v"), 0).side("fake")
         network = load_detector("i3d", detectors / "i3d.pt")
         extract.Extractor(World(), workers=1).extract(source, rules, network)
 

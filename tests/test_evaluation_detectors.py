@@ -234,7 +234,7 @@ def test_a_file_that_is_no_detector_is_one_sentence(stubs: dict[str, Path], tmp_
         load_detector("i3d", tmp_path / "text.pt")
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt is none of the detectors i3d, .*: it holds other weights"):
-        DetectorFile.read(tmp_path / "other.pt").told()
+        DetectorFile.read(tmp_path / "other.pt").require_kinds()
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -506,7 +506,7 @@ def test_check_of_nothing_is_a_sentence_and_2(
 def test_long_check_draws_what_its_source_drew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_detector, "NOISE_VIDEOS", 24)
     monkeypatch.setattr(check_detector, "NOISE_SIZE", 5)
-    found = torch.cat(list(check_detector.noise_clips(2, frames=3)))
+    found = torch.cat(list(check_detector.draw_noise(2, frames=3)))
     expected = np.random.RandomState(2).rand(24, 3, 5, 5, 3).astype(np.float32)
     assert torch.equal(found, torch.from_numpy(expected).permute(0, 4, 1, 2, 3))
 
@@ -521,8 +521,8 @@ def test_long_check_leaves_pixels_as_they_are(
     level = [each.mean((1, 2, 3, 4)) * 152.9175**0.5 / 2 for each in clips]
     expected = (level[0].mean() - level[1].mean()) ** 2 + (level[0].std(ddof=1) - level[1].std(ddof=1)) ** 2
     detector = load_detector("i3d", write_network(PublishedI3D(), tmp_path / "i3d.pt"))
-    assert check_detector.noise(detector, 16) == pytest.approx(expected, rel=1e-3)
+    assert check_detector.measure_noise(detector, 16) == pytest.approx(expected, rel=1e-3)
     long = detectors.Golden("noise of two seeds", 16, expected, 0.1 * expected, "here", minutes=True)
     monkeypatch.setattr(detector, "spec", dataclasses.replace(detector.spec, goldens=(long,)))
-    assert len(list(check_detector.checks(detector, long=False))) == 4
-    assert list(check_detector.checks(detector, long=True))[-1][:2] == ("noise of two seeds T=16", True)
+    assert len(list(check_detector.run_checks(detector, long=False))) == 4
+    assert list(check_detector.run_checks(detector, long=True))[-1][:2] == ("noise of two seeds T=16", True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from datasets.readers import open_video
 from evaluation.detectors import DETECTORS
 from evaluation.pixels import MP4_FPS, fit, through_jpeg, through_mp4
-from evaluation.protocols import METRICS, build_protocol, parse_metric, protocol_for
+from evaluation.protocols import METRICS, build_protocol, fill_protocol, parse_metric
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips"
 needs_media = pytest.mark.skipif(not CLIPS.is_dir(), reason="needs ../shared/media: real clips")
@@ -23,7 +23,7 @@ needs_media = pytest.mark.skipif(not CLIPS.is_dir(), reason="needs ../shared/med
 
 def spans(metric: str, protocol: str, dataset: str | None = None) -> tuple[int, int]:
     """Frames of the shortest real and fake video that is kept."""
-    whole = protocol_for(parse_metric(metric), build_protocol(protocol, dataset), 0)
+    whole = fill_protocol(parse_metric(metric), build_protocol(protocol, dataset), 0)
     return whole.side("real").span, whole.side("fake").span
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from datasets.catalog import Clip
-from evaluation.protocols import SideRules, build_protocol, parse_metric, protocol_for
+from evaluation.protocols import SideRules, build_protocol, fill_protocol, parse_metric
 from evaluation.sources import (
     CALL_FRAMES,
     TASK_FRAMES,
@@ -23,10 +23,10 @@ from evaluation.sources import (
     TooShort,
     Window,
     choose_window,
-    clip_tasks,
-    content_digest,
-    frame_tasks,
-    frame_windows,
+    digest_content,
+    group_clips,
+    group_frames,
+    select_frame_windows,
     shuffled,
     window_to_json,
     windows_from_json,
@@ -34,7 +34,7 @@ from evaluation.sources import (
 
 
 def rules(metric: str = "fvd2048_16f", protocol: str = "stylegan-v", side: str = "real", seed: int = 0) -> SideRules:
-    return protocol_for(parse_metric(metric), build_protocol(protocol), seed).side(side)
+    return fill_protocol(parse_metric(metric), build_protocol(protocol), seed).side(side)
 
 
 def array(file: Path, frames: int, start: int = 0) -> Path:
@@ -213,7 +213,7 @@ def test_shuffled_frames_are_the_same_frames_in_another_order() -> None:
 def test_frames_are_taken_once_each(protocol: str, count: int | None, expected: int) -> None:
     lengths = [16, 0, 3, 40, 1]
     own = replace(rules("fid50k_full", protocol, "fake"), count=count)
-    windows = frame_windows(lengths, own)
+    windows = select_frame_windows(lengths, own)
     taken = [(window.clip, index) for window in windows for index in window.indices]
     everything = [(clip, index) for clip, length in enumerate(lengths) for index in range(length)]
     assert len(taken) == len(set(taken)) == expected and set(taken) <= set(everything)
@@ -222,7 +222,7 @@ def test_frames_are_taken_once_each(protocol: str, count: int | None, expected: 
         assert taken == everything[:expected]
     elif expected < 60:
         assert taken != everything[:expected]
-    tasks = frame_tasks(windows)
+    tasks = group_frames(windows)
     assert [request.window for task in tasks for request in task] == windows
     for task in tasks:
         assert len({request.clip for request in task}) == 1
@@ -231,10 +231,10 @@ def test_frames_are_taken_once_each(protocol: str, count: int | None, expected: 
 
 def test_calls_are_fixed_blocks_of_clips() -> None:
     requests = [Request(place) for place in range(19)]
-    tasks = clip_tasks(requests, 16)
+    tasks = group_clips(requests, 16)
     assert [len(task) for task in tasks] == [8, 8, 3] and CALL_FRAMES == 128
     assert [request for task in tasks for request in task] == requests
-    assert [len(task) for task in clip_tasks(requests, 200)] == [1] * 19
+    assert [len(task) for task in group_clips(requests, 200)] == [1] * 19
 
 
 # ---------------------------------------------------------------------------------------------- content
@@ -246,11 +246,11 @@ def test_the_digest_is_of_what_was_read(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (frame, 0, 0)).save(tmp_path / "a" / f"{frame:03d}.png")
     clip = Source.find(str(tmp_path), "x").clips[0]
     window = [Window(0, 2, 1, 16)]
-    before = content_digest(clip, window), content_digest(clip, None)
+    before = digest_content(clip, window), digest_content(clip, None)
     Image.new("RGB", (8, 8), (99, 0, 0)).save(tmp_path / "a" / "019.png")  # not in the window
-    assert content_digest(clip, window) == before[0] and content_digest(clip, None) != before[1]
+    assert digest_content(clip, window) == before[0] and digest_content(clip, None) != before[1]
     Image.new("RGB", (8, 8), (99, 0, 0)).save(tmp_path / "a" / "017.png")
-    assert content_digest(clip, window) != before[0]
+    assert digest_content(clip, window) != before[0]
 
 
 def test_windows_come_back_from_json(tmp_path: Path) -> None:

@@ -388,12 +388,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("reader", ["pyav", "decord"])
 def test_E6_large_frames_are_refused_before_decoding(large: Path, reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(open_video(large, reader)) == 1  # within the default, which the largest cameras keep
-    pyav._frame_index.cache_clear()
+    pyav._index_frames.cache_clear()
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(pyav, "_decoded", never)
+    monkeypatch.setattr(pyav, "_decode_packets", never)
     monkeypatch.setattr("decord.VideoReader", never)
     with pytest.raises(
         VideoError, match=r"large\.mp4: its frames of 4096x2048 are larger than data\.max_pixels=2073600"
@@ -545,14 +545,14 @@ def test_E7_rotation_is_applied(tmp_path: Path) -> None:
 def test_E7_only_needed_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 100 frames with a key frame every 8, one window near the end: its group, and the probe at the start."""
     decoded: list[int] = []
-    honest = pyav._decoded
+    honest = pyav._decode_packets
 
     def counting(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:
         for frames in honest(packets):
             decoded.extend(0 for _ in frames or [])
             yield frames
 
-    monkeypatch.setattr(pyav, "_decoded", counting)
+    monkeypatch.setattr(pyav, "_decode_packets", counting)
     images = [np.full((32, 32, 3), 20 + number, np.uint8) for number in range(100)]
     reader = open_video(encode(tmp_path / "a.mp4", images, g="8"))
     assert len(decoded) <= pyav.PROBE_FRAMES + 1
@@ -660,7 +660,7 @@ def _swap_for_folder(path: Path) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "deleted": (Path.unlink, "cannot be opened (FileNotFoundError)"),
-    "replaced": (lambda path: write_mp4(path, grey(12)), "has changed since the run began"),
+    "replaced": (lambda path: write_mp4(path, grey(12)), "changed after the run started"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-200]), "cannot be read as mov: incomplete or damaged"),
     "a_folder": (_swap_for_folder, "the folder holds no images"),
     "a_loop_of_links": (lambda path: (path.unlink(), path.symlink_to(path)), "cannot be opened (OSError)"),
@@ -735,7 +735,7 @@ def test_E9_a_frame_that_goes_away(frame_folders: Path, tmp_path: Path) -> None:
     data = dataset(root)
     (root / "falls" / "clip0" / "003.png").unlink()
     assert data[0, 0]["index"] != 0
-    reason = "has changed since the run began: 7 frames then, 6 now"
+    reason = "changed after the run started: 7 frames then, 6 now"
     assert data.skipped == {str(root / "falls" / "clip0"): reason}
 
 
@@ -974,7 +974,7 @@ def test_E13_a_latent_cache_of_other_data_is_refused(
     else:
         clip.rename(root / "rises" / "clip1a")
     number = 7 if change == "more" else 6
-    with pytest.raises(ValueError, match=rf"is of other data: 1 of {number} clips are not in it.*'rises/clip1a?' the"):
+    with pytest.raises(ValueError, match=rf"other data: 1 of {number} clips are missing.*first: 'rises/clip1a?'"):
         Trainer(load_config(None, [*keys, f"data.path={root}"]), World())
 
 

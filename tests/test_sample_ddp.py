@@ -27,7 +27,7 @@ from engine.errors import SamplesNotWritten
 from engine.objective import sample_generator
 from engine.weights import load_model_weights
 from sample import sample_ddp
-from sample.generate import Generator, _drawn
+from sample.generate import Generator, _draw_number
 from sample.sample_ddp import main, parse
 from sample.sample_folder import SampleFolder
 from sample.video_io import contact_sheet
@@ -198,7 +198,7 @@ def test_random_labels_are_drawn_by_seed_and_index() -> None:
 def test_a_random_label_is_not_the_seed_of_the_noise() -> None:
     for index in range(5):
         noise_seed = sample_generator(3, index, torch.device("cpu")).initial_seed()
-        assert _drawn(3, index) >> 1 != noise_seed
+        assert _draw_number(3, index) >> 1 != noise_seed
 
 
 def test_the_command_samples_the_labels_of_its_rule(checkpoint: Path, tmp_path: Path) -> None:

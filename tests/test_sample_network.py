@@ -17,7 +17,7 @@ from engine.config import Config, load_config
 from models.autoencoder import LatentCodec
 from sample.decoding import Decoder
 from sample.generate import Generator, Guidance
-from sample.network import Walk
+from sample.network import EvaluationCounter
 from tests.conftest import random_weights
 
 NETWORK = {
@@ -135,12 +135,12 @@ def test_nothing_waits_for_the_device_during_a_walk() -> None:
     generator = generator_of()
     process, guidance = build_process(generator.config, respacing="6"), Guidance(2.0, (0.2, 0.9))
     times = [each.time for each in list_evaluations(process, "ddim")]
-    walk = Walk(times, 1000)
+    walk = EvaluationCounter(times, 1000)
     denoiser = generator.denoiser([0, 1], guidance, walk)
     from diffusion import sample
 
     with NoReading():
-        sample(process, walk.counted(denoiser), torch.zeros(2, 4, 3, 8, 8), method="ddim")
+        sample(process, walk.count(denoiser), torch.zeros(2, 4, 3, 8, 8), method="ddim")
         with pytest.raises(AssertionError):
             torch.ones(1).item()
 

@@ -16,13 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from datasets.latents import INDEX, LatentCache, read_index
+from common import storage
+from datasets.latents import LatentCache, read_index
+from datasets.shards import INDEX
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import TrainingAborted
 from tests.fault_support import ROOT, run, run_ranks
 from tests.latent_support import Deadly, cache, content, save_codec
-from tools import cache_latents, caching
+from tools import cache_latents
+from tools.caching import latents as caching
+from tools.caching.writer import CacheWriter
 
 
 class Killed(BaseException):
@@ -35,7 +39,7 @@ class Dying:
     def __init__(self, honest: Callable[..., Path], how: int) -> None:
         self.honest, self.how, self.files = honest, how, 0
 
-    def __call__(self, path: Path, write: Callable[[Path], object]) -> Path:
+    def __call__(self, path: Path, write: Callable[[Path], object], temporary: Path | None = None) -> Path:
         self.files += 1
         if self.how == 0:  # a part of it stays behind
             (path.parent / f".{path.stem}.9{path.suffix}").write_bytes(b"half")
@@ -50,11 +54,11 @@ def test_killed_at_any_write_and_continued(tiny: list[str], tmp_path: Path, monk
     whole = content(cache(tiny, tmp_path / "whole"))
     assert len(whole) == 4  # three shards and the index
     encoded: list[int] = []
-    honest = caching.write_atomically
+    honest = storage.write_atomically
     monkeypatch.setattr(caching.ShardEncoder, "encode", counting(caching.ShardEncoder.encode, encoded))
     made, deaths = tmp_path / "made", 0
     for life in range(100):
-        monkeypatch.setattr(caching, "write_atomically", Dying(honest, life % 3))
+        monkeypatch.setattr(storage, "write_atomically", Dying(honest, life % 3))
         try:
             cache(tiny, made)
             break
@@ -173,7 +177,7 @@ def test_another_cache_is_not_overwritten(
 ) -> None:
     with monkeypatch.context() as broken, contextlib.suppress(Killed):
         if not finished:
-            broken.setattr(caching, "write_atomically", Dying(caching.write_atomically, 2))
+            broken.setattr(storage, "write_atomically", Dying(storage.write_atomically, 2))
         cache(tiny, tmp_path / "made")
     assert (tmp_path / "made" / INDEX).exists() == finished
     before = content(tmp_path / "made")
@@ -188,7 +192,7 @@ def test_too_small_a_disk_is_told_before_it_starts(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match=r"made has 0\.000 GB free, and the cache takes 0\.000 GB: make room"):
         cache(tiny, tmp_path / "made")
     assert "6 clips, 42 frames: mean, 3x8x8 in fp32" in capsys.readouterr().out
@@ -196,7 +200,10 @@ def test_too_small_a_disk_is_told_before_it_starts(
 
 
 def test_two_at_once_are_refused(tiny: list[str], tmp_path: Path) -> None:
-    with caching.locked(tmp_path / "made", World()), pytest.raises(OSError, match=r"--out=.*made is being written by"):
+    with (
+        CacheWriter(tmp_path / "made", {}, World()).open(),
+        pytest.raises(OSError, match=r"--out=.*made is being written by"),
+    ):
         cache(tiny, tmp_path / "made")
     assert cache(tiny, tmp_path / "made")
 

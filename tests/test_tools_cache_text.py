@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import train
-from datasets.text_features import INDEX, TextCache
+from datasets.shards import INDEX
+from datasets.text_features import TextCache
 from engine.checkpoint import load_checkpoint, step_folder
 from engine.conditions import EMPTY, EncodedFeatures
 from engine.config import Config, load_config
 from engine.distributed import World
 from engine.trainer import Trainer
 from tests.text_support import CAPTIONS, TINY_TEXT, draw_captioned, save_text_encoder, write_captions
-from tools import cache_text
+from tools.caching import text as cache_text
 
 CPU = torch.device("cpu")
 
@@ -94,10 +95,10 @@ def test_a_foreign_cache_is_refused(run: list[str], cache: Path, tmp_path: Path)
     other = save_text_encoder(tmp_path / "encoder", seed=1)
     for overrides, sentence in [
         ([f"text.path={other}"], r"was made with other settings \(sha256"),
-        (["text.max_length=20"], r"max_length 24 -> 20"),
-        (["text.clean_captions=true"], "clean_captions False -> True"),
-        (["text.dtype=bf16"], "dtype fp32 -> bf16"),
-        (["sample.labels=[a comet]"], r"1 of 7 are not in it \('a comet' the first\)"),
+        (["text.max_length=20"], r"max_length: 24 -> 20"),
+        (["text.clean_captions=true"], "clean_captions: False -> True"),
+        (["text.dtype=bf16"], "dtype: fp32 -> bf16"),
+        (["sample.labels=[a comet]"], r"1 of 7 captions are missing \(first: 'a comet'\)"),
     ]:
         with pytest.raises(ValueError, match=sentence) as error:
             Trainer(with_cache(run, cache, *overrides), World())
@@ -106,7 +107,7 @@ def test_a_foreign_cache_is_refused(run: list[str], cache: Path, tmp_path: Path)
     Trainer(with_cache(run, cache, f"text.path={copy}"), World())  # the same files elsewhere
     clips = draw_captioned(tmp_path / "clips")
     write_captions(clips, {**CAPTIONS, "falls/clip0": "a plum falls"})
-    with pytest.raises(ValueError, match=r"is of other captions: 1 of 7 .*'a plum falls'"):
+    with pytest.raises(ValueError, match=r"was made with other captions: 1 of 7 .*'a plum falls'"):
         Trainer(with_cache(run, cache, f"data.path={clips}"), World())
     with pytest.raises(ValueError, match="holds another cache"):
         cache_text.cache_text(load_config(None, [*run, f"data.path={clips}"]), cache, World())

@@ -1,22 +1,21 @@
-"""Encode a data set once: mean and deviation of every frame, and mirrored where the recipe mirrors.
+"""Encodes a data set once: mean and deviation of every frame, also mirrored where the recipe mirrors.
 
     python -m tools.cache_latents --config configs/ffs/ffs_train.yaml data.path=/data/ffs --out /data/ffs_latents
     torchrun --nproc_per_node=8 -m tools.cache_latents --config ... --out ...
     torchrun --nproc_per_node=8 train.py --config ... data.latents=/data/ffs_latents
 
-Run the same command again after any interruption: whole shards stay. The format, and what may change between making
-and training, are in docs/latents.md.
+Run the same command again after any interruption: finished shards are kept. docs/latents.md describes the format and
+the settings that may change between caching and training.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from engine import cli
+from engine.config import load_config
+from engine.distributed import close_world, init_world
+from tools.caching.latents import cache_latents
 
 SHARD_MB = 64
 FORMATS = ("fp32", "fp16", "bf16")
@@ -24,30 +23,26 @@ PATIENCE_S = 30 * 86400.0  # ranks wait for the slowest
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = cli.config_parser(__doc__ or "", "%(prog)s --config FILE --out DIR [flags] [section.key=value ...]")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--dtype",
         choices=FORMATS,
         default=FORMATS[0],
-        help="number format; fp16 and bf16 take half the room, and what they cost is said at the end (%(default)s)",
+        help="number format; fp16 and bf16 take half the space; their rounding error is printed (%(default)s)",
     )
     parser.add_argument(
         "--shard_mb",
         type=int,
         default=SHARD_MB,
         metavar="N",
-        help="size of a file; so much is encoded again after a kill (%(default)s)",
+        help="size of a file, which is encoded again after a kill (%(default)s)",
     )
     parser.add_argument("--device", metavar="NAME", choices=("cpu", "cuda"), help="by default CUDA where there is one")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.shard_mb < 1:
         raise ValueError(f"--shard_mb {arguments.shard_mb} must be at least 1.")
-
-    from engine.config import load_config  # torch is imported here, so that --help is quick
-    from engine.distributed import close_world, init_world
-    from tools.caching import cache_latents
 
     config = load_config(arguments.config, arguments.overrides)
     world = init_world(arguments.device, timeout_s=PATIENCE_S)

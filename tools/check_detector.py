@@ -1,58 +1,52 @@
-"""Check a detector file: its hash, what it is, and whether it gives what is known of it.
+"""Checks a detector file: its hash, its kind, and whether it reproduces known values.
 
     python -m tools.check_detector i3d_torchscript.pt [--kind i3d] [--sha256 HASH] [--device cpu|cuda] [--long]
 
 Prints the SHA-256, the arguments of the network, and a line for each check: shapes, the same input twice, a sample
-alone and among others, probabilities that sum to 1, and published values where there are any (I3D: zeros against
-ones, 151.25648). Without --kind the file is told by its arguments. --long adds checks that take minutes on a CPU.
-Exit code 0 if all hold, 1 if one does not, 2 for bad use. docs/metrics.md says where to get the files.
+alone and in a batch, probabilities that sum to 1, and published values where there are any (I3D: zeros against ones,
+151.25648). Without --kind the detector is identified by its arguments. --long adds checks that take minutes on a CPU.
+Exit code 0 if all hold, 1 if one fails, 2 for bad usage. docs/metrics.md says where to get the files.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from engine import cli
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from evaluation.detectors import Detector, DetectorSpec, Golden
+from evaluation.detectors import DETECTORS, Detector, DetectorFile, DetectorSpec, Golden
+from evaluation.distances import Moments, frechet_distance, frechet_from_moments
+from sample.generate import usable_device
 
 SIZE = 64  # pixels
-SAME = 1e-4  # how far a sample's features may move with its batch, as a share of the largest
-SUM = 1e-3  # how far probabilities may be from 1
+SAME = 1e-4  # tolerated change of a sample's features with its batch, relative to the largest
+SUM = 1e-3  # tolerance of the sum of probabilities
 NOISE_VIDEOS, NOISE_BATCH, NOISE_SIZE = 128, 8, 224
 
-Check = tuple[str, bool, str]  # name, holds, what was seen
+Check = tuple[str, bool, str]  # name, holds, observation
 
 
 def main(argv: list[str]) -> int:
-    """Print all checks; 1 if one does not hold."""
+    """Prints all checks; returns 1 if one fails."""
     arguments = parse(argv)
-    from evaluation.detectors import Detector, DetectorFile
-    from sample.generate import usable_device
 
     device = usable_device(arguments.device)
-    spec = spec_of(arguments.kind)
+    spec = find_spec(arguments.kind)
     file = DetectorFile.read(arguments.file, sha256=arguments.sha256, spec=spec)
     print(f"file    {file.path} ({file.path.stat().st_size / 1e6:.1f} MB)\nsha256  {file.sha256}")
     print(f"takes   {', '.join(file.arguments)}" if file.arguments else f"holds   {len(file.weights or {})} tensors")
     results = []
-    kinds = [spec] if spec else file.told()
+    kinds = [spec] if spec else file.require_kinds()
     for name, known in {each.file: each.sha256 for each in kinds if each.sha256}.items():
         print(f"known   {'this is' if known == file.sha256 else 'not'} {name}, SHA-256\n        {known}")
     for each in kinds:
         print(f"\n{each.name}: {', '.join(each.metrics)}{', a stand-in' if each.stand_in else ''}")
-        for name, holds, seen in checks(Detector(each, file, device), arguments.long):
+        for name, holds, seen in run_checks(Detector(each, file, device), arguments.long):
             print(f"{'ok  ' if holds else 'FAIL'}  {name:<24}{seen}", flush=True)
             results.append(holds)
         if not each.goldens:
@@ -62,28 +56,26 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; argparse exits with 2 for bad use."""
+    """Parses the command line; argparse exits with 2 for bad usage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--kind", metavar="NAME", help="what it is, e.g. i3d (default: told by its arguments)")
+    parser.add_argument("--kind", metavar="NAME", help="kind, such as i3d (default: from its arguments)")
     parser.add_argument("--sha256", metavar="HASH", help="refuse any other file")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--long", action="store_true", help="also the checks that take minutes on a CPU")
     return parser.parse_args(argv)
 
 
-def spec_of(kind: str | None) -> DetectorSpec | None:
-    """The line of the table that --kind names; ValueError for none of them."""
-    from evaluation.detectors import DETECTORS
+def find_spec(kind: str | None) -> DetectorSpec | None:
+    """Returns the detector of --kind. Raises ValueError for an unknown one."""
 
     if kind is not None and kind not in DETECTORS:
         raise ValueError(f"--kind {kind}: there is no such detector; they are {', '.join(DETECTORS)}.")
     return DETECTORS[kind] if kind else None
 
 
-def checks(detector: Detector, long: bool) -> Iterator[Check]:
-    """All checks of a detector, those of `long` only if asked for."""
-    import torch
+def run_checks(detector: Detector, long: bool) -> Iterator[Check]:
+    """Yields all checks of a detector; slow ones only if `long`."""
 
     frames = max(16, detector.spec.frames[0])
     shape = (3, 3, SIZE, SIZE) if detector.input == "frame" else (3, frames, 3, SIZE, SIZE)
@@ -105,48 +97,44 @@ def checks(detector: Detector, long: bool) -> Iterator[Check]:
         yield "probabilities", gap <= SUM and features.min().item() >= 0, f"sum to 1 within {gap:.1e}"
     for golden in detector.spec.goldens:
         if long or not golden.minutes:
-            yield published(detector, golden)
+            yield check_published(detector, golden)
 
 
-def published(detector: Detector, golden: Golden) -> Check:
-    """A published value against ours."""
+def check_published(detector: Detector, golden: Golden) -> Check:
+    """Compares a published value with ours."""
     name = f"{golden.check} T={golden.frames}"
     try:
-        value = {"zeros against ones": constants, "noise of two seeds": noise}[golden.check](detector, golden.frames)
+        value = {"zeros against ones": measure_constants, "noise of two seeds": measure_noise}[golden.check](
+            detector, golden.frames
+        )
     except ValueError as error:
         return name, False, str(error)
     seen = f"{value:.4f}, published {golden.value:.4f} +- {golden.tolerance:g}"
     return name, abs(value - golden.value) <= golden.tolerance, seen
 
 
-def constants(detector: Detector, frames: int) -> float:
-    """Frechet distance between black and white clips; their number does not matter, for they are all the same."""
-    import torch
-
-    from evaluation.distances import frechet_distance
+def measure_constants(detector: Detector, frames: int) -> float:
+    """Returns the Frechet distance between black and white clips, which is independent of their number."""
 
     sides = [torch.full((2, frames, 3, SIZE, SIZE), level, dtype=torch.uint8) for level in (0, 255)]
     return frechet_distance(*(detector(side) for side in sides))
 
 
-def noise(detector: Detector, frames: int) -> float:
-    """Frechet distance, divided by one less than the count, between 128 clips of uniform noise [0, 1] of two seeds.
+def measure_noise(detector: Detector, frames: int) -> float:
+    """Returns the Frechet distance (divisor n-1) between 128 clips of uniform noise [0, 1] of two seeds.
 
-    As its source calls I3D: 224 x 224 pixels, neither rescaled nor resized.
+    As in its source, I3D takes 224 x 224 pixels, neither rescaled nor resized.
     """
-    from evaluation.distances import Moments, frechet_from_moments
 
     real, fake = Moments(detector.dims), Moments(detector.dims)
     for seed, moments in ((2, real), (1, fake)):
-        for clips in noise_clips(seed, frames):
+        for clips in draw_noise(seed, frames):
             moments.add(detector.run(clips.to(detector.device), rescale=False, resize=False, return_features=True))
     return frechet_from_moments(real, fake, divisor="n-1")
 
 
-def noise_clips(seed: int, frames: int) -> Iterator[Tensor]:
-    """NumPy's uniform noise (128, T, H, W, 3) of that seed, a few clips at a time, as (8, 3, T, H, W)."""
-    import numpy as np
-    import torch
+def draw_noise(seed: int, frames: int) -> Iterator[Tensor]:
+    """Yields NumPy's uniform noise (128, T, H, W, 3) of that seed in batches (8, 3, T, H, W)."""
 
     draw = np.random.RandomState(seed)
     for _ in range(0, NOISE_VIDEOS, NOISE_BATCH):

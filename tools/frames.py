@@ -179,14 +179,14 @@ def _convert(task: Task, staged: Path, form: Form) -> Record:
 
 def _write(reader: Reader, task: Task, staged: Path, form: Form) -> tuple[int, tuple[int, int]]:
     """Write the frames of an opened clip; returns how many, and their (H, W)."""
-    from datasets.readers import VideoError, every_frame
+    from datasets.readers import VideoError, read_all_frames
 
     rate = Fraction(reader.fps).limit_denominator(1001)
     if form.fps and not rate:
         raise VideoError(task.path, "its frame rate is unknown, so frames cannot be picked by time")
     shapes: list[tuple[int, int]] = []
     total = -(-len(reader) * form.fps // rate) if form.fps else len(reader)
-    frames = _of_one_size(every_frame(reader), task.path)
+    frames = _of_one_size(read_all_frames(reader), task.path)
     frames = at_rate(frames, rate, Fraction(form.fps)) if form.fps else frames
     frames = _noting_shape((resized(frame, form) for frame in frames), shapes)
     if form.format == "video":

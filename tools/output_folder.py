@@ -171,7 +171,7 @@ def _start_worker(parent: int) -> None:
     """Sets up a worker: one thread, Ctrl-C left to the program, death with the program."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
+    import torch  # slow to import: only workers need it
 
     torch.set_num_threads(1)
 

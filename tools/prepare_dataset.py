@@ -104,13 +104,13 @@ class Place:
 
 def places_of(clips: Sequence[Clip], arguments: argparse.Namespace) -> list[Place]:
     """The place of each clip by the data set's layout. ValueError where names do not fit it."""
-    from datasets.labels import class_names_of
+    from datasets.labels import find_class_names
     from datasets.recipes import RECIPES
 
     layout = LAYOUTS[arguments.dataset]
     folders, names = split_folders(clips, layout)
     labels = arguments.labels if arguments.labels != "auto" else RECIPES[arguments.dataset].labels
-    classes = class_names_of([replace(clip, name=name) for clip, name in zip(clips, names)], labels)
+    classes = find_class_names([replace(clip, name=name) for clip, name in zip(clips, names)], labels)
     videos = grouped(names, arguments.group) if arguments.group else source_videos_of(names, layout.source_video)
     places = [
         Place(clip, name, split or "", class_name, video)

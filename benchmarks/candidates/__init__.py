@@ -1,4 +1,4 @@
-"""Kernels that are right but not yet proven to be fast: `python -m benchmarks attention` times them on a GPU.
+"""Correct kernels that are not yet proven to be faster: `python -m benchmarks attention` times them on a GPU.
 
-One moves to `models/` when it is ahead there. Nothing in the network imports this package.
+A kernel moves to `models/` once it is faster there. The networks do not import this package.
 """

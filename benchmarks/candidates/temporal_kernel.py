@@ -34,7 +34,7 @@ def _rows(
     first, tokens, stride_b, stride_f, stride_n,
     H: tl.constexpr, d: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Where the rows (P pairs, R frames, 1) of the pairs from `first` on begin; in 64 bits, for big batches."""
+    """Returns the offsets of the rows (P pairs, R frames, 1) of the pairs from `first` on, in 64 bits."""
     pair = first + tl.arange(0, P)
     position = pair // H
     start = (position // tokens).to(tl.int64) * stride_b + (position % tokens).to(tl.int64) * stride_n + pair % H * d
@@ -43,7 +43,7 @@ def _rows(
 
 @triton.jit
 def _load(pointer, rows, inside, d: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
-    """The d values of each row, as the first W0 and the other W1; zero where there are none."""
+    """Loads the d values of each row as W0 and W1 columns; pads with zeros."""
     column = tl.arange(0, W0)[None, None, :]
     first = tl.load(pointer + rows + column, mask=inside & (column < d), other=0.0)
     rest = first
@@ -71,7 +71,7 @@ def _dot(a, b):
 
 @triton.jit
 def _outer(a0, a1, b0, b1, W1: tl.constexpr):
-    """a b^T: (P, R, d) and (P, R, d) -> (P, R, R)."""
+    """Multiplies a b^T: (P, R, d) and (P, R, d) -> (P, R, R)."""
     out = _dot(a0, tl.permute(b0, (0, 2, 1)))
     if W1 > 0:
         out += _dot(a1, tl.permute(b1, (0, 2, 1)))
@@ -80,7 +80,7 @@ def _outer(a0, a1, b0, b1, W1: tl.constexpr):
 
 @triton.jit
 def _inner(a, b0, b1, W1: tl.constexpr):
-    """a b: (P, R, R) and (P, R, d) -> (P, R, d)."""
+    """Multiplies a b: (P, R, R) and (P, R, d) -> (P, R, d)."""
     a = a.to(b0.dtype)
     first = _dot(a, b0)
     rest = first
@@ -91,7 +91,7 @@ def _inner(a, b0, b1, W1: tl.constexpr):
 
 @triton.jit
 def _probabilities(q0, q1, k0, k1, scale, F: tl.constexpr, R: tl.constexpr, W1: tl.constexpr):
-    """softmax(q k^T * scale) over the F frames that there are."""
+    """Returns softmax(q k^T * scale) over the F frames."""
     scores = _outer(q0, q1, k0, k1, W1) * (scale * 1.4426950408889634)  # log2(e): the powers are of two
     if F < R:
         scores = tl.where(tl.arange(0, R)[None, None, :] < F, scores, float("-inf"))
@@ -146,7 +146,7 @@ def _backward_kernel(
 
 
 class Tile(NamedTuple):
-    """How the kernels cut their work: compile-time constants."""
+    """Tile of the kernels: compile-time constants."""
 
     P: int  # pairs in a program: one for each of the four warps that Triton gives it
     R: int  # rows of a score map: the frames, rounded up for the matrix units
@@ -155,7 +155,7 @@ class Tile(NamedTuple):
 
     @classmethod
     def of(cls, num_frames: int, head_width: int) -> Tile:
-        """The tile for clips of `num_frames`, 1 to `MAX_FRAMES`, and heads of `head_width`."""
+        """Returns the tile for clips of `num_frames`, 1 to `MAX_FRAMES`, and heads of `head_width`."""
         first = max(16, 1 << (head_width.bit_length() - 1))
         rest = head_width - first
         return cls(4, _padded(num_frames), first, _padded(rest) if rest > 0 else 0)
@@ -166,7 +166,7 @@ def _padded(length: int) -> int:
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> bool:
-    """Whether the kernels can compute this attention; by type and shape alone, so that it may be asked in a trace."""
+    """Returns whether the kernels support this attention, from type and shape alone, so also while tracing."""
     return (
         (q.is_cuda or INTERPRETED)
         and q.shape == k.shape == v.shape
@@ -179,7 +179,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> bool:
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v among the frames, for each token and head.
+    """Computes softmax(q k^T / sqrt(d)) v among the frames, for each token and head.
 
     Args:
         q, k, v: `(B, F, N, D)` of one type of `DTYPES` and of any strides; none is copied that has a stride of
@@ -193,11 +193,11 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tenso
 
 
 def packed_temporal_attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """The same for q, k, v side by side, `(B, F, N, 3 D)`: so is the gradient, which saves joining three."""
+    """Computes the same for packed q, k, v, `(B, F, N, 3 D)`; the gradient is packed, too."""
     return _packed(qkv, num_heads)
 
 
-# To torch an interpreted kernel is none: there the operators are opaque, and are told the shape of what comes out.
+# torch cannot trace an interpreted kernel: there the operators are opaque, with registered output shapes.
 _operator = torch.library.custom_op if INTERPRETED else torch.library.triton_op
 
 
@@ -214,7 +214,7 @@ def _packed(qkv: Tensor, num_heads: int) -> Tensor:
 
 @_operator("latte::temporal_attention_backward", mutates_args=())
 def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, num_heads: int, packed: bool) -> Tensor:
-    """The gradients of q, k, v: `(B, F, N, 3 D)` if packed, else `(3, B, F, N, D)`."""
+    """Computes the gradients of q, k, v: `(B, F, N, 3 D)` if packed, else `(3, B, F, N, D)`."""
     out = q.new_empty((*q.shape[:-1], 3 * q.shape[-1]) if packed else (3, *q.shape))
     first = out[..., : q.shape[-1]] if packed else out[0]
     part = q.shape[-1] if packed else q.numel()
@@ -233,7 +233,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 def _launch(q: Tensor, num_heads: int) -> tuple[tuple[int], list[Any], dict[str, int]]:
-    """Grid, last arguments and compile-time constants of both kernels."""
+    """Returns grid, last arguments and compile-time constants of both kernels."""
     batch, frames, tokens, width = q.shape
     tile = Tile.of(frames, width // num_heads)
     pairs = batch * tokens * num_heads

@@ -1,7 +1,7 @@
-"""Video file, frame folder or array -> frames. One interface, several backends.
+"""Readers of video files, folders of frames and arrays: one interface, several backends.
 
-A reader has `len()`, `fps`, `damage` and `read(indices) -> uint8 (T, C, H, W)` RGB. Frames are named by
-their place in presentation order, whatever the container's timestamps, B-frames or rotation.
+A reader has `len()`, `fps`, `damage` and `read(indices) -> uint8 (T, C, H, W)` RGB. Frame indices count in presentation
+order, whatever the timestamps, B-frames or rotation of the container.
 
 Letters: T frames, C channels, H height, W width.
 """
@@ -23,10 +23,10 @@ from .base import (
     MAX_PIXELS,
     VIDEO_SUFFIXES,
     Reader,
-    file_identity,
+    identify_file,
     load_package,
 )
-from .containers import container_format
+from .containers import detect_container
 from .decord import DecordReader
 from .images import FrameReader, list_frames, read_image
 from .pyav import PyAVReader
@@ -42,12 +42,12 @@ __all__ = [
     "Reader",
     "VideoError",
     "check_installed",
-    "container_format",
-    "every_frame",
-    "file_identity",
+    "detect_container",
+    "identify_file",
     "list_frames",
     "load_package",
     "open_video",
+    "read_all_frames",
     "read_image",
 ]
 
@@ -60,28 +60,31 @@ PACKAGES = {PyAVReader: "av", DecordReader: "decord"}
 
 
 def open_video(path: str | Path, reader: str = "auto", max_pixels: int = MAX_PIXELS) -> Reader:
-    """Open a video file, a folder of frames, a single image or an array with the backend named `reader`.
+    """Opens a video file, a folder of frames, a single image or an array.
 
-    Frames of more than `max_pixels` pixels are refused from their header, before memory is taken for them.
+    Folders and images are read with PIL, arrays with numpy.
 
-    `auto` is PyAV: the one backend exact, in count and pixels, on every sample clip (docs/datasets.md).
-    A folder or an image is read with PIL, an array with numpy, whatever the backend. Raises VideoError where
-    there is no video.
+    Args:
+        reader: backend of video files. `auto` is PyAV, the only backend with the exact number of frames and exact
+            pixels on every sample clip (docs/datasets.md).
+        max_pixels: larger frames are refused by their header, before memory is allocated.
+
+    Raises: VideoError where there is no video.
     """
     if reader not in READERS:
         raise ValueError(f"reader '{reader}' is unknown: use one of {', '.join(READERS)}")
     path = Path(path)
     try:
         pictures = path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
-    except OSError as error:  # a stale network file, a folder above it that is closed to us
+    except OSError as error:  # a stale network file, a parent folder without permission
         raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
     if path.suffix.lower() == ARRAY_SUFFIX and not pictures:
         return ArrayReader(path, max_pixels)
     return FrameReader(path, max_pixels) if pictures else READERS[reader](path, max_pixels)
 
 
-def every_frame(reader: Reader) -> Iterator[np.ndarray]:
-    """All frames of an opened clip in order, each (H, W, C) uint8, whatever its length; VideoError where one fails."""
+def read_all_frames(reader: Reader) -> Iterator[np.ndarray]:
+    """Yields all frames of an opened clip in order, each (H, W, C) uint8. Raises: VideoError where one fails."""
     if isinstance(reader, PyAVReader):
         yield from reader.frames()
     else:
@@ -90,7 +93,7 @@ def every_frame(reader: Reader) -> Iterator[np.ndarray]:
 
 
 def check_installed(reader: str) -> None:
-    """ValueError if the package behind the backend named `reader` is not installed or cannot be loaded."""
+    """Raises ValueError if the package of the backend `reader` is not installed or cannot be loaded."""
     package = PACKAGES[READERS[reader]]
     if find_spec(package) is None:
         raise ValueError(

@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import VideoError
-from .base import MAX_PIXELS, check_indices, stack_frames, too_large
+from .base import MAX_PIXELS, check_indices, describe_too_large, stack_frames
 
 
 class ArrayReader:
-    """A `.npy` file with one uint8 array (T, H, W, C), C = 3: the lossless form of samples. No frame rate is known.
+    """Reader of a `.npy` file with one uint8 array (T, H, W, 3), the lossless form of samples; no frame rate.
 
-    It is memory-mapped, so only the frames asked for are read.
+    The file is memory-mapped, so only the requested frames are read.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
@@ -27,7 +27,7 @@ class ArrayReader:
         self.cut_off: str | None = None
         try:
             with Path(path).open("rb") as file:
-                shape, order, offset = _array_header(self.path, file)
+                shape, order, offset = _read_header(self.path, file)
                 _check_array(self.path, shape, file.seek(0, 2) - offset, max_pixels)
             self.array: np.ndarray = np.memmap(path, np.uint8, "r", offset, shape, order)
         except OSError as error:
@@ -37,13 +37,13 @@ class ArrayReader:
         return len(self.array)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Frames in the order asked, uint8 (T, C, H, W) RGB."""
+        """Returns these frames in order, uint8 (T, C, H, W) RGB."""
         wanted = check_indices(indices, len(self))
         return stack_frames(self.path, [np.asarray(self.array[index]) for index in wanted])
 
 
-def _array_header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], Literal["C", "F"], int]:
-    """(shape, memory order, where the values begin) of a .npy file of bytes; nothing is ever unpickled."""
+def _read_header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], Literal["C", "F"], int]:
+    """Returns (shape, memory order, offset of the values) of a .npy file of bytes; never unpickles anything."""
     try:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
@@ -57,10 +57,10 @@ def _array_header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], Literal["
 
 
 def _check_array(path: str, shape: tuple[int, ...], size: int, max_pixels: int) -> None:
-    """VideoError unless the shape is that of a clip, and the values are there."""
+    """Raises VideoError unless the shape is that of a clip and all values are present."""
     if len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
         raise VideoError(path, f"holds an array of shape {shape}; a clip is (frames, height, width, 3)")
     if shape[1] * shape[2] > max_pixels:
-        raise VideoError(path, too_large(shape[2], shape[1], max_pixels))
+        raise VideoError(path, describe_too_large(shape[2], shape[1], max_pixels))
     if size != math.prod(shape):
         raise VideoError(path, f"is cut off or too long: {size} of {math.prod(shape)} bytes are there")

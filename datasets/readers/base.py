@@ -18,19 +18,19 @@ _IMAGES = ".bmp .jpeg .jpg .png .ppm .tif .tiff .webp"
 VIDEO_SUFFIXES = frozenset(_VIDEOS.split())
 IMAGE_SUFFIXES = frozenset(_IMAGES.split())
 ARRAY_SUFFIX = ".npy"
-HIDDEN = (".", "__MACOSX")  # names that begin so are left out
+HIDDEN = (".", "__MACOSX")  # files whose names start like this are left out
 
 
-# Larger frames are refused before they are decoded: 8192x4320 is the largest that cameras have a standard for.
+# Larger frames are refused before decoding; 8192x4320 is the largest standard camera format.
 MAX_PIXELS = 8192 * 4320
 
 
 class Reader(Protocol):
-    """What every backend offers.
+    """The interface of all backends.
 
-    `fps` is 0.0 where it is unknown. `damage` is None or says, in words, that frames inside the clip are
-    missing or doubtful (it may be set by `read`); `cut_off` is None or says that the end of the file is
-    missing. In both cases `len()` counts only frames that are there.
+    `fps` is 0.0 where it is unknown. `damage` is None, or a sentence if frames inside the clip are missing or may be
+    wrong (`read` may set it). `cut_off` is None, or a sentence if the end of the file is missing. In both cases
+    `len()` counts only frames that exist.
     """
 
     fps: float
@@ -40,11 +40,12 @@ class Reader(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Frames in the order asked, repeats allowed, as uint8 (T, C, H, W) RGB. VideoError, IndexError."""
+        """Returns these frames in order, repeats allowed, as uint8 (T, C, H, W) RGB. Raises: VideoError, IndexError."""
         ...
 
 
 def check_indices(indices: Sequence[int], length: int) -> list[int]:
+    """Returns the indices as integers. Raises: IndexError where there are none or one does not fit the clip."""
     wanted = [int(index) for index in indices]
     if not wanted:
         raise IndexError("read() needs at least one frame index")
@@ -54,7 +55,7 @@ def check_indices(indices: Sequence[int], length: int) -> list[int]:
 
 
 def stack_frames(path: str | Path, frames: Sequence[np.ndarray]) -> Tensor:
-    """Arrays (H, W, C) -> uint8 (T, C, H, W)."""
+    """Stacks arrays (H, W, C) to uint8 (T, C, H, W). Raises: VideoError if their sizes differ."""
     shapes = sorted({frame.shape for frame in frames})
     if len(shapes) > 1:
         sizes = ", ".join(f"{shape[1]}x{shape[0]}" for shape in shapes)
@@ -62,12 +63,13 @@ def stack_frames(path: str | Path, frames: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()  # (T, C, H, W)
 
 
-def too_large(width: int, height: int, max_pixels: int) -> str:
+def describe_too_large(width: int, height: int, max_pixels: int) -> str:
+    """Returns the error text for frames above the limit."""
     return f"its frames of {width}x{height} are larger than data.max_pixels={max_pixels} allows"
 
 
-def file_identity(path: str | Path) -> tuple[int, int]:
-    """Size and time of change: a replaced file is another file."""
+def identify_file(path: str | Path) -> tuple[int, int]:
+    """Returns size and modification time, which identify a version of a file."""
     try:
         stat = Path(path).stat()
     except OSError as error:
@@ -76,13 +78,13 @@ def file_identity(path: str | Path) -> tuple[int, int]:
 
 
 def load_package(name: str) -> Any:
-    """Import a package; ValueError, a sentence, where it is there and cannot be loaded."""
+    """Imports a package. Raises: ValueError where it is installed but cannot be loaded."""
     try:
         return import_module(name)
     except ImportError as error:
-        if error.name == name and isinstance(error, ModuleNotFoundError):  # not installed, which engine.cli explains
+        if error.name == name and isinstance(error, ModuleNotFoundError):  # not installed: engine.cli explains it
             raise
         raise ValueError(
-            f"the Python package {name!r} cannot be loaded ({error}): install it anew, "
+            f"the Python package {name!r} cannot be loaded ({error}): reinstall it with "
             f"pip install --force-reinstall {name}."
         ) from error

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import VideoError
 
-# First bytes -> the one demuxer that may open the file: (offset, bytes, FFmpeg's format name).
+# (offset, bytes, FFmpeg's format name): the only demuxer that may open a file with these bytes.
 CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
     *((4, box, "mov") for box in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")),
     (0, b"\x1a\x45\xdf\xa3", "matroska"),
@@ -17,10 +17,10 @@ CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf"),
     (0, b"\x00\x00\x01\xba", "mpeg"),
     (0, b"\x00\x00\x01\xb3", "mpegvideo"),
-    (188, b"G", "mpegts"),  # a sync byte opens every packet of 188 bytes, or of 4 + 188
+    (188, b"G", "mpegts"),  # every packet of 188 bytes, or of 4 + 188, starts with a sync byte
     (196, b"G", "mpegts"),
 )
-# First bytes that deserve their own sentence. A playlist would make FFmpeg open other files or addresses.
+# First bytes with an error of their own. A playlist would make FFmpeg open other files or addresses.
 REFUSED: tuple[tuple[bytes, str], ...] = (
     (b"#EXTM3U", "an HLS playlist, not a video"),
     (b"ffconcat", "an ffconcat playlist, not a video"),
@@ -28,10 +28,12 @@ REFUSED: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def container_format(path: str | Path) -> str:
-    """FFmpeg's name of the container, from the first bytes; VideoError for anything that is not a video.
+def detect_container(path: str | Path) -> str:
+    """Returns FFmpeg's name of the container, from the first bytes.
 
-    The file name plays no part: a playlist called clip.mp4 is refused before any library sees it.
+    The file name is ignored: a playlist named clip.mp4 is refused before any library reads it.
+
+    Raises: VideoError for anything that is not a video.
     """
     try:
         with Path(path).open("rb") as file:

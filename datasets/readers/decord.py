@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..errors import VideoError
 from .base import MAX_PIXELS, check_indices, load_package
-from .containers import container_format
-from .pyav import Source, open_container
+from .containers import detect_container
+from .pyav import VideoFile, open_container
 
 
 class DecordReader:
-    """decord 0.6: kept for its users. It counts a frame too many on some files and lacks newer codecs."""
+    """Reader through decord 0.6, kept for its users: its frame count can be one too high, and it lacks new codecs."""
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         decord = load_package("decord")
@@ -23,14 +23,14 @@ class DecordReader:
         self.damage: str | None = None
         self.cut_off: str | None = None
         self.failures = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, UnicodeError)
-        with open_container(Source(self.path, container_format(path), max_pixels)):  # decord has no limits of its own
+        with open_container(VideoFile(self.path, detect_container(path), max_pixels)):  # checks limits
             pass
         try:
             self.video = decord.VideoReader(
                 str(Path(path).absolute()),
                 ctx=decord.cpu(0),
                 num_threads=1,
-                fault_tol=1e-9,  # else it fills what it cannot decode with copies of the nearest frame
+                fault_tol=1e-9,  # otherwise undecodable frames become copies of the nearest frame
             )
             self.fps = float(self.video.get_avg_fps())
         except self.failures as error:
@@ -40,7 +40,7 @@ class DecordReader:
         return len(self.video)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Frames in the order asked, uint8 (T, C, H, W) RGB, rotation applied (by decord)."""
+        """Returns these frames in order, uint8 (T, C, H, W) RGB, upright."""
         wanted = check_indices(indices, len(self))
         try:
             frames = self.video.get_batch(wanted).asnumpy()  # (T, H, W, C)

@@ -11,11 +11,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import VideoError
-from .base import HIDDEN, IMAGE_SUFFIXES, MAX_PIXELS, check_indices, stack_frames, too_large
+from .base import HIDDEN, IMAGE_SUFFIXES, MAX_PIXELS, check_indices, describe_too_large, stack_frames
 
 
 class FrameReader:
-    """A folder of images, in numerical order, or one image: a clip of one frame. No frame rate is known."""
+    """Reader of a folder of images, in numerical order, or of one image as a clip of one frame; no frame rate."""
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         self.path = str(path)
@@ -34,32 +34,32 @@ class FrameReader:
         return len(self.frames)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Frames in the order asked, uint8 (T, C, H, W) RGB."""
+        """Returns these frames in order, uint8 (T, C, H, W) RGB."""
         wanted = check_indices(indices, len(self))
         images = {index: read_image(self.frames[index], self.max_pixels) for index in sorted(set(wanted))}
         return stack_frames(self.path, [images[index] for index in wanted])
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """One image file -> (H, W, C) uint8 RGB, upright (EXIF). VideoError where PIL cannot read it."""
+    """Returns an image as (H, W, C) uint8 RGB, upright (EXIF). Raises: VideoError where PIL cannot read it."""
     try:
         with Path(path).open("rb") as file, Image.open(file) as image:  # reads the header only
             if image.width * image.height > max_pixels:
-                raise VideoError(path, too_large(image.width, image.height, max_pixels))
+                raise VideoError(path, describe_too_large(image.width, image.height, max_pixels))
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except VideoError:
         raise
-    except Exception as error:  # a damaged image makes PIL's readers fail in any way
+    except Exception as error:  # damaged images raise any kind of error in PIL
         raise VideoError(path, f"is not a readable image ({error.__class__.__name__})") from error
 
 
-def frame_number(name: str) -> tuple[list[int], str]:
-    """Sorting key of a frame's file name: by the numbers in it (frame_9 < frame_10), then by the name."""
+def sort_key(name: str) -> tuple[list[int], str]:
+    """Returns the sorting key of a frame's file name: its numbers (frame_9 < frame_10), then the name."""
     return [int(digits) for digits in re.findall(r"\d+", name)], name
 
 
 def list_frames(folder: Path) -> list[Path]:
-    """The images that lie directly in `folder`, in numerical order; hidden files are left out."""
+    """Returns the images directly in `folder`, in numerical order, without hidden files."""
     names = (entry.name for entry in folder.iterdir())
     names = (n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(HIDDEN))
-    return [folder / name for name in sorted(names, key=frame_number)]
+    return [folder / name for name in sorted(names, key=sort_key)]

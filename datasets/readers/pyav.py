@@ -15,25 +15,25 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import VideoError
-from .base import MAX_PIXELS, check_indices, file_identity, load_package, stack_frames, too_large
-from .containers import container_format
+from .base import MAX_PIXELS, check_indices, describe_too_large, identify_file, load_package, stack_frames
+from .containers import detect_container
 
 if TYPE_CHECKING:
     import av
 
-MAX_FRAMES = 2**22  # 38 hours at 30 frames a second; a file that claims more is broken, or meant to exhaust memory
-PROBE_FRAMES = 6  # frames decoded to see whether the timestamps of packets name frames
-PROVEN_UP_TO = 64  # clips with no more packets are decoded whole once: about one training window
-NO_STAMP = -(2**63)  # stands for a frame without a timestamp
+MAX_FRAMES = 2**22  # 38 hours at 30 frames per second; a larger count is broken or an attack on memory
+PROBE_FRAMES = 6  # frames decoded to check that timestamps of packets identify frames
+VERIFIED_UP_TO = 64  # shorter clips, of about one training window, are decoded completely once
+NO_STAMP = -(2**63)  # marks a frame without a timestamp
 
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """Where the frames of one file are; made once per process and file.
+    """The index of the frames of one file; made once per process and file.
 
-    `pts (T,)`: presentation timestamps, ascending; `keys (K,)`: those at which decoding may begin.
-    Where timestamps do not name frames (AVI with B-frames), `timed` is False: `pts` just counts, frames are
-    found by counting from the start.
+    `pts (T,)`: presentation timestamps, ascending; `keys (K,)`: timestamps at which decoding may start. Where
+    timestamps do not identify frames (AVI with B-frames), `timed` is False: `pts` are ordinals, and frames are found
+    by counting from the start.
     """
 
     pts: np.ndarray
@@ -45,8 +45,8 @@ class FrameIndex:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A video file, the one demuxer that may open it, and the largest frames that may be decoded."""
+class VideoFile:
+    """A video file, the only demuxer that may open it, and the limit on the size of its frames."""
 
     path: str
     format: str
@@ -54,15 +54,15 @@ class Source:
 
 
 class PyAVReader:
-    """PyAV (FFmpeg): seeks to the key frame before the first wanted frame and decodes to the last wanted one.
+    """Reader through PyAV: seeks to the key frame before the first wanted frame and decodes up to the last one.
 
-    The file is opened by us and its container is forced, so no playlist or address inside it is followed.
+    The file is opened here and its container format is forced, so FFmpeg follows no playlist or address inside it.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         self.path = str(path)
-        self.source = Source(self.path, container_format(path), max_pixels)
-        self.index = _frame_index(self.source, *file_identity(path))
+        self.source = VideoFile(self.path, detect_container(path), max_pixels)
+        self.index = _index_frames(self.source, *identify_file(path))
         self.fps = self.index.fps
         self.damage = self.index.damage
         self.cut_off = self.index.cut_off
@@ -71,18 +71,18 @@ class PyAVReader:
         return len(self.index.pts)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Frames in the order asked, uint8 (T, C, H, W) RGB, rotation applied."""
+        """Returns these frames in order, uint8 (T, C, H, W) RGB, upright."""
         wanted = check_indices(indices, len(self))
         images: dict[int, np.ndarray] = {}
         for targets in self._segments(sorted(set(wanted))):
-            images.update(self._decode(targets, self._key(targets[0])))
+            images.update(self._decode(targets, self._find_key(targets[0])))
         missing = [index for index in wanted if index not in images]
         if missing:
             raise self._undecodable(missing[0])
         return stack_frames(self.path, [images[index] for index in wanted])
 
     def frames(self) -> Iterator[np.ndarray]:
-        """Every frame from first to last, (H, W, C) uint8: the file is decoded once, one frame held at a time."""
+        """Yields every frame, (H, W, C) uint8, decoding the file once and holding one frame at a time."""
         expected = 0
         for index, image in self._decode(list(range(len(self))), None):
             if index != expected:
@@ -96,64 +96,64 @@ class PyAVReader:
         return VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
 
     def _segments(self, wanted: list[int]) -> Iterator[list[int]]:
-        """Group frame numbers by the key frame that their decoding starts from."""
+        """Groups frame indices by the key frame at which their decoding starts."""
         starts = np.searchsorted(self.index.keys, self.index.pts[wanted], side="right")
         for start in np.unique(starts):
             yield [index for index, own in zip(wanted, starts) if own == start]
 
     def _decode(self, targets: list[int], key: int | None) -> Iterator[tuple[int, np.ndarray]]:
-        """(index, image) of the `targets` as they come out, from the key frame `key` (None: the first packet) on."""
+        """Yields (index, image) of the `targets`, decoding from the key frame `key` (None: from the first packet)."""
         reformatter = load_package("av.video.reformatter").VideoReformatter()
         numbers = {int(self.index.pts[index]): index for index in targets}
         with open_container(self.source) as (container, stream):
-            packets = _packets_from(container, stream, key)
+            packets = _read_packets_from(container, stream, key)
             if stream.codec_context.name == "h264" and self.index.timed and not self.damage:
-                packets = _sparing(packets, stream.codec_context, min(numbers))
+                packets = _skip_unreferenced(packets, stream.codec_context, min(numbers))
             frames = self._frames(packets)
-            first = next((frame for frame in frames if key is None or _stamp(frame) >= key), None)
+            first = next((frame for frame in frames if key is None or _timestamp(frame) >= key), None)
             if key is not None and not (first and first.pts == key and first.key_frame):
-                yield from self._decode(targets, None)  # the seek missed, or the key frame is marked falsely
+                yield from self._decode(targets, None)  # the seek missed, or the mark of the key frame is wrong
                 return
             for ordinal, frame in enumerate(chain([first] if first else [], frames)):
-                index = numbers.pop(_stamp(frame) if self.index.timed else ordinal, None)
+                index = numbers.pop(_timestamp(frame) if self.index.timed else ordinal, None)
                 if index is not None:
                     yield index, _to_rgb(frame, reformatter)
                 if not numbers:
                     return
 
-    def _key(self, index: int) -> int | None:
-        """Timestamp of the last key frame at or before frame `index`; None = the start of the file."""
+    def _find_key(self, index: int) -> int | None:
+        """Returns the timestamp of the last key frame at or before frame `index`; None: start of the file."""
         place = int(np.searchsorted(self.index.keys, self.index.pts[index], side="right")) - 1
         return int(self.index.keys[place]) if place > 0 else None
 
     def _frames(self, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
-        for frames in _decoded(packets):
+        for frames in _decode_packets(packets):
             if _is_broken(frames):
                 self.damage = self.damage or "a part of it cannot be decoded"
             yield from frames or []
 
 
 def _is_broken(frames: list[av.VideoFrame] | None) -> bool:
-    """Whether a packet could not be decoded, or only with invented pixels."""
+    """Whether a packet could not be decoded, or only with concealed errors."""
     return frames is None or any(frame.is_corrupt for frame in frames)
 
 
-def _stamp(frame: av.VideoFrame) -> int:
+def _timestamp(frame: av.VideoFrame) -> int:
     return NO_STAMP if frame.pts is None else frame.pts
 
 
 def _to_rgb(frame: av.VideoFrame, reformatter: Any) -> np.ndarray:
-    """One decoded frame -> (H, W, C) uint8, turned upright."""
+    """Converts a decoded frame to (H, W, C) uint8, upright."""
     image = reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
     return np.ascontiguousarray(np.rot90(image, k=round(frame.rotation / 90) % 4))
 
 
 @contextmanager
-def open_container(source: Source) -> Iterator[tuple[Any, Any]]:
-    """(container, first video stream) of a file; VideoError where it, or a read in the block, fails."""
+def open_container(source: VideoFile) -> Iterator[tuple[Any, Any]]:
+    """Opens a file as (container, first video stream). Raises: VideoError where that, or a read in the block, fails."""
     av = load_package("av")
     path = source.path
-    limit = {"max_pixels": str(4 * source.max_pixels + 2**16)}  # with the borders that decoders add
+    limit = {"max_pixels": str(4 * source.max_pixels + 2**16)}  # decoders add borders
     with ExitStack() as stack:
         try:
             file = stack.enter_context(Path(path).open("rb"))
@@ -169,17 +169,17 @@ def open_container(source: Source) -> Iterator[tuple[Any, Any]]:
         if decoder is None:
             raise VideoError(path, "its video codec is unknown")
         if decoder.width * decoder.height > source.max_pixels:
-            raise VideoError(path, too_large(decoder.width, decoder.height, source.max_pixels))
+            raise VideoError(path, describe_too_large(decoder.width, decoder.height, source.max_pixels))
         decoder.options = limit
-        decoder.thread_count = 1  # loader workers are the parallelism
+        decoder.thread_count = 1  # loader workers provide the parallelism
         try:
             yield container, stream
-        except OSError as error:  # the disk or network, not the file's content
+        except OSError as error:  # disk or network failure, not bad content
             raise VideoError(path, f"cannot be read to its end ({error.__class__.__name__})") from error
 
 
-def _packets(container: Any, stream: Any) -> Iterator[av.Packet]:
-    """Packets in file order; a read error ends them. The last, empty one (it drains the decoder) included."""
+def _read_packets(container: Any, stream: Any) -> Iterator[av.Packet]:
+    """Yields packets in file order up to a read error, with the final empty one that drains the decoder."""
     av = load_package("av")
     try:
         yield from container.demux(stream)
@@ -187,31 +187,31 @@ def _packets(container: Any, stream: Any) -> Iterator[av.Packet]:
         return
 
 
-def _packets_from(container: Any, stream: Any, key: int | None) -> Iterator[av.Packet]:
-    """Packets of a freshly opened file, from the key frame with timestamp `key` on (None: all).
+def _read_packets_from(container: Any, stream: Any, key: int | None) -> Iterator[av.Packet]:
+    """Returns the packets of a newly opened file from the key frame with timestamp `key` (None: all packets).
 
-    Containers seek loosely: what comes before the key frame is dropped undecoded, and the caller checks
-    what comes first.
+    Seeking in containers is inexact: packets before the key frame are dropped undecoded, and the caller checks the
+    first frame.
     """
     av = load_package("av")
-    packets = _packets(container, stream)
+    packets = _read_packets(container, stream)
     if key is None:
         return packets
-    with suppress(av.FFmpegError):  # a file without an index: its packets are read from the start
+    with suppress(av.FFmpegError):  # a file without an index is read from the start
         container.seek(key, stream=stream, backward=True)
     return dropwhile(lambda packet: packet.pts is None or packet.pts < key, packets)
 
 
-def _sparing(packets: Iterator[av.Packet], decoder: Any, first: int) -> Iterator[av.Packet]:
-    """The same packets; of those before timestamp `first`, the decoder leaves out what no other frame refers to."""
+def _skip_unreferenced(packets: Iterator[av.Packet], decoder: Any, first: int) -> Iterator[av.Packet]:
+    """Yields the same packets; before timestamp `first` the decoder skips frames that no other frame refers to."""
     for packet in packets:
         before = packet.pts is not None and packet.pts < first
         decoder.skip_frame = "NONREF" if before else "DEFAULT"
         yield packet
 
 
-def _decoded(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:
-    """Frames of each packet, in presentation order; None for a packet that cannot be decoded."""
+def _decode_packets(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:
+    """Yields the frames of each packet, in presentation order; None for a packet that cannot be decoded."""
     av = load_package("av")
     for packet in packets:
         try:
@@ -221,14 +221,14 @@ def _decoded(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | Non
 
 
 @lru_cache(maxsize=16384)
-def _frame_index(source: Source, size: int, modified_ns: int) -> FrameIndex:
-    """Index of one file. `size` and `modified_ns` make a replaced file a new entry of the cache."""
-    stamps = array("q")  # a list of Python's integers takes five times the memory
+def _index_frames(source: VideoFile, size: int, modified_ns: int) -> FrameIndex:
+    """Returns the index of one file. `size` and `modified_ns` give a replaced file a new cache entry."""
+    stamps = array("q")  # a list of integers takes five times the memory
     keys: list[int] = []
     with open_container(source) as (container, stream):
-        if source.format == "mov":  # a table; in others a remark, often wrong
+        if source.format == "mov":  # from a table; in other formats it is often wrong
             _check_count(source, stream.frames)
-        for packet in _packets(container, stream):
+        for packet in _read_packets(container, stream):
             if packet.size and not packet.is_discard:
                 stamps.append(NO_STAMP if packet.pts is None else packet.pts)
                 keys += [packet.pts] if packet.is_keyframe and packet.pts is not None else []
@@ -243,20 +243,20 @@ def _frame_index(source: Source, size: int, modified_ns: int) -> FrameIndex:
         pts=times if timed else np.arange(len(stamps), dtype=np.int64),
         keys=np.array(sorted(keys), dtype=np.int64),
         timed=timed,
-        fps=_frame_rate(rate, times, time_base) if timed else rate,
+        fps=_measure_frame_rate(rate, times, time_base) if timed else rate,
         damage=None,
-        cut_off=_missing_tail(source, size, declared, len(stamps)),
+        cut_off=_describe_missing_tail(source, size, declared, len(stamps)),
     )
-    return _proven(source, index)
+    return _verify_index(source, index)
 
 
-def _check_count(source: Source, frames: int) -> None:
+def _check_count(source: VideoFile, frames: int) -> None:
     if frames > MAX_FRAMES:
         raise VideoError(source.path, f"states more frames ({frames}) than a clip may have ({MAX_FRAMES})")
 
 
-def _frame_rate(stated: float, times: np.ndarray, time_base: float) -> float:
-    """The stated rate, unless the timestamps contradict it by more than 5 % (FLV states 1000, TS nothing)."""
+def _measure_frame_rate(stated: float, times: np.ndarray, time_base: float) -> float:
+    """Returns the stated frame rate, or the measured one if they differ by over 5 % (FLV states 1000, TS nothing)."""
     seconds = float(times[-1] - times[0]) * time_base
     if seconds <= 0:
         return stated
@@ -264,12 +264,12 @@ def _frame_rate(stated: float, times: np.ndarray, time_base: float) -> float:
     return stated if abs(stated - measured) <= 0.05 * measured else measured
 
 
-def _proven(source: Source, index: FrameIndex) -> FrameIndex:
-    """Compare the index with what the decoder says: on the first frames, or on all of them where needed.
+def _verify_index(source: VideoFile, index: FrameIndex) -> FrameIndex:
+    """Returns the index, corrected by the decoder on the first frames, or on all of them where needed.
 
-    All are decoded where the clip is short, its end is missing, or its timestamps do not name frames.
+    All frames are decoded if the clip is short, its end is missing, or its timestamps do not identify frames.
     """
-    if index.timed and not index.cut_off and len(index.pts) > PROVEN_UP_TO:
+    if index.timed and not index.cut_off and len(index.pts) > VERIFIED_UP_TO:
         seen, _ = _decode_stamps(source, PROBE_FRAMES)
         if seen == index.pts[:PROBE_FRAMES].tolist():
             return index
@@ -282,48 +282,48 @@ def _proven(source: Source, index: FrameIndex) -> FrameIndex:
     return replace(index, pts=counted, keys=counted[:1], timed=False, damage=damage)
 
 
-def _decode_stamps(source: Source, limit: int | None) -> tuple[list[int], str | None]:
-    """Timestamps of the first `limit` frames (None: all) as they leave the decoder; and the damage met."""
+def _decode_stamps(source: VideoFile, limit: int | None) -> tuple[list[int], str | None]:
+    """Returns the timestamps of the first `limit` decoded frames (None: all), and a sentence on damage found."""
     stamps: list[int] = []
     broken = 0
     with open_container(source) as (container, stream):
-        for frames in _decoded(_packets(container, stream)):
+        for frames in _decode_packets(_read_packets(container, stream)):
             broken += _is_broken(frames)
-            stamps += [_stamp(frame) for frame in frames or []]
+            stamps += [_timestamp(frame) for frame in frames or []]
             if limit and len(stamps) >= limit:
                 break
     return stamps[:limit], f"{broken} of its packets cannot be decoded" if broken else None
 
 
-def _missing_tail(source: Source, size: int, declared: int, found: int) -> str | None:
-    """Tell a file whose end is missing, by what its container promises; None where nothing is promised."""
+def _describe_missing_tail(source: VideoFile, size: int, declared: int, found: int) -> str | None:
+    """Returns a sentence if the container states more frames or bytes than the file has, else None."""
     if source.format == "mov" and found < declared:
         return f"the file is cut off: {found} of {declared} frames are there"
     try:
-        promised = _promised_bytes(source.path, source.format)
+        stated = _read_stated_size(source.path, source.format)
     except OSError as error:
         raise VideoError(source.path, f"cannot be read to its end ({error.__class__.__name__})") from error
-    if promised > size:
-        return f"the file is cut off: {size} of {promised} bytes are there"
+    if stated > size:
+        return f"the file is cut off: {size} of {stated} bytes are there"
     return None
 
 
-def _promised_bytes(path: str, format_name: str) -> int:
-    """File size that the outermost header of an AVI or Matroska file states; 0 where it states none."""
+def _read_stated_size(path: str, format_name: str) -> int:
+    """Returns the file size that the header of an AVI or Matroska file states; 0 where it states none."""
     with Path(path).open("rb") as file:
         if format_name == "avi":
             return 8 + int.from_bytes(file.read(8)[4:], "little")
         if format_name == "matroska":
             file.seek(4)  # past the identifier of the header
-            file.seek(_ebml_size(file), 1)  # past the header, to the segment
+            file.seek(_read_ebml_size(file), 1)  # past the header, to the segment
             known = file.read(4) == b"\x18\x53\x80\x67"
-            length = _ebml_size(file) if known else 0
+            length = _read_ebml_size(file) if known else 0
             return file.tell() + length if length else 0
     return 0
 
 
-def _ebml_size(file: BinaryIO) -> int:
-    """One variable-length integer: leading zero bits of the first byte count its bytes; all ones: 0."""
+def _read_ebml_size(file: BinaryIO) -> int:
+    """Reads a variable-length integer: leading zero bits of the first byte count its bytes; all ones: 0."""
     first = file.read(1)
     if not first or not first[0]:
         return 0

@@ -1,0 +1,1 @@
+"""Makes caches of latents and of text features: one writer for both."""

@@ -1,0 +1,179 @@
+"""Writes a cache folder so that a killed run can continue: plan, shards with their records, index.
+
+    plan.json                the identity of the cache, written first
+    shard-00000.safetensors  written atomically
+    shard-00000.json         its record, written after it: a shard counts as done once its record exists
+    index.json               written last, after which the plan and the records are deleted
+
+After any kill the same command continues after the last shard that is done.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+from tqdm import tqdm
+
+from common import storage
+from common.console import progress_bar
+from datasets.shards import INDEX, shard_file, write_shard
+from engine.distributed import World, broadcast_object, gather_objects, on_main
+from models.identity import is_same_codec
+
+PLAN = "plan.json"
+UNFINISHED_NAME = re.compile(r"\.(shard-|captions\.|plan\.|index\.).*")  # see `storage.write_atomically`
+Plan = TypeVar("Plan")
+
+
+class Contents(Protocol):
+    """The contents of a cache: latents or text features.
+
+    Attributes:
+        identity: settings that the content depends on; a cache is only continued with the same ones.
+    """
+
+    identity: dict[str, Any]
+
+    def read_finished(self, out: Path) -> dict[str, Any]:
+        """Returns the identity of the finished cache in `out`. Raises: ValueError where that is damaged."""
+        ...
+
+    def encode(self, writer: CacheWriter) -> None:
+        """Writes the plan and this rank's missing shards; collective."""
+        ...
+
+    def finish(self, writer: CacheWriter) -> str:
+        """Writes the index once all shards are done; returns a summary for the user. Runs on rank 0."""
+        ...
+
+
+def write_cache(out: Path, contents: Contents, world: World) -> None:
+    """Makes or continues the cache in the folder `out`; collective.
+
+    Raises: ValueError, OSError where `out` holds something else or is too small, or the data is unusable.
+    """
+    writer = CacheWriter(out, contents.identity, world)
+    with writer.open():
+        if on_main(lambda: writer.is_finished(contents)):
+            writer.say(f"{out} is complete already")
+            return
+        contents.encode(writer)
+        gather_objects(None)  # waits until every rank has written its shards
+        summary = on_main(lambda: contents.finish(writer))
+    writer.say(summary)
+
+
+class CacheWriter:
+    """The folder `out` of one cache, written by all ranks of `world`."""
+
+    def __init__(self, out: Path, identity: dict[str, Any], world: World) -> None:
+        self.out, self.identity, self.world = out, identity, world
+        self._lock = storage.FolderLock(out, "--out")
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Creates and locks the folder, and deletes unfinished files; collective.
+
+        Raises: OSError, ValueError where another process writes it or it holds something else.
+        """
+        on_main(self._take)
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _take(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file; name a folder")
+        names = sorted(file.name for file in self.out.iterdir()) if self.out.exists() else []
+        foreign = [name for name in names if name != ".lock" and not UNFINISHED_NAME.fullmatch(name)]
+        if foreign and not {PLAN, INDEX} & set(names):
+            raise ValueError(f"--out {self.out} holds {foreign[0]!r}, which is not of a cache; name a new folder")
+        with storage.explain_write_errors(f"--out {self.out}"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock.take()
+        storage.remove_unfinished(self.out, UNFINISHED_NAME)
+
+    def is_finished(self, contents: Contents) -> bool:
+        """Whether the whole cache is there. Raises: ValueError if the folder holds another cache."""
+        if not (self.out / INDEX).exists():
+            return False
+        self.check_identity(contents.read_finished(self.out))
+        self._remove_working_files()
+        return True
+
+    def check_identity(self, before: dict[str, Any]) -> None:
+        """Raises ValueError, with the differences, unless `before` is the identity of this cache."""
+        codecs = before.get("codec"), self.identity.get("codec")
+        ignored = (
+            {"codec"} if isinstance(codecs[0], dict) and codecs[1] and is_same_codec(codecs[0], codecs[1]) else set()
+        )
+        changes = storage.find_changes(before, self.identity, [key for key in self.identity if key not in ignored])
+        if changes:
+            raise ValueError(f"--out {self.out} holds another cache ({'; '.join(changes)}); name a new folder")
+
+    def read_plan(self, parse: Callable[[Any], Plan]) -> Plan | None:
+        """Returns what `parse` makes of plan.json, or None without one. Raises: ValueError if it cannot be read."""
+        if not (self.out / PLAN).exists():
+            return None
+        try:
+            return parse(json.loads((self.out / PLAN).read_text(encoding="utf-8")))
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            raise ValueError(f"{self.out / PLAN} cannot be read; delete {self.out} and start again") from None
+
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        """Writes plan.json."""
+        storage.write_json(self.out / PLAN, plan)
+
+    def find_missing(self, count: int) -> list[int]:
+        """Returns those of the `count` shards that are not done."""
+        return [number for number in range(count) if not self._record_file(number).exists()]
+
+    def assign_shards(self, count: int) -> list[int]:
+        """Returns this rank's share of the missing shards; collective."""
+        return broadcast_object(self.find_missing(count))[self.world.rank :: self.world.size]
+
+    def write_shard(
+        self, number: int, dtype: str, shape: Sequence[int], rows: Iterable[Tensor], tensor: str, format: str
+    ) -> None:
+        """Writes one shard; arguments as those of `datasets.shards.write_shard`. It counts after `write_record`."""
+        storage.write_atomically(
+            shard_file(self.out, number), lambda file: write_shard(file, dtype, shape, rows, tensor, format)
+        )
+
+    def write_record(self, number: int, record: Any) -> None:
+        """Marks a shard as done, with the facts about it that the index needs."""
+        storage.write_json(self._record_file(number), record)
+
+    def read_records(self, count: int) -> list[Any]:
+        """Returns the records of all shards."""
+        return [json.loads(self._record_file(number).read_text(encoding="utf-8")) for number in range(count)]
+
+    def write_index(self, index: dict[str, Any]) -> None:
+        """Writes the index, which marks the cache as finished, and deletes the plan and the records."""
+        storage.write_json(self.out / INDEX, index)
+        self._remove_working_files()
+
+    def say(self, text: str) -> None:
+        """Prints on rank 0."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def progress(self, label: str, unit: str, total: int) -> tqdm:
+        """Returns a progress bar over the share of rank 0, shown by rank 0 only."""
+        size = self.world.size
+        share = label if size == 1 else f"{label} (share of rank 0 of {size})"
+        return progress_bar(total, unit, share, shown=self.world.is_main)
+
+    def _record_file(self, number: int) -> Path:
+        return shard_file(self.out, number).with_suffix(".json")
+
+    def _remove_working_files(self) -> None:
+        for file in [self.out / PLAN, *self.out.glob("shard-*.json")]:
+            file.unlink(missing_ok=True)
