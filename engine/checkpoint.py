@@ -74,7 +74,7 @@ def step_folder(root: Path, step: int) -> Path:
 def save_checkpoint(
     checkpoint: Checkpoint, config: Config, root: Path, keep_last: int = 2, keep_every: int = 0
 ) -> Path:
-    """Writes `checkpoint` as `root/step-...`, verify it, point `root/latest` to it, prune older ones.
+    """Writes and verifies `checkpoint` as `root/step-...`, points `root/latest` to it, prunes older ones.
 
     Nothing under the final name is ever incomplete: files are written and synced in a temporary folder
     next to it, renamed, and read back before any older checkpoint goes.

@@ -86,7 +86,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
 REMARKS: dict[str, str] = {
     "pretrained_model_path": "the codec is its subfolder vae; text-to-video parts are not read.",
     "mixed_precision": "the official switch had no effect: it trained in tf32.",
-    "gradient_accumulation_steps": "all step counts here are optimiser steps, not micro-batches.",
+    "gradient_accumulation_steps": "all step counts here are optimizer steps, not micro-batches.",
     "learning_rate": "the official programs always used 1e-4, whatever the file said.",
 }
 

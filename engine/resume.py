@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.checks import require
+from common.storage import find_changes
 
 from . import checkpoint as ckpt
 from .config import Config
@@ -144,11 +145,7 @@ def config_changes(old: Config, new: Config, free: Iterable[str]) -> list[str]:
     """Returns lines `key: old -> new` for every key that differs, except those with a prefix in `free`."""
     before, after = _flat(old.to_dict()), _flat(new.to_dict())
     allowed = tuple(free)
-    return [
-        f"{key}: {before.get(key)} -> {after[key]}"
-        for key in after
-        if before.get(key) != after[key] and not key.startswith(allowed)
-    ]
+    return find_changes(before, after, [key for key in after if not key.startswith(allowed)])
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,11 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.checks import require
-from diffusion.scheduled import SCHEDULERS
-from diffusion.windows import WINDOW_METHODS
-from engine.config import read_yaml
-from engine.config.checks import (
+from common.checks import (
     FINITE,
     NOT_NEGATIVE,
     Limit,
@@ -23,8 +19,12 @@ from engine.config.checks import (
     check_read_only_with,
     one_of,
     optional,
+    require,
     within,
 )
+from diffusion.scheduled import SCHEDULERS
+from diffusion.windows import WINDOW_METHODS
+from engine.config import read_yaml
 from engine.config.loading import one_line
 from engine.config.sections import FRAME_LIMITS, SAMPLE_PRECISIONS, SEED, check_frame_keys
 from models.quantize import QUANTIZERS

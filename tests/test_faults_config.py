@@ -537,7 +537,7 @@ def test_H5_memory_is_that_of_the_machine_or_its_container(tmp_path: Path, monke
     [
         (["train.py", "--dry-run"], [f"model.depth={BIG}"], "model.depth must be at most 256"),
         (["-m", "tools.plan"], [f"model.hidden_size={BIG}"], "model.hidden_size must be at most 65,536"),
-        (["train.py"], ["model.hidden_size=65536", "model.depth=256"], "network needs at least"),
+        (["train.py"], ["model.hidden_size=65536", "model.depth=256"], "training needs at least"),
         (
             ["train.py", "--dry-run"],
             ["data.image_size=16384", "data.num_frames=65536", "model.hidden_size=65536"],
@@ -545,7 +545,7 @@ def test_H5_memory_is_that_of_the_machine_or_its_container(tmp_path: Path, monke
         ),
         (
             ["train.py", "--dry-run"],
-            ["data.image_size=16384", "codec.downsample_factor=1", "model.hidden_size=8"],
+            ["data.image_size=16384", "data.num_frames=64", "codec.downsample_factor=1", "model.hidden_size=8"],
             "too many for attention",
         ),
         (

@@ -214,7 +214,7 @@ def test_a_base_that_changed_is_refused(tiny: list[str], base: Path, tmp_path: P
     with pytest.raises(ValueError, match="lora_base: "):
         lora_run(tiny, tmp_path / "other.safetensors", "train.max_steps=2")
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"holds adapters beside train.init_from=.*, which cannot be had"):
+    with pytest.raises(ValueError, match=r"holds adapters on train.init_from=.*, which cannot be loaded"):
         load_model_weights(tmp_path / "run")
     with pytest.raises(ValueError, match="holds a whole network and no adapters"):
         export_adapter(tmp_path / "elsewhere", tmp_path / "out")

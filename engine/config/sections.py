@@ -9,12 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from common.checks import require
-from datasets.config import MAX_TIMEOUT_S
-from diffusion.multistep import MULTISTEP_SOLVERS
-from models import attention
-
-from .checks import (
+from common.checks import (
     FINITE,
     FOLDER,
     NOT_NEGATIVE,
@@ -25,8 +20,12 @@ from .checks import (
     check_read_only_with,
     one_of,
     optional,
+    require,
     within,
 )
+from datasets.config import MAX_TIMEOUT_S
+from diffusion.multistep import MULTISTEP_SOLVERS
+from models import attention
 
 SEED = Limit("zero or more and below 2**63", lambda value: 0 <= value < 2**63)  # the range of torch.Generator
 YEAR = f"at most {MAX_TIMEOUT_S:.0f} (a year)"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from common.checks import require
 from models.config_t2v import LATTE_1, LatteT2VConfig
 
-from .checks import require
 from .rules import Config
 
 
