@@ -78,7 +78,7 @@ def test_write_errors_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"^--out x cannot be written: Not a directory; fix that$"):  # noqa: SIM117
         with explain_write_errors("--out x", "; fix that"):
             (tmp_path / "file" / "b").write_text("")
-    with pytest.raises(OSError, match="^a sentence$"), explain_write_errors("--out x"):
+    with pytest.raises(OSError, match=r"^a sentence$"), explain_write_errors("--out x"):
         raise OSError("a sentence")
 
 
@@ -88,5 +88,5 @@ def test_small_helpers(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "there") > 0
     assert gigabytes(1.5e9) == "1.500 GB" and printable("a\n\x1b[1m\u00e9") == "a\\n\\x1b[1m\u00e9"
     require(True, "no")
-    with pytest.raises(ValueError, match="^yes$"):
+    with pytest.raises(ValueError, match=r"^yes$"):
         require(False, "yes")

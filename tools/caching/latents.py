@@ -18,7 +18,7 @@ from common.storage import free_bytes
 from datasets import VideoError
 from datasets.clips import describe_failure
 from datasets.latents import FORMAT, TENSOR, FrameRun, LatentCache, StoredClip, read_index
-from datasets.shards import DTYPES
+from datasets.shards import NUMBER_FORMATS
 from engine.config import Config
 from engine.distributed import World, broadcast_object, gather_objects, on_main
 from engine.watch import Breadcrumbs
@@ -259,7 +259,7 @@ class ShardEncoder:
                 if run.reason:
                     raise VideoError(self.job.clips[number].path, run.reason)
             exact = self.encode(frames)
-            stored = exact.to(DTYPES[self.job.identity["dtype"]].torch)
+            stored = exact.to(NUMBER_FORMATS[self.job.identity["dtype"]].torch)
             if not stored.isfinite().all():
                 raise ValueError(
                     f"latents of {self.plan[number].name!r} are not finite in {self.job.identity['dtype']}: choose "
