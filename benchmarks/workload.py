@@ -22,7 +22,8 @@ from datasets.config import DataConfig
 from datasets.latents import FORMAT, TENSOR, StoredClip
 from datasets.latents import FrameRun as Run
 from datasets.recipes import RECIPES
-from datasets.shards import DTYPES, INDEX, shard_file, write_shard
+from datasets.shards import INDEX, shard_file, write_shard
+from datasets.shards import NUMBER_FORMATS as DTYPES
 from engine.build import PRECISIONS, build_model
 from engine.config import Config, TrainConfig
 from engine.distributed import World

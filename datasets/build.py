@@ -86,7 +86,7 @@ def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
     if not found:
         found, skipped = _find_sorted(root, (VIDEOS, FRAMES))
     if not found:
-        raise ValueError(_nothing_found(config, skipped))
+        raise ValueError(_describe_empty_folder(config, skipped))
     return make_catalog(str(root), found, config, skipped, held_out=held_out)
 
 
@@ -106,7 +106,7 @@ def make_catalog(
     ]
     chosen = [clip for clip in labelled if is_held_out(clip.name, config.val_share) == held_out]
     if not chosen:
-        raise ValueError(_nothing_chosen(config, len(labelled), held_out))
+        raise ValueError(_describe_empty_choice(config, len(labelled), held_out))
     if config.val_share:
         skipped["for training" if held_out else "held out"] = len(labelled) - len(chosen)
     clips = chosen[: config.max_clips]
@@ -122,7 +122,7 @@ def is_held_out(name: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def _nothing_chosen(config: DataConfig, total: int, held_out: bool) -> str:
+def _describe_empty_choice(config: DataConfig, total: int, held_out: bool) -> str:
     what, remedy = ("none", "raise") if held_out else ("all", "lower")
     return (
         f"data.val_share={config.val_share} holds out {what} of the {total} clips of '{config.path}': {remedy} it, or "
@@ -160,7 +160,7 @@ def _drop_short(clips: list[Clip], config: DataConfig, skipped: Counter[str]) ->
     return kept
 
 
-def _nothing_found(config: DataConfig, skipped: Counter[str]) -> str:
+def _describe_empty_folder(config: DataConfig, skipped: Counter[str]) -> str:
     wanted = f"{VIDEOS} or {FRAMES}"
     seen = ", ".join(f"{count} {what}" for what, count in sorted(skipped.items())) or "nothing at all"
     return f"data.path: data.name={config.name} needs {wanted}, but '{config.path}' holds none (found: {seen})"

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import shards
 from .catalog import Clip
 from .readers import VideoError
-from .shards import DTYPES, INDEX, CacheError, map_shard, shard_file
+from .shards import INDEX, NUMBER_FORMATS, CacheError, map_shard, shard_file
 
 FORMAT = "latte-latents-1"
 TENSOR = "latents"  # name of the tensor in a shard
@@ -114,14 +114,14 @@ class LatentCache:
         self.path = path
         index = read_index(path)
         try:
-            self.dtype = DTYPES[index["dtype"]]
+            self.dtype = NUMBER_FORMATS[index["dtype"]]
             self.codec: dict[str, Any] = dict(index["codec"])
             self.settings: dict[str, Any] = dict(index["settings"])
             self.shape = tuple(int(side) for side in index["shape"])  # (V, P, C, h, w)
             self.shard_frames = [int(count) for count in index["shards"]]
             clips = [StoredClip.from_json(facts) for facts in index["clips"]]
         except (LookupError, TypeError, ValueError):
-            raise ValueError(f"data.latents: {path / INDEX} is damaged; make the cache anew") from None
+            raise ValueError(f"data.latents: {path / INDEX} is damaged; make the cache again") from None
         self.clips = {clip.name: clip for clip in clips}
         self._check_places()
         for number in range(len(self.shard_frames)):
@@ -170,7 +170,7 @@ class LatentCache:
         latents = torch.from_numpy(rows).view(self.dtype.torch)
         if not latents.isfinite().all():
             file = shard_file(self.path, stored.shard)
-            raise CacheError(file, f"holds latents of {clip.name!r} that are not finite; make the cache anew")
+            raise CacheError(file, f"holds latents of {clip.name!r} that are not finite; make the cache again")
         return latents
 
     def _map(self, number: int) -> np.ndarray:
@@ -186,7 +186,7 @@ class LatentCache:
         for clip in self.clips.values():
             held = self.shard_frames[clip.shard] if 0 <= clip.shard < len(self.shard_frames) else 0
             if clip.frames != sum(run.frames for run in clip.runs) or not 0 <= clip.first <= held - clip.frames:
-                raise ValueError(f"data.latents: {self.path / INDEX} is damaged at {clip.name!r}; make the cache anew")
+                raise ValueError(f"data.latents: {self.path / INDEX} is damaged at {clip.name!r}; make the cache again")
 
 
 def read_index(path: Path) -> dict[str, Any]:

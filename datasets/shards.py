@@ -24,7 +24,7 @@ OPEN_SHARDS = 512  # maps open at a time in one process; each holds a file descr
 MAX_HEADER = 2**16  # bytes; ours takes 200
 
 
-class Dtype(NamedTuple):
+class NumberFormat(NamedTuple):
     """A number format: its name in safetensors, the numpy type to map it with, the torch type."""
 
     name: str
@@ -32,10 +32,10 @@ class Dtype(NamedTuple):
     torch: torch.dtype
 
 
-DTYPES = {
-    "fp32": Dtype("F32", np.float32, torch.float32),
-    "fp16": Dtype("F16", np.float16, torch.float16),
-    "bf16": Dtype("BF16", np.uint16, torch.bfloat16),  # numpy has no bfloat16
+NUMBER_FORMATS = {
+    "fp32": NumberFormat("F32", np.float32, torch.float32),
+    "fp16": NumberFormat("F16", np.float16, torch.float16),
+    "bf16": NumberFormat("BF16", np.uint16, torch.bfloat16),  # numpy has no bfloat16
 }
 
 
@@ -59,7 +59,7 @@ def write_shard(file: Path, dtype: str, shape: Sequence[int], rows: Iterable[Ten
         name: name of the tensor.
         format: format of the cache, kept in the metadata of the file.
     """
-    kind, count = DTYPES[dtype], 0
+    kind, count = NUMBER_FORMATS[dtype], 0
     with file.open("wb") as stream:
         stream.write(_header(kind, shape, name, format))
         for piece in rows:
@@ -71,7 +71,7 @@ def write_shard(file: Path, dtype: str, shape: Sequence[int], rows: Iterable[Ten
         raise ValueError(f"{file}: {count} rows were given for a shard of {shape[0]}")
 
 
-def _header(dtype: Dtype, shape: Sequence[int], name: str, format: str) -> bytes:
+def _header(dtype: NumberFormat, shape: Sequence[int], name: str, format: str) -> bytes:
     """Returns a safetensors header: 8 bytes of length, then JSON padded to align the tensor to 64 bytes."""
     entry = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [0, _bytes_of(dtype, shape)]}
     text = json.dumps({"__metadata__": {"format": format}, name: entry}).encode()
@@ -79,12 +79,12 @@ def _header(dtype: Dtype, shape: Sequence[int], name: str, format: str) -> bytes
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes_of(dtype: Dtype, shape: Sequence[int]) -> int:
+def _bytes_of(dtype: NumberFormat, shape: Sequence[int]) -> int:
     return math.prod(shape) * np.dtype(dtype.mapped).itemsize
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
-def map_shard(file: Path, dtype: Dtype, shape: tuple[int, ...], name: str) -> np.ndarray:
+def map_shard(file: Path, dtype: NumberFormat, shape: tuple[int, ...], name: str) -> np.ndarray:
     """Returns the tensor `name` of a shard, memory-mapped read-only. Raises CacheError unless it has `shape`."""
     try:
         with file.open("rb") as stream:
@@ -93,12 +93,12 @@ def map_shard(file: Path, dtype: Dtype, shape: tuple[int, ...], name: str) -> np
         found = (header[name]["dtype"], tuple(header[name]["shape"]))
         size = file.stat().st_size - 8 - length
     except FileNotFoundError:
-        raise CacheError(file, "is missing; make the cache anew") from None
+        raise CacheError(file, "is missing; make the cache again") from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise CacheError(file, "cannot be read; make the cache anew") from None
+        raise CacheError(file, "cannot be read; make the cache again") from None
     if found != (dtype.name, shape) or size != _bytes_of(dtype, shape):
         raise CacheError(
-            file, f"holds {found[0]} {list(found[1])} in {size} bytes, not {dtype.name} {list(shape)}; make it anew"
+            file, f"holds {found[0]} {list(found[1])} in {size} bytes, not {dtype.name} {list(shape)}; make it again"
         )
     return np.asarray(np.memmap(file, dtype.mapped, "r", 8 + length, shape))
 
@@ -122,7 +122,7 @@ def read_index(path: Path, format: str, key: str, tool: str) -> dict[str, Any]:
             f"{key}: '{path}' is no finished cache, it has no {INDEX}; run {tool}, again if it was interrupted"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError(f"{key}: {path / INDEX} cannot be read; make the cache anew") from None
+        raise ValueError(f"{key}: {path / INDEX} cannot be read; make the cache again") from None
     if found != format:
         raise ValueError(f"{key}: {path} is of format {found!r}; this version reads {format!r}")
     return dict(index)

@@ -24,7 +24,7 @@ from torch import Tensor
 from common.storage import find_changes
 
 from . import shards
-from .shards import DTYPES, CacheError, map_shard, shard_file
+from .shards import NUMBER_FORMATS, CacheError, map_shard, shard_file
 
 FORMAT = "latte-text-1"
 TABLE = "captions.safetensors"
@@ -64,7 +64,7 @@ class TextCache:
         index = read_index(path)
         try:
             self.identity: dict[str, Any] = dict(index["identity"])
-            self.dtype = DTYPES[self.identity["dtype"]]
+            self.dtype = NUMBER_FORMATS[self.identity["dtype"]]
             self.width = int(self.identity["width"])
             self.shard_words = [int(count) for count in index["shards"]]
             table = load_file(path / TABLE)
@@ -74,7 +74,7 @@ class TextCache:
                 if not 0 <= place.first < place.first + place.words <= self.shard_words[place.shard]:
                     raise ValueError(place)
         except (OSError, LookupError, TypeError, ValueError, SafetensorError):
-            raise ValueError(f"text.features: {path} is damaged; make the cache anew") from None
+            raise ValueError(f"text.features: {path} is damaged; make the cache again") from None
         for number in range(len(self.shard_words)):
             self._map(number)
 
@@ -85,7 +85,7 @@ class TextCache:
         features = torch.from_numpy(rows).view(self.dtype.torch)
         if not features.isfinite().all():
             file = shard_file(self.path, place.shard)
-            raise CacheError(file, f"holds features of {caption[:60]!r} that are not finite; make the cache anew")
+            raise CacheError(file, f"holds features of {caption[:60]!r} that are not finite; make the cache again")
         return features
 
     def check(self, identity: Mapping[str, Any], captions: Sequence[str]) -> None:

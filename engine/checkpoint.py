@@ -276,7 +276,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write `checkpoint`, whose tensors must not change any more; waits for the previous write."""
+        """Writes `checkpoint`, whose tensors must not change any more; waits for the previous write."""
         self.wait()
         if not self.config.train.async_checkpoint:
             self._write(checkpoint)

@@ -2,8 +2,8 @@
 
 .lock            locked while a run writes here; names its host and process
 events.jsonl     starts, resumes, skipped steps, spikes, stops: one object a line
-errors/rank1.json  what ended rank 1: step, batch, error, traceback
-PREEMPTED        a signal stopped the run at this step; start it again to go on
+errors/rank1.json  the error that ended rank 1: step, batch, error, traceback
+PREEMPTED        a signal stopped the run at this step; start it again to continue
 COMPLETED        the run reached train.max_steps; hashes of the last checkpoint
 """
 

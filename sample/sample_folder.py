@@ -138,6 +138,7 @@ class SampleFolder:
         else:
             self._refuse_other_work()
         content = {"settings": settings, "machines": sorted(known | machines)}
+        self.unfinished.mkdir(exist_ok=True)
         write_json(file, content, indent=2, temporary=self.unfinished / file.name)
         if len(known | machines) == 1:
             return []

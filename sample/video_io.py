@@ -95,7 +95,7 @@ def write_contact_sheet(
     scale: int | None = None,
     max_frames: int = 16,
 ) -> Path:
-    """Write `contact_sheet` of the videos as a PNG."""
+    """Writes `contact_sheet` of the videos as a PNG."""
     sheet = Image.fromarray(contact_sheet(videos, captions, scale, max_frames))
     return write_atomically(path, lambda temporary: sheet.save(temporary))
 

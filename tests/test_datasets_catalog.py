@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from datasets import DataConfig, build_catalog
-from datasets.labels import read_frame_list
-from datasets.recipes import CAPTIONED, RECIPES
+from datasets.labels import LABEL_RULES, read_frame_list
+from datasets.recipes import CAPTIONED, LABEL_CHOICES, RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = sorted({*RECIPES} - {*CAPTIONED})  # those whose clips no list names
@@ -277,3 +277,8 @@ def test_missing_and_empty_frame_lists(classes: Path) -> None:
     wanted = dataclasses.replace(config(classes, num_images=1), frame_list="gone.txt")
     with pytest.raises(FileNotFoundError, match=r"data\.frame_list: there is no file 'gone\.txt'"):
         read_frame_list(wanted, build_catalog(config(classes)))
+
+
+def test_every_choice_of_labels_has_a_rule() -> None:
+    assert {"auto", *LABEL_RULES} == set(LABEL_CHOICES)
+    assert {recipe.labels for recipe in RECIPES.values()} <= {*LABEL_CHOICES, "captions"}

@@ -983,7 +983,7 @@ def test_E13_a_damaged_cache_ends_the_run_also_from_a_worker(cached: tuple[list[
     keys, made = cached
     shard_with_nan(made)
     trainer = Trainer(load_config(None, [*keys, "train.max_steps=9", "data.num_workers=1"]), World())
-    with pytest.raises(CacheError, match=r"holds latents of '\w+/clip\d' that are not finite; make the cache anew"):
+    with pytest.raises(CacheError, match=r"holds latents of '\w+/clip\d' that are not finite; make the cache again"):
         trainer.fit()
     assert all(value.isfinite().all() for value in trainer.state.model.state_dict().values())
 

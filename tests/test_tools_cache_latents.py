@@ -224,7 +224,7 @@ def test_a_cache_of_nothing_is_refused(tiny: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.mp4: is not a video.*none of the other clips can be used"):
         cache([*tiny, f"data.path={tmp_path / 'set'}", "data.labels=none"], tmp_path / "made")
     made = cache(tiny, tmp_path / "good")
-    with pytest.raises(ValueError, match=r"data\.latents is what this makes"):
+    with pytest.raises(ValueError, match=r"data\.latents: leave it out"):
         cache([*tiny, f"data.latents={made}"], tmp_path / "made")
     with pytest.raises(ValueError, match=r"--shard_mb 0 must be at least 1"):
         cache_latents.main(["--out", str(tmp_path / "x"), "--shard_mb", "0"])

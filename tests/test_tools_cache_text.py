@@ -121,7 +121,7 @@ def test_a_damaged_cache_is_refused(run: list[str], cache: Path, tmp_path: Path,
     file = {"index": INDEX, "table": "captions.safetensors", "shard": "shard-00001.safetensors"}[damage]
     content = (broken / file).read_bytes()
     (broken / file).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"anew") as error:
+    with pytest.raises(ValueError, match=r"again") as error:
         TextCache(broken)
     assert len(str(error.value).splitlines()) == 1
 

@@ -20,7 +20,6 @@ IMAGE_SUFFIXES = frozenset(_IMAGES.split())
 ARRAY_SUFFIX = ".npy"
 HIDDEN = (".", "__MACOSX")  # files whose names start like this are left out
 
-
 # Larger frames are refused before decoding; 8192x4320 is the largest standard camera format.
 MAX_PIXELS = 8192 * 4320
 

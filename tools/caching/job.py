@@ -12,7 +12,7 @@ from datasets.catalog import compute_digest
 from datasets.clips import Pixels
 from datasets.latents import FORMAT
 from datasets.readers import Reader
-from datasets.shards import DTYPES
+from datasets.shards import NUMBER_FORMATS
 from engine.config import Config
 from engine.errors import TrainingAborted
 from engine.stream import loaded_items, worker_loader
@@ -50,13 +50,13 @@ class Job:
     @property
     def row_bytes(self) -> int:
         """Bytes of one frame."""
-        return math.prod(self.shape) * DTYPES[self.identity["dtype"]].torch.itemsize
+        return math.prod(self.shape) * NUMBER_FORMATS[self.identity["dtype"]].torch.itemsize
 
 
 def make_job(config: Config, codec: LatentCodec, dtype: str, crumbs: Breadcrumbs) -> Job:
     """Returns the clips that a window of any length may be drawn from, with the settings of their latents."""
     if config.data.latents is not None:
-        raise ValueError("data.latents is what this makes: leave it out")
+        raise ValueError("data.latents: leave it out, this command makes the cache")
     # all clips, held-out ones too, for windows of any length; with max_clips only the clips that the run uses
     every = replace(config.data, num_frames=1, frame_interval=1, val_path=None, val_share=0.0, max_clips=None)
     few = config.data.max_clips is not None and not config.data.val_share

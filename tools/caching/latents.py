@@ -18,7 +18,7 @@ from common.storage import free_bytes
 from datasets import VideoError
 from datasets.clips import describe_failure
 from datasets.latents import FORMAT, TENSOR, FrameRun, LatentCache, StoredClip, read_index
-from datasets.shards import DTYPES
+from datasets.shards import NUMBER_FORMATS
 from engine.config import Config
 from engine.distributed import World, broadcast_object, gather_objects, on_main
 from engine.watch import Breadcrumbs
@@ -203,7 +203,7 @@ class Pieces:
         return self._views(frames), [FrameRun(len(indices), *frames.shape[-2:])]
 
     def _views(self, frames: Tensor) -> Tensor:
-        """uint8 (T, C, H, W) -> (T, V, 3, size, size)."""
+        """Transforms uint8 (T, C, H, W) to the views (T, V, 3, size, size)."""
         return torch.stack([self.job.source.finish(frames, bool(view)) for view in range(self.job.shape[0])], dim=1)
 
 
@@ -259,7 +259,7 @@ class ShardEncoder:
                 if run.reason:
                     raise VideoError(self.job.clips[number].path, run.reason)
             exact = self.encode(frames)
-            stored = exact.to(DTYPES[self.job.identity["dtype"]].torch)
+            stored = exact.to(NUMBER_FORMATS[self.job.identity["dtype"]].torch)
             if not stored.isfinite().all():
                 raise ValueError(
                     f"latents of {self.plan[number].name!r} are not finite in {self.job.identity['dtype']}: choose "
@@ -271,7 +271,7 @@ class ShardEncoder:
             yield stored
 
     def encode(self, frames: Tensor) -> Tensor:
-        """(T, V, 3, H, W) -> (T, V, P, C, h, w), fp32; each view is encoded as a separate clip.
+        """Encodes (T, V, 3, H, W) to (T, V, P, C, h, w) in fp32, each view as a separate clip.
 
         Chunks are padded to full size, as in training: with other batch sizes kernels may sum in another order.
         """

@@ -31,7 +31,7 @@ def cache_text(config: Config, out: Path, world: World) -> None:
     require(
         config.model.is_text, f"model.name={config.model.name} reads no captions: give the config of a text network"
     )
-    require(config.text.features is None, "text.features is what this makes: leave it out")
+    require(config.text.features is None, "text.features: leave it out, this command makes the cache")
     captions = list_captions(config)
     write_cache(out, TextFeatures(config, captions, on_main(lambda: text_identity(config.text))), world)
 
