@@ -1,4 +1,4 @@
-"""Draw Moving MNIST: clips of handwritten digits that move in straight lines and bounce off the edges.
+"""Draws Moving MNIST: clips of handwritten digits that move in straight lines and bounce off the edges.
 
     python -m tools.make_moving_mnist --mnist train-images-idx3-ubyte.gz data/mnist --clips 10000
 
@@ -10,32 +10,27 @@ shows. Each clip is a function of (seed, index) alone.
 --labels digit makes ten classes (all digits of a clip are of its class), --labels direction three: all digits move
 along `horizontal`, `vertical` or `diagonal` lines, which bouncing never changes. OUT, or OUT/CLASS, then holds mp4
 files (H.264 in yuv444p) or, with --format png, folders of frames: data.name=folder reads them. A set is drawn
-beside OUT and moved into place when complete; one that is there already is left alone.
+in a temporary folder and moved to OUT when complete; an existing set is kept.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import gzip
+import hashlib
 import math
 import zlib
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from demo.data import MARKER, make_set
 from engine import cli
 from tools.frames import SUFFIXES, Form, write_frames, write_video
 from tools.output_folder import check_settings
 
-if TYPE_CHECKING:
-    import numpy as np
-
-VERSION = 1  # raised when the drawing changes, so that old sets are made anew
+VERSION = 1  # raised when the drawing changes, so that old sets are drawn again
 SPEED = (2.0, 5.0)  # pixels per frame, for frames of 64 pixels
 FPS = 8
 DIRECTIONS = {"horizontal": 0.0, "vertical": 0.5, "diagonal": 0.25}  # of the line, in half turns
@@ -43,12 +38,10 @@ CLASSES = {"none": [""], "digit": [str(digit) for digit in range(10)], "directio
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """A file of MNIST (IDX format, uint8, plain or gzipped) as an array.
+    """Reads a file of MNIST (IDX format, uint8, plain or gzipped).
 
-    Raises: FileNotFoundError; ValueError if it is something else, or cut off.
+    Raises: FileNotFoundError; ValueError for another format, or a truncated file.
     """
-    import numpy as np
-
     if not path.is_file():
         raise FileNotFoundError(f"there is no file '{path}': name MNIST's train-images-idx3-ubyte.gz, or t10k-...")
     data = path.read_bytes()
@@ -65,20 +58,16 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def bounce(start: np.ndarray, velocity: np.ndarray, limit: float, frames: int) -> np.ndarray:
-    """Places in [0, limit] at times 0 to frames-1 of points that move evenly and are reflected at both ends.
+    """Returns positions in [0, limit] at times 0 to frames-1 of points at constant speed, reflected at both ends.
 
-    `start` and `velocity (n,)` give (frames, n).
+    `start` and `velocity` are (n,), the result is (frames, n).
     """
-    import numpy as np
-
     free = start + velocity * np.arange(frames)[:, None]
     return limit - np.abs(np.mod(free, 2 * limit) - limit)  # unfold the reflections: a triangle wave
 
 
 def draw_velocities(rng: np.random.Generator, digits: int, size: int, direction: str | None) -> np.ndarray:
-    """(2, digits) pixels per frame in y and x: of any direction, or along lines of the class `direction`."""
-    import numpy as np
-
+    """Draws (2, digits) pixels per frame in y and x, in any direction, or along lines of the class `direction`."""
     speed = rng.uniform(*SPEED, digits) * size / 64
     if direction is None:
         angle = rng.uniform(0, 2, digits).tolist()  # in half turns, as DIRECTIONS
@@ -88,9 +77,7 @@ def draw_velocities(rng: np.random.Generator, digits: int, size: int, direction:
 
 
 def draw_clip(sprites: np.ndarray, rng: np.random.Generator, size: int, frames: int, direction: str | None) -> Any:
-    """The digits `sprites (n, h, w)` moving: (frames, size, size) uint8, at whole pixels."""
-    import numpy as np
-
+    """Draws the digits `sprites` (n, h, w) in motion: (frames, size, size) uint8, at whole pixels."""
     count, height, width = sprites.shape
     limits = np.array([size - height, size - width])
     starts = rng.uniform(0, 1, (2, count)) * limits[:, None]
@@ -105,9 +92,7 @@ def draw_clip(sprites: np.ndarray, rng: np.random.Generator, size: int, frames: 
 
 
 def draw_set(root: Path, images: np.ndarray, labels: np.ndarray | None, parameters: dict[str, Any]) -> None:
-    """Draw all clips into the empty folder `root`; clip i is of the class i modulo their number."""
-    import numpy as np
-
+    """Draws all clips into the empty folder `root`; clip i has the class i modulo their number."""
     size, frames, count = (parameters[key] for key in ("size", "frames", "digits"))
     names = CLASSES[parameters["labels"]]
     form = Form(parameters["format"])
@@ -126,12 +111,13 @@ def draw_set(root: Path, images: np.ndarray, labels: np.ndarray | None, paramete
             write_frames(clip, pixels, form, frames)
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="folder of the set")
     add("--mnist", type=Path, required=True, metavar="FILE", help="images of MNIST, ...-images-idx3-ubyte(.gz)")
-    add("--mnist_labels", type=Path, metavar="FILE", help="for --labels digit (the labels-idx1 file beside --mnist)")
+    add("--mnist_labels", type=Path, metavar="FILE", help="for --labels digit (the labels-idx1 file next to --mnist)")
     add("--clips", type=int, default=1000, metavar="N", help="how many (1000)")
     add("--frames", type=int, default=20, metavar="N", help="of a clip (20)")
     add("--size", type=int, default=64, metavar="N", help="height and width in pixels, at least 32 (64)")
@@ -147,23 +133,22 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def read_mnist(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray | None]:
-    """The digits (n, h, w), and with --labels digit what they are (n,)."""
+    """Reads the digits (n, h, w), and with --labels digit their labels (n,)."""
     images = read_idx(arguments.mnist)
     if images.ndim != 3 or max(images.shape[1:]) >= arguments.size:
         raise ValueError(f"'{arguments.mnist}' must hold pictures smaller than --size, not {images.shape}")
     if arguments.labels != "digit":
         return images, None
-    beside = arguments.mnist.name.replace("images", "labels").replace("idx3", "idx1")
-    labels = read_idx(arguments.mnist_labels or arguments.mnist.with_name(beside))
+    own = arguments.mnist.name.replace("images", "labels").replace("idx3", "idx1")
+    labels = read_idx(arguments.mnist_labels or arguments.mnist.with_name(own))
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{len(images)} digits and labels of shape {labels.shape} do not belong together")
     return images, labels
 
 
 def main(argv: list[str]) -> None:
-    arguments = parse_arguments(argv)
-    import hashlib
-
+    """Draws the set of the command line, unless it exists."""
+    arguments = parse(argv)
     keys = ("clips", "frames", "size", "digits", "seed", "labels", "format")
     images, labels = read_mnist(arguments)
     parameters = {key: getattr(arguments, key) for key in keys}
