@@ -58,7 +58,7 @@ def find_imports(folder: str) -> set[str]:
 
 def place_boxes() -> dict[str, tuple[float, float]]:
     """Returns the top left corner of each box."""
-    corners = {}
+    corners: dict[str, tuple[float, float]] = {}
     for row, names in enumerate(ROWS):
         left = (WIDTH - len(names) * BOX[0] - (len(names) - 1) * GAP) / 2
         for column, name in enumerate(names):
