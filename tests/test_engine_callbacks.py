@@ -137,7 +137,7 @@ def two_ranks(world: World, tiny: list[str], folder: str, weights: str, metric: 
             place = f"{kind}-{name}"
             trainer = run([*overrides, f"train.output_dir={folder}/{place}"], world)
             found[place] = state_of(trainer)
-    with signalled_within_validation(rank=1, call=4):
+    with signalled_within_validation(world.rank == 1, call=4):
         trainer = run(watched(tiny, "train.max_steps=9", f"train.output_dir={folder}/signal"), world)
     found["signal"] = trainer.state.step
     with failing_on(world, rank=1):
@@ -212,18 +212,18 @@ def test_a_run_that_is_there_already_is_not_looked_at_twice(tiny: list[str], tmp
 
 
 class signalled_within_validation:
-    """SIGTERM to one rank while it validates its `call`-th clip."""
+    """SIGTERM to this process, if it is `hit`, while it validates its `call`-th clip."""
 
-    def __init__(self, rank: int, call: int) -> None:
-        self.rank, self.call, self.calls = rank, call, 0
+    def __init__(self, hit: bool, call: int) -> None:
+        self.hit, self.call, self.calls = hit, call, 0
         self.honest = Validation._losses
 
     def __enter__(self) -> signalled_within_validation:
-        def losses(this: Validation, run: Trainer, *arguments: Any) -> Any:
+        def losses(this: Validation, *arguments: Any) -> Any:
             self.calls += 1
-            if run.world.rank == self.rank and self.calls == self.call:
+            if self.hit and self.calls == self.call:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return self.honest(this, run, *arguments)
+            return self.honest(this, *arguments)
 
         Validation._losses = losses  # type: ignore[method-assign]
         return self
@@ -237,7 +237,7 @@ def test_a_signal_within_a_validation_saves_at_once_and_it_is_made_up_for(tiny: 
     common = watched(tiny, "train.max_steps=6")
     run([*common, f"train.output_dir={tmp_path / 'whole'}"])
     parts = [*common, f"train.output_dir={tmp_path / 'parts'}"]
-    with signalled_within_validation(rank=0, call=23) as counter:
+    with signalled_within_validation(True, call=23) as counter:
         stopped = run(parts)
     assert stopped.state.step == 4 and counter.calls == 24  # the clip in hand, with both networks, and no more
     assert (tmp_path / "parts" / "PREEMPTED").exists()
@@ -336,7 +336,7 @@ def test_a_failure_is_told_and_the_training_goes_on(
         (step, kind, said) for step in ((0, 2, 4) if kind == "val" else (0, 3, 4))
     ]
     lines = capsys.readouterr().err.splitlines()
-    assert f"warning: step 4, {kind}: {said}; the training goes on" in lines
+    assert f"warning: step 4, {kind}: {said}; the training continues" in lines
     left = [file.name for file in (tmp_path / "run" / "previews").rglob("*") if file.is_file()]
     assert kind == "val" or not left
 
@@ -360,7 +360,7 @@ def test_clips_that_cannot_be_read_end_the_run_at_its_start(tiny: list[str], tmp
 
 
 def test_labels_that_the_network_has_not_end_the_run_at_its_start(tiny: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"sample\.labels: 'sideways' is no class of this network"):
+    with pytest.raises(ValueError, match=r"sample\.labels: 'sideways' is not a class of this network"):
         run(watched(tiny, "sample.labels=[sideways]", "train.max_steps=2"))
 
 

@@ -553,6 +553,11 @@ def test_results_without_a_name_get_one_that_is_free(
     assert "results/metrics/run.v2-lossless-latte-ffs.json" in capsys.readouterr().out
 
 
+def test_the_official_script_names_what_is_missing() -> None:
+    done = subprocess.run(["bash", str(ROOT / "tools" / "eval_metrics.sh")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: set REAL and FAKE")
+
+
 @pytest.mark.dist
 def test_the_official_script_takes_paths_of_where_it_is_called(sets: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
