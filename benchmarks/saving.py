@@ -43,6 +43,7 @@ def time_training(mode: str, data: Path, steps: int, every: int) -> tuple[float,
             saving += time.perf_counter() - start
 
         trainer.run.save = timed  # type: ignore[method-assign]
+        trainer.run.folder.open()
         start = time.perf_counter()
         trainer.loop()
         trainer.run.writer.wait()

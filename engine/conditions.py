@@ -76,6 +76,11 @@ class Conditions(Protocol):
         """Returns the conditions of `labels` (B, 1+I), which are on the CPU; waits for no device."""
 
 
+def _images(num_images: int) -> dict[str, int]:
+    """Returns the network's argument for joint training, which networks without it need not take."""
+    return {"num_images": num_images} if num_images else {}
+
+
 # ---- none, and classes -----------------------------------------------------------------------------
 
 
@@ -93,7 +98,7 @@ class NoCondition:
         return self
 
     def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
-        return network(x, timesteps, None, num_images=num_images)
+        return network(x, timesteps, None, **_images(num_images))
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class ClassLabels:
         return replace(self, values=torch.cat([self.values, other.values]))
 
     def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
-        return network(x, timesteps, self.values, num_images=num_images)
+        return network(x, timesteps, self.values, **_images(num_images))
 
 
 @dataclass(frozen=True)

@@ -433,7 +433,7 @@ def test_progress_counts_the_videos_of_all(
     [
         (["--device", "cuda:0"], "--device cuda:0"),
         (["--threads", "0"], "--threads must be at least 1, not 0"),
-        (["--num_videos", "1000001"], "--num_videos 1000001 is more than the 1000000 that file names have room for"),
+        (["--num_videos", "1000001"], "--num_videos 1000001 is more than 1000000, all that file names have room for"),
         (["--label_rule", "fair"], "sample.label_rule must be one of balanced, random, got 'fair'"),
     ],
 )

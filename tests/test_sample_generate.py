@@ -166,7 +166,7 @@ def test_labels_are_numbers_or_names() -> None:
     [
         ([3], 3, "label 3 is out of range; the network has 3 classes, 0 to 2"),
         (["-1"], 3, "label -1 is out of range"),
-        (["jumps"], 3, "'jumps' is no class of this network; its classes are falls, rises, turns"),
+        (["jumps"], 3, "'jumps' is not a class of this network; its classes are falls, rises, turns"),
         ([0], 0, "unconditional"),
     ],
 )
@@ -187,7 +187,7 @@ def test_classes_come_in_turn() -> None:
         (
             ["model.num_classes=0"],
             {"guidance_scale": 2.0},
-            "scale 2.0 needs a network with labels",
+            "guidance needs a network with labels",
         ),
         (["model.label_dropout=0"], {"guidance_scale": 2.0}, "a null label"),
         ([], {"method": "euler"}, r"choose ddpm \| ddim"),

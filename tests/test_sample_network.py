@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import list_evaluations
 from engine.build import build_model, build_process
+from engine.conditions import class_conditions
 from engine.config import Config, load_config
 from models.autoencoder import LatentCodec
 from sample.decoding import Decoder
@@ -38,7 +39,8 @@ def generator_of(*overrides: str, device: str = "cpu", **network: Any) -> Genera
     model = build_model(config)
     model.load_state_dict(random_weights(config, 0))
     codec = LatentCodec.from_config(config.codec, device)
-    generator = Generator(model.requires_grad_(False), codec, config, device=device, **network)
+    conditions = class_conditions(config.model, torch.device(device))
+    generator = Generator(model.requires_grad_(False), codec, config, conditions, device=device, **network)
     generator.decode = lambda indices, latents: latents.cpu().numpy()  # type: ignore[method-assign]
     return generator
 
@@ -179,7 +181,7 @@ def test_an_error_of_the_decoder_arrives() -> None:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["sample.guidance_interval=[0.2,0.8]"], "read only with a sample.guidance_scale"),
+        (["sample.guidance_interval=[0.2,0.8]"], "read only with sample.guidance_scale"),
         (["sample.guidance_scale=2", "sample.guidance_interval=[0.8,0.2]"], "guidance_interval must be two numbers"),
         (["sample.guidance_scale=2", "sample.guidance_interval=[0.8]"], "guidance_interval must be two numbers"),
         (["sample.method=heun"], "does not belong to diffusion.prediction=epsilon: use auto, ddpm, ddim, dpm_solver"),

@@ -254,7 +254,7 @@ def test_a_video_network_is_a_start_too(base: list[str], tmp_path: Path) -> None
             restore(run)
     images = checkpoint(load_config(None, [*base, *IMAGES]), tmp_path / "images")
     run = Trainer(load_config(None, [*base, f"train.init_from={images}"]), World())
-    with pytest.raises(ValueError, match="let them in over a number of steps"):
+    with pytest.raises(ValueError, match="introduce them over a number of steps"):
         restore(run)
 
 

@@ -80,7 +80,7 @@ def test_wrong_given_frames_are_one_sentence(latte: Path, tmp_path: Path) -> Non
     file = str(given_image(tmp_path)[0])
     for changes, sentence in (
         ({"first_frame": [file], "image_size": [16, 32]}, "cut to a square"),
-        ({"given_frames": 2}, "given_frames=2 is read only with given"),
+        ({"given_frames": 2}, "given_frames is read only with given"),
         ({"window": 4, "overlap": 4}, "from 1 to window - 1 = 3"),
     ):
         with pytest.raises(ValueError, match=sentence):
