@@ -10,16 +10,6 @@ TERMINAL_INTERVAL_S = 0.1
 LOG_INTERVAL_S = 30.0  # a log file keeps every line
 
 
-def printable(text: str) -> str:
-    """Returns `text` on one line, with control characters (line breaks, escape sequences) as Python writes them."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
-def gigabytes(count: float) -> str:
-    """Returns a number of bytes as text in GB."""
-    return f"{count / 1e9:.3f} GB"
-
-
 def progress_bar(total: int, unit: str, label: str | None = None, *, initial: int = 0, shown: bool = True) -> tqdm:
     """Returns a progress bar with the time left; in a log file it prints a line every 30 seconds."""
     interval = TERMINAL_INTERVAL_S if sys.stderr.isatty() else LOG_INTERVAL_S

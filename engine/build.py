@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from datasets import ClipDataset
 from datasets.latents import LatentCache
@@ -133,6 +132,8 @@ def count_parameters(model: torch.nn.Module) -> int:
 def macs_per_clip(config: Config) -> int:
     """Returns the multiply-adds of one forward pass of one clip, attention included, counted on the meta device."""
     model = build_model(config, "meta").to("meta").eval()  # position tables are computed on the CPU
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**forward_inputs(config, 1, "meta", images=False))
     return counter.get_total_flops() // 2

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from common import storage
 from common.checks import require
-from common.console import gigabytes
 from common.storage import file_sha256, free_bytes, sync, write_atomically, write_synced
+from common.text import gigabytes
 
 from .config import Config, load_config
 from .run_folder import recreate_checkpoints

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from common.console import printable
+from common.text import printable
 
 from .errors import INTERRUPTED_EXIT, MISTAKE_EXIT, TrainingAborted
 from .signals import die_with_parent

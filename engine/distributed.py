@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 CPU = torch.device("cpu")
 T = TypeVar("T")
@@ -177,6 +175,8 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype | None = No
         compute_dtype: of the gathered parameters; bf16 halves the traffic. Parameters are kept, and gradients
             summed, in their own dtype. Inputs are not cast: timesteps need their precision.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, with all of sympy
+
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32 if compute_dtype else None, cast_forward_inputs=False
     )
@@ -201,23 +201,27 @@ def reshard(model: nn.Module) -> None:
             each._fsdp_param_group._post_forward_indices.clear()
 
 
+def is_shard(value: Tensor) -> bool:
+    """Returns whether `value` is a DTensor, which only FSDP2 makes; torch.distributed.tensor is slow to import."""
+    return hasattr(value, "full_tensor")
+
+
 def gather_shards(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
     """Returns each tensor on the CPU, with its shards gathered. Collective if there are shards.
 
     Args:
         copy: copy tensors that are on the CPU already, so that training may go on in them.
     """
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().to(CPU, copy=copy)
-        for name, value in tensors.items()
-    }
+    return {name: reduce_shards(value).detach().to(CPU, copy=copy) for name, value in tensors.items()}
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """Returns this rank's shard of `value`, cut as `like` is; the whole `value` if `like` is not sharded."""
-    if not isinstance(like, DTensor):
+    if not is_shard(like):
         return value.to(like.device)
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    from torch.distributed.tensor import distribute_tensor  # slow to import
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
 
 
 def shards_like(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -230,8 +234,8 @@ def shards_like(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dic
 
 def sync_gradients(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
     """Returns a context for a micro-step's backward pass; ranks exchange gradients in the `last` one only."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+    if hasattr(model, "set_requires_gradient_sync"):  # of FSDP2
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
     if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
         return model.no_sync()
     return contextlib.nullcontext()
@@ -239,9 +243,9 @@ def sync_gradients(model: nn.Module, *, last: bool) -> contextlib.AbstractContex
 
 def local_shard(value: Tensor) -> Tensor:
     """Returns the part of `value` that this rank holds."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_shard(value) else value  # type: ignore[attr-defined]
 
 
 def reduce_shards(value: Tensor) -> Tensor:
     """Returns `value`, reduced over shards if there are any, the same on every rank."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_shard(value) else value  # type: ignore[attr-defined]

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from common.console import printable
 from common.storage import is_same_file
+from common.text import printable
 
 from .run_folder import recreate_checkpoints
 

@@ -13,7 +13,7 @@ import numpy
 import PIL
 import torch
 
-from common.console import printable
+from common.text import printable
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 80

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from common.console import gigabytes
 from common.storage import FolderLock, find_changes, free_bytes, remove_unfinished, write_json
+from common.text import gigabytes
 from engine.errors import SamplesNotWritten
 from engine.removed import REMOVED
 

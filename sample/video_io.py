@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.console import printable
 from common.storage import write_atomically
+from common.text import printable
 
 MARGIN = 4  # pixels between the tiles of a contact sheet
 GIF_GAP = 2  # pixels between the tiles of a GIF

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from common.checks import require
-from common.console import gigabytes, printable
 from common.storage import (
     FolderLock,
     explain_write_errors,
@@ -21,6 +20,7 @@ from common.storage import (
     write_atomically,
     write_json,
 )
+from common.text import gigabytes, printable
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:

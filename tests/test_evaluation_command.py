@@ -575,7 +575,7 @@ def test_a_strangers_file_is_not_overwritten(sets: tuple[Path, Path], detectors:
     out = sets[0].parent / "out" / "result.json"
     out.parent.mkdir()
     out.write_text('{"mine": 1}')
-    with pytest.raises(ValueError, match=r"result\.json exists and is no result of this tool"):
+    with pytest.raises(ValueError, match=r"result\.json exists and is not a result of this tool"):
         run(*sets, detectors, "fvd2048_16f")
     assert out.read_text() == '{"mine": 1}'
 

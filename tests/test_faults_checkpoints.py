@@ -356,7 +356,13 @@ def test_C4_order_of_the_calls(two_saved: Path, tmp_path: Path, config: Config) 
     for write in writes[:-1]:
         expected += [write, ("fsync", write[1])]
     expected += [("fsync", aside), ("rename", aside), ("fsync", str(root))]
-    expected += [writes[-1], ("fsync", writes[-1][1]), ("replace", f"{root}/latest.tmp-*"), ("fsync", str(root))]
+    expected += [
+        ("mkdir", str(root)),
+        writes[-1],
+        ("fsync", writes[-1][1]),
+        ("replace", f"{root}/latest.tmp-*"),
+        ("fsync", str(root)),
+    ]
     expected += [("rename", f"{root}/step-0000008")]
     assert done[: len(expected)] == expected
     assert {name for name, _ in done[len(expected) :]} == {"unlink", "rmdir"}
@@ -847,7 +853,7 @@ def test_C13_the_next_boundary_raises(tiny: list[str], monkeypatch: pytest.Monke
         monkeypatch.setattr(resume, "find_newest", lambda root: (None, []))
     failing_from(monkeypatch, 6, what)
     if what[1] == "disk_usage":
-        monkeypatch.setattr(start, "space_note", lambda run: None)
+        monkeypatch.setattr(start, "_warn_of_space", lambda run, state: [])
         monkeypatch.setattr(ckpt.CheckpointWriter, "_room", lambda self, checkpoint: "")
     joined = ckpt.CheckpointWriter.save
 
@@ -887,7 +893,7 @@ def test_C13_behind_another_error(
             raise ValueError("the training is broken")
         return step(*arguments)
 
-    monkeypatch.setattr(trainer, "train_step", broken)
+    monkeypatch.setattr(trainer, "launch_step", broken)
     with pytest.raises(ValueError, match="the training is broken"):
         trainer.fit()
     assert re.search(r"warning: the checkpoint of step 2 .*the writer is broken", capsys.readouterr().err)
@@ -919,7 +925,7 @@ def test_C14_official_layouts(
     wrapped = {f"module.{key}": value for key, value in raw.items()}
     cases: list[tuple[Any, dict[str, torch.Tensor], str]] = [
         ({"model": raw, "ema": ema, "opt": {"state": {}}, "train_steps": 100}, ema, ""),
-        ({"model": wrapped}, raw, "holds no `ema` weights, its `model` is taken"),
+        ({"model": wrapped}, raw, "holds no `ema` weights; using its `model`"),
         (wrapped, raw, ""),
     ]
     for content, expected, warning in cases:
@@ -999,7 +1005,7 @@ def with_deletions(monkeypatch: pytest.MonkeyPatch, deletions: dict[int, Path]) 
             shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
         return honest(self, micro_batches)
 
-    monkeypatch.setattr(Trainer, "train_step", deleting)
+    monkeypatch.setattr(Trainer, "launch_step", deleting)
 
 
 @pytest.mark.parametrize("gone", ["run", "run/checkpoints", "run/metrics.jsonl", "run/tensorboard"])
@@ -1016,7 +1022,6 @@ def test_H12_what_is_deleted_during_the_run_is_made_again_and_told(
     """Whichever comes first after it, a row of the log or a checkpoint; the run ends well and can be continued."""
     asynchronous = str(log_every > 1).lower()
     keys = ["train.checkpoint_every=2", f"train.log_every={log_every}", f"train.async_checkpoint={asynchronous}"]
-    keys += ["train.hang_timeout_s=0"]  # its file is in the run's folder too
     with_deletions(monkeypatch, {3: tmp_path / gone})
     run([*tiny, *keys, "train.max_steps=6", "train.keep_last=0"])
     told = [

@@ -314,7 +314,7 @@ def test_G9_settings_that_work(checkpoint: Path, tmp_path: Path, one: list[str],
         (["--device", "cuda:999"], "this machine has no such device"),
         (["--labels", "2"], "label 2 is out of range; the network has 2 classes"),
         (["--labels", "-1"], "label -1 is out of range"),
-        (["--labels", "sinks"], "'sinks' is no class of this network; its classes are falls, rises"),
+        (["--labels", "sinks"], "'sinks' is not a class of this network; its classes are falls, rises"),
     ],
 )
 def test_G9_settings_that_are_refused(
@@ -348,7 +348,7 @@ NOT_FOR_HELP = """
 PACKAGES = ("tools", "benchmarks", "demo")  # started as modules; other scripts by path
 COMMANDS = sorted(
     str(file.relative_to(ROOT))
-    for pattern in ("*.py", "sample/*.py", "tools/*.py", "tools/*/__main__.py", "benchmarks/*.py", "demo/*.py")
+    for pattern in ("*.py", "sample/*.py", "tools/*.py", "tools/*/__main__.py", "benchmarks/__main__.py", "demo/*.py")
     for file in ROOT.glob(pattern)
     if 'if __name__ == "__main__"' in file.read_text()
 )
@@ -377,7 +377,9 @@ def test_G10_help(tmp_path: Path, file: str) -> None:
     done = run_bare(file, "--help", absent=NOT_FOR_HELP, folder=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and "usage" in done.stdout.lower(), done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5  # CPU time: machines are shared
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 8
+    )  # CPU time, 2.4 s alone: shared machines slow it
 
 
 @pytest.mark.parametrize(

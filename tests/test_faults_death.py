@@ -257,7 +257,7 @@ def test_A13_a_clean_finish_leaves_a_record(tiny: list[str], tmp_path: Path) -> 
     assert record["sha256"]["model.safetensors"] == file_sha256(folder / "model.safetensors")
     assert not (tmp_path / "run" / "PREEMPTED").exists()
     lines = inspect.getsource(launch.train)  # the record is written before anything is torn down
-    assert lines.index(".fit()") < lines.index("close_world()")
+    assert lines.index(".fit(loop)") < lines.index("close_world()")
 
 
 @pytest.mark.dist

@@ -30,7 +30,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common.console import printable
+from common.text import printable
 from datasets.build import build_catalog, build_dataset
 from datasets.config import DataConfig
 from datasets.labels import read_frame_list

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from common.console import printable
+from common.text import printable
 from engine import cli
 from tools.frames import LANCZOS, Form, Task, identity_of, output_names, unusable_name
 from tools.output_folder import (

@@ -19,8 +19,9 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
-from common.console import printable, progress_bar
+from common.console import progress_bar
 from common.storage import FolderLock, explain_write_errors, find_changes, write_atomically
+from common.text import printable
 from engine.signals import die_with_parent
 from tools.frames import Form, Record, Task, convert, remove
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.console import gigabytes
 from common.storage import free_bytes
+from common.text import gigabytes
 from datasets import VideoError
 from datasets.clips import describe_failure
 from datasets.latents import FORMAT, TENSOR, FrameRun, LatentCache, StoredClip, read_index
