@@ -13,6 +13,9 @@ RUN is a run folder, which stands for its newest checkpoint, or a checkpoint fol
 
 from __future__ import annotations
 
+from engine import cli  # first, so that a package missing below ends in one sentence
+
+# isort: split
 import argparse
 import inspect
 import sys
@@ -24,7 +27,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from common.storage import write_atomically
-from engine import cli
 from engine.config import load_config, read_yaml
 from engine.official_keys import translate_config
 from engine.weights import export_adapter, export_weights
