@@ -123,7 +123,7 @@ def test_nothing_left_to_train_on_is_a_sentence(config: DataConfig) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"val_share": 0.5, "val_path": "a"}, "set one of them"),
+        ({"val_share": 0.5, "val_path": "a"}, "set only one of them"),
         ({"val_share": 0.5, "frame_list": "a.txt", "num_images": 1}, r"cannot tell which images"),
         ({"val_share": 1.0}, r"data\.val_share: 1\.0 must be a share"),
     ],

@@ -361,6 +361,7 @@ def test_C4_order_of_the_calls(two_saved: Path, tmp_path: Path, config: Config) 
         writes[-1],
         ("fsync", writes[-1][1]),
         ("replace", f"{root}/latest.tmp-*"),
+        ("unlink", f"{root}/latest.tmp-*"),  # if it were still there
         ("fsync", str(root)),
     ]
     expected += [("rename", f"{root}/step-0000008")]
