@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from common.checks import require
 
@@ -43,6 +41,9 @@ def load_config(
     Raises:
         FileNotFoundError, ValueError: one sentence that names the file or key and what to do.
     """
+    from omegaconf import OmegaConf  # not at the top: benchmarks of the GPU run on machines without it
+    from omegaconf.errors import OmegaConfBaseException
+
     layers: list[tuple[str, Any]] = [("the base configuration", base or {})]
     if path is not None:
         layers.append((str(path), read_yaml(Path(path))))
@@ -67,6 +68,9 @@ def load_config(
 
 def _read_override(override: str) -> Any:
     """Returns the nested values of `section.key=value`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     key, equals, value = override.partition("=")
     require(bool(equals and key.strip()), f"{override!r} is not an override: write section.key=value.")
     try:
@@ -82,6 +86,9 @@ def read_yaml(path: Path) -> Any:
     Raises:
         FileNotFoundError, ValueError: one sentence.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is a device or a pipe" if path.exists() else "does not exist"
         raise FileNotFoundError(f"config file {path} {what}: name a YAML file; the shipped ones are under configs/.")

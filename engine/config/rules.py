@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-
 from common.checks import require
 from datasets.config import DataConfig
 from datasets.recipes import CAPTIONED
@@ -78,6 +76,8 @@ class Config:
 
     def to_yaml(self) -> str:
         """Returns every key, resolved; `load_config` reads it back to an equal Config."""
+        from omegaconf import OmegaConf  # as in `loading`
+
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
 
 
