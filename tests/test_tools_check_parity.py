@@ -50,7 +50,7 @@ def copy(tmp_path: Path, *names: str) -> Path:
 
 
 def test_goldens_pass_on_the_command_line() -> None:
-    command = [sys.executable, "tools/check_parity.py", str(GOLDENS)]
+    command = [sys.executable, "-m", "tools.check_parity", str(GOLDENS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout + done.stderr

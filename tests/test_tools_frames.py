@@ -427,8 +427,8 @@ def test_a_full_disk_is_a_sentence_and_nothing_is_lost(tmp_path: Path, kind: str
 
 
 def command(source: Path, target: Path, workers: int) -> list[str]:
-    tool = str(ROOT / "tools" / "convert_videos_to_frames.py")
-    return [sys.executable, tool, "-s", str(source), "-t", str(target), "--num_workers", str(workers)]
+    tool = [sys.executable, "-m", "tools.convert_videos_to_frames"]
+    return [*tool, "-s", str(source), "-t", str(target), "--num_workers", str(workers)]
 
 
 def lines(file: Path) -> int:

@@ -17,17 +17,22 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if __package__ in (None, ""):
-    sys.path[0] = str(ROOT)
 
+import statistics
+
+import numpy as np
+import torch
+
+from demo.drawn import accuracy
 from engine import cli
+from engine.build import build_model, count_parameters, macs_per_clip
+from engine.config import Config, load_config, read_yaml
 from engine.errors import PREEMPTED_EXIT
-
-if TYPE_CHECKING:
-    from engine.config import Config
+from sample.generate import Generator
+from sample.video_io import slug
 
 BASELINE = "base"  # the run of an arm that changes nothing
 JOINT_DEPTH = 9 / 11  # two-attention blocks (22 width^2 parameters) per one-attention block (18 width^2)
@@ -46,8 +51,6 @@ class Arm:
     @property
     def run(self) -> str:
         """Name of its run folder: equal arms have one."""
-        from sample.video_io import slug
-
         return (
             slug("-".join(each.rpartition(".")[2] for each in sorted(self.overrides))) if self.overrides else BASELINE
         )
@@ -64,7 +67,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Budget:
-    """What all arms share."""
+    """The settings that all arms share."""
 
     base: Path
     out: Path
@@ -81,8 +84,6 @@ def read_comparison(path: Path) -> Comparison:
     Raises:
         FileNotFoundError, ValueError: one sentence that names the file.
     """
-    from engine.config import read_yaml
-
     found = read_yaml(path)
     good = isinstance(found, dict) and set(found) == {"title", "arms"} and isinstance(found["arms"], dict)
     if not good or not all(isinstance(keys, dict) for keys in found["arms"].values()):
@@ -98,9 +99,7 @@ def _override(key: str, value: Any) -> str:
 
 
 def overrides_of(arm: Arm, seed: int, budget: Budget) -> list[str]:
-    """All that is set beside the base's YAML in the run of `arm` from `seed`; ValueError for what does not go."""
-    from engine.config import load_config
-
+    """Returns the overrides of the base's YAML for `arm` and `seed`. Raises: ValueError for settings not allowed."""
     ours = [
         f"train.seed={seed}",
         f"train.max_steps={budget.steps}",
@@ -126,8 +125,6 @@ def overrides_of(arm: Arm, seed: int, budget: Budget) -> list[str]:
 
 def train(arm: Arm, seed: int, budget: Budget) -> Path:
     """Train, or continue, one run; its folder. ValueError where it fails; its own lines say why."""
-    from engine.config import load_config
-
     overrides = overrides_of(arm, seed, budget)
     config = load_config(budget.base, overrides)
     script = "train_with_img.py" if config.data.num_images else "train.py"
@@ -148,10 +145,7 @@ def train(arm: Arm, seed: int, budget: Budget) -> Path:
 
 
 def read_run(folder: Path, budget: Budget) -> dict[str, Any]:
-    """What is compared: loss curves of the average on held-out clips, its last value, cost, accuracy on the demo."""
-    from engine.build import build_model, count_parameters, macs_per_clip
-    from engine.config import load_config
-
+    """Measures a run: loss curve of the average on held-out clips, its last value, cost, accuracy on the demo."""
     config = load_config(folder / "config.yaml", saved=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     held_out = [row for row in rows if row["kind"] == "val"]
@@ -169,14 +163,9 @@ def read_run(folder: Path, budget: Budget) -> dict[str, Any]:
 
 
 def demo_accuracy(folder: Path, config: Config, videos: int) -> dict[str, float]:
-    """How often the demo's tracker names colour and motion as asked; nothing for other data or --videos 0."""
+    """Returns the accuracies of colour and motion by the demo's tracker; {} for other data or --videos 0."""
     if config.data.name != "demo" or not videos:
         return {}
-    import torch
-
-    from demo.drawn import accuracy
-    from sample.generate import Generator
-
     cached = folder / "accuracy.json"
     asked = {"step": config.train.max_steps, "videos": videos}
     known = json.loads(cached.read_text()) if cached.is_file() else {}
@@ -196,8 +185,6 @@ def demo_accuracy(folder: Path, config: Config, videos: int) -> dict[str, float]
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Over seeds; the deviation is that of a sample, 0 for one seed."""
-    import statistics
-
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -233,7 +220,6 @@ def plot(comparison: Comparison, found: dict[str, list[dict[str, Any]]], target:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
 
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for arm in comparison.arms:
@@ -253,8 +239,6 @@ def plot(comparison: Comparison, found: dict[str, list[dict[str, Any]]], target:
 
 def page(comparisons: Iterable[Comparison], tables: dict[str, str], budget: Budget) -> str:
     """The Markdown page: what was run, and for each comparison table and curves."""
-    import torch
-
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     extra = f" {' '.join(budget.overrides)}" if budget.overrides else ""
     seeds = " ".join(map(str, budget.seeds))
@@ -301,7 +285,7 @@ def main(argv: list[str]) -> int:
     comparisons, budget = parse(argv)
     arms = {arm.run: arm for comparison in comparisons for arm in comparison.arms}
     for arm in arms.values():
-        overrides_of(arm, budget.seeds[0], budget)  # a mistake in the last arm is told before the first is trained
+        overrides_of(arm, budget.seeds[0], budget)  # finds a mistake in the last arm before the first is trained
     found: dict[str, list[dict[str, Any]]] = {}
     jobs = [(arm, seed) for seed in budget.seeds for arm in arms.values()]
     for number, (arm, seed) in enumerate(jobs, 1):

@@ -9,30 +9,22 @@ in fp32 on CPU. Exit code 0 if all are within bounds, 1 if one is not or is miss
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+import torch
 
 from engine.cli import run
-
-if TYPE_CHECKING:
-    from tools.parity.goldens import Outcome, Setting
+from tools.parity.checks import CHECKS, key_list_problem
+from tools.parity.goldens import FP32_BOUND, Goldens, Mismatch, Outcome, Setting, compare
 
 KEY_LIST = "state_dict_keys.json"
 
 
 def outcomes(setting: Setting) -> Iterator[Outcome]:
     """Every comparison of a folder, in a fixed order. A file that is missing or broken is one of them."""
-    from tools.parity.checks import CHECKS
-    from tools.parity.goldens import Goldens, Mismatch, Outcome, compare
-
     for stem, check in CHECKS.items():
         try:
             golden = Goldens(setting.folder / f"{stem}.safetensors", setting.device)
@@ -50,9 +42,6 @@ def outcomes(setting: Setting) -> Iterator[Outcome]:
 
 def key_lists(path: Path) -> Iterator[Outcome]:
     """Keys and shapes of the named networks; the error is 0 where all agree."""
-    from tools.parity.checks import key_list_problem
-    from tools.parity.goldens import Outcome
-
     try:
         for name, official in json.loads(path.read_text()).items():
             yield Outcome(f"{path.stem}/{name}", error=0, bound=0, problem=key_list_problem(name, official))
@@ -76,10 +65,6 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     if not arguments.folder.is_dir():
         raise FileNotFoundError(f"{arguments.folder} is not a folder; give the one that holds the goldens.")
-    import torch
-
-    from tools.parity.goldens import FP32_BOUND, Setting
-
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no usable CUDA device; use --device cpu.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

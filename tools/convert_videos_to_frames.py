@@ -1,6 +1,6 @@
 """Turn a folder of videos into a folder of folders of frames, one for each video, at any depth.
 
-    python tools/convert_videos_to_frames.py -s UCF-101 -t UCF-101-frames --target_size 256
+    python -m tools.convert_videos_to_frames -s UCF-101 -t UCF-101-frames --target_size 256
 
 CLASS/video.avi becomes CLASS/video/000000.png and on. The flags are those of the official tool; new are --format
 and --quality, the true quality of JPEG files (there it was 75, whatever was asked for). With --target_size it is,
@@ -11,19 +11,16 @@ TARGET/report.json. A killed run goes on with the same command.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import os
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from common.text import printable
+from datasets.catalog import Clip, find_clips
+from datasets.readers import VIDEO_SUFFIXES, VideoError, open_video
+from datasets.recipes import VIDEOS
 from engine import cli
 from tools.frames import LANCZOS, Form, Task, identity_of, output_names, unusable_name
 from tools.output_folder import (
@@ -36,16 +33,9 @@ from tools.output_folder import (
     require_some,
 )
 
-if TYPE_CHECKING:
-    from datasets.catalog import Clip
-
 
 def find_videos(source: Path, extension: str | None, left_out: LeftOut) -> list[Clip]:
     """The video files below `source`, sorted: those that end in `extension`, or in any of a video."""
-    from datasets.catalog import find_clips
-    from datasets.readers import VIDEO_SUFFIXES
-    from datasets.recipes import VIDEOS
-
     wanted = {f".{extension.lstrip('.').lower()}"} if extension else VIDEO_SUFFIXES
     if not source.is_dir():
         raise FileNotFoundError(f"there is no folder '{source}'")
@@ -58,9 +48,7 @@ def find_videos(source: Path, extension: str | None, left_out: LeftOut) -> list[
 
 
 def print_frame_rates(clips: Sequence[Clip]) -> None:
-    """How many videos have which frame rate; those that cannot be read, by name."""
-    from datasets.readers import VideoError, open_video
-
+    """Counts the videos by frame rate, and names those that cannot be read."""
     rates: Counter[str] = Counter()
     for clip in clips:
         try:

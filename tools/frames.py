@@ -30,10 +30,10 @@ UNKNOWN_FPS = 25  # of videos made from folders of frames, which have no rate
 
 @dataclass(frozen=True)
 class Form:
-    """How clips are written: `format`, the JPEG `quality` (1 to 100; None: 95), and how their pixels are treated.
+    """Settings of written clips: `format`, the JPEG `quality` (1 to 100; None: 95), and how their pixels are treated.
 
     With `size` each frame becomes a square of that side by `transform`: a key of datasets.transforms.TRANSFORMS,
-    or LANCZOS. `fps` picks frames by time, so that so many make a second. `min_frames`: shorter clips are skipped.
+    or LANCZOS. `fps` picks frames by time, to that frame rate. `min_frames`: shorter clips are skipped.
     """
 
     format: str = "png"
@@ -215,7 +215,7 @@ def _noting_shape(frames: Iterable[np.ndarray], shapes: list[tuple[int, int]]) -
 
 
 def at_rate(frames: Iterator[np.ndarray], source: Fraction, wanted: Fraction) -> Iterator[np.ndarray]:
-    """Of frames at `source` a second, `wanted` a second: the one on show at each time 0, 1/wanted, 2/wanted, ..."""
+    """Picks frames for another frame rate: the one on show at each time 0, 1/wanted, 2/wanted, ..."""
     shown = 0
     for number, frame in enumerate(frames):
         while shown * source < (number + 1) * wanted:

@@ -1,4 +1,4 @@
-"""What a training will need: memory, time, and what to change so that it fits.
+"""Plans a training: memory, time, and changes that make it fit.
 
     python -m tools.plan --config configs/ffs/ffs_train.yaml --gpu a100-80 --gpus 8 [--mfu 0.4] [section.key=value ...]
 
@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine import cli
-
-if TYPE_CHECKING:
-    from engine.config import Config
+from engine.build import build_model, count_parameters, forward_inputs, macs_per_clip, put_adapters
+from engine.config import Config, OptimConfig, SampleConfig, TrainConfig, load_config
+from engine.memory import FROZEN_BYTES, STATE_BYTES
 
 GIB = 2**30
 RESERVE = 0.08  # of the memory: CUDA context, workspaces, fragments
@@ -41,7 +41,7 @@ LARGEST_BATCH = 128
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a maker's data sheet says: dense TFLOP/s by precision, memory in GB, bandwidths in GB/s.
+    """A GPU's data sheet: dense TFLOP/s by precision, memory in GB, bandwidths in GB/s.
 
     `link` is one GPU's to the others of its node, one way; `network` its share of the node's to other nodes.
     """
@@ -70,7 +70,7 @@ GPUS = {  #            bf16   tf32  fp32 memory bandwidth link network
 
 @dataclass(frozen=True)
 class Need:
-    """What one step of a config takes on one GPU. Bytes, seconds, FLOP."""
+    """Cost of one step of a config on one GPU: bytes, seconds, FLOP."""
 
     parameters: int
     states: dict[str, float]
@@ -98,7 +98,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Network:
-    """What a config's network is, whatever it is trained with: counts, FLOP of a clip's forward, bytes kept."""
+    """Facts of a config's network: parameter counts, FLOP of a clip's forward pass, bytes kept."""
 
     parameters: int  # that are trained
     frozen: int
@@ -109,10 +109,6 @@ class Network:
 
 def network_of(config: Config) -> Network:
     """Counted once for all configs that differ in batch, schedule or names only."""
-    from dataclasses import replace
-
-    from engine.config import OptimConfig, SampleConfig, TrainConfig
-
     kept = ("precision", "init_from", "compile")
     train = TrainConfig(**{name: getattr(config.train, name) for name in kept})
     return _counted(replace(config, train=train, optim=OptimConfig(), sample=SampleConfig()))
@@ -120,10 +116,6 @@ def network_of(config: Config) -> Network:
 
 @lru_cache
 def _counted(config: Config) -> Network:
-    from dataclasses import replace
-
-    from engine.build import build_model, count_parameters, macs_per_clip, put_adapters
-
     plain = replace(config, model=replace(config.model, gradient_checkpointing=False))
     data = config.data
     model = build_model(config, "meta")
@@ -150,11 +142,6 @@ def kept_for_backward(config: Config) -> tuple[float, float]:
 
 
 def _kept(config: Config, batch: int) -> float:
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from engine.build import build_model, forward_inputs, put_adapters
-
     kept: dict[int, Any] = {}  # storages, each once, and kept alive so that no address comes twice
     model = build_model(config, "meta")
     if config.lora.rank:
@@ -180,9 +167,6 @@ def _kept(config: Config, batch: int) -> float:
 
 def _as_compiled(forward: Callable[..., Any], pack: Callable[[Any], Any]) -> Callable[..., Any]:
     """The same, but `pack` sees what `models.blocks.compile_blocks` keeps: what enters, products and attention."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
     class Kept(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -206,8 +190,6 @@ def _as_compiled(forward: Callable[..., Any], pack: Callable[[Any], Any]) -> Cal
 
 def _take_to_cpu(model: Any) -> None:
     """Weights on the meta device replaced by ones on the CPU: called where tensors have no data there either."""
-    import torch
-
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
@@ -225,9 +207,7 @@ def id_of(value: Any) -> int:
 
 
 def need(config: Config, gpu: Gpu, gpus: int, mfu: float) -> Need:
-    """What a step of `config` takes on each of `gpus` GPUs."""
-    from engine.memory import FROZEN_BYTES, STATE_BYTES
-
+    """Returns the cost of a step of `config` on each of `gpus` GPUs."""
     train, data = config.train, config.data
     network = network_of(config)
     parameters = network.parameters
@@ -297,8 +277,6 @@ def changes(config: Config, gpus: int) -> Iterator[list[str]]:
 
 def advice(config: Config, gpu: Gpu, gpus: int, mfu: float) -> tuple[list[str], Need] | None:
     """The first of `changes` that fits and is within a twentieth of the fastest that does; None where none does."""
-    from engine.config import load_config
-
     tried = [(each, load_config(None, each, base=config.to_dict())) for each in changes(config, gpus)]
     found = [(each, need(changed, gpu, gpus, mfu)) for each, changed in tried]
     fitting = [(each, needs) for each, needs in found if needs.fits]
@@ -308,8 +286,6 @@ def advice(config: Config, gpu: Gpu, gpus: int, mfu: float) -> tuple[list[str], 
 
 def largest_batch(config: Config, gpu: Gpu, gpus: int, mfu: float) -> int:
     """The largest batch_size of the config that fits, 0 for none."""
-    from engine.config import load_config
-
     needs = [
         need(load_config(None, [f"train.batch_size={size}"], base=config.to_dict()), gpu, gpus, mfu) for size in (1, 2)
     ]
@@ -397,8 +373,6 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--gpu {given.gpu} is unknown; one of {', '.join(GPUS)}.")
     if given.gpus < 1 or not 0 < given.mfu <= 1:
         raise ValueError("--gpus must be at least 1, and --mfu above 0 and at most 1.")
-
-    from engine.config import load_config
 
     config = load_config(given.config, given.overrides)
     found = report(config, given.gpu, given.gpus, given.mfu)

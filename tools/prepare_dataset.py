@@ -19,12 +19,6 @@ A killed run goes on with the same command. Layouts, splits and what is assumed:
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path, PurePosixPath
-
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import csv
 import hashlib
@@ -35,6 +29,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import TimeoutError, get_context
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from engine import cli
@@ -58,7 +53,7 @@ SPLIT_FOLDERS = {
     **dict.fromkeys(("val", "valid", "validation", "sky_val"), "val"),
     **dict.fromkeys(("test", "testing", "sky_test"), "test"),
 }
-GROUP_SECONDS = 20  # that matching --group may take, beside a millisecond a clip
+GROUP_SECONDS = 20  # limit for matching --group, plus a millisecond per clip
 SPLITS = ("auto", "1", "2", "3", "hash", "all")
 # FaceForensics: manipulated videos and their masks, which are not what a generator should learn.
 NOT_ORIGINAL = {"altered", "mask", "masks", "manipulated_sequences"}
@@ -66,7 +61,7 @@ NOT_ORIGINAL = {"altered", "mask", "masks", "manipulated_sequences"}
 
 @dataclass(frozen=True)
 class Layout:
-    """What a data set's names tell.
+    """Meaning of the file names of a data set.
 
     `depth`: folders and file that count, from the end (None: all that stand below the split's folder).
     `source_video`: matches in a clip's name what it shares with the other clips of one source video.
@@ -89,7 +84,7 @@ LAYOUTS: dict[str, Layout] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a clip goes: its split, its class, its source video; `problem` says why it goes nowhere."""
+    """Place of a clip: split, class, source video; or the `problem` that leaves it out."""
 
     clip: Clip
     name: str  # below OUT/SPLIT, before its extension changes
@@ -137,13 +132,13 @@ def split_folders(clips: Sequence[Clip], layout: Layout) -> tuple[list[str | Non
 
 
 def source_videos_of(names: Sequence[str], pattern: str) -> list[str]:
-    """What the groups of `pattern` match in each name, or the whole name."""
+    """Returns the text that the groups of `pattern` match in each name, or the whole name."""
     found = [(name, re.search(pattern, name)) for name in names]
     return ["".join(filter(None, match.groups())) if match else name for name, match in found]
 
 
 def grouped(names: Sequence[str], pattern: str) -> list[str]:
-    """The same in a process of its own: some patterns try so many ways that they never end. ValueError for those."""
+    """Matches in a process with a time limit, because some patterns never end. Raises: ValueError for those."""
     seconds = GROUP_SECONDS + len(names) / 1000
     with get_context("spawn").Pool(1) as pool:
         try:
@@ -342,12 +337,12 @@ def frame_lines(index: Iterable[Record], form: Form, classes: list[str]) -> Iter
 
 
 def listed_class(name: str, classes: list[str]) -> str:
-    """How a frame list names a class: by its name, or where that holds a space by its number."""
+    """Returns the label of a class in a frame list: its name, or its number if the name has a space."""
     number = str(classes.index(name))
     if not any(character.isspace() for character in name):
         return name
     if number in classes:
-        raise ValueError(f"class {name!r} cannot stand in a frame list beside a class called {number!r}: rename it")
+        raise ValueError(f"class {name!r} cannot be in a frame list together with a class named {number!r}: rename it")
     return number
 
 

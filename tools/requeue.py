@@ -22,9 +22,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 MAX_RESTARTS = 3
 JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")
 STEP_NAME = re.compile(r"step-([0-9]{7,})")
@@ -49,7 +46,7 @@ def newest_step(output: Path) -> int:
 
 
 def count_restart(output: Path) -> int:
-    """How often the job was queued again since its newest checkpoint last got further, this time included."""
+    """Counts the restarts, this one included, since the newest checkpoint last advanced."""
     record = output / "requeue.json"
     try:
         before = json.loads(record.read_text())

@@ -1,4 +1,4 @@
-"""What there is to compare, one function per golden file: each yields quantities.
+"""Comparisons, one function per golden file: each yields quantities.
 
 Letters: B clips, F frames, I images, C channels, H W.
 """
@@ -281,7 +281,7 @@ def check_frechet(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
 
 @dataclass
 class Trajectory:
-    """What a training run left behind."""
+    """Results of a training run."""
 
     loss: Tensor  # (steps,)
     grad_norm: Tensor  # (steps,)
@@ -319,7 +319,7 @@ def check_trajectory(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
 
 
 def key_list_problem(name: str, official: dict[str, Any]) -> str:
-    """What differs between our keys, shapes and parameter count and the official ones; "" if nothing.
+    """Returns the first difference between our keys, shapes and parameter count and the official ones, or "".
 
     Args:
         name: such as "Latte-XL/2 extras=2".

@@ -51,7 +51,7 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how to compute."""
+    """Folder of the goldens, device and precision."""
 
     folder: Path
     device: str
@@ -155,7 +155,7 @@ def compare(quantity: Quantity, golden: Goldens, label: str, network_bound: floa
 
 
 def _badness(outcome: Outcome) -> float:
-    """How far beyond its bound; infinite where that is unknown."""
+    """Error relative to its bound; infinite if unknown."""
     if outcome.problem or math.isnan(outcome.error):
         return math.inf
     return outcome.error / outcome.bound
