@@ -230,9 +230,7 @@ def test_B9_one_step_advances_everything_once(tiny: list[str]) -> None:
 def one_step(world: World, overrides: list[str]) -> dict[str, Any]:
     """Loss and gradients of the first step on one rank."""
     trainer = Trainer(load_config(None, overrides), world)
-    from engine.distributed import data_parallel
-
-    trainer.parallel_model = data_parallel(trainer.state.model, world)
+    trainer.prepare()
     parts, _ = trainer.launch_step(next(trainer.run.batches(trainer.state.samples_seen)))
     return {"loss": float(parts["loss"]), "gradients": [p.grad.clone() for p in trainer.state.model.parameters()]}
 

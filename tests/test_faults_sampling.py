@@ -193,7 +193,7 @@ def test_G7_a_full_disk_of_one_rank_ends_all(tiny_job: list[str], whole: Files, 
     assert (
         line.startswith(f"error (rank 1): {folder / 'videos'}/0000") and "could not be written: File too large" in line
     )
-    assert "stopped by a signal" in logs[0] and "the same command goes on" in logs[0]
+    assert "stopped by a signal" in logs[0] and "the same command continues" in logs[0]
     assert_begun(folder, whole)
     codes, _ = sample_on(1, tiny_job, folder)
     assert codes == [0] and finished(folder) == whole
