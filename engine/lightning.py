@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule
 from lightning import Trainer as LightningTrainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -85,5 +86,6 @@ def loop(latte: Trainer, callbacks: Sequence[Callback] = ()) -> int:
     )
     module = LatteModule(latte)
     if latte.state.step < latte.config.train.max_steps:
-        lightning.fit(module, DataLoader(Steps(latte), batch_size=None))
+        steps = DataLoader(Steps(latte), batch_size=None, generator=torch.Generator())  # leaves the global one alone
+        lightning.fit(module, steps)
     return module.stop
