@@ -32,6 +32,7 @@ from engine import checkpoint as ckpt
 from engine import resume
 from engine.config import load_config
 from engine.distributed import World
+from engine.signals import STOPPING
 from engine.trainer import Trainer
 
 # ---- injection -------------------------------------------------------------------------------------
@@ -323,6 +324,8 @@ def _rank_main(rank: int, size: int, rendezvous: str, function: Callable[..., An
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # a data loader of an earlier test may have started the fork server, whose children block them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=20)
