@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -338,14 +340,20 @@ def _rank_main(rank: int, size: int, rendezvous: str, function: Callable[..., An
         out.put((rank, None, f"{type(error).__name__}: {error}"))
 
 
+def rank_context() -> ForkServerContext:
+    """Returns the context whose processes are forked from one server with the slow imports of every rank done."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "engine.trainer", "diffusers.models.autoencoders.autoencoder_tiny", "tests.fault_support"]
+    )
+    return context
+
+
 def run_ranks(
     size: int, rendezvous: Path, function: Callable[..., Any], *arguments: Any
 ) -> list[tuple[Any, str | None]]:
     """`function(world, *arguments)` on `size` gloo ranks, forked from a warm server: (result, error) of each."""
-    from multiprocessing import get_context
-
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "engine.trainer", "tests.fault_support"])
+    context = rank_context()
     out = context.Queue()
     ranks = [
         context.Process(target=_rank_main, args=(rank, size, str(rendezvous), function, arguments, out))
@@ -354,7 +362,7 @@ def run_ranks(
     for process in ranks:
         process.start()
     try:
-        found = sorted((out.get(timeout=90) for _ in ranks), key=lambda item: item[0])
+        found = sorted((out.get(timeout=180) for _ in ranks), key=lambda item: item[0])
     finally:
         for process in ranks:
             process.join(5)

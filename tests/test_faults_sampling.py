@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from models.autoencoder import LatentCodec
 from sample import sample, sample_ddp, sample_folder, sample_t2x
 from sample.generate import Generator, require_finite_videos
 from sample.pipeline_latte import LatteVideoPipeline
-from tests.fault_support import Torchrun, all_gone, seal
+from tests.fault_support import Torchrun, all_gone, rank_context, seal
 from tests.t2v_support import theirs, tiny_pipeline
 
 pytestmark = pytest.mark.timeout(600)
@@ -131,8 +130,7 @@ def sample_on(size: int, arguments: list[str], folder: Path, fault: str = "") ->
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "engine.trainer", "tests.fault_support"])
+    context = rank_context()
     logs = [folder.parent / f"{folder.name}.rank{rank}.log" for rank in range(size)]
     command = [*arguments, "--save_video_path", str(folder), "--device", "cpu"]
     ranks = [
@@ -141,7 +139,7 @@ def sample_on(size: int, arguments: list[str], folder: Path, fault: str = "") ->
     for process in ranks:
         process.start()
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while any(process.is_alive() for process in ranks):
             assert time.monotonic() < deadline, [log.read_text() for log in logs]
             if any(process.exitcode for process in ranks):
