@@ -1,4 +1,4 @@
-# Everything runs from .venv, which any target makes by itself from the pinned requirements.txt.
+# Everything runs from .venv, which every target makes from the pinned requirements.txt.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -23,13 +23,13 @@ $(STAMP): requirements.txt
 demo: setup  ## the main job: data -> training -> samples -> results/demo/index.html
 	$(BIN)/python -m demo
 
-bench: setup  ## how fast it is, each figure a ratio to a reference: docs/benchmarks/
+bench: setup  ## time and memory as ratios to the reference: docs/benchmarks/
 	$(BIN)/python -m benchmarks all
 
 test: setup lint  ## lint, types and the test suite
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadgroup
 
-test-faults: setup  ## the 86 fault tests of docs/reliability.md, a line each at the end
+test-faults: setup  ## the 86 fault tests of docs/reliability.md, one summary line each
 	$(BIN)/python -m pytest -q tests/test_faults_*.py
 
 soak: setup  ## 200 random kills of one run; KILLS and SEED to choose
@@ -43,7 +43,7 @@ lint: setup  ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup  ## let ruff rewrite the code
+format: setup  ## reformat the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -3,7 +3,7 @@
 #   CKPT=path/to/checkpoint OUT=folder bash sample/ucf101.sh [further flags of sample.py]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PATH="$PWD/.venv/bin:$PATH" # what `make setup` made, where it did
+PATH="$PWD/.venv/bin:$PATH" # of `make setup`, if it exists
 
 python sample/sample.py \
     --config configs/ucf101/ucf101_sample.yaml \

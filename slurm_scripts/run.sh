@@ -1,17 +1,17 @@
 #!/bin/bash
-# run.sh SCRIPT CONFIG [key=value ...]: train_scripts/launch.sh on every node of a Slurm job. The *.slurm files
-# beside it start it; docs/clusters.md says the rest.
+# run.sh SCRIPT CONFIG [key=value ...]: train_scripts/launch.sh on every node of a Slurm job. Started by
+# the *.slurm files; see docs/clusters.md.
 #   USR1 (five minutes before the time limit) or TERM (pre-emption) -> the run saves and stops
-#   tools/requeue.py then decides, by the marker that the run left, whether the job is queued again
+#   tools/requeue.py then decides from the marker that the run left whether to requeue the job
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 script=$1 config=$2
 shift 2
-require() { # NAME PATTERN: what Slurm says is used as it is, so it must look like what it should be
+require() { # NAME PATTERN: checks a value from Slurm before it is used in a command
     [[ ${!1:-} =~ ^$2$ ]] && return
-    printf 'error: %s=%q is not what Slurm sets; start this with sbatch.\n' "$1" "${!1:-}" >&2
+    printf 'error: %s=%q is not a value that Slurm sets; start this script with sbatch.\n' "$1" "${!1:-}" >&2
     exit 2
 }
 export NNODES=${SLURM_NNODES:-1}
@@ -28,19 +28,19 @@ output=results/$(basename "$config" .yaml)
 for argument; do
     [[ $argument != train.output_dir=* ]] || output=${argument#*=}
 done
-rm -f -- "$output/PREEMPTED" "$output/COMPLETED" # an earlier session's
+rm -f -- "$output/PREEMPTED" "$output/COMPLETED" # of an earlier session
 
 child='' signalled=''
 pass_on() {
     signalled=--signalled
-    kill -USR1 "$child" 2>/dev/null || true # never TERM: srun would answer by killing its tasks
+    kill -USR1 "$child" 2>/dev/null || true # never TERM: srun would kill its tasks
 }
 trap pass_on USR1 TERM
 srun --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     --kill-on-bad-exit=0 --wait=60 \
     bash train_scripts/launch.sh "$script" "$config" "$@" "train.output_dir=$output" &
 child=$!
-[ -z "$signalled" ] || pass_on # it came before the child had a number
+[ -z "$signalled" ] || pass_on # the signal came before the child had a process id
 while kill -0 "$child" 2>/dev/null; do
     wait "$child" || true # a signal interrupts it
 done

@@ -1,4 +1,4 @@
 #!/bin/bash
-# Train on FaceForensics (video and images, jointly), or go on with that run:
+# Train on FaceForensics (video and images, jointly), or continue that run:
 #   GPUS=8 bash train_scripts/ffs_img_train.sh data.path=/path/to/data [key=value ...]
 exec bash "$(dirname "$0")/launch.sh" train_with_img.py configs/ffs/ffs_img_train.yaml "$@"

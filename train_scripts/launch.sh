@@ -1,12 +1,12 @@
 #!/bin/bash
 # launch.sh SCRIPT CONFIG [key=value ...]: torchrun on GPUS processes of this machine, by default one
-# for each of its GPUs, or a single one on the CPU. Each start takes a free port of its own.
+# per GPU, or a single one on the CPU. Each start uses a free port.
 #   MAX_RESTARTS=3          restarts after a crash; each continues the newest checkpoint
 #   SHUTDOWN_TIMEOUT=240    seconds that a signal leaves for saving
 # Several machines, the same command on each: NNODES, NODE_RANK (0 on HEAD_NODE), HEAD_NODE, RDZV_PORT, RDZV_ID.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PATH="$PWD/.venv/bin:$PATH" # what `make setup` made, where it did
+PATH="$PWD/.venv/bin:$PATH" # of `make setup`, if it exists
 
 script=$1 config=$2
 shift 2
