@@ -125,7 +125,7 @@ def measure(rows: dict[str, dict[str, Any]], count: int, device: str) -> Iterabl
 def count_forwards(cell: Cell) -> float:
     """Counts the forward passes for one video; guided evaluations have two."""
     process = build_diffusion(DiffusionConfig(), learn_sigma=False, respacing=str(cell.steps))
-    times = [each.time / 1000 for each in list_evaluations(process, cell.method)]
+    times = [time / 1000 for time in list_evaluations(process, cell.method)]
     low, high = cell.interval or (0.0, 1.0)
     guided = sum(low <= each <= high for each in times) if cell.scale != 1 else 0
     return len(times) + guided

@@ -5,44 +5,13 @@ from __future__ import annotations
 from .conditioning import ConditionConfig, Given, condition_denoiser, sample_given
 from .config import DiffusionConfig
 from .flow import RectifiedFlow
-from .gaussian import GaussianDiffusion, PMeanVariance
+from .gaussian import GaussianDiffusion
 from .guidance import Denoiser, guide_denoiser
 from .losses import LossTerms
-from .samplers import BitsPerDim, calc_bpd_loop, list_evaluations, sample, start_walk
+from .samplers import list_evaluations, sample, start_walk
 from .scheduled import ScheduledDiffusion
 from .steps import StepOptions
-from .timestep_sampler import (
-    LossAwareTimestepSampler,
-    TimestepSampler,
-    UniformTimestepSampler,
-    build_timestep_sampler,
-)
-
-__all__ = [
-    "BitsPerDim",
-    "ConditionConfig",
-    "Denoiser",
-    "DiffusionConfig",
-    "GaussianDiffusion",
-    "Given",
-    "LossAwareTimestepSampler",
-    "LossTerms",
-    "PMeanVariance",
-    "RectifiedFlow",
-    "ScheduledDiffusion",
-    "StepOptions",
-    "TimestepSampler",
-    "UniformTimestepSampler",
-    "build_diffusion",
-    "build_timestep_sampler",
-    "calc_bpd_loop",
-    "condition_denoiser",
-    "guide_denoiser",
-    "list_evaluations",
-    "sample",
-    "sample_given",
-    "start_walk",
-]
+from .timestep_sampler import LossAwareTimestepSampler, TimestepSampler, build_timestep_sampler
 
 
 def build_diffusion(

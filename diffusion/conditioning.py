@@ -9,17 +9,23 @@ Letters: B clips, F frames, C channels, H W; a unit is a frame, or with tubelets
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.checks import at_least, check_limits, check_read_only_with, one_of, require, within
+
 from .guidance import Denoiser
 from .samplers import Process, sample
 from .scheduled import ScheduledDiffusion
 
-GIVEN_FRAMES = ("none", "prefix", "random")
+LIMITS = {
+    "frames": one_of(("none", "prefix", "random")),
+    "probability": within(0, 1, "(]"),
+    "max_frames": at_least(1),
+}
 
 
 @dataclass(frozen=True)
@@ -35,29 +41,20 @@ class ConditionConfig:
     max_frames: int = 1  # k is uniform in 1 to max_frames
 
     def __post_init__(self) -> None:
-        if self.frames not in GIVEN_FRAMES:
-            raise ValueError(f"condition.frames must be one of {', '.join(GIVEN_FRAMES)}, got {self.frames!r}.")
-        if not 0 < self.probability <= 1:
-            raise ValueError(f"condition.probability must be in (0, 1], got {self.probability}.")
-        if self.max_frames < 1:
-            raise ValueError(f"condition.max_frames must be at least 1, got {self.max_frames}.")
-        for item in fields(self):
-            if self.frames == "none" and getattr(self, item.name) != item.default:
-                raise ValueError(f"condition.{item.name} is read only with condition.frames: set that too.")
+        check_limits(self, "condition.", LIMITS)
+        check_read_only_with(self, "condition.", {"probability": "frames", "max_frames": "frames"})
 
     def check_clip(self, num_frames: int, span: int) -> None:
         """Raises ValueError unless clips of `num_frames`, in units of `span`, keep frames that are not given."""
-        if self.frames == "none":
-            return
-        if self.max_frames % span:
-            raise ValueError(
-                f"condition.max_frames={self.max_frames} must be a multiple of model.tubelet_size={span}: only "
-                "complete tubelets can be given."
-            )
-        if self.max_frames > num_frames - span:
-            raise ValueError(
-                f"condition.max_frames={self.max_frames} leaves nothing to learn of data.num_frames={num_frames}."
-            )
+        require(
+            self.frames == "none" or self.max_frames % span == 0,
+            f"condition.max_frames={self.max_frames} must be a multiple of model.tubelet_size={span}: only "
+            "complete tubelets can be given.",
+        )
+        require(
+            self.frames == "none" or self.max_frames <= num_frames - span,
+            f"condition.max_frames={self.max_frames} leaves nothing to learn of data.num_frames={num_frames}.",
+        )
 
     def num_uniforms(self, num_frames: int, span: int) -> int:
         """Returns the number of random numbers that `draw` needs for a clip; 0 if no frames are given."""
@@ -79,32 +76,30 @@ class ConditionConfig:
         given, count = set(places), len(set(places))
         if not given:
             return
-        if self.frames == "none":
-            raise ValueError(
-                "this network was trained without given frames (condition.frames=none): fine-tune it with "
-                "condition.frames=prefix or random, or sample without given frames."
-            )
-        if not given <= set(range(num_frames)) or count > num_frames - span:
-            raise ValueError(f"the given frames {_join(given)} leave nothing to sample of {num_frames} frames.")
-        if any((place // span * span + offset) not in given for place in given for offset in range(span)):
-            raise ValueError(
-                f"the given frames {_join(given)} are not complete tubelets: give multiples of "
-                f"model.tubelet_size={span}."
-            )
-        if self.frames == "prefix" and given != set(range(count)):
-            raise ValueError(
-                f"this network was trained with given first frames (condition.frames=prefix), not frames "
-                f"{_join(given)}; train with condition.frames=random for these."
-            )
-        if count > self.max_frames:
-            raise ValueError(
-                f"{count} given frames are more than the {self.max_frames} that this network was trained with "
-                "(condition.max_frames)."
-            )
-
-
-def _join(places: Collection[int]) -> str:
-    return ", ".join(map(str, sorted(places)))
+        named = ", ".join(map(str, sorted(given)))
+        require(
+            self.frames != "none",
+            "this network was trained without given frames (condition.frames=none): fine-tune it with "
+            "condition.frames=prefix or random, or sample without given frames.",
+        )
+        require(
+            given <= set(range(num_frames)) and count <= num_frames - span,
+            f"the given frames {named} leave nothing to sample of {num_frames} frames.",
+        )
+        require(
+            all(place // span * span + offset in given for place in given for offset in range(span)),
+            f"the given frames {named} are not complete tubelets: give multiples of model.tubelet_size={span}.",
+        )
+        require(
+            self.frames == "random" or given == set(range(count)),
+            f"this network was trained with given first frames (condition.frames=prefix), not frames {named}; train "
+            "with condition.frames=random for these.",
+        )
+        require(
+            count <= self.max_frames,
+            f"{count} given frames are more than the {self.max_frames} that this network was trained with "
+            "(condition.max_frames).",
+        )
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from typing import Any
 
-# key -> allowed values, for every key that is a name
-CHOICES: dict[str, tuple[str, ...]] = {
-    "schedule": ("linear", "cosine"),
-    "prediction": ("epsilon", "x_start", "velocity", "flow"),
-    "loss": ("mse", "rescaled_mse", "kl", "rescaled_kl"),
-    "fixed_variance": ("large", "small"),
-    "timestep_sampler": ("uniform", "loss_aware"),
-    "timestep_density": ("uniform", "linear", "logit_normal"),
+from common.checks import POSITIVE, at_least, check_limits, one_of, require
+
+LIMITS = {
+    "num_steps": at_least(1),
+    "schedule": one_of(("linear", "cosine")),
+    "prediction": one_of(("epsilon", "x_start", "velocity", "flow")),
+    "loss": one_of(("mse", "rescaled_mse", "kl", "rescaled_kl")),
+    "fixed_variance": one_of(("large", "small")),
+    "timestep_sampler": one_of(("uniform", "loss_aware")),
+    "timestep_density": one_of(("uniform", "linear", "logit_normal")),
+    "timestep_shift": POSITIVE,
 }
-# keys without meaning for rectified flow, which has no betas, no variance and one loss
-GAUSSIAN_ONLY = ("schedule", "loss", "fixed_variance", "timestep_sampler")
-# keys that the loss-aware sampler would override
-DENSITY = ("timestep_density", "timestep_shift")
+# setting -> keys that have no meaning with it: a flow has no betas, no variance and one loss
+MEANINGLESS = {
+    "prediction=flow": ("schedule", "loss", "fixed_variance", "timestep_sampler"),
+    "timestep_sampler=loss_aware": ("timestep_density", "timestep_shift"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,12 @@ class DiffusionConfig:
     timestep_shift: float = 1.0  # s: t -> s t / (1 + (s - 1) t), after the density; above 1 is noisier
 
     def __post_init__(self) -> None:
-        for key, allowed in CHOICES.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"diffusion.{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}.")
-        if self.num_steps < 1:
-            raise ValueError(f"diffusion.num_steps must be at least 1, got {self.num_steps}.")
-        if not (math.isfinite(self.timestep_shift) and self.timestep_shift > 0):
-            raise ValueError(f"diffusion.timestep_shift must be positive and finite, got {self.timestep_shift}.")
-        if self.prediction == "flow":
-            self._require_default(GAUSSIAN_ONLY, "diffusion.prediction=flow")
-        if self.timestep_sampler == "loss_aware":
-            self._require_default(DENSITY, "diffusion.timestep_sampler=loss_aware")
-
-    def _require_default(self, keys: tuple[str, ...], owner: str) -> None:
-        defaults: dict[str, Any] = {field.name: field.default for field in fields(self)}
-        for key in keys:
-            if getattr(self, key) != defaults[key]:
-                raise ValueError(
-                    f"diffusion.{key}={getattr(self, key)} has no meaning with {owner}: leave it at {defaults[key]}."
+        check_limits(self, "diffusion.", LIMITS)
+        for item in fields(self):
+            for owner, keys in MEANINGLESS.items():
+                key, _, needed = owner.partition("=")
+                value = getattr(self, item.name)
+                require(
+                    item.name not in keys or getattr(self, key) != needed or value == item.default,
+                    f"diffusion.{item.name}={value} has no meaning with diffusion.{owner}: leave it at {item.default}.",
                 )

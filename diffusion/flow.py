@@ -1,7 +1,8 @@
 """Rectified flow (Liu et al. 2022; Esser et al. 2024): velocity on the straight path from data to noise.
 
 Letters: B clips, F frames, C channels, H W. Time 0 is data, time 1 is noise: x_t = (1 - t) x_0 + t noise.
-The network takes t * config.num_steps, so that its timestep embedding has the usual range.
+The network takes t * config.num_steps, so that its timestep embedding has the usual range. Timesteps are (B,), or
+(B, F) for a noise level of each frame.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from .config import DiffusionConfig
 from .guidance import Denoiser
-from .losses import LossTerms, frame_mean
+from .losses import LossTerms, append_dims, frame_mean
 from .schedule import respace_timesteps
-from .timestep_sampler import shift_times, times_from_uniform
+from .timestep_sampler import shift_times
 
 
 class RectifiedFlow:
@@ -41,7 +42,6 @@ class RectifiedFlow:
         # on the host, for planning: the network's timestep at step i, which goes from noise level i + 1 to i
         self.step_times: list[float] = (self.times[1:].float() * config.num_steps).tolist()
         self.noise_levels: list[float] = self.times.tolist()
-        self.clean_gains: list[float] = self.noise_levels[1:]  # |d x_0 / d velocity| at step i
 
     def to(self, device: torch.device | str) -> RectifiedFlow:
         """Moves the grid to `device`; returns self."""
@@ -50,26 +50,17 @@ class RectifiedFlow:
         return self
 
     def time(self, index: Tensor, x: Tensor) -> Tensor:
-        """Returns grid times at `index` (B,), shaped (B, 1, ...) to broadcast over `x`."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return self.times[index].to(dtype).view(-1, *[1] * (x.ndim - 1))
-
-    def network_timesteps(self, time: Tensor) -> Tensor:
-        """Converts B times in [0, 1] of any shape to timesteps (B,), float in [0, config.num_steps]."""
-        return time.flatten() * self.config.num_steps
-
-    def timesteps_from_uniform(self, uniform: Tensor) -> Tensor:
-        """Maps (B,) in [0, 1) to timesteps (B,), float in [0, config.num_steps], of the configured density."""
-        return times_from_uniform(uniform, self.config) * self.config.num_steps
+        """Returns grid times at `index`, of its shape, in the dtype of `x` and at least float32."""
+        return self.times[index].to(torch.promote_types(x.dtype, torch.float32))
 
     def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """Returns the point of the path at `timesteps` (B,) in [0, config.num_steps]."""
+        """Returns the point of the path at `timesteps` in [0, config.num_steps]."""
         dtype = torch.promote_types(x_start.dtype, torch.float32)
-        time = (timesteps.to(dtype) / self.config.num_steps).view(-1, *[1] * (x_start.ndim - 1))
+        time = append_dims(timesteps.to(dtype) / self.config.num_steps, x_start)
         return (1 - time) * x_start + time * noise
 
     def training_losses(self, denoiser: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> LossTerms:
-        """Computes the squared error of the velocity `noise` - `x_start` at `timesteps` (B,)."""
+        """Computes the squared error of the velocity `noise` - `x_start` at `timesteps`."""
         output = denoiser(self.q_sample(x_start, timesteps, noise), timesteps)
         return LossTerms.from_frames(frame_mean((noise - x_start - velocity(output, x_start)) ** 2))
 

@@ -1,7 +1,8 @@
 """Gaussian diffusion (Ho et al. 2020; Nichol & Dhariwal 2021): noising, prediction, losses.
 
 Letters: B clips, F frames, C channels, H W, T steps of this (perhaps respaced) process.
-x_0 is a clip of latents, x_t the same after step t; `timesteps` are indices of this process in [0, T).
+x_0 is a clip of latents, x_t the same after step t. `timesteps` are indices of this process in [0, T): (B,), or
+(B, F) for a noise level of each frame.
 """
 
 from __future__ import annotations
@@ -14,15 +15,8 @@ from torch import Tensor
 
 from .config import DiffusionConfig
 from .guidance import Denoiser
-from .losses import (
-    NATS_PER_BIT,
-    LossTerms,
-    discretized_gaussian_log_likelihood,
-    frame_mean,
-    normal_kl,
-)
+from .losses import NATS_PER_BIT, LossTerms, append_dims, discretized_gaussian_log_likelihood, frame_mean, normal_kl
 from .schedule import BETAS, gaussian_tables, respace_betas, respace_timesteps
-from .timestep_sampler import steps_from_uniform
 
 CHANNEL_DIM = 2
 Refine = Callable[[Tensor], Tensor]
@@ -81,8 +75,6 @@ class GaussianDiffusion:
         # i + 1) and after it (at i)
         self.step_times = [float(timestep) for timestep in kept]
         self.noise_levels = [0.0, *(1 / tables["alphas_cumprod"] - 1).sqrt().tolist()]
-        # |d x_0 / d output| at step i
-        self.clean_gains: list[float] = self.tables["x_start_output"].abs().tolist()
 
     def to(self, device: torch.device | str) -> GaussianDiffusion:
         """Moves the tables to `device`; returns self."""
@@ -92,25 +84,15 @@ class GaussianDiffusion:
         return self
 
     def table(self, name: str, timesteps: Tensor, x: Tensor) -> Tensor:
-        """Returns entries of table `name` at `timesteps` (B,), shaped (B, 1, ...) to broadcast over `x`."""
+        """Returns entries of table `name` at `timesteps`, shaped to broadcast over `x` (B, F, ...)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return self.tables[name][timesteps].to(dtype).view(-1, *[1] * (x.ndim - 1))
+        return append_dims(self.tables[name][timesteps].to(dtype), x)
 
     def network_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Converts indices (B,) in [0, T) to the network's timesteps (B,), int64 in [0, config.num_steps)."""
+        """Converts indices in [0, T) to the network's timesteps, int64 in [0, config.num_steps)."""
         return self.timestep_map[timesteps]
 
-    def timesteps_from_uniform(self, uniform: Tensor) -> Tensor:
-        """Maps (B,) in [0, 1) to timesteps (B,), int64 in [0, T), of the configured density."""
-        return steps_from_uniform(uniform, self.config, self.num_timesteps)
-
     # ---- the noising process -------------------------------------------------------------------
-
-    def q_mean_variance(self, x_start: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns mean, variance and log variance of q(x_t | x_0); the latter two (B, 1, ...)."""
-        mean = self.table("sqrt_alphas_cumprod", timesteps, x_start) * x_start
-        variance = 1 - self.table("alphas_cumprod", timesteps, x_start)
-        return mean, variance, self.table("log_one_minus_alphas_cumprod", timesteps, x_start)
 
     def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """Returns x_t for `x_start` and unit `noise`, all (B, F, C, H, W)."""
@@ -170,7 +152,7 @@ class GaussianDiffusion:
         Args:
             model_output: (B, F, C or 2C, H, W).
             x: x_t, (B, F, C, H, W).
-            timesteps: (B,).
+            timesteps: (B,) or (B, F).
             refine: applied to the predicted clean clip, such as clamping it to [-1, 1].
         """
         prediction, variance_values = self.split_output(model_output, x)
@@ -199,22 +181,14 @@ class GaussianDiffusion:
 
     # ---- losses --------------------------------------------------------------------------------
 
-    def variational_bound(
-        self,
-        model_output: Tensor,
-        x_start: Tensor,
-        x: Tensor,
-        timesteps: Tensor,
-        *,
-        refine: Refine | None = None,
-    ) -> Tensor:
+    def variational_bound(self, model_output: Tensor, x_start: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
         """Returns term t of the variational bound (B, F) in bits per dimension; at t = 0 that of the decoder."""
-        p = self.p_mean_variance(model_output, x, timesteps, refine=refine)
+        p = self.p_mean_variance(model_output, x, timesteps)
         q_mean = self.q_posterior_mean(x_start, x, timesteps)
         q_log_variance = self.table("posterior_log_variance_clipped", timesteps, x)
         divergence = frame_mean(normal_kl(q_mean, q_log_variance, p.mean, p.log_variance))
         decoder = -frame_mean(discretized_gaussian_log_likelihood(x_start, p.mean, 0.5 * p.log_variance))
-        return torch.where((timesteps == 0)[:, None], decoder, divergence) / NATS_PER_BIT
+        return torch.where(append_dims(timesteps == 0, decoder), decoder, divergence) / NATS_PER_BIT
 
     def training_losses(self, denoiser: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> LossTerms:
         """Computes the configured loss of a batch at `timesteps`.
@@ -222,20 +196,15 @@ class GaussianDiffusion:
         Args:
             denoiser: the network.
             x_start: clean clips (B, F, C, H, W).
-            timesteps: (B,) int64 in [0, T).
+            timesteps: (B,), or (B, F) for each frame, int64 in [0, T).
             noise: unit noise like `x_start`.
         """
         x = self.q_sample(x_start, timesteps, noise)
         model_output = denoiser(x, self.network_timesteps(timesteps))
-        weight = {
-            "kl": 1.0,
-            "rescaled_kl": float(self.num_timesteps),
-            "mse": 1.0,
-            "rescaled_mse": self.num_timesteps / 1000,
-        }[self.config.loss]
+        steps = float(self.num_timesteps)
+        weight = {"kl": 1.0, "rescaled_kl": steps, "mse": 1.0, "rescaled_mse": steps / 1000}[self.config.loss]
         if self.config.loss in ("kl", "rescaled_kl"):
-            bound = self.variational_bound(model_output, x_start, x, timesteps)
-            return LossTerms.from_frames(vb=weight * bound)
+            return LossTerms.from_frames(vb=weight * self.variational_bound(model_output, x_start, x, timesteps))
         prediction, variance_values = self.split_output(model_output, x)
         mse = frame_mean((self.target(x_start, noise, timesteps) - prediction) ** 2)
         if variance_values is None:
@@ -244,10 +213,3 @@ class GaussianDiffusion:
         frozen_mean = torch.cat([prediction.detach(), variance_values], CHANNEL_DIM)
         bound = self.variational_bound(frozen_mean, x_start, x, timesteps)
         return LossTerms.from_frames(mse, weight * bound)
-
-    def prior_bits(self, x_start: Tensor) -> Tensor:
-        """Returns KL(q(x_T | x_0) || unit noise), (B,), in bits per dimension: the constant term of the bound."""
-        last = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
-        mean, _, log_variance = self.q_mean_variance(x_start, last)
-        zero = torch.zeros_like(mean)
-        return normal_kl(mean, log_variance, zero, zero).flatten(1).mean(1) / NATS_PER_BIT

@@ -59,6 +59,11 @@ class LossTerms:
         return torch.stack(present).sum(0)
 
 
+def append_dims(values: Tensor, x: Tensor) -> Tensor:
+    """Reshapes values (B,) of clips or (B, F) of frames to broadcast over `x` (B, F, ...)."""
+    return values.view(*values.shape, *[1] * (x.ndim - values.ndim))
+
+
 def frame_mean(values: Tensor) -> Tensor:
     """Averages (B, F, ...) to (B, F)."""
     return values.flatten(2).mean(2)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .guidance import Denoiser
-
 
 @dataclass(frozen=True)
 class StepOptions:
@@ -20,8 +18,6 @@ class StepOptions:
         clip_denoised: clamp the predicted clean clip to [-1, 1].
         noise_fn: draws unit noise of the shape of its argument.
         x_start_fn: applied to the predicted clean clip before it is clamped.
-        gradient_fn: (x, network timesteps) -> gradient of log p(y | x): classifier guidance
-            (Dhariwal & Nichol 2021, algorithms 1 and 2). Gaussian diffusion only.
         given_frames: (B or 1, F) bool, frames whose predictions are not used. Schedulers of diffusers only, which do
             not show the predicted clean clip.
         generator: of the noise of diffusers' schedulers, which draw it themselves; a list has one per clip.
@@ -31,7 +27,6 @@ class StepOptions:
     clip_denoised: bool = False
     noise_fn: Callable[[Tensor], Tensor] = torch.randn_like
     x_start_fn: Callable[[Tensor], Tensor] | None = None
-    gradient_fn: Denoiser | None = None
     given_frames: Tensor | None = None
     generator: torch.Generator | list[torch.Generator] | None = None
 

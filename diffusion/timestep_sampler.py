@@ -6,7 +6,6 @@ T is the number of steps, B the batch. A sampler turns u (B,) in [0, 1) into tim
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -35,67 +34,48 @@ def times_from_uniform(uniform: Tensor, config: DiffusionConfig) -> Tensor:
     return shift_times(INVERSE_CDFS[config.timestep_density](uniform), config.timestep_shift)
 
 
-def steps_from_uniform(uniform: Tensor, config: DiffusionConfig, num_steps: int) -> Tensor:
-    """Maps `uniform` (B,) in [0, 1) to steps (B,), int64 in [0, T), of the configured density and shift."""
-    steps = (times_from_uniform(uniform, config) * num_steps).long()
-    return steps.clamp(max=num_steps - 1)
+class TimestepSampler:
+    """Timesteps of the configured density with equal loss weights. It has no state; subclasses may have one."""
 
-
-class TimestepSampler(Protocol):
-    """Interface of timestep samplers."""
+    def __init__(self, config: DiffusionConfig) -> None:
+        self.config = config
+        self.num_steps = config.num_steps
 
     def timesteps_from_uniform(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (B,) in [0, 1) to timesteps (B,) and weights (B,) of their losses."""
+        """Maps (B,) in [0, 1) to timesteps (B,), and weights (B,) of their losses.
+
+        Timesteps are int64 in [0, T), for a flow floats in [0, T].
+        """
+        timesteps = times_from_uniform(uniform, self.config) * self.num_steps
+        if self.config.prediction != "flow":
+            timesteps = timesteps.long().clamp(max=self.num_steps - 1)
+        return timesteps, torch.ones_like(uniform)
 
     def update(self, timesteps: Tensor, losses: Tensor, skip: Tensor | bool = False) -> None:
         """Records the losses (B,) of timesteps (B,), unless `skip` (a bool, or a scalar on their device)."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the state that a resumed run needs."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores a `state_dict()`."""
 
 
-class UniformTimestepSampler:
-    """Timesteps of the configured density with equal loss weights; has no state."""
-
-    def __init__(self, config: DiffusionConfig) -> None:
-        self.config = config
-
-    def timesteps_from_uniform(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (B,) in [0, 1) to timesteps (B,), int64 or for a flow float in [0, T], and weights of 1 (B,)."""
-        if self.config.prediction == "flow":
-            timesteps = times_from_uniform(uniform, self.config) * self.config.num_steps
-        else:
-            timesteps = steps_from_uniform(uniform, self.config, self.config.num_steps)
-        return timesteps, torch.ones_like(uniform)
-
-    def update(self, timesteps: Tensor, losses: Tensor, skip: Tensor | bool = False) -> None:
-        """Does nothing."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns an empty state."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Does nothing."""
-
-
-class LossAwareTimestepSampler:
+class LossAwareTimestepSampler(TimestepSampler):
     """Timesteps in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, 3.3).
 
     Uniform until every timestep has `history` losses. Weights compensate for the density, so the expected loss is
     that of uniform timesteps. In a process group every rank stores the losses of all ranks.
     """
 
-    def __init__(self, num_steps: int, history: int = 10, uniform_share: float = 1e-3) -> None:
-        self.num_steps = num_steps
+    def __init__(self, config: DiffusionConfig, history: int = 10, uniform_share: float = 1e-3) -> None:
+        super().__init__(config)
         self.history = history
         self.uniform_share = uniform_share
         # one additional row receives losses that a later one of the same batch replaces
-        self.losses = torch.zeros(num_steps + 1, history, dtype=torch.float64)
-        self.counts = torch.zeros(num_steps, dtype=torch.int64)
+        self.losses = torch.zeros(self.num_steps + 1, history, dtype=torch.float64)
+        self.counts = torch.zeros(self.num_steps, dtype=torch.int64)
 
     def probabilities(self) -> Tensor:
         """Returns the density of timesteps, (T,) float64 with sum 1."""
@@ -156,5 +136,5 @@ def _gather_from_ranks(values: Tensor) -> Tensor:
 def build_timestep_sampler(config: DiffusionConfig) -> TimestepSampler:
     """Builds the sampler that `diffusion.timestep_sampler` names."""
     if config.timestep_sampler == "loss_aware":
-        return LossAwareTimestepSampler(config.num_steps)
-    return UniformTimestepSampler(config)
+        return LossAwareTimestepSampler(config)
+    return TimestepSampler(config)

@@ -224,7 +224,7 @@ class Generator:
         shape = self.latent_shape(num_frames, image_size)
         process = build_process(self.config, respacing=str(steps)).to(self.device)
         method = self.resolve_method(method)
-        times = [each.time for each in list_evaluations(process, method)]
+        times = list_evaluations(process, method)
         guidance = Guidance(guidance_scale, guidance_interval, batched_guidance)
         plan = self._plan(shape, given, windows)
         indices = list(range(num)) if indices is None else list(indices)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from diffusion import DiffusionConfig, GaussianDiffusion, LossTerms, RectifiedFlow, calc_bpd_loop
+from diffusion import DiffusionConfig, GaussianDiffusion, LossTerms, RectifiedFlow, build_diffusion
 from diffusion.losses import approx_normal_cdf, discretized_gaussian_log_likelihood, normal_kl
 
 SHAPE = (3, 4, 2, 3, 5)  # B F C H W
@@ -101,7 +101,7 @@ def gradients(loss: str) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def test_bound_teaches_only_the_variance_beside_the_squared_error() -> None:
+def test_the_bound_trains_only_the_variance_when_the_squared_error_trains_the_mean() -> None:
     prediction, variance = gradients("mse")
     by_hand = 2 * (double_output()[:, :, :2] - randn(*SHAPE, seed=1)) / randn(*SHAPE)[0].numel()
     torch.testing.assert_close(prediction, by_hand, rtol=1e-10, atol=1e-14)
@@ -138,10 +138,7 @@ def test_q_sample_has_the_moments_of_the_process() -> None:
     x_start = torch.full((2, 1, 1, 200, 200), 0.8, dtype=torch.float64)
     timesteps = torch.tensor([100, 800])
     x = diffusion.q_sample(x_start, timesteps, randn(*x_start.shape))
-    mean, variance, log_variance = diffusion.q_mean_variance(x_start, timesteps)
     signal = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[timesteps]
-    torch.testing.assert_close(mean[:, 0, 0, 0, 0], signal.sqrt() * 0.8)
-    torch.testing.assert_close(log_variance.exp(), variance)
     torch.testing.assert_close(x.mean((1, 2, 3, 4)), signal.sqrt() * 0.8, atol=0.02, rtol=0)
     torch.testing.assert_close(x.var((1, 2, 3, 4)), 1 - signal, atol=0.02, rtol=0)
 
@@ -184,37 +181,39 @@ def test_flow_loss_and_path() -> None:
         flow.training_losses(lambda *_: double_output(), x_start, timesteps, noise)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "loss"),
+    [("epsilon", "mse"), ("epsilon", "kl"), ("x_start", "mse"), ("velocity", "kl"), ("flow", "mse")],
+)
+def test_every_frame_may_have_its_own_timestep(prediction: str, loss: str) -> None:
+    """Equal timesteps give the bits of one per clip, different ones those of clips of one frame."""
+    is_flow = prediction == "flow"
+    diffusion = build_diffusion(DiffusionConfig(prediction=prediction, loss=loss), learn_sigma=not is_flow)
+    x_start, noise, output = randn(*SHAPE), randn(*SHAPE, seed=1), randn(*SHAPE, seed=2) if is_flow else double_output()
+
+    def run(frames: slice, timesteps: Tensor) -> list[Tensor]:
+        seen: list[Tensor] = []
+
+        def denoiser(x: Tensor, t: Tensor) -> Tensor:
+            assert t.shape == timesteps.shape
+            seen.append(x)
+            return output[:, frames]
+
+        terms = diffusion.training_losses(denoiser, x_start[:, frames], timesteps, noise[:, frames])
+        return [*seen, terms.per_frame()]
+
+    every, timesteps = slice(0, SHAPE[1]), torch.tensor([0, 20, 999])
+    rows = timesteps[:, None].expand(-1, SHAPE[1])
+    assert all(torch.equal(*pair) for pair in zip(run(every, rows), run(every, timesteps)))
+    own = torch.tensor([[0, 3, 400, 999], [7, 0, 0, 250], [500, 501, 1, 2]])
+    found = run(every, own)
+    for frame in range(SHAPE[1]):
+        alone = run(slice(frame, frame + 1), own[:, frame])
+        assert all(torch.equal(a[:, frame : frame + 1], b) for a, b in zip(found, alone))
+
+
 def test_loss_terms_add_up_by_frame() -> None:
     mse, vb = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[0.5, 0.5, 2.0]])
     terms = LossTerms.from_frames(mse, vb)
     assert terms.per_frame().tolist() == [[1.5, 2.5, 8.0]]
     assert terms.loss.tolist() == [4.0]
-
-
-def test_bits_per_dimension_are_the_sum_of_the_terms() -> None:
-    diffusion = GaussianDiffusion(DiffusionConfig(num_steps=30))
-    x_start, output = randn(*SHAPE).clamp(-1, 1), double_output()
-    noises = iter([randn(*SHAPE, seed=step) for step in reversed(range(30))])
-    bits = calc_bpd_loop(diffusion, lambda *_: output, x_start, clip_denoised=False, noise_fn=lambda _: next(noises))
-    signal = torch.cumprod(1 - diffusion.tables["betas"], 0)
-    for step in (0, 1, 17, 29):
-        x = signal[step].sqrt() * x_start + (1 - signal[step]).sqrt() * randn(*SHAPE, seed=step)
-        by_hand = [bound_by_hand(diffusion, output[i], x_start[i], x[i], step).mean() for i in range(3)]
-        torch.testing.assert_close(bits.vb[:, step], torch.stack(by_hand), rtol=1e-9, atol=1e-12)
-        error = (output[:, :, :2] - randn(*SHAPE, seed=step)).square().mean((1, 2, 3, 4))
-        torch.testing.assert_close(bits.mse[:, step], error, rtol=1e-9, atol=1e-12)
-    last = Normal(signal[-1].sqrt() * x_start, (1 - signal[-1]).sqrt())
-    prior = kl_divergence(last, Normal(0.0, 1.0)).mean((1, 2, 3, 4)) / math.log(2)
-    torch.testing.assert_close(bits.prior, prior, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(bits.total, bits.vb.sum(1) + prior, rtol=1e-12, atol=1e-12)
-
-
-def test_true_posterior_has_no_bits_beyond_prior_and_decoder() -> None:
-    """A network that knows clip and smallest variance leaves a KL of 0 at every step above 0."""
-    config = DiffusionConfig(num_steps=40, prediction="x_start", fixed_variance="small")
-    diffusion = GaussianDiffusion(config, learn_sigma=False)
-    x_start = LEVELS[torch.arange(math.prod(SHAPE)) % 256].view(SHAPE)
-    bits = calc_bpd_loop(diffusion, lambda *_: x_start, x_start)
-    assert bits.vb[:, 1:].abs().max() < 1e-12
-    assert bits.x_start_mse.max() == 0
-    assert (bits.vb[:, 0] > 0).all()

@@ -13,13 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from diffusion import (
-    DiffusionConfig,
-    LossAwareTimestepSampler,
-    UniformTimestepSampler,
-    build_diffusion,
-    build_timestep_sampler,
-)
+from diffusion import DiffusionConfig, LossAwareTimestepSampler, build_timestep_sampler
 
 DRAWS = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000  # even, so histograms are exact to 1e-5
 
@@ -36,50 +30,39 @@ def density(name: str, time: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["uniform", "linear", "logit_normal"])
 def test_timesteps_follow_the_density(name: str, shift: float) -> None:
     config = DiffusionConfig(timestep_density=name, timestep_shift=shift)
-    diffusion = build_diffusion(config, learn_sigma=True)
-    timesteps = diffusion.timesteps_from_uniform(DRAWS)
+    timesteps, weights = build_timestep_sampler(config).timesteps_from_uniform(DRAWS)
     assert timesteps.dtype == torch.int64
+    assert (weights == 1).all()
     found = torch.bincount(timesteps, minlength=1000).view(20, 50).sum(1) / len(DRAWS)
     # change of variables: a shifted time was t / (s - (s - 1) t) before
-    time = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    unshifted = time / (shift - (shift - 1) * time)
-    slope = shift / (shift - (shift - 1) * time) ** 2
+    unshifted = DRAWS / (shift - (shift - 1) * DRAWS)
+    slope = shift / (shift - (shift - 1) * DRAWS) ** 2
     expected = (density(name, unshifted) * slope).view(20, -1).mean(1) / 20
     torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["uniform", "linear", "logit_normal"])
-def test_flow_timesteps_are_the_same_unrounded(name: str) -> None:
-    config = {"timestep_density": name, "timestep_shift": 3.0}
-    whole = build_diffusion(DiffusionConfig(**config), learn_sigma=True).timesteps_from_uniform(DRAWS)
-    flow = build_diffusion(DiffusionConfig(prediction="flow", **config), learn_sigma=False)
-    timesteps = flow.timesteps_from_uniform(DRAWS)
-    assert timesteps.is_floating_point()
-    assert torch.equal(timesteps.long().clamp(max=999), whole)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "flow"])
-@pytest.mark.parametrize("name", ["uniform", "linear", "logit_normal"])
-def test_extreme_draws_stay_in_range(prediction: str, name: str) -> None:
-    config = DiffusionConfig(prediction=prediction, timestep_density=name, timestep_shift=9.0)
+def test_flow_timesteps_are_the_same_unrounded_and_extreme_draws_stay_in_range(name: str) -> None:
+    settings: dict[str, Any] = {"timestep_density": name, "timestep_shift": 9.0}
     extremes = torch.tensor([0.0, 1 - 2**-24])  # the ends of torch.rand in float32
-    timesteps = build_diffusion(config, learn_sigma=prediction != "flow").timesteps_from_uniform(extremes)
-    assert timesteps[0] == 0
-    assert timesteps[1] <= (1000 if prediction == "flow" else 999)
-    assert timesteps[1] > 995
-
-
-def test_uniform_sampler_is_the_density_of_the_process() -> None:
-    config = DiffusionConfig(timestep_density="linear")
-    sampler = build_timestep_sampler(config)
-    assert isinstance(sampler, UniformTimestepSampler)
-    timesteps, weights = sampler.timesteps_from_uniform(DRAWS)
-    assert torch.equal(timesteps, build_diffusion(config, learn_sigma=True).timesteps_from_uniform(DRAWS))
-    assert (weights == 1).all()
-    assert sampler.state_dict() == {}
+    gaussian, flow = (
+        build_timestep_sampler(DiffusionConfig(prediction=prediction, **settings)).timesteps_from_uniform
+        for prediction in ("epsilon", "flow")
+    )
+    timesteps = flow(DRAWS)[0]
+    assert timesteps.is_floating_point()
+    assert torch.equal(timesteps.long().clamp(max=999), gaussian(DRAWS)[0])
+    for draw, most in ((gaussian, 999), (flow, 1000)):
+        least, greatest = draw(extremes)[0].tolist()
+        assert least == 0
+        assert 995 < greatest <= most
 
 
 # ---- loss aware --------------------------------------------------------------------------------
+
+
+def loss_aware(steps: int = 5, history: int = 10) -> LossAwareTimestepSampler:
+    return LossAwareTimestepSampler(DiffusionConfig(num_steps=steps, timestep_sampler="loss_aware"), history)
 
 
 class BruteForce:
@@ -111,7 +94,7 @@ def fill(sampler: Any, batches: int = 60, seed: int = 0) -> None:
 
 @pytest.mark.parametrize("history", [3, 10])
 def test_loss_aware_probabilities_are_brute_force(history: int) -> None:
-    ours, reference = LossAwareTimestepSampler(5, history), BruteForce(5, history)
+    ours, reference = loss_aware(5, history), BruteForce(5, history)
     for seed in range(12):
         expected = torch.tensor(reference.probabilities(), dtype=torch.float64)
         torch.testing.assert_close(ours.probabilities(), expected, rtol=1e-12, atol=0)
@@ -134,28 +117,22 @@ def test_loss_aware_draws_follow_the_probabilities_and_weights_undo_them() -> No
     assert weights.dtype == DRAWS.dtype
 
 
-def test_loss_aware_state_continues_where_it_was() -> None:
-    first, second = LossAwareTimestepSampler(5), LossAwareTimestepSampler(5)
+def test_loss_aware_state_continues_and_ignores_losses_that_are_not_finite() -> None:
+    first, second = loss_aware(), loss_aware()
     fill(first)
     second.load_state_dict(first.state_dict())
     fill(first, batches=3, seed=1)
     fill(second, batches=3, seed=1)
     assert torch.equal(first.probabilities(), second.probabilities())
+    second.update(torch.tensor([1, 4]), torch.tensor([float("nan"), float("inf")]))  # not recorded
+    assert torch.equal(first.probabilities(), second.probabilities())
     with pytest.raises(ValueError, match=r"keep diffusion\.num_steps"):
-        LossAwareTimestepSampler(6).load_state_dict(first.state_dict())
-
-
-def test_loss_aware_ignores_losses_that_are_not_finite() -> None:
-    sampler = LossAwareTimestepSampler(5)
-    fill(sampler)
-    before = sampler.probabilities()
-    sampler.update(torch.tensor([1, 4]), torch.tensor([float("nan"), float("inf")]))
-    assert torch.equal(sampler.probabilities(), before)
+        loss_aware(6).load_state_dict(first.state_dict())
 
 
 def two_rank_worker(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    sampler = LossAwareTimestepSampler(5, history=3)
+    sampler = loss_aware(5, history=3)
     sampler.update(torch.tensor([0, 1, 2]) + rank, torch.tensor([1.0, 2.0, 3.0]) + 10 * rank)
     torch.save(sampler.state_dict(), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -170,7 +147,7 @@ def test_loss_aware_ranks_share_one_history(tmp_path: Path) -> None:
     for worker in workers:
         worker.join(60)
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    single = LossAwareTimestepSampler(5, history=3)
+    single = loss_aware(5, history=3)
     single.update(torch.tensor([0, 1, 2, 1, 2, 3]), torch.tensor([1.0, 2.0, 3.0, 11.0, 12.0, 13.0]))
     for state in states:
         assert torch.equal(state["losses"], single.state_dict()["losses"])

@@ -136,7 +136,7 @@ class NoReading(TorchDispatchMode):
 def test_nothing_waits_for_the_device_during_a_walk() -> None:
     generator = generator_of()
     process, guidance = build_process(generator.config, respacing="6"), Guidance(2.0, (0.2, 0.9))
-    times = [each.time for each in list_evaluations(process, "ddim")]
+    times = list_evaluations(process, "ddim")
     walk = EvaluationCounter(times, 1000)
     denoiser = generator.denoiser([0, 1], guidance, walk)
     from diffusion import sample
