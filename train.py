@@ -16,13 +16,6 @@ from evaluation.during import Metric
 from sample.preview import Preview
 
 
-def refuse_images(num_images: int) -> str | None:
-    """Refuses joint image-video configs, which have a script of their own, as in the official repository."""
-    if num_images:
-        return f"data.num_images={num_images} is joint image-video training: run train_with_img.py, or set it to 0."
-    return None
-
-
 def callbacks(config: Config) -> list[Callback]:
     """Returns the callbacks of a run, in addition to its validation."""
     return [Preview(config), Metric(config)]
@@ -30,7 +23,7 @@ def callbacks(config: Config) -> list[Callback]:
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", refuse_images, callbacks)
+    return launch.train(argv, __doc__ or "", callbacks)
 
 
 if __name__ == "__main__":

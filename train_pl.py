@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from engine import cli, launch
 from engine.trainer import Trainer
-from train import callbacks, refuse_images
+from train import callbacks
 
 
 def loop(trainer: Trainer) -> int:
@@ -21,7 +21,7 @@ def loop(trainer: Trainer) -> int:
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", refuse_images, callbacks, loop)
+    return launch.train(argv, __doc__ or "", callbacks, loop)
 
 
 if __name__ == "__main__":

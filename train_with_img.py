@@ -11,16 +11,9 @@ from engine import cli, launch
 from train import callbacks
 
 
-def require_images(num_images: int) -> str | None:
-    """Refuses configs without images."""
-    if not num_images:
-        return "data.num_images=0 has no images to train with: set it to 1 or more, or run train.py."
-    return None
-
-
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", require_images, callbacks)
+    return launch.train(argv, __doc__ or "", callbacks, images=True)
 
 
 if __name__ == "__main__":

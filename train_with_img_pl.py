@@ -10,12 +10,11 @@ from __future__ import annotations
 from engine import cli, launch
 from train import callbacks
 from train_pl import loop
-from train_with_img import require_images
 
 
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit code."""
-    return launch.train(argv, __doc__ or "", require_images, callbacks, loop)
+    return launch.train(argv, __doc__ or "", callbacks, loop, images=True)
 
 
 if __name__ == "__main__":

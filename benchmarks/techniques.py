@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import repeat
 
-from engine.ema import EMA
+from engine.optim import EMA
 from models import attention
 
 from . import report

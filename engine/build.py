@@ -17,7 +17,6 @@ from models.lora import add_lora, hold_frozen_linear_maps_in
 
 from .conditions import Conditions
 from .config import Config
-from .config.text_network import text_network_config
 from .memory import check_network_fits
 from .objective import FP32, Objective, Precision
 
@@ -38,7 +37,7 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> Latte | L
     with torch.device(device):
         if config.model.is_text:
             return LatteT2V(
-                text_network_config(config),
+                config.text_network(),
                 gradient_checkpointing=config.model.gradient_checkpointing,
                 temporal=config.model.name != "custom-t2i",
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -78,16 +78,13 @@ class Callbacks:
         except Failed as failure:
             raise ValueError(str(failure)) from None
         held = on_main(lambda: [each.kind for each in self.all if run.log.holds(state.step, each.kind)])
-        return self._call(run, state, objective, [each for each in self.all if each.kind not in held])
+        return self.at_step(run, state, objective, skipped=held)
 
-    def at_step(self, run: Run, state: TrainState, objective: Objective) -> int:
-        """Calls those that are due; returns the stop signal, or 0."""
-        return self._call(run, state, objective, self.all)
-
-    def _call(self, run: Run, state: TrainState, objective: Objective, callbacks: Sequence[Callback]) -> int:
+    def at_step(self, run: Run, state: TrainState, objective: Objective, skipped: Collection[str] = ()) -> int:
+        """Calls those that are due, but for kinds that are `skipped`; returns the stop signal, or 0."""
         last = run.config.train.max_steps
-        for callback in callbacks:
-            if state.step % callback.every and state.step < last:
+        for callback in self.all:
+            if callback.kind in skipped or (state.step % callback.every and state.step < last):
                 continue
             started = time.perf_counter()
             try:
@@ -96,20 +93,16 @@ class Callbacks:
             except Interrupted as stop:
                 return stop.signal
             except Failed as failure:
-                _report_failure(run, state.step, callback.kind, str(failure))
+                run.log.say(f"warning: step {state.step}, {callback.kind}: {failure}; the training continues")
+                if run.world.is_main:
+                    run.folder.event("callback_failed", state.step, callback=callback.kind, error=str(failure))
+                if run.world.device.type == "cuda":  # its share of the memory may be what it ran out of
+                    torch.cuda.empty_cache()
                 continue
             seconds = time.perf_counter() - started
             run.log.metrics(state.step, {**found.values, "seconds": seconds}, callback.kind)
             run.log.say(f"step {state.step}/{last}  {callback.kind}: {found.line} ({seconds:.1f} s)")
         return 0
-
-
-def _report_failure(run: Run, step: int, kind: str, failure: str) -> None:
-    run.log.say(f"warning: step {step}, {kind}: {failure}; the training continues")
-    if run.world.is_main:
-        run.folder.event("callback_failed", step, callback=kind, error=failure)
-    if run.world.device.type == "cuda":  # its share of the memory may be what it ran out of
-        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 FORMAT = "latte-checkpoint-1"
 MANIFEST = "manifest.json"
 STEP_NAME = re.compile(r"step-(\d{7,})")
+GROUPS = ("model", "ema", "optim", "rng")  # of tensors, each in a file of its own
 UNFINISHED_NAME = re.compile(r"(step-\d{7,}|latest)\.tmp-[0-9a-f]{8}")  # see `_aside`
 
 
@@ -60,6 +61,16 @@ class Checkpoint:
     optim: dict[str, Tensor]
     rng: dict[str, Tensor]
     state: dict[str, Any] = field(default_factory=dict)  # further JSON-able facts
+
+    @property
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors by the names of their files."""
+        return {name: getattr(self, name) for name in GROUPS}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(value.numel() * value.element_size() for group in self.groups.values() for value in group.values())
 
 
 class CheckpointError(ValueError):
@@ -83,20 +94,22 @@ def save_checkpoint(
         keep_last: newest checkpoints kept, in addition to those of `keep_every`; 0 keeps all.
         keep_every: checkpoints whose step is a multiple of it are never pruned; 0: none of them.
     """
-    tensors = {name: getattr(checkpoint, name) for name in ("model", "ema", "optim", "rng")}
-    for name, group in tensors.items():
+    for name, group in checkpoint.groups.items():
         bad = [key for key, value in group.items() if value.is_floating_point() and not value.isfinite().all()]
         if bad:
             raise CheckpointError(f"refusing to save step {checkpoint.step}: {name} has non-finite values in {bad[0]}.")
     state = {"step": checkpoint.step, "samples_seen": checkpoint.samples_seen, **checkpoint.state}
-    folder = write_folder(step_folder(root, checkpoint.step), tensors, state, config)
+    folder = write_folder(step_folder(root, checkpoint.step), checkpoint.groups, state, config)
     verify(folder)
-    _point_to(folder)
+    latest = folder.with_name("latest")
+    write_atomically(latest, lambda file: file.write_bytes(folder.name.encode()), temporary=_aside(latest))
+    sync(folder.parent)
     _prune(folder, keep_last, keep_every)
     return folder
 
 
 def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: Config) -> Path:
+    """Writes a folder of this format, completely or not at all; returns `final`."""
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(final)
     aside.mkdir()
@@ -106,14 +119,16 @@ def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict
             sync(aside / f"{name}.safetensors")
         write_synced(aside / "state.json", json.dumps(state, indent=2).encode())
         write_synced(aside / "config.yaml", config.to_yaml().encode())
-        write_synced(aside / MANIFEST, json.dumps(_manifest(aside, state), indent=2).encode())
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in sorted(aside.iterdir())
+        }
+        manifest = {"format": FORMAT, "step": state["step"], "torch": torch.__version__, "files": files}
+        write_synced(aside / MANIFEST, json.dumps(manifest, indent=2).encode())
         sync(aside)
-        if final.exists():  # an earlier, discarded attempt at the same step
-            discarded = final.rename(_aside(final))
-            aside.rename(final)
+        discarded = final.rename(_aside(final)) if final.exists() else None  # an earlier attempt at the same step
+        aside.rename(final)
+        if discarded is not None:
             shutil.rmtree(discarded, ignore_errors=True)
-        else:
-            aside.rename(final)
     except Exception:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -124,20 +139,6 @@ def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict
 def _aside(final: Path) -> Path:
     """Returns a temporary name next to `final`, which the next start deletes."""
     return final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
-
-
-def _point_to(folder: Path) -> None:
-    """Writes the name of `folder` into `latest`, next to it."""
-    latest = folder.with_name("latest")
-    write_atomically(latest, lambda file: file.write_bytes(folder.name.encode()), temporary=_aside(latest))
-    sync(folder.parent)
-
-
-def _manifest(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in sorted(folder.iterdir())
-    }
-    return {"format": FORMAT, "step": state["step"], "torch": torch.__version__, "files": files}
 
 
 def verify(folder: Path) -> None:
@@ -189,6 +190,14 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
+def newest_hashes(root: Path) -> dict[str, Any]:
+    """Returns name and file hashes of the newest checkpoint under `root`; nothing, if there is none."""
+    for folder in list_checkpoints(root)[-1:]:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return {"checkpoint": folder.name, "sha256": {name: facts["sha256"] for name, facts in files.items()}}
+    return {}
+
+
 def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint folder at `path`: itself, or the newest verified one of a run."""
     if (path / ".metadata").exists():
@@ -216,7 +225,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Reads and verifies a training checkpoint."""
     verify(folder)
     state = read_state(folder)
-    tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in ("model", "ema", "optim", "rng")}
+    tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in GROUPS}
     try:
         return Checkpoint(step=state.pop("step"), samples_seen=state.pop("samples_seen"), state=state, **tensors)
     except KeyError as error:
@@ -294,30 +303,21 @@ class CheckpointWriter:
         train = self.config.train
         try:
             recreate_checkpoints(self.root)
-            warning = space_warning(self.root, _size_of(checkpoint))
+            warning = space_warning(self.root, checkpoint.num_bytes)
             if warning:
                 log.warning(warning)
             save_checkpoint(checkpoint, self.config, self.root, train.keep_last, train.keep_every)
         except CheckpointError as error:  # not caused by a full disk
             self.failure = str(error)
         except Exception as error:  # safetensors and torch raise their own kinds on a full disk
+            try:
+                free = gigabytes(free_bytes(self.root))
+            except OSError as unknown:
+                free = f"an unknown amount ({unknown})"
             self.failure = (
                 f"the checkpoint of step {checkpoint.step} in {self.root} could not be written: {error} "
-                f"({self._room(checkpoint)})"
+                f"(it takes {gigabytes(checkpoint.num_bytes)}, {free} free)"
             )
-
-    def _room(self, checkpoint: Checkpoint) -> str:
-        """Returns the needed and the free bytes as text."""
-        try:
-            free = gigabytes(free_bytes(self.root))
-        except OSError as error:
-            free = f"an unknown amount ({error})"
-        return f"it takes {gigabytes(_size_of(checkpoint))}, {free} free"
-
-
-def _size_of(checkpoint: Checkpoint) -> int:
-    groups = (checkpoint.model, checkpoint.ema, checkpoint.optim, checkpoint.rng)
-    return sum(value.numel() * value.element_size() for group in groups for value in group.values())
 
 
 def remove_unfinished(root: Path) -> list[str]:
@@ -325,8 +325,8 @@ def remove_unfinished(root: Path) -> list[str]:
     return storage.remove_unfinished(root, UNFINISHED_NAME)
 
 
-def set_damaged_aside(folder: Path) -> None:
-    """Renames checkpoints newer than `folder`, so that they no longer count among those kept."""
+def set_newer_aside(folder: Path) -> None:
+    """Renames checkpoints newer than `folder`, which are damaged."""
     folders = list_checkpoints(folder.parent)
     for damaged in folders[folders.index(folder) + 1 :]:
         damaged.rename(damaged.with_name(f"{damaged.name}.damaged-{uuid.uuid4().hex[:8]}"))

@@ -94,16 +94,11 @@ def _sentence(error: Exception) -> str:
     if not isinstance(error, ModuleNotFoundError):
         return str(error)
     package = (error.name or "").partition(".")[0]
-    extra = _extra_with(package)
-    alone = f", `pip install '.[{extra}]'` installs the extra that it belongs to" if extra else ""
-    return f"the Python package {package!r} is not installed: `make setup` installs everything{alone}."
-
-
-def _extra_with(package: str) -> str | None:
-    """Returns the optional extra of pyproject.toml that contains `package`."""
     extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
     names = {extra: [re.match(r"[\w.-]+", each)[0] for each in needs] for extra, needs in extras.items()}  # type: ignore[index]
-    return next((extra for extra, needs in names.items() if package.replace("_", "-") in needs), None)
+    extra = next((extra for extra, needs in names.items() if package.replace("_", "-") in needs), None)
+    alone = f", `pip install '.[{extra}]'` installs the extra that it belongs to" if extra else ""
+    return f"the Python package {package!r} is not installed: `make setup` installs everything{alone}."
 
 
 def config_parser(description: str, usage: str) -> argparse.ArgumentParser:

@@ -76,44 +76,28 @@ class Conditions(Protocol):
         """Returns the conditions of `labels` (B, 1+I), which are on the CPU; waits for no device."""
 
 
-def _images(num_images: int) -> dict[str, int]:
-    """Returns the network's argument for joint training, which networks without it need not take."""
-    return {"num_images": num_images} if num_images else {}
-
-
-# ---- none, and classes -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class NoCondition:
-    """A batch of an unconditional network."""
-
-    def drop(self, uniform: Tensor, rate: float) -> NoCondition:
-        return self
-
-    def null(self) -> NoCondition:
-        raise ValueError("guidance needs a network with labels: use guidance_scale=1.")
-
-    def join(self, other: NoCondition) -> NoCondition:
-        return self
-
-    def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
-        return network(x, timesteps, None, **_images(num_images))
+# ---- classes, and none ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """Class labels `values` (B,) or (B, 1+I); `null_label` is the network's label of no class."""
+    """Class labels `values` (B,) or (B, 1+I), None of an unconditional network.
 
-    values: Tensor
+    Attributes:
+        null_label: the network's label of no class; None where it was trained without.
+    """
+
+    values: Tensor | None
     null_label: int | None = None
 
     def drop(self, uniform: Tensor, rate: float) -> ClassLabels:
-        if self.null_label is None or rate == 0:
+        if self.values is None or self.null_label is None or rate == 0:
             return self
         return replace(self, values=torch.where(uniform < rate, self.null_label, self.values))
 
     def null(self) -> ClassLabels:
+        if self.values is None:
+            raise ValueError("guidance needs a network with labels: use guidance_scale=1.")
         if self.null_label is None:
             raise ValueError(
                 "guidance needs a network with a null label, but this one was trained with model.label_dropout=0: "
@@ -122,10 +106,13 @@ class ClassLabels:
         return replace(self, values=torch.full_like(self.values, self.null_label))
 
     def join(self, other: ClassLabels) -> ClassLabels:
+        if self.values is None or other.values is None:
+            return self
         return replace(self, values=torch.cat([self.values, other.values]))
 
     def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
-        return network(x, timesteps, self.values, **_images(num_images))
+        images = {"num_images": num_images} if num_images else {}  # networks without joint training need not take it
+        return network(x, timesteps, self.values, **images)
 
 
 @dataclass(frozen=True)
@@ -138,8 +125,9 @@ class ClassConditions:
     device: torch.device
     names: Sequence[str] | None = None
 
-    def batch(self, labels: Tensor) -> ClassLabels | NoCondition:
-        return ClassLabels(labels.to(self.device, non_blocking=True), self.null_label) if self.count else NoCondition()
+    def batch(self, labels: Tensor) -> ClassLabels:
+        values = labels.to(self.device, non_blocking=True) if self.count else None
+        return ClassLabels(values, self.null_label)
 
 
 def class_conditions(model: LatteConfig, device: torch.device, names: Sequence[str] | None = None) -> ClassConditions:

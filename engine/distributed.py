@@ -122,6 +122,18 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def require_same(value: T, refusal: Callable[[int, T, T], str]) -> None:
+    """Raises ValueError, on every rank, unless all ranks pass an equal `value`. Collective.
+
+    Args:
+        refusal: (rank, its value, rank 0's value) -> the sentence, for the first rank that differs.
+    """
+    everyone = gather_objects(value)
+    for rank, own in enumerate(everyone):
+        if own != everyone[0]:
+            raise ValueError(refusal(rank, own, everyone[0]))
+
+
 def on_all(action: Callable[[], T]) -> list[T]:
     """Runs `action` on every rank; returns all results in rank order, or raises the first OSError or ValueError."""
     everyone = gather_objects(_attempt(action))
@@ -155,14 +167,6 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
-
-
-def data_parallel(model: nn.Module, world: World) -> nn.Module:
-    """Returns `model` under DistributedDataParallel."""
-    device_ids = [world.device] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
 
 
 # ---- shards: FSDP2 ---------------------------------------------------------------------------------

@@ -1,4 +1,9 @@
-"""Checks whether a step's gradient may be applied, and whether all replicas still hold the same weights."""
+"""Checks whether a step's gradient may be applied, and whether all replicas still hold the same weights.
+
+If the host asks the device for a number, it waits until every queued kernel has run, and the device then idles until
+new ones are queued. So the device judges a step by itself; the numbers of the step are sent to the host as soon as they
+are computed, and read only when the next step has been queued behind them.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,15 @@ import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import OptimConfig
-from .distributed import gather_objects
+from .distributed import gather_objects, max_over_ranks
 from .errors import TrainingAborted
-from .optim import clip_limit
+from .objective import StepLoss
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class StepGuard:
 
     WINDOW = 100  # applied norms that the median is taken of
     MINIMUM = 20  # with fewer applied norms nothing counts as a spike
+    COUNTERS = ("skipped", "in_a_row", "spikes")
 
     def __init__(self, config: OptimConfig) -> None:
         self.config = config
@@ -64,7 +71,7 @@ class StepGuard:
 
     def bounds(self, step: int) -> Bounds:
         """Returns the limits of the update from `step`."""
-        limit = clip_limit(step, self.config)
+        limit = self.config.max_grad_norm if step >= self.config.clip_start_step else math.inf
         if not self.config.spike_factor or len(self.norms) < self.MINIMUM:
             return Bounds(limit)
         median = statistics.median(self.norms)
@@ -94,14 +101,77 @@ class StepGuard:
 
     def state_dict(self) -> dict[str, object]:
         """Returns the state, JSON-able."""
-        names = ("skipped", "in_a_row", "spikes")
-        return {"norms": list(self.norms), **{name: getattr(self, name) for name in names}}
+        return {"norms": list(self.norms), **{name: getattr(self, name) for name in self.COUNTERS}}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continues from `state_dict()`."""
         self.norms = deque(state["norms"], maxlen=self.WINDOW)  # type: ignore[call-overload]
-        for name in ("skipped", "in_a_row", "spikes"):
+        for name in self.COUNTERS:
             setattr(self, name, state[name])
+
+
+# ---- a step in flight ------------------------------------------------------------------------------
+
+
+def gather_findings(loss: Tensor, norm: Tensor, signal: int, failed: bool) -> Tensor:
+    """Returns facts of one step over all ranks, float64 (4,) on the device: one collective, without waiting for it.
+
+    They are: whether a loss or a gradient is not finite; the gradient's norm, 0 where it is NaN; the signal that asks
+    to stop, or 0; whether a checkpoint could not be written.
+    """
+    bad = ~(loss.isfinite() & norm.isfinite())
+    own = [bad.double(), norm.double().nan_to_num(0.0)]
+    own += [torch.full_like(own[0], float(value)) for value in (signal, failed)]  # no copy from the host
+    return max_over_ranks(torch.stack(own))
+
+
+class Outcome(NamedTuple):
+    """The findings on the host, and whether the step was skipped."""
+
+    skipped: bool
+    finite: bool
+    norm: float
+    signal: int
+    failed: bool
+
+
+class InFlight:
+    """A step that is queued on the device, and whose numbers the host has not read yet.
+
+    Args:
+        skip: scalar on the device: whether the update is left out.
+        findings: of `gather_findings`.
+        bounds: that the gradient was judged by.
+        losses: of the micro-batches.
+        parts: scalars on the device, for the log.
+        files: the clips of this rank.
+    """
+
+    def __init__(
+        self,
+        skip: Tensor,
+        findings: Tensor,
+        bounds: Bounds,
+        losses: list[StepLoss],
+        parts: dict[str, Tensor],
+        files: list[str],
+    ) -> None:
+        self.bounds, self.losses, self.parts, self.files = bounds, losses, parts, files
+        numbers = torch.stack([skip.double(), *findings.unbind()])
+        self._numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
+        self._arrived = torch.cuda.Event() if numbers.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def outcome(self) -> Outcome:
+        """Returns the outcome of the step; waits until the device has decided, and for nothing queued after it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        skipped, bad, norm, signal, failed = self._numbers.tolist()
+        return Outcome(bool(skipped), not bad, norm, int(signal), bool(failed))
+
+
+# ---- drift -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

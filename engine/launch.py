@@ -20,16 +20,17 @@ from .trainer import Trainer
 def train(
     argv: list[str],
     description: str,
-    check: Callable[[int], str | None],
     callbacks: Callable[[Config], Sequence[Callback]],
     loop: Callable[[Trainer], int] | None = None,
+    *,
+    images: bool = False,
 ) -> int:
     """Trains as the command line says; returns the exit code.
 
     Args:
-        check: given `data.num_images`, the sentence that refuses it for this script, or None.
         callbacks: makes the callbacks of a run.
         loop: calls `Trainer.train_step` in place of `Trainer.loop`.
+        images: whether the script is for joint image-video training, which has scripts of its own, as officially.
     """
     parser = config_parser(description, "%(prog)s --config FILE [--dry-run] [key=value ...]")
     parser.add_argument("--dry-run", action="store_true", help="print config, parameters and cost as JSON, and exit")
@@ -45,8 +46,15 @@ def train(
     )
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
-    refusal = check(config.data.num_images)
-    require(refusal is None, refusal or "")
+    num_images = config.data.num_images
+    require(
+        images or not num_images,
+        f"data.num_images={num_images} is joint image-video training: run train_with_img.py, or set it to 0.",
+    )
+    require(
+        not images or num_images > 0,
+        "data.num_images=0 has no images to train with: set it to 1 or more, or run train.py.",
+    )
     if arguments.dry_run:
         sys.stdout.write(json.dumps(describe(config), indent=2) + "\n")
         return 0

@@ -1,15 +1,20 @@
-"""The log of a run: progress bar or lines, metrics.jsonl, TensorBoard; written by rank 0 alone."""
+"""The log of a run: progress bar or lines, metrics.jsonl, TensorBoard, written by rank 0; and the meter of its rows."""
 
 from __future__ import annotations
 
 import json
 import math
+import resource
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from common.storage import is_same_file
@@ -18,46 +23,30 @@ from common.text import printable
 from .run_folder import recreate_checkpoints
 
 
-class Logger(Protocol):
-    """The log as the trainer and its callbacks use it."""
-
-    def say(self, text: str) -> None: ...
-
-    def advance(self, step: int) -> None: ...
-
-    def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None: ...
-
-    def picture(self, step: int, tag: str, pixels: np.ndarray) -> None: ...
-
-    def holds(self, step: int, kind: str) -> bool: ...
-
-    def close(self) -> None: ...
-
-
-class NullLogger:
-    """Discards everything: the log of every rank but the first."""
+class Logger:
+    """The log as the trainer and its callbacks use it; this one, of every rank but the first, discards everything."""
 
     def say(self, text: str) -> None:
-        """Discards a line."""
+        """Prints one line above the bar."""
 
     def advance(self, step: int) -> None:
-        """Discards a step."""
+        """Moves the bar to `step`."""
 
     def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
-        """Discards a row."""
+        """Writes one row of numbers at `step`."""
 
     def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
-        """Discards a picture."""
+        """Writes one picture (H, W, 3) uint8 at `step`."""
 
     def holds(self, step: int, kind: str) -> bool:
-        """Returns False."""
+        """Returns whether there is a row of that kind at `step`."""
         return False
 
     def close(self) -> None:
-        """Does nothing."""
+        """Flushes and closes everything."""
 
 
-class RunLogger:
+class RunLogger(Logger):
     """The log of one run in `folder`.
 
     metrics.jsonl holds one object a line, of `kind` `train` or that of a callback. A resume at step s drops the lines
@@ -99,45 +88,36 @@ class RunLogger:
         self._open(self._step)
 
     def say(self, text: str) -> None:
-        """Prints one line above the bar; line breaks in file and class names are escaped."""
-        tqdm.write(printable(text), file=sys.stderr)
+        tqdm.write(printable(text), file=sys.stderr)  # line breaks in file and class names are escaped
 
     def advance(self, step: int) -> None:
-        """Moves the bar to `step`."""
         self._step = step
         self._bar.update(step - self._bar.n)
 
     def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
-        """Writes one row of numbers at `step`; a number that is not finite becomes null, as JSON has no NaN."""
         self._open_again()
-        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         self._jsonl.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
         self._jsonl.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
-        if kind == "train":
-            self._show(step, values)
-
-    def _show(self, step: int, values: dict[str, Any]) -> None:
-        """Shows the row on the bar, or as a line where there is no terminal."""
-        rate = values.get("videos_per_second", 0.0)
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} videos/s", refresh=False)
+        if kind != "train":
+            return
+        loss, rate = f"loss {values['loss']:.4f}", f"{values['videos_per_second']:.1f} videos/s"
+        self._bar.set_postfix_str(f"{loss}, {rate}", refresh=False)
         if not self._terminal:
             eta = duration((self._total - step) * values["seconds_per_step"])
-            self.say(f"step {step}/{self._total}  loss {values['loss']:.4f}  {rate:.1f} videos/s  ETA {eta}")
+            self.say(f"step {step}/{self._total}  {loss}  {rate}  ETA {eta}")
 
     def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
-        """Writes one picture (H, W, 3) uint8 at `step` to TensorBoard."""
         self._open_again()
         self._board.add_image(tag, pixels, step, dataformats="HWC")
 
     def holds(self, step: int, kind: str) -> bool:
-        """Returns whether there is a row of that kind at `step`."""
         self._open_again()
         return any(row["step"] == step for row in read_rows(Path(self._jsonl.name), kind))
 
     def close(self) -> None:
-        """Flushes and closes everything."""
         self._open_again()
         self._bar.close()
         self._jsonl.close()
@@ -171,3 +151,55 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+# ---- the numbers of a row --------------------------------------------------------------------------
+
+
+class Meter:
+    """Averages device scalars and measures time over steps, without waiting for the device until `means`."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Starts a new row."""
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds the values of one step."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time spent inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time spent inside out of the time per step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - start
+
+    def means(self) -> tuple[dict[str, Tensor], float, float]:
+        """Returns the mean of each value, seconds per step, and the share of them spent waiting for data."""
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        passed = time.perf_counter() - self._started
+        return means, passed / self._steps, self._waited / passed
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the peak memory so far: allocated by torch on a GPU; resident set of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

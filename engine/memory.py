@@ -19,7 +19,6 @@ from models.latte import Latte
 from models.latte_t2v import LatteT2V
 
 from .config import Config
-from .config.text_network import text_network_config
 
 GIB = 2**30
 STATE_BYTES = {"weights": 4, "gradients": 4, "Adam moments": 8, "average (EMA)": 4}  # bytes per parameter, all in fp32
@@ -97,7 +96,7 @@ def estimate_parameters(config: Config) -> int:
     networks: list[torch.nn.Module]
     with torch.device("meta"):
         if model.is_text:
-            whole, temporal = text_network_config(config), model.name != "custom-t2i"
+            whole, temporal = config.text_network(), model.name != "custom-t2i"
             small = replace(whole, sample_size=size.patch_size, video_length=1)
             layers, step = whole.num_layers, 1
             networks = [LatteT2V(replace(small, num_layers=count), temporal=temporal) for count in (1, 2)]

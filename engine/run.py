@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +18,12 @@ from . import checkpoint as ckpt
 from .config import Config
 from .distributed import World, broadcast_object, gather_objects, mean_over_ranks, on_main
 from .errors import CheckpointNotWritten, TrainingAborted
-from .garbage import CollectOnRequest
-from .in_flight import InFlight
-from .logging import Logger, NullLogger, RunLogger
-from .meter import Meter, peak_memory_gib
-from .run_folder import COMPLETED, PREEMPTED, RunFolder
+from .guard import InFlight
+from .logging import Logger, Meter, RunLogger, peak_memory_gib
+from .run_folder import COMPLETED, PREEMPTED, HangWatch, RunFolder
 from .signals import StopSignals
 from .state import TrainState
-from .stream import ClipStream, PositionBatches, load_micro_batches
-from .watch import Breadcrumbs, HangWatch
+from .stream import Breadcrumbs, ClipStream, PositionBatches, load_micro_batches
 
 MicroBatches = list[dict[str, Tensor]]
 
@@ -48,9 +45,8 @@ class Run:
         self.folder = RunFolder(Path(train.output_dir))
         self.writer = ckpt.CheckpointWriter(self.folder.checkpoints, config)
         self.signals = StopSignals()
-        self.log: Logger = NullLogger()
+        self.log = Logger()
         self.meter = Meter()
-        self.garbage = CollectOnRequest()
         self.crumbs = Breadcrumbs(self.folder.path, world.rank)
         self.watch = HangWatch(self.folder.path / "errors" / f"rank{world.rank}.stacks.txt", train.hang_timeout_s)
         self.global_batch_size = train.batch_size * train.grad_accum_steps * world.size
@@ -106,34 +102,23 @@ class Run:
 
     def finish(self, state: TrainState, stop: int) -> None:
         """Saves what a stop signal interrupted, and leaves the marker PREEMPTED or COMPLETED. Collective."""
-        self.watch.stop()
-        if stop:
-            self._save_stopped(state, stop)
-        self.log.close()
-        self.writer.wait()
-        self.raise_failed_write(broadcast_object(self.writer.failure))
-        if self.world.is_main and not stop:
-            self.folder.mark(COMPLETED, state.step, **self._last_hashes())
-
-    def _save_stopped(self, state: TrainState, stop: int) -> None:
         train = self.config.train
-        if state.step and state.step % train.checkpoint_every and state.step < train.max_steps:
+        self.watch.stop()
+        if stop and state.step and state.step % train.checkpoint_every and state.step < train.max_steps:
             self.save(state)
         self.writer.wait()
-        self.raise_failed_write(broadcast_object(self.writer.failure))
-        name = signal.Signals(stop).name
-        self.log.say(f"stopped by {name} at step {state.step}, saved; run the same command to continue")
-        if self.world.is_main:
-            self.folder.event("preempted", state.step, signal=stop)
-            self.folder.mark(PREEMPTED, state.step, signal=stop)
-
-    def _last_hashes(self) -> dict[str, Any]:
-        """Returns name and file hashes of the newest checkpoint."""
-        newest = ckpt.list_checkpoints(self.folder.checkpoints)[-1:]
-        if not newest:
-            return {}
-        files = json.loads((newest[0] / ckpt.MANIFEST).read_text())["files"]
-        return {"checkpoint": newest[0].name, "sha256": {name: facts["sha256"] for name, facts in files.items()}}
+        try:
+            self.raise_failed_write(broadcast_object(self.writer.failure))
+            if stop:
+                name = signal.Signals(stop).name
+                self.log.say(f"stopped by {name} at step {state.step}, saved; run the same command to continue")
+            if stop and self.world.is_main:
+                self.folder.event("preempted", state.step, signal=stop)
+                self.folder.mark(PREEMPTED, state.step, signal=stop)
+            elif self.world.is_main:
+                self.folder.mark(COMPLETED, state.step, **ckpt.newest_hashes(self.folder.checkpoints))
+        finally:
+            self.log.close()
 
     # ---- data ----------------------------------------------------------------------------------
 
@@ -197,7 +182,7 @@ class Run:
             "skipped_steps": state.guard.skipped,
         }
         self.log.metrics(state.step, row)
-        self.garbage.collect()
+        gc.collect()  # a step leaves hardly any garbage, so this takes microseconds
         self.meter.clear()
 
     def report_skip(self, state: TrainState, reason: str, step: InFlight) -> None:
@@ -211,3 +196,22 @@ class Run:
             merged = {key: [value for rank in facts for value in rank[key]] for key in ("files", "timesteps")}
             seen = state.samples_seen
             self.folder.event("skip", state.step, reason=reason, samples_seen=seen, losses=text, **merged)
+
+
+@contextlib.contextmanager
+def collect_on_request() -> Iterator[None]:
+    """While entered, garbage is collected by calls of `gc.collect` only, and of objects made since entering only.
+
+    An automatic full collection visits every object of every imported module, a third of a million, in the middle of
+    some step. Meanwhile no kernel is queued, and all ranks wait for the one that collects.
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()

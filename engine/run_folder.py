@@ -1,23 +1,27 @@
-"""The folder of a run: its lock, its events, the markers that say how the last session ended.
+"""The folder of a run: its lock, its events, the markers that say how the last session ended, stacks of a hang.
 
 .lock            locked while a run writes here; names its host and process
 events.jsonl     starts, resumes, skipped steps, spikes, stops: one object a line
 errors/rank1.json  the error that ended rank 1: step, batch, error, traceback
+errors/rank1.stacks.txt  the stack of each thread of rank 1 when a step hung
 PREEMPTED        a signal stopped the run at this step; start it again to continue
 COMPLETED        the run reached train.max_steps; hashes of the last checkpoint
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import logging
+import os
 import shutil
 import socket
 import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.storage import FolderLock, write_json
 
@@ -49,16 +53,13 @@ class RunFolder:
             self.close()
             if error.errno is None:  # a sentence of ours
                 raise
-            raise OSError(f"train.output_dir={self.path} cannot be written: {self._obstacle(error)}.") from None
+            files = [place for place in (self.checkpoints, self.path, *self.path.parents) if place.is_file()]
+            reason = f"{files[0]} is a file; name a folder" if files else error.strerror or str(error)
+            raise OSError(f"train.output_dir={self.path} cannot be written: {reason}.") from None
         for marker in (PREEMPTED, COMPLETED):
             (self.path / marker).unlink(missing_ok=True)
             (self.path / f".{marker}.tmp").unlink(missing_ok=True)
         shutil.rmtree(self.path / "errors", ignore_errors=True)
-
-    def _obstacle(self, error: OSError) -> str:
-        """Returns the cause of the error as text."""
-        files = [place for place in (self.checkpoints, self.path, *self.path.parents) if place.is_file()]
-        return f"{files[0]} is a file; name a folder" if files else error.strerror or str(error)
 
     def close(self) -> None:
         """Releases the lock."""
@@ -102,3 +103,34 @@ def recreate_checkpoints(checkpoints: Path) -> None:
     gone = checkpoints if checkpoints.parent.is_dir() else checkpoints.parent
     checkpoints.mkdir(parents=True, exist_ok=True)
     log.warning("%s was deleted during the run: it was created again, and its content is lost", gone)
+
+
+class HangWatch:
+    """Writes the stack of every thread of this process into `file` when no step ended for `seconds` (0: never)."""
+
+    def __init__(self, file: Path, seconds: float) -> None:
+        self.seconds = seconds
+        self._stream: IO[str] | None = None
+        self._file = file
+
+    def tick(self) -> None:
+        """Restarts the countdown, after a step."""
+        if not self.seconds:
+            return
+        if self._stream is None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._file.open("w")
+        faulthandler.dump_traceback_later(self.seconds, file=self._stream)
+
+    def stop(self) -> None:
+        """Ends the countdown, and deletes the file if it is empty."""
+        if self._stream is None:
+            return
+        faulthandler.cancel_dump_traceback_later()
+        empty = os.fstat(self._stream.fileno()).st_size == 0
+        self._stream.close()
+        self._stream = None
+        if empty:
+            self._file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other ranks have theirs there
+                self._file.parent.rmdir()

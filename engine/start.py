@@ -1,40 +1,74 @@
-"""Checks before the first step, and the first lines of the log."""
+"""The start of a run: checks of its data, the newest checkpoint or initial weights, and the first lines of the log.
+
+Only the same experiment may continue a checkpoint, unless the command line says otherwise.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
 from common.checks import require
+from common.storage import find_changes
 from datasets import ClipDataset
 
 from . import checkpoint as ckpt
 from .build import count_parameters
-from .config import Config
-from .distributed import gather_objects
+from .config import Config, load_config
+from .distributed import on_main, require_same
 from .run import Run
 from .state import TrainState
+from .weights import initialise
+
+# keys that may change between a checkpoint and its continuation; everything else is the experiment itself
+FREE_ON_RESUME = {
+    "sample": "*",
+    "monitor": "*",
+    "codec": "path chunk_size",
+    "text": "path features",
+    "data": "path val_path latents captions num_workers worker_timeout_s reader strict",
+    "model": "gradient_checkpointing",
+    # batch_size and grad_accum_steps: their product with the world size is checked
+    "train": "output_dir max_steps batch_size grad_accum_steps log_every checkpoint_every keep_last keep_every "
+    "async_checkpoint parallel drift_check_every timeout_s hang_timeout_s resume init_from compile run_ahead attention",
+    "optim": "fused max_skips",
+}
+# what a checkpoint's state.json must hold in addition to step and samples_seen
+STATE_KEYS = ("ema_updates", "guard", "global_batch_size", "world_size", "data_digest", "num_clips", "class_names")
 
 
-def check_labels(config: Config, clips: ClipDataset) -> None:
-    """Raises ValueError unless the clips of a class-conditional network have classes, and none beyond its last."""
-    classes = config.model.num_classes
-    if not classes:
-        return
-    require(
-        clips.num_classes > 0,
-        f"model.num_classes={classes}, but the clips of {config.data.path} have no classes: set "
-        "model.num_classes=0, or data.labels to where the classes are written.",
-    )
-    worst = max(clips.catalog.clips, key=lambda clip: clip.label)
-    require(
-        worst.label < classes,
-        f"{worst.path} is of class {clips.class_names[worst.label]!r}, "
-        f"label {worst.label}, but model.num_classes={classes} allows 0 to {classes - 1}; "
-        f"the data has {clips.num_classes} classes.",
-    )
+class Rules(NamedTuple):
+    """Differences that a continuation accepts.
+
+    Attributes:
+        override: keys whose change since the checkpoint is accepted.
+        allow_inexact: whether generator states may be missing.
+    """
+
+    override: frozenset[str] = frozenset()
+    allow_inexact: bool = False
 
 
-def check_number(config: Config, clips: ClipDataset, world_size: int) -> None:
-    """Raises ValueError if there are fewer clips than one global batch, which must not hold a clip twice."""
-    train = config.train
+# ---- checks ----------------------------------------------------------------------------------------
+
+
+def check_clips(config: Config, clips: ClipDataset, world_size: int) -> None:
+    """Raises ValueError unless the clips have the network's classes and fill a global batch, each clip once."""
+    train, classes = config.train, config.model.num_classes
+    if classes:
+        require(
+            clips.num_classes > 0,
+            f"model.num_classes={classes}, but the clips of {config.data.path} have no classes: set "
+            "model.num_classes=0, or data.labels to where the classes are written.",
+        )
+        worst = max(clips.catalog.clips, key=lambda clip: clip.label)
+        require(
+            worst.label < classes,
+            f"{worst.path} is of class {clips.class_names[worst.label]!r}, "
+            f"label {worst.label}, but model.num_classes={classes} allows 0 to {classes - 1}; "
+            f"the data has {clips.num_classes} classes.",
+        )
     global_batch_size = train.batch_size * train.grad_accum_steps * world_size
     require(
         len(clips) >= global_batch_size,
@@ -50,28 +84,128 @@ def check_ranks_agree_on_config(config: Config, **flags: object) -> None:
     Args:
         flags: command-line flags that must be equal too.
     """
-    sections = config.to_dict().items()
-    everyone = gather_objects(
-        {f"{name}.{key}": value for name, keys in sections for key, value in keys.items()} | flags
-    )
-    for rank, own in enumerate(everyone):
-        changed = [f"{key} {own[key]!r}, not {value!r}" for key, value in everyone[0].items() if own[key] != value]
-        require(
-            not changed,
+
+    def refusal(rank: int, own: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+        changed = [f"{key} {own[key]!r}, not {value!r}" for key, value in first.items() if own[key] != value]
+        return (
             f"rank {rank} was started with another configuration than rank 0 ({'; '.join(changed)}): start every "
-            "rank with the same command and the same config file.",
+            "rank with the same command and the same config file."
         )
 
+    require_same(config.to_flat_dict() | flags, refusal)
 
-def check_ranks_agree(config: Config, clips: ClipDataset) -> None:
+
+def check_ranks_agree_on_data(config: Config, clips: ClipDataset) -> None:
     """Raises ValueError, on every rank, unless all ranks see the same data. Collective."""
-    seen = gather_objects((len(clips), clips.digest))
-    for rank, (length, digest) in enumerate(seen):
+    require_same(
+        (len(clips), clips.digest),
+        lambda rank, own, first: (
+            f"rank {rank} finds {own[0]} clips (list {own[1][:12]}) under {config.data.path}, rank 0 {first[0]} "
+            f"(list {first[1][:12]}): every machine must hold the same files."
+        ),
+    )
+
+
+# ---- checkpoint or initial weights -----------------------------------------------------------------
+
+
+def restore(run: Run, state: TrainState, rules: Rules = Rules()) -> list[str]:  # noqa: B008
+    """Continues a checkpoint or loads initial weights, as the config says; returns lines for the log. Collective."""
+    config, root = run.config, run.folder.checkpoints
+    source = config.train.resume
+    if source == "never":
+        held = ckpt.list_checkpoints(root)
         require(
-            (length, digest) == seen[0],
-            f"rank {rank} finds {length} clips (list {digest[:12]}) under {config.data.path}, rank 0 "
-            f"{seen[0][0]} (list {seen[0][1][:12]}): every machine must hold the same files.",
+            not held,
+            f"train.resume=never, but {root} holds {len(held)} checkpoint(s) of an earlier run: name another "
+            "train.output_dir, or move them away.",
         )
+        return initialise(state.model, state.ema, config, state.lora_base)
+    folder, complaints = on_main(lambda: find_newest(root))
+    if folder is None and source != "auto":  # where the run has nothing of its own yet
+        folder = on_main(lambda: ckpt.find_checkpoint(Path(source)))
+    if folder is None:
+        require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {root}.")
+        return initialise(state.model, state.ema, config, state.lora_base)
+    return [f"warning: {text}" for text in complaints] + resume(run, state, folder, rules)
+
+
+def find_newest(root: Path) -> tuple[Path | None, list[str]]:
+    """Returns the newest checkpoint that verifies, and a sentence for each newer one, which is set aside."""
+    ckpt.remove_unfinished(root)
+    folder, complaints = ckpt.newest_verified(root)
+    if folder is not None:  # so that they do not count among those kept
+        ckpt.set_newer_aside(folder)
+        complaints = [f"{text} It is set aside." for text in complaints]
+    return folder, complaints
+
+
+def resume(run: Run, state: TrainState, folder: Path, rules: Rules) -> list[str]:
+    """Continues the checkpoint in `folder`; returns lines for the log."""
+    saved = ckpt.load_checkpoint(folder)
+    facts = {"global_batch_size": run.global_batch_size, "data_digest": run.clips.digest}
+    facts |= {} if state.lora_base is None else {"lora_base": state.lora_base}
+    changes = find_differences(folder, saved, run.config, facts, run.clips.class_names)
+    refused = [change for change in changes if change.partition(":")[0] not in rules.override]
+    require(
+        not refused,
+        f"cannot continue {folder}, this is another experiment: {'; '.join(refused)}. Restore these, name them "
+        "with --override, or start a new run with another train.output_dir (train.init_from takes weights only).",
+    )
+    notes = [f"warning: accepted by --override: {change}" for change in changes]
+    notes += check_generators(folder, saved, run.world.size, rules.allow_inexact)
+    try:
+        state.load_state_dict(saved, run.world.rank)
+    except KeyError as error:
+        raise ckpt.CheckpointError(f"checkpoint {folder} lacks {error}; it cannot be continued.") from None
+    if run.world.is_main:
+        run.folder.event("resume", state.step, checkpoint=folder.name, world_size=run.world.size)
+    return [*notes, f"continuing {folder} at step {state.step}"]
+
+
+def find_differences(
+    folder: Path, saved: ckpt.Checkpoint, config: Config, facts: Mapping[str, Any], class_names: Sequence[str]
+) -> list[str]:
+    """Returns lines `key: old -> new` for every difference between checkpoint `folder` and this experiment.
+
+    Args:
+        facts: what the run now has of the state's `global_batch_size`, `data_digest` and, with adapters, `lora_base`.
+        class_names: of the data now, in the order of their labels.
+    """
+    lacking = [key for key in STATE_KEYS if key not in saved.state]
+    require(not lacking, f"{folder / 'state.json'} lacks {', '.join(lacking)}; it cannot be continued.")
+    before, after = load_config(folder / "config.yaml", saved=True).to_flat_dict(), config.to_flat_dict()
+    free = {f"{section}.{key}" for section, keys in FREE_ON_RESUME.items() for key in keys.split()}
+    compared = [key for key in after if key not in free and f"{key.partition('.')[0]}.*" not in free]
+    changes = find_changes(before, after, compared)
+    changes += [f"{key}: {saved.state.get(key)} -> {now}" for key, now in facts.items() if saved.state.get(key) != now]
+    gone, new = set(saved.state["class_names"]) - set(class_names), set(class_names) - set(saved.state["class_names"])
+    if gone or new:  # another folder would move the labels of those after it
+        changes.append(f"class_names: {sorted(gone)} -> {sorted(new)}")
+    return changes
+
+
+def check_generators(folder: Path, saved: ckpt.Checkpoint, world_size: int, allow_inexact: bool) -> list[str]:
+    """Returns lines for the log. Raises: ValueError where generator states are missing, unless `allow_inexact`."""
+    before = saved.state["world_size"]
+    missing = [f"cpu/{rank}" for rank in range(before) if f"cpu/{rank}" not in saved.rng]
+    require(
+        not missing or allow_inexact,
+        f"{folder / 'rng.safetensors'} lacks {', '.join(missing)}: the run would not continue exactly. Use an "
+        "older checkpoint, or accept that with --allow-inexact-resume.",
+    )
+    notes = []
+    if missing:
+        notes.append(f"warning: generator states are missing ({', '.join(missing)}): this resume is not exact")
+    if before != world_size:
+        notes.append(
+            f"warning: saved by {before} process(es), continued on {world_size}: the same samples and noise at every "
+            "step, added up in another order"
+        )
+    return notes
+
+
+# ---- the log ---------------------------------------------------------------------------------------
 
 
 def describe(run: Run, state: TrainState) -> list[str]:
@@ -86,12 +220,9 @@ def describe(run: Run, state: TrainState) -> list[str]:
     facts = {key: value for key, value in run.clips.describe().items() if value}
     facts["digest"] = str(facts["digest"])[:12]
     lines.append("data: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
-    return [*_warn_of_space(run, state), *lines] if run.world.is_main else lines
-
-
-def _warn_of_space(run: Run, state: TrainState) -> list[str]:
-    """Returns a warning if the next checkpoint will hardly fit: weights, average and two moments."""
+    if not run.world.is_main:
+        return lines
     weights = state.trained_weights(state.model).values()
-    needed = 4 * sum(value.numel() * value.element_size() for value in weights)
+    needed = 4 * sum(value.numel() * value.element_size() for value in weights)  # weights, average and two moments
     warning = ckpt.space_warning(run.folder.checkpoints, needed)
-    return [f"warning: {warning}"] if warning else []
+    return [*([f"warning: {warning}"] if warning else []), *lines]

@@ -18,9 +18,8 @@ from .build import PRECISIONS, build_model, put_adapters
 from .checkpoint import Checkpoint
 from .config import Config
 from .distributed import World, gather_objects, gather_shards, shard, shard_like, shards_like
-from .ema import EMA
 from .guard import StepGuard
-from .optim import build_optimizer
+from .optim import EMA, build_optimizer
 from .weights import load_base
 
 

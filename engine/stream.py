@@ -7,14 +7,20 @@ nothing.
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
+import re
+import shutil
+import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import count
 from multiprocessing import popen_forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +30,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datasets.clips import ClipDataset
 from datasets.readers import VideoError
 
-from .signals import LOADER_PARENT, block_in_children
-from .watch import prepare_worker
+from .signals import LOADER_PARENT, block_in_children, die_with_parent
 
 
 @lru_cache(maxsize=4)
@@ -97,6 +102,57 @@ def load_micro_batches(
         if isinstance(batch, VideoError):
             raise batch
         yield batch
+
+
+# ---- loader workers --------------------------------------------------------------------------------
+
+
+class Breadcrumbs:
+    """Records the file that each loader worker of this rank opened last, where it survives the worker.
+
+    A worker calls it with a path, before it opens the file.
+    """
+
+    def __init__(self, run: Path, rank: int) -> None:
+        name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
+        self.folder = Path(tempfile.gettempdir()) / f"latte-{os.getuid()}-{name}-rank{rank}"
+
+    def clear(self) -> None:
+        """Deletes all records."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __call__(self, path: str) -> None:
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / str(os.getpid())).write_bytes(os.fsencode(path))
+
+    def read(self, pids: list[int] | None = None) -> list[str]:
+        """Returns the files that the workers of these process ids (None: all) read last."""
+        if not self.folder.is_dir():
+            return []
+        crumbs = {int(file.name): os.fsdecode(file.read_bytes()) for file in self.folder.iterdir()}
+        return sorted({path for pid, path in crumbs.items() if pids is None or pid in pids})
+
+    def explain(self, error: RuntimeError) -> str | None:
+        """Returns a sentence on a loader worker that died or hung; None for any other error."""
+        text = str(error)
+        if text.startswith("Caught "):  # an error in a worker that is alive
+            return None
+        if "DataLoader worker" not in text and "DataLoader timed out" not in text:
+            return None
+        dead = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
+        files = self.read([int(pid) for pid in dead[1].split(",")] if dead else None) or self.read()
+        what = "did not answer in time" if "timed out" in text else "died"
+        return (
+            f"a data loader worker {what} while it read {', '.join(files) or 'its first file'}: {text.splitlines()[0]}"
+        )
+
+
+def prepare_worker(worker_id: int) -> None:
+    """Ties a loader worker to its fork server, and through it to the training process; runs first in each worker."""
+    die_with_parent()
+    trainer = multiprocessing.parent_process()
+    if trainer is not None and not trainer.is_alive():  # the server may have died with it before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _WorkerPopen(popen_forkserver.Popen):

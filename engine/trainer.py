@@ -17,19 +17,18 @@ from datasets import build_dataset
 from models import attention
 from models.blocks import compile_blocks
 
-from . import resume, start
+from . import start
 from .build import build_objective
 from .callbacks import Callback, Callbacks
 from .checkpoint import Checkpoint
 from .conditions import build_conditions
 from .config import Config
-from .distributed import World, broadcast_object, data_parallel, local_shard, reduce_shards, set_timeout, sync_gradients
-from .guard import check_replicas
-from .in_flight import Findings, InFlight
+from .distributed import World, broadcast_object, local_shard, reduce_shards, set_timeout, sync_gradients
+from .guard import InFlight, check_replicas, gather_findings
 from .memory import check_training_fits
 from .objective import StepLoss
 from .optim import clip_gradients, gradient_norm, learning_rate_at, step_unless
-from .run import MicroBatches, Run
+from .run import MicroBatches, Run, collect_on_request
 from .state import build_state
 from .validation import Validation
 from .weights import ramp_temporal_positions
@@ -60,14 +59,13 @@ class Trainer:
         attention.choose(config.train.attention)
         check_training_fits(config, world.device, world.size)
         clips = build_dataset(config.data, seed=config.train.seed)
-        start.check_labels(config, clips)
-        start.check_number(config, clips, world.size)
+        start.check_clips(config, clips, world.size)
         validation = [Validation(config, clips)] if config.monitor.val_every else []
         held_out = validation[0].clips if validation else None
         conditions = build_conditions(config, clips, held_out, world.device)
         self.config = config
         self.world = world
-        self.rules = resume.Rules(frozenset(override), allow_inexact_resume)
+        self.rules = start.Rules(frozenset(override), allow_inexact_resume)
         self.callbacks = Callbacks([*validation, *callbacks])
         self.run = Run(config, world, clips)
         self.state = build_state(config, world)
@@ -89,7 +87,7 @@ class Trainer:
             self.start()
             stop = self.callbacks.at_start(run, state, self.objective)
             if not stop:
-                with run.garbage:
+                with collect_on_request():
                     stop = (loop or Trainer.loop)(self)
             run.finish(state, stop)
         return not stop
@@ -97,8 +95,8 @@ class Trainer:
     def start(self) -> None:
         """Restores the newest checkpoint, opens the log, and gets the network ready for `train_step`. Collective."""
         run, state = self.run, self.state
-        start.check_ranks_agree(self.config, run.clips)
-        notes = resume.restore(run, state, self.rules)
+        start.check_ranks_agree_on_data(self.config, run.clips)
+        notes = start.restore(run, state, self.rules)
         ramp_temporal_positions(self.config, state.step, state.model, state.ema.model)
         run.start_log(state.step)
         for note in [*notes, *start.describe(run, state)]:
@@ -111,7 +109,11 @@ class Trainer:
         """Compiles the network if asked to, and wraps it to exchange gradients."""
         if self.config.train.compile:
             compile_blocks(self.state.model.blocks)
-        self.parallel_model = data_parallel(self.state.model, self.world) if self.run.has_replicas else self.state.model
+        if self.run.has_replicas:
+            device_ids = [self.world.device] if self.world.device.type == "cuda" else None
+            self.parallel_model = nn.parallel.DistributedDataParallel(
+                self.state.model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def loop(self) -> int:
         """Trains until `train.max_steps`; returns the signal that stopped it earlier, or 0."""
@@ -131,7 +133,6 @@ class Trainer:
         """
         before = self.state.step
         _, stop = self.launch_step(micro_batches)
-        ramp_temporal_positions(self.config, self.state.step, self.state.model, self.state.ema.model)
         if not self._is_under_way:  # from here on no rank has to compile or connect
             stop = self.settle() or stop
             set_timeout(self.config.train.timeout_s)
@@ -174,6 +175,7 @@ class Trainer:
             state.ema.update(state.model)  # no later step has changed it yet
             run.meter.add(step.parts)
             state.step += 1
+            ramp_temporal_positions(self.config, state.step, state.model, state.ema.model)
         return outcome.signal
 
     def _backward(self, micro_batches: MicroBatches) -> tuple[dict[str, Tensor], list[StepLoss]]:
@@ -197,9 +199,10 @@ class Trainer:
     def _update(self, parts: dict[str, Tensor], losses: list[StepLoss]) -> InFlight:
         """Queues the optimizer's step, which the device leaves out where the guard's bounds are exceeded."""
         run, state, norm = self.run, self.state, parts["grad_norm"]
-        findings = Findings.gather(parts["loss"], norm, run.signals.received, run.writer.failure is not None)
+        findings = gather_findings(parts["loss"], norm, run.signals.received, run.writer.failure is not None)
         bounds = state.guard.bounds(state.step)
-        skip, limit = bounds.judge(findings.bad > 0, findings.norm)
+        bad, total, _, _ = findings.unbind()
+        skip, limit = bounds.judge(bad > 0, total)
         if bounds.may_clip:
             gradients = [local_shard(p.grad) for p in state.model.parameters() if p.grad is not None]
             clip_gradients(gradients, norm, limit)
@@ -209,7 +212,7 @@ class Trainer:
         step_unless(skip, state.optimizer)
         for loss in losses:
             state.timestep_sampler.update(loss.timesteps, loss.per_clip, skip)
-        return InFlight(findings, skip, bounds, losses, parts, run.batch_files)
+        return InFlight(skip, findings, bounds, losses, parts, run.batch_files)
 
     # ---- logging, drift check, checkpoints -----------------------------------------------------
 

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.checks import require
 from datasets import ClipDataset, build_held_out
 
 from .callbacks import Observation, collect, distribute
 from .config import Config
-from .distributed import CPU, gather_objects
+from .distributed import CPU, require_same
 from .objective import Objective, sample_generator
 from .run import Run
 from .state import TrainState
@@ -50,11 +49,8 @@ class Validation:
 
     def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
         """Reads and encodes the clips. Raises: ValueError where one cannot be read."""
-        digests = gather_objects(self.clips.digest)
-        require(
-            len(set(digests)) == 1,
-            "the ranks find different held-out clips: every machine must hold the same files.",
-        )
+        different = "the ranks find different held-out clips: every machine must hold the same files."
+        require_same(self.clips.digest, lambda *_: different)
         self.latents = distribute(run, len(self.indices), lambda number: self._encode(objective, number))
         return [
             f"validation: {len(self.indices)} of {len(self.clips)} held-out clips of {self.clips.catalog.root}, digest "

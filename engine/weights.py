@@ -28,7 +28,7 @@ from .checkpoint import (
 )
 from .config import Config, load_config
 from .distributed import shards_like
-from .ema import EMA
+from .optim import EMA
 
 SIZES_OF_TRAINING = ("sample_size", "video_length")  # may differ: positions are computed
 UNREAD = ("num_embeds_ada_norm", "dropout")  # by any network; for training alone

@@ -21,7 +21,6 @@ from torch import Tensor
 from common.checks import require
 from engine.checkpoint import find_checkpoint, load_checkpoint_config, read_state, weights_file
 from engine.config import Config
-from engine.config.text_network import text_network_config
 from engine.weights import temporal_position_scale
 from models.autoencoder import AUTOENCODERS, CodecConfig, local_folder
 from models.config_t2v import LatteT2VConfig
@@ -117,7 +116,7 @@ def add_zero_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tens
 
 def describe_network(config: Config, step: int) -> dict[str, Any]:
     """Returns the content of the network's `config.json`."""
-    network: LatteT2VConfig = text_network_config(config)
+    network: LatteT2VConfig = config.text_network()
     described = network.to_dict()
     if config.model.name == "custom-t2i":
         del described["video_length"]

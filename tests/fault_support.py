@@ -31,7 +31,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from engine import checkpoint as ckpt
-from engine import resume
+from engine import start
 from engine.config import load_config
 from engine.distributed import World
 from engine.signals import STOPPING
@@ -84,14 +84,6 @@ def _kill_loader_worker(trainer: Trainer, number: signal.Signals = signal.SIGKIL
         worker.send_signal(number)
 
 
-def _signal_self(number: signal.Signals) -> Callable[[Trainer], None]:
-    return lambda trainer: os.kill(os.getpid(), number)
-
-
-def _signal_parent(number: signal.Signals) -> Callable[[Trainer], None]:
-    return lambda trainer: os.kill(os.getppid(), number)
-
-
 def _full_disk(trainer: Trainer) -> None:
     """The next checkpoint of this process finds the disk full in its middle."""
     inner = ckpt.save_file
@@ -106,17 +98,11 @@ def _full_disk(trainer: Trainer) -> None:
     ckpt.save_file = full
 
 
+SIGNALS = {name: signal.Signals[f"SIG{name.upper()}"] for name in ("kill", "stop", "term", "int", "usr1")}
 FAULTS: dict[str, Callable[[Trainer], None]] = {
-    "killparent": _signal_parent(signal.SIGKILL),
-    "termparent": _signal_parent(signal.SIGTERM),
-    "intparent": _signal_parent(signal.SIGINT),
-    "usr1parent": _signal_parent(signal.SIGUSR1),
+    **{name: lambda trainer, number=number: os.kill(os.getpid(), number) for name, number in SIGNALS.items()},  # type: ignore[misc]
+    **{f"{name}parent": lambda trainer, n=number: os.kill(os.getppid(), n) for name, number in SIGNALS.items()},  # type: ignore[misc]
     "disk": _full_disk,
-    "kill": _signal_self(signal.SIGKILL),
-    "stop": _signal_self(signal.SIGSTOP),
-    "term": _signal_self(signal.SIGTERM),
-    "int": _signal_self(signal.SIGINT),
-    "usr1": _signal_self(signal.SIGUSR1),
     "raise": _raise,
     "nan": lambda trainer: _spoil_next_loss(trainer, "loss", "per_clip"),
     "inf": _non_finite_gradient,
@@ -232,7 +218,7 @@ def run(overrides: list[str], world: World | None = None, **options: Any) -> Tra
 
 def restore(trainer: Trainer) -> list[str]:
     """Returns the notes of restoring the newest checkpoint, as at the start of `fit`."""
-    return resume.restore(trainer.run, trainer.state, trainer.rules)
+    return start.restore(trainer.run, trainer.state, trainer.rules)
 
 
 class Torchrun:
@@ -262,33 +248,51 @@ class Torchrun:
         return self
 
     def __exit__(self, *_: object) -> None:
-        left = self.family()
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        with cleaned_up(self.process):
+            pass
 
     def family(self) -> list[psutil.Process]:
-        """torchrun and all that it started and that still lives."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(self.process.pid)
-            return [parent, *parent.children(recursive=True)]
-        return []
+        return family(self.process)
 
     def wait(self, timeout: float = 90.0) -> tuple[int, str]:
         """(exit code, output)."""
         output, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, output
 
-    def wait_for_step(self, folder: Path, step: int, timeout: float = 60.0) -> None:
-        """Return once the run has logged `step`."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                if any(row["step"] >= step for row in rows(folder)):
-                    return
-            assert self.process.poll() is None, self.process.communicate()[0][-3000:]
-            time.sleep(0.05)
-        raise AssertionError(f"step {step} was not reached in {timeout} s")
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """Returns `process` and everything below it that still lives."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        return [parent, *parent.children(recursive=True)]
+    return []
+
+
+@contextlib.contextmanager
+def cleaned_up(*processes: subprocess.Popen) -> Iterator[None]:
+    """Leaves nothing of `processes` behind, however the block ends."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            members = family(process)
+            for each in members:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            psutil.wait_procs(members, timeout=10)
+            process.wait(10)
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int, log: Path | None = None) -> None:
+    """Returns once the run of `process` has logged `step`; fails with the end of its output if it ends before."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            if any(row["step"] >= step for row in rows(folder)):
+                return
+        assert process.poll() is None, (log.read_text() if log else str(process.communicate()))[-3000:]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in 90 s")
 
 
 def seal(folder: Path) -> None:
@@ -378,7 +382,7 @@ def _as_tensor(leaf: Any) -> Any:
 def fit_rank(
     world: World, overrides: list[str], fault: str = "", options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What a rank of `run_ranks` does most often: train, and report what it ended with."""
+    """Trains as one rank of `run_ranks`; returns counters and tensors that it ended with."""
     with armed(fault):
         trainer = run(overrides, world, **(options or {}))
         trace = list(TRACE)

@@ -18,8 +18,7 @@ import torch
 
 from engine.build import build_model
 from engine.config import load_config
-from engine.ema import EMA
-from engine.optim import build_optimizer
+from engine.optim import EMA, build_optimizer
 
 config = load_config(None, sys.argv[1:])
 batch, size = config.train.batch_size, config.latent_size

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import torch
 
 from engine import checkpoint as ckpt
-from engine.watch import Breadcrumbs
+from engine.stream import Breadcrumbs
 from tests.conftest import TINY, draw_frame_folders
 from tests.fault_support import TAG, Torchrun, with_tag
 

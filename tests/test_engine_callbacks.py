@@ -1,11 +1,11 @@
-"""Validation and previews beside a training: they change nothing in it, stop in time, and lose no run."""
+"""Validation and previews during a training: they change nothing in it, stop in time, and lose no run."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from engine.trainer import Trainer
 from engine.validation import Validation
 from evaluation.distances import frechet_distance
 from sample.generate import Generator
+from tests import fault_support
 from tests.detector_stubs import StubI3D, StubInception
 from tests.fault_support import armed, rows, run_ranks
 from tests.test_faults_exactness import TIMING, assert_same, state_of
@@ -49,10 +50,7 @@ def watched(tiny: list[str], *extra: str) -> list[str]:
 
 def run(overrides: list[str], world: World | None = None) -> Trainer:
     """A run as train.py makes it."""
-    config = load_config(None, overrides)
-    trainer = Trainer(config, world or World(), callbacks=train.callbacks(config))
-    trainer.fit()
-    return trainer
+    return fault_support.run(overrides, world, callbacks=train.callbacks(load_config(None, overrides)))
 
 
 def logged(folder: Path, *kinds: str) -> list[dict[str, Any]]:
@@ -113,18 +111,17 @@ def measured(detector: Path) -> list[str]:
     return [f"monitor.{key}" for key in keys]
 
 
+def inception() -> StubInception:
+    torch.manual_seed(0)
+    return StubInception()
+
+
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network with the call signature of the Inception detector."""
     file = tmp_path_factory.mktemp("detector") / "inception.pt"
     torch.jit.script(inception()).save(file)
     return file
-
-
-def inception() -> StubInception:
-    """What is in that file."""
-    torch.manual_seed(0)
-    return StubInception()
 
 
 def two_ranks(world: World, tiny: list[str], folder: str, weights: str, metric: list[str]) -> dict[str, Any]:
@@ -140,7 +137,9 @@ def two_ranks(world: World, tiny: list[str], folder: str, weights: str, metric: 
     with signalled_within_validation(world.rank == 1, call=4):
         trainer = run(watched(tiny, "train.max_steps=9", f"train.output_dir={folder}/signal"), world)
     found["signal"] = trainer.state.step
-    with failing_on(world, rank=1):
+    with pytest.MonkeyPatch.context() as patch:  # the decoder of previews runs out of memory, on one rank only
+        if world.rank == 1:
+            patch.setattr(Generator, "decode", no_memory)
         trainer = run(watched(tiny, "train.max_steps=3", f"train.output_dir={folder}/failed"), world)
     found["failed"] = trainer.state.step
     return found
@@ -177,7 +176,7 @@ def test_two_ranks_train_the_same_bit_for_bit(ranks: tuple[Path, list[dict[str, 
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_ranks_see_the_same_bits_as_one(ranks: tuple[Path, list[dict[str, Any]]], kind: str) -> None:
-    """Five clips and three videos: one rank has none left in the last round. Before the first step, so that the
+    """Five clips and three videos: in the last round one rank repeats another's. Before the first step, so that the
     weights are the same; another batch size too."""
     folder, _ = ranks
     one, two = (logged(folder / name, "val")[0] for name in ("alone", f"{kind}-seen"))
@@ -192,7 +191,7 @@ def test_two_ranks_see_the_same_bits_as_one(ranks: tuple[Path, list[dict[str, An
 
 
 def test_a_continued_run_sees_what_an_undisturbed_one_does(tiny: list[str], tmp_path: Path) -> None:
-    """Stopped by SIGTERM during step 3, to be looked at again at 3, 4, 6."""
+    """Stopped by SIGTERM during step 3, observed again at 3, 4, 6."""
     common = watched(tiny, "train.max_steps=6")
     run([*common, f"train.output_dir={tmp_path / 'whole'}"])
     with armed("term@0:2"):
@@ -204,32 +203,28 @@ def test_a_continued_run_sees_what_an_undisturbed_one_does(tiny: list[str], tmp_
     assert pictures(tmp_path / "parts") == pictures(tmp_path / "whole")
 
 
-def test_a_run_that_is_there_already_is_not_looked_at_twice(tiny: list[str], tmp_path: Path) -> None:
+def test_a_finished_run_is_not_observed_twice(tiny: list[str], tmp_path: Path) -> None:
     run(watched(tiny, "train.max_steps=2"))
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     run(watched(tiny, "train.max_steps=2"))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
-class signalled_within_validation:
-    """SIGTERM to this process, if it is `hit`, while it validates its `call`-th clip."""
+@contextlib.contextmanager
+def signalled_within_validation(hit: bool, call: int) -> Iterator[list[int]]:
+    """Sends SIGTERM to this process, if it is `hit`, while it validates its `call`-th clip; yields all calls so far."""
+    calls: list[int] = []
+    honest = Validation._losses
 
-    def __init__(self, hit: bool, call: int) -> None:
-        self.hit, self.call, self.calls = hit, call, 0
-        self.honest = Validation._losses
+    def losses(this: Validation, *arguments: Any) -> Any:
+        calls.append(len(calls) + 1)
+        if hit and calls[-1] == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(this, *arguments)
 
-    def __enter__(self) -> signalled_within_validation:
-        def losses(this: Validation, *arguments: Any) -> Any:
-            self.calls += 1
-            if self.hit and self.calls == self.call:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return self.honest(this, *arguments)
-
-        Validation._losses = losses  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        Validation._losses = self.honest  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "_losses", losses)
+        yield calls
 
 
 def test_a_signal_within_a_validation_saves_at_once_and_it_is_made_up_for(tiny: list[str], tmp_path: Path) -> None:
@@ -237,9 +232,9 @@ def test_a_signal_within_a_validation_saves_at_once_and_it_is_made_up_for(tiny: 
     common = watched(tiny, "train.max_steps=6")
     run([*common, f"train.output_dir={tmp_path / 'whole'}"])
     parts = [*common, f"train.output_dir={tmp_path / 'parts'}"]
-    with signalled_within_validation(True, call=23) as counter:
+    with signalled_within_validation(True, call=23) as calls:
         stopped = run(parts)
-    assert stopped.state.step == 4 and counter.calls == 24  # the clip in hand, with both networks, and no more
+    assert stopped.state.step == 4 and len(calls) == 24  # the clip in hand, with both networks, and no more
     assert (tmp_path / "parts" / "PREEMPTED").exists()
     assert ckpt.list_checkpoints(tmp_path / "parts" / "checkpoints")[-1].name == "step-0000004"
     assert [row["step"] for row in logged(tmp_path / "parts", "val")] == [0, 2]
@@ -292,21 +287,6 @@ def no_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-class failing_on:
-    """The decoder of previews runs out of memory, on one rank only."""
-
-    def __init__(self, world: World, rank: int) -> None:
-        self.honest = Generator.decode
-        self.fails = world.rank == rank
-
-    def __enter__(self) -> None:
-        if self.fails:
-            Generator.decode = no_memory  # type: ignore[method-assign,assignment]
-
-    def __exit__(self, *_: object) -> None:
-        Generator.decode = self.honest  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize(
     ("place", "fault", "said"),
     [
@@ -316,7 +296,7 @@ class failing_on:
     ],
     ids=["disk", "memory", "validation"],
 )
-def test_a_failure_is_told_and_the_training_goes_on(
+def test_the_training_continues_after_a_failure(
     tiny: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -382,7 +362,7 @@ def test_the_watch_sees_signs_of_life(tiny: list[str]) -> None:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """What the previews wrote, before it became an mp4: file name -> (n, F, H, W, 3)."""
+    """Videos of the previews before they became an mp4: file name -> (n, F, H, W, 3)."""
     seen: dict[str, Any] = {}
     honest = sample.preview.write_contact_sheet
 
@@ -400,7 +380,10 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 def test_previews_are_the_samples_of_the_checkpoint(
     tiny: list[str], tmp_path: Path, written: dict[str, Any], extra: list[str]
 ) -> None:
-    """Bit for bit what sampling from the checkpoint of the same step gives, of average and raw weights."""
+    """Bit for bit what sampling from the checkpoint of the same step gives, of average and raw weights; as files, and
+    in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     settings = ["train.max_steps=3", "train.ema_decay=0.5", "optim.learning_rate=1e-2", "sample.seed=7"]
     run(watched(tiny, *settings, "sample.labels=[rises,falls]", *extra))
     folder = tmp_path / "run"
@@ -411,6 +394,11 @@ def test_previews_are_the_samples_of_the_checkpoint(
         assert (written[f"step-0000003/{weights}"] == expected).all()
         assert (written[f"step-0000000/{weights}"] != expected).any()
     assert (written["step-0000003/ema"] != written["step-0000003/raw"]).any()
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    for weights in ("ema", "raw"):
+        assert [event.step for event in board.Images(f"preview/{weights}")] == [0, 3]
+        assert board.Images(f"preview/{weights}")[0].width > 4 * 64
     assert set(pictures(folder)) == {
         f"previews/step-000000{step}/{name}" for step in (0, 3) for name in ("ema.mp4", "ema.png", "raw.mp4", "raw.png")
     }
@@ -421,24 +409,6 @@ def test_the_noise_is_the_same_at_every_step(tiny: list[str], written: dict[str,
     run(watched(tiny, "train.max_steps=3", "optim.learning_rate=1e-30"))
     assert (written["step-0000000/raw"] == written["step-0000003/raw"]).all()
     assert (written["step-0000000/raw"][0] != written["step-0000000/raw"][2]).any()  # the same class, other noise
-
-
-def test_pictures_are_in_tensorboard(tiny: list[str], tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run(watched(tiny, "train.max_steps=3"))
-    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    board.Reload()
-    for weights in ("ema", "raw"):
-        assert [event.step for event in board.Images(f"preview/{weights}")] == [0, 3]
-        assert board.Images(f"preview/{weights}")[0].width > 4 * 64
-
-
-def test_generator_leaves_a_network_to_be_trained(tiny: list[str]) -> None:
-    config = replace(load_config(None, watched(tiny)))
-    trainer = Trainer(config, World())
-    Generator(trainer.state.model, trainer.objective.codec, config, trainer.objective.conditions)  # type: ignore[arg-type]
-    assert all(parameter.requires_grad for parameter in trainer.state.model.parameters())
 
 
 # ---- the guard around them, and the metric ---------------------------------------------------------
@@ -467,7 +437,7 @@ def test_what_a_callback_should_not_do_does_no_harm(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("engine.meter.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("engine.logging.time.perf_counter", lambda: now[0])
     states = []
     for name, callbacks in (("plain", []), ("rude", [Rude(now)])):
         config = load_config(None, [*tiny, "train.max_steps=3", f"train.output_dir={tmp_path / name}"])

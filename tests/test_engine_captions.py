@@ -182,13 +182,12 @@ def test_text_keys_belong_to_text_networks(tiny: list[str]) -> None:
 
 
 def test_latte_1_is_the_published_network() -> None:
-    from engine.config.text_network import text_network_config
     from models.config_t2v import LATTE_1
 
     config = load_config(None, ["model.name=Latte-1", "data.name=captions", "data.image_size=256"])
-    assert text_network_config(config) == LATTE_1
+    assert config.text_network() == LATTE_1
     with pytest.raises(ValueError, match=r"codec.latent_channels=16"):
-        text_network_config(load_config(None, ["codec.latent_channels=16"], base=config.to_dict()))
+        load_config(None, ["codec.latent_channels=16"], base=config.to_dict()).text_network()
 
 
 def test_dry_run(tiny_text: list[str], capsys: pytest.CaptureFixture[str]) -> None:

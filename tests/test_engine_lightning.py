@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from engine import checkpoint as ckpt
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
-from tests.fault_support import ROOT, rows, run
-from tests.latent_support import cache
+from tests.fault_support import ROOT, armed, rows, run
+from tests.test_faults_exactness import assert_same, state_of
 
 pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
 
@@ -34,12 +31,6 @@ def losses(folder: Path) -> list[tuple[float, float]]:
     return [(row["loss"], row["grad_norm"]) for row in rows(folder)]
 
 
-def assert_same(a: Trainer, b: Trainer) -> None:
-    for one, other in ((a.state.model, b.state.model), (a.state.ema.model, b.state.ema.model)):
-        for name, value in one.state_dict().items():
-            assert torch.equal(value, other.state_dict()[name]), name
-
-
 @pytest.mark.parametrize(
     "extra",
     [[], ["data.num_images=2"], ["train.grad_accum_steps=2", "optim.max_grad_norm=0.01", "data.num_workers=1"]],
@@ -51,37 +42,21 @@ def test_the_same_five_losses(tiny: list[str], tmp_path: Path, extra: list[str])
     plain = run([*common, f"train.output_dir={tmp_path / 'plain'}"])
     twin = run_twin([*common, f"train.output_dir={tmp_path / 'twin'}"])
     assert losses(tmp_path / "plain") == losses(tmp_path / "twin")
-    assert_same(plain, twin)
-
-
-def test_the_same_losses_from_latents(tiny: list[str], tmp_path: Path) -> None:
-    made = cache(tiny, tmp_path / "cache")
-    common = [*tiny, "train.max_steps=3"]
-    plain = run([*common, f"train.output_dir={tmp_path / 'plain'}"])
-    twin = run_twin([*common, f"train.output_dir={tmp_path / 'twin'}", f"data.latents={made}"])
-    assert losses(tmp_path / "plain") == losses(tmp_path / "twin")
-    assert_same(plain, twin)
+    assert_same(state_of(plain), state_of(twin))
 
 
 def test_each_continues_the_other(tiny: list[str], tmp_path: Path) -> None:
     whole = run([*tiny, "train.max_steps=6", f"train.output_dir={tmp_path / 'whole'}"])
     run([*tiny, "train.max_steps=2"])
     run_twin([*tiny, "train.max_steps=4"])
-    assert_same(run([*tiny, "train.max_steps=6"]), whole)
+    assert_same(state_of(run([*tiny, "train.max_steps=6"])), state_of(whole))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_a_signal_saves_and_stops(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Trainer.launch_step
-
-    def signalled(self: Trainer, batch: Any) -> Any:
-        if self.state.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return honest(self, batch)
-
-    monkeypatch.setattr(Trainer, "launch_step", signalled)
+def test_a_signal_saves_and_stops(tiny: list[str], tmp_path: Path) -> None:
     trainer = Trainer(load_config(None, [*tiny, "train.max_steps=100"]), World())
-    assert not trainer.fit(lightning.loop)
+    with armed("term@0:3"):
+        assert not trainer.fit(lightning.loop)
     assert trainer.state.step == 4 and (tmp_path / "run" / "PREEMPTED").exists()
     assert ckpt.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-0000004"
 

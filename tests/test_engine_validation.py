@@ -13,7 +13,7 @@ from datasets import DataConfig, build_dataset
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import CheckpointNotWritten
-from engine.meter import Meter
+from engine.logging import Meter
 from engine.trainer import Trainer
 from engine.validation import spread
 from tests.fault_support import rows, run
@@ -144,7 +144,7 @@ def test_clips_are_spread_over_the_set() -> None:
 
 def test_the_clock_of_a_step_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("engine.meter.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("engine.logging.time.perf_counter", lambda: now[0])
     meter = Meter()
     meter.add({"loss": torch.tensor(1.0)})
     now[0] = 3.0

@@ -23,16 +23,16 @@ from engine import objective
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import TrainingAborted
-from engine.garbage import CollectOnRequest
-from engine.in_flight import InFlight
+from engine.guard import InFlight
 from engine.optim import clip_gradients
+from engine.run import collect_on_request
 from engine.trainer import Trainer
 from tests.fault_support import armed, rows, run
 from tests.latent_support import cache, save_codec
+from tests.test_faults_exactness import logged, same_tensors
 
 META = torch.device("meta")
 QUIET = ["train.log_every=100", "train.max_steps=100"]  # steps that are due nothing
-TIMING = {"videos_per_second", "seconds_per_step", "data_wait_share", "memory_gib"}
 
 
 class Crossings(TorchDispatchMode):
@@ -64,7 +64,7 @@ class Crossings(TorchDispatchMode):
 
 @pytest.fixture
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch lacks on `meta`: generators, autocast, and a name in the list of fused AdamW, which it has."""
+    """Stands in for what torch lacks on `meta`: generators, autocast, and a name in the list of fused AdamW."""
     monkeypatch.setattr(objective, "sample_generator", lambda seed, position, device: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["cpu", "meta"])
@@ -151,8 +151,7 @@ def finished(overrides: list[str], folder: Path, fault: str, ahead: str) -> tupl
     assert done.state.guard.skipped + done.state.guard.spikes and done.state.step == 25
     skips = [row for row in rows(folder, "events.jsonl") if row["event"] == "skip"]
     assert len(skips) == done.state.guard.skipped and all(len(row["files"]) == 2 for row in skips)
-    timeless = [{key: value for key, value in row.items() if key not in TIMING} for row in rows(folder)]
-    return done, timeless + skips
+    return done, logged(folder) + skips
 
 
 def assert_same_end(one: tuple[Trainer, list[dict[str, Any]]], other: tuple[Trainer, list[dict[str, Any]]]) -> None:
@@ -160,9 +159,7 @@ def assert_same_end(one: tuple[Trainer, list[dict[str, Any]]], other: tuple[Trai
     assert [{**row, "time": None} for row in one[1]] == [{**row, "time": None} for row in other[1]]
     first, second = one[0].state_dict(), other[0].state_dict()
     assert (first.state, first.samples_seen) == (second.state, second.samples_seen)
-    for group in ("model", "ema", "optim", "rng"):
-        left, right = getattr(first, group), getattr(second, group)
-        assert left.keys() == right.keys() and not [name for name in left if not torch.equal(left[name], right[name])]
+    assert all(same_tensors(group, second.groups[name]) for name, group in first.groups.items())
 
 
 def spoil_gradients(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
@@ -245,22 +242,23 @@ def test_steps_leave_no_garbage(tiny: list[str], as_it_was: None) -> None:
     batches = run.run.batches(0)
     for _ in range(2):
         run.launch_step(next(batches))
-    with run.run.garbage:
+    with collect_on_request():
         assert not gc.isenabled()
         for _ in range(5):
             run.launch_step(next(batches))
         gc.set_debug(gc.DEBUG_SAVEALL)
-        run.run.garbage.collect()
+        gc.collect()
         assert not [each for each in gc.garbage if isinstance(each, Tensor)]
         assert len(gc.garbage) < 50, gc.garbage[:5]
     assert gc.isenabled() and not gc.get_freeze_count()
 
 
 def test_a_run_collects_when_it_logs(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as it starts, with the collector still on; and at its two rows of the log."""
     enabled: list[bool] = []
-    monkeypatch.setattr(CollectOnRequest, "collect", lambda self: enabled.append(gc.isenabled()))
+    monkeypatch.setattr("engine.run.gc.collect", lambda: enabled.append(gc.isenabled()))
     run([*tiny, "train.max_steps=4", "train.log_every=2"])
-    assert enabled == [False, False] and gc.isenabled() and not gc.get_freeze_count()
+    assert enabled == [True, False, False] and gc.isenabled() and not gc.get_freeze_count()
 
 
 @pytest.mark.gpu

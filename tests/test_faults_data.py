@@ -37,13 +37,11 @@ from datasets.clips import MAX_ATTEMPTS
 from datasets.readers import pyav
 from datasets.shards import CacheError
 from demo.data import write_mp4
-from engine import start
 from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.config import load_config
 from engine.distributed import World
-from engine.stream import ClipStream, PositionBatches, collate, load_micro_batches
+from engine.stream import Breadcrumbs, ClipStream, PositionBatches, collate, load_micro_batches
 from engine.trainer import Trainer
-from engine.watch import Breadcrumbs
 from models.autoencoder import CodecConfig, LatentCodec
 from tests.fault_support import restore
 from tests.latent_support import cache, save_codec
@@ -645,7 +643,7 @@ def test_E8_the_ranks_compare_it(tiny: list[str], monkeypatch: pytest.MonkeyPatc
         ((5, trainer.run.clips.digest), "rank 1 finds 5 clips"),
         ((6, "f" * 64), "list ffffffffffff"),
     ):
-        monkeypatch.setattr(start, "gather_objects", lambda value, other=other: [value, other])
+        monkeypatch.setattr("engine.distributed.gather_objects", lambda value, other=other: [value, other])
         with pytest.raises(ValueError, match=f"{sentence}.* every machine must hold the same files"):
             trainer.fit()
 

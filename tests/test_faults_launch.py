@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -26,6 +25,7 @@ from torch.distributed.elastic.multiprocessing import ProcessFailure
 
 from engine.elastic import Agent
 from tests.conftest import TINY
+from tests.fault_support import cleaned_up
 from tools import requeue
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,18 +38,6 @@ SHELL_TEXT = ["$(touch MARKER)", "`touch MARKER`", "1; touch MARKER", "a[$(touch
 def executable(file: Path, text: str) -> None:
     file.write_text(text)
     file.chmod(0o755)
-
-
-def kill_family(process: subprocess.Popen) -> None:
-    """Kill what `process` started and itself, and wait until all of it is gone."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)
-        family = [*parent.children(recursive=True), parent]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(family, timeout=10)
-    process.wait(timeout=10)
 
 
 def wait_until(condition: object, seconds: float = 20.0) -> None:
@@ -71,16 +59,6 @@ def launch(arguments: list[str], log: Path, prefix: tuple[str, ...] = (), **envi
     everything = {**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MAX_RESTARTS": "0", **environment}
     with log.open("w") as stream:
         return subprocess.Popen(command, cwd=ROOT, env=everything, stdout=stream, stderr=subprocess.STDOUT)
-
-
-@contextlib.contextmanager
-def launched(*processes: subprocess.Popen) -> Iterator[None]:
-    """Wait for all `processes` to succeed; nothing of them is left behind."""
-    try:
-        yield
-    finally:
-        for process in processes:
-            kill_family(process)
 
 
 def losses(run: Path) -> list[float]:
@@ -144,11 +122,11 @@ def test_A2_exit_codes_that_end_a_run(monkeypatch: pytest.MonkeyPatch, codes: li
 
 
 @pytest.mark.dist
-def test_A5_the_time_for_saving_is_ours_to_say(elastic: tuple[list[str], Path]) -> None:
+def test_A5_the_time_for_saving_is_the_launchers(elastic: tuple[list[str], Path]) -> None:
     """A worker that goes on after the signal is killed after --shutdown-timeout, here 1 s; torch's own is 30."""
     command, log = elastic
     process = subprocess.Popen([*command, "wait"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    with launched(process):
+    with cleaned_up(process):
         wait_until(lambda: log.exists() and "ready" in log.read_text())
         start = time.monotonic()
         process.send_signal(signal.SIGUSR1)
@@ -198,7 +176,7 @@ def test_G4_two_launches_at_once(frame_folders: Path, tmp_path: Path) -> None:
     common = [*TINY, f"data.path={frame_folders}", "train.max_steps=2"]
     runs = [tmp_path / "one", tmp_path / "two"]
     processes = [launch([*common, f"train.output_dir={run}"], run.with_suffix(".log"), GPUS="2") for run in runs]
-    with launched(*processes):
+    with cleaned_up(*processes):
         codes = [process.wait(timeout=120) for process in processes]
         assert codes == [0, 0], [run.with_suffix(".log").read_text()[-2000:] for run in runs]
     assert all((run / "COMPLETED").exists() for run in runs)
@@ -243,7 +221,7 @@ def test_two_nodes(two_nodes: list[tuple[str, str, str]], frame_folders: Path, t
     common = [*TINY, f"data.path={frame_folders}", "train.max_steps=150", "train.timeout_s=30"]
     one, two = tmp_path / "one", tmp_path / "two"
     alone = launch([*common, f"train.output_dir={one}"], tmp_path / "one.log", GPUS="2")
-    with launched(alone):
+    with cleaned_up(alone):
         assert alone.wait(timeout=90) == 0, (tmp_path / "one.log").read_text()[-3000:]
 
     job = {"NNODES": "2", "HEAD_NODE": two_nodes[0][1], "RDZV_PORT": "10123", "RDZV_ID": "123", "GPUS": "1"}
@@ -261,7 +239,7 @@ def test_two_nodes(two_nodes: list[tuple[str, str, str]], frame_folders: Path, t
             )
             for rank, (name, address, interface) in enumerate(two_nodes)
         ]
-        with launched(*processes):
+        with cleaned_up(*processes):
             if stop:
                 wait_until(lambda: (two / "metrics.jsonl").exists() and len(losses(two)) > 2, 90)
                 for process in processes:
@@ -340,9 +318,9 @@ class Cluster:
         )
 
     def run(self, training: str, *arguments: str, signal_number: int = 0, **slurm: str) -> tuple[int, str]:
-        """(exit code, output) of the job; `signal_number` is sent to the batch shell once the run has begun."""
+        """(exit code, output) of the job; `signal_number` is sent to the batch shell once the run has started."""
         process = self.start(training, "ffs.slurm", *arguments, **slurm)
-        with launched(process):
+        with cleaned_up(process):
             if signal_number:
                 wait_until((self.output / "started").exists)
                 process.send_signal(signal_number)
@@ -366,37 +344,28 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_G5_a_preempted_job_is_queued_again_once(cluster: Cluster, number: int) -> None:
-    """Either signal reaches the run as USR1 (srun answers TERM by killing), is waited for, and asks Slurm once."""
+STUCK = "trap '' TERM\ntouch $OUT/started\nexec sleep 60\n"
+# training, markers of the session before, signal -> exit code, whether it is queued again, a word of the output
+JOB_ENDS = {
+    "preempted": (WAITS, (), signal.SIGUSR1, 0, True, "step 40"),
+    "preempted by TERM": (WAITS, (), signal.SIGTERM, 0, True, "queued again"),  # srun answers TERM by killing
+    "complete": (COMPLETES, ("PREEMPTED",), 0, 0, False, "complete"),  # teardown may abort after the last line
+    "failed": (FAILS, ("PREEMPTED", "COMPLETED"), 0, 1, False, "failed"),
+    "stopped before it could save": (STUCK, (), signal.SIGUSR1, 0, True, "queued again"),
+}
+
+
+@pytest.mark.parametrize("end", JOB_ENDS)
+def test_G5_a_job_is_queued_again_if_it_can_continue(cluster: Cluster, end: str) -> None:
+    """Either signal reaches the run as USR1, is waited for, and asks Slurm once; the run's own record counts."""
+    training, markers, number, code, again, said = JOB_ENDS[end]
     cluster.checkpoint(40)
-    code, text = cluster.run(WAITS, signal_number=number)
-    assert (code, cluster.called("scontrol")) == (0, ["requeue 4711"]), text
-    assert "queued again" in text and "step 40" in text
-    assert (cluster.here / "saved").exists(), "before the run had saved"
-
-
-def test_G5_a_complete_run_is_not_queued_again(cluster: Cluster) -> None:
-    """Its record counts, not its exit code: native teardown may abort after the last line."""
-    (cluster.output / "PREEMPTED").touch()  # of the session before
-    code, text = cluster.run(COMPLETES)
-    assert (code, cluster.called("scontrol")) == (0, []), text
-    assert "complete" in text
-
-
-def test_G5_a_failed_run_is_not_queued_again(cluster: Cluster) -> None:
-    """The marker of the session before does not count, and the code says that it failed."""
-    for marker in ("PREEMPTED", "COMPLETED"):
+    for marker in markers:
         (cluster.output / marker).touch()
-    code, text = cluster.run(FAILS)
-    assert (code, cluster.called("scontrol")) == (1, []), text
-    assert "failed" in text
-
-
-def test_G5_a_job_stopped_before_it_could_save_is_queued_again(cluster: Cluster) -> None:
-    """No marker, but Slurm's signal: the newest checkpoint is continued."""
-    code, text = cluster.run("trap '' TERM\ntouch $OUT/started\nexec sleep 60\n", signal_number=signal.SIGUSR1)
-    assert (code, cluster.called("scontrol")) == (0, ["requeue 4711"]), text
+    found, text = cluster.run(training, signal_number=number)
+    assert (found, cluster.called("scontrol")) == (code, ["requeue 4711"] if again else []), text
+    assert said in text
+    assert training is not WAITS or (cluster.here / "saved").exists(), "before the run had saved"
 
 
 def asked(cluster: Cluster, *arguments: str) -> tuple[int, str, int]:
@@ -435,7 +404,7 @@ def test_G5_a_damaged_count_begins_anew(cluster: Cluster, kept: str) -> None:
 
 
 @pytest.mark.parametrize("job", ["", "12a", "-1", "4711;ls", "$(ls)", "1_2_3", "١٢", "4711\n"])
-def test_G5_what_is_no_job_id_is_refused(cluster: Cluster, job: str) -> None:
+def test_G5_other_job_ids_are_refused(cluster: Cluster, job: str) -> None:
     (cluster.output / "PREEMPTED").touch()
     code, text, count = asked(cluster, "--signalled", "--", job) if job == "-1" else asked(cluster, job)
     assert (code, count) == (2, 0) and "not a Slurm job id" in text
@@ -475,7 +444,7 @@ def test_G6_shell_syntax(script: Path) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_G6_directives(job: str) -> None:
-    """What Slurm is asked for, and that the job starts what its name says."""
+    """Options of the job, and that it starts the script and config of its name."""
     name, kind = JOBS[job]
     lines = (ROOT / "slurm_scripts" / job).read_text().splitlines()
     asked_for = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
@@ -497,17 +466,8 @@ def test_G6_time_to_save_is_shorter_than_slurm_waits() -> None:
         assert ahead and grace + 30 <= int(ahead[1])
 
 
-def test_G6_trap_and_wait() -> None:
-    lines = (ROOT / "slurm_scripts" / "run.sh").read_text().splitlines()
-    traps = next(i for i, line in enumerate(lines) if re.match(r"trap \w+ USR1 TERM$", line))
-    starts = next(i for i, line in enumerate(lines) if line.startswith("srun "))
-    behind = next(i for i, line in enumerate(lines) if i >= starts and line.endswith(" &"))
-    waits = next(i for i, line in enumerate(lines) if re.match(r"\s*wait ", line))
-    assert traps < starts <= behind < waits
-
-
 def test_G6_one_node(cluster: Cluster) -> None:
-    """What srun and the launcher are asked for, with a value that holds spaces and shell characters."""
+    """Arguments of srun and of the launcher, with a value that holds spaces and shell characters."""
     code, text = cluster.run(COMPLETES, "data.path=/a b;$(ls)", "optim.learning_rate=1", SLURM_CPUS_PER_TASK="8")
     assert code == 0, text
     assert {"--ntasks-per-node=1", "--cpus-per-task=8"} <= set(cluster.called("srun"))

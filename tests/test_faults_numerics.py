@@ -15,19 +15,15 @@ from engine.guard import StepGuard, fingerprint
 from engine.optim import gradient_norm
 from engine.trainer import Trainer
 from tests.fault_support import armed, fit_rank, rows, run, run_ranks
+from tests.test_faults_exactness import assert_same, same_tensors, state_of
 
 STEPS = ["train.max_steps=6", "train.checkpoint_every=3"]
 
 
-def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
-    saved = trainer.state_dict()
-    groups = {"model": saved.model, "ema": saved.ema, "optim": saved.optim}
+def flat(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Returns copies of weights, average, moments and the timestep sampler's history."""
+    groups = {**state_of(trainer), "sampler": trainer.state.timestep_sampler.state_dict()}
     return {f"{kind}/{name}": value.clone() for kind, group in groups.items() for name, value in group.items()}
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
 def judge(guard: StepGuard, norm: float, *, finite: bool = True, step: int = 0) -> tuple[str | None, float]:
@@ -47,9 +43,8 @@ def test_F1_F2_one_rank_not_finite(tiny: list[str], tmp_path: Path, kind: str) -
     first, second = (result for result, _ in results)
     for result in (first, second):
         assert (result["step"], result["skipped"], result["samples_seen"]) == (6, 1, 7 * 4)
-    for kind_of in ("model", "ema", "optim"):
-        assert_same(first[kind_of], second[kind_of])
-        assert all(value.isfinite().all() for value in first[kind_of].values())
+    assert_same(first, second)
+    assert all(value.isfinite().all() for group in ("model", "ema", "optim") for value in first[group].values())
     (skip,) = [row for row in rows(tmp_path / "run", "events.jsonl") if row["event"] == "skip"]
     assert skip["step"] == 3 and len(skip["files"]) == 4 and len(skip["timesteps"]) == 4
     assert all(Path(file).exists() for file in skip["files"])
@@ -59,18 +54,14 @@ def test_F1_F2_one_rank_not_finite(tiny: list[str], tmp_path: Path, kind: str) -
 @pytest.mark.parametrize("kind", ["nan", "inf"], ids=["F1", "F2"])
 def test_F1_F2_a_skipped_step_changes_nothing(tiny: list[str], kind: str) -> None:
     trainer = run([*tiny, "train.max_steps=2", "diffusion.timestep_sampler=loss_aware"])
-    before = everything(trainer) | trainer.state.timestep_sampler.state_dict()
-    before = {name: value.clone() for name, value in before.items()}
+    before = flat(trainer)
     rate, updates = trainer.state.optimizer.param_groups[0]["lr"], trainer.state.ema.updates
     batches = trainer.run.batches(trainer.state.samples_seen)
     with armed(f"{kind}@0:2"):
         trainer.launch_step(next(batches))
-    assert_same(before, everything(trainer) | trainer.state.timestep_sampler.state_dict())
-    assert (trainer.state.step, trainer.state.ema.updates, trainer.state.optimizer.param_groups[0]["lr"]) == (
-        2,
-        updates,
-        rate,
-    )
+    assert same_tensors(before, flat(trainer))
+    assert (trainer.state.step, trainer.state.ema.updates) == (2, updates)
+    assert trainer.state.optimizer.param_groups[0]["lr"] == rate
     trainer.launch_step(next(batches))
     assert trainer.state.step == 3
 
@@ -110,29 +101,22 @@ def test_F4_spikes_by_policy(tiny: list[str], policy: str) -> None:
     assert applied == pytest.approx(statistics.median(earlier) if policy == "clip" else last)
     continued = run([*tiny, *extra, "train.max_steps=25"])
     assert (continued.state.guard.spikes, continued.state.guard.skipped) == (1, trainer.state.guard.skipped)
-    assert (
-        list(continued.state.guard.norms)[:-1] == [*earlier, last]
-        and continued.state.guard.norms.maxlen == StepGuard.WINDOW
-    )
+    assert list(continued.state.guard.norms)[:-1] == [*earlier, last]
+    assert continued.state.guard.norms.maxlen == StepGuard.WINDOW
 
 
-def test_F4_a_clipped_spike_is_scaled_to_the_median() -> None:
-    guard = StepGuard(OptimConfig(spike_factor=5.0, spike_policy="clip"))
+def test_F4_bounds_of_a_spike() -> None:
+    """Above the factor: clipped to the median, or to `max_grad_norm` if that is stricter; or skipped and forgotten."""
+    clip, skip = (StepGuard(OptimConfig(spike_factor=5.0, spike_policy=policy)) for policy in ("clip", "skip"))
     for norm in [2.0] * (StepGuard.MINIMUM - 1) + [8.0]:
-        assert judge(guard, norm) == (None, float("inf"))
-    assert judge(guard, 10.1) == (None, 2.0) and guard.spikes == 1
-    assert judge(guard, 9.9) == (None, float("inf")) and guard.spikes == 1
-    assert judge(guard, 10.1, step=20_000) == (None, 0.1)  # clipping as usual, where that is stricter
-
-
-def test_F4_a_skipped_spike_is_not_remembered() -> None:
-    guard = StepGuard(OptimConfig(spike_factor=5.0))
-    for norm in [2.0] * StepGuard.MINIMUM:
-        judge(guard, norm)
-    reason, _ = judge(guard, 10.1)
-    assert reason == "gradient norm 10.1 is a spike over the median 2"
-    assert (guard.spikes, guard.skipped, max(guard.norms)) == (1, 1, 2.0)
-    assert judge(guard, 10.0)[0] is None  # no more than the factor
+        assert judge(clip, norm) == (None, float("inf"))
+        judge(skip, 2.0)
+    assert judge(clip, 10.1) == (None, 2.0) and clip.spikes == 1
+    assert judge(clip, 9.9) == (None, float("inf")) and clip.spikes == 1
+    assert judge(clip, 10.1, step=20_000) == (None, 0.1)
+    assert judge(skip, 10.1)[0] == "gradient norm 10.1 is a spike over the median 2"
+    assert (skip.spikes, skip.skipped, max(skip.norms)) == (1, 1, 2.0)
+    assert judge(skip, 10.0)[0] is None  # no more than the factor
 
 
 def test_F5_not_finite_in_an_accumulation_micro_step(tiny: list[str], tmp_path: Path) -> None:
@@ -141,7 +125,7 @@ def test_F5_not_finite_in_an_accumulation_micro_step(tiny: list[str], tmp_path: 
     with armed("nan@0:3"):
         trainer = run([*tiny, *STEPS, *extra])
     assert trainer.state.guard.skipped == 1
-    assert all(value.isfinite().all() for value in everything(trainer).values())
+    assert all(value.isfinite().all() for value in flat(trainer).values())
     assert ckpt.newest_verified(tmp_path / "run" / "checkpoints")[0] is not None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -12,10 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -23,7 +21,7 @@ from engine import checkpoint as ckpt
 from engine import elastic
 from engine.distributed import launch_variables
 from tests.conftest import TINY
-from tests.fault_support import ROOT, TAG, all_gone, rows, with_tag
+from tests.fault_support import ROOT, TAG, all_gone, cleaned_up, family, rows, wait_for_step, with_tag
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
@@ -67,41 +65,9 @@ def start(command: list[str], overrides: list[str], log: Path) -> subprocess.Pop
         )
 
 
-def family(process: subprocess.Popen) -> list[psutil.Process]:
-    """Returns `process` and everything below it that still lives."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)
-        return [parent, *parent.children(recursive=True)]
-    return []
-
-
-@contextlib.contextmanager
-def cleaned_up(process: subprocess.Popen) -> Iterator[None]:
-    """Leaves no process of `process` behind, however the block ends."""
-    try:
-        yield
-    finally:
-        for each in family(process):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.wait(10)
-
-
 def send(process: subprocess.Popen, number: signal.Signals, *, to_group: bool) -> None:
     """Sends the signal to the launcher alone, or to its process group as a terminal's Ctrl-C does."""
     os.killpg(process.pid, number) if to_group else process.send_signal(number)
-
-
-def wait_for_step(process: subprocess.Popen, run: Path, step: int, log: Path, seconds: float = 90.0) -> None:
-    """Waits until the run has logged `step`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            if any(row["step"] >= step for row in rows(run)):
-                return
-        assert process.poll() is None, log.read_text()[-3000:]
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached in {seconds} s: {log.read_text()[-3000:]}")
 
 
 def newest(run: Path) -> ckpt.Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from common.checks import require
@@ -11,6 +11,7 @@ from datasets.config import DataConfig
 from datasets.recipes import CAPTIONED
 from diffusion import ConditionConfig, DiffusionConfig
 from models.autoencoder import CodecConfig
+from models.config_t2v import LATTE_1, LatteT2VConfig
 from models.latte import LatteConfig
 from models.lora import LoraConfig
 from models.text_encoder import TextConfig
@@ -70,9 +71,39 @@ class Config:
         """Whether clips are held out of the training."""
         return self.data.val_path is not None or self.data.val_share > 0
 
+    def text_network(self) -> LatteT2VConfig:
+        """Returns size and kind of the text network: Latte-1's, or of that kind in another size.
+
+        Latte-1 keeps the clip size of its original training, whatever it is trained on now: positions are computed.
+        """
+        size, channels, width = self.model.size, self.codec.latent_channels, self.text.caption_channels
+        is_latte_1 = self.model.name == "Latte-1"
+        require(
+            not is_latte_1 or (channels, width) == (LATTE_1.in_channels, LATTE_1.caption_channels),
+            f"model.name=Latte-1 takes {LATTE_1.in_channels} latent channels and captions {LATTE_1.caption_channels} "
+            f"wide, not codec.latent_channels={channels} and text.caption_channels={width}.",
+        )
+        return replace(
+            LATTE_1,
+            num_attention_heads=size.num_heads,
+            attention_head_dim=size.hidden_size // size.num_heads,
+            cross_attention_dim=size.hidden_size,
+            num_layers=size.depth // (1 if self.model.name == "custom-t2i" else 2),
+            patch_size=size.patch_size,
+            in_channels=channels,
+            out_channels=channels * (2 if self.model.learn_sigma else 1),
+            sample_size=LATTE_1.sample_size if is_latte_1 else self.latent_size,
+            caption_channels=width,
+            video_length=LATTE_1.video_length if is_latte_1 else self.data.num_frames,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns a plain nested dict, JSON-able."""
         return asdict(self)
+
+    def to_flat_dict(self) -> dict[str, Any]:
+        """Returns the values by their dotted keys."""
+        return {f"{name}.{key}": value for name, keys in self.to_dict().items() for key, value in keys.items()}
 
     def to_yaml(self) -> str:
         """Returns every key, resolved; `load_config` reads it back to an equal Config."""

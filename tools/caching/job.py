@@ -15,8 +15,7 @@ from datasets.readers import Reader
 from datasets.shards import NUMBER_FORMATS
 from engine.config import Config
 from engine.errors import TrainingAborted
-from engine.stream import loaded_items, worker_loader
-from engine.watch import Breadcrumbs
+from engine.stream import Breadcrumbs, loaded_items, worker_loader
 from models.autoencoder import LatentCodec
 from models.identity import codec_identity
 

@@ -21,7 +21,7 @@ from datasets.latents import FORMAT, TENSOR, FrameRun, LatentCache, StoredClip, 
 from datasets.shards import NUMBER_FORMATS
 from engine.config import Config
 from engine.distributed import World, broadcast_object, gather_objects, on_main
-from engine.watch import Breadcrumbs
+from engine.stream import Breadcrumbs
 from models.autoencoder import LatentCodec
 
 from .job import Job, load_items, make_job

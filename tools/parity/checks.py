@@ -19,7 +19,7 @@ from datasets import transforms
 from diffusion import DiffusionConfig, GaussianDiffusion, StepOptions, guide_denoiser, sample
 from diffusion.samplers import ddim_reverse_step, ddim_step, ddpm_step
 from engine.conditions import ClassLabels
-from engine.ema import EMA
+from engine.optim import EMA
 from evaluation.distances import frechet_distance
 from models.convert import load_weights
 from models.latte import Latte, LatteConfig
