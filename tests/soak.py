@@ -44,7 +44,7 @@ def last_step(run: Path) -> int:
 def session(overrides: list[str], fault: str) -> int:
     """One torchrun, faulty as told; its exit code."""
     with Torchrun(overrides, fault, SIGNALS) as job:
-        code, output = job.wait(timeout=120)
+        code, output = job.wait(timeout=120 if fault else 3600)
     if not fault and code:
         sys.exit(f"the undisturbed session failed:\n{output[-3000:]}")
     return code
