@@ -77,6 +77,70 @@ def file_sha256(file: Path) -> str:
 # ---- folders -----------------------------------------------------------------------------------------
 
 
+def write_folder_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
+    """Writes a folder completely or not at all: fills a hidden folder next to it and renames that to `folder`.
+
+    A hidden folder that a killed process left is deleted.
+
+    Args:
+        folder: must not exist, or be empty.
+        write: receives the hidden, empty folder and fills it.
+
+    Returns:
+        `folder`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        write(temporary)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def make_once(
+    folder: Path, settings: Mapping[str, Any], make: Callable[[Path], object], *, replace: bool = False
+) -> bool:
+    """Fills `folder` with `make`, atomically, unless it holds the result of the same settings.
+
+    Args:
+        settings: everything that the result depends on, JSON; recorded in `folder`/.complete.json.
+        replace: whether the result of other settings is replaced; by default it is an error.
+
+    Returns:
+        whether `make` was called. Raises ValueError if `folder` holds anything else.
+    """
+    marker = folder / ".complete.json"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not marker.is_file():
+            raise ValueError(f"{folder} holds files that this tool did not make: name another folder.")
+        before = json.loads(marker.read_text(encoding="utf-8"))
+        if before == settings:
+            return False
+        if not replace:
+            require_same_settings(folder, before, settings)
+
+    def write(new: Path) -> None:
+        make(new)
+        write_json(new / marker.name, settings, indent=1)
+        if folder.exists():
+            shutil.rmtree(folder)
+
+    write_folder_atomically(folder, write)
+    return True
+
+
+def require_same_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ValueError, with the differences, if `folder` was made with other settings."""
+    if changes := find_changes(before, now):
+        raise ValueError(
+            f"{folder} was made with other settings ({', '.join(changes)}): repeat them, or name another folder."
+        )
+
+
 class FolderLock:
     """A lock file that lets one process at a time write into a folder; the kernel releases it when the process dies.
 

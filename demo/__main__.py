@@ -13,19 +13,125 @@ import argparse
 import json
 import os
 import sys
+from html import escape
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from common.checks import require
+from datasets import build_dataset
 from engine import cli
 from engine.config import load_config
+from engine.logging import read_rows
+from sample.video_io import slug, write_contact_sheet, write_mp4
 
-from .page import TRAIN_CONFIG, format_summary, measure, plot_losses, write_page, write_real_clips
-from .stages import ROOT, Stages
+from .stages import ROOT, measure_samples, read_samples, run_stage
 
 SAMPLE_CONFIG = "configs/demo/demo_sample.yaml"
+TRAIN_CONFIG = "configs/demo/demo_train.yaml"
+TITLES = {
+    "pretrained": "Shipped weights",
+    "trained": "Trained from scratch in this run",
+    "real": "Real clips",
+}
 
 
-def main(argv: list[str]) -> int:
-    """Runs the demo; returns the exit code."""
+def write_real_clips(folder: Path, number: int) -> None:
+    """Writes the first 16 frames of clips of all classes in turn, in the layout of sample.py."""
+    clips = build_dataset(load_config(ROOT / TRAIN_CONFIG).data, seed=0)
+    labels = [clip.label for clip in clips.catalog.clips]
+    by_class = [[index for index, label in enumerate(labels) if label == each] for each in sorted(set(labels))]
+    shown: list[np.ndarray] = []
+    files: list[dict[str, Any]] = []
+    for place in range(number):
+        label = place % len(by_class)
+        item = clips[0, by_class[label][place // len(by_class)]]
+        shown.append(((item["video"] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+        name = clips.class_names[label]
+        files.append({"file": f"{place:04d}_{slug(name)}.mp4", "index": place, "label": label, "class_name": name})
+        write_mp4(folder / files[-1]["file"], shown[-1])
+    count = len(by_class)
+    write_contact_sheet(folder / "samples.png", np.stack(shown[:count]), clips.class_names)
+    (folder / "samples.json").write_text(json.dumps({"videos": files}, indent=2) + "\n")
+
+
+def measure(out: Path) -> dict[str, Any]:
+    """Returns the tracker's accuracy on the mp4s in each folder, and the first and last training loss."""
+    metrics: dict[str, Any] = {}
+    for kind in TITLES:
+        found = measure_samples(out / kind, lambda video: video["label"])
+        metrics |= {f"num_videos_{kind}" if name == "videos" else f"{name}_{kind}": found[name] for name in found}
+    rows = read_rows(out / "train" / "metrics.jsonl")
+    metrics |= {"training_loss_start": rows[0]["loss"], "training_loss_end": rows[-1]["loss"]}
+    return {**metrics, "training_steps": rows[-1]["step"]}
+
+
+def plot_losses(source: Path, target: Path) -> None:
+    """Plots the training loss over steps, on a logarithmic axis."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_rows(source)
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#4c78a8", linewidth=1.4)
+    axes.set(xlabel="optimiser step", ylabel="training loss", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Latte demo</title>
+<style>
+  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+  h1, h2 {{ line-height: 1.2; }} h2 {{ margin-top: 2.2rem; }}
+  table {{ border-collapse: collapse; }}
+  th, td {{ padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }}
+  th:first-child, td:first-child {{ text-align: left; }}
+  .videos {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: .6rem; }}
+  figure {{ margin: 0; }} figcaption {{ font-size: .72rem; color: #555; overflow-wrap: anywhere; }}
+  video {{ width: 100%; image-rendering: pixelated; border-radius: 4px; display: block; }}
+  img {{ max-width: 100%; }} img.sheet {{ image-rendering: pixelated; }}
+</style>
+<h1>Latte demo</h1>
+<p>Eight classes, each a colour, a shape and a motion, drawn by the repository; 16 frames of 32 &times; 32 pixels.
+A tracker that sees pixels only names colour and motion of every video; the table counts how often it names what
+the label asked for.</p>
+<table><tr><th></th><th>videos</th><th>colour right</th><th>motion right</th></tr>
+{rows}</table>
+{sections}
+<h2>Training loss</h2>
+<p>From {training_loss_start:.4f} to {training_loss_end:.4f} in {training_steps} steps.</p>
+<img src="loss.png" alt="training loss over steps">
+</html>
+"""
+
+
+def write_page(out: Path, metrics: dict[str, Any], shown: int = 24) -> None:
+    """Writes index.html, which plays the videos of the same folder."""
+    rows, sections = "", ""
+    for kind, title in TITLES.items():
+        colour, motion = (metrics[f"{name}_accuracy_{kind}"] for name in ("appearance", "motion"))
+        number = metrics[f"num_videos_{kind}"]
+        rows += f"<tr><td>{title}</td><td>{number}</td><td>{colour:.1%}</td><td>{motion:.1%}</td></tr>\n"
+        videos = "\n".join(
+            f'<figure><video src="{kind}/{video["file"]}" autoplay loop muted playsinline></video>'
+            f"<figcaption>{escape(video['class_name'])}</figcaption></figure>"
+            for video in read_samples(out / kind)[:shown]
+        )
+        sections += f'<h2>{title}</h2>\n<div class="videos">\n{videos}\n</div>\n'
+        sections += f'<p><img class="sheet" src="{kind}/samples.png" alt="contact sheet: {title}"></p>\n'
+    (out / "index.html").write_text(PAGE.format(rows=rows, sections=sections, **metrics))
+
+
+def main(argv: list[str]) -> None:
+    """Runs the demo."""
     parser = argparse.ArgumentParser(
         prog="python -m demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,35 +139,30 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--videos", type=int, default=96, help="videos per kind, at least 64 (%(default)s)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of torchrun (%(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.videos < 64:
-        raise ValueError(f"--videos {arguments.videos} is too few to distinguish 95 % from 90 %; give at least 64.")
-    out, number = arguments.out, str(arguments.videos)
+    out, videos, processes = arguments.out, arguments.videos, arguments.processes
+    require(videos >= 64, f"--videos must be at least 64, to distinguish 95 % from 90 %, got {videos}.")
 
-    stages = Stages()
-    stages.run("data", [sys.executable, "-m", "demo.data"])
-    stages.run("training", train_command(out, arguments.processes))
-    sampler = [sys.executable, "sample/sample.py", "--num_videos", number, "--save_video_path"]
-    stages.run("sampling the trained", [*sampler, str(out / "trained"), "--ckpt", str(out / "train")])
-    stages.run("sampling the pretrained", [*sampler, str(out / "pretrained"), "--config", SAMPLE_CONFIG])
-    with stages.stage("report"):
-        write_real_clips(out / "real", arguments.videos)
-        metrics = measure(out)
-        plot_losses(out / "train" / "metrics.jsonl", out / "loss.png")
-    metrics["seconds"] = stages.seconds
+    python = sys.executable
+    launcher = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    batch = load_config(ROOT / TRAIN_CONFIG).train.batch_size // processes  # the recipe's global batch, split
+    settings = [f"train.output_dir={out / 'train'}", f"train.batch_size={batch}"]
+    sampler = [python, "sample/sample.py", "--num_videos", str(videos), "--save_video_path"]
+    stages = {
+        "data": [python, "-m", "demo.data"],
+        "training": [*launcher, "train.py", "--config", TRAIN_CONFIG, *settings],
+        "sampling the trained": [*sampler, str(out / "trained"), "--ckpt", str(out / "train")],
+        "sampling the pretrained": [*sampler, str(out / "pretrained"), "--config", SAMPLE_CONFIG],
+    }
+    seconds = {name: run_stage(name, command) for name, command in stages.items()}
+    write_real_clips(out / "real", videos)
+    metrics = {**measure(out), "seconds": seconds}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    plot_losses(out / "train" / "metrics.jsonl", out / "loss.png")
     write_page(out, metrics)
-    print(format_summary(metrics, out))
-    return 0
-
-
-def train_command(out: Path, processes: int) -> list[str]:
-    """Returns the command of the training: the shipped recipe, its global batch split over the processes."""
-    batch = load_config(ROOT / TRAIN_CONFIG).train.batch_size // processes
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [
-        *(*launcher, "train.py", "--config", TRAIN_CONFIG),
-        *(f"train.output_dir={out / 'train'}", f"train.batch_size={batch}"),
-    ]
+    for kind, title in TITLES.items():
+        colour, motion = (metrics[f"{name}_accuracy_{kind}"] for name in ("appearance", "motion"))
+        print(f"{title:34s}colour right {colour:6.1%}, motion right {motion:6.1%}")
+    print(f"{sum(seconds.values()) / 60:.1f} minutes. Open {out / 'index.html'}")
 
 
 if __name__ == "__main__":

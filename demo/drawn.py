@@ -1,8 +1,7 @@
 """The demo set: eight classes, each a colour, a shape and a motion; their captions; and a tracker that recognises them.
 
 `draw_clip` draws one clip (`demo/data.py` writes many as mp4 files in the UCF101 layout); `track` recognises colour and
-motion from the pixels of any clip, without its label, and returns None if there is no single coloured body that moves
-in one of the six ways; `accuracy` counts how often it agrees with the labels.
+motion from the pixels of any clip, without its label; `accuracy` counts how often it agrees with the labels.
 
 Letters: T frames of a clip, H W height and width. Lengths are in units of the frame's side, y points down.
 """
@@ -12,8 +11,7 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +37,31 @@ SHAPES: dict[str, Callable[[Array, Array], NDArray[np.bool_]]] = {
 }
 
 
-@dataclass(frozen=True)
-class DemoClass:
+class Motion(NamedTuple):
+    """A motion: its direction in (x, y, radius), and two wordings, each in the -ing form and after "that"."""
+
+    direction: tuple[int, int, int]
+    wordings: tuple[tuple[str, str], tuple[str, str]]
+
+
+MOTIONS = {
+    "left": Motion((-1, 0, 0), (("moving left", "moves left"), ("going to the left", "goes to the left"))),
+    "right": Motion((1, 0, 0), (("moving right", "moves right"), ("going to the right", "goes to the right"))),
+    "up": Motion((0, -1, 0), (("moving up", "moves up"), ("rising to the top", "rises to the top"))),
+    "down": Motion((0, 1, 0), (("moving down", "moves down"), ("falling to the bottom", "falls to the bottom"))),
+    "grow": Motion((0, 0, 1), (("growing", "grows"), ("getting larger", "gets larger"))),
+    "shrink": Motion((0, 0, -1), (("shrinking", "shrinks"), ("getting smaller", "gets smaller"))),
+}
+CAPTIONS = (
+    "{a} {colour} {shape} {moving}",
+    "{a} {colour} {shape} that {moves}",
+    "the {shape} is {colour} and {moves}",
+    "{moving}, a {shape} of {colour} colour",
+    "a video of one {colour} {shape} {moving}",
+)
+
+
+class DemoClass(NamedTuple):
     """One class: appearance (`colour`, `shape`) and `motion`."""
 
     colour: str
@@ -50,7 +71,7 @@ class DemoClass:
     @property
     def name(self) -> str:
         """Name of the class and its folder, such as `RedDiscRight`."""
-        return f"{self.colour.title()}{self.shape.title()}{self.motion.title()}"
+        return "".join(part.title() for part in self)
 
 
 # In the order of their folder names, so that the position in this table is the label.
@@ -64,82 +85,43 @@ CLASSES = (
     DemoClass("red", "disc", "right"),
     DemoClass("violet", "square", "shrink"),
 )
-MOTIONS = tuple(sorted({c.motion for c in CLASSES}))
-
-
-# ---------------------------------------------------------------------------------------------- captions
-
-# Wordings of a motion: in the -ing form, and after "that".
-SAYINGS: dict[str, tuple[tuple[str, str], ...]] = {
-    "left": (("moving left", "moves left"), ("going to the left", "goes to the left")),
-    "right": (("moving right", "moves right"), ("going to the right", "goes to the right")),
-    "up": (("moving up", "moves up"), ("rising to the top", "rises to the top")),
-    "down": (("moving down", "moves down"), ("falling to the bottom", "falls to the bottom")),
-    "grow": (("growing", "grows"), ("getting larger", "gets larger")),
-    "shrink": (("shrinking", "shrinks"), ("getting smaller", "gets smaller")),
-}
-WORDINGS = (
-    "{a} {colour} {shape} {moving}",
-    "{a} {colour} {shape} that {moves}",
-    "the {shape} is {colour} and {moves}",
-    "{moving}, a {shape} of {colour} colour",
-    "a video of one {colour} {shape} {moving}",
-)
 
 
 def captions_of(kind: DemoClass) -> list[str]:
     """Lists every wording of a clip of that kind, which need not be one of `CLASSES`; the plainest first."""
     article = "an" if kind.colour[0] in "aeiou" else "a"
     return [
-        wording.format(a=article, colour=kind.colour, shape=kind.shape, moving=moving, moves=moves)
-        for moving, moves in SAYINGS[kind.motion]
-        for wording in WORDINGS
+        caption.format(a=article, colour=kind.colour, shape=kind.shape, moving=moving, moves=moves)
+        for moving, moves in MOTIONS[kind.motion].wordings
+        for caption in CAPTIONS
     ]
 
 
 # ---------------------------------------------------------------------------------------------- drawing
 
 SUPERSAMPLING = 4  # points per pixel and axis
-MIN_FRAMES, MAX_FRAMES = 16, 32  # longer clips would move too little in a window of 16
-
-# A trajectory: (rng, frames) -> x, y of the centre and radius of the body, each (T,).
-Trajectory = tuple[Array, Array, Array]
 
 
-def _draw_translation(rng: np.random.Generator, frames: int, direction: tuple[int, int]) -> Trajectory:
+def draw_path(motion: str, rng: np.random.Generator, frames: int) -> tuple[Array, Array, Array]:
+    """Draws the centre x, y and the radius of a body over time, each (T,); the body never leaves the frame."""
+    dx, dy, growth = MOTIONS[motion].direction
+    if growth:
+        small, large = rng.uniform(0.09, 0.12), rng.uniform(0.26, 0.32)
+        x, y = rng.uniform(REACH * large, 1.0 - REACH * large, size=2)
+        return np.full(frames, x), np.full(frames, y), np.linspace(small, large, frames)[::growth]
     radius = rng.uniform(0.13, 0.17)
     reach = REACH * radius
     travel = rng.uniform(0.42, 1.0 - 2.0 * reach)
     start = rng.uniform(reach, 1.0 - reach - travel)  # of the path, from the low end
-    along = start + travel * np.linspace(0.0, 1.0, frames)
+    along = (start + travel * np.linspace(0.0, 1.0, frames))[:: dx + dy]
     across = np.full(frames, rng.uniform(reach, 1.0 - reach))
-    if sum(direction) < 0:
-        along = along[::-1]
-    x, y = (along, across) if direction[0] else (across, along)
-    return x, y, np.full(frames, radius)
+    return (along if dx else across), (along if dy else across), np.full(frames, radius)
 
 
-def _draw_scaling(rng: np.random.Generator, frames: int, sense: int) -> Trajectory:
-    small, large = rng.uniform(0.09, 0.12), rng.uniform(0.26, 0.32)
-    x, y = rng.uniform(REACH * large, 1.0 - REACH * large, size=2)
-    radius = np.linspace(small, large, frames)[::sense]
-    return np.full(frames, x), np.full(frames, y), radius
-
-
-TRAJECTORIES: dict[str, Callable[[np.random.Generator, int], Trajectory]] = {
-    "right": lambda rng, frames: _draw_translation(rng, frames, (1, 0)),
-    "left": lambda rng, frames: _draw_translation(rng, frames, (-1, 0)),
-    "down": lambda rng, frames: _draw_translation(rng, frames, (0, 1)),
-    "up": lambda rng, frames: _draw_translation(rng, frames, (0, -1)),
-    "grow": lambda rng, frames: _draw_scaling(rng, frames, 1),
-    "shrink": lambda rng, frames: _draw_scaling(rng, frames, -1),
-}
-
-
-def _coverage(shape: str, trajectory: Trajectory, size: int) -> Array:
+def cover_pixels(shape: str, path: tuple[Array, Array, Array], size: int) -> Array:
     """Returns the part of every pixel that the body covers, (T, size, size) in [0, 1]."""
     points = (np.arange(size * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING)
-    x, y, radius = (v[:, None, None] for v in trajectory)
+    x, y, radius = (values[:, None, None] for values in path)
     inside = SHAPES[shape]((points[None, None, :] - x) / radius, (points[None, :, None] - y) / radius)
     return inside.reshape(len(x), size, SUPERSAMPLING, size, SUPERSAMPLING).mean(axis=(2, 4))
 
@@ -147,19 +129,13 @@ def _coverage(shape: str, trajectory: Trajectory, size: int) -> Array:
 def draw_clip(label: int, rng: np.random.Generator, *, size: int = 32, frames: int = 20) -> NDArray[np.uint8]:
     """Draws one anti-aliased clip of class `CLASSES[label]`, (frames, 3, size, size) uint8 RGB.
 
-    Position, size and speed of the body and the grey of the background (dark or light) are sampled from `rng`; the body
-    never leaves the frame and moves visibly in every window of 16 consecutive frames.
-
-    Raises: ValueError if `frames` is outside 16 to 32, or `size` below 16.
+    Position, size and speed of the body and the grey of the background (dark or light) are sampled from `rng`. With at
+    least 16 pixels and 16 to 32 frames it moves visibly in every window of 16 consecutive frames.
     """
-    if not MIN_FRAMES <= frames <= MAX_FRAMES:
-        raise ValueError(f"a demo clip has {MIN_FRAMES} to {MAX_FRAMES} frames, got {frames}.")
-    if size < 16:
-        raise ValueError(f"a demo clip is at least 16 pixels wide, got {size}.")
     kind = CLASSES[label]
     colour = PALETTE[COLOURS.index(kind.colour)][:, None, None]
     ground = rng.uniform(0.08, 0.35) if rng.uniform() < 0.5 else rng.uniform(0.65, 0.92)
-    cover = _coverage(kind.shape, TRAJECTORIES[kind.motion](rng, frames), size)[:, None]
+    cover = cover_pixels(kind.shape, draw_path(kind.motion, rng, frames), size)[:, None]
     video = ground + (colour - ground) * cover
     return np.round(255.0 * video).astype(np.uint8)
 
@@ -167,18 +143,15 @@ def draw_clip(label: int, rng: np.random.Generator, *, size: int = 32, frames: i
 # ---------------------------------------------------------------------------------------------- tracking
 
 
-@dataclass(frozen=True)
-class Track:
+class Track(NamedTuple):
     """Result of `track`; `colour` is None without a single body, `motion` without a known motion."""
 
-    colour: str | None
-    motion: str | None
-    x: Array  # (T,) centre of the body, in units of the frame's side; empty without a body
-    y: Array  # (T,)
-    radius: Array  # (T,) of the disc of the same area
+    colour: str | None = None
+    motion: str | None = None
+    x: Array = np.empty(0)  # (T,) centre of the body, in units of the frame's side; empty without a body
+    y: Array = np.empty(0)  # (T,)
+    radius: Array = np.empty(0)  # (T,) of the disc of the same area
 
-
-_NOTHING = Track(None, None, np.empty(0), np.empty(0), np.empty(0))
 
 # A body is a compact patch of one saturated colour, here in (almost) every frame.
 MIN_CHROMA = 0.20  # the body's distance from grey; the palette has 0.61 to 0.70
@@ -193,16 +166,15 @@ MAX_WOBBLE = 0.15  # deviation (root mean square) from the fitted path, over tha
 MAX_DRIFT = 0.10  # grow and shrink: deviation of the centre from its line, in units of the side
 
 
-def _chroma(video: Array) -> Array:
+def measure_chroma(video: Array) -> Array:
     """Returns the colour without its grey part, relative to the background, (T, 3, H, W); about 0 in the background."""
     edges = [video[..., :2, :], video[..., -2:, :]]  # the top and bottom rows, which bodies rarely touch
     border = np.concatenate([edge.reshape(*video.shape[:2], -1) for edge in edges], axis=-1)
-    ground = np.median(border, axis=(0, 2))[:, None, None]
-    difference = video - ground
+    difference = video - np.median(border, axis=(0, 2))[:, None, None]
     return difference - difference.mean(axis=1, keepdims=True)
 
 
-def _body_colour(chroma: Array) -> Array | None:
+def find_body_colour(chroma: Array) -> Array | None:
     """Returns the mean chroma vector (3,) of the most saturated pixels, or None if they do not share a hue."""
     strength = np.linalg.norm(chroma, axis=1)
     count = max(1, int(MIN_AREA * strength[0].size))
@@ -216,14 +188,7 @@ def _body_colour(chroma: Array) -> Array | None:
     return mean if coherence > MIN_COHERENCE else None
 
 
-def _name_colour(vector: Array) -> str:
-    """Returns the nearest hue of the palette to a chroma vector (3,)."""
-    hues = PALETTE - PALETTE.mean(axis=1, keepdims=True)
-    cosine = hues @ vector / np.linalg.norm(hues, axis=1)
-    return COLOURS[int(cosine.argmax())]
-
-
-def _measure(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
+def measure_body(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
     """Returns centre x, y and radius of the body, and its presence, each (T,).
 
     A pixel's chroma is the body's times the covered part, so the projection on the body's colour gives coverage, and
@@ -242,35 +207,30 @@ def _measure(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDArray
     return x, y, np.sqrt(area / math.pi), present
 
 
-def _slope(values: Array, times: Array) -> float:
-    """Returns the Theil-Sen slope: the median over all pairs of frames, robust to a few wrong frames."""
+def fit_line(values: Array, times: Array) -> tuple[float, float]:
+    """Returns the change along a line over all times, and the root mean square deviation from it.
+
+    The slope is that of Theil and Sen: the median over all pairs of frames, robust to a few wrong frames.
+    """
     first, second = np.triu_indices(len(times), k=1)
-    return float(np.median((values[second] - values[first]) / (times[second] - times[first])))
-
-
-def _wobble(values: Array, times: Array, slope: float) -> float:
-    """Returns the root mean square deviation of `values` from the line of that slope."""
+    slope = float(np.median((values[second] - values[first]) / (times[second] - times[first])))
     rest = values - slope * times
-    return float(np.sqrt(np.mean((rest - np.median(rest)) ** 2)))
+    return slope * float(times[-1] - times[0]), float(np.sqrt(np.mean((rest - np.median(rest)) ** 2)))
 
 
-def _name_line(x: Array, y: Array, radius: Array, times: Array) -> str | None:
+def name_motion(x: Array, y: Array, radius: Array, times: Array) -> str | None:
     """Returns the direction of a straight motion, or `grow` or `shrink`; None for neither or both."""
-    duration = float(times[-1] - times[0])
-    size = np.log(radius)
-    slopes = [_slope(values, times) for values in (x, y, size)]
-    way_x, way_y, growth = (slope * duration for slope in slopes)
-    off_line = math.hypot(_wobble(x, times, slopes[0]), _wobble(y, times, slopes[1]))
-
+    (way_x, wobble_x), (way_y, wobble_y) = fit_line(x, times), fit_line(y, times)
+    growth, unsteadiness = fit_line(np.log(radius), times)
+    off_line = math.hypot(wobble_x, wobble_y)
     travel, sideways = max(abs(way_x), abs(way_y)), min(abs(way_x), abs(way_y))
     travels, grows = travel > MIN_TRAVEL, abs(growth) > MIN_GROWTH
     if travels and not grows and travel > 2.0 * sideways and off_line < MAX_WOBBLE * travel:
         if abs(way_x) > abs(way_y):
             return "right" if way_x > 0 else "left"
         return "down" if way_y > 0 else "up"
-    if grows and not travels and off_line < MAX_DRIFT:
-        steady = _wobble(size, times, slopes[2]) < MAX_WOBBLE * abs(growth)
-        return ("grow" if growth > 0 else "shrink") if steady else None
+    if grows and not travels and off_line < MAX_DRIFT and unsteadiness < MAX_WOBBLE * abs(growth):
+        return "grow" if growth > 0 else "shrink"
     return None
 
 
@@ -286,17 +246,17 @@ def track(video: Any) -> Track:
     pixels = np.asarray(video)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) < 4:
         raise ValueError(f"a clip must be uint8 (T >= 4, 3, H, W), got {pixels.dtype} {pixels.shape}")
-    chroma = _chroma(pixels / 255.0)
-    colour = _body_colour(chroma)
+    chroma = measure_chroma(pixels / 255.0)
+    colour = find_body_colour(chroma)
     if colour is None:
-        return _NOTHING
-    x, y, radius, present = _measure(chroma, colour)
+        return Track()
+    x, y, radius, present = measure_body(chroma, colour)
     if present.mean() < MIN_PRESENT:
-        return _NOTHING
-    times = np.flatnonzero(present).astype(float)
-    x, y, radius = x[present], y[present], radius[present]
-    motion = _name_line(x, y, radius, times)
-    return Track(_name_colour(colour), motion, x, y, radius)
+        return Track()
+    x, y, radius, times = x[present], y[present], radius[present], np.flatnonzero(present).astype(float)
+    hues = PALETTE - PALETTE.mean(axis=1, keepdims=True)
+    nearest = (hues @ colour / np.linalg.norm(hues, axis=1)).argmax()  # by the cosine
+    return Track(COLOURS[int(nearest)], name_motion(x, y, radius, times), x, y, radius)
 
 
 def accuracy(videos: Iterable[Any], labels: Iterable[int]) -> dict[str, float]:
@@ -304,16 +264,9 @@ def accuracy(videos: Iterable[Any], labels: Iterable[int]) -> dict[str, float]:
 
     `videos` as for `track`; `labels` are positions in `CLASSES`. A clip without a recognised body counts as
     wrong. Returns `{"appearance_accuracy": ..., "motion_accuracy": ...}` in [0, 1].
-
-    Raises: ValueError without any clip, a label out of range, or unequal numbers of clips and labels.
     """
-    colours, motions = [], []
-    for video, label in zip(videos, labels, strict=True):
-        if not 0 <= int(label) < len(CLASSES):
-            raise ValueError(f"label {label} is not one of the demo's classes, 0 to {len(CLASSES) - 1}.")
-        seen, kind = track(video), CLASSES[int(label)]
-        colours.append(seen.colour == kind.colour)
-        motions.append(seen.motion == kind.motion)
-    if not colours:
-        raise ValueError("accuracy needs at least one clip.")
-    return {"appearance_accuracy": float(np.mean(colours)), "motion_accuracy": float(np.mean(motions))}
+    pairs = [(track(video), CLASSES[label]) for video, label in zip(videos, labels, strict=True)]
+    return {
+        "appearance_accuracy": float(np.mean([seen.colour == kind.colour for seen, kind in pairs])),
+        "motion_accuracy": float(np.mean([seen.motion == kind.motion for seen, kind in pairs])),
+    }

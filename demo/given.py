@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from common.checks import require
 from diffusion.windows import find_seams
 from engine import cli
 from evaluation.seams import seam_change
@@ -34,6 +34,8 @@ REAL_FRAMES, SIZE = 32, 32  # of the drawn clips
 SET = 1  # their seed; the training set is that of seed 0
 OVERLAP = 4
 SHOWN = 4  # clips on a contact sheet
+
+Measured = dict[str, float | None]
 
 
 class Case(NamedTuple):
@@ -56,18 +58,6 @@ CASES = {
     "32 frames, fused": Case((), 32, "fused"),
     "64 frames, fused": Case((), 64, "fused"),
 }
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Measurements of one case; errors are in pixels, None where they do not apply."""
-
-    colour: float
-    motion: float
-    next_error: float | None  # of the body's centre in the first frame that is not given, median
-    mean_error: float | None  # over all frames that are not given
-    seam_ratio: float | None
-    seam_error: float | None
 
 
 def draw_real_clips(number: int) -> tuple[np.ndarray, list[int]]:
@@ -94,23 +84,23 @@ def sample_case(generator: Generator, case: Case, clips: np.ndarray, steps: int)
 
 
 def measure(videos: np.ndarray, clips: np.ndarray, labels: list[int], case: Case, window: int) -> Measured:
-    """Measures the videos of a case with the tracker and at the seams."""
+    """Measures the videos of a case with the tracker and at the seams.
+
+    `next_error` is the distance of the body's centre from the real one in the first frame that is not given, and
+    `mean_error` over all these frames, both in pixels and the median over videos; None without given frames.
+    """
     named = accuracy(videos.transpose(0, 1, 4, 2, 3), labels)
-    places = find_seams(case.frames, window, OVERLAP, case.method or "autoregressive")
-    seam = seam_change(videos, places) if places else None
-    next_error = mean_error = None
+    found: Measured = {"colour": named["appearance_accuracy"], "motion": named["motion_accuracy"]}
+    found |= dict.fromkeys(("next_error", "mean_error", "seam_ratio", "seam_error"))
     if case.given and case.frames <= clips.shape[1]:
-        errors = position_errors(videos, clips[:, : case.frames])  # (n, F)
         free = [frame for frame in range(case.frames) if frame not in case.given]
-        next_error, mean_error = float(np.median(errors[:, free[0]])), float(np.median(errors[:, free].mean(axis=1)))
-    return Measured(
-        named["appearance_accuracy"],
-        named["motion_accuracy"],
-        next_error,
-        mean_error,
-        seam.ratio if seam else None,
-        seam.error if seam else None,
-    )
+        errors = position_errors(videos, clips[:, : case.frames])[:, free]
+        found |= {"next_error": float(np.median(errors[:, 0])), "mean_error": float(np.median(errors.mean(axis=1)))}
+    places = find_seams(case.frames, window, OVERLAP, case.method or "autoregressive")
+    if places:
+        seam = seam_change(videos, places)
+        found |= {"seam_ratio": seam.ratio, "seam_error": seam.error}
+    return found
 
 
 def position_errors(videos: np.ndarray, clips: np.ndarray) -> np.ndarray:
@@ -127,14 +117,23 @@ def format_table(rows: dict[str, Measured]) -> str:
     """Formats the measurements as Markdown."""
     lines = ["| | colour | motion | next frame, px | all frames, px | seams |", "|---|---|---|---|---|---|"]
     for name, found in rows.items():
-        pixels = ["" if value is None else f"{value:.1f}" for value in (found.next_error, found.mean_error)]
-        seam = "" if found.seam_ratio is None else f"{found.seam_ratio:.2f} ± {found.seam_error:.2f}"
-        lines.append(f"| {name} | {found.colour:.0%} | {found.motion:.0%} | {pixels[0]} | {pixels[1]} | {seam} |")
+        shares = " | ".join(f"{found[key]:.0%}" for key in ("colour", "motion"))
+        pixels = " | ".join("" if found[key] is None else f"{found[key]:.1f}" for key in ("next_error", "mean_error"))
+        seam = "" if found["seam_ratio"] is None else f"{found['seam_ratio']:.2f} ± {found['seam_error']:.2f}"
+        lines.append(f"| {name} | {shares} | {pixels} | {seam} |")
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    """Measures the cases; returns the exit code."""
+def write_sheet(out: Path, name: str, clips: np.ndarray, labels: list[int], videos: np.ndarray) -> None:
+    """Writes the contact sheet of a case; in longer videos, the real clip repeats its last frame."""
+    frames = np.minimum(np.arange(videos.shape[1]), clips.shape[1] - 1)
+    shown = [video for index in range(SHOWN) for video in (clips[index, frames], videos[index])]
+    captions = [text for label in labels[:SHOWN] for text in (f"real {CLASSES[label].name}", "sampled")]
+    write_contact_sheet(out / f"{name.replace(',', '').replace(' ', '_')}.png", np.stack(shown), captions)
+
+
+def main(argv: list[str]) -> None:
+    """Measures the cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", type=Path, required=True, metavar="PATH", help="a network of the demo's classes")
     parser.add_argument("--out", type=Path, default=Path("results/demo_given"), metavar="DIR", help="(%(default)s)")
@@ -142,8 +141,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=25, metavar="N", help="of DDIM (%(default)s)")
     parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help="only this one; may be repeated")
     arguments = parser.parse_args(argv)
-    if arguments.videos < 8:
-        raise ValueError(f"--videos must be at least 8, one of each class, got {arguments.videos}.")
+    require(arguments.videos >= 8, f"--videos must be at least 8, one of each class, got {arguments.videos}.")
 
     generator = Generator.from_checkpoint(arguments.ckpt)
     conditional = generator.config.condition.frames != "none"
@@ -153,21 +151,13 @@ def main(argv: list[str]) -> int:
     rows = {"real clips": measure(clips, clips, labels, Case((), REAL_FRAMES), window)}
     for name in arguments.case or CASES:
         case = CASES[name]
-        if case.given and not conditional:
-            continue
-        videos = sample_case(generator, case, clips, arguments.steps)
-        rows[name] = measure(videos, clips, labels, case, window)
-        held = np.concatenate([clips, clips[:, -1:].repeat(max(0, case.frames - REAL_FRAMES), axis=1)], axis=1)
-        pairs = held[:, : case.frames]  # in longer videos, the real clip repeats its last frame
-        shown = [video for index in range(SHOWN) for video in (pairs[index], videos[index])]
-        captions = [text for index in range(SHOWN) for text in (f"real {CLASSES[labels[index]].name}", "sampled")]
-        slug = name.replace(",", "").replace(" ", "_")
-        write_contact_sheet(arguments.out / f"{slug}.png", np.stack(shown), captions)
+        if conditional or not case.given:
+            videos = sample_case(generator, case, clips, arguments.steps)
+            rows[name] = measure(videos, clips, labels, case, window)
+            write_sheet(arguments.out, name, clips, labels, videos)
     content = {"ckpt": str(arguments.ckpt), "videos": arguments.videos, "steps": arguments.steps}
-    measured = {name: asdict(found) for name, found in rows.items()}
-    (arguments.out / "given.json").write_text(json.dumps(content | {"measured": measured}, indent=2) + "\n")
+    (arguments.out / "given.json").write_text(json.dumps(content | {"measured": rows}, indent=2) + "\n")
     print(format_table(rows))
-    return 0
 
 
 if __name__ == "__main__":

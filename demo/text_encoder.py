@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from common.storage import make_once
 from engine import cli
 
-from .data import make_set
 from .drawn import COLOURS, MOTIONS, SHAPES, DemoClass, captions_of
 
 if TYPE_CHECKING:
@@ -35,16 +35,15 @@ SPECIAL = ("<pad>", "</s>", "<unk>")  # T5's first three
 LETTER = -20.0  # log-probability of a letter: below that of any word
 
 
-def list_captions() -> list[str]:
-    """Lists the captions of every colour, shape and motion, not only of the eight classes of the set."""
-    kinds = (DemoClass(*each) for each in product(COLOURS, SHAPES, MOTIONS))
-    return [caption for kind in kinds for caption in captions_of(kind)]
+def train_tokenizer() -> T5Tokenizer:
+    """Returns a unigram tokenizer as T5's: the captions' words by frequency, and letters for other words.
 
-
-def train_tokenizer(captions: list[str]) -> T5Tokenizer:
-    """Returns a unigram tokenizer as T5's: the words of these captions by frequency, and letters for other words."""
+    The captions are those of every colour, shape and motion, not only of the eight classes of the set.
+    """
     from transformers import T5Tokenizer
 
+    kinds = (DemoClass(*each) for each in product(COLOURS, SHAPES, sorted(MOTIONS)))
+    captions = (caption for kind in kinds for caption in captions_of(kind))
     words = Counter(piece for caption in captions for piece in re.findall(r"\w+|[^\w\s]", caption))
     total = words.total()
     pieces = [(f"▁{word}" if word.isalnum() else word, math.log(count / total)) for word, count in words.most_common()]
@@ -56,7 +55,7 @@ def make(folder: Path, seed: int) -> None:
     """Writes the tokenizer and the encoder."""
     from transformers import T5Config, T5EncoderModel
 
-    tokenizer = train_tokenizer(list_captions())
+    tokenizer = train_tokenizer()
     torch.manual_seed(seed)
     sizes = {"d_model": WIDTH, "d_kv": 16, "d_ff": 4 * WIDTH, "num_layers": 2, "num_heads": 4}
     encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **sizes))
@@ -64,17 +63,16 @@ def make(folder: Path, seed: int) -> None:
     encoder.save_pretrained(folder / "text_encoder")
 
 
-def main(argv: list[str]) -> int:
-    """Makes the encoder of the command line; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """Makes the encoder of the command line, unless it exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/demo_text"), help="folder to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (%(default)s)")
     arguments = parser.parse_args(argv)
 
     parameters = {"format": FORMAT, "seed": arguments.seed, "width": WIDTH}
-    made = make_set(arguments.out, parameters, lambda root: make(root, arguments.seed))
+    made = make_once(arguments.out, parameters, lambda root: make(root, arguments.seed), replace=True)
     print(f"{arguments.out}: tokenizer and text_encoder, {'made' if made else 'already there'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -71,10 +71,10 @@ def new_network() -> Any:
 
 def draw_batches(folders: list[Tensor], step: int, seed: int) -> list[Tensor]:
     """Returns frames (N, 3, H, W) in [-1, 1] of each folder, flipped at random: a function of (seed, step)."""
-    others = (1.0 - FIRST_SHARE) / max(1, len(folders) - 1)
+    more = len(folders) - 1
+    shares = [FIRST_SHARE, *[(1.0 - FIRST_SHARE) / more] * more] if more else [1.0]
     batches = []
-    for place, clips in enumerate(folders):
-        share = (FIRST_SHARE if place == 0 else others) if len(folders) > 1 else 1.0
+    for clips, share in zip(folders, shares, strict=True):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         frames = clips.flatten(0, 1)
         count = max(1, round(share * PIXELS_PER_STEP) // (frames.shape[-1] * frames.shape[-2]))

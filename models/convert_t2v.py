@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from common.storage import write_folder_atomically
 
 from .config_t2v import CLASS_NAME, LATTE_1, LatteT2VConfig
 from .convert import InitReport, load_weights, read_state_dict, require_finite
@@ -142,17 +142,13 @@ def save_t2v(model: LatteT2V, folder: str | Path) -> Path:
     if model.temporal_position_scale != 1:
         config[SCALE] = model.temporal_position_scale
         log.warning("%s: %s is %g, but diffusers ignores it and uses 1", folder, SCALE, model.temporal_position_scale)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        temporary.mkdir()
+
+    def write(new: Path) -> None:
         weights = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-        save_file(weights, temporary / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+        save_file(weights, new / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    return write_folder_atomically(folder, write)
 
 
 def require_new(folder: Path) -> Path:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.checks import require
+from common.storage import write_folder_atomically
 
 from .convert import read_state_dict, require_finite
 from .hub import find_folder
@@ -182,17 +181,13 @@ def save_lora(weights: Mapping[str, Tensor], config: LoraConfig, folder: Path) -
     """Writes a network's adapters in peft's format, atomically; returns the folder, which must be new."""
     names = list(Adapter.from_weights(weights, lambda rank: 1.0, "the network").parts)
     targets = sorted({re.sub(r"^\w*blocks\.\d+\.", "", name) for name in names})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        temporary.mkdir()
+
+    def write(new: Path) -> None:
         files = {f"{PREFIX}{key.replace('.default.', '.')}": value.contiguous() for key, value in weights.items()}
-        save_file(files, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        _peft_config(config, targets).save_pretrained(str(temporary))
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+        save_file(files, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        _peft_config(config, targets).save_pretrained(str(new))
+
+    return write_folder_atomically(folder, write)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

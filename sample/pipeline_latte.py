@@ -14,7 +14,6 @@ Letters: n videos, F frames, H W pixels.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from common.storage import write_folder_atomically
 from engine.build import build_model, count_parameters
 from engine.conditions import class_conditions
 from engine.config import Config, load_config
@@ -138,15 +138,7 @@ class LatteVideoPipeline:
         Raises: FileExistsError: the folder is not empty.
         """
         folder = require_new(Path(folder))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        try:
-            temporary.mkdir()
-            self._write(temporary, name or folder.name)
-            temporary.replace(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return folder
+        return write_folder_atomically(folder, lambda new: self._write(new, name or folder.name))
 
     def push_to_hub(self, name: str, *, private: bool | None = None, message: str = "Upload a Latte") -> str:
         """Writes the pipeline to a hub name, which is created if new; returns the address of the commit.

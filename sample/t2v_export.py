@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.checks import require
+from common.storage import write_folder_atomically
 from engine.checkpoint import find_checkpoint, load_checkpoint_config, read_state, weights_file
 from engine.config import Config
 from engine.weights import temporal_position_scale
@@ -63,14 +64,8 @@ def export_run(source: str | Path, folder: Path, *, weights: str = "ema") -> lis
         f"{source} holds adapters only: merge them into their base weights first (python -m tools.convert weights).",
     )
     require_new(folder)
-    aside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        omitted = _write_parts(checkpoint, config, aside, weights)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside.replace(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    omitted: list[str] = []
+    write_folder_atomically(folder, lambda new: omitted.extend(_write_parts(checkpoint, config, new, weights)))
     return omitted
 
 

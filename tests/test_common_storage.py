@@ -16,8 +16,10 @@ from common.storage import (
     file_sha256,
     find_changes,
     free_bytes,
+    make_once,
     remove_unfinished,
     write_atomically,
+    write_folder_atomically,
     write_json,
 )
 from common.text import gigabytes, printable
@@ -39,6 +41,40 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
             write_atomically(file, fail, place)
     assert json.loads(file.read_text()) == {"a": 1}
     assert sorted(tmp_path.rglob("*")) == [file, temporary.parent]
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fail(new: Path) -> None:
+        (new / "half").write_text("")
+        raise KeyboardInterrupt
+
+    (tmp_path / ".out.new").mkdir()  # of a killed process
+    (tmp_path / ".out.new" / "half").write_text("")
+    with pytest.raises(KeyboardInterrupt):
+        write_folder_atomically(tmp_path / "out", fail)
+    assert list(tmp_path.iterdir()) == []
+    out = write_folder_atomically(tmp_path / "deep" / "out", lambda new: (new / "a").write_text("b"))
+    assert sorted(tmp_path.rglob("*")) == [out.parent, out, out / "a"] and (out / "a").read_text() == "b"
+
+
+def test_a_folder_is_made_once_for_the_same_settings(tmp_path: Path) -> None:
+    folder, made = tmp_path / "out", []
+
+    def make(seed: int, **options: bool) -> bool:
+        return make_once(
+            folder, {"seed": seed}, lambda new: made.append((new / "clip").write_text(str(seed))), **options
+        )
+
+    assert make(0) and not make(0)
+    with pytest.raises(ValueError, match=r"out was made with other settings \(seed: 0 -> 1\)"):
+        make(1)
+    assert make(1, replace=True) and len(made) == 2
+    assert (folder / "clip").read_text() == "1" and list(tmp_path.iterdir()) == [folder]
+    (folder / ".complete.json").unlink()
+    for place in (folder, folder / "clip"):
+        with pytest.raises(ValueError, match="holds files that this tool did not make"):
+            make_once(place, {}, lambda new: None, replace=True)
+    assert (folder / "clip").read_text() == "1"
 
 
 def test_a_lock_names_its_owner_and_is_released(tmp_path: Path) -> None:

@@ -9,16 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo import page
-from demo.__main__ import main
+from demo import __main__ as demo
 from demo.drawn import CLASSES, draw_clip
 from sample.video_io import write_contact_sheet, write_mp4
 
 
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    """Eight real clips of each kind, but those called `trained` bear the next class's label."""
-    for kind in page.TITLES:
+def test_the_report_measures_the_files_and_the_page_shows_them(tmp_path: Path) -> None:
+    """Eight real clips of each kind, but those called `trained` have the next class's label."""
+    for kind in demo.TITLES:
         files = []
         for label, shown in enumerate(CLASSES):
             video = draw_clip(label, np.random.default_rng(label), size=32, frames=16).transpose(0, 2, 3, 1)
@@ -30,28 +28,21 @@ def results(tmp_path: Path) -> Path:
     (tmp_path / "train").mkdir()
     rows = [{"step": step, "loss": 1 / step} for step in (1, 10, 100)]
     (tmp_path / "train" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
 
-
-def test_the_report_counts_what_the_files_show(results: Path) -> None:
-    metrics = page.measure(results)
+    metrics = demo.measure(tmp_path)
     for kind, expected in (("real", 1.0), ("pretrained", 1.0), ("trained", 0.0)):
-        assert metrics[f"appearance_accuracy_{kind}"] == expected
-        assert metrics[f"motion_accuracy_{kind}"] == expected
+        assert metrics[f"appearance_accuracy_{kind}"] == metrics[f"motion_accuracy_{kind}"] == expected
         assert metrics[f"num_videos_{kind}"] == 8
     assert (metrics["training_loss_start"], metrics["training_loss_end"], metrics["training_steps"]) == (1.0, 0.01, 100)
-
-
-def test_the_page_names_files_that_exist(results: Path) -> None:
-    page.plot_losses(results / "train" / "metrics.jsonl", results / "loss.png")
-    page.write_page(results, page.measure(results))
-    text = (results / "index.html").read_text()
+    demo.plot_losses(tmp_path / "train" / "metrics.jsonl", tmp_path / "loss.png")
+    demo.write_page(tmp_path, metrics)
+    text = (tmp_path / "index.html").read_text()
     named = re.findall(r'src="([^"]+)"', text)
     assert len([name for name in named if name.endswith(".mp4")]) == 24
-    assert all((results / name).is_file() for name in named)
+    assert all((tmp_path / name).is_file() for name in named)
     assert "100.0%" in text and "0.0%" in text
 
 
 def test_too_few_videos_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 64"):
-        main(["--videos", "10"])
+    with pytest.raises(ValueError, match="--videos must be at least 64"):
+        demo.main(["--videos", "10"])

@@ -9,8 +9,8 @@ shows. Each clip is a function of (seed, index) alone.
 
 --labels digit makes ten classes (all digits of a clip are of its class), --labels direction three: all digits move
 along `horizontal`, `vertical` or `diagonal` lines, which bouncing never changes. OUT, or OUT/CLASS, then holds mp4
-files (H.264 in yuv444p) or, with --format png, folders of frames: data.name=folder reads them. A set is drawn
-in a temporary folder and moved to OUT when complete; an existing set is kept.
+files (H.264 in yuv444p) or, with --format png, folders of frames: data.name=folder reads them. OUT is written whole
+or not at all; an existing set is kept.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from demo.data import MARKER, make_set
+from common.checks import at_least, check_limits
+from common.storage import make_once
 from engine import cli
 from tools.frames import SUFFIXES, Form, write_frames, write_video
-from tools.output_folder import check_settings
 
-VERSION = 1  # raised when the drawing changes, so that old sets are drawn again
+VERSION = 1  # raised when the drawing changes
 SPEED = (2.0, 5.0)  # pixels per frame, for frames of 64 pixels
 FPS = 8
 DIRECTIONS = {"horizontal": 0.0, "vertical": 0.5, "diagonal": 0.25}  # of the line, in half turns
@@ -57,6 +57,20 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
+def read_mnist(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads the digits (n, h, w), and with --labels digit their labels (n,)."""
+    images = read_idx(arguments.mnist)
+    if images.ndim != 3 or max(images.shape[1:]) >= arguments.size:
+        raise ValueError(f"'{arguments.mnist}' must hold pictures smaller than --size, not {images.shape}")
+    if arguments.labels != "digit":
+        return images, None
+    own = arguments.mnist.name.replace("images", "labels").replace("idx3", "idx1")
+    labels = read_idx(arguments.mnist_labels or arguments.mnist.with_name(own))
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{len(images)} digits and labels of shape {labels.shape} do not belong together")
+    return images, labels
+
+
 def bounce(start: np.ndarray, velocity: np.ndarray, limit: float, frames: int) -> np.ndarray:
     """Returns positions in [0, limit] at times 0 to frames-1 of points at constant speed, reflected at both ends.
 
@@ -66,22 +80,20 @@ def bounce(start: np.ndarray, velocity: np.ndarray, limit: float, frames: int) -
     return limit - np.abs(np.mod(free, 2 * limit) - limit)  # unfold the reflections: a triangle wave
 
 
-def draw_velocities(rng: np.random.Generator, digits: int, size: int, direction: str | None) -> np.ndarray:
-    """Draws (2, digits) pixels per frame in y and x, in any direction, or along lines of the class `direction`."""
-    speed = rng.uniform(*SPEED, digits) * size / 64
-    if direction is None:
-        angle = rng.uniform(0, 2, digits).tolist()  # in half turns, as DIRECTIONS
-    else:
-        angle = [DIRECTIONS[direction] + sense for sense in rng.integers(0, 2, digits)]
-    return speed * np.array([[f(np.pi * each) for each in angle] for f in (np.sin, np.cos)])
-
-
 def draw_clip(sprites: np.ndarray, rng: np.random.Generator, size: int, frames: int, direction: str | None) -> Any:
-    """Draws the digits `sprites` (n, h, w) in motion: (frames, size, size) uint8, at whole pixels."""
-    count, height, width = sprites.shape
+    """Draws the digits `sprites` (n, h, w) in motion: (frames, size, size) uint8, at whole pixels.
+
+    They move in any direction, or along lines of the class `direction`.
+    """
+    count, height, width = map(int, sprites.shape)
     limits = np.array([size - height, size - width])
     starts = rng.uniform(0, 1, (2, count)) * limits[:, None]
-    velocities = draw_velocities(rng, count, size, direction)
+    speed = rng.uniform(*SPEED, count) * size / 64
+    if direction is None:
+        angles = rng.uniform(0, 2, count).tolist()  # in half turns, as DIRECTIONS
+    else:
+        angles = [DIRECTIONS[direction] + sense for sense in rng.integers(0, 2, count)]
+    velocities = speed * np.array([[f(np.pi * angle) for angle in angles] for f in (np.sin, np.cos)])  # in y and x
     ys, xs = (np.rint(bounce(*each, frames)).astype(int) for each in zip(starts, velocities, limits))
     video = np.zeros((frames, size, size), np.uint8)
     for frame, number in np.ndindex(frames, count):
@@ -111,8 +123,8 @@ def draw_set(root: Path, images: np.ndarray, labels: np.ndarray | None, paramete
             write_frames(clip, pixels, form, frames)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
+def main(argv: list[str]) -> None:
+    """Draws the set of the command line, unless it exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="folder of the set")
@@ -123,38 +135,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--size", type=int, default=64, metavar="N", help="height and width in pixels, at least 32 (64)")
     add("--digits", type=int, default=2, metavar="N", help="in a clip (2)")
     add("--seed", type=int, default=0, metavar="N", help="another seed draws other clips (0)")
-    add("--labels", choices=sorted(CLASSES), default="none", help="what the classes are (none)")
+    add("--labels", choices=sorted(CLASSES), default="none", help="the classes (none)")
     add("--format", choices=("video", "png"), default="video", help="mp4 files, or folders of frames (video)")
     arguments = parser.parse_args(argv)
-    for key, least in (("clips", 1), ("frames", 1), ("size", 32), ("digits", 1), ("seed", 0)):
-        if getattr(arguments, key) < least:
-            raise ValueError(f"--{key} is {getattr(arguments, key)}, but must be at least {least}")
-    return arguments
-
-
-def read_mnist(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads the digits (n, h, w), and with --labels digit their labels (n,)."""
-    images = read_idx(arguments.mnist)
-    if images.ndim != 3 or max(images.shape[1:]) >= arguments.size:
-        raise ValueError(f"'{arguments.mnist}' must hold pictures smaller than --size, not {images.shape}")
-    if arguments.labels != "digit":
-        return images, None
-    own = arguments.mnist.name.replace("images", "labels").replace("idx3", "idx1")
-    labels = read_idx(arguments.mnist_labels or arguments.mnist.with_name(own))
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{len(images)} digits and labels of shape {labels.shape} do not belong together")
-    return images, labels
-
-
-def main(argv: list[str]) -> None:
-    """Draws the set of the command line, unless it exists."""
-    arguments = parse(argv)
-    keys = ("clips", "frames", "size", "digits", "seed", "labels", "format")
+    check_limits(arguments, "--", {"clips frames digits": at_least(1), "size": at_least(32), "seed": at_least(0)})
     images, labels = read_mnist(arguments)
+    keys = ("clips", "frames", "size", "digits", "seed", "labels", "format")
     parameters = {key: getattr(arguments, key) for key in keys}
     parameters |= {"moving_mnist": VERSION, "mnist": hashlib.sha256(images.tobytes()).hexdigest()}
-    check_settings(arguments.out, arguments.out / MARKER, parameters)
-    drawn = make_set(arguments.out, parameters, lambda root: draw_set(root, images, labels, parameters))
+    drawn = make_once(arguments.out, parameters, lambda root: draw_set(root, images, labels, parameters))
     classes = len(CLASSES[arguments.labels])
     kind = f" of {classes} classes" if classes > 1 else ""
     print(f"{arguments.out}: {arguments.clips} clips{kind}, {'drawn' if drawn else 'already there'}")

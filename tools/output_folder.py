@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -19,84 +19,143 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.console import progress_bar
-from common.storage import FolderLock, explain_write_errors, find_changes, write_atomically
+from common.storage import FolderLock, explain_write_errors, require_same_settings, write_atomically
 from common.text import printable
+from datasets.catalog import Clip, find_clips
+from datasets.readers import VIDEO_SUFFIXES
 from engine.signals import die_with_parent
 from tools.frames import Form, Record, Task, convert, remove
 
-WORK, JOURNAL = ".work", "journal.jsonl"
+WORK = ".work"
 RESUME_ADVICE = "; fix that, then repeat the command to continue"
 SHOWN = 10  # entries of each list that the summary prints; report.json holds all
 
 
 class OutputFolder:
-    """The locked folder OUT and its journal. Use as a context manager.
+    """The locked folder OUT, its journal and its report. Use as a context manager.
+
+    Args:
+        tool: the name of the program, as it stands in the marker of OUT.
+        settings: everything else that the result depends on, JSON.
 
     Raises: ValueError if OUT overlaps SOURCE, holds files of others, or was made with other settings; OSError if it
     cannot be written, or another process is writing it.
     """
 
-    def __init__(self, out: Path, source: Path, settings: dict[str, Any]) -> None:
-        self.out, self.work = out, out / WORK
-        self.staged, self.journal = self.work / "staged", self.work / JOURNAL
-        self.settings = json.loads(json.dumps(settings))
+    def __init__(self, out: Path, source: Path, form: Form, tool: str, **settings: Any) -> None:
+        if not source.is_dir():
+            raise FileNotFoundError(f"there is no folder '{source}'")
+        one, other = out.resolve(), source.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise ValueError(f"the output folder '{out}' and the source '{source}' must not contain each other")
+        self.out, self.source, self.form, self.work = out, source, form, out / WORK
+        self.staged, self.journal = self.work / "staged", self.work / "journal.jsonl"
+        self.settings = {"tool": tool, "source": str(other), **asdict(form), **settings}
+        self.skipped: list[Record] = []  # clips that are not converted: {"name", "skipped": reason}
+        self.left_out: list[tuple[str, str]] = []  # (name, reason) of files that are not clips
         self._lock = FolderLock(out, "OUT", self.work / "lock")
-        _check_apart(out, source)
 
     def __enter__(self) -> OutputFolder:
+        marker = self.work / "settings.json"
         with explain_write_errors(str(self.out), RESUME_ADVICE):
-            self._check_ours()
-            self.work.mkdir(parents=True, exist_ok=True)
+            if self.out.exists() and any(self.out.iterdir()) and not self.work.is_dir():
+                raise ValueError(f"{self.out} holds files that this tool did not make: name another folder")
+            if marker.is_file():
+                require_same_settings(self.out, json.loads(marker.read_text(encoding="utf-8")), self.settings)
+            self.staged.mkdir(parents=True, exist_ok=True)
         self._lock.take()
-        self.write_json(f"{WORK}/settings.json", self.settings)
-        with explain_write_errors(str(self.out), RESUME_ADVICE):
-            self.staged.mkdir(exist_ok=True)
+        self.write_json(f"{WORK}/{marker.name}", self.settings)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def _check_ours(self) -> None:
-        if not self.out.exists() or not any(self.out.iterdir()):
-            return
-        if not self.work.is_dir():
-            raise ValueError(f"{self.out} holds files that this tool did not make: name another folder")
-        check_settings(self.out, self.work / "settings.json", self.settings)
+    def find_clips(self, kinds: Sequence[str], suffixes: Collection[str] = VIDEO_SUFFIXES) -> list[Clip]:
+        """Returns the clips of SOURCE, sorted; skips those whose name cannot be listed in a text file."""
 
-    def done(self, tasks: Sequence[Task]) -> dict[str, Record]:
-        """Returns the records of finished tasks, by `out`; deletes journal clips that are not in `tasks`."""
+        def leave_out(reason: str, path: Path) -> None:
+            words = f"not a clip: a file *{reason[1:]}" if reason.startswith("*") else reason
+            self.left_out.append((path.relative_to(self.source).as_posix(), words))
+
+        clips = sorted(find_clips(self.source, kinds, leave_out, suffixes), key=lambda clip: clip.name)
+        if not clips:
+            raise ValueError(f"'{self.source}' holds no {' and no '.join(kinds)} ({' '.join(sorted(suffixes))})")
+        for clip in clips:
+            if min(map(ord, clip.name)) < 32:
+                self.skip(clip, "its name holds a line break or another control character")
+        return [clip for clip in clips if min(map(ord, clip.name)) >= 32]
+
+    def skip(self, clip: Clip, reason: str) -> None:
+        """Enters a clip that is not converted into the report."""
+        self.skipped.append({"name": clip.name, "skipped": reason})
+
+    def make(self, tasks: Sequence[Task], workers: int) -> list[Record]:
+        """Makes the missing clips; returns the records of all that were made, in the order of `tasks`.
+
+        Raises: ValueError, with the first reasons, if there is none.
+        """
+        done = self._resume(tasks)
+        missing = [task for task in tasks if task.out not in done]
+        with progress_bar(len(tasks), "clip", initial=len(done)) as bar:
+            for task, record in _convert_all(missing, self.staged, self.form, workers):
+                if "skipped" in record:
+                    self.skipped.append(record)
+                else:
+                    with explain_write_errors(str(self.out), RESUME_ADVICE):
+                        self._keep(task, record)
+                    done[task.out] = record
+                bar.update()
+        self._write_journal(done.values())
+        if not done:
+            reasons = "; ".join(f"{each['name']}: {each['skipped']}" for each in self.skipped[:3])
+            raise ValueError(f"none of the {len(self.skipped)} clips in '{self.source}' can be used ({reasons})")
+        return [done[task.out] for task in tasks if task.out in done]
+
+    def _resume(self, tasks: Sequence[Task]) -> dict[str, Record]:
+        """Returns the records of finished tasks, by `out`; deletes clips of the journal that are not in `tasks`."""
         planned = {task.out: task for task in tasks}
         kept: dict[str, Record] = {}
-        for record in self._read_journal():
-            task, place = planned.get(record["out"]), self.out / record["out"]
-            same = task is not None and [task.name, list(task.identity)] == [record["name"], record["identity"]]
-            if task is not None and same:
-                if not os.path.lexists(place) and os.path.lexists(self.staged / task.staged):
-                    self._place(task)
-                if os.path.lexists(place):
-                    kept[record["out"]] = record
-            else:
-                remove(place)
-                _remove_empty(place.parent, self.out)
+        for line in self.journal.read_text().split("\n") if self.journal.is_file() else []:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line, if the run was killed in it
+                record = json.loads(line)
+                task, place = planned.get(record["out"]), self.out / record["out"]
+                if task and [task.name, list(task.identity)] == [record["name"], record["identity"]]:
+                    if not os.path.lexists(place) and os.path.lexists(self.staged / task.staged):
+                        self._place(task)
+                    if os.path.lexists(place):
+                        kept[task.out] = record
+                else:
+                    remove(place)
+                    with contextlib.suppress(OSError):
+                        os.removedirs(place.parent)  # as far as they are empty: OUT is not
         for task in tasks:
             if task.out not in kept and os.path.lexists(self.out / task.out):
                 raise ValueError(f"{self.out / task.out} was not made by this tool: move it away")
-        self._rewrite(kept.values())
-        for leftover in self.staged.iterdir():
-            remove(leftover)
+        self._write_journal(kept.values())
+        for unfinished in self.staged.iterdir():
+            remove(unfinished)
         return kept
 
-    def _read_journal(self) -> Iterator[Record]:
-        if self.journal.is_file():
-            for line in self.journal.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
-                with contextlib.suppress(json.JSONDecodeError):  # the last line, if the run was killed in it
-                    yield json.loads(line)
+    def _keep(self, task: Task, record: Record) -> None:
+        """Enters a finished clip into the journal, then moves it into place."""
+        with self.journal.open("a") as stream:
+            stream.write(f"{json.dumps(record)}\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._place(task)
 
-    def _rewrite(self, records: Iterable[Record]) -> None:
+    def _place(self, task: Task) -> None:
+        place = self.out / task.out
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (self.staged / task.staged).rename(place)
+
+    def _write_journal(self, records: Iterable[Record]) -> None:
         """Writes the journal in the order of the clips, whatever order they were made in."""
         ordered = sorted(records, key=lambda record: str(record["out"]))
-        self.write_text(f"{WORK}/{JOURNAL}", (f"{json.dumps(each)}\n" for each in ordered))
+        self.write_text(f"{WORK}/{self.journal.name}", (f"{json.dumps(each)}\n" for each in ordered))
 
     def write_text(self, name: str, parts: Iterable[str]) -> None:
         """Writes the text file OUT/name atomically; names that are not UTF-8 keep their bytes."""
@@ -112,35 +171,25 @@ class OutputFolder:
         """Writes OUT/name as indented JSON, atomically."""
         self.write_text(name, [json.dumps(content, indent=1), "\n"])
 
-    def keep(self, task: Task, record: Record) -> None:
-        """Enters a finished clip into the journal, then moves it into place."""
-        with self.journal.open("a") as stream:
-            stream.write(f"{json.dumps(record)}\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        self._place(task)
-
-    def _place(self, task: Task) -> None:
-        place = self.out / task.out
-        if os.path.lexists(place):
-            raise ValueError(f"{place} was not made by this tool: move it away")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        (self.staged / task.staged).rename(place)
-
-    def make(self, tasks: Sequence[Task], form: Form, workers: int) -> list[Record]:
-        """Makes the missing clips; returns the record of every task, in the order of `tasks`."""
-        done = self.done(tasks)
-        records = {task.name: done[task.out] for task in tasks if task.out in done}
-        missing = [task for task in tasks if task.name not in records]
-        with progress_bar(len(tasks), "clip", initial=len(records)) as bar:
-            for task, record in _convert_all(missing, self.staged, form, workers):
-                records[task.name] = record
-                if "skipped" not in record:
-                    with explain_write_errors(str(self.out), RESUME_ADVICE):
-                        self.keep(task, record)
-                bar.update()
-        self._rewrite(each for each in records.values() if "skipped" not in each)
-        return [records[task.name] for task in tasks]
+    def report(self, made: Sequence[Record], **more: Any) -> None:
+        """Writes report.json: settings, counts, every file that is not in the result, and `more`; prints a summary."""
+        lists = {
+            "skipped": ("skipped", [(each["name"], each["skipped"]) for each in self.skipped]),
+            "notes": ("made, with a remark", [(each["name"], each["note"]) for each in made if each["note"]]),
+            "left_out": ("not clips, left out", self.left_out),
+        }
+        found, frames = len(made) + len(self.skipped), sum(each["frames"] for each in made)
+        report = {"settings": self.settings, "clips_found": found, "clips_made": len(made), "frames": frames}
+        print(f"{len(made)} of {found} clips, {frames:,} frames, in {self.out}")
+        for key, (title, pairs) in lists.items():
+            report[key] = [{"file": name, "reason": reason} for name, reason in sorted(pairs)]
+            if pairs:
+                print(f"{title}: {len(pairs)}")
+            for name, reason in sorted(pairs)[:SHOWN]:
+                print(f"  {printable(name)}\n      {printable(reason)}")
+            if len(pairs) > SHOWN:
+                print(f"  and {len(pairs) - SHOWN} more, in {self.out / 'report.json'}")
+        self.write_json("report.json", report | more)
 
 
 def _convert_all(tasks: Sequence[Task], staged: Path, form: Form, workers: int) -> Iterator[tuple[Task, Record]]:
@@ -172,109 +221,4 @@ def _start_worker(parent: int) -> None:
     """Sets up a worker: one thread, Ctrl-C left to the program, death with the program."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch  # slow to import: only workers need it
-
     torch.set_num_threads(1)
-
-
-def check_settings(out: Path, marker: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError, with the differences, if `marker` (JSON) says that `out` was made with other settings."""
-    if not marker.is_file():
-        return
-    there: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
-    changes = find_changes(there, settings)
-    if changes:
-        both = ", ".join(changes)
-        raise ValueError(f"{out} was made with other settings ({both}): repeat them, or name another folder")
-
-
-def _check_apart(out: Path, source: Path) -> None:
-    if not source.is_dir():
-        raise FileNotFoundError(f"there is no folder '{source}'")
-    one, other = out.resolve(), source.resolve()
-    if one == other or one.is_relative_to(other) or other.is_relative_to(one):
-        raise ValueError(f"the output folder '{out}' and the source '{source}' must not contain each other")
-
-
-def _remove_empty(folder: Path, root: Path) -> None:
-    """Deletes `folder` and the folders above it, below `root`, while they are empty."""
-    while folder != root:
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-        folder = folder.parent
-
-
-# ----------------------------------------------------------------------------------------- the report
-
-
-def make_report(
-    settings: dict[str, Any],
-    records: Sequence[Record],
-    more_skipped: Sequence[Record],
-    left_out: Sequence[tuple[str, str]],
-) -> dict[str, Any]:
-    """Returns the content of report.json: settings, counts, and every file that is not in the result, with the reason.
-
-    Args:
-        more_skipped: clips that never became tasks.
-        left_out: (reason, name below SOURCE) of files that are not clips.
-    """
-    made = [each for each in records if "skipped" not in each]
-    skipped = [*(each for each in records if "skipped" in each), *more_skipped]
-    return {
-        "settings": settings,
-        "clips_found": len(records) + len(more_skipped),
-        "clips_made": len(made),
-        "frames": sum(each["frames"] for each in made),
-        "skipped": _listed((each["name"], each["skipped"]) for each in skipped),
-        "notes": _listed((each["name"], each["note"]) for each in made if each["note"]),
-        "left_out": _listed((name, reason) for reason, name in left_out),
-    }
-
-
-def _listed(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"file": name, "reason": reason} for name, reason in sorted(pairs)]
-
-
-def print_report(report: dict[str, Any], out: Path) -> None:
-    """Prints the summary: the clips made, and the first entries of each list of exceptions."""
-    print(f"{report['clips_made']} of {report['clips_found']} clips, {report['frames']:,} frames, in {out}")
-    for key, title in (
-        ("skipped", "skipped"),
-        ("notes", "made, with a remark"),
-        ("left_out", "not clips, left out"),
-    ):
-        entries = report[key]
-        if entries:
-            print(f"{title}: {len(entries)}")
-        for entry in entries[:SHOWN]:
-            print(f"  {printable(entry['file'])}\n      {printable(entry['reason'])}")
-        if len(entries) > SHOWN:
-            print(f"  and {len(entries) - SHOWN} more, in {out / 'report.json'}")
-
-
-def require_some(records: Sequence[Record], source: Path) -> None:
-    """Raises ValueError, with the first reasons, if no clip was made."""
-    if not any("skipped" not in each for each in records):
-        reasons = "; ".join(f"{each['name']}: {each['skipped']}" for each in records[:3])
-        raise ValueError(f"none of the {len(records)} clips in '{source}' can be used ({reasons or 'there are none'})")
-
-
-def collect_settings(tool: str, source: Path, form: Form, **more: Any) -> dict[str, Any]:
-    """Returns the settings that a result depends on, for its marker and its report."""
-    return {"tool": tool, "source": str(source.resolve()), **asdict(form), **more}
-
-
-LeftOut = list[tuple[str, str]]  # (reason, name below SOURCE) of files that are not clips
-
-
-def left_out_recorder(left_out: LeftOut, root: Path) -> Callable[[str, Path], object]:
-    """Returns a callback for `datasets.catalog.find_clips` that adds each file that is not a clip to `left_out`."""
-
-    def enter(reason: str, path: Path) -> None:
-        words = f"not a clip: a file *{reason[1:]}" if reason.startswith("*") else reason
-        left_out.append((words, path.relative_to(root).as_posix()))
-
-    return enter

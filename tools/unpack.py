@@ -1,4 +1,4 @@
-"""Unpack a zip archive of a data set, after its directory was checked; the first thing wrong refuses it as a whole."""
+"""Unpacks a zip archive of a data set after checking its directory; the first thing wrong refuses it as a whole."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+from common.storage import free_bytes, write_folder_atomically
 from datasets.errors import VideoError
 
 MAX_ENTRIES = 10**6  # an archive with this many is refused; each takes half a kilobyte of memory
@@ -19,7 +20,7 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack `archive` into the new folder `folder`, whole or not at all; returns it. One from before is kept.
+    """Unpacks `archive` into the new folder `folder`, whole or not at all; returns it. An unpacked one is kept.
 
     Raises:
         VideoError: the archive is damaged, or an entry is suspicious.
@@ -29,28 +30,25 @@ def unpack(archive: Path, folder: Path) -> Path:
         if folder.stat().st_mtime < archive.stat().st_mtime:
             raise ValueError(f"'{folder}' was unpacked before '{archive}' was last changed: remove it, then repeat")
         return folder
-    aside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)  # of a killed run
     try:
         check_directory(archive)
         with zipfile.ZipFile(archive) as opened:
-            members = checked_members(archive, opened.infolist())
-            aside.mkdir(parents=True)
-            needed, free = sum(each.file_size for each in members), shutil.disk_usage(aside).free
+            members = check_members(archive, opened.infolist())
+            needed, free = sum(each.file_size for each in members), free_bytes(folder.parent)
             if needed > free:
-                raise OSError(f"'{archive}' unpacks to {needed} bytes, and '{aside.parent}' has {free} left")
-            for member in members:
-                _extract(opened, member, aside, archive)
-        aside.replace(folder)
+                raise OSError(f"'{archive}' unpacks to {needed} bytes, and '{folder.parent}' has {free} left")
+
+            def write(new: Path) -> None:
+                for member in members:
+                    extract(opened, member, new, archive)
+
+            return write_folder_atomically(folder, write)
     except (zipfile.BadZipFile, struct.error, NotImplementedError, UnicodeError) as error:
         raise VideoError(archive, "is not a readable zip archive: incomplete or damaged") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
 
 
-def _extract(opened: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, archive: Path) -> None:
-    """Write one member; no more bytes than its entry states, and its checksum must be right."""
+def extract(opened: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, archive: Path) -> None:
+    """Writes one member; no more bytes than its entry states, and its checksum must be right."""
     target = folder / member.filename
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +61,7 @@ def _extract(opened: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, arc
 
 
 def check_directory(path: Path) -> None:
-    """Refuse too many entries by counting them in the raw directory, whatever number the archive states."""
+    """Refuses too many entries by counting them in the raw directory, whatever number the archive states."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - 2**16 - 42))
@@ -83,35 +81,26 @@ def check_directory(path: Path) -> None:
         raise VideoError(path, f"holds {entries} entries; fewer than {MAX_ENTRIES} are unpacked: unpack it yourself")
 
 
-def checked_members(path: Path, entries: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
-    """The entries that are files. Raises VideoError where one of them, or their sum, is suspicious."""
+def check_members(path: Path, entries: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
+    """Returns the entries that are files. Raises VideoError where one of them, or their sum, is suspicious."""
     members: dict[str, zipfile.ZipInfo] = {}
     for entry in entries:
-        problem = _problem(entry)
-        if problem is None and entry.filename in members:
-            problem = "is there twice"
-        if problem:
-            raise VideoError(path, f"is refused: its entry {entry.orig_filename!r} {problem}")
+        name, packed, unpacked = entry.orig_filename, entry.compress_size, entry.file_size
+        above = ".." in PurePosixPath(name.replace("\\", "/")).parts
+        more = f"more than {MAX_RATIO} times as many"
+        for problem, found in {
+            "leads out of the archive": above or name.startswith(("/", "\\")) or "\0" in name or name[1:2] == ":",
+            "is encrypted": entry.flag_bits & 1,
+            "is a symbolic link": entry.external_attr >> 16 & 0o170000 == SYMLINK,
+            f"is packed by method {entry.compress_type}, which is not read": entry.compress_type not in METHODS,
+            f"unpacks from {packed} bytes to {unpacked}, {more}": unpacked > max(SMALL, MAX_RATIO * packed),
+            "is there twice": entry.filename in members,
+        }.items():
+            if found:
+                raise VideoError(path, f"is refused: its entry {name!r} {problem}")
         if not entry.is_dir():
             members[entry.filename] = entry
-    packed, unpacked = path.stat().st_size, sum(entry.file_size for entry in members.values())
-    if unpacked > max(MAX_RATIO * packed, SMALL):
-        raise VideoError(path, f"is refused: its {packed} bytes unpack to {unpacked}, more than {MAX_RATIO} times more")
+    size, total = path.stat().st_size, sum(entry.file_size for entry in members.values())
+    if total > max(MAX_RATIO * size, SMALL):
+        raise VideoError(path, f"is refused: its {size} bytes unpack to {total}, more than {MAX_RATIO} times more")
     return list(members.values())
-
-
-def _problem(entry: zipfile.ZipInfo) -> str | None:
-    """Says why an entry is refused; None if it is not."""
-    name = entry.orig_filename
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    if name.startswith(("/", "\\")) or ".." in parts or "\0" in name or name[1:2] == ":":
-        return "leads out of the archive"
-    if entry.flag_bits & 1:
-        return "is encrypted"
-    if entry.external_attr >> 16 & 0o170000 == SYMLINK:
-        return "is a symbolic link"
-    if entry.compress_type not in METHODS:
-        return f"is packed by method {entry.compress_type}; only stored and deflated ones are unpacked"
-    if entry.file_size > max(SMALL, MAX_RATIO * entry.compress_size):
-        return f"unpacks from {entry.compress_size} bytes to {entry.file_size}, more than {MAX_RATIO} times as many"
-    return None
