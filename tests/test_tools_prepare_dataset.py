@@ -99,7 +99,8 @@ def test_layouts(
     assert {entry["source"]: entry["path"] for entry in index_of(out)} == paths
     assert {entry["file"]: entry["reason"] for entry in report["skipped"]} == skipped
     below = sorted(path.removeprefix("train/") for path in paths.values() if path.startswith("train/"))
-    assert [clip.name for clip in trained(dataset, out).catalog.clips] == below
+    data = trained(dataset, out, f"data.labels={report['labels']['train']}")
+    assert [clip.name for clip in data.catalog.clips] == below
     assert (out / "train_clips.txt").read_text().splitlines() == below
 
 
