@@ -1,60 +1,69 @@
-"""Decoding a batch while the next one is sampled: in a thread and, on CUDA, in a stream of its own."""
+"""Latents to frames: checked, as uint8, and each batch decoded while the next one is sampled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Decode = Callable[[Sequence[int], Tensor], np.ndarray]
-Batch = tuple[list[int], np.ndarray]
+Batch = tuple[list[int], np.ndarray]  # indices of videos, and these as uint8 (B, F, H, W, 3)
 
 
-class Decoder:
-    """Decodes batches in order; with `ahead`, each one while the next is sampled.
+def decode_batches(
+    batches: Iterable[tuple[list[int], Tensor]],
+    decode: Callable[[Sequence[int], Tensor], np.ndarray],
+    device: torch.device,
+    *,
+    ahead: bool,
+) -> Iterator[Batch]:
+    """Yields the indices and frames of `batches` of indices and latents (B, F, C, h, w), in order.
 
     Args:
-        decode: (indices of videos, latents (B, F, C, h, w)) -> uint8 (B, F, H, W, 3).
-        ahead: decode in the background. It changes no bit of the videos. Where the same cores sample and decode
-            (on a CPU), it gains nothing.
+        ahead: decode in a thread, and on CUDA in a stream of its own, while the next batch is sampled. It changes no
+            bit of the videos, and gains nothing where the same cores sample and decode (on a CPU).
     """
+    if not ahead:
+        for indices, latents in batches:
+            yield indices, decode(indices, latents)
+        return
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __init__(self, decode: Decode, device: torch.device, *, ahead: bool) -> None:
-        self.decode = decode
-        self.executor = ThreadPoolExecutor(1, "decode") if ahead else None
-        self.stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
-        self.pending: list[tuple[list[int], Future[np.ndarray]]] = []  # at most one
+    def decode_in_stream(indices: list[int], latents: Tensor, ready: torch.cuda.Event | None) -> Batch:
+        if stream is None or ready is None:
+            return indices, decode(indices, latents)
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            latents.record_stream(stream)
+            return indices, decode(indices, latents)
 
-    def __enter__(self) -> Decoder:
-        return self
+    with ThreadPoolExecutor(1, "decode") as executor:
+        pending: list[Future[Batch]] = []  # at most one
+        for indices, latents in batches:
+            ready = torch.cuda.current_stream(device).record_event() if stream is not None else None
+            before, pending = pending, [executor.submit(decode_in_stream, indices, latents, ready)]
+            yield from (future.result() for future in before)
+        yield from (future.result() for future in pending)
 
-    def __exit__(self, *_: object) -> None:
-        if self.executor:
-            self.executor.shutdown(wait=True, cancel_futures=True)
 
-    def push(self, indices: list[int], latents: Tensor) -> Iterator[Batch]:
-        """Take the next batch; yields those that are to be had now."""
-        if self.executor is None:
-            yield indices, self.decode(indices, latents)
-            return
-        ready = torch.cuda.current_stream(latents.device).record_event() if self.stream is not None else None
-        before = list(self.pending)
-        self.pending = [(indices, self.executor.submit(self._in_stream, indices, latents, ready))]
-        yield from ((each, future.result()) for each, future in before)
+def require_finite_videos(indices: Sequence[int], latents: Tensor, video: Tensor) -> None:
+    """Raises ValueError that names the first of the videos `indices` whose latents or pixels are not finite.
 
-    def rest(self) -> Iterator[Batch]:
-        """The batch that is still being decoded, if there is one."""
-        yield from ((each, future.result()) for each, future in self.pending)
-        self.pending = []
+    Args:
+        latents, video: (B, ...), those of `indices` in order.
+    """
+    finite = latents.isfinite().flatten(1).all(1) & video.isfinite().flatten(1).all(1)
+    bad = [index for index, good in zip(indices, finite.tolist(), strict=True) if not good]
+    if bad:
+        raise ValueError(
+            f"video {bad[0]} holds NaN or infinity and is not written: use a smaller guidance_scale, fp32 as precision "
+            "or another checkpoint."
+        )
 
-    def _in_stream(self, indices: Sequence[int], latents: Tensor, ready: torch.cuda.Event | None) -> np.ndarray:
-        if self.stream is None:
-            return self.decode(indices, latents)
-        with torch.cuda.stream(self.stream):
-            if ready is not None:
-                self.stream.wait_event(ready)
-            latents.record_stream(self.stream)
-            return self.decode(indices, latents)
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """Converts (B, F, 3, H, W) in [-1, 1] to uint8 (B, F, H, W, 3), rounded to the nearest."""
+    levels = (video.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()

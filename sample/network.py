@@ -1,7 +1,4 @@
-"""The network as a sampler calls it: precision and compilation; and the count of its evaluations.
-
-The timesteps of a batch are known before it starts, so `EvaluationCounter` counts the evaluations on the host and
-nothing waits for the device.
+"""The network as a sampler calls it: precision and compilation; and which of its evaluations are guided.
 
 Letters: B videos of a batch, F frames, C latent channels, h w latent pixels.
 """
@@ -9,11 +6,11 @@ Letters: B videos of a batch, F frames, C latent channels, h w latent pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.checks import require
 from diffusion import Denoiser
 from engine.conditions import Condition
 from models.latte import Latte
@@ -23,10 +20,10 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "
 
 
 class Network:
-    """A model ready to be called by samplers, which get its output in fp32.
+    """A model ready to be called by samplers, which get its output in the dtype of their latents.
 
     Args:
-        precision: fp32, or bf16 or fp16: autocast (norms, softmax and sums stay in fp32).
+        precision: fp32 (as the weights are), or bf16 or fp16: autocast (norms, softmax and sums stay in fp32).
         cast_weights: hold the weights themselves in bf16 or fp16, in half the memory, and compute all in it. The model
             is changed in place.
         compiled: torch.compile without graph breaks, on CUDA into CUDA graphs, for small batches that wait for the
@@ -45,16 +42,17 @@ class Network:
         cast_weights: bool = False,
         compiled: bool = False,
     ) -> None:
-        if precision not in DTYPES:
-            raise ValueError(f"sample.precision must be one of {', '.join(DTYPES)}, not {precision!r}.")
+        require(precision in DTYPES, f"sample.precision must be one of {', '.join(DTYPES)}, not {precision!r}.")
         self.dtype = DTYPES[precision]
-        if cast_weights and self.dtype is None:
-            raise ValueError("sample.cast_weights needs sample.precision=bf16 or fp16.")
+        require(not (cast_weights and self.dtype is None), "sample.cast_weights needs sample.precision=bf16 or fp16.")
         self.device = device
         self.cast_weights = cast_weights
         self.model = model.to(device, self.dtype if cast_weights else None).eval()
         self._graphs = compiled and device.type == "cuda"
-        self._call: Callable[..., Tensor] = _compile(self._forward, device) if compiled else self._forward
+        self._call: Callable[..., Tensor] = self._forward
+        if compiled:
+            mode = "reduce-overhead" if self._graphs else None
+            self._call = torch.compile(self._forward, fullgraph=True, dynamic=False, mode=mode)
 
     def __call__(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Returns the model's output (B, F, C or 2C, h, w), which later calls leave alone."""
@@ -66,32 +64,24 @@ class Network:
     def _forward(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         autocast = self.dtype is not None and not self.cast_weights
         with torch.autocast(self.device.type, self.dtype, enabled=autocast):
-            x = x.to(self.dtype) if self.cast_weights else x
-            return condition.call(self.model, x, timesteps).float()
+            inputs = x.to(self.dtype) if self.cast_weights else x
+            return condition.call(self.model, inputs, timesteps).to(x.dtype)
 
 
-def _compile(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    mode = "reduce-overhead" if device.type == "cuda" else None
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
-
-
-class EvaluationCounter:
-    """Counts the evaluations of a batch on the host.
+class GuidedEvaluations:
+    """Counts the evaluations of a batch on the host, so that nothing waits for the device, and says which are guided.
 
     Args:
-        times: the network's timestep at every evaluation, as `diffusion.list_evaluations` gives them.
-        num_steps: of the whole process (`diffusion.num_steps`).
+        guided: for each evaluation in order; None: all are.
     """
 
-    def __init__(self, times: Sequence[float], num_steps: int) -> None:
-        self.times = times
-        self.num_steps = num_steps
+    def __init__(self, guided: Sequence[bool] | None) -> None:
+        self.guided = guided
         self.number = -1  # of the current evaluation; -1 before the first
 
-    @property
-    def fraction(self) -> float:
-        """Noise level of the current evaluation: 0 for data, 1 for noise."""
-        return self.times[self.number] / self.num_steps
+    def is_active(self) -> bool:
+        """Returns whether the current evaluation is guided."""
+        return self.guided is None or self.guided[self.number]
 
     def count(self, denoiser: Denoiser) -> Denoiser:
         """Returns `denoiser` with its calls counted."""

@@ -19,23 +19,23 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from common.checks import require
 from common.storage import write_folder_atomically
 from engine.build import build_model, count_parameters
-from engine.conditions import class_conditions
 from engine.config import Config, load_config
 from models.autoencoder import LatentCodec, local_folder
-from models.convert import load_weights, read_state_dict, require_finite
-from models.convert_t2v import read_json, require_new
-from models.hub import find_folder
-from models.latte import Latte
+from models.convert_t2v import require_new
+from models.hub import find_folder, read_json
 from models.taef2 import DECODER_FILE, ENCODER_FILE
-from sample.generate import Generator, sampler_settings, usable_device
+from sample.generate import Generator, sampler_settings
+from sample.source import Source
 
 CLASS_NAME = "LatteVideoPipeline"
 CONFIG_FILE, WEIGHTS_FILE, CODEC_FOLDER, CARD_FILE = "config.json", "model.safetensors", "codec", "README.md"
@@ -52,21 +52,21 @@ tags:
 
 # {name}
 
-A Latte ([arXiv 2401.03048](https://arxiv.org/abs/2401.03048)): a diffusion transformer that makes videos of {frames}
-frames of {size} x {size} pixels, {kind}.
+A Latte ([arXiv 2401.03048](https://arxiv.org/abs/2401.03048)): a diffusion transformer that makes videos of
+{c.data.num_frames} frames of {c.data.image_size} x {c.data.image_size} pixels, {kind}.
 
 | | |
 |---|---|
-| network | {network}, {millions:.2f} M parameters |
-| diffusion | predicts {prediction}, {steps} steps |
-| latents | {channels} channels, 1/{factor} of the size, decoder in `codec/` |
-| frames | every {interval}. frame of the training clips |
+| network | {c.model.name}, variant {c.model.variant}, {millions:.2f} M parameters |
+| diffusion | predicts {c.diffusion.prediction}, {c.diffusion.num_steps} steps |
+| latents | {c.codec.latent_channels} channels, 1/{c.codec.downsample_factor} of the size, decoder in `codec/` |
+| frames | every {c.data.frame_interval}. frame of the training clips |
 
 ```python
 from sample.pipeline_latte import LatteVideoPipeline
 
 pipeline = LatteVideoPipeline.from_pretrained("PATH_OR_HUB_NAME")
-videos = pipeline(num_videos=4, seed=0)  # uint8 (4, {frames}, {size}, {size}, 3)
+videos = pipeline(num_videos=4, seed=0)  # uint8 (4, F, H, W, 3)
 ```
 {classes}"""
 
@@ -106,17 +106,10 @@ class LatteVideoPipeline:
             ValueError: the folder is not such a pipeline, or is broken.
         """
         folder = find_folder(str(name), revision, "pretrained model", FILES)
-        config, class_names = _read_config(folder)
-        device = usable_device(device)
-        model = cast(Latte, build_model(config, device))
-        weights = read_state_dict(folder / WEIGHTS_FILE)
-        require_finite(weights, folder / WEIGHTS_FILE)
-        load_weights(model, weights, str(folder / WEIGHTS_FILE))
-        codec = LatentCodec.from_config(config.codec, device)
+        config, names = _read_config(folder)
         precision = precision or config.sample.precision
-        model.requires_grad_(False)
-        conditions = class_conditions(config.model, device, class_names)
-        return cls(Generator(model, codec, config, conditions, device=device, precision=precision))
+        source = Source(folder / WEIGHTS_FILE, config, names)
+        return cls(Generator.from_checkpoint(source, device=device, precision=precision))
 
     def __call__(self, labels: Sequence[int | str] | None = None, num_videos: int = 4, **settings: Any) -> np.ndarray:
         """Returns `num_videos` videos as uint8 (n, F, H, W, 3); each is a function of the seed and its number.
@@ -126,7 +119,7 @@ class LatteVideoPipeline:
             settings: seed, steps, method, eta, guidance_scale, batch_size, num_frames, image_size: see
                 `Generator.batches`.
         """
-        defaults = sampler_settings(self.generator.config) | {"labels": None}
+        defaults = sampler_settings(self.generator.config)
         return self.generator.sample(**{**defaults, "labels": labels, **settings}, num=num_videos)
 
     def save_pretrained(self, folder: str | Path, name: str | None = None) -> Path:
@@ -161,47 +154,35 @@ class LatteVideoPipeline:
                 raise OSError(f"{name} could not be written to the hub: {reason}") from error
 
     def _write(self, folder: Path, name: str) -> None:
-        config = self.generator.config
-        weights = {key: value.detach().cpu().contiguous() for key, value in self.generator.model.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        _save_codec(self.generator.codec, folder / CODEC_FOLDER)
+        config, names, codec = self.generator.config, self.generator.conditions.names, self.generator.codec
+        _save_weights(self.generator.model, folder / WEIGHTS_FILE)
+        _save_codec(codec, folder / CODEC_FOLDER)
+        inside = {"path": codec.config.path and CODEC_FOLDER, "subfolder": None, "revision": None}
         described = {
             "_class_name": CLASS_NAME,
             "model": asdict(config.model),
             "diffusion": asdict(config.diffusion),
             "data": {key: getattr(config.data, key) for key in DATA_KEYS},
-            "codec": _codec_section(config),
+            "codec": asdict(config.codec) | inside,
             "sample": {key: getattr(config.sample, key) for key in SAMPLE_KEYS},
-            "class_names": self.generator.conditions.names,
+            "class_names": names,
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        (folder / CARD_FILE).write_text(self._card(name), encoding="utf-8")
-
-    def _card(self, name: str) -> str:
-        """Returns the model card: the network and its use."""
-        config, names = self.generator.config, self.generator.conditions.names
         count = config.model.num_classes
-        listed = "".join(f"\n{number}. {each}" for number, each in enumerate(names or [])).lstrip("\n")
-        return CARD.format(
+        listed = "\n".join(f"{number}. {each}" for number, each in enumerate(names or []))
+        card = CARD.format(
+            c=config,
             name=name,
-            frames=config.data.num_frames,
-            size=config.data.image_size,
             kind=f"of {count} classes" if count else "unconditional",
-            network=f"{config.model.name}, variant {config.model.variant}",
             millions=count_parameters(build_model(config, "meta")) / 1e6,
-            prediction=config.diffusion.prediction,
-            steps=config.diffusion.num_steps,
-            channels=config.codec.latent_channels,
-            factor=config.codec.downsample_factor,
-            interval=config.data.frame_interval,
             classes=f"\n## Classes\n\n{listed}\n" if listed else "",
         )
+        (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def _codec_section(config: Config) -> dict[str, Any]:
-    """Returns the `codec` section with the path inside the folder."""
-    inside = None if config.codec.path is None else CODEC_FOLDER
-    return asdict(config.codec) | {"path": inside, "subfolder": None, "revision": None}
+def _save_weights(network: nn.Module, file: Path) -> None:
+    weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _save_codec(codec: LatentCodec, folder: Path) -> None:
@@ -212,8 +193,7 @@ def _save_codec(codec: LatentCodec, folder: Path) -> None:
     folder.mkdir()
     if hasattr(network, "save_config"):
         network.save_config(folder)
-        weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-        save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        _save_weights(network, folder / "diffusion_pytorch_model.safetensors")
         return
     source = (local_folder(codec.config) or Path()) / (codec.config.subfolder or "")
     for name in (ENCODER_FILE, DECODER_FILE):
@@ -230,8 +210,7 @@ def _read_config(folder: Path) -> tuple[Config, list[str] | None]:
             raise FileNotFoundError(f"{folder} is no pipeline of this project: it has no {name}")
     described = read_json(folder / CONFIG_FILE)
     kind = described.pop("_class_name", None)
-    if kind != CLASS_NAME:
-        raise ValueError(f"{folder / CONFIG_FILE} describes a {kind}, but {CLASS_NAME} is wanted")
+    require(kind == CLASS_NAME, f"{folder / CONFIG_FILE} describes a {kind}, but {CLASS_NAME} is wanted")
     names = described.pop("class_names", None)
     codec = described.get("codec")
     if isinstance(codec, dict) and codec.get("path"):

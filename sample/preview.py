@@ -20,6 +20,7 @@ from models.latte import Latte
 from models.latte_t2v import LatteT2V
 
 from .generate import Generator, sampler_settings
+from .labels import choose_labels, label_name
 from .video_io import contact_sheet, grid, write_contact_sheet, write_mp4
 
 SHOWN_FRAMES = 8  # columns of a sheet
@@ -63,9 +64,9 @@ class Preview:
 
     def captions(self, generator: Generator) -> list[str]:
         """Class or number of each video."""
-        wanted = self.config.sample
-        label_of = generator.labels_for(wanted.labels, wanted.label_rule, wanted.seed)
-        names = [generator.class_name(label_of(index)) for index in range(self.config.monitor.sample_videos)]
+        wanted, known = self.config.sample, generator.conditions
+        label_of = choose_labels(known, wanted.labels, wanted.label_rule, wanted.seed)
+        names = [label_name(known, label_of(index)) for index in range(self.config.monitor.sample_videos)]
         return [name or f"{index:04d}" for index, name in enumerate(names)]
 
     def generators(self, state: TrainState, objective: Objective) -> dict[str, Generator]:

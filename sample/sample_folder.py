@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.storage import FolderLock, find_changes, free_bytes, remove_unfinished, write_json
-from common.text import gigabytes
+from common.checks import require
+from common.storage import FolderLock, find_changes, remove_unfinished, write_json
 from engine.errors import SamplesNotWritten
 from engine.removed import REMOVED
 
@@ -54,15 +53,23 @@ class SampleFolder:
         """Returns the path of a video's mp4 (kind "videos") or array ("lossless")."""
         return self.path / kind / f"{index:06d}{SUFFIXES[kind]}"
 
+    def list_files(self, kind: str) -> dict[int, Path]:
+        """Returns the files of that kind by index."""
+        found = sorted((self.path / kind).glob(f"*{SUFFIXES[kind]}"))
+        return {int(file.stem): file for file in found if NAME.fullmatch(file.name)}
+
     def done(self) -> set[int]:
         """Returns the indices of the complete videos."""
-        return set.intersection(*(self._present(kind) for kind in self.kinds))
+        return set.intersection(*(set(self.list_files(kind)) for kind in self.kinds))
+
+    def count_done(self) -> str:
+        """Returns the number of complete videos in words."""
+        return f"{len(self.done())} of {self.num_videos} videos are there"
 
     def missing_batches(self, size: int) -> list[int]:
         """Returns the first index of every batch (block of `size` indices) in which a video is missing."""
         done, end = self.done(), self.num_videos
-        starts = range(0, end, size)
-        return [start for start in starts if not done.issuperset(range(start, min(start + size, end)))]
+        return [start for start in range(0, end, size) if not done.issuperset(range(start, min(start + size, end)))]
 
     def write(self, index: int, video: np.ndarray, fps: int) -> None:
         """Writes those files of video `index` that are missing; `video` is uint8 (F, H, W, 3).
@@ -85,11 +92,36 @@ class SampleFolder:
 
     # ---- the main process only -----------------------------------------------------------------
 
-    def open(self, settings: dict[str, Any], machines: Iterable[str], shape: tuple) -> list[str]:
-        """Locks the folder for this job, new or interrupted, and clears unfinished files.
+    def check(self, settings: dict[str, Any], unknown: Collection[str] = ()) -> list[str]:
+        """Checks that the folder belongs to this job; changes nothing. Returns the machines of its videos.
 
         Args:
-            settings: flat and JSON-able; existing videos must have been made with the same.
+            settings: existing videos must have been made with the same.
+            unknown: settings that are not known yet, and are not compared.
+
+        Raises:
+            ValueError: it belongs to another job or holds files of others, which the message names.
+        """
+        before, machines = self._read_settings()
+        for kind in self.kinds:
+            self._refuse_strangers(kind)
+        if not any(self.list_files(kind) for kind in SUFFIXES):  # the settings of a mistaken command may still change
+            return []
+        now = json.loads(json.dumps(settings))
+        before = {key: value for key, value in before.items() if value or key not in REMOVED}
+        changes = find_changes(before, now, sorted({*before, *now} - set(unknown)))
+        require(
+            not changes,
+            f"--save_video_path {self.path} holds videos of other settings ({', '.join(changes)}): name another "
+            "folder, or sample with those.",
+        )
+        return machines
+
+    def open(self, settings: dict[str, Any], machines: Iterable[str], shape: tuple) -> list[str]:
+        """Locks the folder for this job, new or interrupted, and clears unfinished and damaged files.
+
+        Args:
+            settings: flat and JSON-able.
             machines: kinds of device and versions that this session samples with.
             shape: (F, H, W, 3) of a video.
 
@@ -97,19 +129,27 @@ class SampleFolder:
             warnings, one sentence each.
 
         Raises:
-            ValueError: the folder belongs to another job or holds files of others, which the message names.
+            ValueError: as for `check`.
             OSError: another process writes here.
         """
         self._lock.take()
         try:
-            notes = self._check_settings(settings, set(machines))
-            for kind in self.kinds:
-                (self.path / kind).mkdir(exist_ok=True)
-                self._refuse_strangers(kind)
-            self._clear_unfinished()
+            known = sorted({*self.check(settings), *machines})
+            self.unfinished.mkdir(exist_ok=True)
+            content = {"settings": settings, "machines": known}
+            write_json(self.path / "settings.json", content, indent=2, temporary=self.unfinished / "settings.json")
+            remove_unfinished(self.unfinished, UNFINISHED_NAME)
             for name in OVERVIEW:
                 (self.path / name).unlink(missing_ok=True)
-            return notes + self._remove_damaged(shape) + self._room(shape)
+            notes = [f"sampled with {'; '.join(known)}: videos may differ by the rounding of these."]
+            notes = notes if len(known) > 1 else []
+            for kind in self.kinds:
+                (self.path / kind).mkdir(exist_ok=True)
+                for file in self.list_files(kind).values():
+                    if not is_complete(file, shape):
+                        file.unlink()
+                        notes.append(f"{file} is damaged and is sampled again.")
+            return notes
         except (OSError, ValueError):
             self._lock.release()
             raise
@@ -121,104 +161,52 @@ class SampleFolder:
 
     def close(self) -> None:
         """Clears unfinished files and releases the lock."""
-        self._clear_unfinished()
+        remove_unfinished(self.unfinished, UNFINISHED_NAME)
         with contextlib.suppress(OSError):  # it holds files of others
             self.unfinished.rmdir()
         self._lock.release()
 
-    def _check_settings(self, settings: dict[str, Any], machines: set[str]) -> list[str]:
-        """Compares the settings with settings.json and writes it; returns warnings."""
+    def _read_settings(self) -> tuple[dict[str, Any], list[str]]:
+        """Returns the settings and machines of settings.json.
+
+        Raises: ValueError if no sampling job wrote it, or it is missing and there are files that the job would write.
+        """
         file = self.path / "settings.json"
-        known: set[str] = set()
         if file.exists():
-            before, sampled_with = self._read_settings(file)
-            if self._has_videos():  # without any, the settings of a mistaken command may still change
-                self._refuse_changes(before, settings)
-                known = sampled_with
-        else:
-            self._refuse_other_work()
-        content = {"settings": settings, "machines": sorted(known | machines)}
-        self.unfinished.mkdir(exist_ok=True)
-        write_json(file, content, indent=2, temporary=self.unfinished / file.name)
-        if len(known | machines) == 1:
-            return []
-        return [f"sampled with {'; '.join(content['machines'])}: videos may differ by the rounding of these."]
-
-    def _read_settings(self, file: Path) -> tuple[dict[str, Any], set[str]]:
-        """Returns the settings and machines in `file`. Raises: ValueError if no sampling job wrote it."""
-        try:
-            content = json.loads(file.read_text())
-            return dict(content["settings"]), {str(each) for each in content["machines"]}
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            raise ValueError(f"{file} was not written by a sampling job; name another --save_video_path.") from None
-
-    def _has_videos(self) -> bool:
-        """Whether any video has been written."""
-        return any(entry.suffix in SUFFIXES.values() for kind in SUFFIXES for entry in (self.path / kind).glob("*"))
-
-    def _refuse_changes(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
-        """Raises ValueError that lists the differing settings, if any."""
-        now = json.loads(json.dumps(settings))
-        before = {key: value for key, value in before.items() if value or key not in REMOVED}
-        changes = find_changes(before, now)
-        if changes:
-            raise ValueError(
-                f"--save_video_path {self.path} holds videos of other settings ({', '.join(changes)}): name another "
-                "folder, or sample with those."
+            try:
+                content = json.loads(file.read_text())
+                return dict(content["settings"]), [str(each) for each in content["machines"]]
+            except (OSError, ValueError, LookupError, TypeError, RecursionError):
+                raise ValueError(f"{file} was not written by a sampling job; name another --save_video_path.") from None
+        for place in (self.path / name for name in (*SUFFIXES, *OVERVIEW)):
+            is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
+            require(
+                is_free and not place.is_symlink(),
+                f"{place} exists and is from no sampling job; name another --save_video_path.",
             )
-
-    def _refuse_other_work(self) -> None:
-        """Raises ValueError if a folder without settings.json already holds files that the job would write."""
-        for name in (*SUFFIXES, *OVERVIEW):
-            place = self.path / name
-            if place.is_symlink() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
-                raise ValueError(f"{place} exists and is from no sampling job; name another --save_video_path.")
+        return {}, []
 
     def _refuse_strangers(self, kind: str) -> None:
         """Raises ValueError for files that would wrongly count as videos of this job."""
         folder = self.path / kind
-        found = [entry for entry in folder.rglob("*") if entry.suffix.lower() == SUFFIXES[kind]]
-        names = sorted(entry.relative_to(folder).as_posix() for entry in found)
-        strange = [name for name in names if not NAME.fullmatch(name)]
-        if strange:
-            raise ValueError(f"{folder} holds {strange[0]}, which is not a video of this job: move it away.")
-        beyond = {index for index in self._present(kind) if index >= self.num_videos}
-        if beyond:
-            raise ValueError(
-                f"--num_videos {self.num_videos}, but {folder} holds video {max(beyond)}: videos are never "
-                "deleted, so ask for more or name another folder."
+        for entry in sorted(folder.rglob("*")):
+            name = entry.relative_to(folder).as_posix()
+            require(
+                entry.suffix.lower() != SUFFIXES[kind] or NAME.fullmatch(name) is not None,
+                f"{folder} holds {name}, which is not a video of this job: move it away.",
             )
-
-    def _clear_unfinished(self) -> None:
-        remove_unfinished(self.unfinished, UNFINISHED_NAME)
-
-    def _remove_damaged(self, shape: tuple) -> list[str]:
-        """Deletes files that were truncated after they were written, so that they are sampled again."""
-        notes = []
-        for kind in self.kinds:
-            for index in sorted(self._present(kind)):
-                file = self.file(kind, index)
-                if not (is_array(file, shape) if kind == "lossless" else file.stat().st_size):
-                    file.unlink()
-                    notes.append(f"{file} is damaged and is sampled again.")
-        return notes
-
-    def _room(self, shape: tuple) -> list[str]:
-        """Returns a warning if the disk is too small for the missing arrays."""
-        missing = self.num_videos - len(self._present("lossless")) if "lossless" in self.kinds else 0
-        needed = missing * math.prod(shape)
-        free = free_bytes(self.path)
-        if free >= needed:
-            return []
-        return [f"the missing arrays take {gigabytes(needed)}, and {self.path} has {gigabytes(free)} free."]
-
-    def _present(self, kind: str) -> set[int]:
-        names = [NAME.fullmatch(entry.name) for entry in (self.path / kind).iterdir()]
-        return {int(name[1]) for name in names if name and f".{name[2]}" == SUFFIXES[kind]}
+        last = max(self.list_files(kind), default=0)
+        require(
+            last < self.num_videos,
+            f"--num_videos {self.num_videos}, but {folder} holds video {last}: videos are never deleted, so ask for "
+            "more or name another folder.",
+        )
 
 
-def is_array(file: Path, shape: tuple) -> bool:
-    """Whether `file` is a complete .npy of uint8 in that shape."""
+def is_complete(file: Path, shape: tuple) -> bool:
+    """Returns whether `file` is a complete .npy of uint8 in that shape; an mp4 needs only not to be empty."""
+    if file.suffix == ".mp4":
+        return file.stat().st_size > 0
     try:
         array = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError):

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from common.checks import require
 from engine.checkpoint import find_checkpoint, read_state, weights_file
 from engine.config import Config, load_config
 from engine.weights import load_checkpoint_weights, load_model_weights
 
+from .labels import UCF101_CLASSES
+
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to sample from: a folder of ours with its config, or an official file without."""
+    """Weights to sample from: the folder of a checkpoint of ours with its config, or a file with or without."""
 
     path: Path
     config: Config | None
-    class_names: list[str] | None
+    names: list[str] | None  # of the classes, where the checkpoint has them
 
     @classmethod
     def open(cls, path: str | Path) -> Source:
@@ -35,15 +39,28 @@ class Source:
         folder = find_checkpoint(path)
         return cls(folder, load_config(folder / "config.yaml", saved=True), read_state(folder).get("class_names"))
 
+    def require_classes(self, config: Config | None) -> Config:
+        """Returns `config`. Raises: ValueError if there is none, or it is that of a text network."""
+        if config is None:
+            raise ValueError(f"{self.path} holds weights only: name the config of its network with --config.")
+        require(
+            not config.model.is_text,
+            f"{self.path} is a text network: sample/sample_t2x.py --ckpt {self.path} --prompt TEXT samples it.",
+        )
+        return config
+
+    def class_names(self, config: Config) -> list[str] | None:
+        """Returns the class names of the network: the checkpoint's, or of a data set whose classes are fixed."""
+        is_ucf101 = config.data.name == "ucf101" and config.model.num_classes == len(UCF101_CLASSES)
+        return self.names or (UCF101_CLASSES if is_ucf101 else None)
+
     def weights(self, kind: str) -> dict[str, Tensor]:
         """Loads the `ema` or the `raw` weights."""
-        if self.config is None:
-            return load_model_weights(self.path, kind)
-        return load_checkpoint_weights(self.path, kind)
+        return (load_model_weights if self.path.is_file() else load_checkpoint_weights)(self.path, kind)
 
     def weights_file(self, kind: str) -> Path:
         """Returns the file of those weights."""
-        return self.path if self.config is None else weights_file(self.path, kind)
+        return self.path if self.path.is_file() else weights_file(self.path, kind)
 
 
 def sampling_config(
@@ -59,13 +76,25 @@ def sampling_config(
         overrides: `section.key=value`, which override everything.
     """
     given = load_config(yaml) if yaml else None
-    base = source.config or given
-    if base is None:
-        raise ValueError(f"{source.path} holds weights only: name the config of its network with --config.")
-    tree = base.to_dict()
+    tree = source.require_classes(source.config or given).to_dict()
     if source.config and given:
         tree["sample"] = given.to_dict()["sample"]
         if given.codec.path:
             tree["codec"] |= {key: getattr(given.codec, key) for key in ("path", "subfolder", "revision")}
     tree["sample"] |= settings
     return load_config(None, overrides, base=tree)
+
+
+def match_tables(config: Config, weights: Mapping[str, Tensor], keys: Collection[str]) -> Config:
+    """Returns `config` with those of `data.num_frames`, `data.image_size` that the position tables of `weights` tell.
+
+    Args:
+        keys: the ones to read; those without a table stay as they are.
+    """
+    space, time = weights.get("pos_embed"), weights.get("temp_embed")
+    found: dict[str, Any] = {}
+    if space is not None and space.ndim == 3:  # (1, N, D)
+        found["image_size"] = math.isqrt(space.shape[1]) * config.pixels_per_token
+    if time is not None and time.ndim == 3:  # (1, F, D)
+        found["num_frames"] = time.shape[1] * config.model.frames_per_token
+    return replace(config, data=replace(config.data, **{key: found[key] for key in keys if key in found}))

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from common.checks import require
 from common.storage import write_folder_atomically
-from engine.checkpoint import find_checkpoint, load_checkpoint_config, read_state, weights_file
-from engine.config import Config
+from engine.checkpoint import find_checkpoint, read_state, weights_file
+from engine.config import Config, load_config
 from engine.weights import temporal_position_scale
-from models.autoencoder import AUTOENCODERS, CodecConfig, local_folder
-from models.config_t2v import LatteT2VConfig
+from models.autoencoder import AUTOENCODERS, local_folder
 from models.convert_t2v import CONFIG_FILE, SCALE, WEIGHTS, require_new
 from models.text_encoder import PARTS
 
@@ -53,8 +52,7 @@ def export_run(source: str | Path, folder: Path, *, weights: str = "ema") -> lis
     Raises: ValueError, OSError if the source is not a text network, or diffusers has no sampler for its diffusion.
     """
     checkpoint = find_checkpoint(Path(source))
-    config = load_checkpoint_config(checkpoint)
-    assert config is not None  # of a folder
+    config = load_config(checkpoint / "config.yaml", saved=True)
     require(
         config.model.is_text,
         f"{source} is no text network (model.name={config.model.name}): sample it with sample/sample.py.",
@@ -65,33 +63,50 @@ def export_run(source: str | Path, folder: Path, *, weights: str = "ema") -> lis
     )
     require_new(folder)
     omitted: list[str] = []
-    write_folder_atomically(folder, lambda new: omitted.extend(_write_parts(checkpoint, config, new, weights)))
+
+    def write(new: Path) -> None:
+        _write_network(checkpoint, config, new / "transformer", weights)
+        if config.model.name == "custom-t2i":
+            omitted.append("scheduler, vae and text: an image network is a start for training (train.init_from)")
+        elif reason := _write_pipeline(config, new):
+            omitted.append(f"vae: {reason}")
+
+    write_folder_atomically(folder, write)
     return omitted
 
 
-def _write_parts(checkpoint: Path, config: Config, out: Path, weights: str) -> list[str]:
-    _write_network(checkpoint, config, out / "transformer", weights)
-    if config.model.name == "custom-t2i":
-        return ["scheduler, vae and text: an image network is a start for training (train.init_from)"]
+def _write_pipeline(config: Config, out: Path) -> str:
+    """Writes everything but the network; returns why the decoder is omitted, or ""."""
     _write_json(out / "scheduler" / "scheduler_config.json", describe_scheduler(config))
     text = config.text.folder()
     for part in PARTS:
         shutil.copytree(text / part, out / part)
-    vae, reason = _codec_folder(config.codec)
-    if vae is None:
-        return [f"vae: {reason}"]
-    facts = {**json.loads((vae / CONFIG_FILE).read_text(encoding="utf-8")), "scaling_factor": config.codec.scale}
-    shutil.copytree(vae, out / "vae", ignore=shutil.ignore_patterns(CONFIG_FILE, ".*"))
-    _write_json(out / "vae" / CONFIG_FILE, facts)
+    folder = local_folder(config.codec) if config.codec.path else None
+    if folder is None:
+        return "codec.path is not a folder on this machine"
+    folder = folder / (config.codec.subfolder or "")
+    file = folder / CONFIG_FILE
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if facts.get("_class_name") not in AUTOENCODERS:
+        return f"{folder} is not one of diffusers' autoencoders"
+    if config.codec.shift:
+        return f"codec.shift is {config.codec.shift}, which LattePipeline does not support"
+    shutil.copytree(folder, out / "vae", ignore=shutil.ignore_patterns(CONFIG_FILE, ".*"))
+    _write_json(out / "vae" / CONFIG_FILE, {**facts, "scaling_factor": config.codec.scale})
     _write_json(out / "model_index.json", {**PIPELINE, "vae": ["diffusers", facts["_class_name"]]})
-    return []
+    return ""
 
 
 def _write_network(checkpoint: Path, config: Config, out: Path, weights: str) -> None:
     file, target = weights_file(checkpoint, weights), out / f"{WEIGHTS}.safetensors"
     require(file.is_file(), f"{checkpoint} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
-    described = describe_network(config, read_state(checkpoint)["step"])
+    described = config.text_network().to_dict()
     out.mkdir(parents=True)
+    if config.model.name == "custom-t2i":
+        del described["video_length"]
+        described |= {"_class_name": IMAGE_CLASS, "use_additional_conditions": False}
+    elif (scale := temporal_position_scale(config, read_state(checkpoint)["step"])) != 1:
+        described[SCALE] = scale
     if config.model.learn_sigma or config.model.name == "custom-t2i":
         shutil.copy(file, target)
     else:
@@ -107,17 +122,6 @@ def add_zero_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tens
         parts = weights[key].unflatten(0, (pixels, -1))  # (p*p, C, ...)
         padded[key] = torch.cat([parts, torch.zeros_like(parts)], dim=1).flatten(0, 1)
     return padded
-
-
-def describe_network(config: Config, step: int) -> dict[str, Any]:
-    """Returns the content of the network's `config.json`."""
-    network: LatteT2VConfig = config.text_network()
-    described = network.to_dict()
-    if config.model.name == "custom-t2i":
-        del described["video_length"]
-        return {**described, "_class_name": IMAGE_CLASS, "use_additional_conditions": False}
-    scale = temporal_position_scale(config, step)
-    return described if scale == 1 else {**described, SCALE: scale}
 
 
 def describe_scheduler(config: Config) -> dict[str, Any]:
@@ -142,21 +146,6 @@ def describe_scheduler(config: Config) -> dict[str, Any]:
         "set_alpha_to_one": True,
         "steps_offset": 0,
     }
-
-
-def _codec_folder(config: CodecConfig) -> tuple[Path | None, str]:
-    """Returns the decoder's folder, or None and the reason why it cannot be part of a pipeline."""
-    folder = local_folder(config) if config.path else None
-    if folder is None:
-        return None, "codec.path is not a folder on this machine"
-    folder = folder / (config.subfolder or "")
-    file = folder / CONFIG_FILE
-    name = json.loads(file.read_text(encoding="utf-8")).get("_class_name") if file.is_file() else None
-    if name not in AUTOENCODERS:
-        return None, f"{folder} is not one of diffusers' autoencoders"
-    if config.shift:
-        return None, f"codec.shift is {config.shift}, which LattePipeline does not support"
-    return folder, ""
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The configuration of sample/sample_t2x.py: the keys of configs/t2x/*.yaml, checked."""
+"""The configuration of sample/sample_t2x.py: the keys of configs/t2x/*.yaml, checked, and their translation."""
 
 from __future__ import annotations
 
@@ -10,26 +10,17 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.checks import (
-    FINITE,
-    NOT_NEGATIVE,
-    Limit,
-    at_least,
-    check_limits,
-    check_read_only_with,
-    one_of,
-    optional,
-    require,
-    within,
-)
+from common.checks import Limit, at_least, check_limits, check_read_only_with, one_of, optional, require, within
+from datasets.config import DataConfig
 from diffusion.scheduled import SCHEDULERS
 from diffusion.windows import WINDOW_METHODS
-from engine.config import read_yaml
+from engine.config import read_yaml, window_overlap
 from engine.config.loading import one_line
-from engine.config.sections import FRAME_LIMITS, SAMPLE_PRECISIONS, SEED, check_frame_keys
+from engine.config.sections import SAMPLE_LIMITS, check_frame_keys
 from models.quantize import QUANTIZERS
-from sample.captions import read_prompts
-from sample.sample import MAX_VIDEOS
+
+from .command import MAX_VIDEOS
+from .given import Windows, read_given
 
 # Keys of the official files that do not exist here -> what to write instead.
 REPLACED = {
@@ -39,25 +30,18 @@ REPLACED = {
     "run_time": "files are numbered by prompt; leave the key out",
     "cfg_scale": "write guidance_scale",
 }
-
-
-IMAGE_SIZE = Limit(
-    "a height and a width divisible by 8",
-    lambda size: len(size) == 2 and all(side >= 8 and side % 8 == 0 for side in size),
-)
+SHARED = ("seed", "eta", "guidance_scale", "lora_scale", "precision", "given_frames", "window")  # limits as of `sample`
 LIMITS = {
     "video_length num_sampling_steps decode_chunk_size fps": at_least(1),
-    "image_size": IMAGE_SIZE,
+    "image_size": Limit(
+        "a height and a width divisible by 8",
+        lambda size: len(size) == 2 and all(side >= 8 and side % 8 == 0 for side in size),
+    ),
     "num_videos_per_prompt": within(1, MAX_VIDEOS),
-    "seed": SEED,
     "sample_method": one_of(SCHEDULERS),
-    "eta": within(0, 1),
-    "guidance_scale": NOT_NEGATIVE,
-    "lora_scale": FINITE,
-    "precision": one_of(SAMPLE_PRECISIONS),
     "quantize_text_encoder quantize_transformer": optional(one_of(QUANTIZERS)),
     "window_method": one_of(WINDOW_METHODS),
-    **FRAME_LIMITS,
+    **{key: SAMPLE_LIMITS[key] for key in SHARED},
 }
 
 
@@ -118,11 +102,12 @@ class T2XConfig:
             not (self.cpu_offload and self.quantize_transformer in ("bnb8", "bnb4")),
             f"quantize_transformer={self.quantize_transformer} stays on the GPU: leave cpu_offload out, or use int8.",
         )
-        size = self.image_size
+        is_given, size = self.first_frame or self.last_frame or self.given, self.image_size
         require(
-            not (self.first_frame or self.last_frame or self.given) or size[0] == size[1],
+            not is_given or size[0] == size[1],
             f"given frames are cut to a square: image_size must be square, got {size}.",
         )
+        require(not is_given or self.video_length > 1, "given frames leave nothing to sample of video_length=1.")
 
     def prompts(self) -> list[str]:
         """Returns all prompts, of the list and of the file.
@@ -132,6 +117,27 @@ class T2XConfig:
         prompts = [*self.text_prompt, *(read_prompts(Path(self.prompt_file)) if self.prompt_file else [])]
         require(bool(prompts), "there is no prompt: give --prompt TEXT, text_prompt or prompt_file.")
         return prompts
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the `Settings` of a Generator, by name; given frames are read."""
+        frames, (height, width) = self.video_length, self.image_size
+        windows = Windows(self.window, window_overlap(self), self.window_method) if self.window else None
+        data = DataConfig(num_frames=frames, image_size=height, frame_interval=1)
+        return {
+            "seed": self.seed,
+            "steps": self.num_sampling_steps,
+            "method": self.sample_method,
+            "eta": self.eta,
+            "guidance_scale": max(1.0, self.guidance_scale),
+            "batch_size": 1,
+            "num_frames": frames,
+            "image_size": (height, width),
+            "given": read_given(self, data, prefix=""),
+            "windows": windows,
+        }
+
+
+KEYS = [item.name for item in fields(T2XConfig)]
 
 
 def load_t2x_config(path: str | Path | None, settings: dict[str, Any], base: dict[str, Any] | None = None) -> T2XConfig:
@@ -143,7 +149,9 @@ def load_t2x_config(path: str | Path | None, settings: dict[str, Any], base: dic
     values = read_yaml(Path(path)) if path else {}
     require(isinstance(values, dict), f"{path} must hold keys and values")
     for key in values:
-        require(key in KEYS, f"{path}: unknown key {key!r}: {_hint(str(key))}")
+        close = get_close_matches(str(key), KEYS, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(KEYS)}"
+        require(key in KEYS, f"{path}: unknown key {key!r}: {REPLACED.get(key, hint)}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(T2XConfig), base or {}, values, settings)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
@@ -151,10 +159,18 @@ def load_t2x_config(path: str | Path | None, settings: dict[str, Any], base: dic
         raise ValueError(f"{getattr(error, 'full_key', None) or path}: {one_line(error)}") from None
 
 
-KEYS = [item.name for item in fields(T2XConfig)]
+def read_prompts(path: Path) -> list[str]:
+    """Reads the prompts of a text file, one per line, without empty lines and lines that start with #.
 
-
-def _hint(key: str) -> str:
-    """Returns what to write in place of an unknown key."""
-    close = get_close_matches(key, KEYS, 1)
-    return REPLACED.get(key) or (f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(KEYS)}")
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no prompt in it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no prompt file {path}")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {path} is not text in UTF-8") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    require(bool(prompts), f"prompt file {path} holds no prompt: write one a line")
+    return prompts

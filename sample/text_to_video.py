@@ -1,48 +1,212 @@
-"""Text to video in three steps: prompts -> features of T5 -> latents -> pixels; each network is held only as needed.
+"""Text models of two kinds, a folder in diffusers' format and a training of ours, and the Generator of their parts.
 
 Equal to diffusers' LattePipeline for one prompt and the same initial latents.
-
-Letters: B batch (2 with guidance), L words of a prompt, F frames, C latent channels, h w latent pixels, H W pixels.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.checks import require
 from datasets.config import DataConfig
-from diffusion import ConditionConfig, Given, ScheduledDiffusion, guide_denoiser, sample_given, start_walk
+from diffusion import ConditionConfig, ScheduledDiffusion
 from diffusion.scheduled import LATTE_NOISE
+from engine.build import build_model
+from engine.checkpoint import read_state
 from engine.conditions import TextFeatures
-from engine.config import window_overlap
-from engine.objective import sample_generator
-from models.autoencoder import DTYPES, LatentCodec
+from engine.config import Config
+from engine.weights import ramp_temporal_positions
+from models import hub
+from models.autoencoder import DTYPES, CodecConfig, LatentCodec
+from models.config import LatteConfig
+from models.config_t2v import LatteT2VConfig
+from models.convert import load_weights, require_finite
 from models.convert_t2v import find_network, load_t2v
 from models.latte_t2v import LatteT2V
 from models.lora import merge_lora
 from models.quantize import quantize
-from models.text_encoder import Prompt
-from sample.generate import require_finite_videos, to_uint8
-from sample.given import Plan, Windows, read_given
-from sample.t2x_config import T2XConfig
-from sample.text_model import TextModel
+from models.text_encoder import MAX_WORDS, Prompt
+
+from .generate import Generator
+from .source import Source
+from .t2v_export import describe_scheduler
+from .t2x_config import T2XConfig
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], object]
+PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae*")
+METHODS = {"auto": "DDPM", "ddpm": "DDPM", "ddim": "DDIM"}  # sample.method -> sample_method
 
 
-# ------------------------------------------------------------------------------------------ latents
+@dataclass(frozen=True)
+class TextModel:
+    """The parts of a text model, whose networks are loaded when they are needed.
+
+    Attributes:
+        text_folder: has `tokenizer` and `text_encoder`.
+        max_length: tokens that a prompt is cut to.
+        scheduler: the noise schedule, as in a `scheduler_config.json`.
+        load_network: dtype -> network, on the CPU.
+        config: of the training; None: not known.
+    """
+
+    text_folder: Path
+    max_length: int
+    scheduler: dict[str, Any]
+    codec: CodecConfig
+    load_network: Callable[[torch.dtype], LatteT2V]
+    config: Config | None = None
+
+    def condition(self, frames: int) -> ConditionConfig:
+        """Returns the given frames that the network supports: any where its training is not known."""
+        if self.config is not None:
+            return self.config.condition
+        return ConditionConfig("random", max_frames=frames - 1) if frames > 1 else ConditionConfig()
 
 
-def build_schedule(config: T2XConfig, model: TextModel, *, learned_variance: bool = True) -> ScheduledDiffusion:
+def open_folder(config: T2XConfig) -> TextModel:
+    """Opens `pretrained_model_path`, a folder or hub name. Raises: OSError, ValueError, naming a bad part."""
+    patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
+    folder = hub.find_folder(config.pretrained_model_path, config.revision, "pretrained_model_path", patterns)
+    vae = "vae_temporal_decoder" if config.enable_vae_temporal_decoder else "vae"
+    network = () if config.transformer else ("transformer",)
+    for part in ("tokenizer", "text_encoder", *network, "scheduler", vae):
+        hub.require_part(folder, part)
+    described = hub.read_json(folder / vae / "config.json")
+    widths = described.get("block_out_channels") or described["encoder_block_out_channels"]  # AutoencoderTiny's
+    codec = CodecConfig(
+        path=str(folder),
+        subfolder=vae,
+        latent_channels=described["latent_channels"],
+        downsample_factor=2 ** (len(widths) - 1),
+        scale=described.get("scaling_factor", 0.18215),
+        dtype=config.precision,
+        chunk_size=config.decode_chunk_size,
+    )
+    scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
+    return TextModel(folder, MAX_WORDS, scheduler, codec, lambda dtype: load_t2v(folder / "transformer", dtype=dtype))
+
+
+def open_run(path: str) -> tuple[TextModel, dict[str, Any]]:
+    """Opens a checkpoint of a text network, or the newest one of a run; returns it and its settings by official key.
+
+    Raises: ValueError, one sentence, where there is none, or it is of another network.
+    """
+    source = Source.open(path)
+    config = source.config
+    if config is None:
+        raise ValueError(f"ckpt={path} holds weights only: name a run or checkpoint folder, or use --transformer.")
+    require(config.model.is_text, f"ckpt={path} is no text network: sample it with sample/sample.py.")
+    require(
+        config.model.name != "custom-t2i",
+        f"ckpt={path} is an image network, a start for training: give it to train.init_from.",
+    )
+    sample, data = config.sample, config.data
+    settings = {
+        "video_length": data.num_frames,
+        "image_size": [data.image_size, data.image_size],
+        "clean_caption": config.text.clean_captions,
+        "sample_method": METHODS[sample.method],
+        "num_sampling_steps": sample.steps,
+        "eta": sample.eta,
+        "guidance_scale": sample.guidance_scale,
+        "precision": sample.precision,
+        "decode_chunk_size": config.codec.chunk_size,
+        "fps": sample.fps,
+    }
+
+    def load_network(dtype: torch.dtype) -> LatteT2V:
+        model = cast(LatteT2V, build_model(config))
+        weights, file = source.weights(sample.weights), source.weights_file(sample.weights)
+        require_finite(weights, file)
+        load_weights(model, weights, str(file))
+        ramp_temporal_positions(config, read_state(source.path)["step"], model)
+        return model.to(dtype).eval()
+
+    text, scheduler = config.text, describe_scheduler(config)
+    return TextModel(text.folder(), text.max_length, scheduler, config.codec, load_network, config), settings
+
+
+def describe_network(network: LatteT2VConfig, model: TextModel, frames: int) -> Config:
+    """Returns the configuration of a network whose training is not known, for clips of `frames`."""
+    heads, layers, patch = network.num_attention_heads, 2 * network.num_layers, network.patch
+    learns_sigma = network.channels[1] == 2 * network.channels[0]
+    return Config(
+        LatteConfig("custom-t2v", network.width, layers, heads, patch, learn_sigma=learns_sigma),
+        condition=model.condition(frames),
+        data=DataConfig("captions", num_frames=frames, image_size=network.sample_size * model.codec.downsample_factor),
+        codec=model.codec,
+    )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts as the conditions of a Generator: the label of a video is the number of its prompt.
+
+    A batch has one video, because prompts have no padding.
+    """
+
+    prompts: Sequence[Prompt]  # on the device, in the network's dtype
+    names: None = None
+    dropout: float = 0.0
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, labels: Tensor) -> TextFeatures:
+        prompt = self.prompts[int(labels)]
+        return TextFeatures(prompt.positive, None, prompt.negative)
+
+
+def build_generator(
+    config: T2XConfig,
+    model: TextModel,
+    prompts: Sequence[Prompt],
+    device: torch.device,
+    say: Callable[[str], object] = lambda text: None,
+) -> Generator:
+    """Loads network and decoder. Raises: ValueError where they do not fit each other or the size."""
+    if config.cpu_offload and device.type == "cpu":
+        log.warning("cpu_offload changes nothing here: the networks would take turns on a GPU")
+    resting = torch.device("cpu") if config.cpu_offload else device
+    say("loading the network")
+    network = load_network(config, model, resting)
+    say("loading the decoder")
+    codec = load_codec(config, model, resting)
+    channels, theirs = network.config.channels[0], model.codec.latent_channels
+    require(theirs == channels, f"the decoder takes {theirs} latent channels, but the network makes {channels}")
+    learns_variance = network.config.channels[1] == 2 * channels
+    grid = model.codec.downsample_factor * network.config.patch
+    require(
+        all(side % grid == 0 for side in config.image_size),
+        f"image_size {config.image_size} must be divisible by {grid} for this model",
+    )
+    if config.compile:
+        say("compiling network and decoder in the first step, which takes minutes")
+
+    def place(features: Tensor | None) -> Any:
+        return None if features is None else features.to(device, network.dtype)
+
+    return Generator(
+        network,
+        codec,
+        model.config or describe_network(network.config, model, config.video_length),
+        Prompts([Prompt(place(each.positive), place(each.negative)) for each in prompts]),
+        schedule=lambda steps: build_schedule(replace(config, num_sampling_steps=steps), model, learns_variance),
+        device=device,
+        offload=config.cpu_offload,
+    )
+
+
+def build_schedule(config: T2XConfig, model: TextModel, learned_variance: bool = True) -> ScheduledDiffusion:
     """Returns the noise schedule of the model, with the betas of the config where it has some.
 
     Args:
@@ -50,166 +214,32 @@ def build_schedule(config: T2XConfig, model: TextModel, *, learned_variance: boo
     """
     betas = {key: getattr(config, key) for key in LATTE_NOISE if getattr(config, key) is not None}
     variance_type = config.variance_type if learned_variance else None
-    return ScheduledDiffusion({**model.scheduler_settings(), **betas}, config.num_sampling_steps, variance_type)
-
-
-def denoise(
-    model: LatteT2V,
-    schedule: ScheduledDiffusion,
-    prompt: Prompt,
-    noise: Tensor,
-    config: T2XConfig,
-    generator: torch.Generator | None = None,
-    progress: Progress | None = None,
-    *,
-    plan: Plan | None = None,
-    known: Given | None = None,
-) -> Tensor:
-    """Turns unit noise (1, F, C, h, w) into latents of the same shape.
-
-    Args:
-        plan: how windows of a longer video are put together.
-        known: frames that the network sees clean, and that are returned unchanged.
-        generator: of the noise that some samplers add at each step.
-        progress: called with the steps done and their number.
-    """
-
-    def network(x: Tensor, timesteps: Tensor, captions: TextFeatures) -> Tensor:
-        inputs = x.transpose(1, 2), timesteps, captions.features, None, config.enable_temporal_attentions
-        return model(*inputs, return_dict=False)[0].transpose(1, 2)  # (B, F, C or 2C, h, w)
-
-    captions = TextFeatures(prompt.positive, None, prompt.negative)
-    scale = config.guidance_scale if prompt.negative is not None and config.guidance_scale > 1 else 1.0
-    denoiser = guide_denoiser(network, captions, scale, channels=None)
-    return sample_given(
-        schedule,
-        denoiser if plan is None else plan.denoiser(denoiser),
-        noise,
-        known,
-        method=config.sample_method,
-        eta=config.eta,
-        generator=generator,
-        callback=None if progress is None else lambda done, total, *_: progress(done, total),
-    )
+    return ScheduledDiffusion({**model.scheduler, **betas}, config.num_sampling_steps, variance_type)
 
 
 def load_network(config: T2XConfig, source: TextModel, device: torch.device) -> LatteT2V:
-    """Returns the network of `source`, or of `transformer`, ready to sample."""
+    """Returns the network of the model, or of `transformer`, ready to sample."""
     dtype = DTYPES[config.precision]
     other = config.transformer and find_network(config.transformer, None, "transformer")
     model = load_t2v(other, dtype=dtype) if other else source.load_network(dtype)
     if config.lora:
         merge_lora(model, config.lora, config.lora_scale)
+    if not config.enable_temporal_attentions:
+        model.temporal_transformer_blocks = nn.ModuleList()  # every frame is an image
     quantize(model.requires_grad_(False), config.quantize_transformer, device)
-    if config.compile:
-        for block in model.blocks:
-            block.compile()
+    for block in model.blocks if config.compile else ():
+        block.compile()
     return model
 
 
-# ------------------------------------------------------------------------------------------- pixels
-
-
-def load_codec(config: T2XConfig, source: TextModel, device: torch.device) -> LatentCodec:
+def load_codec(config: T2XConfig, model: TextModel, device: torch.device) -> LatentCodec:
     """Returns the decoder of single frames, or that of clips."""
-    codec = LatentCodec.from_config(source.codec_config(config), device)
+    codec = LatentCodec.from_config(model.codec, device)
     network: Any = codec.network
     for wanted, method in ((config.vae_slicing, "enable_slicing"), (config.vae_tiling, "enable_tiling")):
-        if wanted and not hasattr(network, method):
-            raise ValueError(f"{type(network).__name__} has no {method}: leave vae_slicing and vae_tiling out")
         if wanted:
+            require(hasattr(network, method), f"{type(network).__name__} has no {method}: leave vae_{method[7:]} out")
             getattr(network, method)()
     if config.compile:
         network.decoder.compile()
     return codec
-
-
-# -------------------------------------------------------------------------------------------- whole
-
-
-class Sampler:
-    """Network, sampler and decoder, for one video after the other.
-
-    A video is a function of (seed, index): its noise comes from a generator of its own on the CPU.
-    """
-
-    def __init__(self, config: T2XConfig, source: TextModel, device: torch.device) -> None:
-        self.config = config
-        self.device = device
-        if config.cpu_offload and device.type == "cpu":
-            log.warning("cpu_offload changes nothing here: the networks would take turns on a GPU")
-        resting = torch.device("cpu") if config.cpu_offload else device
-        self.model = load_network(config, source, resting)
-        channels, out_channels = self.model.config.channels
-        self.schedule = build_schedule(config, source, learned_variance=out_channels == 2 * channels)
-        self.codec = load_codec(config, source, resting)
-        self._check()
-        self.plan = self._plan()
-
-    @property
-    def num_steps(self) -> int:
-        """Evaluations of the network for one video; some samplers make several per step."""
-        return start_walk(self.config.sample_method, self.schedule, self.device).num_steps * self.plan.num_passes
-
-    def sample(self, prompt: Prompt, index: int, progress: Progress | None = None) -> np.ndarray:
-        """Samples the video of that index: uint8 (F, H, W, 3)."""
-        generator = sample_generator(self.config.seed, index, torch.device("cpu"))
-        placed = self.device, self.model.dtype
-        prompt = Prompt(*(each if each is None else each.to(*placed) for each in prompt))  # type: ignore[arg-type]
-        channels, _, *size = self.noise_shape[1:]
-
-        def sample_pass(known: Given | None, frames: int) -> Tensor:
-            noise = torch.randn(1, channels, frames, *size, generator=generator).to(*placed).transpose(1, 2)
-            inputs = self.model, self.schedule, prompt, noise, self.config, generator, progress
-            return denoise(*inputs, plan=self.plan, known=known)
-
-        with self._on_device(self.model):
-            latents = self.plan.sample(sample_pass, [index])
-        with self._on_device(self.codec):
-            video = self.codec.decode(latents)
-            require_finite_videos([index], latents, video)
-            return to_uint8(video)[0]
-
-    @property
-    def noise_shape(self) -> tuple[int, int, int, int, int]:
-        """`(1, C, F, h, w)`."""
-        height, width = (side // self.codec.config.downsample_factor for side in self.config.image_size)
-        return 1, self.model.config.channels[0], self.config.video_length, height, width
-
-    @contextmanager
-    def _on_device(self, network: torch.nn.Module) -> Iterator[None]:
-        """Moves the network to the device; with `cpu_offload` only for the block."""
-        if not self.config.cpu_offload:
-            yield
-            return
-        network.to(self.device)
-        try:
-            yield
-        finally:
-            network.to("cpu")
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _plan(self) -> Plan:
-        """Returns known frames and windows; the network's files do not say which of these it was trained with."""
-        config = self.config
-        windows = Windows(config.window, window_overlap(config), config.window_method) if config.window else None
-        channels, frames, height, width = self.noise_shape[1:]
-        data = DataConfig(num_frames=frames, image_size=config.image_size[0], frame_interval=1)
-        given = read_given(config, data, prefix="")
-        plan = Plan((frames, channels, height, width), torch.empty(0).to(self.device, self.model.dtype), (), windows)
-        if given is not None:
-            with self._on_device(self.codec):
-                latents = self.codec.encode(given.pixels.to(self.device)).to(self.model.dtype)
-            plan = replace(plan, latents=latents, places=given.places)
-        plan.check(ConditionConfig(frames="random", max_frames=frames), span=1)
-        return plan
-
-    def _check(self) -> None:
-        """Raises: ValueError where network and decoder do not fit each other or the size."""
-        channels, ours = self.codec.config.latent_channels, self.model.config.channels[0]
-        if channels != ours:
-            raise ValueError(f"the decoder takes {channels} latent channels, but the network makes {ours}")
-        grid = self.codec.config.downsample_factor * self.model.config.patch
-        if any(side % grid for side in self.config.image_size):
-            raise ValueError(f"image_size {self.config.image_size} must be divisible by {grid} for this model")

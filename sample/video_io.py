@@ -14,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from common.storage import write_atomically
@@ -119,37 +120,18 @@ def contact_sheet(
     captions = [printable(caption) for caption in captions or []]
     shown = np.linspace(0, videos.shape[1] - 1, min(max_frames, videos.shape[1])).round().astype(int)
     tiles = enlarge(videos[:, shown], scale)
-    rows, columns, height, width, _ = tiles.shape
-    gutter = caption_width(captions)
-    sheet = np.full(
-        (MARGIN + rows * (height + MARGIN), gutter + MARGIN + columns * (width + MARGIN), 3),
-        BACKGROUND,
-        np.uint8,
-    )
-    for row, column in np.ndindex(rows, columns):
-        top, left = MARGIN + row * (height + MARGIN), gutter + MARGIN + column * (width + MARGIN)
-        sheet[top : top + height, left : left + width] = tiles[row, column]
-    return draw_captions(sheet, captions, height + MARGIN) if captions else sheet
-
-
-def draw_captions(sheet: np.ndarray, captions: Sequence[str], row_height: int) -> np.ndarray:
-    """Returns the sheet with each caption at the left of its row, vertically centred."""
-    image = Image.fromarray(sheet)
-    draw, font = ImageDraw.Draw(image), caption_font()
+    font = ImageFont.load_default(13)  # Pillow's own, so that no font file is needed
+    gutter = max((math.ceil(font.getlength(caption)) + MARGIN for caption in captions), default=0)
+    rows = np.pad(tiles, ((0, 0), (0, 0), (0, MARGIN), (0, MARGIN), (0, 0)), constant_values=BACKGROUND)
+    pixels = rearrange(rows, "n f h w c -> (n h) (f w) c")
+    pixels = np.pad(pixels, ((MARGIN, 0), (gutter + MARGIN, 0), (0, 0)), constant_values=BACKGROUND)
+    if not captions:
+        return pixels
+    sheet = Image.fromarray(pixels)
     for row, caption in enumerate(captions):
-        middle = MARGIN + row * row_height + (row_height - MARGIN) // 2
-        draw.text((MARGIN, middle), caption, fill=(0, 0, 0), font=font, anchor="lm")
-    return np.asarray(image)
-
-
-def caption_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Returns Pillow's built-in font, so that no font file is needed."""
-    return ImageFont.load_default(13)
-
-
-def caption_width(captions: Sequence[str]) -> int:
-    """Returns the width of the caption column in pixels."""
-    return max((math.ceil(caption_font().getlength(caption)) + MARGIN for caption in captions), default=0)
+        middle = MARGIN + row * rows.shape[2] + tiles.shape[2] // 2
+        ImageDraw.Draw(sheet).text((MARGIN, middle), caption, fill=(0, 0, 0), font=font, anchor="lm")
+    return np.asarray(sheet)
 
 
 def enlarge(videos: np.ndarray, scale: int | None) -> np.ndarray:
@@ -161,15 +143,12 @@ def enlarge(videos: np.ndarray, scale: int | None) -> np.ndarray:
 
 def grid(videos: np.ndarray) -> np.ndarray:
     """Places the videos (n, F, H, W, 3) side by side in a near-square grid, (F, height, width, 3)."""
-    count, frames, height, width, _ = videos.shape
+    count = len(videos)
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    step_y, step_x = height + GIF_GAP, width + GIF_GAP
-    canvas = np.full((frames, rows * step_y - GIF_GAP, columns * step_x - GIF_GAP, 3), BACKGROUND, np.uint8)
-    for index, video in enumerate(videos):
-        top, left = index // columns * step_y, index % columns * step_x
-        canvas[:, top : top + height, left : left + width] = video
-    return canvas
+    around = ((0, rows * columns - count), (0, 0), (0, GIF_GAP), (0, GIF_GAP), (0, 0))
+    tiles = np.pad(videos, around, constant_values=BACKGROUND)
+    return rearrange(tiles, "(r c) f h w k -> f (r h) (c w) k", r=rows)[:, :-GIF_GAP, :-GIF_GAP]
 
 
 def as_frames(videos: np.ndarray, ndim: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from engine.config import Config, load_config
-from sample.class_names import UCF101_CLASSES
+from sample.labels import UCF101_CLASSES
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("ffs", "sky", "taichi", "ucf101")
@@ -86,7 +86,7 @@ def test_shell_script_parses_and_names_what_exists(script: Path) -> None:
     assert checked.returncode == 0, checked.stderr
     assert script.stat().st_mode & 0o111
     for path in re.findall(r"(?:configs/[\w/]+\.yaml|[\w/]+\.py)\b", script.read_text()):
-        # sample.py in a comment is the script beside it
+        # sample.py in a comment is the script in the same folder
         assert (ROOT / path).exists() or (script.parent / path).exists(), path
 
 

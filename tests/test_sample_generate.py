@@ -1,61 +1,72 @@
-"""Sampling from checkpoints: closed forms with a constant network, and a tiny Latte end to end."""
+"""Sampling from checkpoints: closed forms with a constant network, a tiny Latte in all settings, and the command."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import diffusion
+from datasets.readers import open_video
 from engine.build import build_model
 from engine.checkpoint import Checkpoint, save_checkpoint
 from engine.conditions import ClassConditions, class_conditions
 from engine.config import Config, load_config
-from models.autoencoder import LatentCodec
-from sample.generate import Generator, VideoNoise, resolve_labels, to_uint8
+from engine.objective import sample_generator
+from models.autoencoder import CodecConfig, LatentCodec
+from sample.decoding import decode_batches, to_uint8
+from sample.generate import Generator, Settings, VideoNoise
+from sample.labels import choose_labels, draw_number
+from sample.network import GuidedEvaluations
 from sample.sample import main
 from sample.source import Source, sampling_config
 from sample.video_io import contact_sheet
-from tests.conftest import random_weights
+from tests.conftest import TINY, random_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 3
 NETWORK = [
-    "model.name=custom",
-    "model.hidden_size=32",
-    "model.depth=2",
-    "model.num_heads=2",
-    "model.patch_size=2",
+    *(each for each in TINY if "num_classes" not in each),
     f"model.num_classes={CLASSES}",
     "model.learn_sigma=false",
     "diffusion.prediction=x_start",
-    "codec.latent_channels=3",
-    "codec.downsample_factor=1",
-    "codec.scale=1.0",
-    "data.num_frames=4",
-    "data.image_size=8",
     "sample.steps=5",
     "sample.num_videos=3",
 ]
+EPSILON = ["model.learn_sigma=true", "diffusion.prediction=epsilon", "model.depth=4"]
+FLOW = ["diffusion.prediction=flow"]
 CPU = torch.device("cpu")
+Videos = np.ndarray
 
 
 def network_config(*overrides: str) -> Config:
     return load_config(None, [*NETWORK, *overrides])
 
 
-def tiny_generator(*overrides: str, precision: str = "fp32") -> Generator:
+def tiny_generator(*overrides: str, device: str = "cpu", latents: bool = False, **network: Any) -> Generator:
+    """A tiny network with random weights; `sample` returns latents instead of pixels if wanted."""
     config = network_config(*overrides)
     model = build_model(config)
     model.load_state_dict(random_weights(config, 0))
-    conditions = class_conditions(config.model, CPU)
-    return Generator(model, LatentCodec.from_config(config.codec), config, conditions, precision=precision)
+    codec, conditions = (
+        LatentCodec.from_config(config.codec, device),
+        class_conditions(config.model, torch.device(device)),
+    )
+    generator = Generator(model.requires_grad_(False), codec, config, conditions, device=device, **network)
+    if latents:
+        generator.decode = lambda indices, latents: latents.cpu().numpy()  # type: ignore[method-assign]
+    return generator
 
 
 @pytest.fixture(scope="module")
@@ -71,48 +82,43 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+# ------------------------------------------------------------------------------------ closed forms
+
+
 class ConstantNetwork(nn.Module):
-    """Predicts x_start = the level of its label, everywhere; remembers what it was asked."""
+    """Predicts x_start = the level of its label, everywhere; records the size of each batch."""
 
-    in_channels = 3
-
-    def __init__(self, levels: list[float], null_label: int | None) -> None:
+    def __init__(self, levels: list[float]) -> None:
         super().__init__()
         self.register_buffer("levels", torch.tensor(levels))
-        self.null_label = null_label
         self.batches: list[int] = []
 
     def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         self.batches.append(len(x))
-        return self.levels[labels].view(-1, 1, 1, 1, 1).expand_as(x)
+        return self.levels[labels].view(-1, 1, 1, 1, 1).expand_as(x)  # type: ignore[index]
 
 
-def constant_generator(levels: list[float]) -> Generator:
+def sample_constant(levels: list[float], *arguments: Any, **settings: Any) -> tuple[Videos, list[int]]:
     config = network_config()
-    network = ConstantNetwork(levels, null_label=CLASSES)
     conditions = ClassConditions(CLASSES, CLASSES, 0.1, CPU)
-    return Generator(network, LatentCodec.from_config(config.codec), config, conditions)  # type: ignore[arg-type]
-
-
-# ------------------------------------------------------------------------------------ closed forms
+    codec, network = LatentCodec.from_config(config.codec), ConstantNetwork(levels)
+    videos = Generator(network, codec, config, conditions).sample(*arguments, **settings)  # type: ignore[arg-type]
+    return videos, network.batches
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "auto"])
 def test_a_network_that_knows_the_answer_is_sampled_exactly(method: str) -> None:
-    generator = constant_generator([-0.5, 0.0, 0.5, 0.9])
-    videos = generator.sample([2, 0], num=3, steps=5, method=method, batch_size=2)
-    assert videos.dtype == np.uint8 and videos.shape == (3, 4, 8, 8, 3)
+    videos, batches = sample_constant([-0.5, 0.0, 0.5, 0.9], [2, 0], num=3, steps=5, method=method, batch_size=2)
+    assert videos.dtype == np.uint8 and videos.shape == (3, 4, 8, 8, 3) and batches == [2] * 5 + [1] * 5
     for video, level in zip(videos, (0.5, -0.5, 0.5), strict=True):
         assert np.abs(video.astype(int) - round((level + 1) * 127.5)).max() <= 1
-    assert generator.model.batches == [2] * 5 + [1] * 5
 
 
 def test_guidance_extrapolates_from_the_null_label() -> None:
-    generator = constant_generator([-0.4, 0.0, 0.2, 0.1])
-    videos = generator.sample([0, 2], num=2, steps=3, guidance_scale=1.5)
+    videos, batches = sample_constant([-0.4, 0.0, 0.2, 0.1], [0, 2], num=2, steps=3, guidance_scale=1.5)
     for video, level in zip(videos, (0.1 + 1.5 * -0.5, 0.1 + 1.5 * 0.1), strict=True):
         assert np.abs(video.astype(int) - round((level + 1) * 127.5)).max() <= 1
-    assert generator.model.batches == [4] * 3  # conditional and unconditional in one call
+    assert batches == [4] * 3  # conditional and unconditional in one call
 
 
 def test_to_uint8_rounds_to_the_nearest_level() -> None:
@@ -128,70 +134,79 @@ def test_to_uint8_rounds_to_the_nearest_level() -> None:
 # ------------------------------------------------------------------------------------------ seeds
 
 
-def test_noise_of_a_video_is_its_own() -> None:
-    device = torch.device("cpu")
-    together, alone = VideoNoise(5, [0, 1, 7], device), VideoNoise(5, [7], device)
+def test_noise_of_a_video_depends_on_seed_and_index_alone() -> None:
+    together, alone = VideoNoise(5, [0, 1, 7], CPU), VideoNoise(5, [7], CPU)
     for _ in range(3):  # initial noise and that of the steps
         assert torch.equal(together.draw((2, 3, 4, 4))[2], alone.draw((2, 3, 4, 4))[0])
-    draws = [VideoNoise(seed, [index], device).draw((2, 3, 4, 4)) for seed, index in ((5, 0), (5, 1), (0, 5), (1, 5))]
+    draws = [VideoNoise(seed, [index], CPU).draw((2, 3, 4, 4)) for seed, index in ((5, 0), (5, 1), (0, 5), (1, 5))]
     assert len({float(draw.sum()) for draw in draws}) == 4
 
 
-@pytest.mark.parametrize("extra", [[], ["diffusion.prediction=flow"]])
+@pytest.mark.parametrize("extra", [[], FLOW], ids=str)
 def test_a_video_depends_on_seed_and_index_alone(extra: list[str]) -> None:
     generator = tiny_generator(*extra)
-    settings = {"num": 5, "steps": 5, "seed": 3, "guidance_scale": 2.0}
+    settings: dict[str, Any] = {"num": 5, "steps": 5, "seed": 3, "guidance_scale": 2.0}
     videos = generator.sample(batch_size=5, **settings)
     assert 20 < videos.mean() < 235 and videos.std() > 5  # not saturated, not flat
-    for batch_size in (1, 2):
-        other = generator.sample(batch_size=batch_size, **settings)
-        assert np.abs(other.astype(int) - videos).max() <= 1  # rounding of batched products
-    picked = generator.sample(indices=[4, 2], batch_size=2, **settings)
-    assert np.abs(picked.astype(int) - videos[[4, 2]]).max() <= 1
+    changes: dict[str, Any]
+    for changes in ({"batch_size": 1}, {"batch_size": 2}, {"batch_size": 2, "indices": [4, 2]}):
+        other, expected = generator.sample(**settings | changes), videos[changes.get("indices", range(5))]
+        assert np.abs(other.astype(int) - expected).max() <= 1  # rounding of batched products
     np.testing.assert_array_equal(generator.sample(batch_size=5, **settings), videos)
-    assert not np.array_equal(generator.sample(batch_size=5, **{**settings, "seed": 4}), videos)
+    assert not np.array_equal(generator.sample(batch_size=5, **settings | {"seed": 4}), videos)
 
 
-# ------------------------------------------------------------------------------- labels and errors
+# ------------------------------------------------------------------------------------------ labels
 
 
-def test_labels_are_numbers_or_names() -> None:
-    names = ["falls", "rises", "2"]
-    assert resolve_labels([0, "1", " rises", "falls"], 3, names) == [0, 1, 1, 0]
-    assert resolve_labels([], 3, None) == []
+def labels_of(number: int, labels: list[int | str] | None = None, classes: int = 3, **options: Any) -> list[Any]:
+    names = ["falls", "rises", "2"] if classes else None
+    label_of = choose_labels(ClassConditions(classes, None, 0.0, CPU, names), labels, **options)
+    return [label_of(index) for index in range(number)]
+
+
+def test_labels_are_numbers_or_names_in_turn() -> None:
+    assert labels_of(4, [0, "1", " rises", "falls"]) == [0, 1, 1, 0]
+    assert labels_of(5) == [0, 1, 2, 0, 1] and labels_of(3, [2, 0]) == [2, 0, 2]
+    assert labels_of(2, classes=0) == [None, None]
+    counts = Counter(labels_of(2048, classes=101))
+    assert len(counts) == 101 and sorted(set(counts.values())) == [20, 21]
+
+
+def test_random_labels_are_drawn_by_seed_and_index() -> None:
+    draws = [labels_of(4000, classes=10, rule="random", seed=seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert ((np.bincount(draws[0], minlength=10) - 400) ** 2 / 400).sum() < 27.9  # chi-squared, 9 degrees: 1 in 1000
+    assert set(labels_of(50, [7, 3], classes=10, rule="random")) == {7, 3}
+    for index in range(5):  # other numbers than the seeds of the noise
+        assert draw_number(3, index) >> 1 != sample_generator(3, index, CPU).initial_seed()
 
 
 @pytest.mark.parametrize(
-    ("labels", "classes", "sentence"),
+    ("labels", "options", "sentence"),
     [
-        ([3], 3, "label 3 is out of range; the network has 3 classes, 0 to 2"),
-        (["-1"], 3, "label -1 is out of range"),
-        (["jumps"], 3, "'jumps' is not a class of this network; its classes are falls, rises, turns"),
-        ([0], 0, "unconditional"),
+        ([3], {}, "label 3 is out of range; the network has 3 classes, 0 to 2"),
+        (["-1"], {}, "label -1 is out of range"),
+        (["jumps"], {}, "'jumps' is not a class of this network; its classes are falls, rises, 2"),
+        ([0], {"classes": 0}, "unconditional"),
+        (None, {"rule": "fair"}, r"sample\.label_rule must be one of balanced, random, not 'fair'"),
     ],
 )
-def test_wrong_labels(labels: list[int | str], classes: int, sentence: str) -> None:
+def test_wrong_labels(labels: list[int | str] | None, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        resolve_labels(labels, classes, ["falls", "rises", "turns"])
+        labels_of(1, labels, **options)
 
 
-def test_classes_come_in_turn() -> None:
-    generator = constant_generator([0.0] * 4)
-    assert [generator.labels_for()(index) for index in range(5)] == [0, 1, 2, 0, 1]
-    assert [generator.labels_for([2, 0])(index) for index in range(3)] == [2, 0, 2]
+# ------------------------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(
     ("overrides", "settings", "sentence"),
     [
-        (
-            ["model.num_classes=0"],
-            {"guidance_scale": 2.0},
-            "guidance needs a network with labels",
-        ),
+        (["model.num_classes=0"], {"guidance_scale": 2.0}, "guidance needs a network with labels"),
         (["model.label_dropout=0"], {"guidance_scale": 2.0}, "a null label"),
         ([], {"method": "euler"}, r"choose ddpm \| ddim"),
-        (["diffusion.prediction=flow"], {"method": "ddim"}, r"choose euler \| heun"),
+        (FLOW, {"method": "ddim"}, r"choose euler \| heun"),
         ([], {"eta": 0.5}, "eta=0.5 is read only by method ddim"),
         ([], {"steps": 2000}, "2000"),
     ],
@@ -202,8 +217,25 @@ def test_settings_that_do_not_fit_are_refused(overrides: list[str], settings: di
     assert "\n" not in str(caught.value)
 
 
-def test_flow_is_sampled_with_euler_unless_told_otherwise() -> None:
-    generator = tiny_generator("diffusion.prediction=flow")
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["sample.guidance_interval=[0.2,0.8]"], "read only with sample.guidance_scale"),
+        (["sample.guidance_scale=2", "sample.guidance_interval=[0.8,0.2]"], "guidance_interval must be two numbers"),
+        (["sample.guidance_scale=2", "sample.guidance_interval=[0.8]"], "guidance_interval must be two numbers"),
+        (["sample.method=heun"], "does not belong to diffusion.prediction=x_start: use auto, ddpm, ddim, dpm_solver"),
+        ([*FLOW, "sample.method=ddim"], "use auto, euler, heun, dpm_solver"),
+        (["sample.cast_weights=true"], r"cast_weights=true holds .* set that to bf16"),
+        (["model.num_classes=0", "sample.label_rule=random"], "label_rule=random: this network is unconditional"),
+    ],
+)
+def test_keys_that_do_not_fit(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        network_config(*overrides)
+
+
+def test_flow_is_sampled_with_euler_by_default() -> None:
+    generator = tiny_generator(*FLOW)
     auto, euler, heun = (generator.sample(num=1, steps=4, method=each) for each in ("auto", "euler", "heun"))
     np.testing.assert_array_equal(auto, euler)
     assert not np.array_equal(auto, heun)
@@ -211,44 +243,162 @@ def test_flow_is_sampled_with_euler_unless_told_otherwise() -> None:
 
 def test_an_unconditional_network_is_sampled_without_labels() -> None:
     videos = tiny_generator("model.num_classes=0").sample(num=2, steps=3)
-    assert videos.shape == (2, 4, 8, 8, 3)
-    assert not np.array_equal(videos[0], videos[1])
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 6.0), ("fp16", 1.5)])
-def test_half_precision_is_near_full_precision(precision: str, tolerance: float) -> None:
-    full = tiny_generator().sample(num=2, steps=4, method="ddim").astype(int)
-    half = tiny_generator(precision=precision).sample(num=2, steps=4, method="ddim").astype(int)
-    assert 0 < np.abs(half - full).mean() < tolerance  # another arithmetic, the same video
-
-
-def test_other_sizes_than_trained() -> None:
-    videos = tiny_generator().sample(num=1, steps=2, num_frames=6, image_size=12)
-    assert videos.shape == (1, 6, 12, 12, 3)
+    assert videos.shape == (2, 4, 8, 8, 3) and not np.array_equal(videos[0], videos[1])
 
 
 class DoublingCodec(nn.Module):
     """Decodes five latent channels to pixels of twice the size: the first three, enlarged."""
 
+    config = CodecConfig(latent_channels=5, downsample_factor=2)
+
     def decode(self, latents: Tensor) -> Tensor:
         return latents[:, :, :3].repeat_interleave(2, dim=3).repeat_interleave(2, dim=4).clamp(-1, 1)
 
 
-def test_latents_have_the_codecs_channels_and_size() -> None:
+def test_latents_have_the_codecs_channels_and_any_size() -> None:
+    assert tiny_generator().sample(num=1, steps=2, num_frames=6, image_size=12).shape == (1, 6, 12, 12, 3)
     config = network_config("codec.latent_channels=5", "codec.downsample_factor=2", "data.image_size=16")
     conditions = class_conditions(config.model, CPU)
     generator = Generator(build_model(config), DoublingCodec(), config, conditions)  # type: ignore[arg-type]
-    videos = generator.sample(num=1, steps=2)
-    assert videos.shape == (1, 4, 16, 16, 3)
-    assert generator.sample(num=1, steps=2, image_size=24).shape == (1, 4, 24, 24, 3)
+    assert generator.sample(num=1, steps=2).shape == (1, 4, 16, 16, 3)
+    assert generator.sample(num=1, steps=2, image_size=(24, 16)).shape == (1, 4, 24, 16, 3)
     with pytest.raises(ValueError, match=r"image_size=17 must be a multiple of codec\.downsample_factor=2"):
         generator.sample(num=1, steps=2, image_size=17)
 
 
-def test_progress_is_told() -> None:
-    told: list[tuple[int, int]] = []
-    tiny_generator().sample(num=3, steps=2, batch_size=2, callback=lambda done, total: told.append((done, total)))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+def test_progress_counts_the_steps_of_all_batches() -> None:
+    seen: list[tuple[int, int]] = []
+    tiny_generator().sample(num=3, steps=2, batch_size=2, callback=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def bound(plain: np.ndarray) -> dict[str, Any]:
+    return {"rtol": 0, "atol": 1e-5 * max(1.0, float(np.abs(plain).max()))}
+
+
+def test_guidance_one_by_one_and_in_an_interval() -> None:
+    generator, sizes = tiny_generator(*EPSILON, latents=True), []
+    for block in generator.model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    settings: dict[str, Any] = {"num": 2, "steps": 10, "method": "ddim", "guidance_scale": 3.0}
+    joint = generator.sample(**settings)
+    assert sizes == [4] * 40
+    apart = generator.sample(batched_guidance=False, **settings)
+    assert sizes[40:] == [2] * 80
+    np.testing.assert_allclose(apart, joint, **bound(joint))
+
+    del sizes[:]
+    within = generator.sample(guidance_interval=(0.3, 0.7), **settings)
+    times = torch.linspace(999, 0, 10) / 1000  # as respaced
+    assert sizes[::4] == [4 if 0.3 <= time <= 0.7 else 2 for time in times.tolist()]
+    assert not np.allclose(within, joint, atol=1e-3)
+    np.testing.assert_allclose(generator.sample(guidance_interval=(0, 1), **settings), joint, **bound(joint))
+    plain = generator.sample(**settings | {"guidance_scale": 1.0})
+    np.testing.assert_array_equal(generator.sample(guidance_interval=(0.9995, 1.0), **settings), plain)
+
+
+# ------------------------------------------------------------------- precision, compilation, decoding
+
+
+@pytest.mark.parametrize("cast_weights", [False, True])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.1), ("fp16", 0.02)])
+def test_half_precision_is_near_full_precision(precision: str, tolerance: float, cast_weights: bool) -> None:
+    full = tiny_generator(*EPSILON, latents=True)
+    half = tiny_generator(*EPSILON, latents=True, precision=precision, cast_weights=cast_weights)
+    sizes = [sum(each.nbytes for each in generator.model.parameters()) for generator in (full, half)]
+    assert sizes[0] == sizes[1] * (2 if cast_weights else 1)
+    settings: dict[str, Any] = {"num": 2, "steps": 4, "method": "ddim", "guidance_scale": 2.0}
+    plain, found = full.sample(**settings), half.sample(**settings)
+    assert 0 < np.abs(found - plain).mean() < tolerance * np.abs(plain).mean()  # another arithmetic, the same video
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"cast_weights": True}, "cast_weights needs"), ({"precision": "x"}, "x")]
+)
+def test_precisions_that_do_not_exist(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        tiny_generator(**options)
+
+
+def test_the_network_compiles_without_graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced whole; only the compiler's backend is left out."""
+    graphs: list[Any] = []
+    real = torch.compile
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: real(function, backend=backend, **options))
+    settings: dict[str, Any] = {"num": 2, "steps": 4, "method": "ddim", "guidance_scale": 2.0}
+    expected = tiny_generator(latents=True).sample(**settings)
+    found = tiny_generator(latents=True, compiled=True).sample(**settings)
+    np.testing.assert_allclose(found, expected, **bound(expected))
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_compiled_samples_are_the_plain_ones() -> None:
+    plain, compiled = tiny_generator(latents=True), tiny_generator(latents=True, compiled=True)
+    expected = plain.sample(num=2, steps=4, method="ddim")
+    np.testing.assert_allclose(compiled.sample(num=2, steps=4, method="ddim"), expected, **bound(expected))
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a value is read back from the device, for which the host would wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value is read back"
+        assert func is not torch.ops.aten.nonzero.default, "a size depends on values"
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device_during_a_walk() -> None:
+    generator = tiny_generator()
+    wanted = Settings(steps=6, method="ddim", guidance_scale=2.0, guidance_interval=(0.2, 0.9))
+    process = generator.build_process(wanted.steps)
+    guided = GuidedEvaluations(generator.list_guided(process, wanted))
+    denoiser = guided.count(generator.denoiser([0, 1], wanted, guided))
+    with NoReading():
+        diffusion.sample(process, denoiser, torch.zeros(2, 4, 3, 8, 8), method="ddim")
+        with pytest.raises(AssertionError):
+            torch.ones(1).item()
+
+
+def test_decoding_ahead_gives_the_same_in_order() -> None:
+    codec, sampled = tiny_generator().codec, []
+    latents = [torch.full((1, 2, 3, 4, 4), number / 5) for number in range(4)]
+
+    def batches() -> Iterator[tuple[list[int], Tensor]]:
+        for number, each in enumerate(latents):
+            sampled.append(number)
+            yield [number], each
+
+    for ahead in (True, False):
+        del sampled[:]
+        decoded = decode_batches(batches(), lambda _, z: codec.decode(z).numpy(), CPU, ahead=ahead)
+        for number, (indices, videos) in enumerate(decoded):
+            assert indices == [number] and sampled[-1] == min(number + ahead, 3)
+            np.testing.assert_array_equal(videos, codec.decode(latents[number]))
+
+
+def test_an_error_of_the_decoder_arrives() -> None:
+    def refuse(indices: Sequence[int], latents: Tensor) -> np.ndarray:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        list(decode_batches([([0], torch.zeros(1)), ([1], torch.zeros(1))], refuse, CPU, ahead=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_and_decoding_ahead_on_a_stream_of_its_own() -> None:
+    plain, graphs = (tiny_generator(device="cuda", latents=True, compiled=each) for each in (False, True))
+    settings: dict[str, Any] = {"num": 3, "steps": 6, "method": "ddim", "guidance_scale": 2.0, "batch_size": 1}
+    np.testing.assert_allclose(graphs.sample(**settings), plain.sample(**settings), rtol=0, atol=1e-3)
+    generator = tiny_generator(device="cuda")
+    ahead, apart = (generator.sample(overlap_decode=each, **settings) for each in (True, False))
+    np.testing.assert_array_equal(ahead, apart)
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -274,16 +424,31 @@ def test_an_official_file_needs_a_config(tmp_path: Path) -> None:
     generator = Generator.from_checkpoint(file, config=config, device="cpu")
     assert all(torch.equal(value, ema[key]) for key, value in generator.model.state_dict().items())
     with pytest.raises(ValueError, match=r"official\.pt does not fit"):
-        Generator.from_checkpoint(file, config=network_config("model.hidden_size=16"))
+        Generator.from_checkpoint(file, config=network_config("model.hidden_size=32"))
 
 
-def test_what_the_checkpoint_and_what_the_yaml_decide(run_folder: Path, tmp_path: Path) -> None:
+def test_sizes_on_the_command_line_are_those_of_the_videos(tmp_path: Path) -> None:
+    """The network of an official file is built for the size of its position tables, whatever the YAML says."""
+    weights, yaml = random_weights(network_config(), 1), tmp_path / "c.yaml"
+    torch.save({"ema": weights}, tmp_path / "official.pt")
+    yaml.write_text(network_config("data.image_size=16", "data.num_frames=6").to_yaml())
+    command = ["--config", str(yaml), "--ckpt", str(tmp_path / "official.pt"), "--device", "cpu", "--num_videos", "1"]
+    sizes = ["data.image_size=12", "data.num_frames=5"]
+    assert main([*command, "--save_video_path", str(tmp_path / "out"), "--fps", "4", *sizes]) == 0
+    generator = Generator.from_checkpoint(tmp_path / "official.pt", config=network_config(), device="cpu")
+    expected = contact_sheet(generator.sample(num=1, steps=5, image_size=12, num_frames=5), ["class-000"])
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "samples.png")), expected)
+    assert len(open_video(tmp_path / "out" / "0000_class-000.mp4")) == 5
+    with pytest.raises(ValueError, match=r"does not fit .* set data\.num_frames as in training"):
+        main([*command, "--save_video_path", str(tmp_path / "out"), sizes[0]])
+
+
+def test_layers_of_the_configuration(run_folder: Path, tmp_path: Path) -> None:
     yaml = tmp_path / "sample.yaml"
     yaml.write_text("model: {name: Latte-XL/2}\ncodec: {path: elsewhere}\nsample: {seed: 3, steps: 7, fps: 5}\n")
     config = sampling_config(Source.open(run_folder), yaml, {"steps": 9}, ["sample.fps=6"])
     assert config.model == network_config().model  # the checkpoint
-    assert config.codec.path == "elsewhere"
-    assert config.codec.latent_channels == 3
+    assert (config.codec.path, config.codec.latent_channels) == ("elsewhere", 3)
     assert (config.sample.seed, config.sample.steps, config.sample.fps) == (3, 9, 6)  # YAML, flag, override
     assert sampling_config(Source.open(run_folder), None, {}, []) == network_config()
 
@@ -292,16 +457,7 @@ def test_what_the_checkpoint_and_what_the_yaml_decide(run_folder: Path, tmp_path
 
 
 def test_command_writes_the_promised_files_and_the_same_bytes_again(run_folder: Path, tmp_path: Path) -> None:
-    flags = [
-        "--ckpt",
-        str(run_folder),
-        "--labels",
-        "1,turns round",
-        "--guidance_scale",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    flags = ["--ckpt", str(run_folder), "--labels", "1,turns round", "--guidance_scale", "2", "--device", "cpu"]
     folders = [tmp_path / "one", tmp_path / "two", tmp_path / "other"]
     for folder, seed in zip(folders, "001", strict=True):
         assert main([*flags, "--save_video_path", str(folder), "--seed", seed]) == 0
@@ -313,11 +469,7 @@ def test_command_writes_the_promised_files_and_the_same_bytes_again(run_folder: 
         assert (folders[2] / name).read_bytes() != (folders[0] / name).read_bytes(), name
     facts = json.loads((folders[0] / "samples.json").read_text())
     assert facts["checkpoint"].endswith("step-0000002")
-    assert (facts["sample"]["seed"], facts["sample"]["steps"], facts["sample"]["guidance_scale"]) == (
-        0,
-        5,
-        2.0,
-    )
+    assert [facts["sample"][key] for key in ("seed", "steps", "guidance_scale")] == [0, 5, 2.0]
     assert (facts["num_frames"], facts["height"], facts["width"]) == (4, 8, 8)
     assert facts["videos"][1] == {"file": videos[1], "index": 1, "label": 2, "class_name": "turns round"}
 
@@ -333,17 +485,6 @@ def test_command_hands_every_setting_on(run_folder: Path, tmp_path: Path) -> Non
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples.png")), expected)
 
 
-def test_command_takes_other_frame_counts(run_folder: Path, tmp_path: Path) -> None:
-    import av
-
-    flags = ["--ckpt", str(run_folder), "--num_videos", "1", "--save_video_path", str(tmp_path), "--fps", "4"]
-    assert main([*flags, "--device", "cpu", "data.num_frames=6", "data.image_size=16"]) == 0
-    with av.open(str(tmp_path / "0000_falls.mp4")) as container:
-        stream = container.streams.video[0]
-        assert (stream.width, stream.height, stream.average_rate) == (16, 16, 4)
-        assert len(list(container.decode(stream))) == 6
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -353,27 +494,24 @@ def test_command_takes_other_frame_counts(run_folder: Path, tmp_path: Path) -> N
         (["--ckpt", "RUN", "--method", "magic"], "sample.method must be one of"),
         (["--ckpt", "RUN", "--precision", "fp8"], "sample.precision"),
         (["--ckpt", "RUN", "--num_videos", "0"], "sample.num_videos"),
+        (["--ckpt", "RUN", "--lora", "nowhere"], "nowhere"),
+        (["--ckpt", "RUN", "--first_frame", "nowhere.png"], r"sample.first_frame: nowhere\.png: is not a readable"),
+        (["--ckpt", "RUN", "--save_video_path", "/dev/null/x"], "--save_video_path /dev/null/x cannot be written"),
         (["--ckpt", "RUN", "sample.stepz=3"], "stepz"),
         (["--ckpt", "RUN", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_mistakes_on_the_command_line(run_folder: Path, arguments: list[str], sentence: str) -> None:
+def test_mistakes_are_found_before_anything_is_loaded(
+    run_folder: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises((ValueError, OSError), match=sentence) as caught:
         main([str(run_folder) if each == "RUN" else each for each in arguments])
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "loading" not in capsys.readouterr().err
 
 
 def test_script_from_the_shell(run_folder: Path, tmp_path: Path) -> None:
     """The file itself as users call it: its path, its exit code, its one sentence."""
-    command = [sys.executable, "sample/sample.py", "--ckpt", str(run_folder), "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--save_video_path", str(tmp_path), "--labels", "7"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "sample/sample.py", "--ckpt", str(run_folder), "--device", "cpu", "--labels", "7"]
+    done = subprocess.run([*command, "--save_video_path", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: sample.labels: label 7 is out of range")
-    helped = subprocess.run([sys.executable, "-m", "sample.sample", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert helped.returncode == 0
-    assert all(f"--{flag}" in helped.stdout for flag in ("labels", "num_videos", "method", "guidance_scale", "weights"))

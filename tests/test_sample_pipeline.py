@@ -19,7 +19,7 @@ from engine.distributed import World
 from engine.trainer import Trainer
 from sample.pipeline_latte import LatteVideoPipeline
 from tests.hub_stand_in import Hub, local_hub
-from tests.t2v_support import randomize, theirs, tiny_pipeline, tiny_vae
+from tests.t2v_support import randomize, tiny_vae
 from tools import convert
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,42 +115,3 @@ def test_folders_that_are_refused(checkpoint: Path, tmp_path: Path, monkeypatch:
     (folder / "config.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match="does not fit the network: misshapen"):
         LatteVideoPipeline.from_pretrained(folder, device="cpu")
-
-
-EVERYWHERE = """
-import sys
-from pathlib import Path
-import torch
-from models.autoencoder import CodecConfig, LatentCodec
-from models.text_encoder import TextEncoder
-from sample import sample_t2x
-from tools import convert
-out = sys.argv[1]
-codec = LatentCodec.from_config(CodecConfig(path="me/latte", subfolder="vae", revision="v1", downsample_factor=2))
-assert codec.network.config.latent_channels == 4
-size = ["--image_size", "16", "16", "--video_length", "1", "--num_sampling_steps", "2"]
-assert not sample_t2x.main(["--pretrained_model_path", "me/latte", "--prompt", "a red disc", "--save_img_path", out,
-                            "--precision", "fp32", "--device", "cpu", *size])
-assert not convert.main(["t2v", "me/latte", out + "/converted", "--revision", "v1"])
-for number, arguments in enumerate((["me/absent"], ["me/latte", "--revision", "v9"])):
-    try:
-        convert.main(["t2v", arguments[0], out + str(number), *arguments[1:]])
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-"""
-
-
-def test_a_hub_name_works_wherever_a_folder_does(hub: Hub, tmp_path: Path) -> None:
-    """A codec, a whole model to sample from, a network to convert: each says which commit it took."""
-    tiny_pipeline(theirs()).save_pretrained(tmp_path / "latte")
-    first = hub.add_folder("me/latte", tmp_path / "latte", "v1")
-    second = hub.add_folder("me/latte", tmp_path / "latte")
-    assert first != second
-    done = subprocess.run([sys.executable, "-c", EVERYWHERE, str(tmp_path / "out")], cwd=ROOT,
-                          env=environment(hub, tmp_path / "home"), capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"me/latte: revision v1, commit {first}") == 2
-    assert done.stderr.count(f"me/latte: revision main, commit {second}") == 1
-    assert (tmp_path / "out" / "0000_a_red_disc.png").is_file()
-    for name, reason in (("me/absent", "RepositoryNotFoundError"), ("me/latte", "RevisionNotFoundError")):
-        assert f"source={name} is not a local folder and could not be downloaded from the hub ({reason})" in done.stderr

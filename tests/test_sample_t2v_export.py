@@ -19,6 +19,7 @@ from engine.build import build_model, build_process
 from engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, step_folder
 from engine.config import Config, load_config
 from engine.distributed import World
+from engine.objective import sample_generator
 from engine.trainer import Trainer
 from models.convert_t2v import load_t2v
 from models.latte_t2v import LatteT2V
@@ -26,8 +27,7 @@ from models.lora import LoraConfig, add_lora, lora_weights, save_lora
 from sample import sample_t2x
 from sample.t2v_export import describe_scheduler, export_run
 from sample.t2x_config import load_t2x_config
-from sample.text_model import RunModel
-from sample.text_to_video import Sampler, denoise
+from sample.text_to_video import build_generator, open_run
 from tests.conftest import random_weights
 from tests.fault_support import restore, seal
 from tests.hub_stand_in import local_hub
@@ -65,13 +65,13 @@ def test_diffusers_pipeline_makes_the_same_video(base: list[str], tmp_path: Path
     config = load_config(None, [*base, *predictions])
     source, folder = checkpoint(config, tmp_path / "run"), tmp_path / "latte"
     assert export_run(source, folder) == []
-    run = RunModel.open(str(source))
-    settings = load_t2x_config(None, {"text_prompt": ["a stone falls"]}, run.settings())
-    sampler = Sampler(settings, run, CPU)
-    encoded = sample_t2x.encode_all(settings, run, settings.prompts(), CPU)[0]
-    noise = torch.randn(sampler.noise_shape, generator=torch.Generator().manual_seed(0))
-    latents = denoise(sampler.model, sampler.schedule, encoded, noise.transpose(1, 2), settings)
-    ours = sampler.codec.decode(latents)
+    model, defaults = open_run(str(source))
+    settings = load_t2x_config(None, {"text_prompt": ["a stone falls"]}, defaults)
+    encoded = sample_t2x.encode_all(settings, model, settings.prompts(), CPU)
+    generator = build_generator(settings, model, encoded, CPU)
+    generator.decode = lambda _, latents: generator.codec.decode(latents).numpy()  # type: ignore[assignment]
+    ours = torch.from_numpy(generator.sample([0], 1, **settings.settings()))
+    noise = torch.randn(1, config.codec.latent_channels, 4, 4, 4, generator=sample_generator(0, 0, CPU))
     pipeline = LattePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -130,7 +130,7 @@ def test_a_network_without_a_variance_gets_one_of_zeros(base: list[str], tmp_pat
     config = load_config(None, [*base, "model.learn_sigma=false"])
     source = checkpoint(config, tmp_path / "run")
     export_run(source, tmp_path / "latte")
-    padded, plain = load_t2v(tmp_path / "latte"), RunModel.open(str(source)).load_network(torch.float32)
+    padded, plain = load_t2v(tmp_path / "latte"), open_run(str(source))[0].load_network(torch.float32)
     x, words, t = torch.randn(2, 5, 4, 4, 4), torch.randn(2, 6, 12), torch.tensor([3, 900])
     with torch.no_grad():
         mean, variance = padded(x, t, words, return_dict=False)[0].chunk(2, dim=1)
@@ -263,58 +263,65 @@ import sys
 from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
-from models.latte_t2v import LatteT2V
+from models.autoencoder import CodecConfig, LatentCodec
 from sample import sample_t2x
 from tools import convert
 out, *keys = sys.argv[1:]
-run = Trainer(load_config(None, [*keys, "text.path=me/mine", "text.revision=v1", "train.init_from=me/mine@v1",
-                                 f"train.output_dir={out}/run", "train.max_steps=1"]), World())
-run.fit()
-tuned = Trainer(load_config(None, [*keys, "text.path=me/mine", "train.init_from=me/mine", "lora.rank=2",
-                                   f"train.output_dir={out}/tuned", "train.max_steps=1"]), World())
-tuned.fit()
+for name, changes in (("run", ["text.revision=v1", "train.init_from=me/mine@v1"]),
+                      ("tuned", ["train.init_from=me/mine", "lora.rank=2"])):
+    keys_of_run = [*keys, *changes, "text.path=me/mine", f"train.output_dir={out}/{name}", "train.max_steps=1"]
+    Trainer(load_config(None, keys_of_run), World()).fit()
+codec = LatentCodec.from_config(CodecConfig(path="me/mine", subfolder="vae", revision="v1", latent_channels=5,
+                                          downsample_factor=2))
+assert codec.network.config.latent_channels == 5
 size = ["--image_size", "16", "16", "--video_length", "1", "--num_sampling_steps", "2", "--precision", "fp32"]
 assert not sample_t2x.main(["--pretrained_model_path", "me/mine", "--transformer", "me/mine@v1", "--lora", "me/lora@v2",
                             "--prompt", "a stone", "--save_img_path", f"{out}/seen", "--device", "cpu", *size])
-assert not convert.main(["t2v", "me/mine", f"{out}/merged", "--lora", "me/lora"])
+assert not convert.main(["t2v", "me/mine", f"{out}/merged", "--lora", "me/lora", "--revision", "v1"])
+for arguments in (["me/absent"], ["me/mine", "--revision", "v9"]):
+    try:
+        convert.main(["t2v", arguments[0], out + "/none", *arguments[1:]])
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
 """
 
 
-def test_hub_names_in_training_and_of_adapters(base: list[str], tmp_path: Path) -> None:
-    """Encoder, start and adapters by name and revision, in a process that knows a hub of ours; each says its commit."""
+def test_a_hub_name_works_wherever_a_folder_does(base: list[str], tmp_path: Path) -> None:
+    """Encoder, codec, start, adapters and whole models by name and revision, in a process with a hub on the loopback.
+
+    Each prints its commit.
+    """
     config = load_config(None, base)
     export_run(checkpoint(config, tmp_path / "run"), tmp_path / "latte")
     network = build_model(config)
     add_lora(network, LoraConfig(rank=2))
     save_lora(lora_weights(network.state_dict()), LoraConfig(rank=2), tmp_path / "lora")
     keys = [each for each in base if not each.startswith("text.path")]
+    commits: dict[tuple[str, str], str] = {}
     with local_hub() as hub:
-        commits = {name: hub.add_folder(*name.split("@")[:1], tmp_path / folder, name.split("@")[1])
-                   for name, folder in (("me/mine@v1", "latte"), ("me/mine@main", "latte"),
-                                        ("me/lora@v2", "lora"), ("me/lora@main", "lora"))}  # fmt: skip
+        for name, folder, revision in (("mine", "latte", "v1"), ("mine", "latte", "main"),
+                                       ("lora", "lora", "v2"), ("lora", "lora", "main")):  # fmt: skip
+            commits[name, revision] = hub.add_folder(f"me/{name}", tmp_path / folder, revision)
         env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-        done = subprocess.run([sys.executable, "-c", HUB, str(tmp_path / "out"), *keys], cwd=ROOT, env=env,
-                              capture_output=True, text=True)  # fmt: skip
+        command = [sys.executable, "-c", HUB, str(tmp_path / "out"), *keys]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(set(commits.values())) == 4
-    for name, commit in commits.items():
-        repository, revision = name.split("@")
-        assert f"{repository}: revision {revision}, commit {commit}" in done.stderr
+    for (name, revision), commit in commits.items():
+        assert f"me/{name}: revision {revision}, commit {commit}" in done.stderr
     assert list((tmp_path / "out" / "seen").glob("0000_*.png"))
     assert (tmp_path / "out" / "merged" / "config.json").is_file()
+    for name, reason in (("me/absent", "RepositoryNotFoundError"), ("me/mine", "RevisionNotFoundError")):
+        assert f"source={name} is not a local folder and could not be downloaded from the hub ({reason})" in done.stderr
 
 
-def test_what_cannot_be_exported(base: list[str], checkpoint_of_classes: Path, tmp_path: Path) -> None:
+def test_other_networks_are_refused(base: list[str], tiny: list[str], tmp_path: Path) -> None:
+    classes = checkpoint(load_config(None, tiny), tmp_path / "classes")
     flow = load_config(None, [*base, "diffusion.prediction=flow", "model.learn_sigma=false", "sample.method=euler"])
     with pytest.raises(ValueError, match="flow has no sampler in LattePipeline"):
         export_run(checkpoint(flow, tmp_path / "flow"), tmp_path / "out")
     with pytest.raises(ValueError, match="is no text network"):
-        export_run(checkpoint_of_classes, tmp_path / "out")
+        export_run(classes, tmp_path / "out")
     with pytest.raises(ValueError, match="is no text network"):
-        RunModel.open(str(checkpoint_of_classes))
+        open_run(str(classes))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def checkpoint_of_classes(tiny: list[str], tmp_path: Path) -> Path:
-    return checkpoint(load_config(None, tiny), tmp_path / "classes")

@@ -1,4 +1,4 @@
-"""What the tests of text-to-video training share: a small set with captions, a text encoder, a tiny run on them."""
+"""Shared by tests of text-to-video training: a small set with captions, a text encoder, a tiny run on them."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ from engine.build import build_model, count_parameters, macs_per_clip
 from engine.config import Config, load_config, read_yaml
 from engine.errors import PREEMPTED_EXIT
 from sample.generate import Generator
+from sample.labels import choose_labels
 from sample.video_io import slug
 
 BASELINE = "base"  # the run of an arm that changes nothing
@@ -176,7 +177,7 @@ def demo_accuracy(folder: Path, config: Config, videos: int) -> dict[str, float]
     samples = generator.sample(
         None, videos, method=wanted.method, steps=wanted.steps, eta=wanted.eta, batch_size=wanted.batch_size
     )
-    label_of = generator.labels_for()
+    label_of = choose_labels(generator.conditions)
     clips = torch.from_numpy(samples).permute(0, 1, 4, 2, 3)  # (n, F, 3, H, W)
     found = accuracy(list(clips), [label_of(index) or 0 for index in range(videos)])
     cached.write_text(json.dumps(asked | found))

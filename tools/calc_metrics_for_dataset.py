@@ -36,7 +36,7 @@ from evaluation.measure import CHECKS, REPORTS, Evaluation
 from evaluation.protocols import Metric, build_protocol, parse_metric
 from evaluation.report import format_table, list_versions, merge_warnings
 from evaluation.sources import Source
-from sample.sample import make_writable as make_folder
+from sample.command import make_writable as make_folder
 
 KIND = "latte metrics"  # identifies our results
 DETECTOR_FOLDER = Path("share_ckpts/detectors")

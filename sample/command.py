@@ -1,0 +1,153 @@
+"""Flags, checks, progress and the writing of videos, which the sampling commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from common.storage import write_atomically
+
+from .decoding import Batch
+from .generate import Progress
+from .video_io import write_mp4
+
+SHOWN = 16  # videos in the GIF and on the contact sheet
+MAX_VIDEOS = 1_000_000  # of one command; names of six digits sort as numbers do
+LOG_INTERVAL_S = 10.0  # between two lines of progress in a log file
+KINDS: dict[Any, dict[str, Any]] = {  # type of a key -> how argparse reads its flag
+    int: {"type": int},
+    int | None: {"type": int},
+    float: {"type": float},
+    bool: {"action": argparse.BooleanOptionalAction},
+    list[int]: {"type": int, "nargs": 2},
+    list[str]: {"action": "append"},
+    list[str] | None: {"action": "append"},
+}
+# key of the configuration -> metavar and help of its flag
+SHARED_FLAGS = {
+    "seed": "N",
+    "eta": "X of DDIM: 0 deterministic, 1 as noisy as DDPM",
+    "guidance_scale": "X 1 is no guidance",
+    "lora": "DIR adapters to merge into the network, in peft's format",
+    "lora_scale": "X their weight (1)",
+    "precision": "KIND fp32, bf16 or fp16",
+    "fps": "N frames per second of the files",
+    "first_frame": "IMAGE begin with it; several are taken in turn by index",
+    "last_frame": "IMAGE end with it; several in turn",
+    "given": "VIDEO continue it from its end; several in turn",
+    "given_frames": "N number of its last frames to use (1)",
+    "window": "N sample longer videos in windows of N frames",
+    "overlap": "N frames that a window shares with the next (a quarter of it)",
+    "window_method": "NAME autoregressive (networks trained with given frames) or fused",
+}
+
+
+def build_parser(
+    description: str | None, usage: str, section: type, flags: Mapping[str, str], config_help: str
+) -> argparse.ArgumentParser:
+    """Returns a parser of `--config`, `--device` and a flag for each key of `section` in `flags` and `SHARED_FLAGS`.
+
+    Flags that are absent stay out of its result.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        usage=f"%(prog)s [--config FILE] {usage}",
+    )
+    parser.add_argument("--config", default=None, metavar="FILE", help=config_help)
+    hints = typing.get_type_hints(section)
+    for key, text in {**flags, **SHARED_FLAGS}.items():
+        metavar, _, help_text = text.partition(" ")
+        options = KINDS.get(hints[key], {})
+        if hints[key] is not bool:
+            options = {**options, "metavar": tuple(metavar.split(",")) if "nargs" in options else metavar}
+        parser.add_argument(f"--{key}", **options, help=help_text or None)
+    parser.add_argument(
+        "--device", default=None, metavar="NAME", help="cpu, cuda, cuda:1, ...; by default CUDA where there is one"
+    )
+    return parser
+
+
+def make_writable(folder: Path, flag: str = "--save_video_path") -> None:
+    """Makes `folder` and checks that files can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{flag} {folder} cannot be written: {error.strerror or error}.") from None
+
+
+def is_main() -> bool:
+    """Returns whether this is the first process, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Prints a line on what the command is doing, in the first of several processes."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def show_steps(
+    num_batches: int, count: Callable[[], str] = lambda: "", check: Callable[[], None] = lambda: None
+) -> Iterator[Progress]:
+    """Gives a callback of `Generator.batches` that shows a bar of the sampler's steps, or lines in a log file.
+
+    Args:
+        count: returns words on the videos that are written, which are shown after each batch.
+        check: called after each step.
+    """
+    interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_S
+    options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": interval}
+    with tqdm(desc="sampling", disable=not (num_batches and is_main()), **options) as bar:
+
+        def show(done: int, total: int) -> None:
+            check()
+            ends_batch = done % (total // num_batches) == 0
+            bar.total = total
+            bar.update(done - bar.n)
+            bar.set_description("decoding" if ends_batch else "sampling", refresh=False)
+            if ends_batch:
+                bar.set_postfix_str(count())
+
+        yield show
+
+
+def write_videos(
+    batches: Iterable[Batch], name: Callable[[int], str], facts: Callable[[int], dict[str, Any]], folder: Path, fps: int
+) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Writes each video as it comes.
+
+    Args:
+        name: index of a video -> name of its file: an mp4, or for one frame a png.
+        facts: index of a video -> what samples.json says of it besides.
+
+    Returns:
+        the `videos` of samples.json, and the first `SHOWN` videos, uint8 (n, F, H, W, 3).
+    """
+    shown: list[np.ndarray] = []
+    files: list[dict[str, Any]] = []
+    for indices, videos in batches:
+        for index, video in zip(indices, videos, strict=True):
+            file = folder / name(index)
+            if file.suffix == ".mp4":
+                write_mp4(file, video, fps)
+            else:
+                write_atomically(file, Image.fromarray(video[0]).save)
+            files.append({"file": file.name, "index": index, **facts(index)})
+            shown += [video] if len(shown) < SHOWN else []
+    return files, np.stack(shown)
