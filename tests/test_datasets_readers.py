@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
+import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +246,80 @@ def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
     assert len(open_video(path)) == 40
     write_video(path, range(20, 50))
     assert len(open_video(path)) == 30
+
+
+# (settings of x264, change of each packet): key frames, of which most are no place where decoding may start.
+REFRESH = "intra-refresh=1:bframes=0"
+UNCLEAN: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "open_gop": ("open-gop=1:bframes=3:b-pyramid=normal:ref=4", bytes),
+    "gradual_refresh": (REFRESH, bytes),
+    # recovery points that claim that the frame itself is complete
+    "claimed_refresh": (REFRESH, lambda data: re.sub(rb"(?s)\x06\x06[\1\2].{1,2}?\x80", b"\x06\x06\x01\xc4\x80", data)),
+    "sets_once": ("bframes=0:cabac=0:8x8dct=0", bytes),
+}
+
+
+def write_unclean(path: Path, kind: str, count: int = 90) -> Path:
+    """A moving picture with a key frame every 12 frames; `sets_once` joins two encodings, the second's sets once."""
+    settings, change = UNCLEAN[kind]
+    picture = np.random.default_rng(0).integers(0, 256, (32, 48 + count, 3), dtype=np.uint8)
+    frames = [av.VideoFrame.from_ndarray(picture[:, n : n + 48].copy(), format="rgb24") for n in range(count)]
+    cut = count // 2 if kind == "sets_once" else count
+    with av.open(str(path), "w") as container:
+        stream, other = container.add_stream("libx264", rate=25), av.CodecContext.create("libx264", "w")
+        for encoder in (stream, other):
+            encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 48, 32, "yuv420p", Fraction(1, 25)
+            encoder.options = {"x264-params": f"keyint=12:scenecut=0:{settings}"}
+        other.options = {"x264-params": "keyint=12:scenecut=0:bframes=0:cabac=1:8x8dct=1"}
+        for number, frame in enumerate(frames):
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+        packets = [packet for frame in [*frames[:cut], None] for packet in stream.encode(frame)]
+        if cut < count:
+            first, *rest = (packet for frame in [*frames[cut:], None] for packet in other.encode(frame))
+            packets += [first, *(replace_content(packet, without_sets(bytes(packet))) for packet in rest)]
+        for packet in packets:
+            packet = replace_content(packet, change(bytes(packet)))
+            packet.stream = stream
+            container.mux(packet)
+    return path
+
+
+def replace_content(packet: av.Packet, content: bytes) -> av.Packet:
+    other = av.Packet(content)
+    other.pts, other.dts, other.time_base, other.is_keyframe = (
+        packet.pts,
+        packet.dts,
+        packet.time_base,
+        packet.is_keyframe,
+    )
+    return other
+
+
+def without_sets(data: bytes) -> bytes:
+    units = [unit for unit in re.split(b"\0\0\0?\1", data) if unit]
+    return b"".join(b"\0\0\0\1" + unit for unit in units if unit[0] & 31 not in (7, 8))
+
+
+@pytest.mark.parametrize("kind", UNCLEAN)
+def test_key_frames_that_are_no_clean_start_are_found_out(tmp_path: Path, kind: str) -> None:
+    """At random positions every frame is that of a decode from the start; a wiped part is still damage."""
+    path = write_unclean(tmp_path / "a.mp4", kind)
+    with av.open(str(path)) as container:
+        linear = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    reader = open_video(path)
+    assert len(reader) == len(linear) == 90 and len(reader.index.keys) > 5  # type: ignore[attr-defined]
+    draw = random.Random(0)
+    windows = [range(start, start + 5) for start in range(0, 90, 5)]
+    for wanted in [*draw.sample(windows, 18), draw.sample(range(90), 10)]:
+        assert np.array_equal(reader.read(wanted).permute(0, 2, 3, 1).numpy(), [linear[index] for index in wanted])
+    assert reader.damage is None
+    data = path.read_bytes()
+    middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) * 2 // 3
+    path.write_bytes(data[:middle] + bytes(300) + data[middle + 300 :])
+    broken = open_video(path)
+    with suppress(VideoError):
+        broken.read(range(90))
+        assert broken.damage
 
 
 def test_missing_tail_is_told(tmp_path: Path) -> None:

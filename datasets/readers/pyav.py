@@ -72,19 +72,17 @@ class PyAVReader:
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Returns these frames in order, uint8 (T, C, H, W) RGB, upright."""
-        wanted = check_indices(indices, len(self))
+        wanted = np.array(check_indices(indices, len(self)))
         images: dict[int, np.ndarray] = {}
-        for targets in self._segments(sorted(set(wanted))):
-            images.update(self._decode(targets, self._find_key(targets[0])))
-        missing = [index for index in wanted if index not in images]
-        if missing:
-            raise self._undecodable(missing[0])
-        return stack_frames(self.path, [images[index] for index in wanted])
+        places = np.searchsorted(self.index.keys, self.index.pts[wanted], side="right") - 1  # key frame of each
+        for place in np.unique(places):
+            images |= self._read_group(sorted(set(wanted[places == place].tolist())), int(place))
+        return stack_frames(self.path, [images[index] for index in wanted.tolist()])
 
     def frames(self) -> Iterator[np.ndarray]:
         """Yields every frame, (H, W, C) uint8, decoding the file once and holding one frame at a time."""
         expected = 0
-        for index, image in self._decode(list(range(len(self))), None):
+        for index, image in self._decode(range(len(self)), None):
             if index != expected:
                 break
             yield image
@@ -95,42 +93,61 @@ class PyAVReader:
     def _undecodable(self, index: int) -> VideoError:
         return VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
 
-    def _segments(self, wanted: list[int]) -> Iterator[list[int]]:
-        """Groups frame indices by the key frame at which their decoding starts."""
-        starts = np.searchsorted(self.index.keys, self.index.pts[wanted], side="right")
-        for start in np.unique(starts):
-            yield [index for index, own in zip(wanted, starts) if own == start]
+    def _read_group(self, targets: list[int], place: int) -> dict[int, np.ndarray]:
+        """Returns the images of the frames `targets`, whose decoding starts at key frame number `place`.
 
-    def _decode(self, targets: list[int], key: int | None) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (index, image) of the `targets`, decoding from the key frame `key` (None: from the first packet)."""
+        A key frame need not be a clean place to start (open GOP, gradual refresh, parameter sets that are not
+        repeated): where frames come out damaged or not at all, decoding starts again one key frame earlier, and at
+        last at the first packet, whose result is final.
+        """
+        for key in self.index.keys[[at for at in (place, place - 1) if at > 0]].tolist():
+            with suppress(_UncleanStart):
+                images = dict(self._decode(targets, key))
+                if len(images) == len(targets):
+                    return images
+        images = dict(self._decode(targets, None))
+        missing = [index for index in targets if index not in images]
+        if missing:
+            raise self._undecodable(missing[0])
+        return images
+
+    def _decode(self, targets: Sequence[int], key: int | None) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (index, image) of the `targets`, decoding from the key frame `key` (None: from the first packet).
+
+        Raises: _UncleanStart where `key` is not None and no intact key frame opens the way to the first target.
+        """
+        av = load_package("av")
         reformatter = load_package("av.video.reformatter").VideoReformatter()
         numbers = {int(self.index.pts[index]): index for index in targets}
         with open_container(self.source) as (container, stream):
             packets = _read_packets_from(container, stream, key)
             if stream.codec_context.name == "h264" and self.index.timed and not self.damage:
                 packets = _skip_unreferenced(packets, stream.codec_context, min(numbers))
-            frames = self._frames(packets)
-            first = next((frame for frame in frames if key is None or _timestamp(frame) >= key), None)
-            if key is not None and not (first and first.pts == key and first.key_frame):
-                yield from self._decode(targets, None)  # the seek missed, or the mark of the key frame is wrong
-                return
-            for ordinal, frame in enumerate(chain([first] if first else [], frames)):
+            frames = self._frames(packets, key)
+            if key is not None:
+                first = next((frame for frame in frames if _timestamp(frame) >= key), None)
+                intra = first and first.key_frame and first.pict_type == av.video.frame.PictureType.I
+                if not (first and intra and _timestamp(first) <= min(numbers)):
+                    raise _UncleanStart  # the seek missed, or the mark of the key frame is wrong
+                frames = chain([first], frames)
+            for ordinal, frame in enumerate(frames):
                 index = numbers.pop(_timestamp(frame) if self.index.timed else ordinal, None)
                 if index is not None:
                     yield index, _to_rgb(frame, reformatter)
                 if not numbers:
                     return
 
-    def _find_key(self, index: int) -> int | None:
-        """Returns the timestamp of the last key frame at or before frame `index`; None: start of the file."""
-        place = int(np.searchsorted(self.index.keys, self.index.pts[index], side="right")) - 1
-        return int(self.index.keys[place]) if place > 0 else None
-
-    def _frames(self, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame]:
+    def _frames(self, packets: Iterator[av.Packet], key: int | None) -> Iterator[av.VideoFrame]:
         for frames in _decode_packets(packets):
             if _is_broken(frames):
+                if key is not None:
+                    raise _UncleanStart
                 self.damage = self.damage or "a part of it cannot be decoded"
             yield from frames or []
+
+
+class _UncleanStart(Exception):
+    """The frames that are wanted cannot be decoded from this key frame."""
 
 
 def _is_broken(frames: list[av.VideoFrame] | None) -> bool:
