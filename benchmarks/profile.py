@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import argparse
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
 
-from . import report
-from .timing import Timer
-from .workload import Ours, Theirs, Workload, read_problem
+from .report import Table
+from .timing import Case, Row, Timer
+from .workload import MODES, REFERENCE, Workload, make_case
 
 SHOWN = 15  # operators in the table
 # names of host synchronisations and of copies between host and device in a trace
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize",
          "cudaEventSynchronize")  # fmt: skip
 COPIES = ("Memcpy HtoD", "Memcpy DtoH")
-ABOUT = """
-The bound is a roofline's: an operator whose FLOP per byte are above what the machine can do of both is bound by
-arithmetic, else by memory. FLOP are torch's own count, bytes those of its arguments and an output, each once; the roofs
-are measured in the same run, as a large product and a large copy.
-"""
 
 
 class Roof(NamedTuple):
@@ -36,25 +32,24 @@ class Roof(NamedTuple):
     bandwidth: float
 
 
-def roof_of(device: torch.device, dtype: torch.dtype, quick: bool = False) -> Roof:
+def roof_of(timer: Timer, dtype: torch.dtype, quick: bool) -> Roof:
     """Measures the roofs, on random values, as zeros are faster."""
-    side = 256 if quick else 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    source = torch.randn(2**20 if quick else 2**28 if device.type == "cuda" else 2**25, device=device)
+    side, length = (256, 2**20) if quick else (8192, 2**28) if timer.on_cuda else (1024, 2**25)
+    a, b = (torch.randn(side, side, device=timer.device).to(dtype) for _ in range(2))
+    source = torch.randn(length, device=timer.device)
     target = torch.empty_like(source)
-    calls: dict[str, Callable[[], Any]] = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    found = Timer(device, rounds=5, warmup=2).time(calls)
-    return Roof(2 * side**3 / found["product"].least, 2 * source.nbytes / found["copy"].least)
+    calls = {"product": lambda: Case(lambda: a @ b), "copy": lambda: Case(lambda: target.copy_(source))}
+    product, copy = Timer(timer.device, rounds=5).compare(calls, ("least s",))
+    return Roof(2 * side**3 / product["least s"], 2 * source.nbytes / copy["least s"])
 
 
-def trace_of(step: Callable[[], Any], device: torch.device, file: Path | None = None) -> profile:
+def trace_of(step: Callable[[], Any], timer: Timer, file: Path | None = None) -> torch_profile:
     """Profiles one step after two others; writes `file` for chrome://tracing or Perfetto."""
-    timer = Timer(device)
     for _ in range(2):
         step()
     timer.wait()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities, record_shapes=True, with_flops=True, acc_events=True) as trace:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if timer.on_cuda else [])]
+    with torch_profile(activities=activities, record_shapes=True, with_flops=True, acc_events=True) as trace:
         step()
         timer.wait()
     if file is not None:
@@ -63,92 +58,65 @@ def trace_of(step: Callable[[], Any], device: torch.device, file: Path | None = 
     return trace
 
 
-def operators(trace: profile, roof: Roof, item_bytes: int, on_device: bool) -> list[dict[str, Any]]:
+def operators(trace: torch_profile, roof: Roof, item_bytes: int, on_device: bool) -> list[Row]:
     """Returns a row for each operator, longest first: calls, own time, share, bound, and fraction of the roof."""
-    totals: dict[str, dict[str, float]] = {}
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
     for event in trace.key_averages(group_by_input_shape=True):
         if event.device_type != DeviceType.CPU:
             continue  # a kernel; the operator that launched it has the same time
         own = event.self_device_time_total if on_device else event.self_cpu_time_total
-        name = re.sub(r"## Call CompiledFxGraph \w+ ##", "compiled graph", event.key)
-        entry = totals.setdefault(name, {"calls": 0, "us": 0.0, "flop": 0.0, "bytes": 0.0})
-        entry["calls"] += event.count
-        entry["us"] += own
-        entry["flop"] += event.flops or 0
-        entry["bytes"] += event.count * item_bytes * _values(event.input_shapes)
+        name = re.sub(r"## Call CompiledFxGraph \w+ ##", "compiled graph", event.key).removeprefix("aten::")
+        shapes = [shape for shape in event.input_shapes if shape and all(isinstance(side, int) for side in shape)]
+        sizes = [int(torch.Size(shape).numel()) for shape in shapes]
+        values = sum(sizes) + max(sizes, default=0)  # of all arguments, and of an output as large as the largest
+        totals[name] += Counter(calls=event.count, us=own, flop=event.flops or 0)
+        totals[name]["bytes"] += event.count * item_bytes * values
     whole = sum(entry["us"] for entry in totals.values()) or 1.0
-    longest = sorted(totals.items(), key=lambda pair: -pair[1]["us"])[:SHOWN]
-    return [_operator(name, entry, whole, roof) for name, entry in longest if entry["us"]]
+    rows = []
+    for name, entry in sorted(totals.items(), key=lambda pair: -pair[1]["us"])[:SHOWN]:
+        if seconds := entry["us"] / 1e6:
+            compute, memory = entry["flop"] / roof.flops, entry["bytes"] / roof.bandwidth
+            bound = "compute" if compute > memory else "memory" if memory else "host"
+            reached = max(compute, memory) / seconds if bound != "host" else None
+            shares = {"share": entry["us"] / whole, "bound": bound, "of the roof": reached}
+            rows.append({"": name, "calls": entry["calls"], "ms": 1e3 * seconds, **shares})
+    return rows
 
 
-def _operator(name: str, entry: dict[str, float], whole: float, roof: Roof) -> dict[str, Any]:
-    seconds = entry["us"] / 1e6
-    compute, memory = entry["flop"] / roof.flops, entry["bytes"] / roof.bandwidth
-    bound = "compute" if compute > memory else "memory" if memory else "host"
-    return {
-        "": name.removeprefix("aten::"),
-        "calls": int(entry["calls"]),
-        "ms": 1e3 * seconds,
-        "share": entry["us"] / whole,
-        "bound": bound,
-        "of the roof": max(compute, memory) / seconds if bound != "host" else None,
-    }
-
-
-def _values(shapes: list[Any]) -> int:
-    """Counts the values of all arguments, and of an output as large as the largest."""
-    sizes = [int(torch.Size(shape).numel()) for shape in shapes if shape and all(isinstance(n, int) for n in shape)]
-    return sum(sizes) + max(sizes, default=0)
-
-
-def count_waits(trace: profile) -> dict[str, int]:
+def count_waits(trace: torch_profile) -> Row:
     """Counts the host synchronisations and the copies between host and device in the trace."""
     counts = {event.key: event.count for event in trace.key_averages()}
-    waited = sum(counts.get(name, 0) for name in WAITS)
-    crossed = {name: sum(count for key, count in counts.items() if key.startswith(name)) for name in COPIES}
-    return {"waits": waited, **crossed}
+    copies = {name: sum(count for key, count in counts.items() if key.startswith(name)) for name in COPIES}
+    return {"waits": sum(counts.get(name, 0) for name in WAITS), **copies}
 
 
-def measure(
-    problems: Mapping[str, Workload], device: torch.device, traces: Path, quick: bool = False
-) -> list[report.Section]:
-    """Returns tables of the operators of our steps (by name) and of the reference's, and of synchronisations."""
+def measure(problems: Mapping[str, Workload], timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
+    """Yields tables of the operators of our steps by name and of the reference's, and of synchronisations."""
     workload = next(iter(problems.values()))
-    precision = str(workload.keys.get("train.precision", "fp32"))
-    half = precision == "bf16"
-    roof = roof_of(device, torch.bfloat16 if half else torch.float32, quick)
-    sections: list[report.Section] = []
-    waiting: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        subjects: dict[str, Ours | Theirs] = {
-            name: Ours(problem, Path(folder), device) for name, problem in problems.items()
-        }
-        subjects["reference"] = Theirs(workload, cast(Ours, next(iter(subjects.values()))).model, device)
-        for name, subject in subjects.items():
-            file = traces / f"{name}-{precision}-{device.type}.json"
-            trace = trace_of(subject.step, device, file)
-            rows = operators(trace, roof, 2 if half else 4, device.type == "cuda")
-            waiting.append({"": name, **count_waits(trace)})
-            text = (
-                f"{workload}, {precision}. Roofs measured in this run: {roof.flops / 1e12:.2f} TFLOP/s, "
-                f"{roof.bandwidth / 1e9:.0f} GB/s. `of the roof`: how much of its time the operator would take at "
-                f"these; `host` is neither. The trace is {file}."
-            )
-            columns = {"": "", "calls": "", "ms": ".2f", "share": ".1%", "bound": "", "of the roof": ".0%"}
-            sections.append(report.Section(f"Operators of a step, {precision}, {name}", text, columns, rows))
-    if device.type != "cuda":  # nothing waits here; tests/test_engine_waits.py counts potential waits
-        return sections
-    columns = {"": "", "waits": "", "Memcpy HtoD": "", "Memcpy DtoH": ""}
+    precision = workload.precision
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    roof = roof_of(timer, dtype, arguments.quick)
     text = "Reads of a device's number by the host, synchronisations, and copies between the two, in the trace."
-    return [*sections, report.Section("What the host waits for in a step", text, columns, waiting)]
+    waits = Table(f"What the host waits for in a step, {precision}", text, ("waits", *COPIES))
+    for name, problem in {**problems, "reference": workload.but(REFERENCE)}.items():
+        file = arguments.traces / f"{name}-{precision}-{timer.device.type}.json"
+        trace = trace_of(make_case(problem, timer.device).call, timer, file)
+        waits.rows.append({"": name, **count_waits(trace)})
+        text = (
+            f"{problem}, {precision}. Roofs measured in this run: {roof.flops / 1e12:.2f} TFLOP/s, "
+            f"{roof.bandwidth / 1e9:.0f} GB/s. `of the roof`: how much of its time the operator would take at these; "
+            f"`host` is neither. The trace is {file}."
+        )
+        rows = operators(trace, roof, dtype.itemsize, timer.on_cuda)
+        yield Table(
+            f"Operators of a step, {precision}, {name}", text, ("calls", "ms", "share", "bound", "of the roof"), rows
+        )
+    if timer.on_cuda:  # nothing waits elsewhere; tests/test_engine_waits.py counts potential waits
+        yield waits
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measures, prints and writes the tables."""
-    workload, timer = read_problem(arguments)
-    sections: list[report.Section] = []
-    for precision in arguments.precision or ["fp32", "bf16"]:
-        base = workload.and_keys(train__precision=precision)
-        named = {mode: base.with_mode(mode) for mode in arguments.mode}
-        sections += measure(named, timer.device, arguments.traces, arguments.quick)
-    report.write("profile", "Where a training step's time goes", ABOUT, sections, arguments.out, timer.device)
+def profile(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
+    """Yields the tables of each precision."""
+    for precision in arguments.precision or ("fp32", "bf16"):
+        base = workload.but({"train.precision": precision})
+        yield from measure({mode: base.but(MODES[mode]) for mode in arguments.mode}, timer, arguments)

@@ -1,4 +1,4 @@
-"""Writes tables to the terminal (80 columns), a Markdown page and a JSON file."""
+"""Prints tables, writes them as a Markdown page and a JSON file, and draws plots."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import platform
 import shlex
 import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,155 +17,185 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = 80
-_start: dict[str, Any] = {"words": sys.argv[1:], "load": os.getloadavg()[0]}  # of the current benchmark
+# heads of shares, shown in percent; all other numbers have three significant digits
+SHARES = {
+    *("spread", "MFU", "of 790", "share", "of the roof", "efficiency", "inside `save`", "colour right", "motion right")
+}
 
 
 @dataclass
-class Section:
-    """One table.
+class Table:
+    """One table of a page.
 
     Attributes:
-        columns: head -> format of its cells (`.2f`, `.0%`, empty for text); a row omits unknown values.
-        rows: head -> value; values without a column are only in the JSON.
+        heads: columns after the first, which holds the names of the rows.
+        rows: head -> value, "" for the name; values without a column are only in the JSON.
         picture: a file in the folder of the page.
     """
 
     title: str
     text: str
-    columns: dict[str, str]
+    heads: Sequence[str]
     rows: list[dict[str, Any]] = field(default_factory=list)
     picture: str | None = None
 
-    def cells(self) -> list[list[str]]:
-        """Returns the heads, then every row, as text."""
-        return [
-            list(self.columns),
-            *([_cell(row.get(head), how) for head, how in self.columns.items()] for row in self.rows),
-        ]
-
-    def terminal(self) -> str:
-        """Returns aligned text, at most COLUMNS wide."""
-        cells = self.cells()
-        widths = [max(len(row[place]) for row in cells) for place in range(len(self.columns))]
-        room = COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1)
-        lines = [f"\n{self.title}", *textwrap.wrap(self.text, COLUMNS), ""]
-        for row in cells:
-            figures = "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
-            first, *more = textwrap.wrap(row[0], room) or [""]
-            lines += [f"{first:<{min(widths[0], room)}}{figures}", *(f"  {rest}" for rest in more)]
-        return "\n".join(lines)
-
     def markdown(self) -> str:
-        """Returns a section of a page."""
-        head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in self.cells())
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+        """Returns a section of a page, with aligned columns."""
+        heads = ["", *self.heads]
+        cells = [heads, *([_cell(row.get(head), head) for head in heads] for row in self.rows)]
+        name, *widths = (max(map(len, column)) for column in zip(*cells))
+        lines = [[row[0].ljust(name), *(cell.rjust(width) for cell, width in zip(row[1:], widths))] for row in cells]
+        lines.insert(1, ["-" * name, *("-" * (width - 1) + ":" for width in widths)])
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        picture = f"\n![{self.title}]({self.picture})\n" if self.picture else ""
-        return f"## {self.title}\n\n{self.text}\n\n{table}\n{picture}"
+        picture = f"\n\n![{self.title}]({self.picture})" if self.picture else ""
+        return f"## {self.title}\n\n{self.text}\n\n{table}{picture}"
 
 
-def _cell(value: Any, how: str) -> str:
-    if value is None or value == "":
+def _cell(value: Any, head: str) -> str:
+    if value is None:
         return "-"
-    return format(value, how) if how and not isinstance(value, str) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    if head in SHARES:
+        return f"{value:.1%}"
+    return f"{value:.0f}" if abs(value) >= 100 or value == 0 else f"{value:#.3g}"
 
 
-def start(words: Sequence[str]) -> None:
-    """Records the command line and the load of the machine."""
-    _start.update(words=list(words), load=os.getloadavg()[0])
+@dataclass
+class Page:
+    """The tables of one benchmark: printed and written to `name`.md and `name`.json in `out` as they come.
+
+    Args:
+        words: of the command line.
+    """
+
+    name: str
+    title: str
+    text: str
+    out: Path
+    words: Sequence[str]
+    tables: dict[str, Table] = field(default_factory=dict)
+    shown: dict[str, int] = field(default_factory=dict)  # lines of each table
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
+
+    def add(self, table: Table) -> None:
+        """Adds a table; one whose title is there already has got another row."""
+        lines = ["", *table.markdown().splitlines()]
+        self.show("\n".join(lines[self.shown.get(table.title, 0) :]))
+        self.tables[table.title], self.shown[table.title] = table, len(lines)
+        self.write()
+
+    def write(self) -> dict[str, Any]:
+        """Writes both files; returns the facts about this run."""
+        known, tables = collect_facts(self.words, self.load), self.tables.values()
+        parts = [f"# {self.title}", self.text, describe(known), *(table.markdown() for table in tables)]
+        content = {"facts": known, "tables": [{"title": table.title, "rows": table.rows} for table in tables]}
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / f"{self.name}.md").write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
+        (self.out / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        return known
+
+    def finish(self) -> None:
+        """Writes the page a last time and prints the facts."""
+        self.show("\n" + describe(self.write()))
+        self.show(f"written: {self.out / self.name}.md, {self.out / self.name}.json")
+
+    def show(self, text: str) -> None:
+        """Prints `text` at once."""
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
-def facts(device: torch.device | str = "cpu") -> dict[str, Any]:
+def read_rows(file: Path) -> dict[str, dict[str, Any]]:
+    """Returns the rows of all tables of a page's JSON file by name; none if there is no file."""
+    tables = json.loads(file.read_text())["tables"] if file.is_file() else []
+    return {row[""]: row for table in tables for row in table["rows"]}
+
+
+# ---- facts -------------------------------------------------------------------------------------
+
+
+def collect_facts(words: Sequence[str], load: float) -> dict[str, Any]:
     """Returns the machine, the versions, the commit and the command."""
-    found = {
-        "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "load": f"{_start['load']:.1f} before, {os.getloadavg()[0]:.1f} at the end",
-        "python": platform.python_version(),
+    cuda = torch.cuda.is_available()
+    asked = "nvidia-smi --query-gpu=driver_version,clocks.max.sm,power.limit --format=csv,noheader -i 0"
+    gpu = (
+        cuda and f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver, clock, power {_output_of(asked)}"
+    )
+    command = ["python -m benchmarks", *(shlex.quote(Path(w).name if w.startswith("/") else w) for w in words)]
+    return {
+        **({"GPU": gpu} if gpu else {}),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "load": f"{load:.1f} before, {os.getloadavg()[0]:.1f} at the end",
+        "Python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit(),
-        "command": command(),
+        "commit": find_commit(),
+        "command": " ".join(command),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    if torch.device(device).type == "cuda":
-        found["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {_driver()}"
-    return found
 
 
-def _driver() -> str:
-    asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader", "-i", "0"]
-    try:
-        return (
-            "driver, clock, power " + subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.strip()
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "driver unknown"
+def describe(facts: Mapping[str, Any]) -> str:
+    """Returns facts as a paragraph."""
+    return "; ".join(f"{name} {value}" for name, value in facts.items()) + "."
 
 
-def processor() -> str:
-    """Returns the model name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return " ".join(names[0].split()) if names else platform.machine()
-
-
-def commit() -> str:
+def find_commit() -> str:
     """Returns the commit of the working tree, with a plus if files differ from it."""
-
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        except OSError:
-            return ""
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+    changed = _output_of("git status --porcelain --untracked-files=no -- . :!docs")
+    return (_output_of("git rev-parse --short HEAD") or "unknown") + ("+" if changed else "")
 
 
-def command() -> str:
-    """Returns the command line, with absolute paths shortened to file names."""
-    words = [Path(word).name if word.startswith("/") else word for word in _start["words"]]
-    return " ".join(["python -m benchmarks", *map(shlex.quote, words)])
+def _output_of(command: str) -> str:
+    """Returns what a command prints; nothing if it is missing or fails."""
+    try:
+        return subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
-def describe(found: dict[str, Any]) -> str:
-    """Returns the facts as a paragraph."""
-    gpu = f"{found['gpu']}; " if "gpu" in found else ""
-    return (
-        f"{gpu}{found['machine']}; load {found['load']}; Python {found['python']}, torch {found['torch']}; "
-        f"commit {found['commit']}, {found['date']}, `{found['command']}`."
-    )
+def _processor() -> str:
+    """Returns the model name of the CPU."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [" ".join(line.partition(":")[2].split()) for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
-def write(
-    name: str, title: str, text: str, sections: Sequence[Section], out: Path, device: torch.device | str = "cpu"
-) -> None:
-    """Prints `sections`, and writes them as `name`.md and `name`.json to `out`."""
-    for section in sections:
-        show(section)
-    known = save(name, title, text, sections, out, device)
-    sys.stdout.write("\n" + textwrap.fill(describe(known), COLUMNS) + "\n")
-    sys.stdout.write(f"written: {out / name}.md, {out / name}.json\n")
-    sys.stdout.flush()
+# ---- plots -------------------------------------------------------------------------------------
 
 
-def show(section: Section) -> None:
-    """Prints a section."""
-    sys.stdout.write(section.terminal() + "\n")
-    sys.stdout.flush()
+@dataclass
+class Panel:
+    """One panel of a plot: x and y of each line by label; `logarithmic` names the axes with such a scale."""
+
+    title: str
+    lines: dict[str, tuple[Sequence[Any], Sequence[float]]]
+    x_label: str = ""
+    logarithmic: str = ""
 
 
-def save(
-    name: str, title: str, text: str, sections: Sequence[Section], out: Path, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """Writes `sections` as `name`.md and `name`.json to `out`; returns the facts about this run."""
-    known = facts(device)
-    out.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {title}", " ".join(text.split()), describe(known), *(section.markdown() for section in sections)]
-    (out / f"{name}.md").write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
-    tables = [{"title": section.title, "rows": section.rows} for section in sections]
-    (out / f"{name}.json").write_text(json.dumps({"facts": known, "tables": tables}, indent=1) + "\n")
-    return known
+def plot(panels: Sequence[Panel], file: Path) -> bool:
+    """Draws the panels side by side; returns False if matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return False
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, places = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.6), layout="constrained")
+    for axes, panel in zip(places, panels):
+        for label, (x, y) in panel.lines.items():
+            axes.plot(x, y, "o-", label=label, markersize=4, linewidth=1.4)
+        for axis in panel.logarithmic:
+            axes.set(**{f"{axis}scale": "log"})
+        axes.set_title(panel.title, fontsize=10)
+        axes.set_xlabel(panel.x_label)
+        axes.tick_params(axis="x", rotation=30)
+        axes.grid(alpha=0.3)
+    figure.legend(*places[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+    return True

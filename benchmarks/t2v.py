@@ -2,44 +2,35 @@
 
 On CUDA a network of Latte-1's size samples 16 frames of 512 x 512 in fp16, 50 steps with guidance; a decoder of Stable
 Diffusion's size decodes them; a T5 of XXL's size encodes a prompt. On a CPU all three are small. Weights are random, so
-nothing is downloaded. Without diffusers ours alone is timed.
+nothing is downloaded. Without diffusers ours alone is timed, and no decoder.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffusion import DiffusionConfig, build_diffusion, sample
+import diffusion
 from models.autoencoder import AUTOENCODERS, CodecConfig, LatentCodec
+from models.blocks import compile_blocks
 from models.config_t2v import LATTE_1, LatteT2VConfig
 from models.latte_t2v import LatteT2V
 from models.quantize import QUANTIZERS, quantize
 
-from . import report
-from .timing import Call, Case, Timer, compare_one_by_one
+from .report import Table
+from .timing import Call, Case, Timer
+from .workload import Workload
 
 GUIDANCE = 7.5
 WORDS = 24  # of the prompt
-HAS_DIFFUSERS = find_spec("diffusers") is not None
-Maker = Callable[[], tuple[Call, nn.Module]]
-COLUMNS = {
-    "": "",
-    "median s": ".2f",
-    "spread": ".0%",
-    "ratio": ".2f",
-    "weights MiB": ".1f",
-    "peak GiB": ".2f",
-    "apart": ".1e",
-}
+VAE_BLOCKS: Any = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 
 
 @dataclass(frozen=True)
@@ -67,80 +58,83 @@ SMALL_SCALE = Scale(
 )  # fmt: skip
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measures, prints and writes the tables."""
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    scale = LATTE_SCALE if device.type == "cuda" and not arguments.quick else SMALL_SCALE
-    if arguments.steps:
-        scale = replace(scale, steps=arguments.steps)
+class Way(NamedTuple):
+    """One row: diffusers' pipeline or ours, how the weights are quantised and laid out, how many frames at a time."""
+
+    theirs: bool = False
+    kind: str | None = None
+    compiled: bool = False
+    channels_last: bool = False
+    chunk: int | None = None
+    method: str = ""  # of diffusers' decoder
+
+
+SAMPLING = {"diffusers' pipeline": Way(theirs=True), "ours": Way(), "ours, compiled": Way(compiled=True)}
+DECODING = {
+    "plain": Way(),
+    "channels_last": Way(channels_last=True),
+    "compiled": Way(compiled=True),
+    "channels_last, compiled": Way(channels_last=True, compiled=True),
+    "channels_last, one frame at a time": Way(channels_last=True, chunk=1),
+    "channels_last, slicing": Way(channels_last=True, method="enable_slicing"),
+    "channels_last, tiling": Way(channels_last=True, method="enable_tiling"),
+}
+
+
+def t2v(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
+    """Yields the tables of sampling, decoding and encoding prompts."""
+    scale = LATTE_SCALE if timer.on_cuda and not arguments.quick else SMALL_SCALE
     if arguments.quick:
         scale = replace(scale, steps=2, network=replace(scale.network, num_layers=1))
-    timer = Timer(device, arguments.rounds, arguments.clock)
-    sections = [sampling(scale, timer, compiled=not arguments.quick)]
-    sections += [decoding(scale, timer, compiled=not arguments.quick)] if HAS_DIFFUSERS else []
-    sections.append(encoding(scale, timer))
-    theirs = "" if HAS_DIFFUSERS else " diffusers is not installed here: ours alone is timed, and no decoder."
-    text = (
-        f"Random weights. `ratio`: how many times as fast as the first row; `apart`: from its result, relative.{theirs}"
-    )
-    report.write("t2v", "Text to video", text, sections, arguments.out, device)
+    scale = replace(scale, steps=arguments.steps or scale.steps)
+    kinds = tuple(QUANTIZERS) if timer.on_cuda else ("int8",)
+    has_diffusers = find_spec("diffusers") is not None
+    precision = str(scale.dtype).removeprefix("torch.")
+    size = f"{scale.frames} frames, latents {scale.latent} x {scale.latent}"
+    tables: list[tuple[str, str, Callable[[Scale, torch.device, Way], Case], dict[str, Way]]] = [
+        ("Sampling", f"{size}, {scale.steps} DDIM steps with guidance {GUIDANCE:g}, {precision}.", sampling_case,
+         {**SAMPLING, **{f"ours, {kind}": Way(kind=kind) for kind in kinds}}),
+        ("Decoding", f"{size}, {precision}. Sampling uses channels_last.", decoding_case, DECODING),
+        ("Encoding a prompt", "T5 with a gated MLP, 120 tokens.", encoding_case,
+         {precision: Way(), **{kind: Way(kind=kind) for kind in kinds}}),
+    ]  # fmt: skip
+    heads = ("median s", "spread", "ratio", "weights MiB", "peak GB", "apart")
+    for title, text, make, ways in tables if has_diffusers else (tables[0], tables[2]):
+        makers = {
+            name: partial(make, scale, timer.device, way)
+            for name, way in ways.items()
+            if (has_diffusers or not way.theirs) and not (way.compiled and arguments.quick)
+        }
+        with torch.no_grad():
+            yield Table(title, text, heads, timer.compare(makers, heads, at_once=False))
 
 
-@torch.no_grad()
-def table(title: str, text: str, makers: dict[str, Maker], timer: Timer) -> report.Section:
-    """Times each network in turn with the first, which alone stays in memory; the peak is that of one network."""
+def sampling_case(scale: Scale, device: torch.device, way: Way) -> Case:
+    """Returns the sampling loop, from noise to latents; the same weights and noise for all."""
+    network = scale.network
+    captions = _draw(2, WORDS, network.caption_channels or 0).to(device, scale.dtype)
+    noise = _draw(1, network.channels[0], scale.frames, scale.latent, scale.latent).to(device, scale.dtype)
+    torch.manual_seed(0)
+    model = LatteT2V(network)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    model = model.requires_grad_(False).eval().to(scale.dtype)
+    if way.theirs:
+        from models.convert_t2v import to_diffusers  # needs diffusers
 
-    def case(name: str, make: Maker) -> Case:
-        call, network = make()
-        return Case(name, call, cells={"weights MiB": weight_bytes(network) / 2**20})
-
-    cases = {name: partial(case, name, make) for name, make in makers.items()}
-    return report.Section(title, text, COLUMNS, compare_one_by_one(cases, COLUMNS, timer, _difference))
-
-
-def _difference(result: Tensor, expected: Tensor) -> float:
-    return float((result.float() - expected.float()).norm() / expected.float().norm())
-
-
-# ---- the network --------------------------------------------------------------------------------------
-
-
-def sampling(scale: Scale, timer: Timer, *, compiled: bool) -> report.Section:
-    """Returns the table of the sampling loop, from noise to latents."""
-    device, dtype, network = timer.device, scale.dtype, scale.network
-    captions = _drawn(2, WORDS, network.caption_channels or 0).to(device, dtype)
-    noise = _drawn(1, network.channels[0], scale.frames, scale.latent, scale.latent).to(device, dtype)
-
-    def ours(kind: str | None = None, compile_it: bool = False) -> tuple[Call, nn.Module]:
-        model: Any = quantize(_network(network, dtype), kind, device)
-        for block in model.blocks if compile_it else ():
-            block.compile()
-        return (lambda: sample_ddim(model, captions, noise, scale.steps)), model
-
-    def theirs() -> tuple[Call, nn.Module]:
-        from models.convert_t2v import to_diffusers
-
-        return _their_pipeline(
-            model := to_diffusers(_network(network, dtype)).to(device), captions, noise, scale
-        ), model
-
-    makers: dict[str, Maker] = {"diffusers' pipeline": theirs} if HAS_DIFFUSERS else {}
-    makers["ours"] = ours
-    if compiled:
-        makers["ours, compiled"] = lambda: ours(compile_it=True)
-    for kind in tuple(QUANTIZERS) if device.type == "cuda" else ("int8",):
-        makers[f"ours, {kind}"] = partial(ours, kind)
-    text = (
-        f"{scale.frames} frames, latents {scale.latent} x {scale.latent}, {scale.steps} DDIM steps with guidance "
-        f"{GUIDANCE:g}, {_name(dtype)}; the same weights and noise in all rows."
-    )
-    return table("Sampling", text, makers, timer)
+        theirs = to_diffusers(model).to(device)
+        return _case(_their_pipeline(theirs, captions, noise, scale), theirs)
+    ours: Any = quantize(model, way.kind, device)
+    if way.compiled:
+        compile_blocks(ours.blocks)
+    return _case(lambda: sample_ddim(ours, captions, noise, scale.steps), ours)
 
 
-@torch.no_grad()
 def sample_ddim(model: LatteT2V, captions: Tensor, noise: Tensor, steps: int) -> Tensor:
     """Samples (1, C, F, h, w) with our DDIM and schedule, without diffusers."""
-    process = build_diffusion(DiffusionConfig(), learn_sigma=True, respacing=f"ddim{steps}").to(noise.device)
+    config = diffusion.DiffusionConfig()
+    process = diffusion.build_diffusion(config, learn_sigma=True, respacing=f"ddim{steps}").to(noise.device)
     channels = noise.shape[1]
 
     def guided(x: Tensor, timesteps: Tensor) -> Tensor:
@@ -149,7 +143,7 @@ def sample_ddim(model: LatteT2V, captions: Tensor, noise: Tensor, steps: int) ->
         mean = without[:, :channels] + GUIDANCE * (caption - without)[:, :channels]
         return torch.cat([mean, caption[:, channels:]], dim=1).transpose(1, 2)
 
-    return sample(process, guided, noise.transpose(1, 2).float(), method="ddim").transpose(1, 2)
+    return diffusion.sample(process, guided, noise.transpose(1, 2).float(), method="ddim").transpose(1, 2)
 
 
 def _their_pipeline(network: nn.Module, captions: Tensor, noise: Tensor, scale: Scale) -> Call:
@@ -158,117 +152,61 @@ def _their_pipeline(network: nn.Module, captions: Tensor, noise: Tensor, scale: 
     scheduler = DDIMScheduler(
         clip_sample=False, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0, set_alpha_to_one=True
     )
-    blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    vae = AutoencoderKL(
-        down_block_types=blocks[0], up_block_types=blocks[1], block_out_channels=(8,) * 4, norm_num_groups=4
-    )
-    pipeline = LattePipeline(None, None, vae.to(noise.device, noise.dtype), network, scheduler)
+    vae = AutoencoderKL(**VAE_BLOCKS, block_out_channels=(8,) * 4, norm_num_groups=4).to(noise.device, noise.dtype)
+    pipeline = LattePipeline(None, None, vae, network, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     given = {"negative_prompt": None, "prompt_embeds": captions[1:], "negative_prompt_embeds": captions[:1]}
     sizes = {"height": 8 * scale.latent, "width": 8 * scale.latent, "video_length": scale.frames}
-    return lambda: pipeline(
-        **given, **sizes, latents=noise.clone(), num_inference_steps=scale.steps, guidance_scale=GUIDANCE,
-        output_type="latent",
-    ).frames  # fmt: skip
+    steps = {"num_inference_steps": scale.steps, "guidance_scale": GUIDANCE, "output_type": "latent"}
+    return lambda: pipeline(**given, **sizes, **steps, latents=noise.clone()).frames
 
 
-def _network(config: LatteT2VConfig, dtype: torch.dtype) -> LatteT2V:
-    """Returns a network with the same random weights each time, none of them zero."""
-    torch.manual_seed(0)
-    model = LatteT2V(config)
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    return model.requires_grad_(False).eval().to(dtype)
-
-
-# ---- decoder and text encoder -------------------------------------------------------------------------
-
-
-def decoding(scale: Scale, timer: Timer, *, compiled: bool) -> report.Section:
-    """Returns the table of decoding latents to frames: by layout, compiled, and in parts."""
+def decoding_case(scale: Scale, device: torch.device, way: Way) -> Case:
+    """Returns the decoding of latents to frames."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     sizes: Any = {"block_out_channels": scale.decoder, "layers_per_block": 2, "sample_size": 8 * scale.latent}
-    vae = AutoencoderKL(down_block_types=blocks[0], up_block_types=blocks[1], **sizes).to(scale.dtype).eval()
-    latents = _drawn(1, scale.frames, 4, scale.latent, scale.latent).to(timer.device)
+    network = AutoencoderKL(**VAE_BLOCKS, **sizes).to(device, scale.dtype).eval()
+    if way.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    if way.compiled:
+        network.decoder.compile()
+    if way.method:
+        getattr(network, way.method)()
     precision = {torch.float32: "fp32", torch.float16: "fp16"}[scale.dtype]
-
-    def maker(
-        channels_last: bool = False, compile_it: bool = False, chunk: int = scale.frames, method: str = ""
-    ) -> Any:
-        def make() -> tuple[Call, nn.Module]:
-            network = deepcopy(vae).to(timer.device)
-            if channels_last:
-                network = network.to(memory_format=torch.channels_last)
-            if compile_it:
-                network.decoder.compile()
-            if method:
-                getattr(network, method)()
-            config = CodecConfig(path="random", dtype=precision, chunk_size=chunk)
-            codec = LatentCodec(config, AUTOENCODERS["AutoencoderKL"], network)
-            return (lambda: codec.decode(latents)), network
-
-        return make
-
-    makers = {"plain": maker(), "channels_last": maker(True)}
-    if compiled:
-        makers |= {"compiled": maker(compile_it=True), "channels_last, compiled": maker(True, True)}
-    makers |= {
-        "channels_last, one frame at a time": maker(True, chunk=1),
-        "channels_last, slicing": maker(True, method="enable_slicing"),
-        "channels_last, tiling": maker(True, method="enable_tiling"),
-    }
-    text = (
-        f"{scale.frames} frames of {8 * scale.latent} x {8 * scale.latent}, {precision}. Sampling uses channels_last."
-    )
-    return table("Decoding", text, makers, timer)
+    config = CodecConfig(path="random", dtype=precision, chunk_size=way.chunk or scale.frames)
+    codec = LatentCodec(config, AUTOENCODERS["AutoencoderKL"], network)
+    latents = _draw(1, scale.frames, 4, scale.latent, scale.latent).to(device)
+    return _case(lambda: codec.decode(latents), network)
 
 
-def encoding(scale: Scale, timer: Timer) -> report.Section:
-    """Returns the table of encoding a prompt of 120 tokens."""
+def encoding_case(scale: Scale, device: torch.device, way: Way) -> Case:
+    """Returns the encoding of a prompt of 120 tokens."""
     from transformers import T5Config, T5EncoderModel
 
     config: Any = T5Config(**scale.t5, feed_forward_proj="gated-gelu", dropout_rate=0.0)
-    words = torch.randint(3, scale.t5["vocab_size"], (1, 120), generator=torch.Generator().manual_seed(0))
-
-    def maker(kind: str | None) -> Any:
-        def make() -> tuple[Call, nn.Module]:
-            with torch.device("meta"):  # skips an initialisation that would take minutes
-                network = T5EncoderModel(config).eval().requires_grad_(False).to(scale.dtype)
-            generator = torch.Generator().manual_seed(0)
-            for parameter in network.to_empty(device="cpu").parameters():
-                parameter.uniform_(-0.03, 0.03, generator=generator)
-            network = quantize(network, kind, timer.device)
-            return (lambda: network(words.to(timer.device))[0]), network
-
-        return make
-
-    kinds = tuple(QUANTIZERS) if timer.device.type == "cuda" else ("int8",)
-    makers = {_name(scale.dtype): maker(None), **{kind: maker(kind) for kind in kinds}}
-    return table("Encoding a prompt", "T5 with a gated MLP, 120 tokens.", makers, timer)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, scale.t5["vocab_size"], (1, 120), generator=generator).to(device)
+    with torch.device("meta"):  # skips an initialisation that would take minutes
+        network = T5EncoderModel(config).eval().requires_grad_(False).to(scale.dtype)
+    for parameter in network.to_empty(device="cpu").parameters():
+        parameter.uniform_(-0.03, 0.03, generator=generator)
+    encoder = quantize(network, way.kind, device)
+    return _case(lambda: encoder(words)[0], encoder)
 
 
-# ---- helpers ------------------------------------------------------------------------------------------
+def _case(call: Call, network: nn.Module) -> Case:
+    return Case(call, cells={"weights MiB": sum(map(count_bytes, network.parameters())) / 2**20})
 
 
-def weight_bytes(network: nn.Module) -> int:
-    """Returns the bytes of all weights, quantised or not."""
-    return sum(_bytes(parameter) for parameter in network.parameters())
-
-
-def _bytes(value: Tensor) -> int:
+def count_bytes(value: Tensor) -> int:
+    """Returns the bytes of a weight, quantised or not."""
     if hasattr(value, "__tensor_flatten__"):  # torchao's
-        return sum(_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return sum(count_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
     state = getattr(value, "quant_state", None)  # of NF4
-    return value.numel() * value.element_size() + (_bytes(state.absmax) if state is not None else 0)
+    return value.numel() * value.element_size() + (count_bytes(state.absmax) if state is not None else 0)
 
 
-def _drawn(*shape: int) -> Tensor:
+def _draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The timing engine: calls are timed in turn, round after round, and compared with the first row of their table."""
+"""The timing engine: cases are called in turn, round after round, and compared with the first row of their table."""
 
 from __future__ import annotations
 
@@ -6,86 +6,165 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Call = Callable[[], Any]
+Row = dict[str, Any]
 PEAK, PRACTICAL = 989.0, 790.0  # TFLOP/s of an H100 or H200 in bf16: dense peak, and what a large product reaches
 
 
 @dataclass
-class Timing:
-    """Seconds of one call in each round: `wall` clock, and `cpu` time of all threads of this process."""
+class Case:
+    """One row of a table.
 
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    clock: str = "wall"
+    Attributes:
+        call: timed; it does its work `repeats` times, on `videos` clips of `tokens` in all, with `flop` operations
+            each time. A tensor that it returns is compared with the first one of the table.
+        prepare: called before each `call`, untimed.
+        cells: further cells of the row.
+        seconds: of one repetition in each round; set by the engine.
+        peak: bytes on a CUDA device; set by the engine.
+    """
 
-    @property
-    def seconds(self) -> list[float]:
-        """Samples of the chosen clock."""
-        return self.wall if self.clock == "wall" else self.cpu
+    call: Call
+    videos: float = 1.0
+    flop: float = 0.0
+    tokens: float = 1.0
+    repeats: int = 1
+    prepare: Call = lambda: None
+    cells: Row = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    peak: int | None = None
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
     @property
-    def least(self) -> float:
-        return min(self.seconds)
-
-    @property
     def spread(self) -> float:
-        """Range of the samples as a share of their median."""
+        """Range of the seconds as a share of their median."""
         return (max(self.seconds) - min(self.seconds)) / self.median
 
-    def times_as_fast_as(self, other: Timing) -> float:
+    @property
+    def rate(self) -> float:
+        """TFLOP/s."""
+        return self.flop / self.median / 1e12
+
+    def times_as_fast_as(self, other: Case) -> float:
         """Median over rounds of the other's seconds over these; above 1, this one is faster."""
         return statistics.median(theirs / ours for theirs, ours in zip(other.seconds, self.seconds))
 
-    def to_json(self) -> dict[str, object]:
-        """Returns all samples."""
-        return {"wall_s": self.wall, "cpu_s": self.cpu, "clock": self.clock}
+
+# head -> value of a case, given the first case of its table
+VALUES: dict[str, Callable[[Case, Case], Any]] = {
+    "median s": lambda case, first: case.median,
+    "least s": lambda case, first: min(case.seconds),
+    "ms": lambda case, first: 1e3 * case.median,
+    "spread": lambda case, first: case.spread,
+    "ratio": lambda case, first: case.times_as_fast_as(first) * case.videos / first.videos,
+    "videos/s": lambda case, first: case.videos / case.median,
+    "s/video, 250 steps": lambda case, first: 250 * case.median / case.videos,
+    "TFLOP/s": lambda case, first: case.rate,
+    "MFU": lambda case, first: case.rate / PEAK,
+    "of 790": lambda case, first: case.rate / PRACTICAL,
+    "cost": lambda case, first: first.times_as_fast_as(case),
+    "tokens": lambda case, first: case.tokens / first.tokens,
+    "FLOP": lambda case, first: case.flop / first.flop,
+    "cost / FLOP": lambda case, first: first.times_as_fast_as(case) * first.flop / case.flop,
+    "peak GB": lambda case, first: case.peak and case.peak / 1e9,
+}
 
 
 @dataclass(frozen=True)
 class Timer:
-    """Times calls in turn, so that other load on the machine affects all of them alike.
+    """Times cases in turn, so that other load on the machine affects all of them alike.
 
     Args:
         device: synchronised before and after each call if it is CUDA.
-        rounds: measurements of each call.
-        clock: "wall", or "cpu" (process time) for a machine that is shared with others.
-        warmup: unmeasured rounds before the first.
+        rounds: measurements of each case.
+        clock: "wall", or "cpu" (of all threads of this process) for a machine that is shared with others.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rounds: int = 3
     clock: str = "wall"
-    warmup: int = 1
 
     @property
     def on_cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def time(self, calls: Mapping[str, Call]) -> dict[str, Timing]:
-        """Returns the timing of each call."""
-        found = {name: Timing(clock=self.clock) for name in calls}
-        for _ in range(self.warmup):
-            for call in calls.values():
-                call()
+    def compare(
+        self, makers: Mapping[str, Callable[[], Case]], heads: Iterable[str] = (), *, at_once: bool = True
+    ) -> list[Row]:
+        """Times the cases and returns their rows, with all samples; the first is the reference.
+
+        Each case is called once before: that compiles it, and yields the result for the cell `apart`.
+
+        Args:
+            makers: constructor of each case by name.
+            heads: cells to compute.
+            at_once: time all in turn; False: each in turn with the first, which alone stays in memory.
+        """
+        heads, rows = list(heads), []
+        first: Case | None = None
+        expected: Tensor | None = None
+        for names in [list(makers)] if at_once else [[name] for name in makers]:
+            held = torch.cuda.memory_allocated(self.device) if self.on_cuda and first else 0
+            cases: dict[str, Case] = {}
+            for name in names:
+                try:
+                    case = makers[name]()
+                    result = self._warm_up(case, held)
+                except torch.OutOfMemoryError:
+                    rows.append({"": f"{name}: no room"})
+                    continue
+                cases[name], first = case, first or case
+                if "apart" in heads and isinstance(result, Tensor):
+                    expected = result if expected is None else expected
+                    distance = float((result.float() - expected.float()).norm() / expected.float().norm())
+                    case.cells["apart"] = distance if result is not expected else None
+                del case, result
+            if first is None or not cases:
+                continue
+            self._time([*([] if first in cases.values() else [first]), *cases.values()])
+            rows += [_row_of(name, case, first, heads) for name, case in cases.items()]
+            del cases
+            self.free()
+        return rows
+
+    def compare_pair(self, name: str, makers: Mapping[str, Callable[[], Case]]) -> Row:
+        """Returns one row of two cases: the milliseconds of each, and how many times as fast the second one is."""
+        rows = self.compare(makers, ("ms", "ratio"))
+        return {"": name, **{f"{row['']}, ms": row["ms"] for row in rows}, "ratio": rows[1]["ratio"], "samples": rows}
+
+    def _warm_up(self, case: Case, held: int) -> Any:
+        """Returns the result of the first call; on CUDA, sets the peak above `held` bytes of another one."""
+        case.prepare()
+        result = case.call()
+        if self.on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            case.prepare()
+            case.call()
+            case.peak = torch.cuda.max_memory_allocated(self.device) - held
+        return result
+
+    def _time(self, cases: Sequence[Case]) -> None:
+        clock = time.perf_counter if self.clock == "wall" else time.process_time
+        for case in cases:
+            case.seconds = []
         gc.collect()
         for _ in range(self.rounds):
-            for name, call in calls.items():
+            for case in cases:
+                case.prepare()
                 self.wait()
-                wall, cpu = time.perf_counter(), time.process_time()
-                call()
+                start = clock()
+                case.call()
                 self.wait()
-                found[name].wall.append(time.perf_counter() - wall)
-                found[name].cpu.append(time.process_time() - cpu)
-        return found
+                case.seconds.append((clock() - start) / case.repeats)
 
     def wait(self) -> None:
         """Synchronises the device."""
@@ -99,130 +178,7 @@ class Timer:
         if self.on_cuda:
             torch.cuda.empty_cache()
 
-    def allocated(self) -> int:
-        """Returns the bytes that tensors hold on a CUDA device; 0 elsewhere."""
-        return torch.cuda.memory_allocated(self.device) if self.on_cuda else 0
 
-    def peak(self, call: Call, held: int) -> int | None:
-        """Returns the peak bytes of `call` above `held` on a CUDA device; None elsewhere."""
-        if not self.on_cuda:
-            return None
-        torch.cuda.reset_peak_memory_stats(self.device)
-        call()
-        return torch.cuda.max_memory_allocated(self.device) - held
-
-
-@dataclass
-class Case:
-    """One row of a table.
-
-    Attributes:
-        call: timed; it does its work `repeats` times, on `videos` clips, with `flop` operations each time.
-        cells: further cells of the row.
-        timing: set by the engine.
-        peak: bytes on a CUDA device, where it was measured.
-    """
-
-    name: str
-    call: Call
-    videos: float = 1.0
-    flop: float = 0.0
-    repeats: int = 1
-    cells: dict[str, Any] = field(default_factory=dict)
-    timing: Timing = field(default_factory=Timing)
-    peak: int | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Median of one repetition."""
-        return self.timing.median / self.repeats
-
-    @property
-    def rate(self) -> float:
-        """TFLOP/s."""
-        return self.flop / self.seconds / 1e12
-
-
-# head -> value of a case, given the first case of its table
-CELLS: dict[str, Callable[[Case, Case], Any]] = {
-    "median s": lambda case, first: case.seconds,
-    "step s": lambda case, first: case.seconds,
-    "least s": lambda case, first: case.timing.least / case.repeats,
-    "ms": lambda case, first: 1e3 * case.seconds,
-    "spread": lambda case, first: case.timing.spread,
-    "ratio": lambda case, first: case.timing.times_as_fast_as(first.timing) * case.videos / first.videos,
-    "videos/s": lambda case, first: case.videos / case.seconds,
-    "s/video, 250 steps": lambda case, first: 250 * case.seconds / case.videos,
-    "TFLOP/s": lambda case, first: case.rate,
-    "MFU": lambda case, first: case.rate / PEAK,
-    "of 790": lambda case, first: case.rate / PRACTICAL,
-    "cost": lambda case, first: first.timing.times_as_fast_as(case.timing),
-    "FLOP": lambda case, first: case.flop / first.flop,
-    "cost / FLOP": lambda case, first: first.timing.times_as_fast_as(case.timing) * first.flop / case.flop,
-    "peak GB": lambda case, first: case.peak and case.peak / 1e9,
-    "peak GiB": lambda case, first: case.peak and case.peak / 2**30,
-}
-CELLS["ms/step"] = CELLS["ms"]
-
-
-def row_of(case: Case, first: Case, columns: Iterable[str]) -> dict[str, Any]:
-    """Returns the cells of a timed case, with all samples for JSON."""
-    computed = {head: CELLS[head](case, first) for head in columns if head in CELLS}
-    return {"": case.name, **computed, **case.cells, **case.timing.to_json()}
-
-
-def compare(cases: Sequence[Case], columns: Iterable[str], timer: Timer) -> list[dict[str, Any]]:
-    """Times all cases in turn; returns their rows."""
-    found = timer.time({str(place): case.call for place, case in enumerate(cases)})
-    for case, timing in zip(cases, found.values()):
-        case.timing = timing
-    return [row_of(case, cases[0], columns) for case in cases]
-
-
-def compare_one_by_one(
-    makers: Mapping[str, Callable[[], Case]],
-    columns: Iterable[str],
-    timer: Timer,
-    apart: Callable[[Any, Any], float] | None = None,
-) -> list[dict[str, Any]]:
-    """Times each case in turn with the first, which alone stays in memory; returns their rows.
-
-    Args:
-        makers: constructor of each case by name.
-        apart: distance of a result from the first case's, for the cell `apart`.
-    """
-    columns, timer = list(columns), replace(timer, warmup=0)
-    first: Case | None = None
-    expected: Any = None
-    rows: list[dict[str, Any]] = []
-    for name, make in makers.items():
-        found = _measure_next(make, first, timer)
-        if found is None:
-            rows.append({"": f"{name}: no room"})
-        else:
-            case, result = found
-            if first is None:
-                first, expected = case, result
-            elif apart is not None:
-                case.cells["apart"] = apart(result, expected)
-            rows.append(row_of(case, first, columns))
-            del case, result
-        del found
-        timer.free()
-    return rows
-
-
-def _measure_next(make: Callable[[], Case], first: Case | None, timer: Timer) -> tuple[Case, Any] | None:
-    """Returns the case, timed, and the result of its first call; None if it does not fit in memory."""
-    held = timer.allocated() if first else 0
-    try:
-        case = make()
-        result = case.call()  # compiles, too
-        case.peak = timer.peak(case.call, held)
-        timings = timer.time({**({"first": first.call} if first else {}), "case": case.call})
-    except torch.OutOfMemoryError:
-        return None
-    case.timing = timings["case"]
-    if first is not None:
-        first.timing = timings["first"]
-    return case, result
+def _row_of(name: str, case: Case, first: Case, heads: Iterable[str]) -> Row:
+    computed = {head: VALUES[head](case, first) for head in heads if head in VALUES}
+    return {"": name, **computed, **case.cells, "seconds": case.seconds}

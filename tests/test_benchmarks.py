@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,10 @@ from torch import Tensor
 from benchmarks.__main__ import main
 from benchmarks.profile import Roof, operators, trace_of
 from benchmarks.reference import ReferenceDiffusion, ReferenceLatte, ReferenceTraining, guided_network
-from benchmarks.report import COLUMNS, Section
-from benchmarks.timing import Timing
+from benchmarks.report import Table
+from benchmarks.timing import Case, Timer
 from benchmarks.workload import Workload
+from diffusion import sample
 from models import LatteConfig
 from tools.parity.checks import empty_network
 from tools.parity.goldens import Goldens
@@ -32,11 +35,8 @@ def load(name: str) -> Goldens:
 def reference(golden: Goldens) -> ReferenceLatte:
     """The reference with the golden's weights."""
     ours = empty_network(golden.config)
-    plain = ReferenceLatte(
-        ours.config, in_channels=ours.in_channels, latent_size=ours.latent_size[0], num_frames=ours.num_frames
-    )
-    plain.load_state_dict(golden.group("state/"))
-    return plain
+    ours.load_state_dict(golden.group("state/"))
+    return ReferenceLatte.like(ours)
 
 
 def close(ours: Tensor, wanted: Tensor, relative: float = 1e-5) -> None:
@@ -75,7 +75,8 @@ def test_the_reference_step_is_the_official_one() -> None:
 def test_the_reference_loop_is_the_official_one(method: str) -> None:
     golden, model = load("diffusion"), reference(load("latte_uncond"))
     torch.manual_seed(7)
-    close(ReferenceDiffusion(1000, "10").sample(model, golden["loop/z"], method), golden[f"loop/{method}10"])
+    found = sample(ReferenceDiffusion(1000, "10"), model, golden["loop/z"], method=method)
+    close(found, golden[f"loop/{method}10"])
 
 
 def test_our_network_equals_the_reference() -> None:
@@ -119,14 +120,13 @@ def test_the_gpu_bench_runs_where_little_is_installed(tmp_path: Path) -> None:
         [sys.executable, "-c", code, *words], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert max(map(len, done.stdout.splitlines())) <= COLUMNS
     tables = {table["title"]: table["rows"] for table in json.loads((tmp_path / "gpu.json").read_text())["tables"]}
     assert {"Training step", "Forward pass", "Techniques, one by one", "bf16, guided"} <= tables.keys()
-    assert all(row["ratio"] > 0 and row["wall_s"] for row in tables["Training step"])
+    assert all(row["ratio"] > 0 and row["seconds"] for row in tables["Training step"])
     apart = next(row for row in tables["bf16, guided"] if row[""] == "guidance one by one")
     assert apart["apart"] < 1e-2  # it changes no result
     page = (tmp_path / "gpu.md").read_text()
-    assert "commit" in page and "--quick" in page and "| reference, tf32 |" in page
+    assert "commit" in page and "--quick" in page and "| reference, tf32, 5 videos " in page
     assert json.loads((tmp_path / "compiled-bf16-cpu.json").read_text())["traceEvents"]
 
 
@@ -157,20 +157,50 @@ def test_mistakes_are_sentences(words: list[str], sentence: str, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_ratios_are_of_rounds_and_tables_fit_the_terminal() -> None:
-    ours, theirs = Timing(wall=[1.0, 2.0, 4.0]), Timing(wall=[2.0, 3.0, 8.0])
-    assert ours.times_as_fast_as(theirs) == 2.0 and (ours.median, ours.least, ours.spread) == (2.0, 1.0, 1.5)
-    long = "a name that is too long for one line of a terminal beside its figures, so that it is broken"
-    section = Section(
-        "Title", "text " * 40, {"": "", "s": ".2f", "share": ".0%"}, [{"": long, "s": 1.234, "share": 0.5}]
-    )
-    assert max(map(len, section.terminal().splitlines())) <= COLUMNS
-    assert f"| {long} | 1.23 | 50% |" in section.markdown()
+def test_ratios_are_of_rounds() -> None:
+    def nothing() -> None: ...
+
+    ours, theirs = Case(nothing, seconds=[1.0, 2.0, 4.0]), Case(nothing, seconds=[2.0, 3.0, 8.0])
+    assert (ours.times_as_fast_as(theirs), ours.median, ours.spread) == (2.0, 2.0, 1.5)
+    table = Table("Title", "text", ("s", "share", "d"), [{"": "plain", "s": 1.234, "share": 0.5}])
+    assert "| plain | 1.23 | 50.0% | - |" in table.markdown()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_every_case_is_compared_with_the_first(at_once: bool) -> None:
+    calls: list[str] = []
+
+    def maker(name: str, result: float) -> Callable[[], Case]:
+        def call() -> Tensor:
+            calls.append(name)
+            return torch.full((3,), result)
+
+        return lambda: Case(call, videos=2)
+
+    def too_large() -> Case:
+        raise torch.OutOfMemoryError
+
+    makers = {"a": maker("a", 2.0), "b": maker("b", 3.0), "large": too_large, "c": maker("c", 2.0)}
+    rows = {row[""]: row for row in Timer(rounds=2).compare(makers, ("ratio", "apart"), at_once=at_once)}
+    assert rows.keys() == {"a", "b", "large: no room", "c"}
+    assert (rows["a"]["ratio"], rows["b"]["apart"], rows["c"]["apart"]) == (1.0, 0.5, 0.0)
+    assert len(rows["b"]["seconds"]) == 2
+    assert "".join(calls) == ("abc" + 2 * "abc" if at_once else "aaa" + "b" + 2 * "ab" + "c" + 2 * "ac")
+
+
+def test_the_shipped_figures_of_quality_are_read(tmp_path: Path) -> None:
+    """No row is sampled again, and the page has all of them."""
+    shipped = ROOT / "docs" / "benchmarks"
+    shutil.copy(shipped / "sampling.json", tmp_path)
+    main(["quality", "--device", "cpu", "--out", str(tmp_path)])
+    tables = [line for line in (tmp_path / "sampling.md").read_text().splitlines() if line.startswith("| ")]
+    assert tables == [line for line in (shipped / "sampling.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(tables) == 2 * 2 + 1 + 28 + 5 and (tmp_path / "sampling.png").is_file()
 
 
 def test_a_bound_is_the_roofline_s() -> None:
     a = torch.randn(64, 64)
-    trace = trace_of(lambda: a @ a, torch.device("cpu"))
+    trace = trace_of(lambda: a @ a, Timer())
     flop, bytes_ = 2 * 64**3, 3 * 64 * 64 * 4
     for roof, bound in ((Roof(1.0, bytes_ * 1e6), "compute"), (Roof(flop * 1e6, 1.0), "memory")):
         row = next(row for row in operators(trace, roof, 4, on_device=False) if row[""] == "mm")

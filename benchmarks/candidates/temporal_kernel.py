@@ -43,7 +43,7 @@ def _rows(
 
 @triton.jit
 def _load(pointer, rows, inside, d: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
-    """Loads the d values of each row as W0 and W1 columns; pads with zeros."""
+    """Loads the d values of each row in two parts, of W0 and W1 columns; pads with zeros."""
     column = tl.arange(0, W0)[None, None, :]
     first = tl.load(pointer + rows + column, mask=inside & (column < d), other=0.0)
     rest = first
@@ -54,12 +54,12 @@ def _load(pointer, rows, inside, d: tl.constexpr, W0: tl.constexpr, W1: tl.const
 
 
 @triton.jit
-def _store(pointer, rows, inside, first, rest, d: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
+def _store(pointer, rows, inside, parts, d: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr):
     column = tl.arange(0, W0)[None, None, :]
-    tl.store(pointer + rows + column, first.to(pointer.dtype.element_ty), mask=inside & (column < d))
+    tl.store(pointer + rows + column, parts[0].to(pointer.dtype.element_ty), mask=inside & (column < d))
     if W1 > 0:
         column = W0 + tl.arange(0, W1)[None, None, :]
-        tl.store(pointer + rows + column, rest.to(pointer.dtype.element_ty), mask=inside & (column < d))
+        tl.store(pointer + rows + column, parts[1].to(pointer.dtype.element_ty), mask=inside & (column < d))
 
 
 @triton.jit
@@ -70,52 +70,57 @@ def _dot(a, b):
 
 
 @triton.jit
-def _outer(a0, a1, b0, b1, W1: tl.constexpr):
-    """Multiplies a b^T: (P, R, d) and (P, R, d) -> (P, R, R)."""
-    out = _dot(a0, tl.permute(b0, (0, 2, 1)))
+def _outer(a, b, W1: tl.constexpr):
+    """Multiplies a b^T: (P, R, d) and (P, R, d), each in two parts -> (P, R, R)."""
+    out = _dot(a[0], tl.permute(b[0], (0, 2, 1)))
     if W1 > 0:
-        out += _dot(a1, tl.permute(b1, (0, 2, 1)))
+        out += _dot(a[1], tl.permute(b[1], (0, 2, 1)))
     return out
 
 
 @triton.jit
-def _inner(a, b0, b1, W1: tl.constexpr):
-    """Multiplies a b: (P, R, R) and (P, R, d) -> (P, R, d)."""
-    a = a.to(b0.dtype)
-    first = _dot(a, b0)
+def _inner(a, b, W1: tl.constexpr):
+    """Multiplies a b: (P, R, R) and (P, R, d) in two parts -> the latter."""
+    a = a.to(b[0].dtype)
+    first = _dot(a, b[0])
     rest = first
     if W1 > 0:
-        rest = _dot(a, b1)
+        rest = _dot(a, b[1])
     return first, rest
 
 
 @triton.jit
-def _probabilities(q0, q1, k0, k1, scale, F: tl.constexpr, R: tl.constexpr, W1: tl.constexpr):
-    """Returns softmax(q k^T * scale) over the F frames."""
-    scores = _outer(q0, q1, k0, k1, W1) * (scale * 1.4426950408889634)  # log2(e): the powers are of two
+def _attend(
+    q_pointer, k_pointer, v_pointer, q_b, q_f, q_n, k_b, k_f, k_n, v_b, v_f, v_n, first, inside, tokens, scale,
+    F: tl.constexpr, H: tl.constexpr, d: tl.constexpr,
+    P: tl.constexpr, R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+):  # fmt: skip
+    """Loads the pairs from `first` on; returns q, k, v, and softmax(q k^T * scale) over the F frames."""
+    q = _load(q_pointer, _rows(first, tokens, q_b, q_f, q_n, H, d, P, R), inside, d, W0, W1)
+    k = _load(k_pointer, _rows(first, tokens, k_b, k_f, k_n, H, d, P, R), inside, d, W0, W1)
+    v = _load(v_pointer, _rows(first, tokens, v_b, v_f, v_n, H, d, P, R), inside, d, W0, W1)
+    scores = _outer(q, k, W1) * (scale * 1.4426950408889634)  # log2(e): the powers are of two
     if F < R:
         scores = tl.where(tl.arange(0, R)[None, None, :] < F, scores, float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
-    return weights / tl.sum(weights, 2)[:, :, None]
+    return q, k, v, weights / tl.sum(weights, 2)[:, :, None]
 
 
 @triton.jit
 def _forward_kernel(
     q_pointer, k_pointer, v_pointer, out_pointer,
-    q_b, q_f, q_n, k_b, k_f, k_n, v_b, v_f, v_n, out_b, out_f, out_n,
-    tokens, pairs, scale,
+    q_b, q_f, q_n, k_b, k_f, k_n, v_b, v_f, v_n, out_b, out_f, out_n, tokens, pairs, scale,
     F: tl.constexpr, H: tl.constexpr, d: tl.constexpr,
     P: tl.constexpr, R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * P
     inside = (first + tl.arange(0, P) < pairs)[:, None, None] & (tl.arange(0, R) < F)[None, :, None]
-    q0, q1 = _load(q_pointer, _rows(first, tokens, q_b, q_f, q_n, H, d, P, R), inside, d, W0, W1)
-    k0, k1 = _load(k_pointer, _rows(first, tokens, k_b, k_f, k_n, H, d, P, R), inside, d, W0, W1)
-    v0, v1 = _load(v_pointer, _rows(first, tokens, v_b, v_f, v_n, H, d, P, R), inside, d, W0, W1)
-    weights = _probabilities(q0, q1, k0, k1, scale, F, R, W1)
-    out0, out1 = _inner(weights, v0, v1, W1)
+    _, _, v, weights = _attend(
+        q_pointer, k_pointer, v_pointer, q_b, q_f, q_n, k_b, k_f, k_n, v_b, v_f, v_n, first, inside, tokens, scale,
+        F, H, d, P, R, W0, W1,
+    )  # fmt: skip
     rows = _rows(first, tokens, out_b, out_f, out_n, H, d, P, R)
-    _store(out_pointer, rows, inside, out0, out1, d, W0, W1)
+    _store(out_pointer, rows, inside, _inner(weights, v, W1), d, W0, W1)
 
 
 @triton.jit
@@ -128,21 +133,17 @@ def _backward_kernel(
 ):  # fmt: skip
     first = tl.program_id(0) * P
     inside = (first + tl.arange(0, P) < pairs)[:, None, None] & (tl.arange(0, R) < F)[None, :, None]
-    q0, q1 = _load(q_pointer, _rows(first, tokens, q_b, q_f, q_n, H, d, P, R), inside, d, W0, W1)
-    k0, k1 = _load(k_pointer, _rows(first, tokens, k_b, k_f, k_n, H, d, P, R), inside, d, W0, W1)
-    v0, v1 = _load(v_pointer, _rows(first, tokens, v_b, v_f, v_n, H, d, P, R), inside, d, W0, W1)
-    g0, g1 = _load(grad_pointer, _rows(first, tokens, grad_b, grad_f, grad_n, H, d, P, R), inside, d, W0, W1)
-    weights = _probabilities(q0, q1, k0, k1, scale, F, R, W1)
-    d_weights = _outer(g0, g1, v0, v1, W1)
+    q, k, v, weights = _attend(
+        q_pointer, k_pointer, v_pointer, q_b, q_f, q_n, k_b, k_f, k_n, v_b, v_f, v_n, first, inside, tokens, scale,
+        F, H, d, P, R, W0, W1,
+    )  # fmt: skip
+    g = _load(grad_pointer, _rows(first, tokens, grad_b, grad_f, grad_n, H, d, P, R), inside, d, W0, W1)
+    d_weights = _outer(g, v, W1)
     d_scores = weights * (d_weights - tl.sum(weights * d_weights, 2)[:, :, None]) * scale
-
     rows = _rows(first, tokens, grads_b, grads_f, grads_n, H, d, P, R)
-    dv0, dv1 = _inner(tl.permute(weights, (0, 2, 1)), g0, g1, W1)
-    _store(grads_pointer + 2 * part, rows, inside, dv0, dv1, d, W0, W1)
-    dq0, dq1 = _inner(d_scores, k0, k1, W1)
-    _store(grads_pointer, rows, inside, dq0, dq1, d, W0, W1)
-    dk0, dk1 = _inner(tl.permute(d_scores, (0, 2, 1)), q0, q1, W1)
-    _store(grads_pointer + part, rows, inside, dk0, dk1, d, W0, W1)
+    _store(grads_pointer + 2 * part, rows, inside, _inner(tl.permute(weights, (0, 2, 1)), g, W1), d, W0, W1)
+    _store(grads_pointer, rows, inside, _inner(d_scores, k, W1), d, W0, W1)
+    _store(grads_pointer + part, rows, inside, _inner(tl.permute(d_scores, (0, 2, 1)), q, W1), d, W0, W1)
 
 
 class Tile(NamedTuple):
