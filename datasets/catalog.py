@@ -55,11 +55,6 @@ class Catalog:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    @property
-    def numbers(self) -> dict[str, int]:
-        """The number of each caption."""
-        return {caption: number for number, caption in enumerate(self.captions)}
-
 
 def compute_digest(clips: Sequence[Clip], classes: Sequence[str]) -> str:
     """Returns a SHA-256 over names, sizes and classes: equal on two machines exactly if their catalogs are equal."""
@@ -99,21 +94,19 @@ def find_clips(
     """
     for folder, files in _walk(root, left_out):
         clips = [f for f in files if VIDEOS in kinds and Path(f).suffix.lower() in suffixes]
-        clips += [f for f in files if ARRAYS in kinds and is_sample_array(f)]
+        clips += [
+            f for f in files if ARRAYS in kinds and Path(f).suffix.lower() == ARRAY_SUFFIX and Path(f).stem.isdecimal()
+        ]
         frames = [f for f in files if FRAMES in kinds and Path(f).suffix.lower() in IMAGE_SUFFIXES]
         taken = set(clips or frames)
         for file in files:
             if file not in taken:
                 left_out(f"*{Path(file).suffix.lower()}", folder / file)
+        name = folder.relative_to(root)
         for file in clips:
-            yield Clip(str(folder / file), _name(folder / file, root), (folder / file).stat().st_size)
+            yield Clip(str(folder / file), (name / file).as_posix(), (folder / file).stat().st_size)
         if frames and not clips:
-            yield Clip(str(folder), _name(folder, root), len(frames), num_frames=len(frames))
-
-
-def is_sample_array(name: str) -> bool:
-    """Whether this is the name of a lossless sample: a number with the suffix of arrays."""
-    return Path(name).suffix.lower() == ARRAY_SUFFIX and Path(name).stem.isdecimal()
+            yield Clip(str(folder), name.as_posix(), len(frames), num_frames=len(frames))
 
 
 def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
@@ -147,5 +140,23 @@ def _kind_of(entry: os.DirEntry[str]) -> Literal["folder", "file", "neither"]:
         return "neither"
 
 
-def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
+def resolve_below(root: Path, name: str, where: str) -> Path | None:
+    """Returns the path of `name`, from an untrusted list, below `root`, with links followed; None if there is none.
+
+    Args:
+        root: a resolved path.
+        where: file and line of the name, for the error.
+
+    Raises: ValueError for a name that is not a plain relative path, or that leads out of the root.
+    """
+    if any(ord(character) < 32 for character in name) or "://" in name or ":" in name.split("/")[0]:
+        raise ValueError(f"{where}: {name!r} is not a plain path")
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where}: {name!r} must be a path below data.path")
+    try:
+        target = (root / name).resolve(strict=True)
+    except (OSError, RuntimeError):
+        return None
+    if not target.is_relative_to(root):
+        raise ValueError(f"{where}: {name!r} leads out of data.path")
+    return target

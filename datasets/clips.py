@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -75,7 +75,12 @@ class Pixels:
     def open(self, clip: Clip) -> Reader:
         """Returns the reader of a clip. Raises: VideoError if the clip changed since the catalog was made."""
         reader = open_video(clip.path, self.config.reader, self.config.max_pixels)
-        _check_unchanged(clip, reader)
+        if clip.num_frames is None:
+            found, before, unit = identify_file(clip.path)[0], clip.size, "bytes"
+        else:
+            found, before, unit = len(reader), clip.num_frames, "frames"
+        if found != before:
+            raise VideoError(clip.path, f"changed after the run started: {before} {unit} then, {found} now")
         return reader
 
     def show(self, opened: Reader, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
@@ -114,7 +119,7 @@ class ClipDataset(Dataset[Sample]):
         self.flips = config.mirrors
         self.span = window_span(config.num_frames, config.frame_interval)
         self.images: list[Clip] | None = None
-        if config.frame_list and config.name in CAPTIONED:
+        if config.frame_list and config.name == CAPTIONED:
             self.catalog, self.images = read_captioned_images(config, catalog)
         elif config.frame_list:
             self.images = read_frame_list(config, catalog)
@@ -170,11 +175,10 @@ class ClipDataset(Dataset[Sample]):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        used, video = self._first_usable(
-            self.catalog.clips, self._clip_candidates(epoch, index), lambda clip: self._window(clip, epoch, index)
-        )
-        shown = [video]
-        labels = [self.catalog.clips[used].label]
+        candidates = chain([index], self._draw_forever(len(self), "replacement", epoch, index))
+        clips = self.catalog.clips
+        used, video = self._first_usable(clips, candidates, lambda clip: self._window(clip, epoch, index))
+        shown, labels = [video], [clips[used].label]
         for place in range(self.config.num_images):
             image, label = self._image(epoch, index, place)
             shown.append(image)
@@ -187,27 +191,18 @@ class ClipDataset(Dataset[Sample]):
         entropy = [self.seed % 2**64, PURPOSES[purpose], *place]
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
-    def _clip_candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """Yields the clip itself, then its replacements."""
-        yield index
-        draw = self._random("replacement", epoch, index)
+    def _draw_forever(self, count: int, purpose: str, *place: int) -> Iterator[int]:
+        """Yields numbers below `count` without end."""
+        draw = self._random(purpose, *place)
         while True:
-            yield int(draw.integers(len(self)))
-
-    def _image_candidates(self, epoch: int, index: int, place: int) -> Iterator[int]:
-        """Yields indices into the frame list, or of other videos (the same one if it is the only one)."""
-        draw = self._random("image", epoch, index, place)
-        while True:
-            if self.images is not None:
-                yield int(draw.integers(len(self.images)))
-            else:
-                yield (index + 1 + int(draw.integers(max(1, len(self) - 1)))) % len(self)
+            yield int(draw.integers(count))
 
     def _first_usable(
         self, clips: Sequence[Clip], candidates: Iterator[int], load: Callable[[Clip], Tensor]
     ) -> tuple[int, Tensor]:
         """Returns the index of the first usable candidate among `clips`, and its frames."""
         failures: dict[str, str] = {}
+        total = len(self) + len(self.images or [])
         for index in islice(candidates, MAX_ATTEMPTS):
             try:
                 return index, load(clips[index])
@@ -215,17 +210,13 @@ class ClipDataset(Dataset[Sample]):
                 if self.config.strict or error.ends_run:
                     raise
                 failures[clips[index].path] = self._record(self.skipped, clips[index], error, "is skipped")
-                self._check_share()
+            if len(self.skipped) > self.config.max_unusable * total:
+                raise VideoError(
+                    self.catalog.root,
+                    f"{len(self.skipped)} of {total} clips cannot be used, more than data.max_unusable="
+                    f"{self.config.max_unusable} allows: {_summarize(self.skipped)}",
+                )
         raise VideoError(self.catalog.root, f"{MAX_ATTEMPTS} clips in a row cannot be used: {_summarize(failures)}")
-
-    def _check_share(self) -> None:
-        total = len(self) + len(self.images or [])
-        if len(self.skipped) > self.config.max_unusable * total:
-            raise VideoError(
-                self.catalog.root,
-                f"{len(self.skipped)} of {total} clips cannot be used, more than data.max_unusable="
-                f"{self.config.max_unusable} allows: {_summarize(self.skipped)}",
-            )
 
     def _record(self, notes: dict[str, str], clip: Clip, error: VideoError, fate: str) -> str:
         """Records and returns the reason; warns once per clip."""
@@ -261,24 +252,29 @@ class ClipDataset(Dataset[Sample]):
             starts = length
         start = int(self._random("window", epoch, index).integers(starts))
         window = range(start, start + self.span, self.config.frame_interval)
-        mirrored = self._mirrored(self._random("flip", epoch, index))
+        mirrored = self._is_mirrored("flip", epoch, index)
         return self.source.show(reader, clip, [place % length for place in window], mirrored)
 
     def _image(self, epoch: int, index: int, place: int) -> tuple[Tensor, int]:
         """Returns one random frame of another video, or one image of the list, (1, ...), and its label."""
-        source = self.images if self.images is not None else self.catalog.clips
+        if self.images is not None:
+            source = self.images
+            candidates = self._draw_forever(len(source), "image", epoch, index, place)
+        else:  # other videos; the same one if it is the only one
+            source, others = self.catalog.clips, max(1, len(self) - 1)
+            draws = self._draw_forever(others, "image", epoch, index, place)
+            candidates = ((index + 1 + draw) % len(self) for draw in draws)
 
         def load(clip: Clip) -> Tensor:
             reader = self._open(clip)
             number = int(self._random("frame", epoch, index, place).integers(len(reader)))
-            mirrored = self._mirrored(self._random("image_flip", epoch, index, place))
-            return self.source.show(reader, clip, [number], mirrored)
+            return self.source.show(reader, clip, [number], self._is_mirrored("image_flip", epoch, index, place))
 
-        used, image = self._first_usable(source, self._image_candidates(epoch, index, place), load)
+        used, image = self._first_usable(source, candidates, load)
         return image, source[used].label
 
-    def _mirrored(self, draw: np.random.Generator) -> bool:
-        return self.flips and bool(draw.random() < 0.5)
+    def _is_mirrored(self, purpose: str, *place: int) -> bool:
+        return self.flips and bool(self._random(purpose, *place).random() < 0.5)
 
 
 def _summarize(failures: dict[str, str]) -> str:
@@ -286,16 +282,6 @@ def _summarize(failures: dict[str, str]) -> str:
     rest = len(failures) - MAX_ATTEMPTS
     named = "; ".join(f"{path}: {reason}" for path, reason in islice(failures.items(), MAX_ATTEMPTS))
     return f"{named}; and {rest} more" if rest > 0 else named
-
-
-def _check_unchanged(clip: Clip, reader: Reader) -> None:
-    """Raises VideoError if the clip differs from the catalog, whose digest is stored in checkpoints."""
-    if clip.num_frames is None:
-        found, before, unit = identify_file(clip.path)[0], clip.size, "bytes"
-    else:
-        found, before, unit = len(reader), clip.num_frames, "frames"
-    if found != before:
-        raise VideoError(clip.path, f"changed after the run started: {before} {unit} then, {found} now")
 
 
 def describe_failure(error: VideoError, clip: Clip) -> str:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
+
+from common.checks import Limit, at_least, check_limits, check_read_only_with, one_of, optional, require, within
 
 from .readers import MAX_PIXELS, READERS
 from .recipes import CAPTIONED, LABEL_CHOICES, RECIPES
 
-LIMITS = {"num_frames": 2**16, "num_images": 2**16, "image_size": 2**14, "num_workers": 256}  # largest values
-MAX_TIMEOUT_S = 366 * 24 * 3600.0  # longer timeouts overflow in the system call that waits
-SHORT_CLIPS = ("skip", "loop")
+MAX_TIMEOUT_S = 366 * 24 * 3600.0  # a year; longer timeouts overflow in the system call that waits
+LIMITS: dict[str, Limit] = {
+    "name": one_of(RECIPES),
+    "labels": one_of(LABEL_CHOICES),
+    "reader": one_of(READERS),
+    "short_clips": one_of(("skip", "loop")),
+    "num_frames": within(1, 2**16),
+    "image_size": within(1, 2**14),
+    "num_images": within(0, 2**16),
+    "num_workers": within(0, 256),
+    "frame_interval max_pixels": at_least(1),
+    "max_clips": optional(at_least(1)),
+    "worker_timeout_s": within(0, MAX_TIMEOUT_S, "(]"),
+    "max_unusable": within(0, 1),
+    "val_share": within(0, 1, "[)"),
+}
+OWNERS = {
+    "frame_list": "num_images",
+    **dict.fromkeys(("captions", "file_column", "caption_column"), f"name={CAPTIONED}"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,49 +65,19 @@ class DataConfig:
         return RECIPES[self.name].horizontal_flip if self.horizontal_flip is None else self.horizontal_flip
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, RECIPES)
-        _one_of("labels", self.labels, LABEL_CHOICES)
-        _one_of("reader", self.reader, READERS)
-        _one_of("short_clips", self.short_clips, SHORT_CLIPS)
-        for key in ("num_frames", "frame_interval", "image_size", "max_clips", "max_pixels"):
-            _at_least(key, getattr(self, key), 1)
-        for key in ("num_images", "num_workers"):
-            _at_least(key, getattr(self, key), 0)
-        for key, most in LIMITS.items():
-            if getattr(self, key) > most:
-                raise ValueError(f"data.{key}: {getattr(self, key)} is too many; at most {most:,}")
-        if not 0 < self.worker_timeout_s <= MAX_TIMEOUT_S:
-            raise ValueError(
-                f"data.worker_timeout_s: {self.worker_timeout_s} must be above 0, at most {MAX_TIMEOUT_S:.0f} (a year)"
+        check_limits(self, "data.", LIMITS)
+        check_read_only_with(self, "data.", OWNERS)
+        require(
+            self.name != CAPTIONED or self.labels == "auto",
+            f"data.labels={self.labels}: with data.name={self.name} captions take the place of labels",
+        )
+        if self.val_share:
+            require(
+                self.val_path is None,
+                "data.val_share and data.val_path both select held-out clips: set only one of them",
             )
-        if not 0 <= self.max_unusable <= 1:
-            raise ValueError(f"data.max_unusable: {self.max_unusable} must be a share, from 0 to 1")
-        if self.frame_list is not None and not self.num_images:
-            raise ValueError("data.frame_list is read only in joint training: set data.num_images, or leave it out")
-        for key in ("captions", "file_column", "caption_column"):
-            if getattr(self, key) is not None and self.name not in CAPTIONED:
-                raise ValueError(f"data.{key} is read only with data.name={CAPTIONED[0]}: set that, or leave it out")
-        if self.name in CAPTIONED and self.labels != "auto":
-            raise ValueError(f"data.labels={self.labels}: with data.name={self.name} captions take the place of labels")
-        if not 0 <= self.val_share < 1:
-            raise ValueError(f"data.val_share: {self.val_share} must be a share, from 0 to below 1")
-        if self.val_share and self.val_path is not None:
-            raise ValueError("data.val_share and data.val_path both select held-out clips: set only one of them")
-        if self.val_share and self.frame_list is not None:
-            raise ValueError(
+            require(
+                self.frame_list is None,
                 "data.val_share cannot tell which images of data.frame_list show a clip that it holds out: "
-                "set data.val_path instead"
+                "set data.val_path instead",
             )
-
-
-def _one_of(key: str, value: str, choices: Iterable[str]) -> None:
-    names = list(choices)
-    if value not in names:
-        near = get_close_matches(str(value), names, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"data.{key}: '{value}' is unknown, use one of {', '.join(names)}{hint}")
-
-
-def _at_least(key: str, value: int | None, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"data.{key}: {value!r} must be a whole number of at least {least}")

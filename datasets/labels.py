@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .catalog import Catalog, Clip, compute_digest
+from .catalog import Catalog, Clip, compute_digest, resolve_below
 from .config import DataConfig
 from .readers import IMAGE_SUFFIXES
-from .safe_paths import resolve_below
 
 
 def _class_of_folder(clip: Clip) -> str:
@@ -22,9 +21,8 @@ def _class_of_folder(clip: Clip) -> str:
 
 def _class_of_file_name(clip: Clip) -> str:
     """Returns the part of the file name after the last '__', without its extension."""
-    name = Path(clip.name).name
-    stem = Path(name).stem if clip.num_frames is None else name
-    *before, after = stem.rsplit("__", maxsplit=1)
+    path = Path(clip.name)
+    before, _, after = (path.stem if clip.num_frames is None else path.name).rpartition("__")
     if not before or not after:
         raise ValueError(f"data.labels=file_name: the name of {clip.path!r} has no '__' before its class")
     return after
@@ -58,8 +56,8 @@ def relabel(catalog: Catalog, class_names: Sequence[str]) -> Catalog:
     for clip in catalog.clips:
         name = catalog.class_names[clip.label] if catalog.class_names else None
         if numbers and name not in numbers:
-            what = "no class" if name is None else f"class {name!r}"
-            raise ValueError(f"data.path: {clip.path!r} is of {what}, which the training clips lack")
+            held = "no class" if name is None else f"class {name!r}"
+            raise ValueError(f"data.path: {clip.path!r} is of {held}, which the training clips lack")
         clips.append(replace(clip, label=numbers[name] if numbers and name is not None else 0))
     return replace(catalog, clips=clips, class_names=list(class_names), digest=compute_digest(clips, class_names))
 
@@ -74,26 +72,28 @@ def read_frame_list(config: DataConfig, catalog: Catalog) -> list[Clip]:
     if not path.is_file():
         raise FileNotFoundError(f"data.frame_list: there is no file '{config.frame_list}'")
     root = Path(catalog.root).resolve()
+    images = []
     with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
-        numbered = [(number, line.rstrip("\r\n")) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where, name, given = f"{path}, line {number}", line.strip(), None
+            if Path(name).suffix.lower() not in IMAGE_SUFFIXES and " " in name:
+                name, given = name.rsplit(maxsplit=1)
+            target = resolve_below(root, name, where)
+            if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
+                raise ValueError(f"{where}: {name!r} is not an image ({' '.join(sorted(IMAGE_SUFFIXES))})")
+            if target is None:
+                raise FileNotFoundError(f"{where}: there is no file {name!r} in data.path")
+            label = _label_image(name, given, where, catalog.class_names)
+            images.append(Clip(str(target), name, target.stat().st_size, 1, label))
+    if not images:
         raise ValueError(f"data.frame_list: '{path}' is empty")
-    return [_listed_frame(line, f"{path}, line {number}", root, catalog.class_names) for number, line in numbered]
+    return images
 
 
-def _listed_frame(line: str, where: str, root: Path, classes: list[str]) -> Clip:
-    name, given = line.strip(), None
-    if Path(name).suffix.lower() not in IMAGE_SUFFIXES and " " in name:
-        name, given = name.rsplit(maxsplit=1)
-    target = resolve_below(root, name, where)
-    if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"{where}: {name!r} is not an image ({' '.join(sorted(IMAGE_SUFFIXES))})")
-    if target is None:
-        raise FileNotFoundError(f"{where}: there is no file {name!r} in data.path")
-    return Clip(str(target), name, target.stat().st_size, 1, _listed_label(name, given, where, classes))
-
-
-def _listed_label(name: str, given: str | None, where: str, classes: list[str]) -> int:
+def _label_image(name: str, given: str | None, where: str, classes: list[str]) -> int:
+    """Returns the label of a listed image. Raises: ValueError where its class is unknown."""
     if not classes:
         return 0
     if given is not None and given.isdecimal() and given not in classes and int(given) < len(classes):

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from . import shards
 from .catalog import Clip
 from .readers import VideoError
-from .shards import INDEX, NUMBER_FORMATS, CacheError, map_shard, shard_file
+from .shards import INDEX, NUMBER_FORMATS, ShardReader
 
 FORMAT = "latte-latents-1"
 TENSOR = "latents"  # name of the tensor in a shard
@@ -61,6 +60,9 @@ class StoredClip:
     runs: tuple[FrameRun, ...] = ()
     listed: bool = False
 
+    def __len__(self) -> int:
+        return self.frames
+
     def to_json(self) -> dict[str, Any]:
         """Returns its fields, without those that have their default value."""
         return {key: value for key, value in asdict(self).items() if value or key in ("name", "size")}
@@ -83,20 +85,6 @@ class StoredClip:
         return f"its frames differ in size ({', '.join(f'{width}x{height}' for height, width in sizes)})"
 
 
-class OpenedClip(NamedTuple):
-    """A stored clip with the interface of a reader."""
-
-    stored: StoredClip
-
-    def __len__(self) -> int:
-        return self.stored.frames
-
-    @property
-    def cut_off(self) -> str | None:
-        """A sentence if the end of the clip is missing."""
-        return self.stored.cut_off
-
-
 class LatentCache:
     """A finished cache in `path`, opened for reading; a frame source of `ClipDataset`.
 
@@ -114,18 +102,19 @@ class LatentCache:
         self.path = path
         index = read_index(path)
         try:
-            self.dtype = NUMBER_FORMATS[index["dtype"]]
             self.codec: dict[str, Any] = dict(index["codec"])
             self.settings: dict[str, Any] = dict(index["settings"])
             self.shape = tuple(int(side) for side in index["shape"])  # (V, P, C, h, w)
-            self.shard_frames = [int(count) for count in index["shards"]]
+            dtype, counts = NUMBER_FORMATS[index["dtype"]], [int(count) for count in index["shards"]]
             clips = [StoredClip.from_json(facts) for facts in index["clips"]]
         except (LookupError, TypeError, ValueError):
             raise ValueError(f"data.latents: {path / INDEX} is damaged; make the cache again") from None
         self.clips = {clip.name: clip for clip in clips}
-        self._check_places()
-        for number in range(len(self.shard_frames)):
-            self._map(number)
+        for clip in clips:
+            held = counts[clip.shard] if 0 <= clip.shard < len(counts) else 0
+            if clip.frames != sum(run.frames for run in clip.runs) or not 0 <= clip.first <= held - clip.frames:
+                raise ValueError(f"data.latents: {path / INDEX} is damaged at {clip.name!r}; make the cache again")
+        self.shards = ShardReader(path, dtype, counts, self.shape, TENSOR)
 
     @property
     def stochastic(self) -> bool:
@@ -146,47 +135,27 @@ class LatentCache:
                     f"data.latents: {self.path} was made with {key} {made}, but this run needs {value}; make a cache "
                     "with this configuration"
                 )
-        absent = [clip for clip in clips if self._lacks(clip)]
+        held = {(clip.name, clip.size, clip.num_frames) for clip in self.clips.values()}
+        absent = [clip for clip in clips if (clip.name, clip.size, clip.num_frames) not in held]
         if absent:
             raise ValueError(
                 f"data.latents: {self.path} was made from other data: {len(absent)} of {len(clips)} clips are missing "
                 f"or had another size (first: {absent[0].name!r}); make a cache of this data"
             )
 
-    def open(self, clip: Clip) -> OpenedClip:
+    def open(self, clip: Clip) -> StoredClip:
         """Returns the clip. Raises: VideoError if it could not be opened when the cache was made."""
         stored = self.clips[clip.name]
         if stored.reason:
             raise VideoError(clip.path, stored.reason)
-        return OpenedClip(stored)
+        return stored
 
-    def show(self, opened: OpenedClip, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
+    def show(self, opened: StoredClip, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
         """Returns (T, P, C, h, w) in the number format of the cache. Raises: VideoError as decoding would."""
-        stored = opened.stored
-        obstacle = stored.find_obstacle(indices)
+        obstacle = opened.find_obstacle(indices)
         if obstacle:
             raise VideoError(clip.path, obstacle)
-        rows = self._map(stored.shard)[stored.first + np.asarray(indices), int(mirrored)]  # (T, P, C, h, w), a copy
-        latents = torch.from_numpy(rows).view(self.dtype.torch)
-        if not latents.isfinite().all():
-            file = shard_file(self.path, stored.shard)
-            raise CacheError(file, f"holds latents of {clip.name!r} that are not finite; make the cache again")
-        return latents
-
-    def _map(self, number: int) -> np.ndarray:
-        """Returns the memory-mapped shard (N, V, P, C, h, w)."""
-        return map_shard(shard_file(self.path, number), self.dtype, (self.shard_frames[number], *self.shape), TENSOR)
-
-    def _lacks(self, clip: Clip) -> bool:
-        stored = self.clips.get(clip.name)
-        return stored is None or (stored.size, stored.num_frames) != (clip.size, clip.num_frames)
-
-    def _check_places(self) -> None:
-        """Raises ValueError where a clip lies outside its shard, or its runs do not add up to its frames."""
-        for clip in self.clips.values():
-            held = self.shard_frames[clip.shard] if 0 <= clip.shard < len(self.shard_frames) else 0
-            if clip.frames != sum(run.frames for run in clip.runs) or not 0 <= clip.first <= held - clip.frames:
-                raise ValueError(f"data.latents: {self.path / INDEX} is damaged at {clip.name!r}; make the cache again")
+        return self.shards.copy(opened.shard, (opened.first + np.asarray(indices), int(mirrored)), repr(clip.name))
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CAPTIONED = "captions"  # the set whose clips have captions instead of classes
 VIDEOS, FRAMES, ARRAYS = "video files", "folders of frames", "sample arrays (000000.npy)"
 
 
@@ -30,7 +31,6 @@ RECIPES: dict[str, Recipe] = {
     # No flip: a mirrored "moves left" would keep its label but move right.
     "demo": Recipe((VIDEOS,), "class_folders", "resize_then_center_crop", False),
     # Clips of a list of captions; labels are caption numbers. No flip: captions may say left and right.
-    "captions": Recipe((VIDEOS, FRAMES), "captions", "resize_then_center_crop", False),
+    CAPTIONED: Recipe((VIDEOS, FRAMES), CAPTIONED, "resize_then_center_crop", False),
 }
 LABEL_CHOICES = ("auto", "class_folders", "file_name", "none")  # of `data.labels`; see labels.LABEL_RULES
-CAPTIONED = [name for name, recipe in RECIPES.items() if recipe.labels == "captions"]

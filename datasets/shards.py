@@ -73,14 +73,11 @@ def write_shard(file: Path, dtype: str, shape: Sequence[int], rows: Iterable[Ten
 
 def _header(dtype: NumberFormat, shape: Sequence[int], name: str, format: str) -> bytes:
     """Returns a safetensors header: 8 bytes of length, then JSON padded to align the tensor to 64 bytes."""
-    entry = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [0, _bytes_of(dtype, shape)]}
+    size = math.prod(shape) * dtype.torch.itemsize
+    entry = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [0, size]}
     text = json.dumps({"__metadata__": {"format": format}, name: entry}).encode()
     text += b" " * (-(len(text) + 8) % 64)
     return len(text).to_bytes(8, "little") + text
-
-
-def _bytes_of(dtype: NumberFormat, shape: Sequence[int]) -> int:
-    return math.prod(shape) * np.dtype(dtype.mapped).itemsize
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
@@ -96,19 +93,42 @@ def map_shard(file: Path, dtype: NumberFormat, shape: tuple[int, ...], name: str
         raise CacheError(file, "is missing; make the cache again") from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise CacheError(file, "cannot be read; make the cache again") from None
-    if found != (dtype.name, shape) or size != _bytes_of(dtype, shape):
+    if found != (dtype.name, shape) or size != math.prod(shape) * dtype.torch.itemsize:
         raise CacheError(
             file, f"holds {found[0]} {list(found[1])} in {size} bytes, not {dtype.name} {list(shape)}; make it again"
         )
     return np.asarray(np.memmap(file, dtype.mapped, "r", 8 + length, shape))
 
 
-def read_index(path: Path, format: str, key: str, tool: str) -> dict[str, Any]:
-    """Returns the index of a finished cache.
+class ShardReader:
+    """The shards of a finished cache, memory-mapped: shard `i` is one tensor `name` (counts[i], *row_shape).
 
-    Args:
-        format: the format that the caller reads.
-        key, tool: the setting that names the cache and the command that makes one, for errors.
+    Raises: CacheError where a shard is missing, damaged or of another shape.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: NumberFormat, counts: Sequence[int], row_shape: tuple[int, ...], name: str
+    ) -> None:
+        self.folder, self.dtype, self.counts, self.row_shape, self.name = folder, dtype, counts, row_shape, name
+        for number in range(len(counts)):
+            self.map(number)
+
+    def map(self, number: int) -> np.ndarray:
+        """Returns the whole shard, memory-mapped read-only."""
+        shape = (self.counts[number], *self.row_shape)
+        return map_shard(shard_file(self.folder, number), self.dtype, shape, self.name)
+
+    def copy(self, number: int, place: Any, content: str) -> Tensor:
+        """Returns a copy of the part `place` of a shard. Raises: CacheError, naming `content`, unless it is finite."""
+        tensor = torch.from_numpy(np.array(self.map(number)[place])).view(self.dtype.torch)
+        if not tensor.isfinite().all():
+            file = shard_file(self.folder, number)
+            raise CacheError(file, f"holds {self.name} of {content} that are not finite; make the cache again")
+        return tensor
+
+
+def read_index(path: Path, format: str, key: str, tool: str) -> dict[str, Any]:
+    """Returns the index of a finished cache; `key` and `tool`, its setting and its command, are named in errors.
 
     Raises: FileNotFoundError, ValueError where there is no finished cache of that format.
     """

@@ -24,7 +24,7 @@ from torch import Tensor
 from common.storage import find_changes
 
 from . import shards
-from .shards import NUMBER_FORMATS, CacheError, map_shard, shard_file
+from .shards import NUMBER_FORMATS, ShardReader
 
 FORMAT = "latte-text-1"
 TABLE = "captions.safetensors"
@@ -64,29 +64,22 @@ class TextCache:
         index = read_index(path)
         try:
             self.identity: dict[str, Any] = dict(index["identity"])
-            self.dtype = NUMBER_FORMATS[self.identity["dtype"]]
             self.width = int(self.identity["width"])
-            self.shard_words = [int(count) for count in index["shards"]]
+            dtype, counts = NUMBER_FORMATS[self.identity["dtype"]], [int(count) for count in index["shards"]]
             table = load_file(path / TABLE)
             keys, places = table["sha256"].numpy(), table["places"].tolist()
             self.places = {key.tobytes(): Place(*place) for key, place in zip(keys, places, strict=True)}
             for place in self.places.values():
-                if not 0 <= place.first < place.first + place.words <= self.shard_words[place.shard]:
+                if not 0 <= place.first < place.first + place.words <= counts[place.shard]:
                     raise ValueError(place)
         except (OSError, LookupError, TypeError, ValueError, SafetensorError):
             raise ValueError(f"text.features: {path} is damaged; make the cache again") from None
-        for number in range(len(self.shard_words)):
-            self._map(number)
+        self.shards = ShardReader(path, dtype, counts, (self.width,), TENSOR)
 
     def __call__(self, caption: str) -> Tensor:
         """Returns the features of its words (n, D), in the number format of the cache."""
-        place = self.places[caption_key(caption)]
-        rows = np.array(self._map(place.shard)[place.first : place.first + place.words])
-        features = torch.from_numpy(rows).view(self.dtype.torch)
-        if not features.isfinite().all():
-            file = shard_file(self.path, place.shard)
-            raise CacheError(file, f"holds features of {caption[:60]!r} that are not finite; make the cache again")
-        return features
+        shard, first, words = self.places[caption_key(caption)]
+        return self.shards.copy(shard, slice(first, first + words), repr(caption[:60]))
 
     def check(self, identity: Mapping[str, Any], captions: Sequence[str]) -> None:
         """Raises ValueError unless it holds all of `captions`, made with the settings `identity`."""
@@ -102,10 +95,6 @@ class TextCache:
                 f"text.features: {self.path} was made with other captions: {len(absent)} of {len(captions)} captions "
                 f"are missing (first: {absent[0][:60]!r}); make a cache of these"
             )
-
-    def _map(self, number: int) -> np.ndarray:
-        shape = (self.shard_words[number], self.width)
-        return map_shard(shard_file(self.path, number), self.dtype, shape, TENSOR)
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the tests of the latent cache share: making one, and tiny autoencoders."""
+"""Makes latent caches and tiny autoencoders for the tests."""
 
 from __future__ import annotations
 

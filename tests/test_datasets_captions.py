@@ -89,7 +89,7 @@ def test_webvid(tmp_path: Path) -> None:
 
 
 def test_image_text_pairs(captioned: Path, tmp_path: Path) -> None:
-    """The images of joint training, with captions of their own beside the clips'."""
+    """The images of joint training, with captions of their own."""
     pairs = tmp_path / "images.csv"
     pairs.write_text("file,caption\nfalls/clip0/000.png,a still of a stone\nrises/clip1/003.png,smoke rises\n")
     dataset = build_dataset(config(captioned, num_images=2, frame_list=str(pairs)), seed=0)

@@ -1,21 +1,21 @@
-"""Catalogs of small folders made here, in each layout; order, counts, labels, digests and error sentences."""
+"""Catalogs of small folders in each layout: order, counts, labels, digests, error sentences; held-out clips."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
+import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from datasets import DataConfig, build_catalog
+from datasets import ClipDataset, DataConfig, build_catalog, build_dataset, build_held_out
 from datasets.labels import LABEL_RULES, read_frame_list
 from datasets.recipes import CAPTIONED, LABEL_CHOICES, RECIPES
 
-ROOT = Path(__file__).resolve().parents[1]
-FOUND = sorted({*RECIPES} - {*CAPTIONED})  # those whose clips no list names
-ASL = ROOT.parent / "shared" / "media" / "clips" / "asl"
+FOUND = sorted({*RECIPES} - {CAPTIONED})  # those whose clips no list names
+ASL = Path(__file__).resolve().parents[2] / "shared" / "media" / "clips" / "asl"
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -34,33 +34,44 @@ def config(path: Path, name: str = "folder", **keys: object) -> DataConfig:
     return DataConfig(name=name, path=str(path), num_frames=4, frame_interval=2, **keys)  # type: ignore[arg-type]
 
 
-def test_video_files_are_found_sorted_and_strays_counted(tmp_path: Path) -> None:
-    touch(tmp_path, "b.mp4", "a.MP4", "deep/er/c é -x.mkv", "-dash.avi", "notes.txt", "x.jpg", "no_suffix")
-    touch(tmp_path, ".DS_Store", "._a.mp4", ".git/d.mp4", "__MACOSX/e.mp4")
-    catalog = build_catalog(config(tmp_path, "ffs"))
-    assert [clip.name for clip in catalog.clips] == ["-dash.avi", "a.MP4", "b.mp4", "deep/er/c é -x.mkv"]
-    assert all(Path(clip.path).is_file() for clip in catalog.clips)
-    assert catalog.skipped == {"*": 1, "*.jpg": 1, "*.txt": 1, "hidden": 4}
-    assert (catalog.class_names, catalog.num_classes) == ([], 0)
+STRAYS = ("notes.txt", "x.jpg", "no_suffix", ".DS_Store", "._a.mp4", ".git/d.mp4", "__MACOSX/e.mp4")
+NOTES = ("v1/readme.txt", "v1/v1_1/.hidden.jpg")
 
 
-@pytest.mark.parametrize("name", ["sky", "taichi"])
-def test_folders_of_frames_at_any_depth(tmp_path: Path, name: str) -> None:
-    touch(tmp_path, *frames("v1/v1_1", 9), *frames("v1/v1_2", 7), *frames("v2/v2_1", 6), *frames("one", 8))
-    touch(tmp_path, "v1/readme.txt", "v1/v1_1/.hidden.jpg")
-    catalog = build_catalog(config(tmp_path, name))
-    assert [(clip.name, clip.num_frames) for clip in catalog.clips] == [
-        ("one", 8),
-        ("v1/v1_1", 9),
-        ("v1/v1_2", 7),
-    ]
-    assert catalog.skipped == {"*.txt": 1, "fewer than 7 frames": 1, "hidden": 1}
+@pytest.mark.parametrize(
+    ("name", "files", "clips", "skipped"),
+    [
+        (
+            "ffs",
+            ["b.mp4", "a.MP4", "deep/er/c é -x.mkv", "-dash.avi", *STRAYS],
+            {"-dash.avi": None, "a.MP4": None, "b.mp4": None, "deep/er/c é -x.mkv": None},
+            {"*": 1, "*.jpg": 1, "*.txt": 1, "hidden": 4},
+        ),
+        *(
+            (
+                name,
+                [*frames("v1/v1_1", 9), *frames("v1/v1_2", 7), *frames("v2/v2_1", 6), *frames("one", 8), *NOTES],
+                {"one": 8, "v1/v1_1": 9, "v1/v1_2": 7},
+                {"*.txt": 1, "fewer than 7 frames": 1, "hidden": 1},
+            )
+            for name in ("sky", "taichi")
+        ),
+        # images next to videos are left out
+        ("folder", ["a/clip.mp4", *frames("a", 9), *frames("b", 9)], {"a/clip.mp4": None, "b": 9}, {"*.jpg": 9}),
+    ],
+)
+def test_clips_are_found_sorted_and_other_files_counted(
+    tmp_path: Path, name: str, files: list[str], clips: dict[str, int | None], skipped: dict[str, int]
+) -> None:
+    catalog = build_catalog(config(touch(tmp_path, *files), name))
+    assert [(clip.name, clip.num_frames) for clip in catalog.clips] == list(clips.items())
+    assert all(Path(clip.path).exists() for clip in catalog.clips)
+    assert (catalog.skipped, catalog.class_names, catalog.num_classes) == (skipped, [], 0)
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_the_other_kind_is_read_where_there_is_none_of_its_own(tmp_path: Path, name: str) -> None:
-    """A set that was turned into frames, or into videos, keeps its name; strays beside its own kind stay strays."""
-    (tmp_path / "videos").mkdir()
+def test_the_other_kind_is_read_if_there_is_none_of_its_own(tmp_path: Path, name: str) -> None:
+    """A set that was turned into frames, or into videos, keeps its name; files of the other kind stay strays."""
     touch(tmp_path / "frames", *frames("A/c1", 7), *frames("B/c2", 8))
     touch(tmp_path / "videos", "A/1.mp4", "B/2.mp4")
     for kind, clips in (("frames", ["A/c1", "B/c2"]), ("videos", ["A/1.mp4", "B/2.mp4"])):
@@ -72,63 +83,40 @@ def test_the_other_kind_is_read_where_there_is_none_of_its_own(tmp_path: Path, n
     assert kinds == {"folder": {"frames", "videos"}, "sky": {"frames"}, "taichi": {"frames"}}.get(name, {"videos"})
 
 
-@pytest.mark.parametrize("name", ["ucf101", "demo"])
-def test_class_folders(tmp_path: Path, name: str) -> None:
-    touch(tmp_path, "Yo/v_Yo_g01_c01.avi", "Archery/v_Archery_g01_c02.mp4", "Archery/v_Archery_g01_c01.avi")
-    catalog = build_catalog(config(tmp_path, name))
-    assert catalog.class_names == ["Archery", "Yo"]
-    assert [clip.label for clip in catalog.clips] == [0, 0, 1]
-    unlabelled = build_catalog(config(tmp_path, name, labels="none"))
-    assert unlabelled.num_classes == 0 and [clip.label for clip in unlabelled.clips] == [0, 0, 0]
-
-
-def test_clip_outside_the_class_folders_is_named(tmp_path: Path) -> None:
-    touch(tmp_path, "Yo/a.avi", "stray.avi")
-    with pytest.raises(ValueError, match=r"stray\.avi' lies in no class folder"):
-        build_catalog(config(tmp_path, "ucf101"))
-
-
 @pytest.mark.parametrize(
-    ("names", "classes"),
+    ("keys", "names", "classes"),
     [
-        (["a/1.mp4", "b/2.mp4"], ["a", "b"]),
-        (["a/1.mp4", "a/2.mp4"], []),  # one class says nothing
-        (["1__x.mp4", "2__y.mp4"], ["x", "y"]),
-        (["a/1__x.mp4", "2__y.mp4"], ["x", "y"]),  # not all in folders
-        (["1.mp4", "a/2.mp4"], []),
-        (["1__.mp4", "2__y.mp4"], []),
-        ([*frames("a/c1", 7), *frames("b/c2", 7)], ["a", "b"]),
-        ([*frames("c1", 7), *frames("c2", 7)], []),
-        ([*frames("c1__x", 7), *frames("c2__y.z", 7)], ["x", "y.z"]),
+        ({}, ["a/1.mp4", "b/2.mp4"], ["a", "b"]),
+        ({}, ["a/1.mp4", "a/2.mp4"], []),  # one class says nothing
+        ({}, ["1__x.mp4", "2__y.mp4"], ["x", "y"]),
+        ({}, ["a/1__x.mp4", "2__y.mp4"], ["x", "y"]),  # not all in folders
+        ({}, ["1.mp4", "a/2.mp4"], []),
+        ({}, ["1__.mp4", "2__y.mp4"], []),
+        ({}, [*frames("a/c1", 7), *frames("b/c2", 7)], ["a", "b"]),
+        ({}, [*frames("c1", 7), *frames("c2", 7)], []),
+        ({}, [*frames("c1__x", 7), *frames("c2__y.z", 7)], ["x", "y.z"]),
+        ({"labels": "file_name"}, ["s/a__b__hello.world.mkv", "s/c__again.mkv"], ["again", "hello.world"]),
+        ({"name": "ucf101"}, ["Yo/v_Yo_g01_c01.avi", "Archery/v_g01_c02.mp4", "Archery/c.avi"], ["Archery", "Yo"]),
+        ({"name": "ucf101", "labels": "none"}, ["Yo/a.avi", "Archery/c.avi"], []),
+        ({"max_clips": 2}, ["a/1.mp4", "b/2.mp4", "c/3.mp4"], ["a", "b", "c"]),  # keeps all class names
     ],
 )
-def test_auto_labels_follow_the_layout(tmp_path: Path, names: list[str], classes: list[str]) -> None:
-    assert build_catalog(config(touch(tmp_path, *names))).class_names == classes
-
-
-def test_labels_from_file_names(tmp_path: Path) -> None:
-    touch(tmp_path, "set/a__b__hello.world.mkv", "set/c__again.mkv", "set/d__again.mp4")
-    catalog = build_catalog(config(tmp_path, labels="file_name"))
-    assert catalog.class_names == ["again", "hello.world"]
-    assert [clip.label for clip in catalog.clips] == [1, 0, 0]
-    touch(tmp_path, "set/unnamed.mp4")
-    with pytest.raises(ValueError, match=r"unnamed\.mp4' has no '__'"):
-        build_catalog(config(tmp_path, labels="file_name"))
+def test_labels(tmp_path: Path, keys: dict[str, str], names: list[str], classes: list[str]) -> None:
+    catalog = build_catalog(config(touch(tmp_path, *names), **keys))
+    assert catalog.class_names == classes
+    for clip in catalog.clips:
+        assert classes[clip.label] in clip.name if classes else clip.label == 0
+    assert len(catalog.clips) == keys.get("max_clips", len(catalog.clips))
+    assert {"auto", *LABEL_RULES} == set(LABEL_CHOICES)
+    assert {recipe.labels for recipe in RECIPES.values()} <= {*LABEL_CHOICES, CAPTIONED}
 
 
 @pytest.mark.skipif(not ASL.is_dir(), reason="the sample clips of ../shared/media are not here")
-def test_sign_language_clips_give_13_classes() -> None:
-    for labels in ("file_name", "auto"):
-        catalog = build_catalog(config(ASL, labels=labels))
-        assert catalog.num_classes == len(catalog.clips) == 13
-        assert catalog.class_names[0] == "again" and catalog.class_names[-1] == "want"
-
-
-def test_images_beside_videos_are_strays(tmp_path: Path) -> None:
-    touch(tmp_path, "a/clip.mp4", *frames("a", 9), *frames("b", 9))
-    catalog = build_catalog(config(tmp_path))
-    assert [clip.name for clip in catalog.clips] == ["a/clip.mp4", "b"]
-    assert catalog.skipped == {"*.jpg": 9}
+@pytest.mark.parametrize("labels", ["file_name", "auto"])
+def test_sign_language_clips_give_13_classes(labels: str) -> None:
+    catalog = build_catalog(config(ASL, labels=labels))
+    assert catalog.num_classes == len(catalog.clips) == 13
+    assert catalog.class_names[0] == "again" and catalog.class_names[-1] == "want"
 
 
 def test_links_are_followed_once_and_broken_ones_counted(tmp_path: Path) -> None:
@@ -155,78 +143,69 @@ def test_digest_names_the_content(tmp_path: Path) -> None:
     assert build_catalog(config(second)).digest != digest
 
 
-def test_order_does_not_depend_on_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(tmp_path, *(f"{folder}/{name}.mp4" for folder in "cab" for name in "312"))
-    listed = build_catalog(config(tmp_path))
-    scan = os.scandir
-
-    class Reversed:
-        def __init__(self, path: object) -> None:
-            self.entries = sorted(scan(path), key=lambda entry: entry.name, reverse=True)  # type: ignore[call-overload]
-
-        def __enter__(self) -> list[os.DirEntry[str]]:
-            return self.entries
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    monkeypatch.setattr(os, "scandir", Reversed)
-    assert build_catalog(config(tmp_path)) == listed
-
-
-def test_max_clips_keeps_all_class_names(tmp_path: Path) -> None:
-    touch(tmp_path, "a/1.mp4", "b/2.mp4", "c/3.mp4")
-    catalog = build_catalog(config(tmp_path, max_clips=2))
-    assert len(catalog.clips) == 2 and catalog.class_names == ["a", "b", "c"]
-
-
 @pytest.mark.parametrize("name", FOUND)
-def test_missing_and_empty_folders_are_sentences(tmp_path: Path, name: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data\.path: there is no folder '.*gone'"):
-        build_catalog(config(tmp_path / "gone", name))
-    with pytest.raises(ValueError, match=r"holds none \(found: nothing at all\)"):
-        build_catalog(config(tmp_path, name))
-    touch(tmp_path, "a.txt", "b.txt", ".hidden")
-    with pytest.raises(ValueError, match=rf"data\.name={name} needs .* holds none \(found: 2 \*\.txt, 1 hidden\)"):
-        build_catalog(config(tmp_path, name))
-    with pytest.raises(ValueError, match="is a file, not a folder"):
-        build_catalog(config(tmp_path / "a.txt", name))
-    with pytest.raises(ValueError, match=r"data\.path is empty"):
-        build_catalog(DataConfig(name=name))
+def test_unusable_folders_are_named(tmp_path: Path, name: str) -> None:
+    touch(tmp_path / "strays", "a.txt", "b.txt", ".hidden")
+    (tmp_path / "empty").mkdir()
+    for path, sentence in (
+        ("gone", r"data\.path: there is no folder '.*gone'"),
+        ("empty", r"holds none \(found: nothing at all\)"),
+        ("strays", rf"data\.name={name} needs .* holds none \(found: 2 \*\.txt, 1 hidden\)"),
+        ("strays/a.txt", "is a file, not a folder"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+            build_catalog(config(tmp_path / path, name))
 
 
-def test_only_short_folders_is_a_sentence(tmp_path: Path) -> None:
-    touch(tmp_path, *frames("a", 3), *frames("b", 5))
-    with pytest.raises(ValueError, match=r"none of the 2 clips .* has the 7 frames .* \(the longest has 5\)"):
-        build_catalog(config(tmp_path, "sky"))
+@pytest.mark.parametrize(
+    ("names", "keys", "sentence"),
+    [
+        ([*frames("a", 3), *frames("b", 5)], {"name": "sky"}, r"none of the 2 .* has the 7 frames .*longest has 5\)"),
+        (["Yo/a.avi", "stray.avi"], {"name": "ucf101"}, r"stray\.avi' lies in no class folder"),
+        (["a__b.mp4", "unnamed.mp4"], {"labels": "file_name"}, r"unnamed\.mp4' has no '__'"),
+        (["1.mp4", "2.mp4"], {"val_share": 0.999}, r"data\.val_share=0\.999 holds out all of the 2 clips .* lower it"),
+    ],
+)
+def test_folders_that_do_not_fit_the_settings(
+    tmp_path: Path, names: list[str], keys: dict[str, str], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        build_catalog(config(touch(tmp_path, *names), **keys))
 
 
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"name": "ucf"}, r"data\.name: 'ucf' is unknown.*did you mean 'ucf101'"),
-        ({"labels": "folders"}, r"data\.labels: 'folders' is unknown"),
-        ({"reader": "opencv"}, r"data\.reader: 'opencv' is unknown"),
-        ({"num_frames": 0}, r"data\.num_frames: 0 must be a whole number of at least 1"),
-        ({"frame_interval": -5}, r"data\.frame_interval: -5"),
-        ({"image_size": 1.5}, r"data\.image_size: 1\.5"),
-        ({"num_images": -1}, r"data\.num_images: -1"),
-        ({"max_clips": True}, r"data\.max_clips: True"),
-        ({"frame_list": "train_list.txt"}, r"data\.frame_list is read only in joint training"),
+        ({"name": "ucf"}, r"data\.name must be one of ffs, .*, got 'ucf'"),
+        ({"labels": "folders"}, r"data\.labels must be one of auto, .* got 'folders'"),
+        ({"reader": "opencv"}, r"data\.reader must be one of auto, pyav, decord, got 'opencv'"),
+        ({"short_clips": "lop"}, r"data\.short_clips must be one of skip, loop, got 'lop'"),
+        ({"num_frames": 0}, r"data\.num_frames must be in \[1, 65536\], got 0"),
+        ({"image_size": 2**15}, r"data\.image_size must be in \[1, 16384\]"),
+        ({"frame_interval": -5}, r"data\.frame_interval must be at least 1"),
+        ({"num_images": -1}, r"data\.num_images must be in \[0, 65536\]"),
+        ({"max_pixels": 0}, r"data\.max_pixels must be at least 1"),
+        ({"max_unusable": float("nan")}, r"data\.max_unusable must be in \[0, 1\]"),
+        ({"frame_list": "train_list.txt"}, r"data\.frame_list is read only with data\.num_images"),
+        ({"captions": "a.csv"}, r"data\.captions is read only with data\.name=captions"),
+        ({"name": "captions", "labels": "none"}, r"data\.labels=none: with data\.name=captions"),
+        ({"val_share": 0.5, "val_path": "a"}, "set only one of them"),
+        ({"val_share": 0.5, "frame_list": "a.txt", "num_images": 1}, r"cannot tell which images"),
+        ({"val_share": 1.0}, r"data\.val_share must be in \[0, 1\), got 1\.0"),
     ],
 )
-def test_wrong_values_are_sentences(keys: dict[str, object], sentence: str) -> None:
+def test_settings_that_are_refused(keys: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         DataConfig(**keys)  # type: ignore[arg-type]
 
 
-# --------------------------------------------------------------------------------------------- frame lists
+# ---- frame lists -----------------------------------------------------------------------------------
 
 
 def listed(root: Path, text: str, **keys: object) -> list[tuple[str, int]]:
     """(name, label) of the images in a frame list."""
     (root / "train_list.txt").write_text(text)
-    wanted = config(root, num_images=1, frame_list=str(root / "train_list.txt"), **keys)
+    wanted = config(root, num_images=1, frame_list=str(root / "train_list.txt"), **keys)  # type: ignore[arg-type]
     return [(clip.name, clip.label) for clip in read_frame_list(wanted, build_catalog(wanted))]
 
 
@@ -237,12 +216,8 @@ def classes(tmp_path: Path) -> Path:
 
 def test_frame_list_labels(classes: Path) -> None:
     rows = "B/b 1.jpg\nf/v_B_g01_c01_7.jpg\n\nf/x.jpg A\nf/x.jpg 1\r\n"
-    assert listed(classes, rows, labels="class_folders") == [
-        ("B/b 1.jpg", 1),
-        ("f/v_B_g01_c01_7.jpg", 1),
-        ("f/x.jpg", 0),
-        ("f/x.jpg", 1),
-    ]
+    labels = [("B/b 1.jpg", 1), ("f/v_B_g01_c01_7.jpg", 1), ("f/x.jpg", 0), ("f/x.jpg", 1)]
+    assert listed(classes, rows, labels="class_folders") == labels
     assert listed(classes, "f/x.jpg\n", labels="none") == [("f/x.jpg", 0)]
 
 
@@ -274,11 +249,95 @@ def test_bad_frame_list_entries_name_their_line(classes: Path, row: str, sentenc
 def test_missing_and_empty_frame_lists(classes: Path) -> None:
     with pytest.raises(ValueError, match="is empty"):
         listed(classes, "\n")
-    wanted = dataclasses.replace(config(classes, num_images=1), frame_list="gone.txt")
+    wanted = config(classes, num_images=1, frame_list="gone.txt")
     with pytest.raises(FileNotFoundError, match=r"data\.frame_list: there is no file 'gone\.txt'"):
         read_frame_list(wanted, build_catalog(config(classes)))
 
 
-def test_every_choice_of_labels_has_a_rule() -> None:
-    assert {"auto", *LABEL_RULES} == set(LABEL_CHOICES)
-    assert {recipe.labels for recipe in RECIPES.values()} <= {*LABEL_CHOICES, "captions"}
+# ---- held-out clips ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(frame_folders: Path) -> DataConfig:
+    return DataConfig(path=str(frame_folders), num_frames=4, frame_interval=1, image_size=8)
+
+
+def names(dataset: ClipDataset) -> set[str]:
+    return {clip.name for clip in dataset.catalog.clips}
+
+
+def split(settings: DataConfig) -> tuple[ClipDataset, ClipDataset]:
+    """The clips to train on, and the others."""
+    training = build_dataset(settings, seed=0)
+    return training, build_held_out(settings, training, seed=0)
+
+
+def test_a_share_is_chosen_by_the_hash_of_the_name(plain: DataConfig) -> None:
+    everything, digests = build_dataset(plain, seed=0), set()
+    for share in (0.2, 0.5, 0.8):
+        training, held_out = split(replace(plain, val_share=share))
+        expected = {
+            name for name in names(everything) if int(hashlib.sha256(name.encode()).hexdigest(), 16) / 2**256 < share
+        }
+        assert names(held_out) == expected and names(training) == names(everything) - expected
+        assert training.class_names == held_out.class_names == ["falls", "rises"]
+        assert training.describe()["skipped"] == {"held out": len(held_out)}
+        digests |= {training.digest}
+    assert len({everything.digest} | digests) == 3  # the digest is that of the clips trained on
+
+
+def test_other_clips_move_none_to_the_other_side(plain: DataConfig, frame_folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(frame_folders, tmp_path / "more")
+    for place in range(20):
+        shutil.copytree(frame_folders / "falls" / "clip0", tmp_path / "more" / "falls" / f"new{place}")
+    before = build_dataset(replace(plain, val_share=0.5), seed=0)
+    after = build_dataset(replace(plain, val_share=0.5, path=str(tmp_path / "more")), seed=0)
+    assert {name for name in names(after) if "new" not in name} == names(before)
+
+
+def test_max_clips_limits_the_training_only(plain: DataConfig) -> None:
+    assert [len(part) for part in split(replace(plain, val_share=0.5, max_clips=1))] == [1, 2]
+
+
+def test_no_image_of_joint_training_is_held_out(plain: DataConfig) -> None:
+    """Every file that 50 epochs open, on either side."""
+    for dataset in split(replace(plain, val_share=0.5, num_images=3)):
+        opened: set[str] = set()
+        dataset.on_open = opened.add
+        for epoch in range(50):
+            for index in range(len(dataset)):
+                dataset[epoch, index]
+        assert opened == {clip.path for clip in dataset.catalog.clips}
+
+
+def test_a_folder_of_its_own_takes_the_labels_of_the_training(
+    plain: DataConfig, frame_folders: Path, tmp_path: Path
+) -> None:
+    """It has the second class only, whose number by itself would be 0; and it is never mirrored."""
+    shutil.copytree(frame_folders / "rises", tmp_path / "test" / "rises")
+    settings = replace(plain, labels="class_folders", val_path=str(tmp_path / "test"), horizontal_flip=True)
+    training, held_out = split(settings)
+    assert len(training) == 6 and [clip.label for clip in held_out.catalog.clips] == [1, 1, 1]
+    assert not held_out.flips and training.flips
+    alone = replace(plain, path=str(tmp_path / "test"), horizontal_flip=False)
+    assert torch.equal(held_out[0, 1]["video"], build_dataset(alone, seed=0)[0, 1]["video"])
+    unlabelled = replace(plain, labels="none", val_path=str(frame_folders))
+    assert {clip.label for clip in split(unlabelled)[1].catalog.clips} == {0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"val_path": "/nowhere"}, r"data\.val_path: there is no folder '/nowhere'"),
+        ({"val_share": 0.001}, r"data\.val_share=0\.001 holds out none of the 6 clips"),
+        ({"val_path": "TURNS"}, r"data\.val_path: '.*turns.*' is of class 'turns'"),
+    ],
+)
+def test_held_out_clips_that_do_not_fit(
+    plain: DataConfig, frame_folders: Path, tmp_path: Path, settings: dict[str, str], sentence: str
+) -> None:
+    if settings.get("val_path") == "TURNS":
+        shutil.copytree(frame_folders / "rises", tmp_path / "turns")
+        settings = {"val_path": str(tmp_path), "labels": "class_folders"}
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        split(replace(plain, **settings))  # type: ignore[arg-type]

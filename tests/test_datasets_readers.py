@@ -1,11 +1,13 @@
-"""Readers against an independent decoder (the FFmpeg program), decord, and 64 real clips."""
+"""Readers against an independent decoder (the FFmpeg program), decord, and 64 real clips; transforms."""
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import re
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,15 +21,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from datasets.readers import VideoError, open_video, pyav
+from datasets.transforms import TRANSFORMS, center_crop, horizontal_flip, to_signed_range, to_unit_range
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
 LISTED = json.loads((MEDIA / "clips.json").read_text()) if MEDIA.is_dir() else []
 FRAMES = {entry["file"]: entry["ff_frames"] for entry in LISTED}
 needs_media = pytest.mark.skipif(not LISTED, reason="the sample clips of ../shared/media are not here")
 
-# What is wrong with each clip that holds no readable video, and with each that is damaged but readable.
+# Errors of the clips that hold no readable video; clips that are damaged but readable.
 UNREADABLE = {
     "odd/torchcodec__nasa_13013.mp4.audio.mp3": "is an audio file (mp3), not a video",
     "odd/ExoPlayer__invalid-bitstream.webm": "none of its frames can be decoded",
@@ -56,29 +60,9 @@ READABLE = sorted(set(FRAMES) - set(UNREADABLE))
 def ffmpeg_frames(path: Path, indices: list[int], height: int, width: int) -> torch.Tensor:
     """Frames (T, C, H, W) that the FFmpeg program decodes, one after the other, from the start."""
     select = "+".join(f"eq(n\\,{index})" for index in indices)
-    command = [
-        imageio_ffmpeg.get_ffmpeg_exe(),
-        "-v",
-        "quiet",
-        "-threads",
-        "1",
-        "-i",
-        str(path),
-        "-map",
-        "0:v:0",
-    ]
-    command += [
-        "-vf",
-        f"select={select}",
-        "-fps_mode",
-        "passthrough",
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-",
-    ]
-    out = subprocess.run(command, capture_output=True, timeout=60).stdout
+    before = ["-v", "quiet", "-threads", "1", "-i", str(path), "-map", "0:v:0", "-vf", f"select={select}"]
+    after = ["-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    out = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *before, *after], capture_output=True, timeout=60).stdout
     frames = np.frombuffer(out, np.uint8).reshape(-1, height, width, 3)
     return torch.from_numpy(frames.copy()).permute(0, 3, 1, 2)
 
@@ -127,7 +111,7 @@ def test_sample_clip_has_the_true_frames(name: str) -> None:
 @needs_media
 @pytest.mark.parametrize("name", READABLE)
 def test_sample_clip_reads_the_same_with_decord(name: str) -> None:
-    """Where decord can read. It converts colours with an FFmpeg of 2018: up to 2 grey levels of rounding."""
+    """The clips that decord can read. It converts colours with an FFmpeg of 2018: up to 2 grey levels of rounding."""
     path = MEDIA / "clips" / name
     if name in DECORD_CANNOT_OPEN:
         with pytest.raises(VideoError, match="decord cannot open it"):
@@ -157,50 +141,33 @@ def test_unreadable_sample_clip_is_named_with_the_reason(name: str, reader: str)
 
 
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one for every frame that is decoded."""
-    count: list[int] = []
-    original = pyav._decode_packets
+def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts the packets that are read and the frames that are decoded."""
+    counts = {"read": 0, "decoded": 0}
 
-    def counting(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:
-        for frames in original(packets):
-            count.extend(frame.pts or 0 for frame in frames or [])
-            yield frames
+    def count(key: str, name: str) -> None:
+        inner = getattr(pyav, name)
 
-    monkeypatch.setattr(pyav, "_decode_packets", counting)
-    return count
+        def counting(*arguments: Any) -> Iterator[Any]:
+            for item in inner(*arguments):
+                counts[key] += 1 if key == "read" else len(item or [])
+                yield item
 
+        monkeypatch.setattr(pyav, name, counting)
 
-@needs_media
-def test_only_what_is_needed_is_decoded(decoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 of 240 frames, a key frame every 12: the frames of a window and at most one group before it."""
-    pyav._index_frames.cache_clear()
-    reader = open_video(MEDIA / "clips/action/vision__v_SoccerJuggling_g23_c01.avi")
-    assert len(decoded) <= pyav.PROBE_FRAMES
-    del decoded[:]
-    packets = pyav._read_packets
-    fetched: list[int] = []
-
-    def counting(container: Any, stream: Any) -> Iterator[av.Packet]:
-        for packet in packets(container, stream):
-            fetched.append(packet.size)
-            yield packet
-
-    monkeypatch.setattr(pyav, "_read_packets", counting)
-    reader.read(range(200, 216))
-    assert 16 <= len(decoded) <= 40
-    assert 16 <= len(fetched) <= 60  # it seeks: what lies before is not even read
+    count("read", "_read_packets")
+    count("decoded", "_decode_packets")
+    return counts
 
 
 @needs_media
-def test_false_key_frames_are_not_trusted(decoded: list[int]) -> None:
+def test_false_key_frames_are_not_trusted(work: dict[str, int]) -> None:
     """This 3gp marks frame 50 as a key frame although it is none: it must be decoded from the start."""
-    reader = open_video(MEDIA / "clips/odd/mp4parser__MOV00006.3gp")
-    reader.read([60])
-    assert len(decoded) > 60
+    open_video(MEDIA / "clips/odd/mp4parser__MOV00006.3gp").read([60])
+    assert work["decoded"] > 60
 
 
-# ------------------------------------------------------------------------------- without the sample clips
+# ---- without the sample clips ------------------------------------------------------------------------
 
 
 def write_video(path: Path, levels: range, movflags: str = "", **options: str) -> Path:
@@ -232,13 +199,20 @@ def test_frames_come_in_the_order_asked(video: Path, reader: str) -> None:
     assert frames.dtype == torch.uint8 and frames.shape == (6, 3, 16, 32)
     levels = frames.float().mean((1, 2, 3))
     assert torch.allclose(levels, torch.tensor([20.0 + 2 * index for index in wanted]), atol=1)
+    for outside in ([], [-1], [80], [0, 80]):
+        with pytest.raises(IndexError):
+            opened.read(outside)
 
 
-@pytest.mark.parametrize("reader", ["auto", "decord"])
-@pytest.mark.parametrize("indices", [[], [-1], [80], [0, 80]])
-def test_indices_outside_are_refused(video: Path, reader: str, indices: list[int]) -> None:
-    with pytest.raises(IndexError):
-        open_video(video, reader).read(indices)
+def test_only_what_is_needed_is_decoded(video: Path, work: dict[str, int]) -> None:
+    """A key frame every 10: the frames of a window and at most one group before it."""
+    pyav._index_frames.cache_clear()
+    reader = open_video(video)
+    assert work["decoded"] <= pyav.PROBE_FRAMES + 2
+    work.update(read=0, decoded=0)
+    reader.read(range(55, 59))
+    assert 4 <= work["decoded"] <= 14
+    assert 4 <= work["read"] <= 16  # it seeks: packets before are not even read
 
 
 def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
@@ -286,12 +260,8 @@ def write_unclean(path: Path, kind: str, count: int = 90) -> Path:
 
 def replace_content(packet: av.Packet, content: bytes) -> av.Packet:
     other = av.Packet(content)
-    other.pts, other.dts, other.time_base, other.is_keyframe = (
-        packet.pts,
-        packet.dts,
-        packet.time_base,
-        packet.is_keyframe,
-    )
+    for name in ("pts", "dts", "time_base", "is_keyframe"):
+        setattr(other, name, getattr(packet, name))
     return other
 
 
@@ -373,7 +343,7 @@ def test_wiped_bytes_are_noticed(tmp_path: Path, length: int, wiped: int) -> Non
     ],
 )
 def test_what_is_no_video_is_refused(tmp_path: Path, content: bytes, reason: str, reader: str) -> None:
-    """The name says mp4; the first bytes decide. A playlist beside a good video must not lead to it."""
+    """The name says mp4; the first bytes decide. A playlist next to a good video must not lead to it."""
     write_video(tmp_path / "ramp.mp4", range(20, 40))
     path = tmp_path / "clip.mp4"
     path.write_bytes(content)
@@ -386,42 +356,116 @@ def test_missing_file_and_empty_folder_are_video_errors(tmp_path: Path) -> None:
     for path in (tmp_path / "gone.mp4", tmp_path / "gone.png", tmp_path):
         with pytest.raises(VideoError, match=str(path)):
             open_video(path).read([0])
-
-
-def test_video_error_crosses_processes() -> None:
+    with pytest.raises(ValueError, match="reader 'cv2' is unknown"):
+        open_video(tmp_path, "cv2")
     error = pickle.loads(pickle.dumps(VideoError("a.mp4", "is broken")))  # noqa: S301 our own bytes
     assert (error.path, error.reason, str(error)) == ("a.mp4", "is broken", "a.mp4: is broken")
-    assert isinstance(error, ValueError)
 
 
-def test_unknown_reader_is_named(video: Path) -> None:
-    with pytest.raises(ValueError, match="reader 'cv2' is unknown"):
-        open_video(video, "cv2")
-
-
-def test_frame_folder_is_numerically_sorted(tmp_path: Path) -> None:
+def test_folders_of_frames_and_single_images(tmp_path: Path) -> None:
     for number in (1, 2, 10, 11, 100):
         Image.new("RGB", (6, 4), (number, 0, 0)).save(tmp_path / f"clip_frames_{number}.png")
     (tmp_path / ".hidden.png").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("stray")
     reader = open_video(tmp_path)
     assert len(reader) == 5
-    assert reader.read(range(5))[:, 0, 0, 0].tolist() == [1, 2, 10, 11, 100]
-    assert reader.read([4]).shape == (1, 3, 4, 6)
-
-
-def test_frames_of_different_size_or_broken_frames_are_named(tmp_path: Path) -> None:
-    Image.new("RGB", (6, 4)).save(tmp_path / "1.png")
-    Image.new("RGB", (8, 4)).save(tmp_path / "2.png")
-    (tmp_path / "3.png").write_bytes(b"no image")
+    assert reader.read(range(5))[:, 0, 0, 0].tolist() == [1, 2, 10, 11, 100]  # in numerical order
+    Image.new("L", (6, 4), 7).save(tmp_path / "clip_frames_0.png")
+    single = open_video(tmp_path / "clip_frames_0.png")
+    assert len(single) == 1
+    assert torch.equal(single.read([0, 0]), torch.full((2, 3, 4, 6), 7, dtype=torch.uint8))
+    Image.new("RGB", (8, 4)).save(tmp_path / "clip_frames_2.png")
+    (tmp_path / "clip_frames_3.png").write_bytes(b"no image")
     with pytest.raises(VideoError, match=r"differ in size \(6x4, 8x4\)"):
-        open_video(tmp_path).read([0, 1])
-    with pytest.raises(VideoError, match=r"3\.png: is not a readable image"):
-        open_video(tmp_path).read([2])
+        open_video(tmp_path).read([0, 2])
+    with pytest.raises(VideoError, match=r"frames_3\.png: is not a readable image"):
+        open_video(tmp_path).read([3])
 
 
-def test_single_image_is_a_clip_of_one_frame(tmp_path: Path) -> None:
-    Image.new("L", (6, 4), 7).save(tmp_path / "a.png")
-    reader = open_video(tmp_path / "a.png")
-    assert len(reader) == 1
-    assert torch.equal(reader.read([0, 0]), torch.full((2, 3, 4, 6), 7, dtype=torch.uint8))
+# ---- arrays ----------------------------------------------------------------------------------------
+
+
+def test_an_array_gives_its_frames_and_is_not_read_whole(tmp_path: Path) -> None:
+    video = np.random.default_rng(1).integers(0, 256, (9, 16, 24, 3), dtype=np.uint8)
+    np.save(tmp_path / "000000.npy", video)
+    reader = open_video(tmp_path / "000000.npy")
+    assert (len(reader), reader.fps, reader.damage, reader.cut_off) == (9, 0.0, None, None)
+    frames = reader.read([8, 0, 0])
+    assert frames.dtype == torch.uint8
+    assert np.array_equal(frames.permute(0, 2, 3, 1).numpy(), video[[8, 0, 0]])
+    assert isinstance(reader.array, np.memmap)  # type: ignore[attr-defined]
+    np.save(tmp_path / "000001.npy", np.asfortranarray(video))
+    assert torch.equal(open_video(tmp_path / "000001.npy").read([8, 0, 0]), frames)
+
+
+class Payload:
+    """Makes the folder /tmp/ran-by-pickle if it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("/tmp/ran-by-pickle",)
+
+
+WHOLE = np.zeros((6, 16, 24, 3), np.uint8)
+CLAIM = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 4000, 4000, 3), }".ljust(117) + b"\n"
+NO_ARRAY = r"is cut off, or not a readable \.npy array"
+
+
+@pytest.mark.parametrize(
+    ("array", "change", "reason"),
+    [
+        (np.zeros((2, 4, 4, 3), np.float32), bytes, "holds values of type float32; a clip is uint8"),
+        (np.zeros((2, 4, 4, 3), np.int8), bytes, "holds values of type int8"),
+        (np.zeros((4, 4, 3), np.uint8), bytes, r"holds an array of shape \(4, 4, 3\); a clip is \(frames, height"),
+        (np.zeros((2, 3, 4, 4), np.uint8), bytes, r"shape \(2, 3, 4, 4\)"),
+        (np.zeros((0, 4, 4, 3), np.uint8), bytes, r"shape \(0, 4, 4, 3\)"),
+        (np.zeros((1, 8193, 4321, 3), np.uint8), bytes, "frames of 4321x8193 are larger than data.max_pixels"),
+        (np.array([Payload()], dtype=object), bytes, NO_ARRAY),  # never unpickled
+        (WHOLE, lambda data: data[:-1], NO_ARRAY),
+        (WHOLE, lambda data: data + b"x", "is too long: 7041 bytes instead of 7040"),
+        (WHOLE, lambda data: data[:20], NO_ARRAY),
+        (WHOLE, lambda data: b"", NO_ARRAY),
+        (WHOLE, lambda data: b"not an array", NO_ARRAY),
+        (WHOLE, lambda data: b"\x93NUMPY\3\0" + data[8:], NO_ARRAY),
+        (WHOLE, lambda data: b"\x93NUMPY\1\0" + struct.pack("<H", 118) + CLAIM, NO_ARRAY),
+    ],
+)
+def test_arrays_that_are_no_clips_are_named(
+    tmp_path: Path, array: np.ndarray, change: Callable[[bytes], bytes], reason: str
+) -> None:
+    path = tmp_path / "000000.npy"
+    np.save(path, array)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(VideoError, match=reason):
+        open_video(path)
+    assert not Path("/tmp/ran-by-pickle").exists()
+
+
+# ---- transforms --------------------------------------------------------------------------------------
+
+GOLDENS = load_file(Path(__file__).parent / "goldens" / "transforms.safetensors")
+
+
+@pytest.mark.parametrize("size", sorted({key.split("/")[0] for key in GOLDENS}))
+@pytest.mark.parametrize("name", sorted(TRANSFORMS))
+def test_transforms_equal_the_official_ones(size: str, name: str) -> None:
+    expected = GOLDENS[f"{size}/{name}_64"]
+    assert torch.allclose(TRANSFORMS[name](GOLDENS[f"{size}/clip"], 64), expected, rtol=0, atol=1e-5)
+
+
+def test_every_short_side_gives_the_asked_size() -> None:
+    """size / side * side may fall below size in floating point: 49 * (1 / 49) is 0.9999999999999999."""
+    for side in [49, *range(1, 700, 3)]:
+        clip = torch.zeros(1, 3, side, side + 5, dtype=torch.uint8)
+        for size in (1, 7, 56):
+            assert TRANSFORMS["resize_then_center_crop"](clip, size).shape == (1, 3, size, size)
+
+
+def test_transforms_of_known_pixels() -> None:
+    clip = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    assert all(torch.equal(transform(clip, 16), clip.float() / 255) for transform in TRANSFORMS.values())
+    levels = to_unit_range(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    assert torch.allclose(levels, torch.tensor([0.0, 0.2, 1.0]))
+    assert torch.allclose(to_signed_range(levels), torch.tensor([-1.0, -0.6, 1.0]))
+    columns = torch.arange(6).expand(1, 1, 4, 6)
+    assert horizontal_flip(columns)[0, 0, 0].tolist() == [5, 4, 3, 2, 1, 0]
+    assert center_crop(columns, 4)[0, 0, 0].tolist() == [1, 2, 3, 4]

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets.readers import open_video, read_all_frames
+from datasets.readers import open_video
 from tools import convert_videos_to_frames, prepare_dataset
 from tools.frames import LANCZOS, Form, output_names, pick_frames, resize_frame, write_video
 from tools.output_folder import WORK
@@ -417,5 +417,5 @@ def test_workers_change_nothing_and_kill_9_loses_nothing(tmp_path: Path) -> None
 )
 def test_every_frame_is_what_read_gives(name: str) -> None:
     reader = open_video(CLIPS / name)
-    one_by_one = np.stack(list(read_all_frames(reader)))
+    one_by_one = np.stack(list(reader.frames()))
     assert np.array_equal(one_by_one, reader.read(range(len(reader))).permute(0, 2, 3, 1).numpy())

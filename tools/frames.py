@@ -22,7 +22,7 @@ from PIL import Image
 from common.checks import at_least, check_limits, optional, require, within
 from common.storage import file_sha256
 from datasets.catalog import Clip
-from datasets.readers import VIDEO_SUFFIXES, Reader, VideoError, list_frames, load_package, open_video, read_all_frames
+from datasets.readers import VIDEO_SUFFIXES, Reader, VideoError, list_frames, load_package, open_video
 from datasets.transforms import TRANSFORMS
 
 FORMATS = ("link", "video", "png", "jpeg")
@@ -165,7 +165,7 @@ def _convert(task: Task, staged: Path, form: Form) -> Record:
 def _write(reader: Reader, path: str, staged: Path, form: Form) -> int:
     """Writes the frames of an opened clip; returns their number."""
     rate, total = Fraction(reader.fps).limit_denominator(1001), len(reader)
-    frames = require_one_size(read_all_frames(reader), path)
+    frames = require_one_size(reader.frames(), path)
     if form.fps:
         if not rate:
             raise VideoError(path, "its frame rate is unknown, so frames cannot be picked by time")

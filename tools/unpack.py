@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from common.storage import free_bytes, write_folder_atomically
-from datasets.errors import VideoError
+from datasets import VideoError
 
 MAX_ENTRIES = 10**6  # an archive with this many is refused; each takes half a kilobyte of memory
 MAX_DIRECTORY = 2**28  # bytes of the archive's directory

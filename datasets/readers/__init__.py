@@ -1,20 +1,15 @@
-"""Readers of video files, folders of frames and arrays: one interface, several backends.
+"""Readers of video files, folders of frames and arrays: one interface (`base.Reader`), several backends.
 
-A reader has `len()`, `fps`, `damage` and `read(indices) -> uint8 (T, C, H, W)` RGB. Frame indices count in presentation
-order, whatever the timestamps, B-frames or rotation of the container.
+Frame indices count in presentation order, whatever the timestamps, B-frames or rotation of the container.
 
 Letters: T frames, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-
-from ..errors import VideoError
 from .arrays import ArrayReader
 from .base import (
     ARRAY_SUFFIX,
@@ -23,12 +18,13 @@ from .base import (
     MAX_PIXELS,
     VIDEO_SUFFIXES,
     Reader,
+    VideoError,
     identify_file,
     load_package,
+    name_file,
 )
-from .containers import detect_container
 from .decord import DecordReader
-from .images import FrameReader, list_frames, read_image
+from .images import FrameReader, list_frames
 from .pyav import PyAVReader
 
 __all__ = [
@@ -38,17 +34,13 @@ __all__ = [
     "MAX_PIXELS",
     "READERS",
     "VIDEO_SUFFIXES",
-    "PyAVReader",
     "Reader",
     "VideoError",
     "check_installed",
-    "detect_container",
     "identify_file",
     "list_frames",
     "load_package",
     "open_video",
-    "read_all_frames",
-    "read_image",
 ]
 
 READERS: dict[str, type[PyAVReader] | type[DecordReader]] = {
@@ -74,22 +66,12 @@ def open_video(path: str | Path, reader: str = "auto", max_pixels: int = MAX_PIX
     if reader not in READERS:
         raise ValueError(f"reader '{reader}' is unknown: use one of {', '.join(READERS)}")
     path = Path(path)
-    try:
+    with name_file(path):  # a stale network file, a parent folder without permission
         pictures = path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
-    except OSError as error:  # a stale network file, a parent folder without permission
-        raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
-    if path.suffix.lower() == ARRAY_SUFFIX and not pictures:
-        return ArrayReader(path, max_pixels)
-    return FrameReader(path, max_pixels) if pictures else READERS[reader](path, max_pixels)
-
-
-def read_all_frames(reader: Reader) -> Iterator[np.ndarray]:
-    """Yields all frames of an opened clip in order, each (H, W, C) uint8. Raises: VideoError where one fails."""
-    if isinstance(reader, PyAVReader):
-        yield from reader.frames()
-    else:
-        for index in range(len(reader)):
-            yield reader.read([index])[0].permute(1, 2, 0).numpy()
+    if pictures:
+        return FrameReader(path, max_pixels)
+    backend = ArrayReader if path.suffix.lower() == ARRAY_SUFFIX else READERS[reader]
+    return backend(path, max_pixels)
 
 
 def check_installed(reader: str) -> None:

@@ -2,65 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
 
 import numpy as np
-from torch import Tensor
 
-from ..errors import VideoError
-from .base import MAX_PIXELS, check_indices, describe_too_large, stack_frames
+from .base import MAX_PIXELS, Reader, VideoError, check_size, name_file
 
 
-class ArrayReader:
+class ArrayReader(Reader):
     """Reader of a `.npy` file with one uint8 array (T, H, W, 3), the lossless form of samples; no frame rate.
 
-    The file is memory-mapped, so only the requested frames are read.
+    The file is memory-mapped, so only the requested frames are read; objects in it are never unpickled.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
-        self.path = str(path)
-        self.fps = 0.0
-        self.damage: str | None = None
-        self.cut_off: str | None = None
+        super().__init__(path)
         try:
-            with Path(path).open("rb") as file:
-                shape, order, offset = _read_header(self.path, file)
-                _check_array(self.path, shape, file.seek(0, 2) - offset, max_pixels)
-            self.array: np.ndarray = np.memmap(path, np.uint8, "r", offset, shape, order)
-        except OSError as error:
-            raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
+            with name_file(path):
+                self.array: np.memmap = np.lib.format.open_memmap(path, mode="r")
+                size = Path(path).stat().st_size
+        except VideoError:
+            raise
+        except (ValueError, EOFError, MemoryError, RecursionError, OverflowError) as error:
+            raise VideoError(path, "is cut off, or not a readable .npy array of numbers") from error
+        shape = self.array.shape
+        if self.array.dtype != np.uint8:
+            raise VideoError(path, f"holds values of type {self.array.dtype}; a clip is uint8, 0 to 255")
+        if len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+            raise VideoError(path, f"holds an array of shape {shape}; a clip is (frames, height, width, 3)")
+        check_size(path, shape[2], shape[1], max_pixels)
+        expected = self.array.offset + self.array.nbytes
+        if size != expected:
+            raise VideoError(path, f"is too long: {size} bytes instead of {expected}")
 
     def __len__(self) -> int:
         return len(self.array)
 
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """Returns these frames in order, uint8 (T, C, H, W) RGB."""
-        wanted = check_indices(indices, len(self))
-        return stack_frames(self.path, [np.asarray(self.array[index]) for index in wanted])
-
-
-def _read_header(path: str, file: BinaryIO) -> tuple[tuple[int, ...], Literal["C", "F"], int]:
-    """Returns (shape, memory order, offset of the values) of a .npy file of bytes; never unpickles anything."""
-    try:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"version {version}")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, EOFError, MemoryError, RecursionError) as error:
-        raise VideoError(path, "is not a readable .npy array") from error
-    if dtype != np.uint8:
-        raise VideoError(path, f"holds values of type {dtype}; a clip is uint8, 0 to 255")
-    return shape, "F" if fortran else "C", file.tell()
-
-
-def _check_array(path: str, shape: tuple[int, ...], size: int, max_pixels: int) -> None:
-    """Raises VideoError unless the shape is that of a clip and all values are present."""
-    if len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
-        raise VideoError(path, f"holds an array of shape {shape}; a clip is (frames, height, width, 3)")
-    if shape[1] * shape[2] > max_pixels:
-        raise VideoError(path, describe_too_large(shape[2], shape[1], max_pixels))
-    if size != math.prod(shape):
-        raise VideoError(path, f"is cut off or too long: {size} of {math.prod(shape)} bytes are there")
+    def read_images(self, indices: list[int]) -> dict[int, np.ndarray]:
+        return {index: np.asarray(self.array[index]) for index in indices}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from ..errors import VideoError
 
 _VIDEOS = ".3gp .asf .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv"
 _IMAGES = ".bmp .jpeg .jpg .png .ppm .tif .tiff .webp"
@@ -24,55 +23,81 @@ HIDDEN = (".", "__MACOSX")  # files whose names start like this are left out
 MAX_PIXELS = 8192 * 4320
 
 
-class Reader(Protocol):
-    """The interface of all backends.
+class VideoError(ValueError):
+    """A clip that cannot be read: `path` and `reason`, in one sentence. It pickles."""
+
+    ends_run = False  # True if no other clip may replace this one
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(str(path), reason)
+        self.path, self.reason = str(path), reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class Reader:
+    """The interface of all backends; each adds `__len__` and `read_images`.
 
     `fps` is 0.0 where it is unknown. `damage` is None, or a sentence if frames inside the clip are missing or may be
     wrong (`read` may set it). `cut_off` is None, or a sentence if the end of the file is missing. In both cases
     `len()` counts only frames that exist.
     """
 
-    fps: float
-    damage: str | None
-    cut_off: str | None
+    fps = 0.0
+    damage: str | None = None
+    cut_off: str | None = None
 
-    def __len__(self) -> int: ...
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read_images(self, indices: list[int]) -> dict[int, np.ndarray]:
+        """Returns these frames, ascending and each once, as index -> uint8 (H, W, 3), upright. Raises: VideoError."""
+        raise NotImplementedError
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """Returns these frames in order, repeats allowed, as uint8 (T, C, H, W) RGB. Raises: VideoError, IndexError."""
-        ...
+        wanted = [int(index) for index in indices]
+        if not wanted:
+            raise IndexError("read() needs at least one frame index")
+        if min(wanted) < 0 or max(wanted) >= len(self):
+            raise IndexError(f"frame indices {min(wanted)} to {max(wanted)} do not fit a clip of {len(self)} frames")
+        images = self.read_images(sorted(set(wanted)))
+        shapes = sorted({image.shape for image in images.values()})
+        if len(shapes) > 1:
+            sizes = ", ".join(f"{shape[1]}x{shape[0]}" for shape in shapes)
+            raise VideoError(self.path, f"its frames differ in size ({sizes})")
+        frames = torch.from_numpy(np.stack([images[index] for index in wanted]))
+        return frames.permute(0, 3, 1, 2).contiguous()  # (T, C, H, W)
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """Yields all frames in order, each (H, W, 3) uint8. Raises: VideoError where one fails."""
+        for index in range(len(self)):
+            yield self.read_images([index])[index]
 
 
-def check_indices(indices: Sequence[int], length: int) -> list[int]:
-    """Returns the indices as integers. Raises: IndexError where there are none or one does not fit the clip."""
-    wanted = [int(index) for index in indices]
-    if not wanted:
-        raise IndexError("read() needs at least one frame index")
-    if min(wanted) < 0 or max(wanted) >= length:
-        raise IndexError(f"frame indices {min(wanted)} to {max(wanted)} do not fit a clip of {length} frames")
-    return wanted
+@contextmanager
+def name_file(path: str | Path, problem: str = "cannot be opened") -> Iterator[None]:
+    """Turns errors of the operating system into a VideoError that names the file, the problem and the error."""
+    try:
+        yield
+    except OSError as error:
+        raise VideoError(path, f"{problem} ({error.__class__.__name__})") from error
 
 
-def stack_frames(path: str | Path, frames: Sequence[np.ndarray]) -> Tensor:
-    """Stacks arrays (H, W, C) to uint8 (T, C, H, W). Raises: VideoError if their sizes differ."""
-    shapes = sorted({frame.shape for frame in frames})
-    if len(shapes) > 1:
-        sizes = ", ".join(f"{shape[1]}x{shape[0]}" for shape in shapes)
-        raise VideoError(path, f"its frames differ in size ({sizes})")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()  # (T, C, H, W)
-
-
-def describe_too_large(width: int, height: int, max_pixels: int) -> str:
-    """Returns the error text for frames above the limit."""
-    return f"its frames of {width}x{height} are larger than data.max_pixels={max_pixels} allows"
+def check_size(path: str | Path, width: int, height: int, max_pixels: int) -> None:
+    """Raises VideoError for frames above the limit."""
+    if width * height > max_pixels:
+        raise VideoError(path, f"its frames of {width}x{height} are larger than data.max_pixels={max_pixels} allows")
 
 
 def identify_file(path: str | Path) -> tuple[int, int]:
     """Returns size and modification time, which identify a version of a file."""
-    try:
+    with name_file(path):
         stat = Path(path).stat()
-    except OSError as error:
-        raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
     return stat.st_size, stat.st_mtime_ns
 
 

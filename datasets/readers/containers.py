@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import VideoError
+from .base import VideoError, name_file
 
 # (offset, bytes, FFmpeg's format name): the only demuxer that may open a file with these bytes.
 CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
@@ -35,13 +35,8 @@ def detect_container(path: str | Path) -> str:
 
     Raises: VideoError for anything that is not a video.
     """
-    try:
-        with Path(path).open("rb") as file:
-            head = file.read(256)
-    except VideoError:
-        raise
-    except (OSError, ValueError) as error:
-        raise VideoError(path, f"cannot be opened ({error.__class__.__name__})") from error
+    with name_file(path), Path(path).open("rb") as file:
+        head = file.read(256)
     if not head:
         raise VideoError(path, "the file is empty")
     for magic, kind in REFUSED:

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from torch import Tensor
 
-from ..errors import VideoError
-from .base import MAX_PIXELS, check_indices, describe_too_large, identify_file, load_package, stack_frames
+from .base import MAX_PIXELS, Reader, VideoError, check_size, identify_file, load_package, name_file
 from .containers import detect_container
 
 if TYPE_CHECKING:
@@ -53,31 +51,27 @@ class VideoFile:
     max_pixels: int
 
 
-class PyAVReader:
+class PyAVReader(Reader):
     """Reader through PyAV: seeks to the key frame before the first wanted frame and decodes up to the last one.
 
     The file is opened here and its container format is forced, so FFmpeg follows no playlist or address inside it.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
-        self.path = str(path)
+        super().__init__(path)
         self.source = VideoFile(self.path, detect_container(path), max_pixels)
         self.index = _index_frames(self.source, *identify_file(path))
-        self.fps = self.index.fps
-        self.damage = self.index.damage
-        self.cut_off = self.index.cut_off
+        self.fps, self.damage, self.cut_off = self.index.fps, self.index.damage, self.index.cut_off
 
     def __len__(self) -> int:
         return len(self.index.pts)
 
-    def read(self, indices: Sequence[int]) -> Tensor:
-        """Returns these frames in order, uint8 (T, C, H, W) RGB, upright."""
-        wanted = np.array(check_indices(indices, len(self)))
+    def read_images(self, indices: list[int]) -> dict[int, np.ndarray]:
         images: dict[int, np.ndarray] = {}
-        places = np.searchsorted(self.index.keys, self.index.pts[wanted], side="right") - 1  # key frame of each
+        places = np.searchsorted(self.index.keys, self.index.pts[indices], side="right") - 1  # the key frame of each
         for place in np.unique(places):
-            images |= self._read_group(sorted(set(wanted[places == place].tolist())), int(place))
-        return stack_frames(self.path, [images[index] for index in wanted.tolist()])
+            images |= self._read_group(np.array(indices)[places == place].tolist(), int(place))
+        return images
 
     def frames(self) -> Iterator[np.ndarray]:
         """Yields every frame, (H, W, C) uint8, decoding the file once and holding one frame at a time."""
@@ -94,7 +88,7 @@ class PyAVReader:
         return VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
 
     def _read_group(self, targets: list[int], place: int) -> dict[int, np.ndarray]:
-        """Returns the images of the frames `targets`, whose decoding starts at key frame number `place`.
+        """Returns the images of the frames `targets`, whose last key frame at or before them is number `place`.
 
         A key frame need not be a clean place to start (open GOP, gradual refresh, parameter sets that are not
         repeated): where frames come out damaged or not at all, decoding starts again one key frame earlier, and at
@@ -114,13 +108,13 @@ class PyAVReader:
     def _decode(self, targets: Sequence[int], key: int | None) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (index, image) of the `targets`, decoding from the key frame `key` (None: from the first packet).
 
-        Raises: _UncleanStart where `key` is not None and no intact key frame opens the way to the first target.
+        Raises: _UncleanStart where `key` is not None and no intact key frame precedes the first target.
         """
         av = load_package("av")
         reformatter = load_package("av.video.reformatter").VideoReformatter()
         numbers = {int(self.index.pts[index]): index for index in targets}
         with open_container(self.source) as (container, stream):
-            packets = _read_packets_from(container, stream, key)
+            packets = _read_packets(container, stream, key)
             if stream.codec_context.name == "h264" and self.index.timed and not self.damage:
                 packets = _skip_unreferenced(packets, stream.codec_context, min(numbers))
             frames = self._frames(packets, key)
@@ -147,7 +141,7 @@ class PyAVReader:
 
 
 class _UncleanStart(Exception):
-    """The frames that are wanted cannot be decoded from this key frame."""
+    """The wanted frames cannot be decoded from this key frame."""
 
 
 def _is_broken(frames: list[av.VideoFrame] | None) -> bool:
@@ -185,38 +179,26 @@ def open_container(source: VideoFile) -> Iterator[tuple[Any, Any]]:
         decoder = stream.codec_context
         if decoder is None:
             raise VideoError(path, "its video codec is unknown")
-        if decoder.width * decoder.height > source.max_pixels:
-            raise VideoError(path, describe_too_large(decoder.width, decoder.height, source.max_pixels))
+        check_size(path, decoder.width, decoder.height, source.max_pixels)
         decoder.options = limit
         decoder.thread_count = 1  # loader workers provide the parallelism
-        try:
+        with name_file(path, "cannot be read to its end"):  # disk or network failure, not bad content
             yield container, stream
-        except OSError as error:  # disk or network failure, not bad content
-            raise VideoError(path, f"cannot be read to its end ({error.__class__.__name__})") from error
 
 
-def _read_packets(container: Any, stream: Any) -> Iterator[av.Packet]:
-    """Yields packets in file order up to a read error, with the final empty one that drains the decoder."""
-    av = load_package("av")
-    try:
-        yield from container.demux(stream)
-    except av.FFmpegError:
-        return
+def _read_packets(container: Any, stream: Any, key: int | None = None) -> Iterator[av.Packet]:
+    """Yields the packets of a newly opened file in file order, up to a read error and with the final empty one.
 
-
-def _read_packets_from(container: Any, stream: Any, key: int | None) -> Iterator[av.Packet]:
-    """Returns the packets of a newly opened file from the key frame with timestamp `key` (None: all packets).
-
-    Seeking in containers is inexact: packets before the key frame are dropped undecoded, and the caller checks the
-    first frame.
+    From the key frame with timestamp `key` on, if given: seeking in containers is inexact, so packets before it are
+    dropped undecoded, and the caller checks the first frame.
     """
     av = load_package("av")
-    packets = _read_packets(container, stream)
-    if key is None:
-        return packets
-    with suppress(av.FFmpegError):  # a file without an index is read from the start
-        container.seek(key, stream=stream, backward=True)
-    return dropwhile(lambda packet: packet.pts is None or packet.pts < key, packets)
+    if key is not None:
+        with suppress(av.FFmpegError):  # a file without an index is read from the start
+            container.seek(key, stream=stream, backward=True)
+    with suppress(av.FFmpegError):
+        packets = container.demux(stream)
+        yield from packets if key is None else dropwhile(lambda each: each.pts is None or each.pts < key, packets)
 
 
 def _skip_unreferenced(packets: Iterator[av.Packet], decoder: Any, first: int) -> Iterator[av.Packet]:
@@ -316,10 +298,8 @@ def _describe_missing_tail(source: VideoFile, size: int, declared: int, found: i
     """Returns a sentence if the container states more frames or bytes than the file has, else None."""
     if source.format == "mov" and found < declared:
         return f"the file is cut off: {found} of {declared} frames are there"
-    try:
+    with name_file(source.path, "cannot be read to its end"):
         stated = _read_stated_size(source.path, source.format)
-    except OSError as error:
-        raise VideoError(source.path, f"cannot be read to its end ({error.__class__.__name__})") from error
     if stated > size:
         return f"the file is cut off: {size} of {stated} bytes are there"
     return None

@@ -175,7 +175,7 @@ RULES: tuple[Rule, ...] = (
     ),
     # text networks
     Rule(
-        lambda c: not c.model.is_text and c.data.name in CAPTIONED,
+        lambda c: not c.model.is_text and c.data.name == CAPTIONED,
         "data.name={c.data.name} has captions, which model.name={c.model.name} does not read: set "
         "model.name=custom-t2v or Latte-1, or data.name=folder.",
     ),
@@ -191,7 +191,7 @@ RULES: tuple[Rule, ...] = (
         "train.temporal_ramp_steps is read only by a text network that starts from an image network: leave it out.",
     ),
     Rule(
-        lambda c: c.model.is_text and c.data.name not in CAPTIONED,
+        lambda c: c.model.is_text and c.data.name != CAPTIONED,
         "model.name={c.model.name} is trained on captions: set data.name=captions, not {c.data.name}.",
     ),
     Rule(
