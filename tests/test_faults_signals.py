@@ -23,7 +23,7 @@ from engine.distributed import launch_variables
 from tests.conftest import TINY
 from tests.fault_support import ROOT, TAG, all_gone, cleaned_up, family, rows, wait_for_step, with_tag
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 BIN = Path(sys.executable).parent
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -88,7 +88,7 @@ def undisturbed(frame_folders: Path, tmp_path_factory: pytest.TempPathFactory) -
             command = LAUNCHERS["torchrun" if ranks == 2 else "python"][0]
             process = start(command, common, folder / "log")
             with cleaned_up(process):
-                assert process.wait(120) == 0, (folder / "log").read_text()[-3000:]
+                assert process.wait(300) == 0, (folder / "log").read_text()[-3000:]
             made[ranks] = folder / "run"
         return made[ranks]
 
@@ -135,7 +135,7 @@ def stop_and_continue(
 
     second = start(command, [*common, f"train.max_steps={STEPS}"], work / "second.log")
     with cleaned_up(second):
-        assert second.wait(120) == 0, (work / "second.log").read_text()[-3000:]
+        assert second.wait(300) == 0, (work / "second.log").read_text()[-3000:]
     assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(reference)]
     assert not differences(newest(run), newest(reference))
 
