@@ -31,6 +31,7 @@ KINDS: dict[Any, dict[str, Any]] = {  # type of a key -> how argparse reads its 
     float: {"type": float},
     bool: {"action": argparse.BooleanOptionalAction},
     list[int]: {"type": int, "nargs": 2},
+    list[float] | None: {"type": lambda text: [float(part) for part in text.split(",")]},
     list[str]: {"action": "append"},
     list[str] | None: {"action": "append"},
 }

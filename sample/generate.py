@@ -54,6 +54,7 @@ class Settings:
         windows: sample longer videos in windows; None: all frames at once.
     """
 
+    labels: Sequence[int | str] | None = None
     label_rule: str = "balanced"
     seed: int = 0
     steps: int = 250
@@ -71,10 +72,9 @@ class Settings:
 
 
 def sampler_settings(config: Config) -> dict[str, Any]:
-    """Returns the `labels` and `Settings` that `config` determines, by name; given frames are read."""
+    """Returns the `Settings` that `config` determines, by name; given frames are read."""
     keys = {item.name for item in fields(Settings)} & SampleConfig.__dataclass_fields__.keys()
     return {key: getattr(config.sample, key) for key in keys} | {
-        "labels": config.sample.labels,
         "num_frames": config.data.num_frames,
         "image_size": config.data.image_size,
         "given": read_given(config.sample, config.data),
@@ -211,7 +211,7 @@ class Generator:
         Raises:
             ValueError: settings that the network or its diffusion does not support.
         """
-        wanted = Settings(**settings)
+        wanted = Settings(labels, **settings)
         label_of = choose_labels(self.conditions, labels, wanted.label_rule, wanted.seed)
         plan = plan_sampling(self.config, wanted)
         chosen = list(range(num)) if indices is None else list(indices)

@@ -20,7 +20,6 @@ if __package__ in (None, ""):
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +48,7 @@ FLAGS = {  # key of the `sample` section -> metavar and help of its flag
     "num_videos": "N",
     "steps": "N sampler steps",
     "method": "NAME ddpm, ddim; of flow networks euler, heun; of both dpm_solver++, unipc; auto",
+    "guidance_interval": "LOW,HIGH guide only these noise levels, from 0 (data) to 1 (noise)",
     "weights": "KIND ema or raw",
     "batch_size": "N videos at a time; changes the memory, not the videos",
 }
@@ -82,12 +82,6 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
         metavar="L,L,...",
         help="classes by number or name; all",
     )
-    parser.add_argument(
-        "--guidance_interval",
-        type=lambda text: [float(part) for part in text.split(",")],
-        metavar="LOW,HIGH",
-        help="guide only these noise levels, from 0 (data) to 1 (noise)",
-    )
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.num_frames=32")
     return parser
 
@@ -120,13 +114,13 @@ def resolve(arguments: dict[str, Any]) -> Request:
     others = [each for each in overrides if not each.startswith(tuple(f"data.{key}=" for key in SIZES))]
     trained, made = sampling_config(source, yaml, settings, others), sampler_settings(config)
     choose_labels(class_conditions(config.model, device, source.class_names(config)), wanted.labels)
-    plan_sampling(config, Settings(**{key: value for key, value in made.items() if key != "labels"}))
+    plan_sampling(config, Settings(**made))
     if wanted.lora:
         Adapter.from_folder(wanted.lora)
     return Request(source, config, trained, device, Path(wanted.save_video_path), made)
 
 
-def load_generator(request: Request, device: torch.device, say: Callable[[str], object] = say) -> Generator:
+def load_generator(request: Request, device: torch.device) -> Generator:
     """Loads network and codec of `request` on `device`."""
     wanted, data, trained = request.config.sample, request.config.data, request.trained.data
     generator = Generator.from_checkpoint(

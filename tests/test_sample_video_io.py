@@ -24,20 +24,14 @@ def smooth_videos(count: int, frames: int, height: int, width: int) -> np.ndarra
     return np.stack([red, green, blue], -1).astype(np.uint8)
 
 
-def decode(path: Path) -> tuple[np.ndarray, float, str]:
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-        return np.stack(frames), float(stream.average_rate), stream.codec_context.pix_fmt
-
-
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 24), (33, 47)])
+@pytest.mark.parametrize(("height", "width"), [(40, 24), (33, 47)])
 def test_mp4_round_trip(tmp_path: Path, height: int, width: int) -> None:
     video = smooth_videos(1, 16, height, width)[0]
-    frames, fps, pixel_format = decode(write_mp4(tmp_path / "a.mp4", video, fps=8))
+    with av.open(str(write_mp4(tmp_path / "a.mp4", video, fps=8))) as container:
+        stream = container.streams.video[0]
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        assert (stream.average_rate, stream.codec_context.pix_fmt) == (8, "yuv420p")
     assert frames.shape == (16, height + height % 2, width + width % 2, 3)  # no padding to multiples of 16
-    assert fps == 8
-    assert pixel_format == "yuv420p"
     assert abs(frames[:, :height, :width].astype(int) - video).mean() < 3
     if height % 2:  # the repeated row
         assert abs(frames[:, -1].astype(int) - frames[:, -2]).mean() < 3
@@ -46,7 +40,6 @@ def test_mp4_round_trip(tmp_path: Path, height: int, width: int) -> None:
 def test_same_frames_same_bytes(tmp_path: Path) -> None:
     videos = smooth_videos(3, 6, 24, 32)
     for name, write in {
-        "a.mp4": lambda path: write_mp4(path, videos[0]),
         "a.gif": lambda path: write_gif(path, videos),
         "a.png": lambda path: write_contact_sheet(path, videos, ["x", "y", "z"]),
     }.items():
@@ -110,33 +103,23 @@ def test_gif_is_a_grid_that_plays_all_frames(tmp_path: Path) -> None:
 
 def test_contact_sheet_has_a_row_per_video_and_a_column_per_frame() -> None:
     videos = smooth_videos(2, 3, 10, 12)
-    sheet = contact_sheet(videos, scale=3)
-    assert sheet.shape == (MARGIN + 2 * (30 + MARGIN), MARGIN + 3 * (36 + MARGIN), 3)
+    sheet = contact_sheet(videos, scale=4)
+    assert sheet.shape == (MARGIN + 2 * (40 + MARGIN), MARGIN + 3 * (48 + MARGIN), 3)
     for row, column in np.ndindex(2, 3):
-        top, left = MARGIN + row * (30 + MARGIN), MARGIN + column * (36 + MARGIN)
-        tile = sheet[top : top + 30, left : left + 36]
-        np.testing.assert_array_equal(tile[1::3, 1::3], videos[row, column])
-
-
-def test_contact_sheet_captions_stand_left_of_the_frames() -> None:
-    videos = smooth_videos(2, 3, 40, 40)
-    bare, captioned = contact_sheet(videos, scale=1), contact_sheet(videos, ["Aa", "HorseRiding"], scale=1)
-    gutter = captioned.shape[1] - bare.shape[1]
-    np.testing.assert_array_equal(captioned[:, gutter:], bare)
-    ink = (captioned[:, :gutter] < 128).any(axis=(1, 2))
-    assert ink[MARGIN : MARGIN + 40].any()
-    assert ink[2 * MARGIN + 40 :].any()
-    widths = [
-        (captioned[rows, :gutter] < 128).any(axis=(0, 2)).nonzero()[0].max() for rows in (slice(0, 44), slice(44, 88))
-    ]
-    assert widths[0] < widths[1] < gutter
+        top, left = MARGIN + row * (40 + MARGIN), MARGIN + column * (48 + MARGIN)
+        np.testing.assert_array_equal(sheet[top : top + 40, left : left + 48][1::4, 1::4], videos[row, column])
+    captioned = contact_sheet(videos, ["Aa", "HorseRiding"], scale=4)
+    gutter = captioned.shape[1] - sheet.shape[1]
+    np.testing.assert_array_equal(captioned[:, gutter:], sheet)
+    ink = [(captioned[rows, :gutter] < 128).any(axis=(0, 2)).nonzero()[0] for rows in (slice(0, 44), slice(44, 88))]
+    assert 0 < ink[0].max() < ink[1].max() < gutter  # a caption in each row, the second one longer
 
 
 def test_contact_sheet_of_long_and_tiny_videos() -> None:
     sheet = contact_sheet(smooth_videos(1, 40, 32, 32), max_frames=4)
     assert sheet.shape == (64 + 2 * MARGIN, MARGIN + 4 * (64 + MARGIN), 3)  # enlarged to 64 pixels
     blues = [int(sheet[MARGIN, MARGIN + i * (64 + MARGIN), 2]) for i in range(4)]
-    assert blues == [50 + 10 * f - 256 * ((50 + 10 * f) // 256) for f in (0, 13, 26, 39)]  # first to last
+    assert blues == [(50 + 10 * f) % 256 for f in (0, 13, 26, 39)]  # first to last
 
 
 def test_wrong_input_is_named(tmp_path: Path) -> None:
