@@ -111,7 +111,7 @@ def step_loss(network: Any, batches: list[Tensor], step: int, seed: int, *, join
 
 
 def train_stage(network: Any, folders: list[Tensor], steps: range, seed: int, *, joint: bool) -> None:
-    """Train for `steps`, numbered through both stages: encoder and decoder (`joint`), or the decoder alone."""
+    """Trains for `steps`, numbered through both stages: encoder and decoder (`joint`), or the decoder alone."""
     parameters = list((network if joint else network.decoder).parameters())
     optimiser = torch.optim.AdamW(parameters, weight_decay=0.0)
     for done, step in enumerate(steps):
@@ -128,7 +128,7 @@ def train_stage(network: Any, folders: list[Tensor], steps: range, seed: int, *,
 
 @torch.no_grad()
 def fold_statistics(network: Any, folders: list[Tensor], seed: int) -> None:
-    """Make the encoder's last convolution standardise its latents, by statistics over many frames."""
+    """Makes the encoder's last convolution standardise its latents, by statistics over many frames."""
     batches = (batch for step in range(STATISTICS_STEPS) for batch in draw_batches(folders, step, seed))
     mean, std = (value.flatten() for value in statistics([network.encode(batch).latents for batch in batches]))
     last = network.encoder.layers[-1]
@@ -137,7 +137,7 @@ def fold_statistics(network: Any, folders: list[Tensor], seed: int) -> None:
 
 
 def measure(out: Path, root: Path) -> dict[str, float]:
-    """Returns figures of the codec in `out` on the clips of `root` that were kept out."""
+    """Returns figures of the codec in `out` on the held-out clips of `root`."""
     codec = LatentCodec.from_config(CodecConfig(path=str(out.resolve()), latent_channels=LATENT_CHANNELS, scale=1.0))
     clips, names = read_clips(root, held_out=True)
     latents = codec.encode(clips.float() / 127.5 - 1.0)
@@ -149,7 +149,7 @@ def measure(out: Path, root: Path) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    """Train, write the folder, and print what the codec does on clips it was not trained on."""
+    """Trains the codec, writes its folder, and prints its figures on held-out clips."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", type=Path, default=[Path("data/demo")], help="demo sets (data/demo)")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the codec")

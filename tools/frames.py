@@ -51,9 +51,8 @@ class Form:
     min_frames: int = 1
 
     def __post_init__(self) -> None:
-        limits = {"quality": within(1, 100), "size": within(1, 8192), "fps": within(1, 1000)}
+        limits = {"quality": within(1, 100), "size": within(1, 8192), "fps": within(1, 1000), "min_frames": at_least(1)}
         check_limits(self, "", {key: optional(limit) for key, limit in limits.items()})
-        check_limits(self, "", {"min_frames": at_least(1)})
         jpeg = self.format == "jpeg"
         require(jpeg or self.quality is None, f"quality is of JPEG files: it needs the format jpeg, not {self.format}.")
         self.quality = self.quality or JPEG_QUALITY if jpeg else None

@@ -104,8 +104,11 @@ class OutputFolder:
                 if "skipped" in record:
                     self.skipped.append(record)
                 else:
-                    with explain_write_errors(str(self.out), RESUME_ADVICE):
-                        self._keep(task, record)
+                    with explain_write_errors(str(self.out), RESUME_ADVICE), self.journal.open("a") as journal:
+                        journal.write(f"{json.dumps(record)}\n")
+                        journal.flush()
+                        os.fsync(journal.fileno())
+                        self._place(task)
                     done[task.out] = record
                 bar.update()
         self._write_journal(done.values())
@@ -139,15 +142,8 @@ class OutputFolder:
             remove(unfinished)
         return kept
 
-    def _keep(self, task: Task, record: Record) -> None:
-        """Enters a finished clip into the journal, then moves it into place."""
-        with self.journal.open("a") as stream:
-            stream.write(f"{json.dumps(record)}\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        self._place(task)
-
     def _place(self, task: Task) -> None:
+        """Moves a finished clip into place."""
         place = self.out / task.out
         place.parent.mkdir(parents=True, exist_ok=True)
         (self.staged / task.staged).rename(place)

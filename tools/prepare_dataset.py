@@ -83,8 +83,7 @@ def place_clips(clips: Sequence[Clip], arguments: argparse.Namespace) -> list[Pl
     splits, names = split_folders(clips, dataset)
     labels = arguments.labels if arguments.labels != "auto" else RECIPES[dataset].labels
     classes = find_class_names([replace(clip, name=name) for clip, name in zip(clips, names)], labels)
-    find = match_with_limit if arguments.group else match_groups
-    videos = find(names, arguments.group or SOURCE_VIDEOS[dataset])
+    videos = match_groups(names, arguments.group or SOURCE_VIDEOS[dataset])
     places = [Place(*each) for each in zip(clips, names, splits, classes, videos)]
     assign_splits(places, arguments)
     above = {str(folder) for clip in clips for folder in PurePosixPath(clip.name).parents}
@@ -114,13 +113,10 @@ def split_folders(clips: Sequence[Clip], dataset: str) -> tuple[list[str], list[
 
 
 def match_groups(names: Sequence[str], pattern: str) -> list[str]:
-    """Returns the text that the groups of `pattern` match in each name, or the whole name."""
-    found = [(name, re.search(pattern, name)) for name in names]
-    return ["".join(filter(None, match.groups())) if match else name for name, match in found]
+    """Returns the text that the groups of `pattern` match in each name, or the whole name.
 
-
-def match_with_limit(names: Sequence[str], pattern: str) -> list[str]:
-    """Calls `match_groups` with a time limit, because some patterns never end. Raises: ValueError."""
+    Raises: ValueError after a time limit, because some patterns never end.
+    """
     seconds = GROUP_SECONDS + len(names) / 1000
 
     def stop(*_: object) -> None:
@@ -132,10 +128,11 @@ def match_with_limit(names: Sequence[str], pattern: str) -> list[str]:
     previous = signal.signal(signal.SIGALRM, stop)  # `re` handles signals while it matches
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        return match_groups(names, pattern)
+        found = [(name, re.search(pattern, name)) for name in names]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+    return ["".join(filter(None, match.groups())) if match else name for name, match in found]
 
 
 def assign_splits(places: Sequence[Place], arguments: argparse.Namespace) -> None:
@@ -178,6 +175,7 @@ def read_lists(folder: Path, number: str) -> dict[str, str]:
 
 
 def drop_suffix(name: str) -> str:
+    """Returns the name of a clip without its suffix."""
     return re.sub(r"\.\w+$", "", name)
 
 
