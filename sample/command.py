@@ -135,7 +135,7 @@ def write_videos(
 
     Args:
         name: index of a video -> name of its file: an mp4, or for one frame a png.
-        facts: index of a video -> what samples.json says of it besides.
+        facts: index of a video -> its further entries in samples.json.
 
     Returns:
         the `videos` of samples.json, and the first `SHOWN` videos, uint8 (n, F, H, W, 3).

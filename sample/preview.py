@@ -63,14 +63,14 @@ class Preview:
         return Observation({"videos": len(videos["ema"])}, f"{len(videos['ema'])} videos of ema and of raw in {place}")
 
     def captions(self, generator: Generator) -> list[str]:
-        """Class or number of each video."""
+        """Returns class or number of each video."""
         wanted, known = self.config.sample, generator.conditions
         label_of = choose_labels(known, wanted.labels, wanted.label_rule, wanted.seed)
         names = [label_name(known, label_of(index)) for index in range(self.config.monitor.sample_videos)]
         return [name or f"{index:04d}" for index, name in enumerate(names)]
 
     def generators(self, state: TrainState, objective: Objective) -> dict[str, Generator]:
-        """Returns a generator for the average and one for the raw weights, around the very networks of the run."""
+        """Returns a generator for the average and one for the raw weights, which shares the networks of the run."""
         networks = {"ema": state.ema.model, "raw": state.model}
         return {name: build_generator(self.config, network, objective) for name, network in networks.items()}
 
@@ -87,7 +87,7 @@ def build_generator(config: Config, network: Latte | LatteT2V, objective: Object
 
 @lru_cache(maxsize=1)
 def decoder(config: CodecConfig, device: torch.device) -> LatentCodec:
-    """The codec, of a training that has none because its latents come from a cache."""
+    """Returns the codec of a training that has none, because its latents come from a cache."""
     return LatentCodec.from_config(config, device)
 
 
@@ -103,13 +103,13 @@ def sample_shared(run: Run, generators: Mapping[str, Generator], number: int) ->
 
 
 def split_chunks(run: Run, indices: Sequence[int]) -> list[Sequence[int]]:
-    """`indices` in parts of at most `sample.batch_size`, smaller where that occupies more ranks."""
+    """Splits `indices` into parts of at most `sample.batch_size`, smaller if that occupies more ranks."""
     size = min(run.config.sample.batch_size, math.ceil(len(indices) / run.world.size))
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def sample_chunk(run: Run, generator: Generator, indices: Sequence[int]) -> np.ndarray:
-    """The videos of those indices, as one batch; the ranks agree to go on after every step of the sampler."""
+    """Samples those videos as one batch; the ranks agree to continue after every step of the sampler."""
     settings = sampler_settings(run.config) | {"batch_size": len(indices)}
     batches = generator.batches(indices=indices, callback=lambda done, total: agree(run), **settings)
     return np.concatenate([videos for _, videos in batches])

@@ -10,15 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.transforms import TRANSFORMS, to_signed_range
 from engine.build import build_model
 from engine.checkpoint import Checkpoint, save_checkpoint
 from engine.conditions import class_conditions
 from engine.config import Config, load_config
+from engine.distributed import init_world
 from engine.objective import Objective, sample_generator
+from engine.trainer import Trainer
 from models.autoencoder import LatentCodec
-from sample.generate import Generator, sampler_settings
+from sample.generate import Generator, Settings, plan_sampling, sampler_settings
 from sample.given import read_given
 from sample.sample import main
+from sample.sample_ddp import hash_given
 from tests.conftest import TINY, random_weights
 
 TRAINED = [*TINY, "diffusion.prediction=x_start", "model.learn_sigma=false", "sample.steps=4", "sample.method=ddim"]
@@ -79,9 +83,7 @@ def test_first_and_last_frame_and_the_end_of_a_video(media: Path) -> None:
 
 
 def test_images_of_any_size_are_cut_as_training_clips_are(media: Path) -> None:
-    from datasets.transforms import TRANSFORMS, to_signed_range
-
-    config = generator_of(f"sample.first_frame=[{media}/wide.png]").config
+    config = load_config(None, [*TRAINED, *GIVEN, f"sample.first_frame=[{media}/wide.png]"])
     pixels = torch.from_numpy(np.asarray(Image.open(media / "wide.png"))).permute(2, 0, 1)[None]
     given = read_given(config.sample, config.data)
     assert given is not None and given.places == (0,)
@@ -136,9 +138,6 @@ def test_draws_for_given_frames_come_after_all_others(tiny: list[str]) -> None:
 
 
 def objective_of(config: Config) -> Objective:
-    from engine.distributed import init_world
-    from engine.trainer import Trainer
-
     return Trainer(config, init_world("cpu")).objective
 
 
@@ -162,7 +161,8 @@ def objective_of(config: Config) -> Objective:
 )
 def test_wrong_frames_are_one_sentence(overrides: list[str], sentence: str, media: Path) -> None:
     with pytest.raises(ValueError) as error:
-        videos_of(generator_of(*(each.replace("M/", f"{media}/") for each in overrides)), num=1)
+        config = load_config(None, [*TRAINED, *GIVEN, *(each.replace("M/", f"{media}/") for each in overrides)])
+        plan_sampling(config, Settings(**sampler_settings(config)))
     message = str(error.value).replace(f"{media}/", "M/")
     assert sentence in message and "\n" not in message
 
@@ -200,8 +200,6 @@ def test_the_command_line(tmp_path: Path, media: Path) -> None:
 
 
 def test_a_job_over_many_processes_knows_its_frames_by_their_pixels(tmp_path: Path, media: Path) -> None:
-    from sample.sample_ddp import hash_given
-
     (tmp_path / "copy.png").write_bytes((media / "a.png").read_bytes())
     names = (f"{media}/a.png", f"{tmp_path}/copy.png", f"{media}/b.png")
     configs = [load_config(None, [*TRAINED, *GIVEN, f"sample.first_frame=[{name}]"]) for name in names]

@@ -164,14 +164,6 @@ def test_H3_a_run_that_is_not_finite_is_named(base: list[str], tmp_path: Path) -
         sample_t2x.main(command)
 
 
-def test_H5_a_state_that_is_none(base: list[str], tmp_path: Path) -> None:
-    source = checkpoint(load_config(None, base), tmp_path)
-    (source / "state.json").write_text("[]")
-    seal(source)
-    with pytest.raises(ValueError, match=f"{source / 'state.json'} holds no names and values"):
-        sample_t2x.main(["--ckpt", str(source), "--prompt", "a stone", "--save_img_path", str(tmp_path / "out")])
-
-
 def test_a_run_is_sampled_by_its_name(base: list[str], tmp_path: Path) -> None:
     source = checkpoint(load_config(None, base), tmp_path / "run" / "checkpoints")
     out = ["--save_img_path", str(tmp_path / "out")]
