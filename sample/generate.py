@@ -9,7 +9,7 @@ Letters: B videos of a batch, n videos in all, F frames, C latent channels, h w 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,7 +36,7 @@ from .decoding import Batch, decode_batches, require_finite_videos, to_uint8
 from .given import GivenFrames, Plan, Windows, read_given
 from .labels import choose_labels
 from .network import GuidedEvaluations, Network
-from .source import Source, match_tables
+from .source import Source
 
 Progress = Callable[[int, int], None]  # (sampler steps done, sampler steps in all)
 
@@ -153,18 +153,16 @@ class Generator:
         config: Config | None = None,
         weights: str = "ema",
         device: torch.device | str | None = None,
-        read_sizes: Collection[str] = (),
         say: Callable[[str], object] = lambda text: None,
         **network: Any,
     ) -> Generator:
         """Loads a checkpoint or run folder of ours, or an official .pt file.
 
         Args:
-            config: needed for an official file; None takes the one in our checkpoint.
+            config: needed for an official file; None takes the one in our checkpoint. Its clip size does not count
+                where the checkpoint or its position tables state that of the training.
             weights: "ema" or "raw".
             device: None is CUDA where there is one.
-            read_sizes: keys of `data` (num_frames, image_size) to read from the position tables of an official file, if
-                it has them, instead of `config`.
             say: called with a line on what is loaded.
             network: as for `Generator`.
         """
@@ -173,8 +171,7 @@ class Generator:
         say(f"loading the network from {source.path}")
         own = source.weights(weights)
         require_finite(own, source.weights_file(weights))
-        if source.config is None:
-            config = match_tables(config, own, read_sizes)
+        config = source.trained_config(config, own)
         if config.sample.lora:
             Adapter.from_folder(config.sample.lora).merge_into(own, config.sample.lora_scale)
         model = cast(Latte, build_model(config, device))

@@ -40,7 +40,6 @@ from sample.labels import choose_labels, label_name
 from sample.source import Source, sampling_config
 from sample.video_io import slug, write_contact_sheet, write_gif
 
-SIZES = ("num_frames", "image_size")  # keys of `data` that on the command line are those of the videos
 FLAGS = {  # key of the `sample` section -> metavar and help of its flag
     "ckpt": "PATH our run or checkpoint folder, or an official .pt",
     "save_video_path": "DIR folder to write into",
@@ -59,14 +58,12 @@ class Request:
     """A command line, resolved and checked as far as that needs no weights.
 
     Attributes:
-        config: settings of the videos.
-        trained: the same without the `SIZES` of the command line, which are of the videos, not of the network.
+        config: settings of the videos, which may have another clip size than the training.
         settings: arguments of `Generator.batches`.
     """
 
     source: Source
     config: Config
-    trained: Config
     device: torch.device
     folder: Path
     settings: dict[str, Any]
@@ -111,29 +108,33 @@ def resolve(arguments: dict[str, Any]) -> Request:
         f"--num_videos {wanted.num_videos} is more than {MAX_VIDEOS}, all that file names have room for; sample more "
         "with another --seed into another folder.",
     )
-    others = [each for each in overrides if not each.startswith(tuple(f"data.{key}=" for key in SIZES))]
-    trained, made = sampling_config(source, yaml, settings, others), sampler_settings(config)
+    made = sampler_settings(config)
     choose_labels(class_conditions(config.model, device, source.class_names(config)), wanted.labels)
     plan_sampling(config, Settings(**made))
     if wanted.lora:
         Adapter.from_folder(wanted.lora)
-    return Request(source, config, trained, device, Path(wanted.save_video_path), made)
+    return Request(source, config, device, Path(wanted.save_video_path), made)
 
 
 def load_generator(request: Request, device: torch.device) -> Generator:
     """Loads network and codec of `request` on `device`."""
-    wanted, data, trained = request.config.sample, request.config.data, request.trained.data
+    wanted, data = request.config.sample, request.config.data
     generator = Generator.from_checkpoint(
         request.source,
-        config=request.trained,
+        config=request.config,
         weights=wanted.weights,
         device=device,
-        read_sizes=[key for key in SIZES if getattr(data, key) != getattr(trained, key)],
         say=say,
         precision=wanted.precision,
         cast_weights=wanted.cast_weights,
         compiled=wanted.compile,
     )
+    trained = generator.config.data
+    if (data.num_frames, data.image_size) != (trained.num_frames, trained.image_size):
+        say(
+            f"sampling {data.num_frames} frames of {data.image_size} pixels with a network that was trained on "
+            f"{trained.num_frames} frames of {trained.image_size} pixels"
+        )
     if wanted.compile:
         say("compiling the network in the first step, which takes minutes")
     return generator

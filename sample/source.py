@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,22 @@ class Source:
         """Loads the `ema` or the `raw` weights."""
         return (load_model_weights if self.path.is_file() else load_checkpoint_weights)(self.path, kind)
 
+    def trained_config(self, config: Config, weights: Mapping[str, Tensor]) -> Config:
+        """Returns `config` with the trained clip size: the checkpoint's, or that of the position tables in `weights`.
+
+        Sizes without a table stay as they are.
+        """
+        space, time = weights.get("pos_embed"), weights.get("temp_embed")
+        sizes: dict[str, Any] = {}
+        if self.config is not None:
+            sizes = {"num_frames": self.config.data.num_frames, "image_size": self.config.data.image_size}
+        else:
+            if space is not None and space.ndim == 3:  # (1, N, D)
+                sizes["image_size"] = math.isqrt(space.shape[1]) * config.pixels_per_token
+            if time is not None and time.ndim == 3:  # (1, F, D)
+                sizes["num_frames"] = time.shape[1] * config.model.frames_per_token
+        return replace(config, data=replace(config.data, **sizes))
+
     def weights_file(self, kind: str) -> Path:
         """Returns the file of those weights."""
         return self.path if self.path.is_file() else weights_file(self.path, kind)
@@ -83,18 +99,3 @@ def sampling_config(
             tree["codec"] |= {key: getattr(given.codec, key) for key in ("path", "subfolder", "revision")}
     tree["sample"] |= settings
     return load_config(None, overrides, base=tree)
-
-
-def match_tables(config: Config, weights: Mapping[str, Tensor], keys: Collection[str]) -> Config:
-    """Returns `config` with those of `data.num_frames`, `data.image_size` that the position tables of `weights` tell.
-
-    Args:
-        keys: the ones to read; those without a table stay as they are.
-    """
-    space, time = weights.get("pos_embed"), weights.get("temp_embed")
-    found: dict[str, Any] = {}
-    if space is not None and space.ndim == 3:  # (1, N, D)
-        found["image_size"] = math.isqrt(space.shape[1]) * config.pixels_per_token
-    if time is not None and time.ndim == 3:  # (1, F, D)
-        found["num_frames"] = time.shape[1] * config.model.frames_per_token
-    return replace(config, data=replace(config.data, **{key: found[key] for key in keys if key in found}))
