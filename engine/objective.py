@@ -114,6 +114,7 @@ class Objective:
         posterior = self.posterior(batch)
         draws = self.draw(batch["position"].tolist(), posterior.mean.shape, batch["labels"].shape[1])
         latents = posterior.latents(self.codec.config, draws.codec_noise).to(self.precision.dtype)
+        latents = latents.contiguous()  # gradients are summed in the order of the layout, which a codec may change
         return self.loss(model, latents, condition, draws)
 
     def posterior(self, batch: Mapping[str, Tensor]) -> Posterior:

@@ -15,15 +15,15 @@ from datasets import Clip
 from datasets.clips import Pixels
 from engine.config import load_config
 from engine.distributed import World
-from tools.caching import latents as caching
+from tools import cache_latents
 
 SHARDS = 3  # of the tiny sets: some clips share one
 
 
 def cache(overrides: list[str], out: Path, dtype: str = "fp32", world: World | None = None) -> Path:
     """Make the cache of a configuration."""
-    with patch.object(caching, "LEAST_SHARDS", SHARDS):
-        caching.cache_latents(load_config(None, overrides), out, dtype, 10**6, world or World())
+    with patch.object(cache_latents, "LEAST_SHARDS", SHARDS):
+        cache_latents.LatentWriter(load_config(None, overrides), out, dtype, 10**6, world or World()).write()
     return out
 
 

@@ -25,7 +25,7 @@ from models.identity import codec_identity, is_same_codec
 from tests.conftest import TINY
 from tests.fault_support import ROOT, rows, run
 from tests.latent_support import cache, save_codec
-from tools.caching import latents as caching
+from tools import cache_latents
 
 CODECS = ("AutoencoderKL", "AutoencoderTiny", "pixels")
 
@@ -128,7 +128,7 @@ def test_every_draw_is_the_online_one(motley_caches: Any, name: str, extra: list
 def test_the_motley_set_is_motley(motley_caches: Any) -> None:
     """Else the test above would prove little."""
     index = read_index(motley_caches["pixels"][1])
-    reasons = caching.find_unusable(index)
+    reasons = cache_latents.find_unusable(index["clips"])
     assert set(reasons) == {"a/text.mp4", "a/pierced.mp4", "b/torn"}
     clips = {clip["name"]: clip for clip in index["clips"]}
     assert clips["a/text.mp4"]["reason"].startswith("is not a video") and "002.png" in reasons["b/torn"]
@@ -260,9 +260,9 @@ def test_clips_keep_their_facts_through_json() -> None:
 
 def test_shards_are_filled_in_order_and_none_is_empty() -> None:
     clips = [StoredClip(str(number), 1, None, frames) for number, frames in enumerate([3, 0, 4, 9, 0, 2, 2, 0])]
-    found = [(clip.shard, clip.first) for clip in caching.place_clips(clips, 5)]
+    found = [(clip.shard, clip.first) for clip in cache_latents.place_clips(clips, 5)]
     assert found == [(0, 0), (0, 3), (1, 0), (2, 0), (2, 9), (3, 0), (3, 2), (3, 4)]
-    assert caching.count_frames(list(caching.place_clips(clips, 5))) == [3, 4, 9, 4]
+    assert cache_latents.count_frames(list(cache_latents.place_clips(clips, 5))) == [3, 4, 9, 4]
 
 
 # ---------------------------------------------------------------------------------------------- the codec

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,8 +24,7 @@ from engine.errors import TrainingAborted
 from tests.fault_support import ROOT, run, run_ranks
 from tests.latent_support import Deadly, cache, content, save_codec
 from tools import cache_latents
-from tools.caching import latents as caching
-from tools.caching.writer import CacheWriter
+from tools.cache_latents import LatentWriter
 
 
 class Killed(BaseException):
@@ -36,8 +34,8 @@ class Killed(BaseException):
 class Dying:
     """Stands for `write_atomically` in a life that ends: at its first file, after it, or before its second."""
 
-    def __init__(self, honest: Callable[..., Path], how: int) -> None:
-        self.honest, self.how, self.files = honest, how, 0
+    def __init__(self, how: int) -> None:
+        self.honest, self.how, self.files = storage.write_atomically, how, 0
 
     def __call__(self, path: Path, write: Callable[[Path], object], temporary: Path | None = None) -> Path:
         self.files += 1
@@ -49,73 +47,61 @@ class Dying:
         return self.honest(path, write)
 
 
+def patch_encoder(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Applies `change` to the result of every call of the encoder."""
+    honest = LatentWriter.encode_frames
+    patch.setattr(LatentWriter, "encode_frames", lambda self, frames: change(honest(self, frames)))
+
+
 def test_killed_at_any_write_and_continued(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was whole is not encoded again; in the end the same bytes, and nothing else."""
+    """Finished shards are not encoded again; in the end the same bytes, and nothing else."""
     whole = content(cache(tiny, tmp_path / "whole"))
     assert len(whole) == 4  # three shards and the index
     encoded: list[int] = []
-    honest = storage.write_atomically
-    monkeypatch.setattr(caching.ShardEncoder, "encode", counting(caching.ShardEncoder.encode, encoded))
+    patch_encoder(monkeypatch, lambda latents: (encoded.append(len(latents)), latents)[1])
     made, deaths = tmp_path / "made", 0
     for life in range(100):
-        monkeypatch.setattr(storage, "write_atomically", Dying(honest, life % 3))
-        try:
-            cache(tiny, made)
-            break
-        except Killed:
-            deaths += 1
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "write_atomically", Dying(life % 3))
+            try:
+                cache(tiny, made)
+                break
+            except Killed:
+                deaths += 1
     assert content(made) == whole and deaths >= 6
-    frames = sum(read_index(made)["shards"])
-    assert sum(encoded) <= 4 * frames
+    assert sum(encoded) <= 4 * sum(read_index(made)["shards"])
     encoded.clear()
     cache(tiny, made)  # complete: nothing is done
     assert not encoded and content(made) == whole
 
 
-def counting(honest: Callable[..., Any], counts: list[int]) -> Callable[..., Any]:
-    def encode(self: Any, frames: torch.Tensor) -> torch.Tensor:
-        counts.append(len(frames))
-        return honest(self, frames)
-
-    return encode
-
-
-def command_line(overrides: list[str], out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tools.cache_latents", *overrides, "--out", str(out), "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 @pytest.mark.dist
 def test_sigkill_of_the_command_line(tiny: list[str], tmp_path: Path) -> None:
-    """With loader workers, amid the shards; the same command then makes what an undisturbed one makes."""
-    root = tmp_path / "set"
+    """With a loader worker, amid the shards; the same command then makes what an undisturbed one makes."""
+    clip = Path(next(each for each in tiny if each.startswith("data.path="))[10:]) / "falls" / "clip0"
     for number in range(40):
-        shutil.copytree(Path(value(tiny, "data.path")) / "falls" / "clip0", root / "a" / f"{number:02d}")
-    overrides = [*tiny, f"data.path={root}", "data.num_workers=1", "data.labels=none"]
+        shutil.copytree(clip, tmp_path / "set" / "a" / f"{number:02d}")
+    overrides = [*tiny, f"data.path={tmp_path / 'set'}", "data.num_workers=1", "data.labels=none"]
     out = tmp_path / "made"
-    process = command_line(overrides, out)
+    command = [sys.executable, "-m", "tools.cache_latents", *overrides, "--out", str(out), "--device", "cpu"]
+    start = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **start)  # type: ignore[call-overload]
     deadline = time.monotonic() + 60
     while not list(out.glob("shard-*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert list(out.glob("shard-*.json")) and not (out / INDEX).exists()
     with pytest.raises(FileNotFoundError, match=r"is no finished cache.*again if it was interrupted"):
         LatentCache(out)
-    again = command_line(overrides, out)
-    said = again.communicate(timeout=120)[0]
-    assert again.returncode == 0 and "shards are done" in said, said
-    caching.cache_latents(load_config(None, overrides), tmp_path / "whole", "fp32", 64 * 10**6, World())
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, **start)  # type: ignore[call-overload]
+    assert again.returncode == 0 and "shards are done" in again.stdout, again.stderr
+    LatentWriter(load_config(None, overrides), tmp_path / "whole", "fp32", 64 * 10**6, World()).write()
     assert content(out) == content(tmp_path / "whole")
 
 
 @pytest.mark.dist
-def test_a_worker_that_dies_is_told_with_its_file(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_is_named_when_a_worker_dies(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder may take its process along."""
     monkeypatch.setattr("datasets.clips.Pixels", Deadly)
     with pytest.raises(TrainingAborted, match=r"a data loader worker died while it read .*rises/clip1: "):
@@ -124,16 +110,11 @@ def test_a_worker_that_dies_is_told_with_its_file(
 
 def test_the_first_clips_of_a_run_are_those_of_its_cache(tiny: list[str], frame_folders: Path, tmp_path: Path) -> None:
     """Of folders that are too short for a window, data.max_clips takes the next."""
-    root = tmp_path / "set"
-    shutil.copytree(frame_folders, root)
+    root = shutil.copytree(frame_folders, tmp_path / "set")
     for file in sorted((root / "falls" / "clip0").iterdir())[2:]:
         file.unlink()
     overrides = [*tiny, f"data.path={root}", "data.max_clips=4", "train.max_steps=1"]
     run([*overrides, f"data.latents={cache(overrides, tmp_path / 'made')}"])
-
-
-def value(overrides: list[str], key: str) -> str:
-    return next(each.partition("=")[2] for each in overrides if each.startswith(f"{key}="))
 
 
 def make_on_rank(world: World, overrides: list[str], out: Path) -> None:
@@ -149,16 +130,6 @@ def test_two_ranks_make_the_same_cache(tiny: list[str], tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ refusals
-
-
-def test_what_is_not_a_cache_is_left_alone(tiny: list[str], tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"full holds 'mine\.txt', which is not of a cache"):
-        cache(tiny, tmp_path / "full")
-    with pytest.raises(ValueError, match=r"mine\.txt is a file"):
-        cache(tiny, tmp_path / "full" / "mine.txt")
-    assert content(tmp_path / "full") == {"mine.txt": b"x"}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +148,7 @@ def test_another_cache_is_not_overwritten(
 ) -> None:
     with monkeypatch.context() as broken, contextlib.suppress(Killed):
         if not finished:
-            broken.setattr(storage, "write_atomically", Dying(storage.write_atomically, 2))
+            broken.setattr(storage, "write_atomically", Dying(2))
         cache(tiny, tmp_path / "made")
     assert (tmp_path / "made" / INDEX).exists() == finished
     before = content(tmp_path / "made")
@@ -188,7 +159,7 @@ def test_another_cache_is_not_overwritten(
     assert content(tmp_path / "made") == before
 
 
-def test_too_small_a_disk_is_told_before_it_starts(
+def test_a_disk_that_is_too_small_is_refused_before_encoding(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -199,32 +170,37 @@ def test_too_small_a_disk_is_told_before_it_starts(
     assert not list((tmp_path / "made").glob("shard*"))
 
 
-def test_two_at_once_are_refused(tiny: list[str], tmp_path: Path) -> None:
-    with (
-        CacheWriter(tmp_path / "made", {}, World()).open(),
-        pytest.raises(OSError, match=r"--out=.*made is being written by"),
-    ):
-        cache(tiny, tmp_path / "made")
-    assert cache(tiny, tmp_path / "made")
-
-
 def test_values_beyond_the_number_format_are_refused(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = caching.ShardEncoder.encode
-    monkeypatch.setattr(caching.ShardEncoder, "encode", lambda self, frames: honest(self, frames) * 1e5)
+    patch_encoder(monkeypatch, lambda latents: latents * 1e5)
     with pytest.raises(ValueError, match=r"latents of 'falls/clip0' are not finite in fp16: choose another --dtype"):
         cache(tiny, tmp_path / "made", "fp16")
     assert cache(tiny, tmp_path / "wide", "bf16")
 
 
-def test_a_cache_of_nothing_is_refused(tiny: list[str], tmp_path: Path) -> None:
+def test_folders_and_settings_that_are_refused(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"full holds 'mine\.txt', which is not of a cache"):
+        cache(tiny, tmp_path / "full")
+    with pytest.raises(ValueError, match=r"mine\.txt is a file"):
+        cache(tiny, tmp_path / "full" / "mine.txt")
+    assert content(tmp_path / "full") == {"mine.txt": b"x"}
+
+    (tmp_path / "made").mkdir()
+    lock = storage.FolderLock(tmp_path / "made", "--out")
+    lock.take()
+    with pytest.raises(OSError, match=r"--out=.*made is being written by"):
+        cache(tiny, tmp_path / "made")
+    lock.release()
+    made = cache(tiny, tmp_path / "made")
+
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.mp4").write_text("no video " * 30)
     with pytest.raises(ValueError, match=r"a\.mp4: is not a video.*none of the other clips can be used"):
-        cache([*tiny, f"data.path={tmp_path / 'set'}", "data.labels=none"], tmp_path / "made")
-    made = cache(tiny, tmp_path / "good")
+        cache([*tiny, f"data.path={tmp_path / 'set'}", "data.labels=none"], tmp_path / "new")
     with pytest.raises(ValueError, match=r"data\.latents: leave it out"):
-        cache([*tiny, f"data.latents={made}"], tmp_path / "made")
+        cache([*tiny, f"data.latents={made}"], tmp_path / "new")
     with pytest.raises(ValueError, match=r"--shard_mb 0 must be at least 1"):
         cache_latents.main(["--out", str(tmp_path / "x"), "--shard_mb", "0"])

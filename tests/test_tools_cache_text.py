@@ -18,7 +18,8 @@ from engine.config import Config, load_config
 from engine.distributed import World
 from engine.trainer import Trainer
 from tests.text_support import CAPTIONS, TINY_TEXT, draw_captioned, save_text_encoder, write_captions
-from tools.caching import text as cache_text
+from tools import cache_text
+from tools.cache_text import TextWriter
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,7 @@ def cache(run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("caches") / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_text, "SHARD_CAPTIONS", 2)
-        cache_text.cache_text(load_config(None, run), out, World())
+        TextWriter(load_config(None, run), out, World()).write()
     return out
 
 
@@ -45,7 +46,7 @@ def with_cache(run: list[str], cache: Path, *overrides: str) -> Config:
     return load_config(None, [*run, f"text.features={cache}", *overrides])
 
 
-def test_it_holds_what_the_encoder_says(run: list[str], cache: Path) -> None:
+def test_cached_features_are_those_of_the_encoder(run: list[str], cache: Path) -> None:
     online = EncodedFeatures(load_config(None, run).text, CPU)
     stored = TextCache(cache)
     assert sorted(file.name for file in cache.glob("shard*")) == [f"shard-{n:05d}.safetensors" for n in range(3)]
@@ -66,7 +67,9 @@ def test_training_from_it_is_training_online(run: list[str], cache: Path, tmp_pa
     assert all(torch.equal(first.model[key], second.model[key]) for key in first.model)
 
 
-def test_a_killed_one_goes_on(run: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_command_continues(
+    run: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache_text, "SHARD_CAPTIONS", 2)
     encoded: list[str] = []
 
@@ -81,10 +84,10 @@ def test_a_killed_one_goes_on(run: list[str], cache: Path, tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr("engine.conditions.EncodedFeatures", Dying)
         with pytest.raises(KeyboardInterrupt):
-            cache_text.cache_text(config, out, World())
+            TextWriter(config, out, World()).write()
         with pytest.raises(FileNotFoundError, match="is no finished cache"):
             TextCache(out)
-        cache_text.cache_text(config, out, World())
+        TextWriter(config, out, World()).write()
     assert encoded.count(EMPTY) == 1  # of the first shard, which was whole
     assert [file.read_bytes() for file in sorted(out.iterdir()) if file.name != ".lock"] == [
         file.read_bytes() for file in sorted(cache.iterdir()) if file.name != ".lock"
@@ -110,7 +113,7 @@ def test_a_foreign_cache_is_refused(run: list[str], cache: Path, tmp_path: Path)
     with pytest.raises(ValueError, match=r"was made with other captions: 1 of 7 .*'a plum falls'"):
         Trainer(with_cache(run, cache, f"data.path={clips}"), World())
     with pytest.raises(ValueError, match="holds another cache"):
-        cache_text.cache_text(load_config(None, [*run, f"data.path={clips}"]), cache, World())
+        TextWriter(load_config(None, [*run, f"data.path={clips}"]), cache, World()).write()
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         Trainer(with_cache(run, tmp_path / "nothing"), World())
 
@@ -126,9 +129,9 @@ def test_a_damaged_cache_is_refused(run: list[str], cache: Path, tmp_path: Path,
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_only_text_networks_have_one(tiny: list[str], run: list[str], cache: Path, tmp_path: Path) -> None:
+def test_networks_without_captions_are_refused(tiny: list[str], run: list[str], cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="reads no captions"):
-        cache_text.cache_text(load_config(None, tiny), tmp_path / "out", World())
+        TextWriter(load_config(None, tiny), tmp_path / "out", World())
     with pytest.raises(ValueError, match="leave it out"):
-        cache_text.cache_text(with_cache(run, cache), tmp_path / "out", World())
+        TextWriter(with_cache(run, cache), tmp_path / "out", World())
     assert json.loads((cache / INDEX).read_text())["format"] == "latte-text-1"

@@ -10,26 +10,358 @@ the settings that may change between caching and training.
 
 from __future__ import annotations
 
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
+import torch
+from torch import Tensor
+
+from common.storage import free_bytes
+from common.text import gigabytes
+from datasets import Clip, VideoError, build_dataset
+from datasets.catalog import compute_digest
+from datasets.clips import ClipDataset, Pixels, describe_failure
+from datasets.latents import FORMAT, TENSOR, FrameRun, LatentCache, StoredClip, read_index
+from datasets.readers import Reader
+from datasets.shards import NUMBER_FORMATS
 from engine import cli
-from engine.config import load_config
-from engine.distributed import close_world, init_world
-from tools.caching.latents import cache_latents
+from engine.config import Config, load_config
+from engine.distributed import World, close_world, gather_objects, init_world, on_main
+from engine.errors import TrainingAborted
+from engine.stream import Breadcrumbs, loaded_items, worker_loader
+from models.autoencoder import LatentCodec
+from models.identity import codec_identity
+from tools.cache_writer import PATIENCE_S, CacheWriter, build_parser
 
 SHARD_MB = 64
-FORMATS = ("fp32", "fp16", "bf16")
-PATIENCE_S = 30 * 86400.0  # ranks wait for the slowest
+PIECE_BYTES = 2**26  # size of the decoded frames that a loader worker hands over at a time
+LEAST_SHARDS = 64  # of a small set, so that a kill loses little and ranks can share the work
+
+
+# ---- loading -----------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """Consecutive frames of one clip, which had `length` frames when it was measured."""
+
+    clip: int
+    frames: range
+    length: int
+
+
+class LoadedPiece(NamedTuple):
+    """The frames of a piece as (T, V, 3, H, W) in [-1, 1], with their runs."""
+
+    clip: int
+    frames: Tensor
+    runs: list[FrameRun]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Measures clips and decodes pieces, in loader workers.
+
+    listed: number of images of data.frame_list, at the end of `clips`.
+    views: 2 where frames are also mirrored, else 1.
+    """
+
+    clips: list[Clip]
+    listed: int
+    source: Pixels
+    views: int
+    workers: int
+    crumbs: Breadcrumbs
+
+    def load(self, items: Sequence[Any], function: Callable[[Any], Any]) -> Iterator[Any]:
+        """Yields `function(item)`, computed by the workers, in order.
+
+        Raises: TrainingAborted, naming the file, where a worker died.
+        """
+        self.crumbs.clear()
+        loader = worker_loader(cast(Any, items), self.workers, 2, batch_size=None, collate_fn=function)
+        try:
+            yield from loaded_items(loader, timeout_s=math.inf)
+        except RuntimeError as error:
+            explained = self.crumbs.explain(error)
+            if explained is None:
+                raise
+            raise TrainingAborted(explained) from error
+        finally:
+            self.crumbs.clear()
+
+    def measure(self, number: int) -> StoredClip:
+        """Returns a clip without its place: it is opened to read its length, not decoded."""
+        clip = self.clips[number]
+        listed = number >= len(self.clips) - self.listed
+        stored = StoredClip(clip.name, clip.size, clip.num_frames, listed=listed)
+        try:
+            reader = self._open(clip)
+        except VideoError as error:
+            return replace(stored, reason=describe_failure(error, clip))
+        return replace(stored, frames=len(reader), cut_off=reader.cut_off)
+
+    def decode(self, piece: Piece) -> LoadedPiece:
+        """Decodes a piece; unusable frames become zeros, in runs with the reason."""
+        try:
+            return self._read(piece)
+        except VideoError:  # some frames are unusable: read them one by one
+            found = [self._read_one(piece._replace(frames=range(index, index + 1))) for index in piece.frames]
+        runs = merge_runs(run for each in found for run in each.runs)
+        return LoadedPiece(piece.clip, torch.cat([each.frames for each in found]), runs)
+
+    def _read_one(self, piece: Piece) -> LoadedPiece:
+        try:
+            return self._read(piece)
+        except VideoError as error:
+            side = self.source.config.image_size
+            run = FrameRun(1, 0, 0, describe_failure(error, self.clips[piece.clip]))
+            return LoadedPiece(piece.clip, torch.zeros(1, self.views, 3, side, side), [run])
+
+    def _read(self, piece: Piece) -> LoadedPiece:
+        clip, indices = self.clips[piece.clip], list(piece.frames)
+        reader = self._open(clip)
+        if len(reader) != piece.length:
+            raise VideoError(clip.path, f"has changed: {piece.length} frames then, {len(reader)} now")
+        frames = self.source.read(reader, clip, indices)  # uint8 (T, C, H, W)
+        views = torch.stack([self.source.finish(frames, bool(view)) for view in range(self.views)], dim=1)
+        return LoadedPiece(piece.clip, views, [FrameRun(len(indices), *frames.shape[-2:])])
+
+    def _open(self, clip: Clip) -> Reader:
+        """Returns the reader of a clip; notes the path first, in case the file kills the loader process."""
+        if self.workers:
+            self.crumbs(clip.path)
+        return self.source.open(clip)
+
+
+def merge_runs(runs: Iterable[FrameRun]) -> list[FrameRun]:
+    """Returns the runs with adjacent equal ones joined."""
+    groups = groupby(runs, key=lambda run: run[1:])
+    return [FrameRun(sum(run.frames for run in group), *like) for like, group in groups]
+
+
+# ---- planning ----------------------------------------------------------------------------------------
+
+
+def list_clips(config: Config) -> ClipDataset:
+    """Returns the data set of all clips that a window of any length may be drawn from, held-out ones too."""
+    if config.data.latents is not None:
+        raise ValueError("data.latents: leave it out, this command makes the cache")
+    if config.data.max_clips is not None and not config.data.val_share:  # only the clips that the run uses
+        return build_dataset(config.data, seed=0)
+    every = replace(config.data, num_frames=1, frame_interval=1, val_path=None, val_share=0.0, max_clips=None)
+    return build_dataset(every, seed=0)
+
+
+def place_clips(clips: Iterable[StoredClip], shard_frames: int) -> Iterator[StoredClip]:
+    """Yields the clips in order, with their places in shards of at most `shard_frames` frames or of one clip."""
+    shard = filled = 0
+    for clip in clips:
+        if clip.frames and filled and filled + clip.frames > shard_frames:
+            shard, filled = shard + 1, 0
+        yield replace(clip, shard=shard, first=filled)
+        filled += clip.frames
+
+
+def count_frames(plan: Iterable[StoredClip]) -> list[int]:
+    """Returns the number of frames of each shard."""
+    counts: Counter[int] = Counter()
+    for clip in plan:
+        counts[clip.shard] += clip.frames
+    return [counts[number] for number in range(len(counts))]
+
+
+# ---- encoding ----------------------------------------------------------------------------------------
+
+
+class LatentWriter(CacheWriter):
+    """Encodes all clips of `config.data` by `config.codec` into the folder `out`."""
+
+    def __init__(self, config: Config, out: Path, dtype: str, shard_bytes: int, world: World) -> None:
+        self.codec = LatentCodec.from_config(config.codec, world.device)
+        dataset = list_clips(config)
+        images = list({clip.name: clip for clip in dataset.images or []}.values())
+        clips = [*{clip.name: clip for clip in dataset.catalog.clips}.values(), *images]  # captions may repeat a clip
+        side = config.data.image_size // config.codec.downsample_factor
+        self.shape = (1 + dataset.flips, 1 + self.codec.stochastic, config.codec.latent_channels, side, side)
+        identity = {
+            "format": FORMAT,
+            "codec": codec_identity(config.codec),
+            "settings": dataset.latent_settings,
+            "data": compute_digest(clips, []),
+            "dtype": dtype,
+            "shape": list(self.shape),  # (V, P, C, h, w) of one frame
+        }
+        super().__init__(out, identity, world)
+        self.row_bytes = math.prod(self.shape) * NUMBER_FORMATS[dtype].torch.itemsize
+        crumbs = Breadcrumbs(out, world.rank)
+        source = cast(Pixels, dataset.source)
+        self.loader = Loader(clips, len(images), source, self.shape[0], config.data.num_workers, crumbs)
+        self.data, self.dtype, self.shard_bytes = config.data, dtype, shard_bytes
+        self.plan: list[StoredClip] = []
+        self.frames: list[int] = []  # of each shard
+
+    def read_finished(self) -> dict[str, Any]:
+        index = read_index(self.out)
+        LatentCache(self.out)  # checks the shards
+        return index
+
+    def encode(self) -> None:
+        self.plan = self.make_plan()
+        self.frames = count_frames(self.plan)
+        on_main(self.check_room)
+        share = self.assign_shards(len(self.frames))
+        pieces = {number: list(self.cut_pieces(number)) for number in share}
+        loaded = self.loader.load([piece for number in share for piece in pieces[number]], self.loader.decode)
+        with self.progress("encoding", "frame", sum(self.frames[number] for number in share)) as bar:
+            for number in share:
+                runs: dict[int, list[FrameRun]] = defaultdict(list)
+                errors = [0.0, 0.0, 0.0]
+                rows = self.encode_pieces(islice(loaded, len(pieces[number])), runs, errors, bar)
+                self.write_shard(number, self.dtype, (self.frames[number], *self.shape), rows, TENSOR, FORMAT)
+                self.write_record(
+                    number, {"runs": {clip: merge_runs(found) for clip, found in runs.items()}, "errors": errors}
+                )
+
+    def make_plan(self) -> list[StoredClip]:
+        """Returns every clip with its length and place, from plan.json or measured now; the same on every rank."""
+        known = on_main(
+            lambda: self.read_plan(
+                lambda plan: (dict(plan["identity"]), [StoredClip.from_json(facts) for facts in plan["clips"]])
+            )
+        )
+        if known is not None:
+            self.check_identity(known[0])
+            return known[1]
+        measured = self.measure_clips()
+        most = min(self.shard_bytes // self.row_bytes, sum(clip.frames for clip in measured) // LEAST_SHARDS)
+        plan = list(place_clips(measured, most))
+        on_main(lambda: self.write_plan({"identity": self.identity, "clips": [clip.to_json() for clip in plan]}))
+        return plan
+
+    def measure_clips(self) -> list[StoredClip]:
+        """Returns every clip with its length, each rank measuring a share; collective.
+
+        Raises: VideoError where no clip is usable or, with data.strict, where any clip is not.
+        """
+        clips, rank, size = self.loader.clips, self.world.rank, self.world.size
+        share, found = range(rank, len(clips), size), []
+        with self.progress("measuring", "clip", len(share)) as bar:
+            for stored in self.loader.load(share, self.loader.measure):
+                found.append(stored)
+                bar.update()
+        shares = gather_objects(found)
+        measured = [shares[number % size][number // size] for number in range(len(clips))]
+        for clip, stored in zip(clips, measured, strict=True):
+            reason = stored.reason or stored.cut_off
+            if reason and self.data.strict:
+                raise VideoError(clip.path, reason)
+        if not any(stored.frames for stored in measured):
+            raise VideoError(clips[0].path, f"{measured[0].reason}; and none of the other clips can be used")
+        return measured
+
+    def check_room(self) -> None:
+        """Prints the size of the cache. Raises: OSError where the disk is too small for the missing shards."""
+        missing = self.find_missing(len(self.frames))
+        needed, free = self.row_bytes * sum(self.frames[number] for number in missing), free_bytes(self.out)
+        views, parts, *latent = self.shape
+        each = f"{'mean and deviation' if parts == 2 else 'mean'}{', and mirrored' if views == 2 else ''}"
+        print(
+            f"{len(self.plan)} clips, {sum(self.frames)} frames: {each}, {'x'.join(map(str, latent))} in {self.dtype}, "
+            f"{gigabytes(self.row_bytes * sum(self.frames))} in {len(self.frames)} shards\n"
+            f"{len(self.frames) - len(missing)} shards are done; {gigabytes(needed)} to write into {self.out}, "
+            f"{gigabytes(free)} free",
+            flush=True,
+        )
+        if needed > free:
+            raise OSError(
+                f"--out {self.out} has {gigabytes(free)} free, and the cache takes {gigabytes(needed)}: make room, or "
+                "halve it with --dtype fp16"
+            )
+
+    def cut_pieces(self, shard: int) -> Iterator[Piece]:
+        """Yields the clips of a shard, cut into pieces of about PIECE_BYTES."""
+        frame_bytes = self.shape[0] * 12 * self.data.image_size**2
+        size = max(16, PIECE_BYTES // frame_bytes // 16 * 16)  # 16: the usual chunk size
+        for number, clip in enumerate(self.plan):
+            for first in range(0, clip.frames if clip.shard == shard else 0, size):
+                yield Piece(number, range(first, min(first + size, clip.frames)), clip.frames)
+
+    def encode_pieces(
+        self, pieces: Iterable[LoadedPiece], runs: dict[int, list[FrameRun]], errors: list[float], bar: Any
+    ) -> Iterator[Tensor]:
+        """Yields the latents (T, V, P, C, h, w) of each piece, in the cache's number format.
+
+        Adds to `runs` those of each clip, to `errors` the largest rounding error, and the sums of squares of the exact
+        values and of the errors.
+
+        Raises: ValueError where they are not finite; VideoError, with data.strict, at a frame that cannot be used.
+        """
+        for piece in pieces:
+            reason = next((run.reason for run in piece.runs if run.reason), None)
+            if reason and self.data.strict:
+                raise VideoError(self.loader.clips[piece.clip].path, reason)
+            exact = self.encode_frames(piece.frames)
+            stored = exact.to(NUMBER_FORMATS[self.dtype].torch)
+            if not stored.isfinite().all():
+                raise ValueError(
+                    f"latents of {self.plan[piece.clip].name!r} are not finite in {self.dtype}: choose another "
+                    "--dtype, or codec.dtype=fp32"
+                )
+            error = stored.float() - exact
+            errors[0] = max(errors[0], float(error.abs().max()))
+            errors[1] += float(exact.double().square().sum())
+            errors[2] += float(error.double().square().sum())
+            runs[piece.clip] += piece.runs
+            bar.update(len(piece.frames))
+            yield stored
+
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Encodes (T, V, 3, H, W) to (T, V, P, C, h, w) in fp32, each view as a separate clip.
+
+        Chunks are padded to full size, as in training: with other batch sizes kernels may sum in another order.
+        """
+        padding = -len(frames) % self.codec.config.chunk_size
+        whole = torch.cat([frames, frames[-1:].expand(padding, *frames.shape[1:])])
+        views = [self.codec.posterior(view[None].to(self.world.device)) for view in whole.unbind(1)]
+        parts = [torch.stack([part for part in view if part is not None], dim=2)[0] for view in views]
+        return torch.stack(parts, dim=1)[: len(frames)]
+
+    def finish(self) -> str:
+        records = self.read_records(len(self.frames))
+        runs = {int(number): found for record in records for number, found in record["runs"].items()}
+        clips = [{**clip.to_json(), "runs": runs.get(number, [])} for number, clip in enumerate(self.plan)]
+        largest, squares, lost = (list(each) for each in zip(*(record["errors"] for record in records), strict=True))
+        rounding = {"largest": max(largest), "relative_rms": math.sqrt(sum(lost) / max(sum(squares), 1e-300))}
+        self.write_index({**self.identity, "rounding": rounding, "shards": self.frames, "clips": clips})
+        out, bad = self.out, find_unusable(clips)
+        lines = [f"{len(clips)} clips, {sum(self.frames)} frames in {out}: train with data.latents={out}"]
+        if rounding["largest"]:
+            lines.append(
+                f"{self.dtype} costs at most {rounding['largest']:.2g} of a value, {rounding['relative_rms']:.2g} of "
+                "their root mean square"
+            )
+        lines += [f"{len(bad)} clips have frames that cannot be used; training replaces them:"] if bad else []
+        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in islice(bad.items(), 10))])
+
+
+def find_unusable(clips: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Returns clip -> reason for the clips of an index that have unusable frames."""
+    reasons = {clip["name"]: [clip.get("reason"), *(run[3] for run in clip["runs"])] for clip in clips}
+    return {name: next(filter(None, found)) for name, found in reasons.items() if any(found)}
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    parser = cli.config_parser(__doc__ or "", "%(prog)s --config FILE --out DIR [flags] [section.key=value ...]")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser = build_parser(__doc__ or "")
     parser.add_argument(
         "--dtype",
-        choices=FORMATS,
-        default=FORMATS[0],
+        choices=NUMBER_FORMATS,
+        default="fp32",
         help="number format; fp16 and bf16 take half the space; their rounding error is printed (%(default)s)",
     )
     parser.add_argument(
@@ -39,16 +371,14 @@ def main(argv: list[str]) -> int:
         metavar="N",
         help="size of a file, which is encoded again after a kill (%(default)s)",
     )
-    parser.add_argument("--device", metavar="NAME", choices=("cpu", "cuda"), help="by default CUDA where there is one")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.shard_mb < 1:
         raise ValueError(f"--shard_mb {arguments.shard_mb} must be at least 1.")
-
     config = load_config(arguments.config, arguments.overrides)
     world = init_world(arguments.device, timeout_s=PATIENCE_S)
-    cache_latents(config, arguments.out, arguments.dtype, arguments.shard_mb * 10**6, world)
+    LatentWriter(config, arguments.out, arguments.dtype, arguments.shard_mb * 10**6, world).write()
     close_world()
-    return cli.leave(0)
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,28 +10,99 @@ Run the same command again after any interruption: finished shards are kept. doc
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-from engine import cli
-from engine.config import load_config
-from engine.distributed import close_world, init_world
-from tools.caching.text import cache_text
+from torch import Tensor
 
-PATIENCE_S = 30 * 86400.0  # ranks wait for the slowest
+from common.checks import require
+from common.storage import write_atomically
+from datasets import build_dataset, build_held_out
+from datasets.text_features import FORMAT, TABLE, TENSOR, Place, TextCache, caption_key, read_index, write_table
+from engine import cli, conditions
+from engine.config import Config, load_config
+from engine.distributed import World, close_world, init_world, on_main
+from models.identity import text_identity
+from tools.cache_writer import PATIENCE_S, CacheWriter, build_parser
+
+SHARD_CAPTIONS = 1000  # captions of a shard, which are encoded again after a kill
+
+
+class TextWriter(CacheWriter):
+    """Encodes all captions of `config` into the folder `out`."""
+
+    def __init__(self, config: Config, out: Path, world: World) -> None:
+        require(
+            config.model.is_text, f"model.name={config.model.name} reads no captions: give the config of a text network"
+        )
+        require(config.text.features is None, "text.features: leave it out, this command makes the cache")
+        self.text, captions = config.text, list_captions(config)
+        self.encoder = on_main(lambda: text_identity(config.text))
+        super().__init__(out, {**self.encoder, "captions": caption_key("\0".join(captions)).hex()}, world)
+        starts = range(0, len(captions), SHARD_CAPTIONS)
+        self.captions = captions
+        self.shards = [captions[start : start + SHARD_CAPTIONS] for start in starts]
+
+    def read_finished(self) -> dict[str, Any]:
+        index = read_index(self.out)
+        TextCache(self.out)  # checks the shards
+        return {**index["identity"], "captions": index["captions"]}
+
+    def encode(self) -> None:
+        on_main(self._check_plan)
+        features = conditions.EncodedFeatures(self.text, self.world.device)
+        share = self.assign_shards(len(self.shards))
+        with self.progress("encoding", "caption", sum(len(self.shards[number]) for number in share)) as bar:
+            for number in share:
+                rows: list[Tensor] = []
+                for caption in self.shards[number]:
+                    rows.append(features(caption).cpu())
+                    bar.update()
+                words = [len(row) for row in rows]
+                shape = (sum(words), self.text.caption_channels)
+                self.write_shard(number, self.text.dtype, shape, rows, TENSOR, FORMAT)
+                self.write_record(number, words)
+
+    def _check_plan(self) -> None:
+        before = self.read_plan(dict)
+        if before is None:
+            self.write_plan(self.identity)
+        else:
+            self.check_identity(before)
+
+    def finish(self) -> str:
+        records = self.read_records(len(self.shards))
+        places = [
+            Place(number, first, words)
+            for number, shard in enumerate(records)
+            for first, words in zip(accumulate(shard, initial=0), shard)
+        ]
+        write_atomically(self.out / TABLE, lambda file: write_table(file, self.captions, places))
+        shards = [sum(shard) for shard in records]
+        self.write_index(
+            {"format": FORMAT, "identity": self.encoder, "captions": self.identity["captions"], "shards": shards}
+        )
+        return f"{len(self.captions)} captions, {sum(shards)} words in {self.out}: train with text.features={self.out}"
+
+
+def list_captions(config: Config) -> list[str]:
+    """Returns every caption that a run of `config`, or one with other held-out clips, may ask for; each once."""
+    every = replace(config.data, num_frames=1, frame_interval=1, val_share=0.0, max_clips=None, latents=None)
+    clips = build_dataset(every, seed=0)
+    held_out = build_held_out(every, clips, seed=0) if every.val_path is not None else None
+    return list(dict.fromkeys([conditions.EMPTY, *conditions.all_captions(config, clips, held_out)]))
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
-    parser = cli.config_parser(__doc__ or "", "%(prog)s --config FILE --out DIR [flags] [section.key=value ...]")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--device", metavar="NAME", choices=("cpu", "cuda"), help="by default CUDA where there is one")
-    arguments = parser.parse_intermixed_args(argv)
-
+    arguments = build_parser(__doc__ or "").parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     world = init_world(arguments.device, timeout_s=PATIENCE_S)
-    cache_text(config, arguments.out, world)
+    TextWriter(config, arguments.out, world).write()
     close_world()
-    return cli.leave(0)
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,17 +5,19 @@
     shard-00000.json         its record, written after it: a shard counts as done once its record exists
     index.json               written last, after which the plan and the records are deleted
 
-After any kill the same command continues after the last shard that is done.
+After any kill the same command continues after the last shard that is done. `tools.cache_latents` and
+`tools.cache_text` are the commands.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
@@ -23,72 +25,67 @@ from tqdm import tqdm
 from common import storage
 from common.console import progress_bar
 from datasets.shards import INDEX, shard_file, write_shard
+from engine import cli
 from engine.distributed import World, broadcast_object, gather_objects, on_main
 from models.identity import is_same_codec
 
 PLAN = "plan.json"
 UNFINISHED_NAME = re.compile(r"\.(shard-|captions\.|plan\.|index\.).*")  # see `storage.write_atomically`
+PATIENCE_S = 30 * 86400.0  # ranks wait for the slowest
 Plan = TypeVar("Plan")
 
 
-class Contents(Protocol):
-    """The contents of a cache: latents or text features.
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Returns the parser of a cache command: the config, its overrides, --out and --device."""
+    parser = cli.config_parser(description, "%(prog)s --config FILE --out DIR [flags] [section.key=value ...]")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--device", metavar="NAME", choices=("cpu", "cuda"), help="by default CUDA where there is one")
+    return parser
 
-    Attributes:
+
+class CacheWriter(ABC):
+    """The folder `out` of one cache, written by all ranks of `world`.
+
+    Args:
         identity: settings that the content depends on; a cache is only continued with the same ones.
     """
-
-    identity: dict[str, Any]
-
-    def read_finished(self, out: Path) -> dict[str, Any]:
-        """Returns the identity of the finished cache in `out`. Raises: ValueError where that is damaged."""
-        ...
-
-    def encode(self, writer: CacheWriter) -> None:
-        """Writes the plan and this rank's missing shards; collective."""
-        ...
-
-    def finish(self, writer: CacheWriter) -> str:
-        """Writes the index once all shards are done; returns a summary for the user. Runs on rank 0."""
-        ...
-
-
-def write_cache(out: Path, contents: Contents, world: World) -> None:
-    """Makes or continues the cache in the folder `out`; collective.
-
-    Raises: ValueError, OSError where `out` holds something else or is too small, or the data is unusable.
-    """
-    writer = CacheWriter(out, contents.identity, world)
-    with writer.open():
-        if on_main(lambda: writer.is_finished(contents)):
-            writer.say(f"{out} is complete already")
-            return
-        contents.encode(writer)
-        gather_objects(None)  # waits until every rank has written its shards
-        summary = on_main(lambda: contents.finish(writer))
-    writer.say(summary)
-
-
-class CacheWriter:
-    """The folder `out` of one cache, written by all ranks of `world`."""
 
     def __init__(self, out: Path, identity: dict[str, Any], world: World) -> None:
         self.out, self.identity, self.world = out, identity, world
         self._lock = storage.FolderLock(out, "--out")
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Creates and locks the folder, and deletes unfinished files; collective.
+    @abstractmethod
+    def read_finished(self) -> dict[str, Any]:
+        """Returns the identity of the finished cache in `out`. Raises: ValueError where that is damaged."""
 
-        Raises: OSError, ValueError where another process writes it or it holds something else.
+    @abstractmethod
+    def encode(self) -> None:
+        """Writes the plan and this rank's missing shards; collective."""
+
+    @abstractmethod
+    def finish(self) -> str:
+        """Writes the index once all shards are done; returns a summary for the user. Runs on rank 0."""
+
+    def write(self) -> None:
+        """Makes or continues the cache; collective.
+
+        Raises: ValueError, OSError where `out` holds something else or is too small, or the data is unusable.
         """
-        on_main(self._take)
+        on_main(self._take_folder)
         try:
-            yield
+            if on_main(self._is_finished):
+                summary = f"{self.out} is complete already"
+            else:
+                self.encode()
+                gather_objects(None)  # waits until every rank has written its shards
+                summary = on_main(self.finish)
         finally:
             self._lock.release()
+        if self.world.is_main:
+            print(summary, flush=True)
 
-    def _take(self) -> None:
+    def _take_folder(self) -> None:
+        """Creates and locks the folder, and deletes unfinished files."""
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; name a folder")
         names = sorted(file.name for file in self.out.iterdir()) if self.out.exists() else []
@@ -100,21 +97,20 @@ class CacheWriter:
             self._lock.take()
         storage.remove_unfinished(self.out, UNFINISHED_NAME)
 
-    def is_finished(self, contents: Contents) -> bool:
+    def _is_finished(self) -> bool:
         """Whether the whole cache is there. Raises: ValueError if the folder holds another cache."""
         if not (self.out / INDEX).exists():
             return False
-        self.check_identity(contents.read_finished(self.out))
+        self.check_identity(self.read_finished())
         self._remove_working_files()
         return True
 
     def check_identity(self, before: dict[str, Any]) -> None:
         """Raises ValueError, with the differences, unless `before` is the identity of this cache."""
         codecs = before.get("codec"), self.identity.get("codec")
-        ignored = (
-            {"codec"} if isinstance(codecs[0], dict) and codecs[1] and is_same_codec(codecs[0], codecs[1]) else set()
-        )
-        changes = storage.find_changes(before, self.identity, [key for key in self.identity if key not in ignored])
+        same_codec = isinstance(codecs[0], dict) and codecs[1] and is_same_codec(codecs[0], codecs[1])
+        keys = [key for key in self.identity if not (key == "codec" and same_codec)]
+        changes = storage.find_changes(before, self.identity, keys)
         if changes:
             raise ValueError(f"--out {self.out} holds another cache ({'; '.join(changes)}); name a new folder")
 
@@ -159,11 +155,6 @@ class CacheWriter:
         """Writes the index, which marks the cache as finished, and deletes the plan and the records."""
         storage.write_json(self.out / INDEX, index)
         self._remove_working_files()
-
-    def say(self, text: str) -> None:
-        """Prints on rank 0."""
-        if self.world.is_main:
-            print(text, flush=True)
 
     def progress(self, label: str, unit: str, total: int) -> tqdm:
         """Returns a progress bar over the share of rank 0, shown by rank 0 only."""

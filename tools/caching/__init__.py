@@ -1,1 +1,0 @@
-"""Makes caches of latents and of text features: one writer for both."""
