@@ -86,15 +86,14 @@ def test_sigkill_of_the_command_line(tiny: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.cache_latents", *overrides, "--out", str(out), "--device", "cpu"]
     start = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **start)  # type: ignore[call-overload]
-    deadline = time.monotonic() + 60
-    while not list(out.glob("shard-*.json")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(out.glob("shard-*.json")) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(out.glob("shard-*.json")) and not (out / INDEX).exists()
     with pytest.raises(FileNotFoundError, match=r"is no finished cache.*again if it was interrupted"):
         LatentCache(out)
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, **start)  # type: ignore[call-overload]
+    again = subprocess.run(command, capture_output=True, text=True, **start)  # type: ignore[call-overload]
     assert again.returncode == 0 and "shards are done" in again.stdout, again.stderr
     LatentWriter(load_config(None, overrides), tmp_path / "whole", "fp32", 64 * 10**6, World()).write()
     assert content(out) == content(tmp_path / "whole")

@@ -10,12 +10,12 @@ backward pass cannot hide. docs/planning.md says how near it comes.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,8 +39,7 @@ PER_NODE = 8
 LARGEST_BATCH = 128
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A GPU's data sheet: dense TFLOP/s by precision, memory in GB, bandwidths in GB/s.
 
     `link` is one GPU's to the others of its node, one way; `network` its share of the node's to other nodes.
@@ -68,6 +67,103 @@ GPUS = {  #            bf16   tf32  fp32 memory bandwidth link network
 # fmt: on
 
 
+# ---- memory ------------------------------------------------------------------------------------------
+
+
+class Network(NamedTuple):
+    """Parameter counts of a config's network, FLOP of a clip's forward pass, bytes kept for the backward pass."""
+
+    trained: int
+    frozen: int
+    forward_flop: float
+    kept: tuple[float, float]
+    kept_by_layer: float  # of a clip, without checkpointing
+
+
+def count_network(config: Config) -> Network:
+    """Counts once for all configs that differ in batch, schedule or names only."""
+    kept = ("precision", "init_from", "compile")
+    train = TrainConfig(**{name: getattr(config.train, name) for name in kept})
+    return _count_network(replace(config, train=train, optim=OptimConfig(), sample=SampleConfig()))
+
+
+@lru_cache
+def _count_network(config: Config) -> Network:
+    plain = replace(config, model=replace(config.model, gradient_checkpointing=False))
+    model = _build_on_meta(config)
+    trained, data = count_parameters(model), config.data
+    return Network(
+        trained,
+        sum(parameter.numel() for parameter in model.parameters()) - trained,
+        2 * macs_per_clip(config) * (data.num_frames + data.num_images) / data.num_frames,
+        kept_for_backward(config),
+        kept_for_backward(plain)[1] / config.model.size.depth,
+    )
+
+
+def _build_on_meta(config: Config) -> Any:
+    model = build_model(config, "meta")
+    return put_adapters(model, config) if config.lora.rank else model
+
+
+def kept_for_backward(config: Config) -> tuple[float, float]:
+    """Returns the bytes that are kept of one forward: (whatever the batch, for each clip). Nothing is computed.
+
+    Of a checkpointed network these are the inputs of its blocks; of a compiled one these, and in each block products
+    and attention.
+    """
+    two, three = (_kept_of_batch(config, batch) for batch in (2, 3))  # of a single clip some copies are views
+    return 3 * two - 2 * three, three - two
+
+
+def _kept_of_batch(config: Config, batch: int) -> float:
+    kept: dict[int, Any] = {}  # storages, each once, and kept alive so that no address comes twice
+    model = _build_on_meta(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        own = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers())}
+
+        def pack(value: torch.Tensor) -> torch.Tensor:
+            storage = value.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return value
+
+        if config.train.compile and not config.model.gradient_checkpointing:
+            for block in model.blocks:
+                block.forward = _as_compiled(block.forward, pack)
+        half = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half:
+            model(**forward_inputs(config, batch, "cpu"))
+        return float(sum(storage.nbytes() for storage in kept.values()))
+
+
+def _as_compiled(forward: Callable[..., Any], pack: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Returns `forward` with hooks: `pack` sees what a compiled block keeps, its inputs, products and attention."""
+
+    def pack_tensors(values: Any) -> None:
+        for value in tree_leaves(values):
+            if isinstance(value, torch.Tensor):
+                pack(value)
+
+    class PackProducts(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = function(*args, **(kwargs or {}))
+            if function.overloadpacket.__name__ in KEPT_WHEN_COMPILED:
+                pack_tensors(found)
+            return found
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        pack_tensors((args, kwargs))
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: value, lambda value: value), PackProducts():
+            return forward(*args, **kwargs)
+
+    return run
+
+
+# ---- a step ------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Need:
     """Cost of one step of a config on one GPU: bytes, seconds, FLOP."""
@@ -82,288 +178,170 @@ class Need:
     encoding_s: float
     update_s: float
     exchange_s: float
-
-    @property
-    def memory(self) -> float:
-        return sum(self.states.values()) + self.activations
-
-    @property
-    def fits(self) -> bool:
-        return self.memory <= self.capacity * (1 - RESERVE)
-
-    @property
-    def step_s(self) -> float:
-        return self.compute_s + self.encoding_s + self.update_s + self.exchange_s
+    memory: float
+    fits: bool
+    step_s: float
 
 
-@dataclass(frozen=True)
-class Network:
-    """Facts of a config's network: parameter counts, FLOP of a clip's forward pass, bytes kept."""
-
-    parameters: int  # that are trained
-    frozen: int
-    forward_flop: float
-    kept: tuple[float, float]
-    kept_by_layer: float  # of a clip, without checkpointing
-
-
-def network_of(config: Config) -> Network:
-    """Counted once for all configs that differ in batch, schedule or names only."""
-    kept = ("precision", "init_from", "compile")
-    train = TrainConfig(**{name: getattr(config.train, name) for name in kept})
-    return _counted(replace(config, train=train, optim=OptimConfig(), sample=SampleConfig()))
-
-
-@lru_cache
-def _counted(config: Config) -> Network:
-    plain = replace(config, model=replace(config.model, gradient_checkpointing=False))
-    data = config.data
-    model = build_model(config, "meta")
-    if config.lora.rank:
-        put_adapters(model, config)
-    trained = count_parameters(model)
-    return Network(
-        trained,
-        sum(parameter.numel() for parameter in model.parameters()) - trained,
-        2 * macs_per_clip(config) * (data.num_frames + data.num_images) / data.num_frames,
-        kept_for_backward(config),
-        kept_for_backward(plain)[1] / config.model.size.depth,
-    )
-
-
-def kept_for_backward(config: Config) -> tuple[float, float]:
-    """Bytes that are kept of one forward: (whatever the batch, for each clip). Nothing is computed.
-
-    Of a checkpointed network these are the inputs of its blocks; of a compiled one these, and in each block products
-    and attention.
-    """
-    two, three = (_kept(config, batch) for batch in (2, 3))  # of a single clip some copies are views
-    return 3 * two - 2 * three, three - two
-
-
-def _kept(config: Config, batch: int) -> float:
-    kept: dict[int, Any] = {}  # storages, each once, and kept alive so that no address comes twice
-    model = build_model(config, "meta")
-    if config.lora.rank:
-        put_adapters(model, config)
-    with FakeTensorMode():
-        _take_to_cpu(model)
-        own = {id_of(value) for value in (*model.parameters(), *model.buffers())}
-        inputs = forward_inputs(config, batch, "cpu")
-
-        def pack(value: torch.Tensor) -> torch.Tensor:
-            if id_of(value) not in own:
-                kept[id_of(value)] = value.untyped_storage()
-            return value
-
-        if config.train.compile and not config.model.gradient_checkpointing:
-            for block in model.blocks:
-                block.forward = _as_compiled(block.forward, pack)
-        half = torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16")
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), half:
-            model(**inputs)
-        return float(sum(storage.nbytes() for storage in kept.values()))
-
-
-def _as_compiled(forward: Callable[..., Any], pack: Callable[[Any], Any]) -> Callable[..., Any]:
-    """The same, but `pack` sees what `models.blocks.compile_blocks` keeps: what enters, products and attention."""
-
-    class Kept(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            found = function(*args, **(kwargs or {}))
-            if function.overloadpacket.__name__ in KEPT_WHEN_COMPILED:
-                see(found)
-            return found
-
-    def see(values: Any) -> None:
-        for value in tree_leaves(values):
-            if isinstance(value, torch.Tensor):
-                pack(value)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        see((args, kwargs))
-        with torch.autograd.graph.saved_tensors_hooks(lambda value: value, lambda value: value), Kept():
-            return forward(*args, **kwargs)
-
-    return run
-
-
-def _take_to_cpu(model: Any) -> None:
-    """Weights on the meta device replaced by ones on the CPU: called where tensors have no data there either."""
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                module._parameters[name] = torch.nn.Parameter(
-                    torch.empty(value.shape, dtype=value.dtype), value.requires_grad
-                )
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
-
-
-def id_of(value: Any) -> int:
-    """The address of a tensor's storage object."""
-    return value.untyped_storage()._cdata
-
-
-def need(config: Config, gpu: Gpu, gpus: int, mfu: float) -> Need:
+def estimate_need(config: Config, gpu: Gpu, gpus: int, mfu: float) -> Need:
     """Returns the cost of a step of `config` on each of `gpus` GPUs."""
-    train, data = config.train, config.data
-    network = network_of(config)
-    parameters = network.parameters
+    train, data, checkpointing = config.train, config.data, config.model.gradient_checkpointing
+    network = count_network(config)
     sharded = train.parallel == "fsdp" and gpus > 1
-    states = {name: size * parameters / (gpus if sharded else 1) for name, size in STATE_BYTES.items()}
+    share = network.trained / (gpus if sharded else 1)
+    states = {name: size * share for name, size in STATE_BYTES.items()}
     if train.precision == "bf16":
-        states["bf16 copy"] = 2 * parameters
+        states["bf16 copy"] = 2 * network.trained
     if network.frozen:
         states["frozen weights"] = FROZEN_BYTES.get(train.precision, 4) * network.frozen
     fixed, per_clip = network.kept
-    if config.model.gradient_checkpointing:  # the layer that is recomputed
-        per_clip += network.kept_by_layer
+    if checkpointing:
+        per_clip += network.kept_by_layer  # the layer that is recomputed
+    activations = max(0.0, fixed - states.get("bf16 copy", 0)) + per_clip * train.batch_size
+    memory, capacity = sum(states.values()) + activations, gpu.memory * 1e9
+
     clips = train.batch_size * train.grad_accum_steps
     passes = 2 if network.frozen else 3  # gradients of frozen weights are not computed
     flop = passes * network.forward_flop * clips
     encoding = VAE_ENCODE_FLOP * data.image_size**2 * (data.num_frames + data.num_images) * clips
-    encoding *= config.codec.path is not None and not getattr(data, "latents", None)
+    encoding *= config.codec.path is not None and not data.latents
     rate = 1e12 * mfu * getattr(gpu, {"bf16": "bf16", "tf32": "tf32"}.get(train.precision, "fp32"))
-    compute = flop * ((passes + 1) / passes if config.model.gradient_checkpointing else 1) / rate
-    exchange = exchange_seconds(parameters, gpu, gpus, sharded=sharded, accumulation=train.grad_accum_steps)
+    compute = flop * (passes + checkpointing) / passes / rate
+    exchange = exchange_seconds(network.trained, gpu, gpus, sharded=sharded, accumulation=train.grad_accum_steps)
+    seconds = {
+        "compute_s": compute,
+        "encoding_s": encoding / rate,
+        "update_s": UPDATE_BYTES * share / (gpu.bandwidth * 1e9),
+        "exchange_s": max(0.0, exchange - BACKWARD_SHARE * compute),
+    }
     return Need(
-        parameters=parameters,
+        parameters=network.trained,
         states=states,
-        activations=max(0.0, fixed - states.get("bf16 copy", 0)) + per_clip * train.batch_size,
-        capacity=gpu.memory * 1e9,
+        activations=activations,
+        capacity=capacity,
         flop=flop,
         encoding_flop=encoding,
-        compute_s=compute,
-        encoding_s=encoding / rate,
-        update_s=UPDATE_BYTES * parameters / (gpus if sharded else 1) / (gpu.bandwidth * 1e9),
-        exchange_s=max(0.0, exchange - BACKWARD_SHARE * compute),
+        memory=memory,
+        fits=memory <= capacity * (1 - RESERVE),
+        step_s=sum(seconds.values()),
+        **seconds,
     )
 
 
 def exchange_seconds(parameters: int, gpu: Gpu, gpus: int, *, sharded: bool, accumulation: int) -> float:
-    """A ring over all GPUs, as fast as its slowest link: fp32 gradients, and with FSDP the weights in bf16.
+    """Returns the time of a ring over all GPUs, as fast as its slowest link: fp32 gradients, FSDP's weights in bf16.
 
     DDP sends each gradient twice around, once a step. FSDP sends it once and gathers the weights for the forward and
     for the backward of every micro-step.
     """
-    if gpus == 1:
-        return 0.0
     speed = gpu.link if gpus <= PER_NODE else gpu.network
     sent = parameters * (4 * 1 + 2 * 2 * accumulation if sharded else 4 * 2)
     return sent * (gpus - 1) / gpus / (speed * 1e9)
 
 
-# ---- what to change ----------------------------------------------------------------------------------
+# ---- changes -----------------------------------------------------------------------------------------
 
 
-def changes(config: Config, gpus: int) -> Iterator[list[str]]:
-    """Overrides that need less memory and leave the global batch as it is, the cheapest first."""
+def list_changes(config: Config, gpus: int) -> Iterator[list[str]]:
+    """Yields overrides that need less memory and leave the global batch as it is, the cheapest first."""
     first = [] if config.train.precision == "bf16" else ["train.precision=bf16"]
-    larger = [[]] if config.model.gradient_checkpointing else [[], ["model.gradient_checkpointing=true"]]
     sharding = [[], ["train.parallel=fsdp"]] if gpus > 1 and config.train.parallel != "fsdp" else [[]]
-    for shard in sharding:
-        for checkpointing in larger:
-            batch, accumulation = config.train.batch_size, config.train.grad_accum_steps
-            while True:
-                split = [f"train.batch_size={batch}", f"train.grad_accum_steps={accumulation}"]
-                changed = split if batch != config.train.batch_size else []
-                yield [*first, *changed, *checkpointing, *shard]
-                if batch % 2:
-                    break
-                batch, accumulation = batch // 2, accumulation * 2
+    checkpointing = [[]] if config.model.gradient_checkpointing else [[], ["model.gradient_checkpointing=true"]]
+    batch, accumulation = config.train.batch_size, config.train.grad_accum_steps
+    splits: list[list[str]] = [[]]
+    while batch % 2 == 0:
+        batch, accumulation = batch // 2, accumulation * 2
+        splits.append([f"train.batch_size={batch}", f"train.grad_accum_steps={accumulation}"])
+    for shard, recompute, split in product(sharding, checkpointing, splits):
+        yield [*first, *split, *recompute, *shard]
 
 
-def advice(config: Config, gpu: Gpu, gpus: int, mfu: float) -> tuple[list[str], Need] | None:
-    """The first of `changes` that fits and is within a twentieth of the fastest that does; None where none does."""
-    tried = [(each, load_config(None, each, base=config.to_dict())) for each in changes(config, gpus)]
-    found = [(each, need(changed, gpu, gpus, mfu)) for each, changed in tried]
-    fitting = [(each, needs) for each, needs in found if needs.fits]
-    fastest = min((needs.step_s for _, needs in fitting), default=0.0)
-    return next(((each, needs) for each, needs in fitting if needs.step_s <= 1.05 * fastest), None)
-
-
-def largest_batch(config: Config, gpu: Gpu, gpus: int, mfu: float) -> int:
-    """The largest batch_size of the config that fits, 0 for none."""
-    needs = [
-        need(load_config(None, [f"train.batch_size={size}"], base=config.to_dict()), gpu, gpus, mfu) for size in (1, 2)
+def find_change(config: Config, gpu: Gpu, gpus: int, mfu: float) -> tuple[list[str], Need] | None:
+    """Returns the first change that fits and takes at most 1.05 of the fastest one's time; None where none fits."""
+    base = config.to_dict()
+    tried = [
+        (change, estimate_need(load_config(None, change, base=base), gpu, gpus, mfu))
+        for change in list_changes(config, gpus)
     ]
-    per_clip = needs[1].memory - needs[0].memory
-    room = needs[0].capacity * (1 - RESERVE) - (needs[0].memory - per_clip)
+    fastest = min((need.step_s for _, need in tried if need.fits), default=0.0)
+    return next(((change, need) for change, need in tried if need.fits and need.step_s <= 1.05 * fastest), None)
+
+
+def find_largest_batch(config: Config, gpu: Gpu, gpus: int, mfu: float) -> int:
+    """Returns the largest batch_size of the config that fits, 0 for none."""
+    sizes = (load_config(None, [f"train.batch_size={size}"], base=config.to_dict()) for size in (1, 2))
+    one, two = (estimate_need(each, gpu, gpus, mfu) for each in sizes)
+    per_clip = two.memory - one.memory
+    room = one.capacity * (1 - RESERVE) - (one.memory - per_clip)
     return max(0, min(LARGEST_BATCH, int(room // per_clip)))
 
 
 # ---- the report --------------------------------------------------------------------------------------
 
 
-def report(config: Config, name: str, gpus: int, mfu: float) -> dict[str, Any]:
-    """All figures, JSON-able."""
+def make_report(config: Config, name: str, gpus: int, mfu: float) -> dict[str, Any]:
+    """Returns all figures, JSON-able."""
     gpu = GPUS[name]
-    found = need(config, gpu, gpus, mfu)
+    need = estimate_need(config, gpu, gpus, mfu)
     clips = config.train.batch_size * config.train.grad_accum_steps * gpus
-    better = None if found.fits and config.train.precision == "bf16" else advice(config, gpu, gpus, mfu)
+    change = None if need.fits and config.train.precision == "bf16" else find_change(config, gpu, gpus, mfu)
     return {
         "gpu": name,
         "gpus": gpus,
         "mfu": mfu,
-        "needs": asdict(found) | {"memory": found.memory, "fits": found.fits, "step_s": found.step_s},
-        "largest_batch_size": largest_batch(config, gpu, gpus, mfu),
-        "videos_per_second": clips / found.step_s,
-        "hours": found.step_s * config.train.max_steps / 3600,
+        "needs": asdict(need),
+        "largest_batch_size": find_largest_batch(config, gpu, gpus, mfu),
+        "videos_per_second": clips / need.step_s,
+        "hours": need.step_s * config.train.max_steps / 3600,
         "max_steps": config.train.max_steps,
         "global_batch_size": clips,
-        "change": None
-        if better is None
-        else {"overrides": better[0], "memory": better[1].memory, "step_s": better[1].step_s},
+        "change": change and {"overrides": change[0], "memory": change[1].memory, "step_s": change[1].step_s},
     }
 
 
-def lines(found: dict[str, Any], config: Config) -> Iterator[str]:
-    """The report for people, at 80 columns."""
-    needs = found["needs"]
-    trained = "trained " if config.lora.rank else ""
-    size = f"{needs['parameters'] / 1e6:.1f} M {trained}parameters"
-    yield f"{config.model.name}, {size}, on {found['gpus']} x {found['gpu']}"
-    yield ""
-    yield "memory of a GPU                            GiB"
-    for part, size in {**needs["states"], "kept for the backward pass": needs["activations"]}.items():
-        yield f"  {part:36s}{size / GIB:8.2f}"
-    verdict = "fits" if needs["fits"] else "DOES NOT FIT"
-    yield f"  {'together':36s}{needs['memory'] / GIB:8.2f}  of {needs['capacity'] / GIB:.1f}: {verdict}"
-    yield f"  largest train.batch_size              {found['largest_batch_size']:6d}"
-    yield ""
-    yield f"time of a step, at {found['mfu']:.0%} of the peak              ms"
-    for part in ("compute", "encoding", "update", "exchange"):
-        yield f"  {TIMES[part]:36s}{1000 * needs[f'{part}_s']:8.1f}"
-    yield f"  {'together':36s}{1000 * needs['step_s']:8.1f}"
-    yield ""
-    yield (
-        f"{found['videos_per_second']:.1f} clips a second in batches of {found['global_batch_size']}; "
-        f"{found['max_steps']:,} steps take {found['hours']:,.0f} hours"
-    )
-    if found["change"]:
-        better = found["change"]
-        yield f"better: {' '.join(better['overrides']) or 'as it is'}"
-        yield f"  {better['memory'] / GIB:.1f} GiB, {1000 * better['step_s']:.0f} ms a step"
-    elif not needs["fits"]:
-        yield "nothing here makes it fit: take a smaller model.name, fewer frames, or a larger GPU"
-    if needs["encoding_s"]:
-        yield "encoding is done once and for all with tools.cache_latents (data.latents=PATH)"
-
-
 TIMES = {
-    "compute": "forward and backward",
-    "encoding": "encoding the videos (SD's autoencoder)",
-    "update": "optimiser and average",
-    "exchange": "exchange that nothing hides",
+    "compute_s": "forward and backward",
+    "encoding_s": "encoding the videos (SD's autoencoder)",
+    "update_s": "optimiser and average",
+    "exchange_s": "exchange that nothing hides",
+    "step_s": "together",
 }
 
 
+def format_report(found: dict[str, Any], config: Config) -> str:
+    """Returns the report for people, at 80 columns."""
+    need, change = found["needs"], found["change"]
+    trained = "trained " if config.lora.rank else ""
+    size = f"{need['parameters'] / 1e6:.1f} M {trained}parameters"
+    parts = {**need["states"], "kept for the backward pass": need["activations"]}
+    verdict = "fits" if need["fits"] else "DOES NOT FIT"
+    lines = [
+        f"{config.model.name}, {size}, on {found['gpus']} x {found['gpu']}",
+        "",
+        "memory of a GPU                            GiB",
+        *(f"  {part:36s}{size / GIB:8.2f}" for part, size in parts.items()),
+        f"  {'together':36s}{need['memory'] / GIB:8.2f}  of {need['capacity'] / GIB:.1f}: {verdict}",
+        f"  largest train.batch_size              {found['largest_batch_size']:6d}",
+        "",
+        f"time of a step, at {found['mfu']:.0%} of the peak              ms",
+        *(f"  {text:36s}{1000 * need[part]:8.1f}" for part, text in TIMES.items()),
+        "",
+        f"{found['videos_per_second']:.1f} clips a second in batches of {found['global_batch_size']}; "
+        f"{found['max_steps']:,} steps take {found['hours']:,.0f} hours",
+    ]
+    if change:
+        lines.append(f"better: {' '.join(change['overrides']) or 'as it is'}")
+        lines.append(f"  {change['memory'] / GIB:.1f} GiB, {1000 * change['step_s']:.0f} ms a step")
+    elif not need["fits"]:
+        lines.append("nothing here makes it fit: take a smaller model.name, fewer frames, or a larger GPU")
+    if need["encoding_s"]:
+        lines.append("encoding is done once and for all with tools.cache_latents (data.latents=PATH)")
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> int:
-    """Plan what the command line says."""
+    """Plans the run of the command line; returns the exit code."""
     parser = cli.config_parser(__doc__ or "", "%(prog)s --config FILE [--gpu NAME] [key=value ...]")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} (h100)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes, one a GPU (1)")
     parser.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (0.4)")
@@ -373,10 +351,9 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--gpu {given.gpu} is unknown; one of {', '.join(GPUS)}.")
     if given.gpus < 1 or not 0 < given.mfu <= 1:
         raise ValueError("--gpus must be at least 1, and --mfu above 0 and at most 1.")
-
     config = load_config(given.config, given.overrides)
-    found = report(config, given.gpu, given.gpus, given.mfu)
-    print(json.dumps(found, indent=2) if given.json else "\n".join(lines(found, config)))
+    found = make_report(config, given.gpu, given.gpus, given.mfu)
+    print(json.dumps(found, indent=2) if given.json else format_report(found, config))
     return 0
 
 
