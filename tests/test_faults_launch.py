@@ -399,8 +399,8 @@ def test_G5_three_restarts_without_progress_are_enough(cluster: Cluster) -> None
 def test_G5_a_damaged_count_begins_anew(cluster: Cluster, kept: str) -> None:
     (cluster.output / "PREEMPTED").touch()
     (cluster.output / "requeue.json").write_text(kept)
-    assert requeue.count_restart(cluster.output) == 1
-    assert requeue.count_restart(cluster.output) == 2
+    assert requeue.count_restart(cluster.output)[0] == 1
+    assert requeue.count_restart(cluster.output)[0] == 2
 
 
 @pytest.mark.parametrize("job", ["", "12a", "-1", "4711;ls", "$(ls)", "1_2_3", "١٢", "4711\n"])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion import DiffusionConfig, GaussianDiffusion
 from models.latte import Latte
-from tools.check_parity import main, outcomes
+from tools.check_parity import compare_all, main
 from tools.parity.checks import CHECKS, empty_network
 from tools.parity.goldens import OFFICIAL_DEFAULTS, Goldens, Setting
 
@@ -27,10 +27,10 @@ GOLDENS = ROOT / "tests" / "goldens"
 NETWORK = {"input_size": 8, "hidden_size": 32, "depth": 4, "num_heads": 4, "num_frames": 4}
 
 
-def failures(folder: Path) -> dict[str, str]:
-    """Name -> line of everything that fails in a folder, whole files that are missing left out."""
-    found = [outcome for outcome in outcomes(Setting(folder, "cpu", "fp32")) if not outcome.ok]
-    return {outcome.name: outcome.line(0) for outcome in found if "no such file" not in outcome.problem}
+def failures(folder: Path) -> set[str]:
+    """Returns the names of everything that fails in a folder, except whole files that are missing."""
+    found = compare_all(Setting(folder, "cpu", "fp32"))
+    return {outcome.name for outcome in found if not outcome.ok and "no such file" not in outcome.problem}
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor]], None], config: dict | None = None) -> None:
@@ -119,7 +119,7 @@ def test_one_changed_number_fails(tmp_path: Path, file: str, tensor: str, quanti
 def test_nan_fails(tmp_path: Path) -> None:
     folder = copy(tmp_path, "latte_uncond.safetensors")
     rewrite(folder / "latte_uncond.safetensors", lambda tensors: tensors["out"].view(-1)[0].fill_(float("nan")))
-    assert set(failures(folder)) == {"latte_uncond/out"}
+    assert failures(folder) == {"latte_uncond/out"}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_key_lists_notice_shapes_names_and_counts(tmp_path: Path) -> None:
         "Latte-S/2 extras=2 count": classes | {"__params__": classes["__params__"] + 1},
     }
     (tmp_path / "state_dict_keys.json").write_text(json.dumps(changed))
-    assert set(failures(tmp_path)) == {f"state_dict_keys/{name}" for name in list(changed)[1:]}
+    assert failures(tmp_path) == {f"state_dict_keys/{name}" for name in list(changed)[1:]}
 
 
 def test_bf16_widens_the_bounds_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,7 +276,7 @@ def test_what_the_configuration_says_is_used(other_folder: Path, tmp_path: Path)
         path = tmp_path / f"{stem}.safetensors"
         config = Goldens(path, "cpu").config
         rewrite(path, lambda tensors: None, config | {key: value})
-    assert set(failures(tmp_path)) == {
+    assert failures(tmp_path) == {
         "latte_class/cfg_out",
         "diffusion/loop/ddpm6",
         "latte_img_uncond/out",

@@ -1,4 +1,4 @@
-"""Compare this repository with what the official implementation computed.
+"""Compares this repository with what the official implementation computed.
 
     python -m tools.check_parity DIR [--device cpu|cuda] [--precision fp32|bf16]
 
@@ -11,25 +11,51 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from engine.cli import run
-from tools.parity.checks import CHECKS, key_list_problem
-from tools.parity.goldens import FP32_BOUND, Goldens, Mismatch, Outcome, Setting, compare
+from tools.parity.checks import CHECKS, find_key_problem
+from tools.parity.goldens import Goldens, Mismatch, Quantity, Setting
 
 KEY_LIST = "state_dict_keys.json"
+FP32_BOUND = 1e-5
+# (device, precision) -> relative bound of values that pass through a network; the goldens were made in fp32 on a CPU
+NETWORK_BOUNDS = {("cpu", "fp32"): 1e-5, ("cuda", "fp32"): 1e-4, ("cpu", "bf16"): 5e-2, ("cuda", "bf16"): 5e-2}
 
 
-def outcomes(setting: Setting) -> Iterator[Outcome]:
-    """Every comparison of a folder, in a fixed order. A file that is missing or broken is one of them."""
+class Outcome(NamedTuple):
+    """A compared quantity; error and bound are NaN where there is only a `problem`, or only a `note`."""
+
+    name: str
+    error: float = math.nan
+    bound: float = math.nan
+    problem: str = ""
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is within its bound (NaN is not), or a mere note."""
+        return bool(self.note) or (not self.problem and self.error <= self.bound)
+
+    @property
+    def badness(self) -> float:
+        """Error relative to its bound; infinite if unknown."""
+        return math.inf if self.problem or math.isnan(self.error) else self.error / self.bound
+
+
+def compare_all(setting: Setting) -> Iterator[Outcome]:
+    """Yields every comparison of a folder, in a fixed order. A file that is missing or broken is one of them."""
     for stem, check in CHECKS.items():
         try:
             golden = Goldens(setting.folder / f"{stem}.safetensors", setting.device)
             for quantity in check(golden, setting):
-                yield compare(quantity, golden, stem, setting.network_bound)
+                yield compare(quantity, golden, f"{stem}/{quantity.name}", setting)
         except (Mismatch, ValueError) as problem:
             yield Outcome(stem, problem=str(problem))
             continue
@@ -37,49 +63,67 @@ def outcomes(setting: Setting) -> Iterator[Outcome]:
         if unread:
             yield Outcome(stem, note=f"not compared, not known: {', '.join(unread)}")
     if (setting.folder / KEY_LIST).is_file():
-        yield from key_lists(setting.folder / KEY_LIST)
+        yield from compare_key_lists(setting.folder / KEY_LIST)
 
 
-def key_lists(path: Path) -> Iterator[Outcome]:
-    """Keys and shapes of the named networks; the error is 0 where all agree."""
+def compare_key_lists(path: Path) -> Iterator[Outcome]:
+    """Yields the comparisons of keys and shapes of the named networks; the error is 0 where all agree."""
     try:
         for name, official in json.loads(path.read_text()).items():
-            yield Outcome(f"{path.stem}/{name}", error=0, bound=0, problem=key_list_problem(name, official))
+            yield Outcome(f"{path.stem}/{name}", error=0, bound=0, problem=find_key_problem(name, official))
     except (KeyError, ValueError, TypeError, AttributeError) as problem:
         yield Outcome(path.stem, problem=f"cannot be read: {problem!r}")
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; argparse exits with 2 for bad use."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="check_parity"
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    return parser.parse_args(argv)
+def compare(quantity: Quantity, golden: Goldens, name: str, setting: Setting) -> Outcome:
+    """Compares `quantity` with its golden, or the worst of its goldens."""
+    relative = NETWORK_BOUNDS[setting.device, setting.precision] if quantity.network else FP32_BOUND
+    try:
+        computed = quantity.compute()
+        if not isinstance(computed, dict):
+            return _compare_tensor(name, computed, golden[quantity.name], relative)
+        wanted = golden.group(quantity.name.removesuffix("*"))
+        if differing := sorted(computed.keys() ^ wanted.keys()):
+            return Outcome(name, problem=f"keys differ: {', '.join(differing[:3])}")
+        outcomes = [_compare_tensor(name, computed[key], wanted[key], relative) for key in wanted]
+        return max(outcomes, key=lambda outcome: outcome.badness)
+    except (Mismatch, ValueError, TypeError, KeyError, RuntimeError, IndexError) as problem:  # as tampered inputs cause
+        return Outcome(name, problem=str(problem))
+
+
+def _compare_tensor(name: str, computed: Tensor, wanted: Tensor, relative: float) -> Outcome:
+    if computed.shape != wanted.shape:
+        return Outcome(name, problem=f"shape {tuple(computed.shape)}, not {tuple(wanted.shape)}")
+    if computed.is_floating_point() != wanted.is_floating_point():
+        return Outcome(name, problem=f"{computed.dtype}, not {wanted.dtype}")
+    wanted = wanted.double()
+    error = (computed.to(wanted) - wanted).abs().max().item()
+    return Outcome(name, error, relative * max(1.0, wanted.abs().max().item()))
 
 
 def main(argv: list[str]) -> int:
-    """Print all outcomes; 1 if one is bad."""
-    arguments = parse(argv)
-    if not arguments.folder.is_dir():
-        raise FileNotFoundError(f"{arguments.folder} is not a folder; give the one that holds the goldens.")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    """Prints all outcomes; returns 1 if one is bad."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    setting = Setting(**vars(parser.parse_args(argv)))
+    if not setting.folder.is_dir():
+        raise FileNotFoundError(f"{setting.folder} is not a folder; give the one that holds the goldens.")
+    if setting.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no usable CUDA device; use --device cpu.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    setting = Setting(arguments.folder, arguments.device, arguments.precision)
-    if setting.network_bound != FP32_BOUND:
-        print(
-            f"{setting.device}, {setting.precision}: bounds of what passes through a network are widened "
-            f"from {FP32_BOUND:.0e} to {setting.network_bound:.0e}"
-        )
-    found = []
-    for outcome in outcomes(setting):
-        print(outcome.line(width=48), flush=True)
-        found += [outcome.ok] if not outcome.note else []
-    print(f"{sum(found)} of {len(found)} within bounds ({setting.device}, {setting.precision})")
-    return 0 if all(found) else 1
+    where, bound = f"{setting.device}, {setting.precision}", NETWORK_BOUNDS[setting.device, setting.precision]
+    if bound != FP32_BOUND:
+        print(f"{where}: bounds of what passes through a network are widened from {FP32_BOUND:.0e} to {bound:.0e}")
+    verdicts = []
+    for outcome in compare_all(setting):
+        verdict = "note" if outcome.note else "ok  " if outcome.ok else "FAIL"
+        detail = outcome.note or outcome.problem or f"error {outcome.error:8.2e}  bound {outcome.bound:8.2e}"
+        print(f"{verdict}  {outcome.name:48}  {detail}", flush=True)
+        verdicts += [] if outcome.note else [outcome.ok]
+    print(f"{sum(verdicts)} of {len(verdicts)} within bounds ({where})")
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":

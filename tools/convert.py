@@ -74,24 +74,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", choices=["ema", "model"], default="ema", help="of a .pt file (default: ema)")
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="to write in (default: that of the source)")
 
-    add = _add_command(commands, "weights", write_weights)
-    add("checkpoint", type=Path, help="a run or checkpoint folder")
-    add("target", type=Path, help="folder to write")
-    add("--weights", choices=["ema", "raw"], default="ema", help="which weights (default: ema)")
-    add("--adapter", action="store_true", help="only the adapters of a run with lora.rank, in peft's format")
-
-    add = _add_command(commands, "diffusers", write_diffusers_folder)
-    add("source", type=Path, help="a run or checkpoint folder")
-    add("folder", type=Path, help="where to write; must be new or empty")
-    add("--weights", choices=["ema", "raw"], default="ema", help="which weights (default: ema)")
-
-    add = _add_command(commands, "pipeline", write_pipeline)
-    add("checkpoint", type=Path, help="a run or checkpoint folder, or an official .pt")
-    add("folder", type=Path, help="where to write; must be new or empty")
-    add("--config", type=Path, metavar="FILE", help="config of an official .pt, which holds none")
-    add("--weights", choices=["ema", "raw"], default="ema", help="which weights (default: ema)")
-    add("--push", metavar="OWNER/NAME", help="also write it to this hub name")
-    add("--private", action="store_true", help="create that hub name as a private one")
+    for name, run in {
+        "weights": write_weights,
+        "diffusers": write_diffusers_folder,
+        "pipeline": write_pipeline,
+    }.items():
+        add = _add_command(commands, name, run)
+        add("source", type=Path, help="a run or checkpoint folder" + (", or an official .pt" * (name == "pipeline")))
+        add("folder", type=Path, help="where to write" + ("; must be new or empty" * (name != "weights")))
+        add("--weights", choices=["ema", "raw"], default="ema", help="which weights (default: ema)")
+        if name == "weights":
+            add("--adapter", action="store_true", help="only the adapters of a run with lora.rank, in peft's format")
+        if name == "pipeline":
+            add("--config", type=Path, metavar="FILE", help="config of an official .pt, which holds none")
+            add("--push", metavar="OWNER/NAME", help="also write it to this hub name")
+            add("--private", action="store_true", help="create that hub name as a private one")
     return parser
 
 
@@ -191,13 +188,12 @@ def write_text_network(
     return 0 if is_close else 1
 
 
-def write_weights(checkpoint: Path, target: Path, weights: str, adapter: bool) -> None:
+def write_weights(source: Path, folder: Path, weights: str, adapter: bool) -> None:
     """Copies one set of weights of a checkpoint with its config, which is all that sampling needs.
 
     Adapters are merged into their base weights, or with --adapter written alone as a folder that peft loads.
     """
-    export = export_adapter if adapter else export_weights
-    print(export(checkpoint, target, weights))
+    print((export_adapter if adapter else export_weights)(source, folder, weights))
 
 
 def write_diffusers_folder(source: Path, folder: Path, weights: str) -> None:
@@ -211,7 +207,7 @@ def write_diffusers_folder(source: Path, folder: Path, weights: str) -> None:
 
 
 def write_pipeline(
-    checkpoint: Path, folder: Path, config: Path | None, weights: str, push: str | None, private: bool
+    source: Path, folder: Path, config: Path | None, weights: str, push: str | None, private: bool
 ) -> None:
     """Exports a trained Latte as a folder that LatteVideoPipeline.from_pretrained loads, and pushes it to a hub.
 
@@ -220,7 +216,7 @@ def write_pipeline(
     """
     require_new(folder)
     pipeline = LatteVideoPipeline.from_checkpoint(
-        checkpoint, config=load_config(config) if config else None, weights=weights, device="cpu"
+        source, config=load_config(config) if config else None, weights=weights, device="cpu"
     )
     print(pipeline.save_pretrained(folder, push.rpartition("/")[2] if push else None))
     if push:

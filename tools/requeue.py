@@ -1,8 +1,8 @@
-"""Queue a Slurm job again where its run asks for it; slurm_scripts/run.sh calls this when the run has ended.
+"""Queues a Slurm job again where its run asks for it; slurm_scripts/run.sh calls this when the run has ended.
 
     python -m tools.requeue OUTPUT_DIR JOB_ID [--signalled]
 
-What lies in OUTPUT_DIR decides, the first line that fits:
+The files in OUTPUT_DIR decide, the first line that fits:
 
     COMPLETED    the run has reached its last step: done
     HOLD         somebody does not want it queued again (touch OUTPUT_DIR/HOLD): done
@@ -27,80 +27,66 @@ JOB_ID = re.compile(r"[0-9]+(_[0-9]+)?")
 STEP_NAME = re.compile(r"step-([0-9]{7,})")
 
 
-def reason_to_stop(output: Path, signalled: bool) -> tuple[int, str] | None:
-    """(exit code, sentence) where the job is not to be queued again, else None."""
-    if (output / "COMPLETED").exists():
-        return 0, f"{output} is complete."
-    if (output / "HOLD").exists():
-        return 0, f"not queued again: {output / 'HOLD'} is there; remove it and submit the job to go on."
-    if not (output / "PREEMPTED").exists() and not signalled:
-        return 1, f"not queued again: the run in {output} failed; its log and {output / 'errors'} say why."
-    return None
-
-
-def newest_step(output: Path) -> int:
-    """Step of the newest checkpoint, 0 where there is none."""
+def count_restart(output: Path) -> tuple[int, int]:
+    """Returns (restarts since the newest checkpoint last advanced, this one included; step of that checkpoint)."""
     folders = (output / "checkpoints").glob("step-*/manifest.json")
     found = [STEP_NAME.fullmatch(manifest.parent.name) for manifest in folders]
-    return max((int(match[1]) for match in found if match), default=0)
-
-
-def count_restart(output: Path) -> int:
-    """Counts the restarts, this one included, since the newest checkpoint last advanced."""
+    now = max((int(match[1]) for match in found if match), default=0)
     record = output / "requeue.json"
     try:
         before = json.loads(record.read_text())
         step, restarts = int(before["step"]), int(before["restarts"])
     except (OSError, ValueError, TypeError, KeyError):
         step, restarts = -1, 0
-    now = newest_step(output)
     restarts = restarts + 1 if now <= step else 1
-    aside = record.with_suffix(".tmp")
+    temporary = record.with_suffix(".tmp")
     output.mkdir(parents=True, exist_ok=True)
-    aside.write_text(json.dumps({"step": max(now, step), "restarts": restarts}) + "\n")
-    aside.replace(record)
-    return restarts
+    temporary.write_text(json.dumps({"step": max(now, step), "restarts": restarts}) + "\n")
+    temporary.replace(record)
+    return restarts, now
 
 
-def requeue(job: str) -> str | None:
-    """Have Slurm queue `job` again; returns what went wrong, if anything did."""
+def requeue(job: str) -> str:
+    """Makes Slurm queue `job` again; returns what went wrong, or ""."""
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    return None if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
+    return "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
+
+
+def decide(output: Path, job: str, signalled: bool) -> tuple[int, str]:
+    """Queues the job again where its run asks for it; returns the exit code and a sentence."""
+    if (output / "COMPLETED").exists():
+        return 0, f"{output} is complete."
+    if (output / "HOLD").exists():
+        return 0, f"not queued again: {output / 'HOLD'} is there; remove it and submit the job to go on."
+    if not (output / "PREEMPTED").exists() and not signalled:
+        return 1, f"not queued again: the run in {output} failed; its log and {output / 'errors'} say why."
+    restarts, step = count_restart(output)
+    if restarts > MAX_RESTARTS:
+        return 1, (
+            f"not queued again: {MAX_RESTARTS} restarts brought {output} no further than step {step}. Give the job "
+            f"more time or checkpoint more often (train.checkpoint_every), remove {output / 'requeue.json'} and "
+            "submit it again."
+        )
+    if failure := requeue(job):
+        return 1, f"job {job} could not be queued again: {failure}. Submit it once more to continue {output}."
+    return 0, f"job {job} is queued again, to continue {output} at step {step}."
 
 
 def main(argv: list[str]) -> int:
-    """Entry point; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path, help="the run's train.output_dir")
     parser.add_argument("job_id", help="digits, or digits_digits for one of an array")
     parser.add_argument("--signalled", action="store_true", help="Slurm has asked the job to stop")
     arguments = parser.parse_args(argv)
-    output, job = arguments.output_dir, arguments.job_id
-    if not JOB_ID.fullmatch(job):
-        parser.error(f"{job!r} is not a Slurm job id")
-
-    stop = reason_to_stop(output, arguments.signalled)
-    if stop:
-        code, sentence = stop
-        print(sentence)
-        return code
-    restarts = count_restart(output)
-    if restarts > MAX_RESTARTS:
-        print(
-            f"not queued again: {MAX_RESTARTS} restarts brought {output} no further than step {newest_step(output)}. "
-            f"Give the job more time or checkpoint more often (train.checkpoint_every), remove "
-            f"{output / 'requeue.json'} and submit it again."
-        )
-        return 1
-    failure = requeue(job)
-    if failure:
-        print(f"job {job} could not be queued again: {failure}. Submit it once more to continue {output}.")
-        return 1
-    print(f"job {job} is queued again, to continue {output} at step {newest_step(output)}.")
-    return 0
+    if not JOB_ID.fullmatch(arguments.job_id):
+        parser.error(f"{arguments.job_id!r} is not a Slurm job id")
+    code, sentence = decide(arguments.output_dir, arguments.job_id, arguments.signalled)
+    print(sentence)
+    return code
 
 
 if __name__ == "__main__":

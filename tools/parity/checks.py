@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -49,30 +48,26 @@ SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}  # official name
 SINGLE_STEP_RESPACING = "10"
 LOOP_SEED = 7
 TRANSFORMS = ("resize_then_center_crop", "center_crop_then_resize")
+Network = Callable[..., Tensor]
 
 
-# ---- networks ----------------------------------------------------------------------------------
+# ---- networks ----------------------------------------------------------------------------------------
 
 
-def latte_config(config: dict[str, Any]) -> LatteConfig:
-    """Our `model` section for an official configuration."""
+def empty_network(config: dict[str, Any]) -> Latte:
+    """Returns the network of an official configuration, with its initial weights."""
     if config["extras"] not in (1, 2):
         raise Mismatch(f"extras={config['extras']} is neither unconditional (1) nor class-conditional (2)")
-    size = {key: config[key] for key in ("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio")}
-    return LatteConfig(
+    ours = LatteConfig(
         name="custom",
         num_classes=config["num_classes"] if config["extras"] == 2 else 0,
         label_dropout=config["class_dropout_prob"],
         learn_sigma=config["learn_sigma"],
-        **size,
+        **{key: config[key] for key in ("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio")},
     )
-
-
-def empty_network(config: dict[str, Any]) -> Latte:
-    """The network of an official configuration, with weights of its own."""
     size = config["input_size"]
     return Latte(
-        latte_config(config),
+        ours,
         in_channels=config["in_channels"],
         latent_size=size if isinstance(size, int) else (size[0], size[1]),
         num_frames=config["num_frames"],
@@ -80,14 +75,14 @@ def empty_network(config: dict[str, Any]) -> Latte:
 
 
 def golden_network(golden: Goldens, setting: Setting) -> Latte:
-    """The same with the golden weights, loaded strictly."""
+    """Returns the network with the golden weights, loaded strictly."""
     model = empty_network(golden.config).to(setting.device).eval()
     load_weights(model, golden.group("state/"), "the golden state")
     return model
 
 
-def in_precision(model: Latte, setting: Setting) -> Callable[..., Tensor]:
-    """`model` as a function that computes in the wanted precision and answers in fp32."""
+def in_precision(model: Latte, setting: Setting) -> Network:
+    """Returns `model` as a function that computes in the wanted precision and answers in fp32."""
 
     def call(*inputs: Any, **options: Any) -> Tensor:
         with torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16"):
@@ -96,41 +91,35 @@ def in_precision(model: Latte, setting: Setting) -> Callable[..., Tensor]:
     return call
 
 
-def check_network(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
-    """Position tables, and a forward pass (with independent images, if any)."""
+def check_network(golden: Goldens, setting: Setting, guided: bool = False) -> Iterator[Quantity]:
+    """Position tables, a forward pass (with independent images, if any), and classifier-free guidance."""
+
+    def compute(run: Callable[[Goldens, Network], Tensor]) -> Tensor:
+        with torch.no_grad():
+            return run(golden, in_precision(golden_network(golden, setting), setting))
+
+    def position_table(name: str) -> Tensor:
+        return empty_network(golden.config).state_dict()[name].to(golden["x"].device)
+
     for name in ("pos_embed", "temp_embed"):
-        yield Quantity(f"state/{name}", partial(position_table, golden, name))
-    yield Quantity("out", lambda: forward(golden, in_precision(golden_network(golden, setting), setting)), network=True)
+        yield Quantity(f"state/{name}", partial(position_table, name))
+    yield Quantity("out", partial(compute, run_forward), network=True)
+    if guided:
+        yield Quantity("cfg_out", partial(compute, run_guided), network=True)
 
 
-def check_guided_network(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
-    """The same, and classifier-free guidance."""
-    yield from check_network(golden, setting)
-    yield Quantity(
-        "cfg_out",
-        lambda: guidance(golden, in_precision(golden_network(golden, setting), setting)),
-        network=True,
-    )
-
-
-def position_table(golden: Goldens, name: str) -> Tensor:
-    """A position table as we compute it."""
-    return empty_network(golden.config).state_dict()[name].to(golden["x"].device)
-
-
-def forward(golden: Goldens, network: Callable[..., Tensor]) -> Tensor:
-    """One forward pass of the golden inputs."""
+def run_forward(golden: Goldens, network: Network) -> Tensor:
+    """Returns the output for the golden inputs."""
     labels, num_images = None, golden.config["use_image_num"]
     if golden.config["extras"] == 2:
         labels = golden["y"]
         if num_images:
             labels = torch.cat([labels[:, None], golden["y_image"]], dim=1)  # (B, 1+I)
-    with torch.no_grad():
-        return network(golden["x"], golden["t"], labels, num_images=num_images)
+    return network(golden["x"], golden["t"], labels, num_images=num_images)
 
 
-def guidance(golden: Goldens, network: Callable[..., Tensor]) -> Tensor:
-    """Guidance as the official network method answers it.
+def run_guided(golden: Goldens, network: Network) -> Tensor:
+    """Returns the guided output as the official network method does.
 
     Both halves of the batch hold the guided noise, and each its own remaining channels.
     """
@@ -140,44 +129,36 @@ def guidance(golden: Goldens, network: Callable[..., Tensor]) -> Tensor:
     null_label = golden.config["num_classes"]
     if not (null_labels == null_label).all():
         raise Mismatch(f"the second half of cfg_y is not the null label {null_label}")
-    with torch.no_grad():
-        condition = ClassLabels(labels, null_label)
-        call = lambda x, t, condition: network(x, t, condition.values)  # noqa: E731
-        conditional = guide_denoiser(call, condition, golden.config["cfg_scale"], channels=channels)(x, timesteps)
-        unconditional = network(x, null_timesteps, null_labels)
-    rest = unconditional[:, :, channels:]
+    condition = ClassLabels(labels, null_label)
+    call = lambda x, t, condition: network(x, t, condition.values)  # noqa: E731
+    conditional = guide_denoiser(call, condition, golden.config["cfg_scale"], channels=channels)(x, timesteps)
+    rest = network(x, null_timesteps, null_labels)[:, :, channels:]
     return torch.cat([conditional, torch.cat([conditional[:, :, :channels], rest], dim=2)])
 
 
-# ---- diffusion ---------------------------------------------------------------------------------
+# ---- diffusion ---------------------------------------------------------------------------------------
 
 
 def process(golden: Goldens, respacing: str = "", learn_sigma: bool = True, **fields: Any) -> GaussianDiffusion:
-    """A diffusion process as long as the golden tables."""
+    """Returns a diffusion process as long as the golden tables."""
     x = golden["table/betas"]
     config = DiffusionConfig(num_steps=len(x), **fields)
     return GaussianDiffusion(config, learn_sigma=learn_sigma, respacing=respacing).to(x.device)
 
 
-def process_table(golden: Goldens, name: str, **arguments: Any) -> Tensor:
-    """A table of such a process."""
-    return process(golden, **arguments).tables[name]
-
-
-def kept_timesteps(golden: Goldens, respacing: str) -> Tensor:
-    """The timesteps that respacing keeps."""
-    return process(golden, respacing).timestep_map
-
-
 def check_diffusion(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
     """Tables, schedules, respacing, noising, losses, posteriors, single steps and whole loops."""
+
+    def table(name: str, **arguments: Any) -> Tensor:
+        return process(golden, **arguments).tables[name]
+
     for name in TABLES:
-        yield Quantity(f"table/{name}", partial(process_table, golden, name))
+        yield Quantity(f"table/{name}", partial(table, name))
     for official, schedule in SCHEDULES.items():
-        yield Quantity(f"schedule/{official}", partial(process_table, golden, "betas", schedule=schedule))
+        yield Quantity(f"schedule/{official}", partial(table, "betas", schedule=schedule))
     for spec in dict.fromkeys(match[1] for match in golden.matches(r"respaced/(.+)/(?:timesteps|betas)")):
-        yield Quantity(f"respaced/{spec}/timesteps", partial(kept_timesteps, golden, spec))
-        yield Quantity(f"respaced/{spec}/betas", partial(process_table, golden, "betas", respacing=spec))
+        yield Quantity(f"respaced/{spec}/timesteps", partial(lambda spec: process(golden, spec).timestep_map, spec))
+        yield Quantity(f"respaced/{spec}/betas", partial(table, "betas", respacing=spec))
     yield Quantity("x_t", lambda: process(golden).q_sample(golden["x0"], golden["t"], golden["noise"]))
     for kind in KINDS:
         yield from check_kind(golden, kind)
@@ -191,18 +172,16 @@ def check_kind(golden: Goldens, kind: str) -> Iterator[Quantity]:
     diffusion = process(golden, learn_sigma=learn_sigma, **fields)
 
     def output(*_: Any) -> Tensor:
-        """The fixed network output, without sigma where it is not learned."""
+        """Returns the fixed network output, without sigma where it is not learned."""
         channels = golden["x0"].shape[2]
         return golden["model_output"] if learn_sigma else golden["model_output"][:, :, :channels]
 
     def loss_term(term: str) -> Tensor:
-        terms = diffusion.training_losses(output, golden["x0"], golden["t"], golden["noise"])
-        value: Tensor = getattr(terms, term)
+        value: Tensor = getattr(diffusion.training_losses(output, golden["x0"], golden["t"], golden["noise"]), term)
         return value if term == "loss" else value.mean(1)  # the golden terms are means over frames too
 
     def posterior(part: str) -> Tensor:
-        p = diffusion.p_mean_variance(output(), golden["x_t"], golden["t"])
-        value: Tensor = getattr(p, part)
+        value: Tensor = getattr(diffusion.p_mean_variance(output(), golden["x_t"], golden["t"]), part)
         return value
 
     terms = ["loss"] + ["mse"] * (kind != "kl") + ["vb"] * (learn_sigma and kind != "kl")
@@ -217,10 +196,8 @@ def check_single_steps(golden: Goldens) -> Iterator[Quantity]:
 
     def step(function: Callable[..., Any], eta: float = 0.0) -> Tensor:
         options = StepOptions(eta=eta, noise_fn=lambda _: golden["step_noise"])
-        diffusion = process(golden, SINGLE_STEP_RESPACING)
-        result: Tensor = function(
-            diffusion, lambda *_: golden["model_output"], golden["x_t"], golden["step_t"], options
-        ).x
+        diffusion, model = process(golden, SINGLE_STEP_RESPACING), lambda *_: golden["model_output"]
+        result: Tensor = function(diffusion, model, golden["x_t"], golden["step_t"], options).x
         return result
 
     yield Quantity("ddpm/sample", lambda: step(ddpm_step))
@@ -252,7 +229,7 @@ def check_loops(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
             yield Quantity(match[0], partial(loop, method, match[1]), network=True)
 
 
-# ---- the rest ----------------------------------------------------------------------------------
+# ---- the rest ----------------------------------------------------------------------------------------
 
 
 def check_transforms(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
@@ -260,36 +237,29 @@ def check_transforms(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
     names = "|".join(TRANSFORMS)
     sized = golden.matches(rf"(.+)/(?:{names})_(\d+)")
 
-    def transformed(clip: str, name: str, size: str) -> Tensor:
+    def transform(clip: str, name: str, size: str) -> Tensor:
         function: Callable[[Tensor, int], Tensor] = getattr(transforms, name)
         return function(golden[f"{clip}/clip"], int(size))
 
     for clip in dict.fromkeys(match[1] for match in golden.matches(rf"(.+)/(?:clip|(?:{names})_\d+)")):
-        sizes = {match[2] for match in sized if match[1] == clip} or {sized[0][2]}
-        for size in sorted(sizes):
+        for size in sorted({match[2] for match in sized if match[1] == clip} or {sized[0][2]}):
             for name in TRANSFORMS:
-                yield Quantity(f"{clip}/{name}_{size}", partial(transformed, clip, name, size))
+                yield Quantity(f"{clip}/{name}_{size}", partial(transform, clip, name, size))
 
 
 def check_frechet(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
     """The distance between two sets of features."""
-    yield Quantity(
-        "distance",
-        lambda: torch.tensor([frechet_distance(golden["real"], golden["fake"])], device=setting.device),
-    )
+    yield Quantity("distance", lambda: torch.tensor([frechet_distance(golden["real"], golden["fake"])]))
 
 
-@dataclass
-class Trajectory:
-    """Results of a training run."""
-
-    loss: Tensor  # (steps,)
-    grad_norm: Tensor  # (steps,)
-    weights: dict[str, Tensor]
-    averages: dict[str, Tensor]
+def check_trajectory(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
+    """Loss and gradient norm of every step; weights and averages after the last."""
+    trained = cache(lambda: train(golden, setting))
+    for name in ("loss", "grad_norm", "final/*", "ema/*"):
+        yield Quantity(name, partial(lambda name: trained()[name], name), network=True)
 
 
-def train(golden: Goldens, setting: Setting) -> Trajectory:
+def train(golden: Goldens, setting: Setting) -> dict[str, Any]:
     """AdamW steps from the golden state on the golden batches, as the official loop takes them."""
     config = golden.config
     model = golden_network(golden, setting).train()
@@ -306,19 +276,15 @@ def train(golden: Goldens, setting: Setting) -> Trajectory:
         optimizer.zero_grad()
         ema.update(model)
         losses.append(loss.detach())
-    return Trajectory(torch.stack(losses), torch.stack(norms), model.state_dict(), ema.state_dict())
+    return {
+        "loss": torch.stack(losses),
+        "grad_norm": torch.stack(norms),
+        "final/*": model.state_dict(),
+        "ema/*": ema.state_dict(),
+    }
 
 
-def check_trajectory(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
-    """Loss and gradient norm of every step; weights and averages after the last."""
-    trained = cache(lambda: train(golden, setting))
-    yield Quantity("loss", lambda: trained().loss, network=True)
-    yield Quantity("grad_norm", lambda: trained().grad_norm, network=True)
-    yield Quantity("final/*", lambda: trained().weights, network=True)
-    yield Quantity("ema/*", lambda: trained().averages, network=True)
-
-
-def key_list_problem(name: str, official: dict[str, Any]) -> str:
+def find_key_problem(name: str, official: dict[str, Any]) -> str:
     """Returns the first difference between our keys, shapes and parameter count and the official ones, or "".
 
     Args:
@@ -348,7 +314,7 @@ def key_list_problem(name: str, official: dict[str, Any]) -> str:
 
 CHECKS: dict[str, Callable[[Goldens, Setting], Iterator[Quantity]]] = {
     "latte_uncond": check_network,
-    "latte_class": check_guided_network,
+    "latte_class": partial(check_network, guided=True),
     "latte_img_class": check_network,
     "latte_img_uncond": check_network,
     "diffusion": check_diffusion,
