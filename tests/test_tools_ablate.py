@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from engine.build import build_model, count_parameters
@@ -40,16 +39,14 @@ def test_six_comparisons_of_the_paper_are_shipped() -> None:
 @pytest.mark.parametrize("config", ["demo/demo_train.yaml", "ucf101/ucf101_train.yaml"])
 def test_every_arm_is_a_sound_config(file: Path, config: str, tmp_path: Path) -> None:
     settings = budget(ROOT / "configs" / config, tmp_path, overrides=("data.path=data",))
-    configs = {
-        arm.name: load_config(settings.base, ablate.overrides_of(arm, 3, settings))
-        for arm in ablate.read_comparison(file).arms
-    }
-    kept = [{key: each.to_dict()[key] for key in ("diffusion", "optim", "codec")} for each in configs.values()]
+    arms = ablate.read_comparison(file).arms.values()
+    configs = [load_config(settings.base, ablate.list_overrides(arm, 3, settings)) for arm in arms]
+    kept = [{key: each.to_dict()[key] for key in ("diffusion", "optim", "codec")} for each in configs]
     assert all(each == kept[0] for each in kept)
-    assert {(each.train.seed, each.train.max_steps, each.train.batch_size) for each in configs.values()} == {
-        (3, 6, configs[next(iter(configs))].train.batch_size)
+    assert {(each.train.seed, each.train.max_steps, each.train.batch_size) for each in configs} == {
+        (3, 6, configs[0].train.batch_size)
     }
-    models = [(each.model, each.data.num_images) for each in configs.values()]
+    models = [(each.model, each.data.num_images) for each in configs]
     assert len(set(models)) == len(models)
 
 
@@ -57,31 +54,25 @@ def test_every_arm_is_a_sound_config(file: Path, config: str, tmp_path: Path) ->
 def test_variants_have_as_many_parameters(config: str, tmp_path: Path) -> None:
     settings = budget(ROOT / "configs" / config, tmp_path)
     counts = [
-        count_parameters(build_model(load_config(settings.base, ablate.overrides_of(arm, 0, settings)), "meta"))
-        for arm in ablate.read_comparison(ROOT / "configs/ablations/variants.yaml").arms
+        count_parameters(build_model(load_config(settings.base, ablate.list_overrides(arm, 0, settings)), "meta"))
+        for arm in ablate.read_comparison(ROOT / "configs/ablations/variants.yaml").arms.values()
     ]
     assert max(counts) / min(counts) < 1.03
 
 
 def test_equal_arms_are_one_run() -> None:
-    comparisons = [ablate.read_comparison(path) for path in SHIPPED]
-    runs = [arm.run for each in comparisons for arm in each.arms]
+    runs = [ablate.name_run(arm) for path in SHIPPED for arm in ablate.read_comparison(path).arms.values()]
     assert runs.count(ablate.BASELINE) == 5  # all but the sizes
-    others = [run for run in runs if run != ablate.BASELINE]
-    assert len(set(others)) == len(others)
+    assert len(set(runs)) == len(runs) - 4
 
 
-def test_an_arm_keeps_the_depth_it_names(base: Path, tmp_path: Path) -> None:
-    arm = ablate.Arm("deep", ("model.variant=sequential", "model.depth=7"))
-    settings = budget(base, tmp_path)
-    assert load_config(base, ablate.overrides_of(arm, 0, settings)).model.depth == 7
-
-
-def test_the_batch_is_spread_over_processes(base: Path, tmp_path: Path) -> None:
-    arm = ablate.Arm("any", ())
-    assert ablate.overrides_of(arm, 0, budget(base, tmp_path, processes=2))[-1] == "train.batch_size=1"
+def test_depth_and_batch_of_an_arm(base: Path, tmp_path: Path) -> None:
+    """An arm keeps the depth that it names; the batch is spread over the processes."""
+    named = ablate.list_overrides(["model.variant=sequential", "model.depth=7"], 0, budget(base, tmp_path))
+    assert load_config(base, named).model.depth == 7
+    assert ablate.list_overrides((), 0, budget(base, tmp_path, processes=2))[-1] == "train.batch_size=1"
     with pytest.raises(ValueError, match=r"train.batch_size=2 of .* cannot be spread over --processes"):
-        ablate.overrides_of(arm, 0, budget(base, tmp_path, processes=3))
+        ablate.list_overrides((), 0, budget(base, tmp_path, processes=3))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +85,7 @@ def test_the_batch_is_spread_over_processes(base: Path, tmp_path: Path) -> None:
         ("title: [\n", "is not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_comparison_is_named(text: str, sentence: str, tmp_path: Path) -> None:
+def test_wrong_files_are_named(text: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=sentence) as error:
@@ -102,7 +93,7 @@ def test_a_file_that_is_no_comparison_is_named(text: str, sentence: str, tmp_pat
     assert str(path) in str(error.value)
 
 
-def test_a_wrong_key_in_the_last_arm_is_told_before_the_first_is_trained(base: Path, tmp_path: Path) -> None:
+def test_a_wrong_key_in_the_last_arm_is_refused_before_the_first_is_trained(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("title: t\narms:\n  a: {}\n  b: {model.varant: parallel}\n")
     with pytest.raises(ValueError, match=r"unknown key 'model.varant'.*model.variant"):
@@ -119,10 +110,8 @@ def test_impossible_numbers_are_refused(flags: list[str]) -> None:
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:
-    values = [0.5, 0.25, 0.125]
-    assert ablate.mean_and_deviation(values) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    assert ablate.spread([0.5], "{:.2f}", 1) == "0.50"
-    assert ablate.spread([0.5, 0.3], "{:.2f}", 2) == "0.40 ± 0.14"
+    assert ablate.format_spread([0.5], "{:.2f}") == "0.50"
+    assert ablate.format_spread([0.5, 0.3], "{:.2f}") == "0.40 ± 0.14"
 
 
 @pytest.mark.dist

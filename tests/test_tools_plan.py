@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from engine.build import build_model
 from engine.config import Config, load_config
+from models.blocks import compile_blocks
 from tools import plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,63 +26,52 @@ def config_of(*overrides: str) -> Config:
     return load_config(None, [*SMALL, *overrides])
 
 
-class Kept:
-    """What autograd keeps while it is watched, without the network's own tensors."""
+def need(config: Config) -> plan.Need:
+    return plan.estimate_need(config, H100, 1, 0.4)
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
-        self.storages: dict[int, torch.UntypedStorage] = {}
 
-    def watched(self) -> torch.autograd.graph.saved_tensors_hooks:
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda value: value)
+def kept_bytes(model: Any, precision: str, compiled: bool = False) -> int:
+    """Returns what autograd keeps of a real forward, without the network's own tensors."""
+    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}
 
-    def _pack(self, value: torch.Tensor) -> torch.Tensor:
+    def pack(value: torch.Tensor) -> torch.Tensor:
         storage = value.untyped_storage()
-        if storage.data_ptr() not in self.own:
-            self.storages[storage.data_ptr()] = storage
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
         return value
 
-    @property
-    def bytes(self) -> int:
-        return sum(each.nbytes() for each in self.storages.values())
+    inputs = torch.randn(4, 8, 4, 16, 16), torch.zeros(4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        if compiled:
+            compile_blocks(model.blocks)
+            model(*inputs)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            model(*inputs)
+    return sum(each.nbytes() for each in storages.values())
+
+
+def planned_bytes(config: Config) -> float:
+    fixed, per_clip = plan.kept_for_backward(config)
+    return fixed + 4 * per_clip
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_what_is_kept_is_what_a_real_forward_keeps(precision: str, checkpointing: str) -> None:
-    """The same hooks on a network with numbers in it."""
+def test_planned_activations_are_those_of_a_real_forward(precision: str, checkpointing: str) -> None:
     config = config_of(f"train.precision={precision}", f"model.gradient_checkpointing={checkpointing}")
-    model = build_model(config)
-    kept = Kept(model)
-    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    with kept.watched(), half:
-        model(torch.randn(4, 8, 4, 16, 16), torch.zeros(4))
-    fixed, per_clip = plan.kept_for_backward(config)
-    assert fixed + 4 * per_clip == pytest.approx(kept.bytes, rel=1e-3)
+    assert planned_bytes(config) == pytest.approx(kept_bytes(build_model(config), precision), rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_kept_of_compiled_blocks_is_at_most_what_is_planned(precision: str) -> None:
+def test_compiled_blocks_keep_at_most_what_is_planned(precision: str) -> None:
     """The partitioner of the graphs may find less to keep than inputs, products and attention; it finds no more."""
-    from models.blocks import compile_blocks
-
     keys = ["model.name=custom", "model.hidden_size=128", "model.depth=2", "model.num_heads=2", "model.patch_size=2"]
     config = config_of(f"train.precision={precision}", "train.compile=true", *keys)
     torch._dynamo.reset()
-    model = build_model(config)
-    kept = Kept(model)
-    inputs = torch.randn(4, 8, 4, 16, 16), torch.zeros(4)
-    compile_blocks(model.blocks)
-    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    with half:
-        model(*inputs)  # compiles
-        with kept.watched():
-            model(*inputs)
-    fixed, per_clip = plan.kept_for_backward(config)
-    planned = fixed + 4 * per_clip
-    assert 0.85 * planned < kept.bytes <= planned
-    eager = plan.kept_for_backward(load_config(None, ["train.compile=false"], base=config.to_dict()))
-    assert planned < 0.65 * (eager[0] + 4 * eager[1])
+    planned = planned_bytes(config)
+    assert 0.85 * planned < kept_bytes(build_model(config), precision, compiled=True) <= planned
+    assert planned < 0.65 * planned_bytes(load_config(None, ["train.compile=false"], base=config.to_dict()))
 
 
 def test_the_largest_network_keeps_what_was_measured() -> None:
@@ -108,7 +99,7 @@ def test_memory_is_what_torch_tracks(checkpointing: str) -> None:
                 optimizer.zero_grad()
                 tracker.reset_mod_stats()
     peak = sum(each["Total"] for each in tracker.get_tracker_snapshot("peak").values())
-    found = plan.need(config, H100, 1, 0.4)
+    found = need(config)
     planned = found.memory - found.states["average (EMA)"]
     assert 0.97 * peak < planned < 1.2 * peak  # all gradients are there only when little else is kept
 
@@ -118,7 +109,7 @@ def test_memory_is_what_torch_tracks(checkpointing: str) -> None:
 def test_memory_is_the_measured_peak(keys: tuple[str, ...]) -> None:
     """Within a seventh: the peak also holds a few tensors of the layer that is being computed."""
     config = load_config(None, ["model.name=Latte-S/2", "train.batch_size=2", *keys])
-    planned = plan.need(config, H100, 1, 0.4).memory
+    planned = need(config).memory
     script = [sys.executable, str(ROOT / "tests/plan_peak.py"), "model.name=Latte-S/2", "train.batch_size=2", *keys]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     measured = int(subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout)
@@ -126,39 +117,39 @@ def test_memory_is_the_measured_peak(keys: tuple[str, ...]) -> None:
 
 
 def test_states_are_twenty_bytes_a_parameter_and_shards_share_them() -> None:
-    alone = plan.need(config_of(), H100, 1, 0.4)
+    alone = need(config_of())
     assert sum(alone.states.values()) == 20 * alone.parameters
-    sharded = plan.need(config_of("train.parallel=fsdp"), H100, 4, 0.4)
+    sharded = plan.estimate_need(config_of("train.parallel=fsdp"), H100, 4, 0.4)
     assert sum(sharded.states.values()) == 5 * alone.parameters
     assert sharded.activations == alone.activations
-    half = plan.need(config_of("train.precision=bf16"), H100, 1, 0.4)
+    half = need(config_of("train.precision=bf16"))
     assert sum(half.states.values()) == 22 * alone.parameters
 
 
 def test_time_of_the_largest_network_is_arithmetic() -> None:
     """11.177 TFLOP a clip; 40 % of 989 TFLOP/s; SD's encoder 4.36 TFLOP a clip."""
     config = load_config(None, ["train.precision=bf16", "train.batch_size=5", "codec.path=any"])
-    found = plan.need(config, H100, 1, 0.4)
+    found = need(config)
     assert found.flop == pytest.approx(5 * 11.177e12, rel=1e-3)
     assert found.compute_s == pytest.approx(5 * 11.177 / (0.4 * 989), rel=1e-3)
     assert found.encoding_s == pytest.approx(5 * 4.36 / (0.4 * 989), rel=1e-2)
-    again = plan.need(load_config(None, ["model.gradient_checkpointing=true"], base=config.to_dict()), H100, 1, 0.4)
+    again = need(load_config(None, ["model.gradient_checkpointing=true"], base=config.to_dict()))
     assert again.compute_s == pytest.approx(4 / 3 * found.compute_s)
-    images = plan.need(load_config(None, ["data.num_images=8"], base=config.to_dict()), H100, 1, 0.4)
+    images = need(load_config(None, ["data.num_images=8"], base=config.to_dict()))
     assert images.flop == pytest.approx(1.5 * found.flop)
 
 
-def test_adapters_are_planned_beside_frozen_weights() -> None:
+def test_adapters_and_frozen_weights() -> None:
     """States of the adapters alone; the base in bf16, without gradients: two passes, three with checkpointing."""
     keys = ["train.precision=bf16", "train.init_from=a.pt", "lora.rank=4"]
-    found, plain = plan.need(config_of(*keys), H100, 1, 0.4), plan.need(config_of(*keys[:1]), H100, 1, 0.4)
+    found, plain = need(config_of(*keys)), need(config_of(*keys[:1]))
     blocks, width = 12, 384
     assert found.parameters == blocks * 4 * (width + 3 * width + width + width)  # A and B of qkv and of proj
     assert found.states["frozen weights"] == 2 * plain.parameters
     assert sum(found.states.values()) == 22 * found.parameters + 2 * plain.parameters
     assert found.flop == pytest.approx(plain.flop * 2 / 3)
     assert found.activations < 1.1 * plain.activations
-    again = plan.need(config_of(*keys, "model.gradient_checkpointing=true"), H100, 1, 0.4)
+    again = need(config_of(*keys, "model.gradient_checkpointing=true"))
     assert again.compute_s == pytest.approx(1.5 * found.compute_s)
 
 
@@ -176,23 +167,23 @@ def test_exchange_is_a_ring() -> None:
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     config = load_config(None, ["train.precision=bf16"])
-    largest = plan.largest_batch(config, H100, 1, 0.4)
+    largest = plan.find_largest_batch(config, H100, 1, 0.4)
     assert largest > 1
     sizes = (largest, largest + 1)
     tried = [load_config(None, [f"train.batch_size={size}"], base=config.to_dict()) for size in sizes]
-    assert [plan.need(each, H100, 1, 0.4).fits for each in tried] == [True, False]
+    assert [need(each).fits for each in tried] == [True, False]
 
 
-def test_what_does_not_fit_is_changed_until_it_does() -> None:
+def test_a_config_that_does_not_fit_is_changed_until_it_does() -> None:
     config = load_config(None, ["train.batch_size=16"])
     gpu = plan.GPUS["rtx4090"]
-    assert not plan.need(config, gpu, 2, 0.4).fits
-    overrides, needs = plan.advice(config, gpu, 2, 0.4) or pytest.fail("nothing fits")
+    assert not plan.estimate_need(config, gpu, 2, 0.4).fits
+    overrides, needs = plan.find_change(config, gpu, 2, 0.4) or pytest.fail("nothing fits")
     changed = load_config(None, overrides, base=config.to_dict())
-    assert needs.fits and plan.need(changed, gpu, 2, 0.4).memory == needs.memory
+    assert needs.fits and plan.estimate_need(changed, gpu, 2, 0.4).memory == needs.memory
     assert changed.train.batch_size * changed.train.grad_accum_steps == 16
     huge = load_config(None, ["data.num_frames=256"], base=config.to_dict())
-    assert plan.advice(huge, plan.Gpu(1, 1, 1, 4.0, 1, 1), 1, 0.4) is None
+    assert plan.find_change(huge, plan.Gpu(1, 1, 1, 4.0, 1, 1), 1, 0.4) is None
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
