@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 import os
 import resource
 import subprocess
@@ -43,6 +44,17 @@ def call(
     return int(str(end.value.code or 0)), capsys.readouterr().err
 
 
+def at(config: Config, key: str) -> typing.Any:
+    """Returns the value of a dotted key."""
+    return operator.attrgetter(key)(config)
+
+
+def nest(key: str, value: object) -> dict[str, object]:
+    """Returns {"a": {"b": value}} for "a.b"."""
+    section, dot, leaf = key.rpartition(".")
+    return {section: {leaf: value}} if dot else {leaf: value}
+
+
 # ---- G1: misspelt keys -----------------------------------------------------------------------------
 
 
@@ -68,11 +80,7 @@ def test_G1_misspelt_key(
     import train_with_img
 
     file = tmp_path / "a.yaml"
-    *sections, leaf = key.split(".")
-    tree: dict = {leaf: 1}
-    for section in reversed(sections):
-        tree = {section: tree}
-    file.write_text(json.dumps(tree))  # JSON is YAML
+    file.write_text(json.dumps(nest(key, 1)))  # JSON is YAML
     arguments = ["--config", str(file)] if place == "file" else [f"{key}=1"]
     for main in (train.main, train_with_img.main):
         code, said = call(main, [*arguments, f"train.output_dir={tmp_path / 'run'}"], monkeypatch, capsys)
@@ -114,12 +122,12 @@ ZERO = (
     "optim.clip_start_step optim.spike_factor train.ema_decay train.keep_last train.keep_every train.seed "
     "train.drift_check_every train.hang_timeout_s sample.seed sample.eta data.val_share monitor.val_every "
     "monitor.sample_every monitor.metric_every lora.rank train.temporal_ramp_steps"
-)  # a switch, a first seed, or no effect: said beside each key
+)  # a switch, a first seed, or no effect: as the comment at each key says
 BELOW = (
     "model.label_dropout data.max_unusable data.val_share optim.beta1 optim.beta2 optim.min_learning_rate "
     "train.ema_decay sample.eta condition.probability text.caption_dropout"
 )
-# read only beside another key that is not set here, so nothing but their defaults is right
+# read only with another key that is not set here, so nothing but their defaults is right
 ALONE = "text.clean_captions lora.alpha sample.lora_scale"
 RIGHT_KEYS: dict[str, set[str]] = {"codec.shift": {"-5"}}  # latents may be shifted either way
 
@@ -141,23 +149,22 @@ def test_G2_the_table_names_keys_that_there_are() -> None:
     assert not {*ZERO.split(), *BELOW.split(), *ALONE.split(), *RIGHT_KEYS} - set(keys)
 
 
-def problem(key: str, kind: type, value: str, *arguments: typing.Any) -> str | None:
-    """What is wrong with how `load_config(*arguments)` answers `key: value`, or None."""
-    section, _, leaf = key.partition(".")
+def find_problem(key: str, kind: type, value: str, *arguments: typing.Any) -> str | None:
+    """Returns the mistake of `load_config(*arguments)` about `key: value`, or None."""
     right = value in right_values(key, kind)
     try:
-        given = getattr(getattr(load_config(*arguments), section), leaf)
+        given = at(load_config(*arguments), key)
     except ValueError as error:
         named = key in str(error) and "\n" not in str(error)
         return None if named and not right else f"{key}={value} is refused: {error}"
-    taken = right and type(given) is kind and math.isfinite(given)
+    taken = right and type(given) is kind and math.isfinite(float(given))
     return None if taken else f"{key}={value} is taken, as {given!r}"
 
 
 @pytest.mark.parametrize("value", VALUES)
 def test_G2_every_number_and_switch(value: str) -> None:
     """Each value at each key: refused by name, or one that is right there."""
-    found = [problem(key, kind, value, None, [f"{key}={value}"]) for key, kind in numeric_keys()]
+    found = [find_problem(key, kind, value, None, [f"{key}={value}"]) for key, kind in numeric_keys()]
     assert [each for each in found if each] == []
 
 
@@ -168,7 +175,7 @@ def test_G2_in_a_file(value: str, tmp_path: Path) -> None:
     for key in ("train.batch_size", "train.seed", "optim.learning_rate", "codec.shift", "train.compile"):
         section, _, leaf = key.partition(".")
         file.write_text(f"{section}:\n  {leaf}: {value}\n")
-        assert problem(key, keys[key], value, file) is None
+        assert find_problem(key, keys[key], value, file) is None
 
 
 @pytest.mark.parametrize(
@@ -222,11 +229,6 @@ SAMPLES = {
 }  # fmt: skip
 
 
-def at(config: Config, key: str) -> object:
-    section, _, leaf = key.partition(".")
-    return getattr(getattr(config, section), leaf)
-
-
 @pytest.mark.parametrize("key", sorted({*OFFICIAL_TRAIN, *OFFICIAL_SAMPLE, *OFFICIAL_TEXT}))
 def test_G3_official_key_in_a_config_of_ours(tmp_path: Path, key: str) -> None:
     """Never ignored: refused, with its new name where it has one, with the reason where it has none."""
@@ -263,41 +265,20 @@ def test_G3_a_text_config_is_refused_whole(tmp_path: Path) -> None:
         convert.main(["config", str(file)])
 
 
-def test_G3_every_key_stands_in_one_table() -> None:
-    assert not set(RENAMED) & set(DROPPED)
-    assert {*OFFICIAL_TRAIN, *OFFICIAL_SAMPLE} <= {*RENAMED, *DROPPED}
-    assert set(RENAMED.values()) <= set(all_keys())
-
-
 # ---- G9: sampling settings at the edge ---------------------------------------------------------------
 
 
-def frames_of(folder: Path) -> list[bytes]:
-    return [file.read_bytes() for file in sorted(folder.glob("*.mp4"))]
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        (["--seed", "0"], [], True),  # 0 is a seed like any other, not "none given"
-        (["--seed", "0"], ["--seed", "0"], True),
-        (["--seed", "0"], ["--seed", "1"], False),
-        (["--guidance_scale", "1.0"], [], True),
-        (["--guidance_scale", "1"], ["--guidance_scale", "1.0", "--seed", "0"], True),
-        (["--guidance_scale", "1.0"], ["--guidance_scale", "3.0"], False),
-        (["--guidance_scale", "0"], ["--guidance_scale", "1"], False),
-        (["--device", "cpu"], ["--device", "cpu", "--seed", "0"], True),
-    ],
-)
-def test_G9_settings_that_work(checkpoint: Path, tmp_path: Path, one: list[str], other: list[str], same: bool) -> None:
-    results = []
-    for number, flags in enumerate((one, other)):
-        folder = tmp_path / str(number)
-        device = [] if "--device" in flags else ["--device", "cpu"]
+def test_G9_settings_that_work(checkpoint: Path, tmp_path: Path) -> None:
+    """Seed 0 is a seed like any other, not "none given"; a guidance of 1 is none, 0 is another."""
+    made = {}
+    for flags in ("", "--seed 0", "--seed 1", "--guidance_scale 1", "--guidance_scale 3", "--guidance_scale 0"):
+        folder = tmp_path / flags
         fixed = ["--ckpt", str(checkpoint), "--save_video_path", str(folder), "--num_videos", "1", "--steps", "3"]
-        assert sample.main([*fixed, *device, *flags]) == 0
-        results.append(frames_of(folder))
-    assert len(results[0]) == len(results[1]) == 1 and (results[0] == results[1]) == same
+        assert sample.main([*fixed, "--device", "cpu", *flags.split()]) == 0
+        (made[flags],) = (file.read_bytes() for file in folder.glob("*.mp4"))
+    default = made.pop("")
+    assert [flags for flags, video in made.items() if video == default] == ["--seed 0", "--guidance_scale 1"]
+    assert len({*made.values()}) == 4
 
 
 @pytest.mark.parametrize(
@@ -426,8 +407,7 @@ BIG = str(10**9)
 
 
 def limited(command: list[str], gib: int = 6) -> subprocess.CompletedProcess[str]:
-    """Run a command line that may take so much memory and a minute."""
-    import resource
+    """Runs a command line with a limit of memory and a minute of time."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (gib * 2**30, gib * 2**30))
@@ -490,7 +470,7 @@ def test_H5_parameters_are_those_of_the_whole_network(keys: list[str]) -> None:
         (["data.num_frames=65536", "model.hidden_size=256"], "data.num_frames=65536, data.image_size=256"),
     ],
 )
-def test_H5_what_does_not_fit_is_told_before_it_is_allocated(
+def test_H5_what_does_not_fit_is_refused_before_it_is_allocated(
     monkeypatch: pytest.MonkeyPatch, keys: list[str], named: str
 ) -> None:
     """On a machine of 1 GiB, before any tensor with numbers in it is made."""
@@ -537,8 +517,6 @@ def test_H5_memory_is_that_of_the_machine_or_its_container(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("script", "keys", "sentence"),
     [
-        (["train.py", "--dry-run"], [f"model.depth={BIG}"], "model.depth must be at most 256"),
-        (["-m", "tools.plan"], [f"model.hidden_size={BIG}"], "model.hidden_size must be at most 65,536"),
         (["train.py"], ["model.hidden_size=65536", "model.depth=256"], "training needs at least"),
         (
             ["train.py", "--dry-run"],
@@ -560,14 +538,8 @@ def test_H5_memory_is_that_of_the_machine_or_its_container(tmp_path: Path, monke
 def test_H5_command_lines_end_at_once(
     frame_folders: Path, tmp_path: Path, script: list[str], keys: list[str], sentence: str
 ) -> None:
-    folders = [
-        "train.batch_size=2",
-        "data.num_workers=0",
-        "data.num_frames=4",
-        "data.frame_interval=1",
-        f"data.path={frame_folders}",
-    ]
-    done = limited([*script, *CUSTOM, *folders, *keys, f"train.output_dir={tmp_path / 'run'}"])
+    data = ["data.num_workers=0", "data.num_frames=4", "data.frame_interval=1", f"data.path={frame_folders}"]
+    done = limited([*script, *CUSTOM, "train.batch_size=2", *data, *keys, f"train.output_dir={tmp_path / 'run'}"])
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 

@@ -80,8 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
         "pipeline": write_pipeline,
     }.items():
         add = _add_command(commands, name, run)
-        add("source", type=Path, help="a run or checkpoint folder" + (", or an official .pt" * (name == "pipeline")))
-        add("folder", type=Path, help="where to write" + ("; must be new or empty" * (name != "weights")))
+        add("source", type=Path, help="a run or checkpoint folder" + ", or an official .pt" * (name == "pipeline"))
+        add("folder", type=Path, help="where to write" + "; must be new or empty" * (name != "weights"))
         add("--weights", choices=["ema", "raw"], default="ema", help="which weights (default: ema)")
         if name == "weights":
             add("--adapter", action="store_true", help="only the adapters of a run with lora.rank, in peft's format")
