@@ -74,11 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", choices=["ema", "model"], default="ema", help="of a .pt file (default: ema)")
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="to write in (default: that of the source)")
 
-    for name, run in {
+    exports: dict[str, Callable[..., None]] = {
         "weights": write_weights,
         "diffusers": write_diffusers_folder,
         "pipeline": write_pipeline,
-    }.items():
+    }
+    for name, run in exports.items():
         add = _add_command(commands, name, run)
         add("source", type=Path, help="a run or checkpoint folder" + ", or an official .pt" * (name == "pipeline"))
         add("folder", type=Path, help="where to write" + "; must be new or empty" * (name != "weights"))
