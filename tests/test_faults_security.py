@@ -320,7 +320,7 @@ def test_D3_the_scan_lets_safe_code_pass() -> None:
 
 @pytest.fixture
 def dcp_folder(tmp_path: Path) -> Path:
-    """What torch.distributed.checkpoint writes, with a payload where it keeps a pickle."""
+    """A folder as torch.distributed.checkpoint writes it, with a payload where it keeps a pickle."""
     folder = tmp_path / "dcp"
     folder.mkdir()
     (folder / ".metadata").write_bytes(pickle.dumps(payloads(tmp_path / "ran")["system call"]))
@@ -534,7 +534,7 @@ def test_D8_no_secret_reaches_a_run(tiny: list[str], tmp_path: Path, monkeypatch
 
 @pytest.fixture
 def listed(tmp_path: Path) -> Path:
-    """A data set of one clip, a stranger's picture beside it, and a link that leads there."""
+    """A data set of one clip, a stranger's picture outside it, and a link that leads there."""
     root = tmp_path / "set"
     (root / "A" / "clip").mkdir(parents=True)
     picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
@@ -1057,7 +1057,7 @@ def test_D14_scripts_evaluate_no_text() -> None:
 
 
 def evaluated(script: str) -> list[str]:
-    """What in a shell script runs text, or splits a list of nodes into words."""
+    """Returns the patterns by which a shell script runs text, or splits a list of nodes into words."""
     lines = [line.partition(" #")[0] for line in script.splitlines() if not line.lstrip().startswith("#")]
     code = "\n".join(lines)
     bad = [r"\beval\b", r"\bsource\b", "`", r"\b(ba)?sh -c\b", r"\bxargs\b", r"\benvsubst\b"]

@@ -108,7 +108,7 @@ def test_the_file_is_named_when_a_worker_dies(tiny: list[str], tmp_path: Path, m
 
 
 def test_the_first_clips_of_a_run_are_those_of_its_cache(tiny: list[str], frame_folders: Path, tmp_path: Path) -> None:
-    """Of folders that are too short for a window, data.max_clips takes the next."""
+    """data.max_clips passes over folders that are too short for a window."""
     root = shutil.copytree(frame_folders, tmp_path / "set")
     for file in sorted((root / "falls" / "clip0").iterdir())[2:]:
         file.unlink()

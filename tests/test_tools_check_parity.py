@@ -69,7 +69,7 @@ def test_bad_use_exits_with_2() -> None:
 def test_shared_goldens_pass_and_ours_are_their_copy() -> None:
     official = ROOT.parent / "shared" / "goldens" / "official-tiny"
     if not official.is_dir():
-        pytest.skip("no ../shared/goldens beside the repository")
+        pytest.skip("there is no ../shared/goldens")
     for path in official.iterdir():
         assert path.read_bytes() == (GOLDENS / path.name).read_bytes(), path.name
 

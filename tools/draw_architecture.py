@@ -56,16 +56,6 @@ def find_imports(folder: str) -> set[str]:
     return found & CONTENTS.keys() - {folder}
 
 
-def place_boxes() -> dict[str, tuple[float, float]]:
-    """Returns the top left corner of each box."""
-    corners: dict[str, tuple[float, float]] = {}
-    for row, names in enumerate(ROWS):
-        left = (WIDTH - len(names) * BOX[0] - (len(names) - 1) * GAP) / 2
-        for column, name in enumerate(names):
-            corners[name] = (left + column * (BOX[0] + GAP), 16 + row * STEP)
-    return corners
-
-
 def draw_arrow(source: tuple[float, float], target: tuple[float, float]) -> str:
     """Returns an arrow from the bottom of one box to the top of a lower one, or between neighbours of a row."""
     (x, y), (to_x, to_y) = source, target
@@ -79,7 +69,11 @@ def draw_arrow(source: tuple[float, float], target: tuple[float, float]) -> str:
 
 def draw() -> str:
     """Returns the drawing as SVG. An arrow that follows from two others (to `common`, mostly) is left out."""
-    corners, imports = place_boxes(), {name: find_imports(name) for name in CONTENTS}
+    imports = {name: find_imports(name) for name in CONTENTS}
+    corners: dict[str, tuple[float, float]] = {}  # top left of each box
+    for row, names in enumerate(ROWS):
+        left = (WIDTH - len(names) * BOX[0] - (len(names) - 1) * GAP) / 2
+        corners |= {name: (left + column * (BOX[0] + GAP), 16 + row * STEP) for column, name in enumerate(names)}
     shapes = []
     for name, used in imports.items():
         reached = set().union(*(imports[each] - {name} for each in used if corners[each][1] > corners[name][1]), set())
