@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -23,11 +24,20 @@ from datasets.readers import VideoError
 
 from .distances import Moments
 from .extract import FeatureSet
+from .manifest import window_to_json, windows_from_json
 from .protocols import SideRules
-from .sources import Source, Window, digest_content, window_to_json, windows_from_json
+from .sources import NOTES, Source, Window, digest_content
+
+log = logging.getLogger(__name__)
 
 VERSION = 2  # of the entries; others are ignored
-NOTES = ("short", "unreadable", "cut_off")
+
+
+def build_cache_key(rules: SideRules, source: Source, sha256: str, **more: Any) -> str:
+    """Returns the name of an entry, from its rules, files and detector."""
+    clips = [(clip.name, clip.size) for clip in source.clips]
+    asked = {"version": VERSION, "rules": asdict(rules), "clips": clips, "detector": sha256, **more}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class FeatureCache:
@@ -39,8 +49,8 @@ class FeatureCache:
     def load(self, key: str, source: Source, rules: SideRules) -> FeatureSet | None:
         """Returns the entry; None if it is missing, exceeds the count of `rules`, or its files have changed."""
         try:
-            record = json.loads(self._record(key).read_text(encoding="utf-8"))
-            content = self._features(key).read_bytes()
+            record = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+            content = (self.folder / f"{key}.safetensors").read_bytes()
             if record["version"] != VERSION or record["sha256"] != hashlib.sha256(content).hexdigest():
                 return None
             features = _from_record(record, load(content), source)
@@ -50,10 +60,10 @@ class FeatureCache:
         return features if fits else None
 
     def store(self, key: str, source: Source, features: FeatureSet, about: Mapping[str, Any]) -> None:
-        """Writes an entry; `about` is a description for readers of the JSON. Raises OSError if writing fails."""
+        """Writes an entry; `about` is a description for readers of the JSON. Only warns if the folder is read-only."""
         tensors = {f"rows/{name}": rows.contiguous() for name, rows in features.rows.items()}
         for place, moments in enumerate(features.moments):
-            tensors |= {f"moments/{place}/{name}": tensor.cpu() for name, tensor in moments.state().items()}
+            tensors |= {f"moments/{place}/{name}": tensor.cpu() for name, tensor in moments.state.items()}
         if features.kept is not None:
             tensors["kept"] = features.kept
         content = save(tensors)
@@ -64,51 +74,39 @@ class FeatureCache:
             "size": features.size,
             "whole": features.whole,
             "windows": [window_to_json(window, source) for window in features.windows],
-            **{note: getattr(features, note) for note in NOTES},
+            **features.notes,
             "contents": _digests(source, features),
         }
-        write_atomically(self._features(key), lambda path: path.write_bytes(content))
         text = json.dumps(record, indent=1) + "\n"
-        write_atomically(self._record(key), lambda path: path.write_text(text, encoding="utf-8"))
-
-    def _features(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
-
-    def _record(self, key: str) -> Path:
-        return self.folder / f"{key}.json"
-
-
-def build_cache_key(rules: SideRules, source: Source, sha256: str, **more: Any) -> str:
-    """Returns the name of an entry, from its rules, files and detector."""
-    asked = {"version": VERSION, "rules": asdict(rules), "clips": source.listing(), "detector": sha256, **more}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+        try:
+            write_atomically(self.folder / f"{key}.safetensors", lambda path: path.write_bytes(content))
+            write_atomically(self.folder / f"{key}.json", lambda path: path.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            log.warning("the cache %s cannot be written (%s): see --cache_dir", self.folder, error.strerror or error)
 
 
 def _from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Source) -> FeatureSet:
-    rows = {name.removeprefix("rows/"): rows for name, rows in tensors.items() if name.startswith("rows/")}
-    moments = []
-    for place in sorted({name.split("/")[1] for name in tensors if name.startswith("moments/")}):
-        prefix = f"moments/{place}/"
-        state = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
-        moments.append(Moments.from_state(state))
+    parts: dict[str, dict[str, Tensor]] = {}  # "rows", "moments/0" and "moments/1" -> by name
+    for name, tensor in tensors.items():
+        part, _, own = name.rpartition("/")
+        parts.setdefault(part, {})[own] = tensor
     return FeatureSet(
-        rows,
-        moments,
+        parts.get("rows", {}),
+        [Moments.from_state(parts[part]) for part in sorted(parts) if part.startswith("moments/")],
         kept=tensors.get("kept"),
         windows=windows_from_json(record["windows"], source, "cache"),
         size=(record["size"][0], record["size"][1]),
         whole=bool(record["whole"]),
-        **{note: dict(record[note]) for note in NOTES},
+        notes={note: dict(record[note]) for note in NOTES},
     )
 
 
 def _digests(source: Source, features: FeatureSet) -> dict[str, str]:
     """Returns the SHA-256 of the content of every clip that was used or left out, by name."""
-    windows: dict[str, list[Window] | None] = {name: None for note in NOTES for name in getattr(features, note)}
+    windows: dict[str, list[Window] | None] = {name: None for notes in features.notes.values() for name in notes}
     for window in features.windows:
-        name = source.clips[window.clip].name
-        windows.setdefault(name, [])
-        if (known := windows[name]) is not None:
+        known = windows.setdefault(source.clips[window.clip].name, [])
+        if known is not None:
             known.append(window)
     clips = {clip.name: clip for clip in source.clips}
 

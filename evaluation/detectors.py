@@ -19,93 +19,73 @@ from models.convert import read_state_dict
 from .stand_in import KEY, StandIn
 from .torchscript import is_torchscript, load_torchscript, read_bytes
 
-DROPBOX = "https://www.dropbox.com/s"
-NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
-
-
-@dataclass(frozen=True)
-class Golden:
-    """Published value that a detector must reproduce."""
-
-    check: str  # name of a check of tools.check_detector
-    frames: int  # T
-    value: float
-    tolerance: float
-    source: str
-    minutes: bool = False  # takes minutes on a CPU
+_DROPBOX = "https://www.dropbox.com/s"
+_NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
+# usual file name, where to download it, and its SHA-256 as published projects pin it (sources: docs/metrics.md)
+_I3D = (
+    "i3d_torchscript.pt",
+    f"{_DROPBOX}/ge9e5ujwgetktms/i3d_torchscript.pt (StyleGAN-V; mirror: huggingface.co/flateon/FVD-I3D-torchscript)",
+    "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
+)
+_C3D = ("c3d_ucf101.pt", f"{_DROPBOX}/jxpu7avzdc9n97q/c3d_ucf101.pt (StyleGAN-V)", None)
+_INCEPTION = (
+    "inception-2015-12-05.pt",
+    f"{_NVIDIA}/inception-2015-12-05.pt (NVIDIA)",
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+)
+_MOBILENET = (
+    "mobilenet_v2-b0353104.pth",
+    "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth (torchvision)",
+    "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
+)
 
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """Specification of a detector."""
+    """Specification of a detector.
+
+    Args:
+        metrics: families of metrics (`Metric.family`) that it serves.
+        file, origin, sha256: the usual file; another file of the same kind works, and the result has a warning.
+        input: clip or frame.
+        dims: D.
+        arguments: further arguments of its forward.
+        frames: minimum and maximum of a clip.
+        stand_in: the kind of `StandIn`; None: a TorchScript network.
+    """
 
     name: str
-    metrics: tuple[str, ...]  # fvd kvd fid kid is isv
-    file: str  # usual file name
-    origin: str  # where to download it
-    input: str  # clip | frame
-    dims: int  # D
-    output: str = "features"  # features | probabilities
-    frames: tuple[int, int | None] = (1, None)  # minimum and maximum of a clip
-    arguments: Mapping[str, bool] = field(default_factory=dict)  # further arguments of its forward
-    stand_in: str | None = None  # the kind of `StandIn`; None: a TorchScript network
-    goldens: tuple[Golden, ...] = ()
-
-    @property
-    def sha256(self) -> str | None:
-        """SHA-256 of the usual file as published projects pin it; None if unknown.
-
-        Another file of the same kind works, too; the result then has a warning.
-        """
-        return _SHA256.get(self.file)
+    metrics: tuple[str, ...]
+    file: str
+    origin: str
+    sha256: str | None
+    input: str
+    dims: int
+    arguments: Mapping[str, bool] = field(default_factory=dict)
+    frames: tuple[int, int | None] = (1, None)
+    stand_in: str | None = None
 
 
-_CONSTANT = "JunyaoHu/common_metrics_on_video_quality, README"
-_I3D_GOLDENS = (
-    # the source states deviations of about 1 between PyTorch versions; scaled for the larger value
-    Golden("zeros against ones", 10, 569.2296294, 4.0, _CONSTANT),
-    Golden("zeros against ones", 16, 152.9175031, 1.0, _CONSTANT),
-    Golden("zeros against ones", 30, 151.2564850, 1.0, _CONSTANT),
-    Golden("noise of two seeds", 16, 10.138084767, 0.05, "universome/fvd-comparison, README", minutes=True),
-)
-_I3D = f"{DROPBOX}/ge9e5ujwgetktms/i3d_torchscript.pt (StyleGAN-V; mirror: huggingface.co/flateon/FVD-I3D-torchscript)"
-_C3D = f"{DROPBOX}/jxpu7avzdc9n97q/c3d_ucf101.pt (StyleGAN-V)"
-_INCEPTION = f"{NVIDIA}/inception-2015-12-05.pt (NVIDIA)"
-_MOBILENET = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth (torchvision)"
-_MOBILENET_FILE = "mobilenet_v2-b0353104.pth"
-_SHA256 = {  # sources: docs/metrics.md
-    "i3d_torchscript.pt": "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
-    "inception-2015-12-05.pt": "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
-    _MOBILENET_FILE: "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
-}
-
-DETECTORS: dict[str, DetectorSpec] = {
+_I3D_CALL = {"rescale": True, "resize": True, "return_features": True}
+DETECTORS = {
     spec.name: spec
     for spec in (
-        DetectorSpec(
-            "i3d", ("fvd", "kvd"), "i3d_torchscript.pt", _I3D, "clip", 400, frames=(10, None), goldens=_I3D_GOLDENS,
-            arguments={"rescale": True, "resize": True, "return_features": True},
-        ),
-        DetectorSpec("c3d", ("isv",), "c3d_ucf101.pt", _C3D, "clip", 101, "probabilities", frames=(16, 16)),
-        DetectorSpec(
-            "inception", ("fid", "kid"), "inception-2015-12-05.pt", _INCEPTION, "frame", 2048,
-            arguments={"return_features": True},
-        ),
-        DetectorSpec(
-            "inception_is", ("is",), "inception-2015-12-05.pt", _INCEPTION, "frame", 1008, "probabilities",
-            arguments={"no_output_bias": True},
-        ),
-        DetectorSpec(
-            "mobilenet_v2_clip", ("fvd", "kvd"), _MOBILENET_FILE, _MOBILENET, "clip", 640, frames=(2, None),
-            stand_in="clip",
-        ),
-        DetectorSpec("mobilenet_v2", ("fid", "kid"), _MOBILENET_FILE, _MOBILENET, "frame", 1280, stand_in="frame"),
-        DetectorSpec(
-            "mobilenet_v2_is", ("is",), _MOBILENET_FILE, _MOBILENET, "frame", 1000, "probabilities",
-            stand_in="probabilities",
-        ),
+        DetectorSpec("i3d", ("fvd", "kvd"), *_I3D, "clip", 400, _I3D_CALL, frames=(10, None)),
+        DetectorSpec("c3d", ("isv",), *_C3D, "clip", 101, frames=(16, 16)),
+        DetectorSpec("inception", ("fid", "kid"), *_INCEPTION, "frame", 2048, {"return_features": True}),
+        DetectorSpec("inception_is", ("is",), *_INCEPTION, "frame", 1008, {"no_output_bias": True}),
+        DetectorSpec("mobilenet_v2_clip", ("fvd", "kvd"), *_MOBILENET, "clip", 640, frames=(2, None), stand_in="clip"),
+        DetectorSpec("mobilenet_v2", ("fid", "kid"), *_MOBILENET, "frame", 1280, stand_in="frame"),
+        DetectorSpec("mobilenet_v2_is", ("is",), *_MOBILENET, "frame", 1000, stand_in="probabilities"),
     )
-}  # fmt: skip
+}
+
+
+def find_spec(name: str, key: str) -> DetectorSpec:
+    """Returns the detector of that name. Raises ValueError, with `key`, for an unknown one."""
+    if name not in DETECTORS:
+        raise ValueError(f"{key}: there is no detector '{name}'; they are {', '.join(DETECTORS)}.")
+    return DETECTORS[name]
 
 
 @dataclass(frozen=True)
@@ -143,38 +123,35 @@ class DetectorFile:
             raise ValueError(f"{path} is not {needed}weights for a stand-in: get one from {origin}.") from error
 
     @property
-    def arguments(self) -> tuple[str, ...]:
-        """Argument names of the network's forward; none for weights."""
-        return tuple(argument.name for argument in self._arguments())
+    def arguments(self) -> dict[str, bool]:
+        """Arguments of the network's forward, and whether they have a default; none for weights."""
+        arguments = self.network.forward.schema.arguments[1:] if self.network is not None else []
+        return {argument.name: argument.has_default_value() for argument in arguments}
 
     def fits(self, spec: DetectorSpec) -> bool:
         """Returns whether the network takes that detector's arguments, or the weights are the stand-in's."""
         if spec.stand_in or self.network is None:
             return bool(spec.stand_in and self.weights and KEY in self.weights)
-        required = {argument.name for argument in self._arguments() if not argument.has_default_value()}
+        required = {name for name, has_default in self.arguments.items() if not has_default}
         return set(spec.arguments) <= set(self.arguments) and len(required - set(spec.arguments)) <= 1
 
     def kinds(self) -> list[DetectorSpec]:
-        """Returns all detectors that the file can be: those of one file have distinct arguments."""
+        """Returns all detectors that the file can be: those of one file have distinct arguments.
+
+        Raises: ValueError for a file that is not a detector.
+        """
         found = []
         for spec in filter(self.fits, DETECTORS.values()):
             needed = {name for each in DETECTORS.values() if each.file == spec.file for name in each.arguments}
             if spec.stand_in or (needed <= set(self.arguments) if needed else len(self.arguments) == 1):
                 found.append(spec)
-        return found
-
-    def require_kinds(self) -> list[DetectorSpec]:
-        """Returns `kinds()`. Raises ValueError for a file that is not a detector."""
-        if not self.kinds():
+        if not found:
             raise ValueError(f"{self.path} is none of the detectors {', '.join(DETECTORS)}: {self.describe()}.")
-        return self.kinds()
+        return found
 
     def describe(self) -> str:
         """Describes the contents for error messages."""
         return f"its forward takes ({', '.join(self.arguments)})" if self.arguments else "it holds other weights"
-
-    def _arguments(self) -> list[Any]:
-        return [] if self.network is None else self.network.forward.schema.arguments[1:]
 
 
 class Detector:
@@ -246,12 +223,9 @@ def load_detector(
 
     Raises:
         FileNotFoundError: there is no such file; the message says where to get it.
-        ValueError: an unknown name, another hash, or a file that is not this detector.
+        ValueError: another hash, or a file that is not this detector.
     """
-    if name not in DETECTORS:
-        raise ValueError(f"there is no detector {name!r}; they are {', '.join(DETECTORS)}.")
-    spec = DETECTORS[name]
-    return Detector(spec, DetectorFile.read(path, sha256=sha256, spec=spec), device)
+    return Detector(DETECTORS[name], DetectorFile.read(path, sha256=sha256, spec=DETECTORS[name]), device)
 
 
 @contextmanager

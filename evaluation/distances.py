@@ -6,7 +6,8 @@ D dimensions, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,68 +28,47 @@ class Moments:
     """
 
     def __init__(self, dims: int, device: torch.device | str = "cpu") -> None:
-        self.dims = dims
-        self._count = torch.zeros((), dtype=torch.int64, device=device)
-        self._sum = torch.zeros(dims, dtype=torch.float64, device=device)
-        self._squares = torch.zeros(dims, dims, dtype=torch.float64, device=device)
+        self.state = {  # the sums themselves, to be saved or added to those of another stream
+            "count": torch.zeros((), dtype=torch.int64, device=device),
+            "sum": torch.zeros(dims, dtype=torch.float64, device=device),
+            "squares": torch.zeros(dims, dims, dtype=torch.float64, device=device),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Moments:
+        """Restores a copy of `state`."""
+        moments = cls(0)
+        moments.state = {name: state[name].clone() for name in moments.state}
+        return moments
 
     @torch.no_grad()
     def add(self, features: Tensor) -> Moments:
-        """Adds features (B, D); returns itself. Raises ValueError for another D, or values that are not finite."""
+        """Adds features (B, D); returns itself. Raises ValueError for values that are not finite."""
         _check_features("", features, fewest=0)
-        if features.shape[1] != self.dims:
-            raise ValueError(f"The features have {features.shape[1]} dimensions, but {self.dims} are summed.")
-        rows = features.to(self._sum.device, torch.float64)
-        self._count += len(rows)
-        self._sum += rows.sum(0)
-        self._squares += rows.T @ rows
+        rows = features.to(self.state["sum"].device, torch.float64)
+        self.state["count"] += len(rows)
+        self.state["sum"] += rows.sum(0)
+        self.state["squares"] += rows.T @ rows
         return self
 
     def __add__(self, other: Moments) -> Moments:
         """Returns the moments of both streams."""
-        if other.dims != self.dims:
-            raise ValueError(f"Moments of {other.dims} and of {self.dims} dimensions do not add.")
-        both = zip(self.state().items(), other.state().values())
-        return Moments.from_state({name: mine + its.to(mine.device) for (name, mine), its in both}, self._sum.device)
+        return Moments.from_state({name: mine + other.state[name] for name, mine in self.state.items()})
 
     @property
     def count(self) -> int:
         """Number of samples so far."""
-        return int(self._count)
+        return int(self.state["count"])
 
     @property
     def mean(self) -> Tensor:
         """Mean (D,), float64, on the CPU."""
-        self._need(1)
-        return self._sum.cpu() / self.count
+        return self.state["sum"].cpu() / self.count
 
     def covariance(self, divisor: str = "n") -> Tensor:
         """Returns the covariance (D, D), float64, on the CPU, divided by the count ("n") or by one less ("n-1")."""
-        if divisor not in DIVISORS:
-            raise ValueError(f"The divisor must be one of {', '.join(DIVISORS)}, not {divisor!r}.")
-        self._need(1 + DIVISORS[divisor])
-        mean = self.mean
-        second = self._squares.cpu() / self.count
-        return (second - mean.outer(mean)) * (self.count / (self.count - DIVISORS[divisor]))
-
-    def state(self) -> dict[str, Tensor]:
-        """Returns the sums themselves, to be saved or added to those of another stream."""
-        return {"count": self._count, "sum": self._sum, "squares": self._squares}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Moments:
-        """Restores a copy of `state`. Raises ValueError for tensors that are not such sums."""
-        moments = cls(state["sum"].shape[-1] if "sum" in state else 0, device)
-        for name, tensor in moments.state().items():
-            given = state.get(name)
-            if given is None or given.dtype != tensor.dtype or given.shape != tensor.shape:
-                raise ValueError(f"The saved moments are not whole: {name} is missing or of another shape or type.")
-            tensor.copy_(given)
-        return moments
-
-    def _need(self, count: int) -> None:
-        if self.count < count:
-            raise ValueError(f"There are {self.count} samples, but {count} or more are needed.")
+        second = self.state["squares"].cpu() / self.count
+        return (second - self.mean.outer(self.mean)) * (self.count / (self.count - DIVISORS[divisor]))
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
@@ -101,7 +81,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     Raises:
         ValueError: the features are not (N, D) and (M, D) with N and M at least 2, or hold NaN or infinity.
     """
-    _check_pair(real, fake, fewest=2)
+    _check_pair(real, fake)
     factors, traces = [], 0.0
     means = [features.double().mean(0) for features in (real, fake)]
     for features, mean in zip((real, fake), means):
@@ -125,12 +105,11 @@ def frechet_from_moments(real: Moments, fake: Moments, divisor: str = "n") -> fl
         divisor: of the covariances, "n" (StyleGAN-V, Latte) or "n-1" (the first FVD code and most libraries).
 
     Raises:
-        ValueError: fewer than two samples on a side, another number of dimensions, or an unknown divisor.
+        ValueError: fewer than two samples on a side.
     """
     for name, side in (("real", real), ("fake", fake)):
         if side.count < 2:
             raise ValueError(f"The {name} side has {side.count} samples; a covariance needs 2 or more.")
-    _same_dimensions(real.dims, fake.dims)
     covariances = [side.covariance(divisor) for side in (real, fake)]
     values, vectors = torch.linalg.eigh(covariances[0])
     root = vectors * values.clamp(min=0).sqrt()  # cov_r = root root^T
@@ -155,12 +134,10 @@ def kernel_distance(
         seed: of the draw.
 
     Raises:
-        ValueError: features as for `frechet_distance`, or no subsets.
+        ValueError: features as for `frechet_distance`.
     """
-    _check_pair(real, fake, fewest=2)
+    _check_pair(real, fake)
     size = min(len(real), len(fake), subset_size)
-    if subsets < 1 or size < 2:
-        raise ValueError(f"{subsets} subsets of {size}: there must be 1 or more, of 2 samples or more.")
     generator = torch.Generator().manual_seed(seed)
 
     def draw(features: Tensor) -> Tensor:
@@ -200,28 +177,25 @@ def inception_score(probabilities: Tensor, *, splits: int = 10, shuffle_seed: in
     rows = probabilities.detach().cpu().double()
     if rows.min() < 0 or (rows.sum(1) - 1).abs().max() > 1e-3:
         raise ValueError("The rows for an inception score must be probabilities that sum to 1; these are none.")
-    if not 1 <= splits <= len(rows):
+    if len(rows) < splits:
         raise ValueError(f"{len(rows)} samples cannot be split into {splits}: give 1 to {len(rows)} splits.")
     if shuffle_seed is not None:
         rows = rows[torch.from_numpy(np.random.RandomState(shuffle_seed).permutation(len(rows)))]
-    scores = torch.stack([_split_score(part) for part in _parts(rows, splits)])
+    ends = [i * len(rows) // splits for i in range(splits + 1)]
+    parts = [rows[start:end] for start, end in pairwise(ends)]
+    # exp of the mean over samples of sum p (log p - log mean p)
+    scores = torch.stack([(torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp() for p in parts])
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def _parts(rows: Tensor, splits: int) -> Iterator[Tensor]:
-    for i in range(splits):
-        yield rows[i * len(rows) // splits : (i + 1) * len(rows) // splits]
-
-
-def _split_score(rows: Tensor) -> Tensor:
-    """Returns exp of the mean over samples of sum p (log p - log mean p)."""
-    return (torch.xlogy(rows, rows) - torch.xlogy(rows, rows.mean(0))).sum(1).mean().exp()
-
-
-def _check_pair(real: Tensor, fake: Tensor, fewest: int) -> None:
+def _check_pair(real: Tensor, fake: Tensor) -> None:
     for name, features in (("real ", real), ("fake ", fake)):
-        _check_features(name, features, fewest)
-    _same_dimensions(real.shape[1], fake.shape[1])
+        _check_features(name, features, fewest=2)
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(
+            f"The real features have {real.shape[1]} dimensions, the fake ones {fake.shape[1]}: "
+            "both must come from one detector."
+        )
 
 
 def _check_features(name: str, features: Tensor, fewest: int) -> None:
@@ -231,10 +205,3 @@ def _check_features(name: str, features: Tensor, fewest: int) -> None:
         )
     if not features.isfinite().all():
         raise ValueError(f"The {name}features hold NaN or infinity: look at the detector or its input.")
-
-
-def _same_dimensions(real: int, fake: int) -> None:
-    if real != fake:
-        raise ValueError(
-            f"The real features have {real} dimensions, the fake ones {fake}: both must come from one detector."
-        )

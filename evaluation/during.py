@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.checks import require
-from datasets import ClipDataset, build_held_out
+from datasets import build_held_out
 from engine.callbacks import Observation, agree, attempt, collect, distribute
 from engine.config import Config
 from engine.objective import Objective
@@ -69,7 +69,7 @@ class Metric:
     def observe(self, run: Run, state: TrainState, objective: Objective) -> Observation:
         """Returns the distance as `ema/frechet_<detector>`, with the numbers of videos and clips."""
         if self.real is None:
-            self.real = self._shared(run, self.indices, lambda indices: real_videos(self.clips, indices))
+            self.real = self._shared(run, self.indices, self._read_clips)
         generator = build_generator(self.config, state.ema.model, objective)
         fake = self._shared(
             run, range(self.config.monitor.metric_videos), lambda indices: sample_chunk(run, generator, indices)
@@ -79,6 +79,11 @@ class Metric:
         name = f"ema/frechet_{self.config.monitor.metric_detector}"
         values = {name: distance, "videos": self.config.monitor.metric_videos, "clips": len(self.indices)}
         return Observation(values, f"{name} {distance:.4g}")
+
+    def _read_clips(self, indices: Sequence[int]) -> np.ndarray:
+        """Reads the fixed windows of those clips: uint8 (n, F, H, W, 3)."""
+        frames = self.config.data.num_frames
+        return to_uint8(torch.stack([self.clips[0, index]["video"][:frames] for index in indices]))
 
     def features(self, videos: np.ndarray) -> Tensor:
         """Maps uint8 (n, F, H, W, 3) to (n, D) of clips, or (n F, D) of their frames, according to the detector."""
@@ -98,8 +103,3 @@ class Metric:
             return torch.cat(rows)
 
         return torch.cat(collect(distribute(run, len(chunks), work)))
-
-
-def real_videos(clips: ClipDataset, indices: Sequence[int]) -> np.ndarray:
-    """Reads the fixed windows of those clips: uint8 (n, F, H, W, 3)."""
-    return to_uint8(torch.stack([clips[0, index]["video"][: clips.config.num_frames] for index in indices]))

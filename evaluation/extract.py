@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice, zip_longest
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,49 +22,35 @@ from datasets.catalog import Clip
 from engine.distributed import World, gather_objects
 from engine.stream import loaded_items, worker_loader
 
+from .detectors import Detector
 from .distances import Moments
 from .protocols import SideRules
 from .sources import (
-    ClipReader,
-    Lengths,
+    NOTES,
     Reading,
     Request,
     Source,
     Task,
     Window,
     draw,
-    explain_unusable,
-    group_clips,
     group_frames,
+    read_length,
+    read_task,
     select_frame_windows,
-    shuffled,
+    shuffle_frames,
 )
 
+CALL_FRAMES = 128  # frames in one call of a clip detector; changes the last bits on a GPU
 GATHER_EVERY = 8  # calls of each rank between two gathers
 MOMENT_ROWS = 1024  # features added to the moments at a time
-PLAIN = "plain"
-Variant = Callable[[Tensor, Clip], Tensor]  # frames (T, 3, H, W) of a clip -> frames for the detector
+PLAIN, SHUFFLED = "plain", "shuffled"
 
 
-class DetectorLike(Protocol):
-    """Interface of a detector; see `detectors.Detector`."""
-
-    name: str
-    sha256: str
-    dims: int
-    input: str
-
-    def __call__(self, pixels: Tensor) -> Tensor: ...
-
-
-def build_variant(name: str) -> Variant:
-    """Returns the variant `plain`, `shuffled` (frames), or `first16` (the first 16 frames)."""
-    if name == PLAIN:
-        return lambda frames, clip: frames
-    if name == "shuffled":
-        return shuffled
-    length = int(name.removeprefix("first"))
-    return lambda frames, clip: frames[:length]
+def change_frames(variant: str, frames: Tensor, clip: Clip) -> Tensor:
+    """Returns a variant of the frames (T, 3, H, W) of a clip: PLAIN, SHUFFLED, or `first16` (the first 16 frames)."""
+    if variant.startswith("first"):
+        return frames[: int(variant.removeprefix("first"))]
+    return shuffle_frames(frames, clip) if variant == SHUFFLED else frames
 
 
 @dataclass
@@ -78,7 +65,7 @@ class FeatureSet:
         windows: the windows that were read, in order.
         size: (H, W) of all frames.
         whole: all items were taken, and nothing was drawn; see `SideRules.whole`.
-        short, unreadable, cut_off: clips by name, with the reason; the last were used, as far as they can be read.
+        notes: problems of clips by kind (NOTES), by name.
     """
 
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -87,9 +74,7 @@ class FeatureSet:
     windows: list[Window] = field(default_factory=list)
     size: tuple[int, int] | None = None
     whole: bool = False
-    short: dict[str, str] = field(default_factory=dict)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    cut_off: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, dict[str, str]] = field(default_factory=lambda: {note: {} for note in NOTES})
 
     @property
     def count(self) -> int:
@@ -104,43 +89,43 @@ class FeatureSet:
         return items if self.kept is None else items[self.kept.numpy()]
 
 
+class Mapped(Dataset):
+    """A function of each item, computed by loader processes."""
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.function, self.items = function, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.function(self.items[index])
+
+
 @dataclass
-class Judged:
-    """Result of a task: the readings without pixels, the features by variant, the frame sizes."""
-
-    readings: list[Reading]
-    rows: dict[str, Tensor]
-    sizes: list[tuple[int, int]]
-
-
 class Extractor:
     """Reads with `workers` loader processes per rank, and runs the detector in this process.
 
     Args:
-        progress: called with (items done, items requested), on rank 0.
+        progress: called with (items done, items requested).
         timeout_s: a loader process that returns nothing in this time ends the run.
     """
 
-    def __init__(
-        self,
-        world: World,
-        workers: int = 2,
-        progress: Callable[[int, int], None] | None = None,
-        timeout_s: float = 600.0,
-    ) -> None:
-        self.world, self.workers, self.timeout_s = world, workers, timeout_s
-        self.progress = progress if world.is_main else None
+    world: World
+    workers: int = 2
+    progress: Callable[[int, int], None] | None = None
+    timeout_s: float = 600.0
 
     def extract(
         self,
         source: Source,
         rules: SideRules,
-        detector: DetectorLike,
+        detector: Detector,
         variants: Sequence[str] = (PLAIN,),
         windows: Sequence[Window] | None = None,
         max_rows: int | None = None,
     ) -> FeatureSet:
-        """Extracts the features of one side.
+        """Extracts the features of one side. An unusable clip is replaced by the next one in the order.
 
         Args:
             windows: exactly these, instead of those of the rules.
@@ -151,102 +136,71 @@ class Extractor:
             ValueError: no clip can be used, or frames differ in size.
         """
         gather = Gathered(source, self.world.is_main)
-        if rules.unit == "clip":
-            self._clips(gather, rules, detector, variants, windows)
-        else:
-            self._frames(gather, rules, detector, windows, max_rows)
-        return gather.finish()
+        read = partial(read_task, source, rules)
 
-    def _clips(
-        self,
-        gather: Gathered,
-        rules: SideRules,
-        detector: DetectorLike,
-        variants: Sequence[str],
-        windows: Sequence[Window] | None,
-    ) -> None:
-        """Reads the requested number of clips: each unusable clip is replaced by the next one in the order."""
-        source = gather.source
-        requests = [Request(place) for place in source.order(rules)]
+        def run(tasks: Sequence[Task], wanted: int) -> None:
+            for result in self.in_order(read, tasks, lambda found: run_detector(found, source, detector, variants)):
+                gather.take(*result)
+                if self.progress:
+                    self.progress(gather.done, wanted)
+
+        if rules.unit == "frame":
+            if windows is None:
+                windows = self._select_frames(gather, rules)
+            gather.most = wanted = sum(window.frames for window in windows)
+            if max_rows is not None and wanted > max_rows and self.world.is_main:
+                gather.summarise(windows, max_rows, [Moments(detector.dims, self.world.device) for _ in range(2)])
+            run(group_frames(windows), wanted)
+            return gather.finish()
+        requests: list[Request] = [(place, None) for place in source.order(rules)]
         if windows is not None:
-            requests = [Request(window.clip, window) for window in windows]
+            requests = [(window.clip, window) for window in windows]
         gather.most = wanted = len(requests) if rules.count is None else min(rules.count, len(requests))
         gather.result.whole = wanted == len(source.clips) and rules.offset == "start"
-        tried = 0
-        while tried < len(requests) and len(gather.result.windows) < wanted:
-            some = requests[tried : tried + wanted - len(gather.result.windows)]
-            tried += len(some)
-            tasks = group_clips(some, rules.frames)
-            self._judge(
-                gather, rules, tasks, lambda readings: judge_clips(readings, source, detector, variants), wanted
-            )
+        size = max(1, CALL_FRAMES // rules.frames)
+        while requests and (missing := wanted - len(gather.result.windows)):
+            some, requests = requests[:missing], requests[missing:]
+            run([some[start : start + size] for start in range(0, len(some), size)], wanted)
+        return gather.finish()
 
-    def _frames(
-        self,
-        gather: Gathered,
-        rules: SideRules,
-        detector: DetectorLike,
-        windows: Sequence[Window] | None,
-        max_rows: int | None,
-    ) -> None:
-        """Reads single frames, selected once all lengths are known."""
-        source = gather.source
-        if windows is None:
-            lengths = []
-            for index, (length, problem) in enumerate(self.in_order(Lengths(source), lambda item: item)):
-                lengths.append(length)
-                gather.note(Reading(index, problem=problem))
-            windows = select_frame_windows(lengths, rules)
-            gather.result.whole = sum(window.frames for window in windows) == sum(lengths)
-        gather.most = wanted = sum(window.frames for window in windows)
-        if max_rows is not None and wanted > max_rows and self.world.is_main:
-            gather.summarise(windows, max_rows, [Moments(detector.dims, self.world.device) for _ in range(2)])
-        self._judge(gather, rules, group_frames(windows), lambda readings: judge_frames(readings, detector), wanted)
+    def _select_frames(self, gather: Gathered, rules: SideRules) -> list[Window]:
+        """Selects single frames once all lengths are known."""
+        lengths = []
+        for place, (length, problem) in enumerate(self.in_order(read_length, gather.source.clips)):
+            lengths.append(length)
+            gather.note(Reading(place, note="unreadable" if problem else None, reason=problem or ""))
+        windows = select_frame_windows(lengths, rules)
+        gather.result.whole = sum(window.frames for window in windows) == sum(lengths)
+        return windows
 
-    def _judge(
-        self,
-        gather: Gathered,
-        rules: SideRules,
-        tasks: list[Task],
-        judge: Callable[[list[Reading]], Judged],
-        wanted: int,
-    ) -> None:
-        for judged in self.in_order(ClipReader(gather.source, rules, tasks), judge):
-            gather.take(judged)
-            if self.progress:
-                self.progress(gather.done, wanted)
+    def in_order(
+        self, read: Callable[[Any], Any], items: Sequence[Any], process: Callable[[Any], Any] = lambda found: found
+    ) -> Iterator[Any]:
+        """Yields `process(read(item))` of every item, in order, on every rank; each is computed by one rank.
 
-    def in_order(self, dataset: Dataset, process: Callable[[Any], Any]) -> Iterator[Any]:
-        """Yields `process(item)` of every item of `dataset`, in order, on every rank; each is processed by one rank."""
-        total, world = len(dataset), self.world  # type: ignore[arg-type]
-        mine = range(world.rank, total, world.size)
+        Loader processes call `read`, and this process calls `process`.
+        """
+        mine = range(self.world.rank, len(items), self.world.size)
         workers = min(self.workers, len(mine))
-        loader = worker_loader(dataset, workers, batch_size=None, sampler=mine, prefetch_factor=2)
-        items = loaded_items(loader, self.timeout_s)
-        for _ in range(0, total, GATHER_EVERY * world.size):
-            results = [process(item) for item in islice(items, GATHER_EVERY)]
+        loader = worker_loader(Mapped(read, items), workers, batch_size=None, sampler=mine, prefetch_factor=2)
+        loaded = loaded_items(loader, self.timeout_s)
+        for _ in range(0, len(items), GATHER_EVERY * self.world.size):
+            results = [process(found) for found in islice(loaded, GATHER_EVERY)]
             for turn in zip_longest(*gather_objects(results)):
                 yield from islice(turn, sum(each is not None for each in turn))
 
 
-def judge_clips(readings: list[Reading], source: Source, detector: DetectorLike, variants: Sequence[str]) -> Judged:
-    """Runs a clip detector once for each variant."""
+def run_detector(
+    readings: list[Reading], source: Source, detector: Detector, variants: Sequence[str]
+) -> tuple[list[Reading], dict[str, Tensor]]:
+    """Runs the detector once for each variant; returns the readings without pixels, and the features by variant."""
     good = [(each.frames, source.clips[each.clip]) for each in readings if each.frames is not None]
-    sizes = sorted({(frames.shape[-2], frames.shape[-1]) for frames, _ in good})
+    join = torch.stack if detector.input == "clip" else torch.cat
     rows = {}
-    if len(sizes) == 1:
+    if len({frames.shape[-2:] for frames, _ in good}) == 1:  # `Gathered.take` refuses frames of different sizes
         for name in variants:
-            show = build_variant(name)
-            rows[name] = detector(torch.stack([show(frames, clip) for frames, clip in good]))
-    return Judged([replace(each, frames=None) for each in readings], rows, sizes)
-
-
-def judge_frames(readings: list[Reading], detector: DetectorLike) -> Judged:
-    """Runs a frame detector once."""
-    good = [each.frames for each in readings if each.frames is not None]
-    sizes = sorted({(frames.shape[-2], frames.shape[-1]) for frames in good})
-    rows = {PLAIN: detector(torch.cat(good))} if len(sizes) == 1 else {}
-    return Judged([replace(each, frames=None) for each in readings], rows, sizes)
+            rows[name] = detector(join([change_frames(name, frames, clip) for frames, clip in good]))
+    return [replace(each, frames=None) for each in readings], rows
 
 
 class Gathered:
@@ -273,57 +227,46 @@ class Gathered:
 
     def note(self, reading: Reading) -> None:
         """Records the problem of a clip, if any."""
-        name = self.source.clips[reading.clip].name
-        if reading.problem:
-            notes = self.result.short if reading.short else self.result.unreadable
-            notes.setdefault(name, reading.problem)
-        if reading.remark:
-            self.result.cut_off.setdefault(name, reading.remark)
+        if reading.note:
+            self.result.notes[reading.note].setdefault(self.source.clips[reading.clip].name, reading.reason)
 
-    def take(self, judged: Judged) -> None:
+    def take(self, readings: Sequence[Reading], rows: Mapping[str, Tensor]) -> None:
         """Adds the next task. Raises ValueError if the frame size differs from earlier ones."""
-        for size in judged.sizes:
-            self.result.size = self.result.size or size
-            if size != self.result.size:
-                (h, w), (height, width) = size, self.result.size
+        for each in readings:
+            self.note(each)
+            if each.window is None or each.size is None:
+                continue
+            self.result.windows.append(each.window)
+            self.result.size = self.result.size or each.size
+            if each.size != self.result.size:
+                (h, w), (height, width) = each.size, self.result.size
                 raise ValueError(
                     f"the frames in '{self.source.root}' differ in size ({width}x{height} and {w}x{h}): "
                     "give --resolution, to which all are cropped and resized"
                 )
-        used = []
-        for reading in judged.readings:
-            self.note(reading)
-            if reading.window is not None and not reading.problem:
-                used.append(reading.window)
-        self.result.windows += used
-        if self.result.moments:
-            self._add(judged.rows, used)
+        if self.result.moments and rows:  # of frames: a task holds one clip
+            half = int(readings[0].clip in self.second_half)
+            self.pending[half].append(rows[PLAIN])
+            if sum(map(len, self.pending[half])) >= MOMENT_ROWS:
+                self._flush(half)
         if self.keep:
-            self._keep(judged.rows)
-        self.done += len(judged.rows.get(PLAIN, ()))
+            self._keep(rows)
+        self.done += len(rows.get(PLAIN, ()))
 
     def _keep(self, rows: Mapping[str, Tensor]) -> None:
         """Copies rows to the blocks. Once these are full, item i replaces a random row with probability most / (i + 1),
         so that all subsets are equally likely (Vitter, 1985, algorithm R).
         """
-        free = self.most - self.done
         for name, features in rows.items():
             if name not in self.rows:
                 self.rows[name] = torch.empty(self.most, features.shape[1])
-            if free > 0:
-                self.rows[name][self.done : self.done + len(features)] = features[:free]
-        for item, row in islice(enumerate(rows.get(PLAIN, ()), self.done), max(free, 0), None):
-            place = int(self.sampling.integers(item + 1))
-            if place < self.most and self.result.kept is not None:
-                self.rows[PLAIN][place], self.result.kept[place] = row, item
-
-    def _add(self, rows: Mapping[str, Tensor], used: Sequence[Window]) -> None:
-        """Adds rows to the moments of the clip's half; a task holds one clip."""
-        for features in rows.values():
-            half = int(used[0].clip in self.second_half)
-            self.pending[half].append(features)
-            if sum(map(len, self.pending[half])) >= MOMENT_ROWS:
-                self._flush(half)
+        for number, item in enumerate(range(self.done, self.done + len(rows.get(PLAIN, ())))):
+            place = item if item < self.most else int(self.sampling.integers(item + 1))
+            if place < self.most:
+                for name, features in rows.items():
+                    self.rows[name][place] = features[number]
+                if self.result.kept is not None:
+                    self.result.kept[place] = item
 
     def _flush(self, half: int) -> None:
         if self.pending[half]:
@@ -332,17 +275,17 @@ class Gathered:
 
     def finish(self) -> FeatureSet:
         """Returns the features. Raises ValueError if no clip was usable."""
-        result = self.result
+        result, notes = self.result, self.result.notes
         if not result.windows:
-            raise explain_unusable(self.source, {**result.unreadable, **result.short})
+            raise self.source.explain_unusable({**notes["unreadable"], **notes["short"]})
         for half in range(len(result.moments)):
             self._flush(half)
         if result.kept is not None:
             result.kept = result.kept[: self.done]
         for name, block in self.rows.items():
             result.rows[name] = block if self.done >= len(block) else block[: self.done].clone()
-        for name in {self.source.clips[window.clip].name for window in result.windows} & set(result.unreadable):
-            result.cut_off[name] = f"used in part: {result.unreadable.pop(name)}"
+        for name in {self.source.clips[window.clip].name for window in result.windows} & set(notes["unreadable"]):
+            notes["cut_off"][name] = f"used in part: {notes['unreadable'].pop(name)}"
         return result
 
 

@@ -10,9 +10,31 @@ from typing import Any
 
 from .extract import FeatureSet
 from .protocols import SideRules
-from .sources import Source, Window, window_to_json, windows_from_json
+from .sources import Source, Window
 
 KIND = "latte clip manifest"
+
+
+def window_to_json(window: Window, source: Source) -> list[Any]:
+    """Returns [file, offset, stride, frames], a line of a manifest."""
+    return [source.clips[window.clip].name, *window[1:]]
+
+
+def windows_from_json(lines: Sequence[Any], source: Source, where: str) -> list[Window]:
+    """Inverts `window_to_json`.
+
+    Raises: ValueError, with `where`, for malformed lines or missing clips.
+    """
+    places = {clip.name: place for place, clip in enumerate(source.clips)}
+    windows = []
+    for number, line in enumerate(lines, 1):
+        whole = isinstance(line, list) and len(line) == 4 and all(type(each) is int for each in line[1:])
+        if not whole or line[1] < 0 or min(line[2:]) < 1:
+            raise ValueError(f"{where}: line {number} is not [file, offset, stride, frames]")
+        if line[0] not in places:
+            raise ValueError(f"{where}: '{line[0]}' is not in '{source.root}'")
+        windows.append(Window(places[line[0]], *line[1:]))
+    return windows
 
 
 def format_manifest(read: Mapping[tuple[str, SideRules], FeatureSet], sources: Mapping[str, Source]) -> str:
@@ -38,28 +60,24 @@ class Manifest:
             content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["kind"] != KIND:
                 raise ValueError(content["kind"])
-            self.entries = {(entry["side"], _key(entry["rules"])): entry["windows"] for entry in content["entries"]}
+            self.entries = [(entry["side"], entry["rules"], entry["windows"]) for entry in content["entries"]]
         except FileNotFoundError:
             raise FileNotFoundError(f"--manifest: there is no file '{path}'") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"--manifest: '{path}' is not a manifest that this tool wrote") from error
 
-    def __call__(self, side: str, rules: SideRules) -> tuple[SideRules, Sequence[Window]]:
+    def find(self, side: str, rules: SideRules) -> tuple[SideRules, list[Window]]:
         """Returns the rules of an entry, `rules` or `rules.whole`, and its windows.
 
         Raises: ValueError if there is no such entry.
         """
         for each in (rules.whole, rules):
-            lines = self.entries.get((side, _key(asdict(each))))
-            if lines is not None:
-                windows = windows_from_json(lines, self.sources[side], f"--manifest: '{self.path}'")
-                if rules.allows(windows):
-                    return each, windows
+            for of_side, of_rules, lines in self.entries:
+                if (of_side, of_rules) == (side, asdict(each)):
+                    windows = windows_from_json(lines, self.sources[side], f"--manifest: '{self.path}'")
+                    if rules.allows(windows):
+                        return each, windows
         raise ValueError(
             f"--manifest: '{self.path}' holds no {side} clips for these settings: repeat the metrics, protocol "
             "and seeds that wrote it"
         )
-
-
-def _key(rules: Any) -> str:
-    return json.dumps(rules, sort_keys=True)

@@ -1,12 +1,12 @@
-"""Formats the result of an evaluation as a table of 80 columns."""
+"""Lists warnings about a value, and formats the result of an evaluation as a table of 80 columns."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import textwrap
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy
@@ -14,20 +14,22 @@ import PIL
 import torch
 
 from common.text import printable
+from datasets.readers import VIDEO_SUFFIXES
+
+from .detectors import Detector
+from .protocols import Metric, Protocol
+from .sources import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 80
 NAMED = 5  # dropped clips in the table; the file lists all
+ENOUGH = 2048  # items below which a Frechet distance has a large bias
 
 
 def list_versions() -> dict[str, str | None]:
     """Returns the versions of the code and of all libraries behind the numbers."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "commit": git.stdout.strip() or None,
-        "python": platform.python_version(),
-        **list_library_versions(),
-    }
+    return {"commit": git.stdout.strip() or None, "python": platform.python_version(), **list_library_versions()}
 
 
 def list_library_versions() -> dict[str, str]:
@@ -38,14 +40,81 @@ def list_library_versions() -> dict[str, str]:
     return {name: module.__version__ for name, module in modules.items()}
 
 
+# ---- warnings ------------------------------------------------------------------------------------------
+
+
+def list_warnings(
+    metric: Metric,
+    protocol: Protocol,
+    detector: Detector,
+    sources: Mapping[str, Source],
+    counts: Mapping[str, Mapping[str, Any]],
+) -> Iterator[str]:
+    """Yields reservations about a value, a sentence each. `counts`: of the clips, by side, as in the result file."""
+    used = {side: each["used"] for side, each in counts.items()}
+    asked = {side: getattr(metric, f"num_{side}") for side in counts if side == "fake" or metric.unit == "clip"}
+    few = [f"{used[side]} {side}" for side, most in asked.items() if used[side] < most]
+    if few:
+        yield f"{' and '.join(few)} {metric.unit}s were used; {asked['fake']} are asked for"
+    if metric.kind == "frechet" and min(used.values()) < ENOUGH:
+        yield f"fewer than {ENOUGH} {metric.unit}s: their number alone raises the value; compare at equal counts only"
+    if metric.unit == "clip" and len(set(used.values())) > 1:
+        yield f"{used['real']} real against {used['fake']} fake clips: give both sides as many"
+    yield from _list_data_warnings(protocol, sources, counts)
+    if detector.spec.stand_in:
+        yield f"{detector.name} is a stand-in: the value compares with no published one"
+    elif detector.spec.sha256 and detector.sha256 != detector.spec.sha256:
+        yield f"the detector is not the known {detector.spec.file}: its SHA-256 is another one"
+    if metric.kind == "frechet" and min(used.values()) <= detector.dims:
+        yield f"{min(used.values())} items for {detector.dims} features: the covariance is not of full rank"
+    if protocol.changed:
+        yield f"not the protocol {protocol.name} as it is known: {', '.join(protocol.changed)}"
+
+
+def _list_data_warnings(
+    protocol: Protocol, sources: Mapping[str, Source], counts: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    for side, each in counts.items():
+        if each["unreadable"] or each["too_short"]:
+            dropped = f"{each['unreadable']} unreadable, {each['too_short']} too short"
+            yield f"{side} clips were left out: {dropped}; the result file names them"
+        if each["cut_off"]:
+            yield f"{each['cut_off']} {side} files are cut off or damaged, and were used as far as they go"
+    fake = sources["fake"]
+    if "real" in counts:
+        root = sources["real"].root
+        if Path(root).resolve() == Path(fake.root).resolve():
+            yield f"real and fake clips are the same, '{fake.root}': the value judges no sample"
+        words = {word.lower() for word in PurePath(root).parts}
+        if protocol.split == "train" and words & {"test", "val", "valid", "validation"}:
+            yield f"'{root}' does not look like the training split that is stated: see --split"
+    lossy = any(PurePath(clip.name).suffix.lower() in VIDEO_SUFFIXES for clip in fake.clips)
+    if lossy and protocol.fake_storage == "as read":
+        yield "the fakes are video files, whose losses count against them: score the lossless arrays"
+
+
+def group_warnings(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Returns every warning once, with the names of its metrics."""
+    about: dict[str, list[str]] = {}
+    for name, entry in metrics.items():
+        for warning in entry["warnings"]:
+            about.setdefault(warning, []).append(name)
+    return about
+
+
+# ---- table ---------------------------------------------------------------------------------------------
+
+
 def format_table(result: Mapping[str, Any]) -> str:
     """Formats the result for the terminal."""
-    parts = [_head(result), _values(result["metrics"]), _along(result["metrics"]), _detectors(result["detectors"])]
+    parts: list[Iterable[str]] = [_head(result), _values(result["metrics"]), _along(result["metrics"])]
+    detectors = result["detectors"].items()
+    parts += [[f"{name}: {printable(each['path'])}\n  sha256 {each['sha256']}" for name, each in detectors]]
     parts += [_dropped(result["metrics"]), _warnings(result["metrics"])]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(text for part in parts if (text := "\n".join(part)))
 
 
-def _head(result: Mapping[str, Any]) -> str:
+def _head(result: Mapping[str, Any]) -> Iterator[str]:
     protocol = result["protocol"]
     named = f"{protocol['name']}" + (f", {protocol['dataset']}" if protocol["dataset"] else "")
     size = protocol["resolution"] and "{0} x {0}, {1}".format(protocol["resolution"], protocol["crop"])
@@ -56,30 +125,24 @@ def _head(result: Mapping[str, Any]) -> str:
         "pixels": f"{size or 'size as it is'}; real {protocol['real_storage']}, fake {protocol['fake_storage']}",
         "seeds": ", ".join(map(str, result["seeds"])) + f"; covariance divided by {protocol['divisor']}",
     }
-    for side in ("real", "fake"):
-        if result["sources"].get(side):
-            facts[side] = f"{result['sources'][side]['clips']} clips in {result['sources'][side]['path']}"
-    return "\n".join(_fact(name, text) for name, text in facts.items())
+    for side, source in result["sources"].items():
+        facts[side] = f"{source['clips']} clips in {source['path']}"
+    for name, text in facts.items():
+        yield _wrap(text, first=f"{name:<9} ", indent=" " * 10)
 
 
-def _fact(name: str, text: str) -> str:
-    return _wrapped(text, initial_indent=f"{name:<9} ", subsequent_indent=" " * 10)
-
-
-def _values(metrics: Mapping[str, Any]) -> str:
+def _values(metrics: Mapping[str, Any]) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [("metric", "value", "±", "floor", "shuffled", "real", "fake", "dropped")]
     for name, entry in metrics.items():
         used = {side: str(counts["used"]) for side, counts in entry["counts"].items()}
-        lost = {side: counts["too_short"] + counts["unreadable"] for side, counts in entry["counts"].items()}
+        lost = [counts["too_short"] + counts["unreadable"] for counts in entry["counts"].values()]
         spread = entry["std"] if entry["std"] is not None else entry.get("spread")
         numbers = [_number(each) for each in (entry["value"], spread, entry.get("floor"), entry.get("shuffled"))]
-        dropped = "+".join(str(each) for each in lost.values()) if any(lost.values()) else "0"
+        dropped = "+".join(map(str, lost)) if any(lost) else "0"
         rows.append((name, *numbers, used.get("real", "-"), used.get("fake", "-"), dropped))
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(each.ljust(width) if place == 0 else each.rjust(width) for place, (each, width) in enumerate(cells))
-        for cells in (list(zip(row, widths)) for row in rows)
-    )
+    name_width, *widths = (max(map(len, column)) for column in zip(*rows))
+    for name, *cells in rows:
+        yield "  ".join([name.ljust(name_width), *(cell.rjust(width) for cell, width in zip(cells, widths))])
 
 
 def _number(value: float | None) -> str:
@@ -90,53 +153,39 @@ def _number(value: float | None) -> str:
     return f"{value:.2f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
-def _along(metrics: Mapping[str, Any]) -> str:
-    lines = []
+def _along(metrics: Mapping[str, Any]) -> Iterator[str]:
     for name, entry in metrics.items():
         for key, what in (("by_length", "first frames"), ("by_frame", "frame")):
             if entry.get(key):
                 steps = "  ".join(f"{place}: {_number(value)}" for place, value in entry[key].items())
-                lines.append(_wrapped(f"{name} by {what}  {steps}"))
-    return "\n".join(lines)
+                yield _wrap(f"{name} by {what}  {steps}")
 
 
-def _detectors(detectors: Mapping[str, Any]) -> str:
-    lines = []
-    for name, each in detectors.items():
-        lines += [f"{name}: {printable(each['path'])}", f"  sha256 {each['sha256']}"]
-    return "\n".join(lines)
-
-
-def _dropped(metrics: Mapping[str, Any]) -> str:
+def _dropped(metrics: Mapping[str, Any]) -> Iterator[str]:
     """Lists the first few unreadable clips by name."""
     names: dict[str, str] = {}
     for entry in metrics.values():
         for side, notes in entry["dropped"].items():
             names |= {f"{side} {clip}": reason for clip, reason in notes["unreadable"].items()}
-    shown = [f"left out: {clip}: {reason}" for clip, reason in list(names.items())[:NAMED]]
-    shown += [f"left out: and {len(names) - NAMED} more, named in the result file"] if len(names) > NAMED else []
-    return "\n".join(_wrapped(line) for line in shown)
+    for clip, reason in list(names.items())[:NAMED]:
+        yield _wrap(f"left out: {clip}: {reason}")
+    if len(names) > NAMED:
+        yield f"left out: and {len(names) - NAMED} more, named in the result file"
 
 
-def _warnings(metrics: Mapping[str, Any]) -> str:
-    """Lists each warning once, with its metrics."""
-    about: dict[str, list[str]] = {}
-    for name, entry in metrics.items():
-        for warning in entry["warnings"]:
-            about.setdefault(warning, []).append(name)
-    everywhere = len(metrics)
-    return "\n".join(
-        _wrapped(f"warning: {warning}" + ("" if len(names) == everywhere else f" ({', '.join(names)})"))
-        for warning, names in about.items()
-    )
+def _warnings(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Lists each warning once, with its metrics unless it is about all."""
+    for warning, names in group_warnings(metrics).items():
+        yield _wrap(f"warning: {warning}" + ("" if len(names) == len(metrics) else f" ({', '.join(names)})"))
 
 
-def _wrapped(text: str, **indents: str) -> str:
+def _wrap(text: str, first: str = "", indent: str = "  ") -> str:
     """Wraps `text` to 80 columns without breaking paths."""
-    indents = {"subsequent_indent": "  "} | indents
-    return textwrap.fill(printable(text), WIDTH, break_long_words=False, break_on_hyphens=False, **indents)  # type: ignore[arg-type]
-
-
-def merge_warnings(metrics: Mapping[str, Any]) -> Sequence[str]:
-    """Returns every warning once."""
-    return list(dict.fromkeys(warning for entry in metrics.values() for warning in entry["warnings"]))
+    return textwrap.fill(
+        printable(text),
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

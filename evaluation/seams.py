@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +24,7 @@ from diffusion.windows import WINDOW_METHODS, find_seams
 from engine import cli
 
 
-@dataclass(frozen=True)
-class SeamChange:
+class SeamChange(NamedTuple):
     """Mean change from frame to frame in grey levels, at seams and elsewhere; their ratio and its standard error."""
 
     at_seams: float
@@ -57,21 +55,16 @@ def seam_change(videos: np.ndarray, seams: Sequence[int]) -> SeamChange:
     if not places or places[0] < 0 or places[-1] >= changes.shape[1] or len(places) == changes.shape[1]:
         raise ValueError(f"seams must be some of the frames 1 to {changes.shape[1]}, but not all, got {list(seams)}.")
     at, rest = changes[:, places].mean(axis=1), np.delete(changes, places, axis=1).mean(axis=1)
-    ratio = float(at.mean() / max(rest.mean(), 1e-12))
-    count = len(at)
-    if count < 2:
-        return SeamChange(float(at.mean()), float(rest.mean()), ratio, float("nan"))
-    without = (at.sum() - at) / np.maximum(rest.sum() - rest, 1e-12)
-    error = float(np.sqrt((count - 1) * np.mean((without - without.mean()) ** 2)))
-    return SeamChange(float(at.mean()), float(rest.mean()), ratio, error)
+    ratio = at.mean() / max(rest.mean(), 1e-12)
+    error = np.nan  # of a single video
+    if len(at) > 1:
+        without = (at.sum() - at) / np.maximum(rest.sum() - rest, 1e-12)
+        error = np.sqrt((len(at) - 1) * np.mean((without - without.mean()) ** 2))
+    return SeamChange(*map(float, (at.mean(), rest.mean(), ratio, error)))
 
 
 def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """Reads the videos of a folder of samples, uint8 (n, F, H, W, 3), and its samples.json.
-
-    Raises:
-        ValueError: not a folder of samples.
-    """
+    """Reads the videos of a folder of samples, uint8 (n, F, H, W, 3), and its samples.json. Raises ValueError."""
     try:
         written: dict[str, Any] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
         files = [str(video["file"]) for video in written["videos"]]

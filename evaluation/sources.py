@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datasets.catalog import Clip, find_clips, find_root
 from datasets.readers import Reader, VideoError, list_frames, open_video
@@ -26,8 +25,8 @@ from .pixels import STORAGE, fit
 from .protocols import SideRules
 
 PURPOSES = {"offset": 1, "selection": 2, "shuffle": 3, "halves": 4, "sample": 5}
-CALL_FRAMES = 128  # frames in one call of a clip detector; changes the last bits on a GPU
 TASK_FRAMES = 32  # frames read at a time if frames are the items
+NOTES = ("short", "unreadable", "cut_off")  # problems of clips; those cut off are used as far as they can be read
 
 
 class TooShort(VideoError):
@@ -47,26 +46,25 @@ class Window(NamedTuple):
         return range(self.offset, self.offset + self.frames * self.stride, self.stride)
 
 
-class Request(NamedTuple):
-    """A clip to be read; without a window, one is drawn once the length is known."""
-
-    clip: int
-    window: Window | None = None
-
-
-Task = tuple[Request, ...]  # read and passed to the detector together
+Request = tuple[int, Window | None]  # a clip and its window; None: drawn once the length is known
+Task = Sequence[Request]  # read and passed to the detector together
 
 
 @dataclass
 class Reading:
-    """Result of a request: frames (T, 3, H, W), or the `problem` that prevented them."""
+    """Result of a request: the frames (T, 3, H, W) and their (H, W), and a problem of the clip.
+
+    Args:
+        note: kind of the problem, one of NOTES.
+        reason: the problem in words.
+    """
 
     clip: int
     window: Window | None = None
     frames: Tensor | None = None
-    problem: str | None = None
-    short: bool = False
-    remark: str | None = None  # read, but the file is cut off
+    size: tuple[int, int] | None = None
+    note: str | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,15 +93,16 @@ class Source:
         seen = ", ".join(f"{count} {what}" for what, count in sorted(skipped.items())) or "nothing at all"
         raise ValueError(f"{key}: '{path}' holds no video, no folder of frames and no sample array (found: {seen})")
 
-    def listing(self) -> list[tuple[str, int]]:
-        """Returns (name, size) of every clip: bytes of a file, frames of a folder."""
-        return [(clip.name, clip.size) for clip in self.clips]
-
     def order(self, rules: SideRules) -> list[int]:
         """Returns the indices of all clips in the order of their use: by name, unless some are drawn."""
         if rules.selection == "first" or rules.count is None or rules.count >= len(self.clips):
             return list(range(len(self.clips)))
         return draw(rules.seed, "selection").permutation(len(self.clips)).tolist()
+
+    def explain_unusable(self, problems: Mapping[str, str]) -> ValueError:
+        """Returns the error for a source without a usable clip; `problems`: by name."""
+        some = "; ".join(f"{name}: {problem}" for name, problem in islice(problems.items(), 3))
+        return ValueError(f"none of the {len(self.clips)} clips in '{self.root}' can be used: {some}")
 
 
 def draw(seed: int | None, purpose: str, name: str = "") -> np.random.Generator:
@@ -111,6 +110,36 @@ def draw(seed: int | None, purpose: str, name: str = "") -> np.random.Generator:
     words = np.frombuffer(hashlib.sha256(name.encode(errors="surrogateescape")).digest(), np.uint32)
     entropy = [(seed or 0) % 2**64, PURPOSES[purpose], *words.tolist()]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+
+def shuffle_frames(frames: Tensor, clip: Clip) -> Tensor:
+    """Returns the frames (T, ...) in a random order, fixed for this clip."""
+    order = draw(0, "shuffle", clip.name).permutation(len(frames))
+    return frames[torch.from_numpy(order)]
+
+
+# ---- reading -------------------------------------------------------------------------------------------
+
+
+def read_task(source: Source, rules: SideRules, task: Task) -> list[Reading]:
+    """Reads and preprocesses the frames of a task; each clip is opened once. Its problems are noted, not raised."""
+    readings: list[Reading] = []
+    for place, requests in groupby(task, key=lambda request: request[0]):
+        windows = [window for _, window in requests]
+        clip = source.clips[place]
+        try:
+            reader = open_video(clip.path)
+            chosen = [window or choose_window(rules, clip, place, len(reader)) for window in windows]
+            frames = read_frames(reader, clip, [index for window in chosen for index in window.indices])
+            frames = STORAGE[rules.storage](fit(frames, rules.crop, rules.resolution))
+        except VideoError as error:
+            kind = "short" if isinstance(error, TooShort) else "unreadable"
+            readings += [Reading(place, window, note=kind, reason=error.reason) for window in windows]
+            continue
+        size, note = (frames.shape[-2], frames.shape[-1]), "cut_off" if reader.cut_off else None
+        for window, own in zip(chosen, frames.split([window.frames for window in chosen])):
+            readings.append(Reading(place, window, own, size, note, reader.cut_off or ""))
+    return readings
 
 
 def choose_window(rules: SideRules, clip: Clip, place: int, length: int) -> Window:
@@ -124,63 +153,6 @@ def choose_window(rules: SideRules, clip: Clip, place: int, length: int) -> Wind
     return Window(place, offset, rules.stride, rules.frames)
 
 
-def shuffled(frames: Tensor, clip: Clip) -> Tensor:
-    """Returns the frames (T, ...) in a random order, fixed for this clip."""
-    order = draw(0, "shuffle", clip.name).permutation(len(frames))
-    return frames[torch.from_numpy(order)]
-
-
-class ClipReader(Dataset[list[Reading]]):
-    """`reader[i]`: the preprocessed frames of task i. Problems of clips are in the readings, not raised."""
-
-    def __init__(self, source: Source, rules: SideRules, tasks: Sequence[Task]) -> None:
-        self.source, self.rules, self.tasks = source, rules, tasks
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, index: int) -> list[Reading]:
-        groups = groupby(self.tasks[index], key=lambda request: request.clip)
-        return [reading for place, requests in groups for reading in self._read(place, list(requests))]
-
-    def _read(self, place: int, requests: list[Request]) -> Iterator[Reading]:
-        """Reads all windows of one clip, which is opened once."""
-        clip = self.source.clips[place]
-        try:
-            reader = open_video(clip.path)
-            windows = [window or choose_window(self.rules, clip, place, len(reader)) for _, window in requests]
-            frames = self._preprocess(
-                read_frames(reader, clip, [index for window in windows for index in window.indices])
-            )
-        except VideoError as error:
-            short = isinstance(error, TooShort)
-            yield from (Reading(place, window, problem=error.reason, short=short) for _, window in requests)
-            return
-        for window, own in zip(windows, frames.split([window.frames for window in windows])):
-            yield Reading(place, window, own, remark=reader.cut_off)
-
-    def _preprocess(self, frames: Tensor) -> Tensor:
-        return STORAGE[self.rules.storage](fit(frames, self.rules.crop, self.rules.resolution))
-
-
-def find_first_size(source: Source, rules: SideRules) -> tuple[int, int]:
-    """Returns (H, W) of the first usable clip after preprocessing. Raises ValueError if there is none."""
-    problems: dict[str, str] = {}
-    for place in source.order(rules):
-        (reading,) = ClipReader(source, rules, [(Request(place),)])[0]
-        if reading.frames is not None:
-            height, width = reading.frames.shape[-2:]
-            return height, width
-        problems[source.clips[place].name] = str(reading.problem)
-    raise explain_unusable(source, problems)
-
-
-def explain_unusable(source: Source, problems: Mapping[str, str]) -> ValueError:
-    """Returns the error for a side without a usable clip; `problems`: by name."""
-    some = "; ".join(f"{name}: {problem}" for name, problem in islice(problems.items(), 3))
-    return ValueError(f"none of the {len(source.clips)} clips in '{source.root}' can be used: {some}")
-
-
 def read_frames(reader: Reader, clip: Clip, indices: list[int]) -> Tensor:
     """Reads the frames. Raises VideoError if damaged parts make them unreliable."""
     if max(indices) >= len(reader):
@@ -191,71 +163,56 @@ def read_frames(reader: Reader, clip: Clip, indices: list[int]) -> Tensor:
     return frames
 
 
-class Lengths(Dataset[tuple[int, str | None]]):
-    """`lengths[i]`: (frames of clip i, None), or (0, the reason that it cannot be read)."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source.clips)
-
-    def __getitem__(self, index: int) -> tuple[int, str | None]:
-        try:
-            return len(open_video(self.source.clips[index].path)), None
-        except VideoError as error:
-            return 0, error.reason
+def read_length(clip: Clip) -> tuple[int, str | None]:
+    """Returns (number of frames, None), or (0, the reason that the clip cannot be read)."""
+    try:
+        return len(open_video(clip.path)), None
+    except VideoError as error:
+        return 0, error.reason
 
 
-# ------------------------------------------------------------------------------------------------ tasks
+def find_first_size(source: Source, rules: SideRules) -> tuple[int, int]:
+    """Returns (H, W) of the first usable clip after preprocessing. Raises ValueError if there is none."""
+    problems: dict[str, str] = {}
+    for place in source.order(rules):
+        (reading,) = read_task(source, rules, [(place, None)])
+        if reading.size:
+            return reading.size
+        problems[source.clips[place].name] = reading.reason
+    raise source.explain_unusable(problems)
 
 
-def group_clips(requests: Sequence[Request], frames: int) -> list[Task]:
-    """Groups requests in fixed blocks: their order alone decides the clips of each detector call."""
-    size = max(1, CALL_FRAMES // frames)
-    return [tuple(requests[start : start + size]) for start in range(0, len(requests), size)]
+# ---- single frames -------------------------------------------------------------------------------------
 
 
 def select_frame_windows(lengths: Sequence[int], rules: SideRules) -> list[Window]:
-    """Selects single frames: all, the first or a random set of `rules.count`, as runs, clip by clip."""
+    """Selects single frames: all, the first or a random set of `rules.count`, as runs of at most TASK_FRAMES."""
     total = sum(lengths)
     count = total if rules.count is None else min(rules.count, total)
+    numbers = np.arange(count)  # over all clips
     if rules.selection == "random" and count < total:
-        taken: Iterable[int] = np.sort(draw(rules.seed, "selection").choice(total, count, replace=False))
-    else:
-        taken = range(count)
-    return list(_runs(taken, lengths))
-
-
-def _runs(taken: Iterable[int], lengths: Sequence[int]) -> Iterator[Window]:
-    """Converts frame numbers over all clips to windows of consecutive frames, of at most TASK_FRAMES."""
+        numbers = np.sort(draw(rules.seed, "selection").choice(total, count, replace=False))
     ends = np.cumsum(lengths)
-    starts = ends - lengths
-    numbers = np.fromiter(taken, dtype=np.int64)
     clips = np.searchsorted(ends, numbers, side="right")
-    frames = numbers - starts[clips]
-    begin = 0
-    for place in range(1, len(numbers) + 1):
-        ended = place == len(numbers) or clips[place] != clips[begin] or frames[place] != frames[place - 1] + 1
-        if ended or place - begin == TASK_FRAMES:
-            yield Window(int(clips[begin]), int(frames[begin]), 1, place - begin)
-            begin = place
+    frames = numbers - (ends - lengths)[clips]
+    windows = []
+    for run in np.split(np.arange(count), np.flatnonzero((np.diff(clips) != 0) | (np.diff(frames) != 1)) + 1):
+        for part in (run[start : start + TASK_FRAMES] for start in range(0, len(run), TASK_FRAMES)):
+            windows.append(Window(int(clips[part[0]]), int(frames[part[0]]), 1, len(part)))
+    return windows
 
 
-def group_frames(windows: Sequence[Window]) -> list[Task]:
-    """Groups consecutive windows of one clip, up to TASK_FRAMES frames."""
+def group_frames(windows: Iterable[Window]) -> list[list[Request]]:
+    """Groups consecutive windows of one clip to tasks of up to TASK_FRAMES frames."""
     tasks: list[list[Request]] = []
-    held = TASK_FRAMES
-    for before, window in zip([None, *windows], windows):
+    clip, held = -1, 0
+    for window in windows:
         held += window.frames
-        if before is None or before.clip != window.clip or held > TASK_FRAMES:
+        if window.clip != clip or held > TASK_FRAMES:
             tasks.append([])
-            held = window.frames
-        tasks[-1].append(Request(window.clip, window))
-    return [tuple(task) for task in tasks]
-
-
-# ---------------------------------------------------------------------------------------------- content
+            clip, held = window.clip, window.frames
+        tasks[-1].append((window.clip, window))
+    return tasks
 
 
 def digest_content(clip: Clip, windows: Iterable[Window] | None) -> str:
@@ -263,37 +220,13 @@ def digest_content(clip: Clip, windows: Iterable[Window] | None) -> str:
 
     Raises: OSError, VideoError if they cannot be read.
     """
-    digest = hashlib.sha256()
     files = [Path(clip.path)]
     if clip.num_frames is not None:
-        frames = list_frames(files[0])
+        files = list_frames(files[0])
         if windows is not None:
-            frames = [frames[index] for index in sorted({index for window in windows for index in window.indices})]
-        files = frames
+            files = [files[index] for index in sorted({index for window in windows for index in window.indices})]
+    digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
-
-
-def window_to_json(window: Window, source: Source) -> list[Any]:
-    """Returns [file, offset, stride, frames], a line of a manifest."""
-    return [source.clips[window.clip].name, *window[1:]]
-
-
-def windows_from_json(lines: Sequence[Any], source: Source, where: str) -> list[Window]:
-    """Inverts `window_to_json`.
-
-    Raises: ValueError, with `where`, for malformed lines or missing clips.
-    """
-    places = {clip.name: place for place, clip in enumerate(source.clips)}
-    windows = []
-    for number, line in enumerate(lines, 1):
-        whole = isinstance(line, list) and len(line) == 4 and all(type(each) is int for each in line[1:])
-        if not whole or line[1] < 0 or min(line[2:]) < 1:
-            raise ValueError(f"{where}: line {number} is not [file, offset, stride, frames]")
-        if line[0] not in places:
-            raise ValueError(f"{where}: '{line[0]}' is not in '{source.root}'")
-        windows.append(Window(places[line[0]], *line[1:]))
-    return windows

@@ -54,8 +54,7 @@ def load_torchscript(content: bytes, path: Path, origin: str) -> Any:
     Raises:
         ValueError: a pickle, weights only, a broken archive, a zip bomb, or forbidden operations.
     """
-    _check_kind(content, path, origin)
-    _check_records(content, path)
+    _check_archive(content, path, origin)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated, but detectors use it
@@ -63,7 +62,8 @@ def load_torchscript(content: bytes, path: Path, origin: str) -> Any:
         graph = network.inlined_graph
     except Exception as error:  # a broken archive can raise anything
         raise ValueError(f"{path} is not a whole TorchScript network with a forward; get it from {origin}.") from error
-    refused = sorted({kind for kind in _operations(graph) if _is_refused(kind)})
+    kinds = set(_operations(graph))
+    refused = sorted(kind for kind in kinds if kind.partition("::")[0] not in NAMESPACES or kind.startswith(REFUSED))
     if refused:
         raise ValueError(f"{path} is not run: it holds {', '.join(refused)}, which no detector needs.")
     return network
@@ -83,42 +83,35 @@ def _records(content: bytes) -> list[zipfile.ZipInfo] | None:
         return None
 
 
-def _check_kind(content: bytes, path: Path, origin: str) -> None:
+def _check_archive(content: bytes, path: Path, origin: str) -> None:
+    """Refuses other files, an archive that unpacks to far more than its size, and code that runs at load time."""
     advice = f"a TorchScript file is needed: get it from {origin}."
     if content[:1] == b"\x80" or (path.suffix in (".pkl", ".pickle") and not is_torchscript(content)):
         raise ValueError(f"{path} is a pickle, which is not opened because that can run any code; {advice}")
-    if _records(content) is None:
+    records = _records(content)
+    if records is None:
         raise ValueError(f"{path} is no TorchScript file, or not whole; {advice}")
     if not is_torchscript(content):
         raise ValueError(f"{path} holds no network, at most its weights; {advice}")
-
-
-def _check_records(content: bytes, path: Path) -> None:
-    """Refuses an archive that unpacks to far more than its size, and code that runs at load time."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        records = archive.infolist()
-        unpacked = sum(record.file_size for record in records)
-        encrypted = any(record.flag_bits & 1 for record in records)
-        if encrypted or len(records) > MAX_RECORDS or unpacked > len(content) + MAX_CODE_BYTES:
-            raise ValueError(
-                f"{path} is refused: its {len(records)} records unpack to {unpacked} bytes from {len(content)}, "
-                "but torch.jit.save packs source code only, and encrypts nothing."
-            )
-        for record in records:
-            if record.filename.lower().endswith((".py", ".pkl")):
-                _check_source(archive, record, path)
-
-
-def _check_source(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: Path) -> None:
+    unpacked = sum(record.file_size for record in records)
+    encrypted = any(record.flag_bits & 1 for record in records)
+    if encrypted or len(records) > MAX_RECORDS or unpacked > len(content) + MAX_CODE_BYTES:
+        raise ValueError(
+            f"{path} is refused: its {len(records)} records unpack to {unpacked} bytes from {len(content)}, "
+            "but torch.jit.save packs source code only, and encrypts nothing."
+        )
+    sources = [record for record in records if record.filename.lower().endswith((".py", ".pkl"))]
     try:
-        source = archive.read(record)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            texts = [(record.filename, archive.read(record)) for record in sources]  # names can come twice
     except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole TorchScript file: copy it again.") from error
-    for word in LOAD_TIME:
-        if word in source:
-            raise ValueError(
-                f"{path} is not opened: its {record.filename} has {word.decode()}, which runs while it is loaded."
-            )
+    for name, text in texts:
+        for word in LOAD_TIME:
+            if word in text:
+                raise ValueError(
+                    f"{path} is not opened: its {name} has {word.decode()}, which runs while it is loaded."
+                )
 
 
 def _operations(block: Any) -> Iterator[str]:
@@ -130,7 +123,3 @@ def _operations(block: Any) -> Iterator[str]:
         for name in node.attributeNames():
             if node.kindOf(name) == "g":
                 yield from _operations(node.g(name))
-
-
-def _is_refused(kind: str) -> bool:
-    return kind.partition("::")[0] not in NAMESPACES or kind.startswith(REFUSED)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -60,19 +59,10 @@ def test_frechet_is_the_eigenvalue_formula(distance: Distance, real: int, fake: 
     assert distance(x, y) == pytest.approx(by_eigenvalues(x, y), rel=1e-9)
 
 
-@both
-def test_frechet_is_the_matrix_root_formula(distance: Distance) -> None:
-    """As the first code of FVD and FID has it, where its root exists: more samples than dimensions."""
-    x, y = features(90, 12, 1).numpy(), features(70, 12, 2).numpy()
-    a, b = (np.cov(each, rowvar=False, bias=True) for each in (x, y))
-    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b)).real
-    assert distance(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-9)
-
-
 def test_frechet_of_the_official_implementation() -> None:
     golden = load_file(GOLDEN)
     real, fake = moments(golden["real"]), moments(golden["fake"])
-    assert (real.count, fake.count, real.dims) == (256, 300, 32)
+    assert (real.count, fake.count, len(real.mean)) == (256, 300, 32)
     for value in (frechet_distance(golden["real"], golden["fake"]), frechet_from_moments(real, fake)):
         assert value == pytest.approx(7.2762975352553, rel=1e-12)
     assert frechet_from_moments(real, fake, divisor="n-1") == pytest.approx(7.28975, abs=1e-5)
@@ -82,19 +72,10 @@ def test_frechet_of_the_official_implementation() -> None:
 def test_frechet_of_a_shift_and_a_scale(distance: Distance) -> None:
     x = features(40, 5, 3)
     spread = torch.cov(x.T, correction=0).trace().item()
-    assert abs(distance(x, x)) < 1e-9 * spread
+    assert abs(distance(x, x)) < 1e-9 * spread and abs(distance(x, x.flip(0))) < 1e-9 * spread
     assert distance(x, x + 2) == pytest.approx(4 * 5, rel=1e-9)
     mean = x.mean(0)
     assert distance(x, mean + 3 * (x - mean)) == pytest.approx(4 * spread, rel=1e-9)
-
-
-@both
-@pytest.mark.parametrize(("number", "dimensions"), [(2, 50), (8, 400), (300, 64)])
-def test_frechet_of_a_set_with_itself_is_nothing(distance: Distance, number: int, dimensions: int) -> None:
-    x = features(number, dimensions, 4).float()
-    spread = torch.cov(x.T, correction=0).trace().item()
-    assert abs(distance(x, x)) < 1e-6 * spread
-    assert abs(distance(x, x.flip(0))) < 1e-6 * spread
 
 
 @both
@@ -123,24 +104,11 @@ def test_frechet_divisor() -> None:
     real, fake = moments(x), moments(3 * x)
     ratio = frechet_from_moments(real, fake, divisor="n-1") / frechet_from_moments(real, fake, divisor="n")
     assert ratio == pytest.approx(16 / 15, rel=1e-9)
-    with pytest.raises(ValueError, match="n, n-1"):
-        frechet_from_moments(real, fake, divisor="N")
 
 
-@both
-@pytest.mark.parametrize(
-    ("real", "fake", "message"),
-    [
-        (torch.zeros(3, 4), torch.zeros(3, 5), "4 dimensions, the fake ones 5"),
-        (torch.zeros(0, 4), torch.zeros(3, 4), "real "),
-        (torch.zeros(3, 4), torch.zeros(1, 4), "fake "),
-        (torch.zeros(3, 4), torch.full((3, 4), float("nan")), "hold NaN"),
-    ],
-)
-def test_impossible_features_are_a_sentence(distance: Distance, real: Tensor, fake: Tensor, message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        distance(real, fake)
-    assert message in str(error.value) and "\n" not in str(error.value)
+def test_features_of_two_detectors_are_refused() -> None:
+    with pytest.raises(ValueError, match="4 dimensions, the fake ones 5"):
+        frechet_distance(torch.zeros(3, 4), torch.zeros(3, 5))
 
 
 # ---- moments -----------------------------------------------------------------------------------------
@@ -163,76 +131,33 @@ def test_moments_are_the_mean_and_the_covariance() -> None:
         assert torch.allclose(found.covariance(divisor), expected, rtol=1e-9, atol=1e-10)
 
 
-def test_moments_are_the_same_bits_in_the_same_order() -> None:
-    """And near in any other."""
+def test_moments_are_the_same_bits_in_the_same_order(tmp_path: Path) -> None:
+    """And near in any other; in a file they keep every bit."""
     x = wide(301)
     first, again = (moments(x[:200]).add(x[200:]) for _ in range(2))
-    assert all(torch.equal(value, again.state()[name]) for name, value in first.state().items())
+    save_file(first.state, tmp_path / "moments.safetensors")
+    saved = Moments.from_state(load_file(tmp_path / "moments.safetensors"))
+    assert all(torch.equal(value, each.state[name]) for each in (again, saved) for name, value in first.state.items())
     parts = [moments(part) for part in x.flip(0).split(7)]
     total = sum(parts[1:], parts[0])
-    assert total.count == 301
+    assert (total.count, parts[0].count) == (301, 7)
     torch.testing.assert_close(total.covariance(), first.covariance(), rtol=1e-12, atol=0)
-
-
-def test_moments_state_adds_up_tensor_by_tensor_and_is_saved(tmp_path: Path) -> None:
-    """As a cache keeps it."""
-    x = wide(50)
-    states = [moments(part).state() for part in x.split(20)]
-    summed = {name: sum(state[name] for state in states) for name in states[0]}
-    save_file(summed, tmp_path / "moments.safetensors")
-    found = Moments.from_state(load_file(tmp_path / "moments.safetensors"))
-    assert found.count == 50
-    torch.testing.assert_close(found.covariance(), moments(x).covariance(), rtol=1e-12, atol=0)
-    copy = Moments.from_state(summed)
-    copy.add(x)
-    assert copy.count == 100 and int(summed["count"]) == 50
-
-
-def test_moments_keep_what_they_are_added_to() -> None:
-    x, y = moments(wide(5)), moments(wide(7))
-    assert ((x + y).count, x.count, y.count) == (12, 5, 7)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda state: state.pop("sum"),
-        lambda state: state.pop("squares"),
-        lambda state: state.update(count=torch.zeros(1, dtype=torch.int64)),
-        lambda state: state.update(sum=state["sum"].float()),
-        lambda state: state.update(squares=state["squares"][:, :3]),
-        lambda state: state.clear(),
-    ],
-)
-def test_moments_refuse_a_state_that_is_not_whole(change: Callable) -> None:
-    state = dict(moments(wide(5)).state())
-    change(state)
-    with pytest.raises(ValueError, match="saved moments are not whole"):
-        Moments.from_state(state)
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [
-        (torch.full((2, 5), float("inf")), "NaN or infinity"),
-        (torch.zeros(2, 4), "4 dimensions, but 5"),
-        (torch.zeros(5), "(5,)"),
-    ],
+    [(torch.full((2, 5), float("inf")), "NaN or infinity"), (torch.zeros(5), r"\(5,\)")],
 )
 def test_moments_refuse_features_that_cannot_be(bad: Tensor, message: str) -> None:
     found = moments(wide(3))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=message):
         found.add(bad)
-    assert message in str(error.value) and found.count == 3
-    assert all(torch.equal(value, moments(wide(3)).state()[name]) for name, value in found.state().items())
+    assert all(torch.equal(value, moments(wide(3)).state[name]) for name, value in found.state.items())
 
 
-def test_moments_of_one_sample_and_of_none() -> None:
+def test_moments_of_one_sample() -> None:
     one = moments(torch.tensor([[1.0, 2.0]]))
     assert one.mean.tolist() == [1, 2] and one.covariance().tolist() == [[0, 0], [0, 0]]
-    for call in (lambda: one.covariance("n-1"), lambda: Moments(2).mean, Moments(2).covariance):
-        with pytest.raises(ValueError, match="samples, but"):
-            call()
     with pytest.raises(ValueError, match="real side has 1 samples"):
         frechet_from_moments(one, one)
 
@@ -286,19 +211,10 @@ def test_kernel_distance_is_unbiased() -> None:
     assert min(values) < 0 and abs(np.mean(values)) < 4 * np.std(values) / 300**0.5
 
 
-@pytest.mark.parametrize(
-    ("real", "fake", "options"),
-    [
-        (torch.ones(1, 3), torch.ones(5, 3), {}),
-        (torch.ones(5, 3), torch.ones(5, 3), {"subset_size": 1}),
-        (torch.ones(5, 3), torch.ones(5, 3), {"subsets": 0}),
-        (torch.ones(5, 3), torch.ones(5, 4), {}),
-        (torch.ones(5, 3), torch.full((5, 3), float("nan")), {}),
-    ],
-)
-def test_kernel_distance_of_nothing_is_a_sentence(real: Tensor, fake: Tensor, options: dict) -> None:
+@pytest.mark.parametrize("fake", [torch.ones(1, 3), torch.ones(5, 4), torch.full((5, 3), float("nan"))])
+def test_kernel_distance_of_impossible_features_is_a_sentence(fake: Tensor) -> None:
     with pytest.raises(ValueError) as error:
-        kernel_distance(real, fake, **options)
+        kernel_distance(torch.ones(5, 3), fake)
     assert "\n" not in str(error.value)
 
 
@@ -355,5 +271,3 @@ def test_inception_score_of_what_it_cannot_take_is_a_sentence(rows: Tensor, mess
     with pytest.raises(ValueError) as error:
         inception_score(rows)
     assert message in str(error.value)
-    with pytest.raises(ValueError, match="splits"):
-        inception_score(probabilities(9, 4), splits=0)

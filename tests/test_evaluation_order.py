@@ -17,7 +17,7 @@ from torch import Tensor
 
 from datasets.readers import open_video
 from evaluation.pixels import fit
-from evaluation.sources import shuffled
+from evaluation.sources import shuffle_frames
 from models.autoencoder import CodecConfig, LatentCodec
 from tools import calc_metrics_for_dataset as command
 
@@ -79,7 +79,7 @@ def psnr(clips: list[np.ndarray], others: list[np.ndarray]) -> float:
 def order(clip: np.ndarray, name: str) -> np.ndarray:
     from datasets.catalog import Clip
 
-    return shuffled(torch.from_numpy(clip), Clip("", name, 0)).numpy()
+    return shuffle_frames(torch.from_numpy(clip), Clip("", name, 0)).numpy()
 
 
 @pytest.mark.parametrize("roles", ROLES.values(), ids=ROLES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,28 +12,26 @@ import torch
 from PIL import Image
 
 from datasets.catalog import Clip
-from evaluation.protocols import SideRules, build_protocol, fill_protocol, parse_metric
+from engine.distributed import World
+from evaluation.extract import CALL_FRAMES, Extractor
+from evaluation.manifest import window_to_json, windows_from_json
+from evaluation.protocols import SideRules, build_protocol, parse_metric
 from evaluation.sources import (
-    CALL_FRAMES,
     TASK_FRAMES,
-    ClipReader,
-    Request,
     Source,
     TooShort,
     Window,
     choose_window,
     digest_content,
-    group_clips,
     group_frames,
+    read_task,
     select_frame_windows,
-    shuffled,
-    window_to_json,
-    windows_from_json,
+    shuffle_frames,
 )
 
 
 def rules(metric: str = "fvd2048_16f", protocol: str = "stylegan-v", side: str = "real", seed: int = 0) -> SideRules:
-    return fill_protocol(parse_metric(metric), build_protocol(protocol), seed).side(side)
+    return build_protocol(protocol).side(side, parse_metric(metric), seed)
 
 
 def array(file: Path, frames: int, start: int = 0) -> Path:
@@ -76,24 +73,9 @@ def test_every_offset_is_drawn_and_the_last_frame_reached(
     assert min(drawn.values()) > 600 / (last_offset + 1) / 2  # evenly
     ends = {choose_window(own, Clip("x", f"clip{i}", 0), 0, length).indices[-1] for i in range(600)}
     assert max(ends) == (length - 1 if side == "real" else own.frames - 1)
-
-
-@pytest.mark.parametrize(
-    ("metric", "protocol", "side", "shortest"),
-    [
-        ("fvd2048_16f", "stylegan-v", "real", 16),
-        ("fvd2048_16f", "stylegan-v", "fake", 16),
-        ("fvd2048_128f_subsample8f", "stylegan-v", "real", 128),
-        ("fvd2048_128f_subsample8f", "stylegan-v", "fake", 128),
-        ("fvd2048_16f", "latte", "real", 48),
-        ("fvd2048_16f", "latte", "fake", 16),
-    ],
-)
-def test_one_frame_less_is_too_short(metric: str, protocol: str, side: str, shortest: int) -> None:
-    own, clip = rules(metric, protocol, side), Clip("x", "x", 0)
-    choose_window(own, clip, 0, shortest)
-    with pytest.raises(TooShort, match=f"has {shortest - 1} frames, a clip needs {shortest}"):
-        choose_window(own, clip, 0, shortest - 1)
+    choose_window(own, Clip("x", "x", 0), 0, own.span)
+    with pytest.raises(TooShort, match=f"has {own.span - 1} frames, a clip needs {own.span}"):
+        choose_window(own, Clip("x", "x", 0), 0, own.span - 1)
 
 
 def test_offsets_depend_on_seed_and_clip_alone() -> None:
@@ -170,7 +152,7 @@ def test_pictures_of_every_mode_become_rgb(tmp_path: Path) -> None:
         for frame in range(16):
             image.save(tmp_path / "set" / name / f"{frame:03d}.png")
     source = Source.find(str(tmp_path / "set"), "--real_data_path")
-    readings = ClipReader(source, rules(), [tuple(Request(place) for place in range(4))])[0]
+    readings = read_task(source, rules(), [(place, None) for place in range(4)])
     shown = {source.clips[each.clip].name: each.frames[5].permute(1, 2, 0).numpy() for each in readings}  # type: ignore[index]
     assert np.array_equal(shown["grey"], np.repeat(colours[..., :1], 3, axis=2))
     assert np.array_equal(shown["alpha"], colours) and np.array_equal(shown["rgb"], colours)
@@ -180,11 +162,11 @@ def test_pictures_of_every_mode_become_rgb(tmp_path: Path) -> None:
 def test_the_frames_are_those_of_the_window(tmp_path: Path) -> None:
     array(tmp_path / "000000.npy", 100)
     source = Source.find(str(tmp_path), "--real_data_path")
-    readings = ClipReader(source, rules(), [(Request(0, Window(0, 5, 6, 16)), Request(0, Window(0, 0, 1, 3)))])[0]
+    readings = read_task(source, rules(), [(0, Window(0, 5, 6, 16)), (0, Window(0, 0, 1, 3))])
     assert levels(readings[0].frames) == list(range(5, 101, 6))
     assert levels(readings[1].frames) == [0, 1, 2]
-    beyond = ClipReader(source, rules(), [(Request(0, Window(0, 90, 1, 16)),)])[0]
-    assert beyond[0].problem == "has 100 frames, but frame 105 is asked for"
+    beyond = read_task(source, rules(), [(0, Window(0, 90, 1, 16))])
+    assert beyond[0].reason == "has 100 frames, but frame 105 is asked for"
 
 
 def test_problems_are_told_and_tell_short_from_unreadable(tmp_path: Path) -> None:
@@ -192,15 +174,15 @@ def test_problems_are_told_and_tell_short_from_unreadable(tmp_path: Path) -> Non
     array(tmp_path / "000001.npy", 16)
     (tmp_path / "000002.npy").write_bytes(b"broken")
     source = Source.find(str(tmp_path), "--real_data_path")
-    short, good, broken = ClipReader(source, rules(), [tuple(Request(place) for place in range(3))])[0]
-    assert (short.problem, short.short, short.frames) == ("has 15 frames, a clip needs 16", True, None)
-    assert good.problem is None and levels(good.frames) == list(range(16))
-    assert (broken.problem, broken.short) == ("is not a readable .npy array", False)
+    short, good, broken = read_task(source, rules(), [(place, None) for place in range(3)])
+    assert (short.note, short.reason, short.frames) == ("short", "has 15 frames, a clip needs 16", None)
+    assert good.note is None and levels(good.frames) == list(range(16))
+    assert (broken.note, broken.reason) == ("unreadable", "is not a readable .npy array")
 
 
 def test_shuffled_frames_are_the_same_frames_in_another_order() -> None:
     frames = torch.arange(16).view(16, 1, 1, 1)
-    one, same, other = (shuffled(frames, Clip("x", name, 0)).flatten() for name in ("a", "a", "b"))
+    one, same, other = (shuffle_frames(frames, Clip("x", name, 0)).flatten() for name in ("a", "a", "b"))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert one.tolist() != sorted(one.tolist()) and sorted(one.tolist()) == list(range(16))
 
@@ -223,18 +205,35 @@ def test_frames_are_taken_once_each(protocol: str, count: int | None, expected: 
     elif expected < 60:
         assert taken != everything[:expected]
     tasks = group_frames(windows)
-    assert [request.window for task in tasks for request in task] == windows
+    assert [window for task in tasks for _, window in task] == windows
     for task in tasks:
-        assert len({request.clip for request in task}) == 1
-        assert sum(request.window.frames for request in task if request.window) <= TASK_FRAMES
+        assert len({place for place, _ in task}) == 1
+        assert sum(window.frames for _, window in task if window) <= TASK_FRAMES
 
 
-def test_calls_are_fixed_blocks_of_clips() -> None:
-    requests = [Request(place) for place in range(19)]
-    tasks = group_clips(requests, 16)
-    assert [len(task) for task in tasks] == [8, 8, 3] and CALL_FRAMES == 128
-    assert [request for task in tasks for request in task] == requests
-    assert [len(task) for task in group_clips(requests, 200)] == [1] * 19
+class Counting:
+    """A detector that notes the clips of its calls."""
+
+    input, dims = "clip", 1
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.calls.append(pixels[:, 0, 0, 0, 0].tolist())
+        return pixels[:, 0, 0, 0, :1].float()
+
+
+def test_calls_are_fixed_blocks_of_clips(tmp_path: Path) -> None:
+    """128 frames each; a clip that cannot be used is replaced in a later call."""
+    for number in range(19):
+        array(tmp_path / f"{number:06d}.npy", 15 if number == 3 else 16, start=number)
+    source = Source.find(str(tmp_path), "--fake_data_path")
+    detector = Counting()
+    found = Extractor(World(), workers=0).extract(source, rules("fvd17_16f", side="fake"), detector)  # type: ignore[arg-type]
+    assert CALL_FRAMES == 8 * 16
+    assert detector.calls == [[0, 1, 2, 4, 5, 6, 7], [*range(8, 16)], [16], [17]]
+    assert found.rows["plain"].flatten().tolist() == [each for each in range(18) if each != 3]
 
 
 # ---------------------------------------------------------------------------------------------- content
@@ -269,15 +268,3 @@ def test_windows_come_back_from_json(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             windows_from_json([line], source, "list")
-
-
-def test_gif_and_video_are_decoded_directly(tmp_path: Path) -> None:
-    frames = [Image.new("L", (8, 8), 10 * number) for number in range(16)]
-    content = io.BytesIO()
-    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:])
-    (tmp_path / "a.gif").write_bytes(content.getvalue())
-    before = sorted(tmp_path.rglob("*"))
-    source = Source.find(str(tmp_path), "x")
-    reading = ClipReader(source, rules(), [(Request(0),)])[0][0]
-    assert levels(reading.frames) == list(range(0, 160, 10))
-    assert sorted(tmp_path.rglob("*")) == before

@@ -68,12 +68,6 @@ def test_G8_fewer_than_two_clips(tmp_path: Path, i3d: Path, counts: tuple[int, i
     assert not (tmp_path / "result.json").exists()
 
 
-def test_G8_unequal_counts_are_told(tmp_path: Path, i3d: Path) -> None:
-    """The protocols allow them (StyleGAN-V drops short clips on either side), so there is a number with a warning."""
-    found = measured(tmp_path, clips(tmp_path / "real", 6), clips(tmp_path / "fake", 4), i3d)
-    assert any("6 real against 4 fake" in warning for warning in found["warnings"])  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("metric", ["fvd999999999999_16f", "fvd4_16f"])
 def test_H7_the_number_of_clips_is_the_true_one(tmp_path: Path, i3d: Path, metric: str) -> None:
     real, fake = clips(tmp_path / "real", 6), clips(tmp_path / "fake", 5)
@@ -102,18 +96,16 @@ def test_G8_a_cache_of_another_hash_is_not_used(tmp_path: Path, i3d: Path) -> No
     assert measured(tmp_path, real, fake, i3d)["value"] == changed
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", ["real", "fake"])
-def test_G8_features_that_are_no_numbers(bad: float, side: str) -> None:
-    features = {name: torch.randn(8, 4, generator=torch.Generator().manual_seed(0)) for name in ("real", "fake")}
-    features[side][3, 1] = bad
-    with pytest.raises(ValueError, match=rf"The {side} features hold NaN or infinity"):
-        frechet_distance(features["real"], features["fake"])
-
-
-@pytest.mark.parametrize("shape", [(1, 4), (0, 4), (4,), (2, 2, 4)])
-@pytest.mark.parametrize("side", ["real", "fake"])
-def test_G8_too_few_features(shape: tuple[int, ...], side: str) -> None:
-    features = {name: torch.ones(8, 4) for name in ("real", "fake")} | {side: torch.ones(shape)}
-    with pytest.raises(ValueError, match=rf"The {side} features are .*2 or more"):
-        frechet_distance(features["real"], features["fake"])
+def test_G8_features_that_cannot_be_compared(side: str) -> None:
+    good = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    for bad in (math.nan, math.inf, -math.inf):
+        broken = good.clone()
+        broken[3, 1] = bad
+        features = {"real": good, "fake": good} | {side: broken}
+        with pytest.raises(ValueError, match=rf"The {side} features hold NaN or infinity"):
+            frechet_distance(features["real"], features["fake"])
+    for shape in ((1, 4), (0, 4), (4,), (2, 2, 4)):
+        features = {"real": good, "fake": good} | {side: torch.ones(shape)}
+        with pytest.raises(ValueError, match=rf"The {side} features are .*2 or more"):
+            frechet_distance(features["real"], features["fake"])

@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.storage import write_atomically
+from common.storage import write_atomically, write_json
 from engine import cli
 from engine.distributed import World, close_world, init_world, on_main
 from evaluation.cache import FeatureCache
-from evaluation.detectors import DETECTORS, Detector, DetectorFile, load_detector
+from evaluation.detectors import DETECTORS, Detector, DetectorFile, find_spec, load_detector
 from evaluation.extract import Extractor
 from evaluation.manifest import Manifest, format_manifest
 from evaluation.measure import CHECKS, REPORTS, Evaluation
 from evaluation.protocols import Metric, build_protocol, parse_metric
-from evaluation.report import format_table, list_versions, merge_warnings
+from evaluation.report import format_table, group_warnings, list_versions
 from evaluation.sources import Source
-from sample.command import make_writable as make_folder
+from sample.command import make_writable
 
 KIND = "latte metrics"  # identifies our results
+OFFICIAL_METRICS = "fvd2048_16f,fid50k_full"
 DETECTOR_FOLDER = Path("share_ckpts/detectors")
 RESULT_FOLDER = Path("results/metrics")
 CACHE_FOLDER = Path("results/metrics_cache")
@@ -70,12 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--real_data_path", metavar="PATH", help="folder; not needed for is and isv")
     add("--fake_data_path", metavar="PATH", required=True, help="folder")
-    add(
-        "--metrics",
-        type=parse_names,
-        default="fvd2048_16f,fid50k_full",
-        help="of fvd, kvd, fid, kid, is, isv (%(default)s)",
-    )
+    add("--metrics", type=parse_names, default=OFFICIAL_METRICS, help="of fvd, kvd, fid, kid, is, isv (%(default)s)")
     add("--protocol", default="latte", metavar="NAME", help="stylegan-v, latte or latte-published (%(default)s)")
     add("--dataset", metavar="NAME", help="preset of ffs, sky, taichi or ucf101: real stride and 256 x 256")
     add("--split", metavar="NAME", help="of the real data, for the report (train)")
@@ -94,9 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--use_cache", type=parse_switch, default=True, metavar="0|1", help="keep and find real features (1)")
     add("--cache_dir", type=Path, default=CACHE_FOLDER, metavar="DIR", help="of these (%(default)s)")
     add("--workers", type=int, default=2, metavar="N", help="loader processes per rank (%(default)s)")
-    add(
-        "--threads", type=int, default=1, metavar="N", help="of each rank; part of the last bits on a CPU (%(default)s)"
-    )
+    add("--threads", type=int, default=1, metavar="N", help="of each rank; move the last bits on a CPU (%(default)s)")
     add("--device", choices=("cpu", "cuda"), help="by default CUDA where there is one")
     add("--gpus", type=int, metavar="N", help="official; use torchrun --nproc_per_node instead")
     add("--mirror", type=parse_switch, default=False, metavar="0|1", help="official; without effect, as there")
@@ -112,20 +107,24 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(arguments.threads)
     metrics = check_arguments(arguments)
     world = init_world(arguments.device)
-    on_main(lambda: make_writable(arguments.out or find_free_name(arguments)))
+    on_main(lambda: check_out(arguments.out or find_free_name(arguments)))
     evaluation = prepare(arguments, metrics, world)
     evaluation.check_inputs(metrics)
     entries = {metric.name: evaluation.measure(metric, arguments.seeds) for metric in metrics}
     if world.is_main:
-        result = describe(argv, arguments, evaluation, entries, world, time.perf_counter() - started)
-        write(arguments.out or find_free_name(arguments), result, evaluation)  # another job may have taken the first
+        out = arguments.out or find_free_name(arguments)  # another job may have taken the first
+        result = describe(argv, arguments, evaluation, entries)
+        result |= {"seconds": round(time.perf_counter() - started, 1), "manifest": f"{out.stem}.manifest.json"}
+        manifest = format_manifest(evaluation.read, evaluation.sources)
+        write_atomically(out.with_name(result["manifest"]), lambda path: path.write_text(manifest, encoding="utf-8"))
+        write_json(out, result, indent=2)
+        print(f"{format_table(result)}\n\n{out}, {result['manifest']}: {result['seconds']} s")
     close_world()
     return cli.leave(0)
 
 
 def check_arguments(arguments: argparse.Namespace) -> list[Metric]:
     """Checks the flags and fills in `seeds`. Raises ValueError for invalid combinations."""
-
     metrics = [parse_metric(name) for name in dict.fromkeys(arguments.metrics)]
     if not metrics:
         raise ValueError("--metrics names nothing to compute")
@@ -151,16 +150,14 @@ def check_arguments(arguments: argparse.Namespace) -> list[Metric]:
 def find_free_name(arguments: argparse.Namespace) -> Path:
     """Returns a result file that does not exist, named after the fakes' folder, its parent and the protocol."""
     fakes = Path(arguments.fake_data_path).resolve()
-    name = fakes.name
-    name = "-".join(part for part in (fakes.parent.name, name, arguments.protocol, arguments.dataset) if part)
+    name = "-".join(filter(None, (fakes.parent.name, fakes.name, arguments.protocol, arguments.dataset)))
     names = chain([name], (f"{name}-{number}" for number in count(2)))
     return next(path for each in names if not (path := RESULT_FOLDER / f"{each}.json").exists())
 
 
-def make_writable(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Checks that the result can be written, and that its path is free or holds an earlier result."""
-
-    make_folder(out.parent, "--out")
+    make_writable(out.parent, "--out")
     if not out.exists():
         return
     try:
@@ -173,25 +170,22 @@ def make_writable(out: Path) -> None:
 
 def prepare(arguments: argparse.Namespace, metrics: Sequence[Metric], world: World) -> Evaluation:
     """Finds the clips and loads the detectors."""
-
-    settings = {
-        key: getattr(arguments, key) for key in ("split", "resolution", "real_stride", "fake_stride", "divisor")
-    }
+    keys = ("split", "resolution", "real_stride", "fake_stride", "divisor")
+    settings = {key: getattr(arguments, key) for key in keys}
     protocol = build_protocol(arguments.protocol, arguments.dataset, **settings)
     sources = {"fake": Source.find(arguments.fake_data_path, "--fake_data_path")}
-    needed = [metric.name for metric in metrics if metric.num_real != 0]
+    needed = [metric.name for metric in metrics if "real" in metric.sides]
     if needed and not arguments.real_data_path:
         raise ValueError(f"--real_data_path is missing: {needed[0]} compares with real data")
     if needed:
-        sources["real"] = Source.find(arguments.real_data_path, "--real_data_path")
+        sources = {"real": Source.find(arguments.real_data_path, "--real_data_path"), **sources}
     return Evaluation(
-        real=sources.get("real"),
-        fake=sources["fake"],
-        protocol=protocol,
-        detectors=load_detectors(arguments.detector, arguments.detector_dir, metrics, world),
-        extractor=Extractor(world, arguments.workers, show_progress(arguments.verbose)),
+        sources,
+        protocol,
+        load_detectors(arguments.detector, arguments.detector_dir, metrics, world),
+        Extractor(world, arguments.workers, show_progress() if arguments.verbose and world.is_main else None),
         cache=FeatureCache(arguments.cache_dir) if arguments.use_cache else None,
-        windows=Manifest(arguments.manifest, sources) if arguments.manifest else None,
+        manifest=Manifest(arguments.manifest, sources) if arguments.manifest else None,
         checks=arguments.checks,
         reports=arguments.report,
     )
@@ -199,15 +193,13 @@ def prepare(arguments: argparse.Namespace, metrics: Sequence[Metric], world: Wor
 
 def load_detectors(given: Sequence[str], folder: Path, metrics: Sequence[Metric], world: World) -> dict[str, Detector]:
     """Loads the detector of each family of metrics, from the given files or else the official one in `folder`."""
-
     files: list[tuple[str, DetectorFile]] = []
     for text in given:
         match = re.fullmatch(r"(?:(?P<name>\w+)=)?(?P<file>.+?)(?:@(?P<sha256>[0-9a-fA-F]{64}))?", text)
         name, path, sha256 = match.groups() if match else (None, text, None)
-        if name is not None and name not in DETECTORS:
-            raise ValueError(f"--detector: there is no detector '{name}'; they are {', '.join(DETECTORS)}")
-        file = DetectorFile.read(path, sha256=sha256, spec=DETECTORS[name] if name else None)
-        files += [(each, file) for each in ([name] if name else [spec.name for spec in file.require_kinds()])]
+        spec = find_spec(name, "--detector") if name is not None else None
+        file = DetectorFile.read(path, sha256=sha256, spec=spec)
+        files += [(each.name, file) for each in ([spec] if spec else file.kinds())]
     loaded: dict[str, Detector] = {}
     for family in dict.fromkeys(metric.family for metric in metrics):
         specs = [spec for spec in DETECTORS.values() if family in spec.metrics]  # the official one comes first
@@ -219,10 +211,8 @@ def load_detectors(given: Sequence[str], folder: Path, metrics: Sequence[Metric]
     return loaded
 
 
-def show_progress(shown: bool) -> Callable[[int, int], None] | None:
-    """Returns a callback that draws a progress bar, or None."""
-    if not shown:
-        return None
+def show_progress() -> Callable[[int, int], None]:
+    """Returns a callback that draws a progress bar."""
     bar = tqdm(unit="item", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30.0)
 
     def show(done: int, wanted: int) -> None:
@@ -234,50 +224,29 @@ def show_progress(shown: bool) -> Callable[[int, int], None] | None:
 
 
 def describe(
-    argv: Sequence[str],
-    arguments: argparse.Namespace,
-    evaluation: Evaluation,
-    entries: Mapping[str, Any],
-    world: World,
-    seconds: float,
+    argv: Sequence[str], arguments: argparse.Namespace, evaluation: Evaluation, entries: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the content of the result file."""
-
-    sources = {"real": evaluation.real, "fake": evaluation.fake}
+    world = evaluation.extractor.world
+    sources = evaluation.sources.items()
+    detectors = evaluation.detectors.values()
     return {
         "kind": KIND,
         "command": ["tools.calc_metrics_for_dataset", *argv],
         "metrics": dict(entries),
-        "protocol": evaluation.protocol.to_dict(),
+        "protocol": asdict(evaluation.protocol),
         "seeds": arguments.seeds,
-        "sources": {side: describe_source(source) for side, source in sources.items() if source},
-        "detectors": {
-            each.name: {"path": str(each.path), "sha256": each.sha256} for each in evaluation.detectors.values()
+        "sources": {
+            side: {"path": source.root, "clips": len(source.clips), "no clips": source.skipped}
+            for side, source in sources
         },
-        "warnings": merge_warnings(entries),
+        "detectors": {each.name: {"path": str(each.path), "sha256": each.sha256} for each in detectors},
+        "warnings": list(group_warnings(entries)),
         "versions": list_versions(),
         "device": world.device.type,
         "world_size": world.size,
         "threads": arguments.threads,
-        "seconds": round(seconds, 1),
     }
-
-
-def describe_source(source: Source) -> dict[str, Any]:
-    """Describes the folder of a side: its clips and other files."""
-    return {"path": source.root, "clips": len(source.clips), "no clips": source.skipped}
-
-
-def write(out: Path, result: dict[str, Any], evaluation: Evaluation) -> None:
-    """Writes the result and its manifest, and prints the table."""
-
-    sources = {side: source for side, source in (("real", evaluation.real), ("fake", evaluation.fake)) if source}
-    manifest = out.with_name(f"{out.stem}.manifest.json")
-    result["manifest"] = manifest.name
-    text = format_manifest(evaluation.read, sources)
-    write_atomically(manifest, lambda path: path.write_text(text, encoding="utf-8"))
-    write_atomically(out, lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
-    print(f"{format_table(result)}\n\n{out}, {manifest.name}: {result['seconds']} s")
 
 
 if __name__ == "__main__":
