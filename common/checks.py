@@ -37,6 +37,11 @@ def at_least(least: int) -> Limit:
     return Limit(f"at least {least}", lambda value: value >= least)
 
 
+def from_to(least: int, most: int) -> Limit:
+    """Returns the limit of a whole number with a largest value."""
+    return Limit(f"at least {least} and at most {most:,}", lambda value: least <= value <= most)
+
+
 def within(low: float, high: float, brackets: str = "[]") -> Limit:
     """Returns the limit of a number in an interval; brackets "[)" exclude its upper end."""
     return Limit(

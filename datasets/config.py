@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.checks import Limit, at_least, check_limits, check_read_only_with, one_of, optional, require, within
+from common.checks import (
+    Limit,
+    at_least,
+    check_limits,
+    check_read_only_with,
+    from_to,
+    one_of,
+    optional,
+    require,
+    within,
+)
 
 from .readers import MAX_PIXELS, READERS
 from .recipes import CAPTIONED, LABEL_CHOICES, RECIPES
 
 MAX_TIMEOUT_S = 366 * 24 * 3600.0  # a year; longer timeouts overflow in the system call that waits
-
-
-def _from_to(least: int, most: int) -> Limit:
-    return Limit(f"at least {least} and at most {most:,}", lambda value: least <= value <= most)
-
-
 LIMITS: dict[str, Limit] = {
     "name": one_of(RECIPES),
     "labels": one_of(LABEL_CHOICES),
     "reader": one_of(READERS),
     "short_clips": one_of(("skip", "loop")),
-    "num_frames": _from_to(1, 2**16),
-    "image_size": _from_to(1, 2**14),
-    "num_images": _from_to(0, 2**16),
-    "num_workers": _from_to(0, 256),
+    "num_frames": from_to(1, 2**16),
+    "image_size": from_to(1, 2**14),
+    "num_images": from_to(0, 2**16),
+    "num_workers": from_to(0, 256),
     "frame_interval max_pixels": at_least(1),
     "max_clips": optional(at_least(1)),
     "worker_timeout_s": Limit(

@@ -16,40 +16,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .embeddings import Rotation, rotate
 
-
-class View(NamedTuple):
-    """Einops patterns that fold tokens `(B, F, N, D)` to `(rows, length, heads, D/H)`, and back."""
-
-    fold: str
-    unfold: str
-
-
-VIEWS: dict[str, View] = {
+# Einops patterns that fold tokens `(B, F, N, D)` to `(rows, length, heads, D/H)`; the reverse pattern unfolds.
+VIEWS = {
     # among the N tokens of each frame
-    "spatial": View(
-        "batch frames tokens (heads dim) -> (batch frames) tokens heads dim",
-        "(batch frames) tokens heads dim -> batch frames tokens (heads dim)",
-    ),
+    "spatial": "batch frames tokens (heads dim) -> (batch frames) tokens heads dim",
     # among the F frames, for each token position; tokens count as heads, which avoids a transposition in memory
-    "temporal": View(
-        "batch frames tokens (heads dim) -> batch frames (tokens heads) dim",
-        "batch frames (tokens heads) dim -> batch frames tokens (heads dim)",
-    ),
+    "temporal": "batch frames tokens (heads dim) -> batch frames (tokens heads) dim",
     # the same if there would be more heads than the fused kernels accept
-    "temporal, large": View(
-        "batch frames tokens (heads dim) -> (batch tokens) frames heads dim",
-        "(batch tokens) frames heads dim -> batch frames tokens (heads dim)",
-    ),
+    "temporal, large": "batch frames tokens (heads dim) -> (batch tokens) frames heads dim",
     # all tokens of a clip as one row of queries, for the words of its caption
-    "text": View(
-        "batch frames tokens (heads dim) -> batch (frames tokens) heads dim",
-        "batch (frames tokens) heads dim -> batch frames tokens (heads dim)",
-    ),
+    "text": "batch frames tokens (heads dim) -> batch (frames tokens) heads dim",
 }
 MAX_HEADS = 65535  # in one call of a fused kernel on CUDA: the limit of a grid of thread blocks
 
 # Fused kernels of torch in order of preference; torch skips those that do not support a call.
-BACKENDS: dict[str, list[SDPBackend]] = {
+BACKENDS = {
     "cuda": [
         SDPBackend.CUDNN_ATTENTION,
         SDPBackend.FLASH_ATTENTION,
@@ -71,17 +52,17 @@ class Call(NamedTuple):
 
     def fold(self) -> list[Tensor]:
         """Returns q, k, v as `(rows, heads, length, D/H)`, the only layout that fused kernels accept."""
-        parts = (rearrange(each, self._view.fold, heads=self.num_heads) for each in (self.q, self.k, self.v))
+        parts = (rearrange(each, self._pattern, heads=self.num_heads) for each in (self.q, self.k, self.v))
         return [each.transpose(1, 2) for each in parts]
 
     def unfold(self, out: Tensor) -> Tensor:
         """Returns the 4-D result as tokens `(B, F, N, D)`."""
+        tokens, folded = self._pattern.split(" -> ")
         batch, frames = self.q.shape[:2]
-        out = out.transpose(1, 2)
-        return rearrange(out, self._view.unfold, batch=batch, frames=frames, heads=self.num_heads)
+        return rearrange(out.transpose(1, 2), f"{folded} -> {tokens}", batch=batch, frames=frames, heads=self.num_heads)
 
     @property
-    def _view(self) -> View:
+    def _pattern(self) -> str:
         large = self.view == "temporal" and self.q.shape[2] * self.num_heads > MAX_HEADS
         return VIEWS["temporal, large" if large else self.view]
 
@@ -145,10 +126,6 @@ def attend(
         `(B, F, N, D)`.
     """
     if rotation is not None:
-        q, k = (_rotate_heads(each, rotation, num_heads) for each in (q, k))
+        cos, sin = (each[:, None, None] for each in rotation)  # (F, 1, 1, D/H/2)
+        q, k = (rotate(each.unflatten(-1, (num_heads, -1)), (cos, sin)).flatten(-2) for each in (q, k))
     return _kernel(Call(q, k, v, view, num_heads, mask))
-
-
-def _rotate_heads(x: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
-    cos, sin = (each[:, None, None] for each in rotation)  # (F, 1, 1, D/H/2)
-    return rotate(x.unflatten(-1, (num_heads, -1)), (cos, sin)).flatten(-2)

@@ -8,24 +8,29 @@ Letters: B batch, F frames, C channels of the latents, H W pixels, h w latent pi
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .hub import expand_home, find_folder, is_hub_name, refuse_revision
+from common.checks import FINITE, POSITIVE, check_limits, from_to, one_of, require
+
+from .hub import find_folder, read_json
 from .taef2 import DECODER_FILE, ENCODER_FILE, Taef2
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIG_FILE = "config.json"
 WEIGHTS = "diffusion_pytorch_model"  # file name in diffusers, without suffix
-MOST = 2**16  # upper limit of channels, downsampling and chunk size
+LIMITS = {
+    "latent_channels downsample_factor chunk_size": from_to(1, 2**16),
+    "scale": POSITIVE,
+    "shift": FINITE,
+    "dtype": one_of(DTYPES),
+}
 PROBE_SIZE = 64  # height and width of the empty frame that is encoded to check channels and downsampling
 
 
@@ -53,17 +58,11 @@ class CodecConfig:
     chunk_size: int = 16
 
     def __post_init__(self) -> None:
-        for key in ("latent_channels", "downsample_factor", "chunk_size"):
-            if not 1 <= getattr(self, key) <= MOST:
-                raise ValueError(f"codec.{key} must be from 1 to {MOST:,}, got {getattr(self, key)}")
-        if not 0.0 < self.scale < math.inf:
-            raise ValueError(f"codec.scale must be positive and finite, got {self.scale}")
-        if not math.isfinite(self.shift):
-            raise ValueError(f"codec.shift must be finite, got {self.shift}")
-        if self.path is None and (self.subfolder or self.revision):
-            raise ValueError("codec.subfolder and codec.revision are read only with codec.path: set that too")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"codec.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_limits(self, "codec.", LIMITS)
+        require(
+            self.path is not None or not (self.subfolder or self.revision),
+            "codec.subfolder and codec.revision are read only with codec.path: set that too",
+        )
 
 
 # ------------------------------------------------------------------------------------------- kinds
@@ -83,18 +82,16 @@ def _encode_gaussian(network: Any, images: Tensor) -> tuple[Tensor, Tensor | Non
     return posterior.mean, posterior.std
 
 
-def _decode_frames(network: Any, latents: Tensor, num_frames: int) -> Tensor:
+def _decode_frames(network: Any, latents: Tensor, *_: int) -> Tensor:
     return network.decode(latents).sample
-
-
-def _decode_clips(network: Any, latents: Tensor, num_frames: int) -> Tensor:
-    return network.decode(latents, num_frames=num_frames).sample
 
 
 # Keys are the `_class_name` in diffusers' config.json, then two of our own.
 AUTOENCODERS: dict[str, Kind] = {
     "AutoencoderKL": Kind(_encode_gaussian, _decode_frames, stochastic=True),
-    "AutoencoderKLTemporalDecoder": Kind(_encode_gaussian, _decode_clips, stochastic=True, temporal=True),
+    "AutoencoderKLTemporalDecoder": Kind(
+        _encode_gaussian, lambda network, z, frames: network.decode(z, num_frames=frames).sample, True, temporal=True
+    ),
     "AutoencoderTiny": Kind(lambda network, x: (network.encode(x).latents, None), _decode_frames),
     "Taef2": Kind(lambda network, x: (network.encode(x), None), lambda network, z, _: network.decode(z)),
     "pixels": Kind(lambda network, x: (x, None), lambda network, z, _: z),
@@ -104,90 +101,53 @@ AUTOENCODERS: dict[str, Kind] = {
 # ----------------------------------------------------------------------------------------- loading
 
 
-def local_folder(config: CodecConfig) -> Path | None:
-    """Returns the folder that `config.path` names, or None for a hub name.
-
-    Raises: FileNotFoundError if it is neither.
-    """
-    folder = expand_home(str(config.path))
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not is_hub_name(str(config.path)):
-        raise FileNotFoundError(
-            f"codec.path={config.path} is not a folder; give one in the diffusers format, or owner/name on the hub"
-        )
-    return None
-
-
 def codec_folder(config: CodecConfig) -> Path:
     """Returns the folder of the autoencoder: in the folder that `config.path` names, or downloaded from the hub.
 
     Raises: FileNotFoundError if there is none.
     """
-    folder, inside = local_folder(config), f"{config.subfolder}/" if config.subfolder else ""
-    if folder is not None:
-        refuse_revision(str(config.path), config.revision, "codec.path")
-    for suffix in ("safetensors", "bin") if folder is None else ():
+    inside = f"{config.subfolder}/" if config.subfolder else ""
+    for suffix in ("safetensors", "bin"):  # downloads only one of them
         names = (CONFIG_FILE, f"{WEIGHTS}*.{suffix}", f"{WEIGHTS}*.json", ENCODER_FILE, DECODER_FILE)
         found = find_folder(str(config.path), config.revision, "codec.path", [f"{inside}{name}" for name in names])
         folder = found / inside
         if any(folder.glob(f"{WEIGHTS}*.{suffix}")) or (folder / DECODER_FILE).is_file():
-            return folder
-    return cast(Path, folder) / inside
-
-
-def _class_name(config: CodecConfig, file: Path) -> str:
-    """Returns the `_class_name` in a `config.json`.
-
-    Raises: ValueError if it is not one of `AUTOENCODERS`.
-    """
-    try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"codec.path={config.path}: {file.name} does not describe an autoencoder") from error
-    known = [kind for kind in AUTOENCODERS if kind.startswith("Autoencoder")]
-    if name not in known:
-        raise ValueError(f"codec.path={config.path} holds a {name}, but a codec must be one of {', '.join(known)}")
-    return str(name)
-
-
-def _load_diffusers(config: CodecConfig, folder: Path, class_name: str) -> nn.Module:
-    """Loads an autoencoder by `from_pretrained`.
-
-    Raises: ValueError unless the weights fit exactly.
-    """
-    import diffusers  # slow to import
-
-    try:
-        network, report = getattr(diffusers, class_name).from_pretrained(
-            str(folder),
-            torch_dtype=DTYPES[config.dtype],
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"codec.path={config.path} could not be loaded as {class_name}: {reason}") from error
-    bad = [key for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in report[kind]]
-    if bad:
-        raise ValueError(
-            f"codec.path={config.path}: {len(bad)} tensors are missing, unexpected or of another shape than in "
-            f"{class_name}, the first is {bad[0]}"
-        )
-    return cast(nn.Module, network)
+            break
+    return folder
 
 
 def _load(config: CodecConfig) -> tuple[Kind, nn.Module]:
-    """Loads the network that `config.path` names, on the CPU; returns its kind and the network."""
+    """Loads the network that `config.path` names, on the CPU; returns its kind and the network.
+
+    Raises: FileNotFoundError if there is none, ValueError unless it is an autoencoder and its weights fit exactly.
+    """
     if config.path is None:
         return AUTOENCODERS["pixels"], nn.Identity()
-    folder = codec_folder(config)
+    folder, source = codec_folder(config), f"codec.path={config.path}"
     if (folder / ENCODER_FILE).is_file() and (folder / DECODER_FILE).is_file():
         return AUTOENCODERS["Taef2"], Taef2.from_folder(folder).to(DTYPES[config.dtype])
     if not (folder / CONFIG_FILE).is_file():
         name = "/".join(filter(None, (config.subfolder, CONFIG_FILE)))
-        raise FileNotFoundError(f"codec.path={config.path} holds neither {name} nor {ENCODER_FILE} and {DECODER_FILE}")
-    class_name = _class_name(config, folder / CONFIG_FILE)
-    return AUTOENCODERS[class_name], _load_diffusers(config, folder, class_name)
+        raise FileNotFoundError(f"{source} holds neither {name} nor {ENCODER_FILE} and {DECODER_FILE}")
+    kind = read_json(folder / CONFIG_FILE).get("_class_name")
+    known = [each for each in AUTOENCODERS if each.startswith("Autoencoder")]
+    require(kind in known, f"{source} holds a {kind}, but a codec must be one of {', '.join(known)}")
+    import diffusers  # slow to import
+
+    try:
+        network, report = getattr(diffusers, str(kind)).from_pretrained(
+            str(folder), torch_dtype=DTYPES[config.dtype], output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source} could not be loaded as {kind}: {reason}") from error
+    bad = [key for found in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in report[found]]
+    require(
+        not bad,
+        f"{source}: {len(bad)} tensors are missing, unexpected or of another shape than in {kind}, the first is "
+        f"{bad and bad[0]}",
+    )
+    return AUTOENCODERS[str(kind)], network
 
 
 # ------------------------------------------------------------------------------------------- codec
@@ -242,7 +202,13 @@ class LatentCodec(nn.Module):
             if isinstance(module, nn.Conv2d):  # halves the time on a CPU, and is faster on tensor cores
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         codec = cls(config, kind, network)
-        codec._check_against_config(torch.device(device))
+        empty = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=DTYPES[config.dtype])
+        with torch.no_grad():
+            mean, _ = kind.encode(network, empty)
+        source = "pixel space" if config.path is None else config.path
+        for key, found in (("latent_channels", mean.shape[1]), ("downsample_factor", PROBE_SIZE // mean.shape[2])):
+            given = getattr(config, key)
+            require(given == found, f"codec.{key} is {given}, but that of {source} is {found}; set codec.{key}={found}")
         return codec
 
     def train(self, mode: bool = True) -> LatentCodec:
@@ -255,11 +221,12 @@ class LatentCodec(nn.Module):
         Raises: ValueError for another shape, or if H or W is not a multiple of `codec.downsample_factor`.
         """
         shape, factor = tuple(video_shape), self.config.downsample_factor
-        if len(shape) != 5 or shape[2] != 3:
-            raise ValueError(f"a video must be (batch, frames, 3, height, width), got {shape}")
+        require(len(shape) == 5 and shape[2] == 3, f"a video must be (batch, frames, 3, height, width), got {shape}")
         batch, frames, _, height, width = shape
-        if height % factor or width % factor:
-            raise ValueError(f"a video of {height}x{width} pixels is not divisible by codec.downsample_factor={factor}")
+        require(
+            height % factor == width % factor == 0,
+            f"a video of {height}x{width} pixels is not divisible by codec.downsample_factor={factor}",
+        )
         return torch.Size((batch, frames, self.config.latent_channels, height // factor, width // factor))
 
     @torch.no_grad()
@@ -270,11 +237,10 @@ class LatentCodec(nn.Module):
 
         Raises: ValueError for another shape, or for `noise` if the encoder is not `stochastic`.
         """
-        shape = self.latent_shape(video.shape)
-        if noise is not None and not self.stochastic:
-            raise ValueError("this codec is not stochastic: encode takes no noise")
-        if noise is not None and noise.shape != shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, but the latents have {shape}")
+        if noise is not None:
+            require(self.stochastic, "this codec is not stochastic: encode takes no noise")
+            shape = self.latent_shape(video.shape)
+            require(noise.shape == shape, f"noise has shape {tuple(noise.shape)}, but the latents have {tuple(shape)}")
         return self.posterior(video).latents(self.config, noise)
 
     @torch.no_grad()
@@ -302,18 +268,3 @@ class LatentCodec(nn.Module):
             size = max(1, size // frames) * frames
         images = torch.cat([self.kind.decode(self.network, chunk, frames).float() for chunk in z.split(size)])
         return rearrange(images, "(b f) c h w -> b f c h w", b=batch).clamp(-1.0, 1.0)
-
-    @torch.no_grad()
-    def _check_against_config(self, device: torch.device) -> None:
-        """Encodes an empty frame to check channels and downsampling.
-
-        Raises: ValueError if `codec.latent_channels` or `codec.downsample_factor` are not those of the network.
-        """
-        empty = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device, dtype=DTYPES[self.config.dtype])
-        mean, _ = self.kind.encode(self.network, empty)
-        found = {"latent_channels": mean.shape[1], "downsample_factor": PROBE_SIZE // mean.shape[2]}
-        where = "pixel space" if self.config.path is None else self.config.path
-        for key, value in found.items():
-            given = getattr(self.config, key)
-            if given != value:
-                raise ValueError(f"codec.{key} is {given}, but that of {where} is {value}; set codec.{key}={value}")

@@ -6,13 +6,14 @@ Letters: B batch, F frames (tubelets count as frames here), I images, N tokens p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch.utils.checkpoint import checkpoint
 
 from .attention import attend
 from .embeddings import Rotation
@@ -148,10 +149,9 @@ class Block(nn.Module):
         """
         if not self.temporal_only or x.shape[1] == num_frames:
             return self._transform(x, condition, num_frames, rotation)
-        num_images = x.shape[1] - num_frames
-        clip_condition = None if condition is None else condition[:, : max(1, condition.shape[1] - num_images)]
-        clip = self._transform(x[:, :num_frames], clip_condition, num_frames, rotation)
-        return torch.cat([clip, x[:, num_frames:]], dim=1)
+        if condition is not None:  # without the rows of images
+            condition = condition[:, : max(1, condition.shape[1] - x.shape[1] + num_frames)]
+        return on_clip(lambda clip: self._transform(clip, condition, num_frames, rotation), x, num_frames)
 
     def _transform(self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None) -> Tensor:
         attention, mlp = self._modulations(condition, num_frames, x.shape[1])
@@ -194,6 +194,26 @@ def _modulate_input(x: Tensor, modulation: Modulation | None) -> Tensor:
 
 def _gate_output(x: Tensor, modulation: Modulation | None) -> Tensor:
     return x if modulation is None else modulation.gate * x
+
+
+def run_block(block: nn.Module, *inputs: Any, recompute: bool, keep_random_state: bool = False) -> Tensor:
+    """Runs a block; with `recompute` its activations are not stored but computed again in the backward pass."""
+    if not (recompute and torch.is_grad_enabled()):
+        return block(*inputs)
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=keep_random_state)
+
+
+def on_clip(function: Callable[[Tensor], Tensor], x: Tensor, num_frames: int) -> Tensor:
+    """Applies `function` to the F frames of the clip in `x` (B, F+I, ...); images pass unchanged."""
+    if x.shape[1] == num_frames:
+        return function(x)
+    return torch.cat([function(x[:, :num_frames]), x[:, num_frames:]], dim=1)
+
+
+def require_blocks(indices: Collection[int], depth: int) -> None:
+    """Raises ValueError unless `return_hidden_states` names existing blocks."""
+    if not all(0 <= index < depth for index in indices):
+        raise ValueError(f"return_hidden_states must be block indices in [0, {depth}), got {tuple(indices)}")
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from .attention import attend
-from .blocks import Modulation, modulate
+from .blocks import Modulation, modulate, on_clip
 from .config_t2v import LatteT2VConfig
 from .embeddings import TimestepEmbedder, timestep_features
 
@@ -142,8 +142,8 @@ class T2VBlock(nn.Module):
         """`(B, F+I, N, D)` -> the same; `modulation (B, 1 or F+I, 6, D)`. Temporal blocks do not change images."""
         if self.axis == "spatial" or x.shape[1] == num_frames:
             return self._transform(x, modulation, num_frames, caption)
-        clip = self._transform(x[:, :num_frames], modulation[:, :num_frames], num_frames, caption)
-        return torch.cat([clip, x[:, num_frames:]], dim=1)
+        modulation = modulation[:, :num_frames]
+        return on_clip(lambda clip: self._transform(clip, modulation, num_frames, caption), x, num_frames)
 
     def _transform(self, x: Tensor, modulation: Tensor, num_frames: int, caption: Caption | None) -> Tensor:
         parts = (self.scale_shift_table + modulation)[:, :, None].unbind(-2)  # six of (B, 1 or F+I, 1, D)

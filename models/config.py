@@ -2,55 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import NamedTuple
 
-from common.checks import require
+from common.checks import NOT_NEGATIVE, at_least, check_limits, from_to, one_of, require, within
 
 from .blocks import LAYER_PLANS
-
-
-def official_name(name: str) -> str:
-    """Returns `name` with `LatteIMG-`, the official name for joint training of the same network, as `Latte-`."""
-    return name.replace("LatteIMG-", "Latte-", 1)
-
-
-class Preset(NamedTuple):
-    """One row of the size table (paper table 1)."""
-
-    hidden_size: int
-    num_heads: int
-    depth: int  # of one attention per layer: `interleaved`, `late_fusion`
-    joint_depth: int  # of two attentions per layer: `sequential`, `parallel`; nearest in parameters
-
-
-# fmt: off
-PRESETS = {  #         width  heads  depth  joint
-    "S":  Preset(       384,     6,    12,    10),
-    "B":  Preset(       768,    12,    12,    10),
-    "L":  Preset(      1024,    16,    24,    20),
-    "XL": Preset(      1152,    16,    28,    23),
-}
-# fmt: on
-PATCH_SIZES = (2, 4, 8)
-NAMES = [f"Latte-{size}/{patch}" for size in PRESETS for patch in PATCH_SIZES]
-SIZE_KEYS = ("hidden_size", "depth", "num_heads", "patch_size")
-TEXT_SIZES = {"Latte-1": (1152, 56, 16, 2)}  # width, layers, heads, patch size of text-conditioned networks
-TEXT_NAMES = (*TEXT_SIZES, "custom-t2v", "custom-t2i")
-CUSTOM = ("custom", *TEXT_NAMES[len(TEXT_SIZES) :])
-# Keys that text-conditioned networks read; all others belong to class-conditional ones.
-TEXT_KEYS = ("name", *SIZE_KEYS, "learn_sigma", "gradient_checkpointing")
-# Limits far above any network; beyond them even counting the parameters would not finish.
-MOST = {"hidden_size": 2**16, "depth": 256}
-MAX_CLASSES = 2**24
-CHOICES: dict[str, Iterable[str]] = {
-    "variant": tuple(LAYER_PLANS),
-    "patch_embedding": ("uniform", "tubelet"),
-    "injection": ("adaln", "tokens"),
-    "temporal_position": ("absolute", "rope"),
-}
 
 
 class ModelSize(NamedTuple):
@@ -60,6 +18,36 @@ class ModelSize(NamedTuple):
     depth: int
     num_heads: int
     patch_size: int
+
+
+# fmt: off
+PRESETS = {  # paper table 1; layers with one attention (interleaved, late_fusion), with two (sequential, parallel)
+    #      width heads  one  two
+    "S":  ( 384,    6,  12,  10),
+    "B":  ( 768,   12,  12,  10),
+    "L":  (1024,   16,  24,  20),
+    "XL": (1152,   16,  28,  23),
+}
+# fmt: on
+NAMES = [f"Latte-{size}/{patch}" for size in PRESETS for patch in (2, 4, 8)]
+TEXT_SIZES = {"Latte-1": ModelSize(1152, 56, 16, 2)}  # of text-conditioned networks
+TEXT_NAMES = (*TEXT_SIZES, "custom-t2v", "custom-t2i")
+CUSTOM = ("custom", "custom-t2v", "custom-t2i")
+SIZE_KEYS = ModelSize._fields
+# Keys that text-conditioned networks read; all others belong to class-conditional ones.
+TEXT_KEYS = ("name", *SIZE_KEYS, "learn_sigma", "gradient_checkpointing")
+# Upper limits are far above any network; beyond them even counting the parameters would not finish.
+SIZE_LIMITS = {"hidden_size": from_to(1, 2**16), "depth": from_to(1, 256), "num_heads patch_size": at_least(1)}
+LIMITS = {
+    "variant": one_of(LAYER_PLANS),
+    "patch_embedding": one_of(("uniform", "tubelet")),
+    "injection": one_of(("adaln", "tokens")),
+    "temporal_position": one_of(("absolute", "rope")),
+    "mlp_ratio": within(0, 64, "(]"),
+    "num_classes": from_to(0, 2**24),
+    "label_dropout": within(0, 1, "[)"),
+    "label_init_std": NOT_NEGATIVE,
+}
 
 
 @dataclass(frozen=True)
@@ -83,9 +71,7 @@ class LatteConfig:
     tubelet_size: int = 2  # frames in a tubelet
     injection: str = "adaln"  # how timestep and label enter: adaln | tokens
     temporal_position: str = "absolute"  # absolute | rope
-    position_interpolation: bool = (
-        False  # at other sizes: False continues positions, True rescales to the trained range
-    )
+    position_interpolation: bool = False  # at other sizes: True rescales positions to the trained range
     num_classes: int = 0  # 0: unconditional
     label_dropout: float = 0.1  # 0: no null label, so no classifier-free guidance
     label_init_std: float = 0.02
@@ -93,27 +79,24 @@ class LatteConfig:
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self) -> None:
-        self._check_choices()
+        check_limits(self, "model.", LIMITS)
         self._check_name()
+        check_limits(self.size, "model.", SIZE_LIMITS)
         self._check_size()
-        self._check_text()
-        require(0 < self.mlp_ratio <= 64, f"model.mlp_ratio must be above 0 and at most 64, got {self.mlp_ratio}")
+        for item in fields(self) if self.is_text else ():
+            value = getattr(self, item.name)
+            require(
+                item.name in TEXT_KEYS or value == item.default,
+                f"model.{item.name}={value} has no meaning with model.name={self.name}: leave it at {item.default}",
+            )
+        tubelet = self.patch_embedding == "tubelet"
         require(
-            self.patch_embedding != "tubelet" or self.tubelet_size >= 2,
+            not tubelet or self.tubelet_size >= 2,
             f"model.tubelet_size must be at least 2, got {self.tubelet_size}; "
             "use model.patch_embedding uniform for single frames",
         )
         require(
-            0 <= self.num_classes <= MAX_CLASSES,
-            f"model.num_classes must be 0 or more and at most {MAX_CLASSES:,}, got {self.num_classes}",
-        )
-        require(0 <= self.label_dropout < 1, f"model.label_dropout must be in [0, 1), got {self.label_dropout}")
-        require(
-            0 <= self.label_init_std < float("inf"),
-            f"model.label_init_std must be 0 or more and finite, got {self.label_init_std}",
-        )
-        require(
-            self.patch_embedding == "tubelet" or self.tubelet_size == 2,
+            tubelet or self.tubelet_size == 2,
             f"model.tubelet_size={self.tubelet_size} is read only with model.patch_embedding=tubelet",
         )
 
@@ -123,11 +106,10 @@ class LatteConfig:
         if self.name in CUSTOM:
             return ModelSize(*(getattr(self, key) for key in SIZE_KEYS))
         if self.name in TEXT_SIZES:
-            return ModelSize(*TEXT_SIZES[self.name])
-        letters, patch_size = official_name(self.name).removeprefix("Latte-").split("/")
-        preset = PRESETS[letters]
-        depth = preset.joint_depth if self._has_joint_layers else preset.depth
-        return ModelSize(preset.hidden_size, depth, preset.num_heads, int(patch_size))
+            return TEXT_SIZES[self.name]
+        letters, patch_size = _plain_name(self.name).removeprefix("Latte-").split("/")
+        width, heads, depth, joint_depth = PRESETS[letters]
+        return ModelSize(width, joint_depth if self._has_joint_layers else depth, heads, int(patch_size))
 
     @property
     def is_text(self) -> bool:
@@ -148,10 +130,11 @@ class LatteConfig:
     def _has_joint_layers(self) -> bool:
         return self.variant in ("sequential", "parallel")
 
-    def _check_choices(self) -> None:
-        for key, choices in CHOICES.items():
-            value = getattr(self, key)
-            require(value in choices, f"model.{key} must be one of {', '.join(choices)}, got {value!r}")
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head in temporal layers."""
+        width, _, heads, _ = self.size
+        return width // heads * (2 if self.variant == "parallel" else 1)
 
     def _check_name(self) -> None:
         given = [key for key in SIZE_KEYS if getattr(self, key) is not None]
@@ -162,7 +145,7 @@ class LatteConfig:
         known = [*NAMES, *TEXT_SIZES, *CUSTOM]
         close = get_close_matches(str(self.name), known, n=1)
         hint = f"; did you mean {close[0]}?" if close else f": one of {', '.join(known)}"
-        require(official_name(self.name) in known, f"model.name {self.name!r} is unknown{hint}")
+        require(_plain_name(self.name) in known, f"model.name {self.name!r} is unknown{hint}")
         require(
             not given,
             f"model.name {self.name} fixes {', '.join(f'model.{key}' for key in given)}: "
@@ -171,16 +154,8 @@ class LatteConfig:
 
     def _check_size(self) -> None:
         width, depth, heads, _ = self.size
-        for key, value in zip(SIZE_KEYS, self.size):
-            require(value >= 1, f"model.{key} must be at least 1, got {value}")
-        for key, most in MOST.items():
-            value = getattr(self.size, key)
-            require(value <= most, f"model.{key} must be at most {most:,}, got {value}: lower it")
         require(width % 4 == 0, f"model.hidden_size must be divisible by 4 (sin-cos positions), got {width}")
-        require(
-            width % heads == 0,
-            f"model.hidden_size ({width}) is not divisible by model.num_heads ({heads})",
-        )
+        require(width % heads == 0, f"model.hidden_size ({width}) is not divisible by model.num_heads ({heads})")
         require(
             self._has_joint_layers or depth % 2 == 0 or self.name == "custom-t2i",
             f"model.depth must be even with model.variant {self.variant}, which has as many spatial "
@@ -197,18 +172,7 @@ class LatteConfig:
             f"got {self.head_width} (model.hidden_size {width}, model.num_heads {heads})",
         )
 
-    def _check_text(self) -> None:
-        """Refuses keys of class-conditional networks for a text-conditioned one."""
-        inapplicable = [item for item in fields(self) if item.name not in TEXT_KEYS] if self.is_text else []
-        for item in inapplicable:
-            value = getattr(self, item.name)
-            require(
-                value == item.default,
-                f"model.{item.name}={value} has no meaning with model.name={self.name}: leave it at {item.default}",
-            )
 
-    @property
-    def head_width(self) -> int:
-        """Width of an attention head in temporal layers."""
-        width, _, heads, _ = self.size
-        return width // heads * (2 if self.variant == "parallel" else 1)
+def _plain_name(name: str) -> str:
+    """Returns `name` with `LatteIMG-`, the official name for joint training of the same network, as `Latte-`."""
+    return name.replace("LatteIMG-", "Latte-", 1)

@@ -7,20 +7,18 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from common.checks import require
+from common.checks import Limit, at_least, check_limits, one_of, optional, require, within
 
 CLASS_NAME = "LatteTransformer3DModel"  # diffusers' name of this network
-ACTIVATIONS = ("gelu", "gelu-approximate", "geglu")
-SIZES = (
-    "num_attention_heads",
-    "attention_head_dim",
-    "in_channels",
-    "num_layers",
-    "sample_size",
-    "patch_size",
-    "caption_channels",
-    "video_length",
-)
+WHOLE = Limit("an integer of at least 1", lambda value: type(value) is int and value >= 1)
+LIMITS = {
+    "num_attention_heads attention_head_dim in_channels num_layers sample_size patch_size": WHOLE,
+    "caption_channels video_length": WHOLE,
+    "out_channels": optional(at_least(1)),
+    "norm_type": one_of(("ada_norm_single",)),
+    "activation_fn": one_of(("gelu", "gelu-approximate", "geglu")),
+    "dropout": within(0, 1, "[)"),
+}
 
 # Keys in files of related classes (the official LatteT2V, PixArt) -> values at which they have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -65,29 +63,13 @@ class LatteT2VConfig:
     video_length: int = 16
 
     def __post_init__(self) -> None:
-        for key in SIZES:
-            value = getattr(self, key)
-            good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            require(good, f"{key} must be an integer of at least 1, got {value!r}")
-        require(
-            self.norm_type == "ada_norm_single",
-            f"norm_type must be ada_norm_single, the only one that Latte has, got {self.norm_type!r}",
-        )
+        check_limits(self, "", LIMITS)
         require(
             self.cross_attention_dim == self.width,
             f"cross_attention_dim must be {self.width}, the network's width (num_attention_heads x "
             f"attention_head_dim), got {self.cross_attention_dim!r}",
         )
-        require(
-            self.activation_fn in ACTIVATIONS,
-            f"activation_fn must be one of {', '.join(ACTIVATIONS)}, got {self.activation_fn!r}",
-        )
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
         require(self.width % 4 == 0, f"the width must be divisible by 4 (sin-cos positions), got {self.width}")
-        require(
-            self.out_channels is None or self.out_channels >= 1,
-            f"out_channels must be at least 1, or null for the same as in_channels, got {self.out_channels}",
-        )
         require(
             self.sample_size % self.patch == 0,
             f"sample_size ({self.sample_size}) is not divisible by patch_size ({self.patch_size})",
@@ -100,10 +82,15 @@ class LatteT2VConfig:
         Raises:
             ValueError: a key that is unknown or whose value the network does not support.
         """
-        known = {field.name for field in fields(cls)}
+        known = [field.name for field in fields(cls)]
         given = {key: value for key, value in config.items() if not key.startswith("_") and key not in UNREAD}
-        for key in sorted(set(given) - known):
-            _check_foreign_key(key, given.pop(key), given)
+        allowed = {**NEUTRAL, "interpolation_scale": (None, max(int(given.get("sample_size", 64)) // 64, 1))}
+        for key in sorted(set(given) - set(known)):
+            close = get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            require(key in allowed, f"{key} is not a key of this network's config{hint}")
+            value, neutral = given.pop(key), allowed[key]
+            require(value in neutral, f"{key} must be one of {', '.join(map(repr, neutral))}, got {value!r}")
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,11 +114,6 @@ class LatteT2VConfig:
         assert self.patch_size is not None  # checked above
         return self.patch_size
 
-    @property
-    def position_scale(self) -> int:
-        """Divisor of spatial positions: above 1 for networks of more than 64 latent pixels."""
-        return max(self.sample_size // 64, 1)
-
 
 LATTE_1 = LatteT2VConfig(
     attention_head_dim=72,
@@ -148,17 +130,3 @@ LATTE_1 = LatteT2VConfig(
     norm_eps=1e-6,
     caption_channels=4096,
 )
-
-
-def _check_foreign_key(key: str, value: Any, given: Mapping[str, Any]) -> None:
-    """Raises ValueError for a key of a related class unless its value has no effect."""
-    names = [field.name for field in fields(LatteT2VConfig)]
-    allowed = NEUTRAL.get(key, ())
-    if key == "interpolation_scale":
-        allowed = (None, max(int(given.get("sample_size", 64)) // 64, 1))
-    if not allowed:
-        close = get_close_matches(key, names, n=1)
-        raise ValueError(
-            f"{key} is not a key of this network's config" + (f"; did you mean {close[0]}?" if close else "")
-        )
-    require(value in allowed, f"{key} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -13,7 +13,6 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
+
+from common.checks import require
+from common.storage import file_sha256
 
 from .latte import Latte
 
@@ -50,12 +52,13 @@ TABLES = {  # position tables -> advice if their shape does not fit
     "temp_embed": "for another frame count: set data.num_frames as in training",
 }
 
-# Part of a key of ours -> why an image DiT has no weights for it.
+# Parts of keys that only the network, or only the image DiT has -> the reason.
 ONLY_OURS = {
     "temp_embed": "an image model has no frames; ours is computed",
     "temporal_attn": "an image model has no second attention; ours keeps its initialisation",
     "frame_upsampler": "an image model has no tubelets; ours keeps its initialisation",
 }
+ONLY_THEIRS = {"y_embedder": "the network has no labels (model.num_classes is 0)"}
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -87,11 +90,11 @@ def load_pickled(path: Path, ignored: Iterable[str] = ()) -> Any:
         ValueError: this PyTorch is too old to read the file safely, or the file is broken, compressed, or contains
             Python objects.
     """
-    if TorchVersion(torch.__version__) < SAFE_SINCE:
-        raise ValueError(
-            f"{path} is not read, because with PyTorch {torch.__version__} a .pt file can run code; install "
-            f"PyTorch {SAFE_SINCE} or newer, or use a .safetensors file"
-        )
+    require(
+        TorchVersion(torch.__version__) >= SAFE_SINCE,
+        f"{path} is not read, because with PyTorch {torch.__version__} a .pt file can run code; install "
+        f"PyTorch {SAFE_SINCE} or newer, or use a .safetensors file",
+    )
     _check_archive(path)
     stand_ins: list[Any] = [(Ignored, name) for name in ignored]
     try:
@@ -109,16 +112,6 @@ def load_pickled(path: Path, ignored: Iterable[str] = ()) -> Any:
         raise ValueError(f"{path} is not a complete PyTorch checkpoint; copy it again") from error
 
 
-def require_hash(file: Path, allowed: Sequence[str]) -> None:
-    """Raises ValueError for a file whose SHA-256 is not in `allowed`, FileNotFoundError for no file."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {file}")
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found not in [each.strip().lower() for each in allowed]:
-        raise ValueError(f"{file} is not opened: its SHA-256 is {found}, but --sha256 allows {', '.join(allowed)}.")
-
-
 def _check_archive(path: Path) -> None:
     """Raises ValueError for an archive that unpacks to more than its own size; `torch.save` never compresses."""
     if not zipfile.is_zipfile(path):
@@ -129,12 +122,12 @@ def _check_archive(path: Path) -> None:
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise ValueError(f"{path} is not a complete PyTorch checkpoint; copy it again") from error
     packed = any(record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 for record in records)
-    unpacked = sum(record.file_size for record in records)
-    if packed or unpacked > path.stat().st_size or len(records) > MAX_RECORDS:
-        raise ValueError(
-            f"{path} is refused: its {len(records)} records unpack to {unpacked} bytes from {path.stat().st_size}, "
-            "but torch.save writes them unpacked and unencrypted"
-        )
+    size, unpacked = path.stat().st_size, sum(record.file_size for record in records)
+    require(
+        not packed and unpacked <= size and len(records) <= MAX_RECORDS,
+        f"{path} is refused: its {len(records)} records unpack to {unpacked} bytes from {size}, "
+        "but torch.save writes them unpacked and unencrypted",
+    )
 
 
 def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str] = ()) -> dict[str, Tensor]:
@@ -151,38 +144,30 @@ def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else load_pickled(path, ignored)
-    weights = _select_weights(content, prefer, path)
-    if not weights or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
-        raise ValueError(f"{path} holds no network weights: neither `ema`, nor `model`, nor tensors by name")
-    return _unwrap(weights, path)
+    content = read_safetensors(path) if path.suffix == ".safetensors" else load_pickled(path, ignored)
+    sets: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
+    kind = next((key for key in (prefer, "ema", "model", *PIXART_KEYS) if isinstance(sets.get(key), Mapping)), None)
+    if kind not in (None, prefer):
+        log.warning("%s holds no `%s` weights; using its `%s`", path, prefer, kind)
+    weights: Mapping[str, Any] = sets if kind is None else sets[kind]
+    require(
+        bool(weights) and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()),
+        f"{path} holds no network weights: neither `ema`, nor `model`, nor tensors by name",
+    )
+    bare = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in weights.items()}
+    require(
+        len(bare) == len(weights),
+        f"{path} holds the same weights twice, with and without a wrapper prefix ({', '.join(WRAPPERS)})",
+    )
+    return bare
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors in a file. Raises ValueError if it is broken."""
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}); copy it again") from error
-
-
-def _select_weights(content: Any, prefer: str, path: Path) -> dict[str, Any]:
-    if not isinstance(content, Mapping):
-        return {}
-    for key in (prefer, "ema", "model", *PIXART_KEYS):
-        if isinstance(content.get(key), Mapping):
-            if key != prefer:
-                log.warning("%s holds no `%s` weights; using its `%s`", path, prefer, key)
-            return dict(content[key])
-    return dict(content)
-
-
-def _unwrap(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    bare = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in weights.items()}
-    if len(bare) < len(weights):
-        raise ValueError(
-            f"{path} holds the same weights twice, with and without a wrapper prefix ({', '.join(WRAPPERS)})"
-        )
-    return bare
 
 
 def extract_weights(path: Path, hashes: Sequence[str], prefer: str = "ema") -> dict[str, Tensor]:
@@ -194,7 +179,13 @@ def extract_weights(path: Path, hashes: Sequence[str], prefer: str = "ema") -> d
     Raises:
         FileNotFoundError, ValueError: no such file, another hash, or other objects than tensors and settings.
     """
-    require_hash(path, hashes)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {path}")
+    found = file_sha256(path)
+    require(
+        found in [each.strip().lower() for each in hashes],
+        f"{path} is not opened: its SHA-256 is {found}, but --sha256 allows {', '.join(hashes)}.",
+    )
     weights = read_state_dict(path, prefer, ignored=SETTINGS)
     return {name: value.contiguous().clone() for name, value in weights.items()}
 
@@ -214,9 +205,19 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     Raises:
         ValueError: keys are missing, unexpected or of another shape; all of them are listed.
     """
-    problems = _differences(model.state_dict(), state_dict)
-    if problems:
-        raise ValueError(f"{source} does not fit the network: " + "; ".join(problems))
+    ours = model.state_dict()
+    shared = [key for key in ours if key in state_dict]
+    kinds = {
+        "missing": [(key, "") for key in ours if key not in state_dict],
+        "unexpected": [(key, "") for key in state_dict if key not in ours],
+        "misshapen": [
+            (key, _shapes(state_dict[key], ours[key]) + (f", a table {TABLES[key]}" if key in TABLES else ""))
+            for key in shared
+            if state_dict[key].shape != ours[key].shape
+        ],
+    }
+    problems = [f"{kind} {', '.join(_fold(keys))}" for kind, keys in kinds.items() if keys]
+    require(not problems, f"{source} does not fit the network: " + "; ".join(problems))
     model.load_state_dict(state_dict, assign=assign)
 
 
@@ -237,22 +238,6 @@ def weights_digest(*groups: Mapping[str, Tensor], facts: bytes = b"") -> str:
     return total.hexdigest()
 
 
-def _differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
-    missing = [(key, "") for key in ours if key not in theirs]
-    unexpected = [(key, "") for key in theirs if key not in ours]
-    misshapen = [
-        (key, _shapes(theirs[key], ours[key]) + (f", a table {TABLES[key]}" if key in TABLES else ""))
-        for key in ours
-        if key in theirs and theirs[key].shape != ours[key].shape
-    ]
-    named = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    return [f"{kind} {', '.join(_fold(keys))}" for kind, keys in named.items() if keys]
-
-
-def _shapes(theirs: Tensor, ours: Tensor) -> str:
-    return f"{tuple(theirs.shape)} in the checkpoint, {tuple(ours.shape)} in the network"
-
-
 # ----------------------------------------------------------------------- starting from an image DiT
 
 
@@ -265,14 +250,13 @@ class InitReport:
     left_ours: dict[str, str]
 
     def __str__(self) -> str:
-        sections = [
-            ("taken from the checkpoint", len(self.taken), _fold((key, "") for key in self.taken)),
-            ("left in the checkpoint", len(self.left_theirs), _fold(self.left_theirs.items())),
-            ("kept as they were in the network", len(self.left_ours), _fold(self.left_ours.items())),
-        ]
-        return "\n".join(
-            line for title, count, lines in sections for line in (f"{title}: {count}", *(f"  {line}" for line in lines))
-        )
+        sections = {
+            "taken from the checkpoint": dict.fromkeys(self.taken, ""),
+            "left in the checkpoint": self.left_theirs,
+            "kept as they were in the network": self.left_ours,
+        }
+        lines = ([f"{title}: {len(keys)}", *_fold(keys.items())] for title, keys in sections.items())
+        return "\n".join("\n  ".join(section) for section in lines)
 
 
 def is_image_checkpoint(state_dict: Mapping[str, Tensor]) -> bool:
@@ -291,41 +275,33 @@ def init_from_dit(model: Latte, state_dict: Mapping[str, Tensor]) -> InitReport:
     """
     ours = model.state_dict()
     taken = [key for key, value in state_dict.items() if key in ours and ours[key].shape == value.shape]
-    if not any(key.startswith("blocks.") for key in taken):
-        raise ValueError(
-            "no layer of the checkpoint fits the network: train.init_from must be an image DiT "
-            f"of width {model.config.size.hidden_size} (model.name {model.config.name})"
-        )
+    require(
+        any(key.startswith("blocks.") for key in taken),
+        "no layer of the checkpoint fits the network: train.init_from must be an image DiT "
+        f"of width {model.config.size.hidden_size} (model.name {model.config.name})",
+    )
+
+    def explain(keys: Iterable[str], reasons: Mapping[str, str], otherwise: str) -> dict[str, str]:
+        return {
+            key: _shapes(state_dict[key], ours[key]) + ("; ours is computed" if key in TABLES else "")
+            if key in ours and key in state_dict
+            else next((why for part, why in reasons.items() if part in key.split(".")), otherwise)
+            for key in keys
+            if key not in kept
+        }
+
     kept = set(taken)
     report = InitReport(
         taken=taken,
-        left_theirs={key: _why_left(key, state_dict, model) for key in state_dict if key not in kept},
-        left_ours={key: _why_kept(key, state_dict, ours) for key in ours if key not in kept},
+        left_theirs=explain(state_dict, ONLY_THEIRS, "the network has no such weights"),
+        left_ours=explain(ours, ONLY_OURS, "not in the checkpoint"),
     )
     model.load_state_dict({**ours, **{key: state_dict[key] for key in taken}})
     return report
 
 
-def _why_left(key: str, theirs: Mapping[str, Tensor], model: Latte) -> str:
-    ours = model.state_dict()
-    if key in ours:
-        return _shapes(theirs[key], ours[key]) + ("; ours is computed" if key in TABLES else "")
-    if key.startswith("y_embedder."):
-        return "the network has no labels (model.num_classes is 0)"
-    block = re.match(r"blocks\.(\d+)\.", key)
-    if block and int(block[1]) >= len(model.blocks):
-        return f"the network has {len(model.blocks)} layers"
-    return "the network has no such weights"
-
-
-def _why_kept(key: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str:
-    if key in theirs:
-        return _shapes(theirs[key], ours[key]) + ("; ours is computed" if key in TABLES else "")
-    reasons = (reason for part, reason in ONLY_OURS.items() if part in key.split("."))
-    return next(reasons, "not in the checkpoint")
-
-
-# ------------------------------------------------------------------------------------ lists of keys
+def _shapes(theirs: Tensor, ours: Tensor) -> str:
+    return f"{tuple(theirs.shape)} in the checkpoint, {tuple(ours.shape)} in the network"
 
 
 def _fold(keys: Iterable[tuple[str, str]]) -> list[str]:
@@ -334,18 +310,11 @@ def _fold(keys: Iterable[tuple[str, str]]) -> list[str]:
     for key, note in keys:
         head, number, tail = re.fullmatch(r"(?:(\w*blocks)\.(\d+)\.)?(.*)", key, re.DOTALL).groups(default="")  # type: ignore[union-attr]
         groups.setdefault((head, tail, note), []).append(int(number or 0))
-    return [
-        (f"{head}.{_ranges(numbers)}." if head else "") + tail + (f": {note}" if note else "")
-        for (head, tail, note), numbers in groups.items()
-    ]
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Formats [0, 1, 2, 5] as `{0-2,5}`, and [7] as `7`."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    runs = [
-        [number for _, number in run]
-        for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
-    ]
-    return "{" + ",".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs) + "}"
+    lines = []
+    for (head, tail, note), numbers in groups.items():
+        first, last = min(numbers), max(numbers)
+        layers = str(first) if first == last else f"{{{first}-{last}}}"
+        if len(numbers) < last - first + 1:
+            layers = f"{{{','.join(map(str, sorted(numbers)))}}}"
+        lines.append((f"{head}.{layers}." if head else "") + tail + (f": {note}" if note else ""))
+    return lines

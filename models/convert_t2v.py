@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from common.checks import require
 from common.storage import write_folder_atomically
 
 from .config_t2v import CLASS_NAME, LATTE_1, LatteT2VConfig
@@ -115,19 +116,31 @@ def convert_t2v(
         FileNotFoundError: the folder or file, or a part of it, is missing.
         ValueError: it is broken or does not fit the network; all differences are listed.
     """
-    folder = _transformer_folder(Path(source))
-    files = _weight_files(folder, variant) if folder else [Path(source)]
-    weights = _read(files, prefer)
-    described = _config(config, folder or Path(source).parent)
+    weights, keys = _read(Path(source), config, variant, prefer)
+    table = weights.get("pos_embed")  # in PixArt's own files, which have no config
     weights, left = _translate(weights)
-    if "caption_projection.linear_1.weight" not in weights:
-        raise ValueError(f"{source} is not a text-conditioned network: it has no caption_projection")
-    if SCALE in described:
-        options.setdefault(SCALE, described.pop(SCALE))
-    is_image = not any(key.startswith(TEMPORAL) for key in weights)
-    name = str(source) if described else f"{source}, read as Latte-1 because there is no {CONFIG_FILE} next to it,"
-    model, report = (_image_network if is_image else _video_network)(weights, described, name, options)
-    report = replace(report, left_theirs=left | report.left_theirs)
+    require(
+        "caption_projection.linear_1.weight" in weights,
+        f"{source} is not a text-conditioned network: it has no caption_projection",
+    )
+    if SCALE in keys:
+        options.setdefault(SCALE, keys.pop(SCALE))
+    name = str(source) if keys else f"{source}, read as Latte-1 because there is no {CONFIG_FILE} next to it,"
+    own: dict[str, Tensor] = {}
+    if any(key.startswith(TEMPORAL) for key in weights):
+        with torch.device("meta"):  # skips initialisation, since all weights are replaced
+            model = LatteT2V.from_config(keys or LATTE_1, **options)
+        load_weights(model, weights, name, assign=True)
+    else:
+        weights, more = _drop_keys(weights, IGNORED | IGNORED_OF_IMAGES)
+        keys.pop("use_additional_conditions", None)
+        model = LatteT2V.from_config(keys or _pixart_config(table), **options)
+        model.start_as_image_network()
+        own = {key: value for key, value in model.state_dict().items() if key.startswith(TEMPORAL)}
+        load_weights(model, own | weights, name)
+        left |= more
+    reason = "an image network has no frames; ours starts as the identity"
+    report = InitReport(taken=list(weights), left_theirs=left, left_ours=dict.fromkeys(own, reason))
     return model.to(dtype).eval() if dtype else model.eval(), report
 
 
@@ -193,104 +206,56 @@ def compare_with_diffusers(model: LatteT2V, folder: Path) -> float:
     return float((first - second).abs().max() / second.abs().max().clamp_min(1e-12))
 
 
-# ------------------------------------------------------------------------------------------- files
+def _read(
+    source: Path, config: Mapping[str, Any] | None, variant: str | None, prefer: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the weights of `source`, and the content of its config.json, empty if there is none.
 
-
-def _transformer_folder(source: Path) -> Path | None:
-    """Returns the folder that holds the network's config.json, or None if `source` is a file.
-
-    Raises: FileNotFoundError if it is neither.
+    Raises: ValueError if the config describes another kind of network, or weights are not finite.
     """
-    if source.is_file():
-        return None
-    if not source.is_dir():
-        raise FileNotFoundError(f"there is no folder or file {source}")
-    folders = [folder for folder in (source / SUBFOLDER, source) if (folder / CONFIG_FILE).is_file()]
-    if not folders:
-        raise FileNotFoundError(
-            f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}; `python -m "
-            "tools.convert diffusers` writes such a folder from a training run"
-        )
-    return folders[0]
-
-
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """Returns the weight files in a folder of diffusers' format: the shards of an index, or one file.
-
-    Raises: FileNotFoundError if there are none.
-    """
-    part = f".{variant}" if variant else ""
-    index = folder / f"{WEIGHTS}.safetensors.index{part}.json"
-    if index.is_file():
-        return _shards(index)
-    names = [f"{WEIGHTS}{part}.safetensors", f"{WEIGHTS}{part}.bin"]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no weights: neither {index.name} nor {' nor '.join(names)}")
-    return found[:1]
-
-
-def _shards(index: Path) -> list[Path]:
-    """Returns the files that an index names.
-
-    Raises: ValueError for an index that is broken or names files outside its folder.
-    """
-    listed = read_json(index).get("weight_map")
-    names = list(listed.values()) if isinstance(listed, dict) else []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise ValueError(f"{index} is not an index of weight files in its folder; copy it again")
-    return [index.with_name(name) for name in sorted(set(names))]
-
-
-def _read(files: list[Path], prefer: str) -> dict[str, Tensor]:
+    folder, files = _find_files(source, variant)
     weights: dict[str, Tensor] = {}
     for file in files:
         part = read_state_dict(file, prefer)
         require_finite(part, file.resolve())  # names the file rather than a link to it
         weights |= part
-    return weights
+    described = folder / CONFIG_FILE
+    keys = dict(config) if config is not None else read_json(described) if described.is_file() else {}
+    kind, known = keys.get("_class_name", CLASS_NAME), ", ".join(CLASS_NAMES)
+    require(kind in CLASS_NAMES, f"{folder} describes a {kind} network; the class must be one of {known}")
+    return weights, keys
 
 
-def _config(given: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """Returns the content of config.json: as given, or from the folder; empty if there is none.
+def _find_files(source: Path, variant: str | None) -> tuple[Path, list[Path]]:
+    """Returns the folder of a network's config.json, and its files of weights: the shards of an index, or one file.
 
-    Raises: ValueError if it describes another kind of network.
+    Raises: FileNotFoundError if a part is missing; ValueError for an index that names files outside its folder.
     """
-    file = folder / CONFIG_FILE
-    config = dict(given) if given is not None else read_json(file) if file.is_file() else {}
-    name = config.get("_class_name", CLASS_NAME)
-    if name not in CLASS_NAMES:
-        raise ValueError(f"{folder} describes a {name} network; the class must be one of {', '.join(CLASS_NAMES)}")
-    return config
-
-
-# ----------------------------------------------------------------------------------------- weights
-
-
-def _video_network(
-    weights: dict[str, Tensor], config: dict[str, Any], source: str, options: dict[str, Any]
-) -> tuple[LatteT2V, InitReport]:
-    """Builds a network with all of its weights from the checkpoint."""
-    with torch.device("meta"):  # skips initialisation, since all weights are replaced
-        model = LatteT2V.from_config(config or LATTE_1, **options)
-    load_weights(model, weights, source, assign=True)
-    return model, InitReport(taken=list(weights), left_theirs={}, left_ours={})
-
-
-def _image_network(
-    weights: dict[str, Tensor], config: dict[str, Any], source: str, options: dict[str, Any]
-) -> tuple[LatteT2V, InitReport]:
-    """Builds a video network that computes each frame as the image network in the checkpoint."""
-    table = weights.get("pos_embed")  # in PixArt's own files, which have no config
-    weights, left = _drop_keys(weights, IGNORED | IGNORED_OF_IMAGES)
-    config.pop("use_additional_conditions", None)
-    described: Any = config or _pixart_config(table)
-    model = LatteT2V.from_config(described, **options)
-    model.start_as_image_network()
-    own = {key: value for key, value in model.state_dict().items() if key.startswith(TEMPORAL)}
-    load_weights(model, own | weights, source)
-    reason = "an image network has no frames; ours starts as the identity"
-    return model, InitReport(taken=list(weights), left_theirs=left, left_ours=dict.fromkeys(own, reason))
+    if source.is_file():
+        return source.parent, [source]
+    if not source.is_dir():
+        raise FileNotFoundError(f"there is no folder or file {source}")
+    folder = next((each for each in (source / SUBFOLDER, source) if (each / CONFIG_FILE).is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}; `python -m "
+            "tools.convert diffusers` writes such a folder from a training run"
+        )
+    part = f".{variant}" if variant else ""
+    index = folder / f"{WEIGHTS}.safetensors.index{part}.json"
+    if index.is_file():
+        listed = read_json(index).get("weight_map")
+        shards = list(listed.values()) if isinstance(listed, dict) else []
+        require(
+            bool(shards) and all(isinstance(name, str) and Path(name).name == name for name in shards),
+            f"{index} is not an index of weight files in its folder; copy it again",
+        )
+        return folder, [folder / name for name in sorted(set(shards))]
+    names = [f"{WEIGHTS}{part}.safetensors", f"{WEIGHTS}{part}.bin"]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no weights: neither {index.name} nor {' nor '.join(names)}")
+    return folder, found[:1]
 
 
 def _pixart_config(table: Tensor | None) -> LatteT2VConfig:

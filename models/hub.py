@@ -9,14 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from common.checks import require
+
 log = logging.getLogger(__name__)
 
 
-def expand_home(path: str) -> Path:
-    """Returns `path` with `~` expanded, or unchanged if there is no such home folder."""
-    with suppress(RuntimeError):
-        return Path(path).expanduser()
-    return Path(path)
+def local_folder(path: str) -> Path | None:
+    """Returns the folder that `path` names, `~` expanded; None if there is no such folder."""
+    with suppress(RuntimeError):  # no such home folder
+        folder = Path(path).expanduser()
+        return folder if folder.is_dir() else None
+    return None
 
 
 def is_hub_name(path: str) -> bool:
@@ -37,12 +40,14 @@ def find_folder(path: str, revision: str | None, key: str, patterns: Sequence[st
         FileNotFoundError: neither a folder nor a hub name that can be downloaded.
         ValueError: a revision is given for a folder.
     """
-    folder = expand_home(path)
-    if folder.is_dir():
-        refuse_revision(path, revision, key)
+    folder = local_folder(path)
+    if folder is not None:
+        require(
+            not revision, f"{key}={path} is a local folder, which has no revision {revision}: leave the revision out"
+        )
         return folder
-    if not is_hub_name(path):
-        raise FileNotFoundError(f"{key}: there is no folder {folder}")
+    if Path(path).exists() or not is_hub_name(path):
+        raise FileNotFoundError(f"{key}: there is no folder {path}")
     from huggingface_hub import snapshot_download  # slow to import
 
     name, _, stated = path.partition("@")
@@ -58,21 +63,13 @@ def find_folder(path: str, revision: str | None, key: str, patterns: Sequence[st
 
 def find_cached(path: str, revision: str | None, file: str) -> Path | None:
     """Returns the folder of `path` on this machine: itself, or the hub's cache if it has `file`; None if neither."""
-    folder = expand_home(path)
-    if folder.is_dir():
+    folder = local_folder(path)
+    if folder is not None or not is_hub_name(path):
         return folder
-    if not is_hub_name(path):
-        return None
     from huggingface_hub import try_to_load_from_cache  # slow to import
 
     found = try_to_load_from_cache(path, file, revision=revision)
     return Path(found).parents[file.count("/")] if isinstance(found, str) else None
-
-
-def refuse_revision(path: str, revision: str | None, key: str) -> None:
-    """Raises ValueError if a revision is given for `path`, which is a local folder."""
-    if revision:
-        raise ValueError(f"{key}={path} is a local folder, which has no revision {revision}: leave the revision out")
 
 
 def require_part(folder: Path, name: str) -> None:
@@ -90,8 +87,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing, which is a part of a folder in diffusers' format") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON; copy it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a JSON object; copy it again")
+    except (ValueError, RecursionError):
+        content = None
+    require(isinstance(content, dict), f"{file} is not a valid JSON object; copy it again")
     return content

@@ -6,26 +6,17 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from .autoencoder import CONFIG_FILE, CodecConfig
-from .convert import load_pickled, weights_digest
-from .hub import find_cached
+from common.storage import file_sha256
+
+from .autoencoder import CONFIG_FILE, WEIGHTS, CodecConfig
+from .convert import load_pickled, read_safetensors, weights_digest
+from .hub import find_cached, read_json
 from .taef2 import DECODER_FILE, ENCODER_FILE
 from .text_encoder import PARTS, TextConfig
-
-# files that `from_pretrained` reads, in its order of preference: one file or its shards
-WEIGHT_FILES = (
-    re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors"),
-    re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.bin"),
-)
-CODEC_NAMES = ("path", "subfolder", "revision")
-TEXT_NAMES = ("path", "revision")
-
 
 # ------------------------------------------------------------------------------------------- codec
 
@@ -51,7 +42,8 @@ def codec_identity(config: CodecConfig) -> dict[str, Any]:
 
 def is_same_codec(made: dict[str, Any], now: dict[str, Any]) -> bool:
     """Returns whether two identities are of one codec: by weights, or by names if `now` has no weights at hand."""
-    keys = ["latent_channels", "downsample_factor", "dtype", *(["sha256"] if now["sha256"] else CODEC_NAMES)]
+    names = ("sha256",) if now["sha256"] else ("path", "subfolder", "revision")
+    keys = ("latent_channels", "downsample_factor", "dtype", *names)
     return all(made.get(key) == now[key] for key in keys)
 
 
@@ -65,30 +57,17 @@ def _codec_sha256(config: CodecConfig) -> str | None:
     folder = root / inside
     taef2 = [folder / name for name in (ENCODER_FILE, DECODER_FILE)]
     if all(file.is_file() for file in taef2):
-        return weights_digest(*(_read(file) for file in taef2), facts=b"{}")
-    files = next((found for pattern in WEIGHT_FILES if (found := _matching(folder, pattern))), [])
-    if not files:
+        return weights_digest(*(load_pickled(file) for file in taef2), facts=b"{}")
+    weights: dict[str, Tensor] = {}
+    for suffix, read in (("safetensors", read_safetensors), ("bin", load_pickled)):  # as `from_pretrained` prefers
+        name = re.compile(rf"{WEIGHTS}(-\d+-of-\d+)?\.{suffix}")  # one file or its shards
+        for file in sorted(folder.glob("*")) if not weights else ():
+            weights |= read(file) if name.fullmatch(file.name) else {}
+    if not weights:
         return None
-    try:
-        facts = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        facts = {key: value for key, value in facts.items() if key == "_class_name" or not key.startswith("_")}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise ValueError(f"codec.path={config.path}: {CONFIG_FILE} does not describe an autoencoder") from None
-    weights = {name: value for file in files for name, value in _read(file).items()}
+    facts = read_json(folder / CONFIG_FILE)
+    facts = {key: value for key, value in facts.items() if key == "_class_name" or not key.startswith("_")}
     return weights_digest(weights, facts=json.dumps(facts, sort_keys=True).encode())
-
-
-def _matching(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    return sorted(file for file in folder.glob("*") if pattern.fullmatch(file.name))
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    if file.suffix != ".safetensors":
-        return load_pickled(file)
-    try:
-        return load_file(file)
-    except Exception as error:  # safetensors raises error classes of its own
-        raise ValueError(f"{file} cannot be read: {error}") from None
 
 
 # ------------------------------------------------------------------------------------ text encoder
@@ -113,7 +92,7 @@ def text_identity(config: TextConfig) -> dict[str, Any]:
 
 def select_comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the part of a text identity that a cache must equal: the hash of the files, or without it their name."""
-    ignored = TEXT_NAMES if identity["sha256"] or identity["path"] is None else ()
+    ignored = ("path", "revision") if identity["sha256"] or identity["path"] is None else ()
     return {key: value for key, value in identity.items() if key not in ignored and not (key == "sha256" and not value)}
 
 
@@ -124,7 +103,5 @@ def _text_sha256(config: TextConfig) -> str | None:
     digest = hashlib.sha256()
     files = [file for part in PARTS for file in sorted((folder / part).rglob("*")) if file.is_file()]
     for file in files:
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{content}\0".encode())
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file_sha256(file)}\0".encode())
     return digest.hexdigest() if files else None

@@ -7,13 +7,15 @@ N tokens per frame, D width. Between patch embedding and final layer F counts tu
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .blocks import LAYER_PLANS, Block, FinalLayer, Layer, per_frame
+from common.checks import require
+
+from .blocks import LAYER_PLANS, Block, FinalLayer, on_clip, per_frame, require_blocks, run_block
 from .config import LatteConfig
 from .embeddings import (
     FrameUpsampler,
@@ -45,18 +47,11 @@ class Route(NamedTuple):
     stop: int
     keep: Tensor
 
-    def gather(self, x: Tensor, num_appended: int) -> Tensor:
-        """Returns the kept tokens of `x (B, F+I, N + num_appended, D)`: `(B, F+I, K + num_appended, D)`."""
-        return x.take_along_dim(self._index(x, num_appended), dim=2)
-
-    def scatter(self, kept: Tensor, x: Tensor, num_appended: int) -> Tensor:
-        """Returns `x` with the tokens of `gather` replaced by `kept`."""
-        return x.scatter(2, self._index(x, num_appended).expand_as(kept), kept)
-
-    def _index(self, x: Tensor, num_appended: int) -> Tensor:
+    def positions(self, x: Tensor, num_appended: int) -> Tensor:
+        """Returns where the kept tokens of `x (B, F+I, N + num_appended, D)` are: `(B, 1, K + num_appended, 1)`."""
         keep = self.keep.expand(len(x), -1)
         appended = torch.arange(x.shape[2] - num_appended, x.shape[2], device=keep.device).expand(len(x), -1)
-        return torch.cat([keep, appended], dim=1)[:, None, :, None]  # (B, 1, K + num_appended, 1)
+        return torch.cat([keep, appended], dim=1)[:, None, :, None]
 
 
 class Latte(nn.Module):
@@ -89,17 +84,18 @@ class Latte(nn.Module):
         width, depth, num_heads, self.patch_size = config.size
         self._check_clip(num_frames, *self.latent_size)
 
-        adaln = config.injection == "adaln"
+        adaln, span = config.injection == "adaln", config.frames_per_token
         layers = LAYER_PLANS[config.variant](depth)
-        self.first_temporal_layer = next(i for i, layer in enumerate(layers) if _attends_over_time(layer))
-        self.x_embedder = self._patch_embedder()
+        self.first_temporal_layer = next(i for i, layer in enumerate(layers) if "temporal" in chain(*layer))
+        sizes = in_channels, width, self.patch_size
+        self.x_embedder = UniformPatchEmbed(*sizes) if span == 1 else TubeletPatchEmbed(*sizes, span)
         self.t_embedder = TimestepEmbedder(width)
         if config.num_classes:
             self.y_embedder = LabelEmbedder(config.num_classes, width, null_row=config.has_null_label)
         self.blocks = nn.ModuleList(Block(layer, width, num_heads, config.mlp_ratio, adaln=adaln) for layer in layers)
         self.final_layer = FinalLayer(width, self.patch_size**2 * self.out_channels, adaln=adaln)
-        if config.patch_embedding == "tubelet":
-            self.frame_upsampler = FrameUpsampler(self.out_channels, config.tubelet_size)
+        if span > 1:
+            self.frame_upsampler = FrameUpsampler(self.out_channels, span)
         self.pos_embed: Tensor
         self.temp_embed: Tensor | None
         self.register_buffer("pos_embed", self._space_table(self.grid).float())
@@ -153,7 +149,7 @@ class Latte(nn.Module):
             ValueError: shapes that do not fit each other or the network, or a block that does not exist.
         """
         self._check_input(x, timesteps, labels, num_images)
-        self._check_blocks(return_hidden_states, route)
+        require_blocks(return_hidden_states, len(self.blocks))
         grid = x.shape[3] // self.patch_size, x.shape[4] // self.patch_size  # rows and columns of tokens
         x = self.x_embedder(x, num_images) + self._space_positions(grid)  # (B, F+I, N, D)
         num_frames = x.shape[1] - num_images  # F; from here on it counts tubelets where there are any
@@ -162,7 +158,7 @@ class Latte(nn.Module):
         x = x[:, :, : grid[0] * grid[1]]  # without the tokens of timestep and label
         x = self.final_layer(x, condition, num_frames)  # (B, F+I, N, p*p*C)
         x = unpatchify(x, grid, self.patch_size)  # (B, F+I, C, H, W)
-        if self.config.patch_embedding == "tubelet":
+        if self.config.frames_per_token > 1:
             x = self.frame_upsampler(x, num_images)
         return (x, hidden_states) if return_hidden_states else x
 
@@ -185,6 +181,11 @@ class Latte(nn.Module):
         Returns:
             The tokens after the last block, and the hidden states by block.
         """
+        depth = len(self.blocks)
+        require(
+            route is None or 0 <= route.start < route.stop <= depth,
+            f"route must have 0 <= start < stop <= {depth}, got {route and (route.start, route.stop)}",
+        )
         rotation = self._rotation(num_frames, x)
         num_appended = x.shape[2] - num_tokens
         hidden_states: dict[int, Tensor] = {}
@@ -194,13 +195,13 @@ class Latte(nn.Module):
                 x = self._add_time_positions(x, num_frames)
                 skipped = None if skipped is None else self._add_time_positions(skipped, num_frames)
             if route is not None and index == route.start:
-                skipped, x = x, route.gather(x, num_appended)
-            x = self._run(block, x, condition, num_frames, rotation)
+                kept = route.positions(x, num_appended)
+                skipped, x = x, x.take_along_dim(kept, dim=2)
+            x = run_block(block, x, condition, num_frames, rotation, recompute=self.config.gradient_checkpointing)
             if index in return_hidden_states:
                 hidden_states[index] = x[:, :, : x.shape[2] - num_appended]
             if route is not None and skipped is not None and index == route.stop - 1:
-                x = route.scatter(x, skipped, num_appended)
-                skipped = None
+                x, skipped = skipped.scatter(2, kept.expand_as(x), x), None
         return x, hidden_states
 
     def initialize_weights(self) -> None:
@@ -223,12 +224,6 @@ class Latte(nn.Module):
             nn.init.zeros_(linear.get_parameter("weight"))
             nn.init.zeros_(linear.get_parameter("bias"))
 
-    def _patch_embedder(self) -> UniformPatchEmbed | TubeletPatchEmbed:
-        sizes = self.in_channels, self.config.size.hidden_size, self.patch_size
-        if self.config.patch_embedding == "tubelet":
-            return TubeletPatchEmbed(*sizes, self.config.tubelet_size)
-        return UniformPatchEmbed(*sizes)
-
     def _inject(
         self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_frames: int
     ) -> tuple[Tensor, Tensor | None]:
@@ -250,18 +245,6 @@ class Latte(nn.Module):
         clip, images = timesteps[:, : num_frames * span : span], timesteps[:, num_frames * span :]
         return self.t_embedder(torch.cat([clip, images], dim=1))[:, :, None]
 
-    def _run(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        condition: Tensor | None,
-        num_frames: int,
-        rotation: Rotation | None,
-    ) -> Tensor:
-        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
-            return block(x, condition, num_frames, rotation)
-        return checkpoint(block, x, condition, num_frames, rotation, use_reentrant=False, preserve_rng_state=False)
-
     def _space_positions(self, grid: tuple[int, int]) -> Tensor:
         """Returns spatial positions `(1, N, D)` for any grid; those of the trained grid are stored."""
         if grid == self.grid:
@@ -275,8 +258,7 @@ class Latte(nn.Module):
         table = self.temp_embed
         if num_frames != self.temporal_length:
             table = self._time_table(num_frames, table.device).to(table.dtype)
-        clip = x[:, :num_frames] + table[:, :, None]  # (1, F, 1, D)
-        return torch.cat([clip, x[:, num_frames:]], dim=1) if x.shape[1] > num_frames else clip
+        return on_clip(lambda clip: clip + table[:, :, None], x, num_frames)  # (1, F, 1, D)
 
     def _rotation(self, num_frames: int, x: Tensor) -> Rotation | None:
         if self.config.temporal_position != "rope":
@@ -297,55 +279,40 @@ class Latte(nn.Module):
 
     def _check_clip(self, num_frames: int, height: int, width: int) -> None:
         span, patch = self.config.frames_per_token, self.patch_size
-        if num_frames < 1:
-            raise ValueError(f"a clip must have at least one frame, got {num_frames}")
-        if num_frames % span:
-            raise ValueError(
-                f"{num_frames} frames are not divisible by model.tubelet_size={span}; change one of the two"
-            )
-        if min(height, width) < patch or height % patch or width % patch:
-            raise ValueError(
-                f"latents of {height} x {width} are not divisible into patches of {patch} x {patch}; "
-                "change data.image_size or the patch size in model.name"
-            )
+        require(num_frames >= 1, f"a clip must have at least one frame, got {num_frames}")
+        require(
+            num_frames % span == 0,
+            f"{num_frames} frames are not divisible by model.tubelet_size={span}; change one of the two",
+        )
+        require(
+            min(height, width) >= patch and height % patch == width % patch == 0,
+            f"latents of {height} x {width} are not divisible into patches of {patch} x {patch}; "
+            "change data.image_size or the patch size in model.name",
+        )
 
     def _check_input(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_images: int) -> None:
-        if x.ndim != 5 or x.shape[2] != self.in_channels:
-            raise ValueError(f"latents must be of shape (B, F+I, {self.in_channels}, H, W), got {tuple(x.shape)}")
-        if timesteps.shape not in (x.shape[:1], x.shape[:2]):
-            raise ValueError(
-                f"timesteps must be of shape ({len(x)},), one per clip, or {tuple(x.shape[:2])}, one per frame, got "
-                f"{tuple(timesteps.shape)}"
-            )
-        if num_images < 0:
-            raise ValueError(f"num_images must be at least 0, got {num_images}")
+        require(
+            x.ndim == 5 and x.shape[2] == self.in_channels,
+            f"latents must be of shape (B, F+I, {self.in_channels}, H, W), got {tuple(x.shape)}",
+        )
+        require(
+            timesteps.shape in (x.shape[:1], x.shape[:2]),
+            f"timesteps must be of shape ({len(x)},), one per clip, or {tuple(x.shape[:2])}, one per frame, got "
+            f"{tuple(timesteps.shape)}",
+        )
+        require(num_images >= 0, f"num_images must be at least 0, got {num_images}")
         self._check_clip(x.shape[1] - num_images, x.shape[3], x.shape[4])
-        self._check_labels(labels, x.shape[0], num_images)
-
-    def _check_blocks(self, hidden: Collection[int], route: Route | None) -> None:
-        depth = len(self.blocks)
-        if not all(0 <= index < depth for index in hidden):
-            raise ValueError(f"return_hidden_states must be block indices in [0, {depth}), got {tuple(hidden)}")
-        if route is not None and not 0 <= route.start < route.stop <= depth:
-            raise ValueError(f"route must have 0 <= start < stop <= {depth}, got {route.start} and {route.stop}")
-
-    def _check_labels(self, labels: Tensor | None, batch: int, num_images: int) -> None:
-        if not self.config.num_classes:
-            if labels is not None:
-                raise ValueError("an unconditional network (model.num_classes=0) takes no labels: pass None")
-            return
-        if labels is None:
-            raise ValueError(
-                f"a network with model.num_classes={self.config.num_classes} needs labels; the null label is "
-                f"{self.null_label}"
-            )
-        shapes = [(batch, 1 + num_images)] if num_images else [(batch,), (batch, 1)]
-        if tuple(labels.shape) not in shapes:
-            raise ValueError(
-                f"labels must be of shape {' or '.join(map(str, shapes))} for {batch} clips with "
-                f"{num_images} images each, got {tuple(labels.shape)}"
-            )
-
-
-def _attends_over_time(layer: Layer) -> bool:
-    return any(axis != "spatial" for branch in layer for axis in branch)
+        classes, shapes = self.config.num_classes, [(len(x),)] * (num_images == 0) + [(len(x), 1 + num_images)]
+        require(
+            labels is None or classes > 0,
+            "an unconditional network (model.num_classes=0) takes no labels: pass None",
+        )
+        require(
+            labels is not None or classes == 0,
+            f"a network with model.num_classes={classes} needs labels; the null label is {self.null_label}",
+        )
+        require(
+            labels is None or tuple(labels.shape) in shapes,
+            f"labels must be of shape {' or '.join(map(str, shapes))} for {len(x)} clips with {num_images} images "
+            f"each, got {labels if labels is None else tuple(labels.shape)}",
+        )

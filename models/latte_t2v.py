@@ -15,18 +15,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .blocks import modulate
+from common.checks import require
+
+from .blocks import modulate, on_clip, require_blocks, run_block
 from .blocks_t2v import AdaLayerNormSingle, Caption, T2VBlock, TwoLayers
 from .config_t2v import LatteT2VConfig
-from .embeddings import (
-    UniformPatchEmbed,
-    axis_positions,
-    sincos_grid,
-    sincos_table,
-    unpatchify,
-)
+from .embeddings import UniformPatchEmbed, axis_positions, sincos_grid, sincos_table, unpatchify
 
 TextMask = Literal["official", "diffusers"]
 TEXT_MASKS: tuple[TextMask, ...] = ("official", "diffusers")
@@ -68,21 +63,18 @@ class LatteT2V(nn.Module):
         temporal: bool = True,
     ) -> None:
         super().__init__()
-        if text_mask not in TEXT_MASKS:
-            raise ValueError(f"text_mask must be one of {', '.join(TEXT_MASKS)}, got {text_mask!r}")
+        require(text_mask in TEXT_MASKS, f"text_mask must be one of {', '.join(TEXT_MASKS)}, got {text_mask!r}")
         self.config = config
         self.text_mask = text_mask
         self.gradient_checkpointing = gradient_checkpointing
         self.temporal_position_scale = temporal_position_scale
-        width, patch, layers = config.width, config.patch, range(config.num_layers)
+        width, patch, layers = config.width, config.patch, config.num_layers
         channels, out_channels = config.channels
         self.pos_embed = UniformPatchEmbed(channels, width, patch)
         self.adaln_single = AdaLayerNormSingle(width)
         self.caption_projection = TwoLayers(config.caption_channels or 0, width, nn.GELU(approximate="tanh"))
-        self.transformer_blocks = nn.ModuleList(T2VBlock(config, "spatial") for _ in layers)
-        self.temporal_transformer_blocks = nn.ModuleList(
-            T2VBlock(config, "temporal") for _ in (layers if temporal else ())
-        )
+        self.transformer_blocks = nn.ModuleList(T2VBlock(config, "spatial") for _ in range(layers))
+        self.temporal_transformer_blocks = nn.ModuleList(T2VBlock(config, "temporal") for _ in range(layers * temporal))
         self.norm_out = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = nn.Linear(width, patch * patch * out_channels)
@@ -117,10 +109,8 @@ class LatteT2V(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """All blocks in the order in which they run: spatial, temporal, spatial, ..."""
-        if not self.temporal_transformer_blocks:
-            return list(self.transformer_blocks)
-        pairs = zip(self.transformer_blocks, self.temporal_transformer_blocks)
-        return [block for pair in pairs for block in pair]
+        columns = [each for each in (self.transformer_blocks, self.temporal_transformer_blocks) if len(each)]
+        return [block for layer in zip(*columns) for block in layer]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,7 +154,7 @@ class LatteT2V(nn.Module):
         Raises:
             ValueError: shapes that do not fit each other or the network, or a block that does not exist.
         """
-        if timestep is None or encoder_hidden_states is None:
+        if timestep is None or encoder_hidden_states is None:  # optional in diffusers' signature
             raise ValueError("timestep and encoder_hidden_states (the features of the captions) must be given")
         self._check_input(hidden_states, timestep, encoder_hidden_states, num_images)
         patch, num_frames = self.config.patch, hidden_states.shape[2] - num_images
@@ -176,22 +166,20 @@ class LatteT2V(nn.Module):
         caption = self._caption(encoder_hidden_states, encoder_attention_mask, x.shape, num_images)
         over_time = enable_temporal_attentions and len(self.temporal_transformer_blocks) > 0
         blocks = self.blocks if over_time else list(self.transformer_blocks)
-        if not all(0 <= index < len(blocks) for index in return_hidden_states):
-            indices = tuple(return_hidden_states)
-            raise ValueError(f"return_hidden_states must be block indices in [0, {len(blocks)}), got {indices}")
+        require_blocks(return_hidden_states, len(blocks))
+        recompute = {"recompute": self.gradient_checkpointing, "keep_random_state": self.config.dropout > 0}
         by_block: dict[int, Tensor] = {}
         for index, block in enumerate(blocks):
             if index == 1 and over_time:
                 x = self._add_time_positions(x, num_frames)
-            x = self._run(block, x, modulation, num_frames, caption)
+            x = run_block(block, x, modulation, num_frames, caption, **recompute)
             if index in return_hidden_states:
                 by_block[index] = x
         shift, scale = (self.scale_shift_table + embedded[:, :, None])[:, :, None].unbind(-2)  # (B, 1 or F+I, 1, D)
         x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, F+I, N, p*p*C)
         sample = unpatchify(x, grid, patch).transpose(1, 2)  # (B, C, F+I, H, W)
-        if return_hidden_states:
-            return T2VOutput(sample, by_block) if return_dict else (sample, by_block)
-        return T2VOutput(sample) if return_dict else (sample,)
+        outputs = (sample, by_block) if return_hidden_states else (sample,)
+        return T2VOutput(*outputs) if return_dict else outputs
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -218,12 +206,6 @@ class LatteT2V(nn.Module):
         _zero(self.temporal_transformer_blocks, ("attn1.to_out.0", "ff.net.2"))
         self.temporal_position_scale = 0.0
 
-    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            return block(*inputs)
-        random = self.config.dropout > 0
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=random)
-
     def _caption(self, features: Tensor, mask: Tensor | None, tokens: torch.Size, num_images: int) -> Caption:
         """Projects captions and prepares their masks for tokens of the shape `tokens (B, F+I, N, D)`."""
         features = self.caption_projection(features if features.ndim == 4 else features[:, None])  # (B, 1+I, L, D)
@@ -233,10 +215,10 @@ class LatteT2V(nn.Module):
         if self.text_mask == "diffusers":
             return Caption(features, _score_mask_per_frame(mask, tokens, length, num_images))
         rows = (batch, length) if num_images == 0 and mask.ndim == 2 else (batch, captions, length)
-        if tuple(mask.shape) != rows:
-            raise ValueError(
-                f"encoder_attention_mask must be of shape {rows}, one row per caption, got {tuple(mask.shape)}"
-            )
+        require(
+            tuple(mask.shape) == rows,
+            f"encoder_attention_mask must be of shape {rows}, one row per caption, got {tuple(mask.shape)}",
+        )
         scores = (1 - mask.to(features.dtype)) * DISCARD
         scores = scores.view(batch, captions, 1, length)
         return Caption(features, scores[:, :1], scores[:, 1:].reshape(-1, 1, 1, length) if num_images else None)
@@ -254,16 +236,15 @@ class LatteT2V(nn.Module):
         table = self.time_table
         if num_frames != self.config.video_length:
             table = self._time_table(num_frames, table.device).to(table.dtype)
-        clip = x[:, :num_frames] + table * self.temporal_position_scale
-        return torch.cat([clip, x[:, num_frames:]], dim=1) if x.shape[1] > num_frames else clip
+        return on_clip(lambda clip: clip + table * self.temporal_position_scale, x, num_frames)
 
     def _space_table(self, grid: tuple[int, int], device: torch.device | str) -> Tensor:
         """Computes spatial positions `(1, 1, N, D)`; all grids span the range of the trained one."""
-        spans = [
-            torch.arange(count, dtype=torch.float32, device=device) / (count / trained) / self.config.position_scale
+        scale = max(self.config.sample_size // 64, 1)
+        rows, columns = (
+            (torch.arange(count, dtype=torch.float32, device=device) / (count / trained) / scale).double()
             for count, trained in zip(grid, self.grid)
-        ]
-        rows, columns = (span.double() for span in spans)
+        )
         return sincos_grid(rows, columns, self.config.width)[None, None].float()
 
     def _time_table(self, count: int, device: torch.device | str) -> Tensor:
@@ -272,31 +253,32 @@ class LatteT2V(nn.Module):
         return sincos_table(positions, self.config.width)[None, :, None].float()
 
     def _check_input(self, latents: Tensor, timesteps: Tensor, features: Tensor, num_images: int) -> None:
-        channels, patch = self.config.channels[0], self.config.patch
-        if latents.ndim != 5 or latents.shape[1] != channels:
-            raise ValueError(f"latents must be of shape (B, {channels}, F+I, H, W), got {tuple(latents.shape)}")
-        if not 0 <= num_images < latents.shape[2]:
-            raise ValueError(
-                f"num_images must be in [0, {latents.shape[2]}) for {latents.shape[2]} frames, got {num_images}"
-            )
-        if min(latents.shape[3:]) < patch or any(side % patch for side in latents.shape[3:]):
-            raise ValueError(
-                f"latents of {latents.shape[3]} x {latents.shape[4]} are not divisible into patches of "
-                f"{patch} x {patch}"
-            )
-        shapes = [(len(latents),), (len(latents), latents.shape[2])]
-        if tuple(timesteps.shape) not in shapes:
-            raise ValueError(
-                f"timestep must be of shape {shapes[0]}, one per clip, or {shapes[1]}, one per frame, got "
-                f"{tuple(timesteps.shape)}"
-            )
+        channels, patch, width = self.config.channels[0], self.config.patch, self.config.caption_channels
+        batch, shape = len(latents), tuple(latents.shape)
+        require(
+            latents.ndim == 5 and shape[1] == channels,
+            f"latents must be of shape (B, {channels}, F+I, H, W), got {shape}",
+        )
+        frames, *sides = shape[2:]
+        require(
+            0 <= num_images < frames,
+            f"num_images must be in [0, {frames}) for {frames} frames, got {num_images}",
+        )
+        require(
+            min(sides) >= patch and all(side % patch == 0 for side in sides),
+            f"latents of {sides[0]} x {sides[1]} are not divisible into patches of {patch} x {patch}",
+        )
+        require(
+            tuple(timesteps.shape) in ((batch,), (batch, frames)),
+            f"timestep must be of shape ({batch},), one per clip, or ({batch}, {frames}), one per frame, got "
+            f"{tuple(timesteps.shape)}",
+        )
         captions = (features.shape[0], features.shape[1] if features.ndim == 4 else 1, features.shape[-1])
-        if features.ndim not in (3, 4) or captions != (len(latents), 1 + num_images, self.config.caption_channels):
-            rows = f"(B, {1 + num_images}, L" if num_images else "(B, L"
-            raise ValueError(
-                f"encoder_hidden_states must be {rows}, {self.config.caption_channels}) with B={len(latents)}, "
-                f"got {tuple(features.shape)}"
-            )
+        require(
+            features.ndim in (3, 4) and captions == (batch, 1 + num_images, width),
+            f"encoder_hidden_states must be (B, {f'{1 + num_images}, ' if num_images else ''}L, {width}) with "
+            f"B={batch}, got {tuple(features.shape)}",
+        )
 
 
 def _zero(network: nn.Module, names: tuple[str, ...]) -> None:
@@ -311,9 +293,9 @@ def _score_mask_per_frame(mask: Tensor, tokens: torch.Size, length: int, num_ima
     """Reshapes diffusers' mask, one row per frame: `(B*F, L)` or `(B*F, 1, L)` -> `(B, 1, F*N, L)`."""
     batch, frames, count, _ = tokens
     rows = batch * frames
-    if num_images or tuple(mask.shape) not in ((rows, length), (rows, 1, length)):
-        raise ValueError(
-            f"with text_mask=diffusers, encoder_attention_mask must be of shape ({rows}, 1, {length}), one row per "
-            f"frame and no images, got {tuple(mask.shape)}"
-        )
+    require(
+        num_images == 0 and tuple(mask.shape) in ((rows, length), (rows, 1, length)),
+        f"with text_mask=diffusers, encoder_attention_mask must be of shape ({rows}, 1, {length}), one row per "
+        f"frame and no images, got {tuple(mask.shape)}",
+    )
     return mask.view(batch, 1, frames, length).repeat_interleave(count, dim=2)

@@ -8,7 +8,6 @@ Letters: r rank, D_in D_out the widths of a linear map; A (r, D_in), B (D_out, r
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.checks import require
+from common.checks import POSITIVE, at_least, check_limits, check_read_only_with, one_of, optional, require
 from common.storage import write_folder_atomically
 
 from .convert import read_state_dict, require_finite
-from .hub import find_folder
+from .hub import find_folder, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -44,6 +43,8 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
 }
 
+LIMITS = {"rank": at_least(0), "alpha": optional(POSITIVE), "targets": one_of(TARGETS)}
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -54,16 +55,8 @@ class LoraConfig:
     targets: str = "attention"  # attention | attention+mlp
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, f"lora.rank must be at least 0, got {self.rank}.")
-        require(
-            self.alpha is None or 0 < self.alpha < math.inf,
-            f"lora.alpha must be positive and finite, got {self.alpha}.",
-        )
-        require(self.targets in TARGETS, f"lora.targets must be one of {', '.join(TARGETS)}, got {self.targets!r}.")
-        require(
-            self.rank > 0 or (self.alpha is None and self.targets == "attention"),
-            "lora.alpha and lora.targets are read only with a lora.rank above 0: set lora.rank too, or leave them out.",
-        )
+        check_limits(self, "lora.", LIMITS)
+        check_read_only_with(self, "lora.", {"alpha": "rank", "targets": "rank"})
 
     @property
     def scale(self) -> float:
@@ -76,29 +69,24 @@ class LoraConfig:
 
 def add_lora(model: nn.Module, config: LoraConfig) -> None:
     """Freezes `model` and adds adapters to its blocks; they have no effect yet, since B is zero and A is random."""
-    _peft().inject_adapter_in_model(_peft_config(config, target_names(model, config.targets)), model)
+    from peft import inject_adapter_in_model  # optional
 
-
-def target_names(model: nn.Module, targets: str) -> list[str]:
-    """Returns the names of the linear maps of a block that `targets` stands for, each once."""
-    blocks = (re.fullmatch(r"\w*blocks\.\d+\.(.+)", name) for name, each in model.named_modules() if _is_linear(each))
-    return sorted({block[1] for block in blocks if block and re.fullmatch(TARGETS[targets], block[1])})
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    blocks = (re.fullmatch(r"\w*blocks\.\d+\.(.+)", name) for name in linear)
+    targets = {block[1] for block in blocks if block and re.fullmatch(TARGETS[config.targets], block[1])}
+    inject_adapter_in_model(_peft_config(config, sorted(targets)), model)
 
 
 def hold_frozen_linear_maps_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts frozen linear maps to the dtype that autocast casts them to in each call: less memory, the same results."""
     for module in model.modules():
-        if _is_linear(module) and not any(each.requires_grad for each in module.parameters()):
+        if isinstance(module, nn.Linear) and not any(each.requires_grad for each in module.parameters()):
             module.to(dtype)
 
 
 def lora_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the adapter weights in a network's state dict."""
     return {key: value for key, value in state_dict.items() if KEY.fullmatch(key)}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
 
 
 # -------------------------------------------------------------------------------------------- as weights
@@ -158,12 +146,9 @@ class Adapter(NamedTuple):
         """
         for name, (a, b, _) in self.parts.items():
             own = weights.get(f"{name}.weight")
-            require(own is not None, f"{self.source} is for another network: this one has no {name}.")
-            shape = b.shape[0], a.shape[1]
-            require(
-                tuple(own.shape) == shape,  # type: ignore[union-attr]
-                f"{self.source} is for another network: {name} is {shape} there, {tuple(own.shape)} here.",  # type: ignore[union-attr]
-            )
+            theirs, ours = (b.shape[0], a.shape[1]), None if own is None else tuple(own.shape)
+            found = f"{name} is {theirs} there, {ours} here" if ours else f"this one has no {name}"
+            require(ours == theirs, f"{self.source} is for another network: {found}.")
         for name, (a, b, factor) in self.parts.items():
             own = weights[f"{name}.weight"]
             change = (b.to(own.device).float() @ a.to(own.device).float()) * (factor * scale)
@@ -195,12 +180,11 @@ def _read_config(file: Path) -> dict[str, Any]:
 
     Raises: ValueError if they are broken or not those of plain LoRA.
     """
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        alpha = float(config["lora_alpha"])
-    except (ValueError, TypeError, LookupError, RecursionError):
-        raise ValueError(f"{file} is not peft's description of a LoRA; copy it again") from None
-    require(math.isfinite(alpha), f"{file}: lora_alpha must be finite, got {alpha}")
+    config = read_json(file)
+    alpha = config.get("lora_alpha")
+    require(
+        isinstance(alpha, int | float) and math.isfinite(alpha), f"{file}: lora_alpha must be finite, got {alpha!r}"
+    )
     for key, allowed in PLAIN.items():
         value = config.get(key, allowed[0])
         require(value in allowed, f"{file}: {key} is {value!r}; only plain LoRA ({key} {allowed[0]!r}) can be merged")
@@ -208,12 +192,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _peft_config(config: LoraConfig, targets: list[str]) -> Any:
+    import peft  # optional
+
     alpha: Any = config.alpha or config.rank
-    return _peft().LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets)
-
-
-def _peft() -> Any:
-    """Imports peft, an optional package."""
-    import peft
-
-    return peft
+    return peft.LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets)

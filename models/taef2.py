@@ -53,38 +53,24 @@ class SoftClamp(nn.Module):
         return 3.0 * torch.tanh(z / 3.0)
 
 
-def _halve() -> nn.Conv2d:
-    return _conv(WIDTH, WIDTH, stride=2, bias=False)
-
-
-def _double() -> list[nn.Module]:
-    return [nn.Upsample(scale_factor=2), _conv(WIDTH, WIDTH, bias=False)]
-
-
 def _blocks(count: int, *, pooled: bool = False) -> list[nn.Module]:
     return [Block(pooled=pooled) for _ in range(count)]
 
 
 def build_encoder() -> nn.Sequential:
     """Returns the encoder: RGB in [0, 1] (B, 3, H, W) -> latents (B, 32, h, w)."""
-    return nn.Sequential(
-        *(_conv(3, WIDTH), *_blocks(1)),
-        *(_halve(), *_blocks(3)),
-        *(_halve(), *_blocks(3)),
-        *(_halve(), *_blocks(3, pooled=True)),
-        _conv(WIDTH, LATENT_CHANNELS),
-    )
+    layers: list[nn.Module] = [_conv(3, WIDTH), Block()]
+    for pooled in (False, False, True):
+        layers += [_conv(WIDTH, WIDTH, stride=2, bias=False), *_blocks(3, pooled=pooled)]
+    return nn.Sequential(*layers, _conv(WIDTH, LATENT_CHANNELS))
 
 
 def build_decoder() -> nn.Sequential:
     """Returns the decoder: latents (B, 32, h, w) -> RGB in about [0, 1] (B, 3, H, W)."""
-    return nn.Sequential(
-        *(SoftClamp(), _conv(LATENT_CHANNELS, WIDTH), nn.ReLU()),
-        *(*_blocks(3, pooled=True), *_double()),
-        *(*_blocks(3), *_double()),
-        *(*_blocks(3), *_double()),
-        *(*_blocks(1), _conv(WIDTH, 3)),
-    )
+    layers: list[nn.Module] = [SoftClamp(), _conv(LATENT_CHANNELS, WIDTH), nn.ReLU()]
+    for pooled in (True, False, False):
+        layers += [*_blocks(3, pooled=pooled), nn.Upsample(scale_factor=2), _conv(WIDTH, WIDTH, bias=False)]
+    return nn.Sequential(*layers, Block(), _conv(WIDTH, 3))
 
 
 class Taef2(nn.Module):

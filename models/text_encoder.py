@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from common.checks import check_limits, check_read_only_with, from_to, one_of, require, within
+
 from .autoencoder import DTYPES
 from .hub import find_folder, read_json, require_part
 from .quantize import quantize
@@ -22,9 +24,14 @@ from .quantize import quantize
 log = logging.getLogger(__name__)
 
 MAX_CAPTION = 100_000  # characters
-LONGEST = 4096  # tokens of a caption at most: memory grows with their square
 MAX_WORDS = 120  # tokens of a prompt, as in the training of the released weights
 PARTS = ("tokenizer", "text_encoder")
+LIMITS = {
+    "caption_channels": from_to(1, 2**16),
+    "max_length": from_to(1, 4096),  # memory grows with its square
+    "caption_dropout": within(0, 1, "[)"),
+    "dtype": one_of(DTYPES),
+}
 PROBES = ("a red disc moving", "two blue squares resting")  # equally long; a working tokenizer tells them apart
 
 
@@ -49,15 +56,8 @@ class TextConfig:
     features: str | None = None  # read features from this cache of tools.cache_text instead of encoding
 
     def __post_init__(self) -> None:
-        for key, most in (("caption_channels", 2**16), ("max_length", LONGEST)):
-            if not 1 <= getattr(self, key) <= most:
-                raise ValueError(f"text.{key} must be from 1 to {most}, got {getattr(self, key)}.")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"text.caption_dropout must be in [0, 1), got {self.caption_dropout}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"text.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        if self.revision and self.path is None:
-            raise ValueError("text.revision is read only with a hub name in text.path: set that too.")
+        check_limits(self, "text.", LIMITS)
+        check_read_only_with(self, "text.", {"revision": "path"})
 
     def folder(self) -> Path:
         """Returns the folder of the encoder, downloaded if `path` is a hub name.
@@ -70,7 +70,7 @@ class TextConfig:
 
     def prepare(self, caption: str) -> str:
         """Returns a caption as the encoder takes it: cleaned, or only in lower case."""
-        return clean_caption(caption) if self.clean_captions else caption.lower().strip()
+        return prepare_caption(caption, clean=self.clean_captions)
 
 
 @dataclass
@@ -115,11 +115,11 @@ class TextEncoder:
         finally:
             transformers_logging.set_verbosity(verbosity)
         lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
-        if lost:
-            raise ValueError(
-                f"{folder / 'text_encoder'}: {len(lost)} weights are missing or have another shape than in its "
-                f"config.json, the first is {lost[0]}"
-            )
+        require(
+            not lost,
+            f"{folder / 'text_encoder'}: {len(lost)} weights are missing or have another shape than in its "
+            f"config.json, the first is {lost and lost[0]}",
+        )
         check_tokenizer(tokenizer, network.config.vocab_size, folder)
         return cls(tokenizer, quantize(network.eval().requires_grad_(False), quantization, device), max_length)
 
@@ -134,26 +134,33 @@ class TextEncoder:
 
     def encode(self, prompt: str, negative_prompt: str | None, *, clean: bool = True) -> Prompt:
         """Returns features of a prompt without padding, and equally many of the negative prompt (None: no guidance)."""
-        prepare = clean_caption if clean else lambda text: text.lower().strip()
-        text = prepare(prompt)
+        text = prepare_caption(prompt, clean=clean)
         if not text:
             log.warning("the prompt %r is empty after cleaning: its video is sampled without a caption", prompt)
         count = len(self.tokenizer(text).input_ids)
         if count > self.max_length:
             log.warning("a prompt of %d tokens is cut to %d, the most that the network takes", count, self.max_length)
         positive, words = self.features(text)
-        negative = None if negative_prompt is None else self.features(prepare(negative_prompt))[0][:, :words]
-        return Prompt(positive[:, :words], negative)
+        if negative_prompt is None:
+            return Prompt(positive[:, :words], None)
+        negative, _ = self.features(prepare_caption(negative_prompt, clean=clean))
+        return Prompt(positive[:, :words], negative[:, :words])
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, folder: Path) -> None:
     """Raises ValueError for a tokenizer without its vocabulary, which would silently make all prompts the same."""
     sizes = f"{folder}: the tokenizer has {len(tokenizer)} tokens, the text encoder {vocab_size}"
-    if len(tokenizer) < vocab_size / 2 or len(tokenizer) > vocab_size:
-        raise ValueError(f"{sizes}: they do not belong together, or the tokenizer's files are incomplete")
+    require(
+        vocab_size / 2 <= len(tokenizer) <= vocab_size,
+        f"{sizes}: they do not belong together, or the tokenizer's files are incomplete",
+    )
     first, second = (tokenizer(probe).input_ids for probe in PROBES)
-    if first == second:
-        raise ValueError(f"{sizes}, but it encodes different prompts alike; copy the tokenizer again")
+    require(first != second, f"{sizes}, but it encodes different prompts alike; copy the tokenizer again")
+
+
+def prepare_caption(caption: str, *, clean: bool) -> str:
+    """Returns a caption as the encoder takes it: cleaned, or only in lower case."""
+    return clean_caption(caption) if clean else caption.lower().strip()
 
 
 def clean_caption(caption: str) -> str:

@@ -30,9 +30,9 @@ from common.checks import require
 from common.storage import write_folder_atomically
 from engine.build import build_model, count_parameters
 from engine.config import Config, load_config
-from models.autoencoder import LatentCodec, local_folder
+from models.autoencoder import LatentCodec
 from models.convert_t2v import require_new
-from models.hub import find_folder, read_json
+from models.hub import find_folder, local_folder, read_json
 from models.taef2 import DECODER_FILE, ENCODER_FILE
 from sample.generate import Generator, sampler_settings
 from sample.source import Source
@@ -195,7 +195,7 @@ def _save_codec(codec: LatentCodec, folder: Path) -> None:
         network.save_config(folder)
         _save_weights(network, folder / "diffusion_pytorch_model.safetensors")
         return
-    source = (local_folder(codec.config) or Path()) / (codec.config.subfolder or "")
+    source = (local_folder(codec.config.path) or Path()) / (codec.config.subfolder or "")
     for name in (ENCODER_FILE, DECODER_FILE):
         shutil.copyfile(source / name, folder / name)
 

@@ -23,8 +23,9 @@ from common.storage import write_folder_atomically
 from engine.checkpoint import find_checkpoint, read_state, weights_file
 from engine.config import Config, load_config
 from engine.weights import temporal_position_scale
-from models.autoencoder import AUTOENCODERS, local_folder
+from models.autoencoder import AUTOENCODERS
 from models.convert_t2v import CONFIG_FILE, SCALE, WEIGHTS, require_new
+from models.hub import local_folder
 from models.text_encoder import PARTS
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # ours -> diffusers'
@@ -81,7 +82,7 @@ def _write_pipeline(config: Config, out: Path) -> str:
     text = config.text.folder()
     for part in PARTS:
         shutil.copytree(text / part, out / part)
-    folder = local_folder(config.codec) if config.codec.path else None
+    folder = local_folder(config.codec.path) if config.codec.path else None
     if folder is None:
         return "codec.path is not a folder on this machine"
     folder = folder / (config.codec.subfolder or "")

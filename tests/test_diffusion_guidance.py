@@ -50,32 +50,20 @@ def inputs() -> tuple[Tensor, Tensor, Labels]:
     return x, torch.tensor([10, 700]), Labels(torch.tensor([[1], [5]]))
 
 
-def test_guided_noise_is_the_formula_and_sigma_is_conditional() -> None:
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("scale", [7.0, 0.0])
+def test_guided_noise_is_the_formula_and_sigma_is_conditional(scale: float, batched: bool) -> None:
+    """Both halves run as one batch with null labels second, or one after the other."""
     x, timesteps, labels = inputs()
-    conditional = Network()(x, timesteps, labels)
-    unconditional = Network()(x, timesteps, labels.null())
-    found = guide_denoiser(Network(), labels, 7.0, channels=CHANNELS)(x, timesteps)
-    expected = unconditional + 7.0 * (conditional - unconditional)
+    network = Network()
+    conditional, unconditional = Network()(x, timesteps, labels), Network()(x, timesteps, labels.null())
+    found = guide_denoiser(network, labels, scale, channels=CHANNELS, batched=batched)(x, timesteps)
+    expected = unconditional + scale * (conditional - unconditional)
     torch.testing.assert_close(found[:, :, :CHANNELS], expected[:, :, :CHANNELS])
     assert torch.equal(found[:, :, CHANNELS:], conditional[:, :, CHANNELS:])
-
-
-def test_both_halves_run_as_one_batch_with_null_labels_second() -> None:
-    x, timesteps, labels = inputs()
-    network = Network()
-    guide_denoiser(network, labels, 2.0, channels=CHANNELS)(x, timesteps)
-    ((size, seen),) = network.calls
-    assert size == 4
-    assert seen is not None
-    assert seen.tolist() == [[1], [5], [NULL], [NULL]]
-
-
-def test_one_after_the_other_gives_the_same_in_calls_of_half_the_size() -> None:
-    x, timesteps, labels = inputs()
-    network = Network()
-    found = guide_denoiser(network, labels, 7.0, channels=CHANNELS, batched=False)(x, timesteps)
-    assert [(size, seen.tolist()) for size, seen in network.calls] == [(2, [[1], [5]]), (2, [[NULL], [NULL]])]
-    torch.testing.assert_close(found, guide_denoiser(Network(), labels, 7.0, channels=CHANNELS)(x, timesteps))
+    calls = [(size, seen.tolist()) for size, seen in network.calls if seen is not None]
+    halves = [(2, [[1], [5]]), (2, [[NULL], [NULL]])]
+    assert calls == ([(4, [[1], [5], [NULL], [NULL]])] if batched else halves)
 
 
 def test_outside_of_its_interval_guidance_is_one_plain_conditional_call() -> None:
@@ -87,27 +75,14 @@ def test_outside_of_its_interval_guidance_is_one_plain_conditional_call() -> Non
     assert [size for size, _ in network.calls] == [2, 4]
 
 
-@pytest.mark.parametrize("scale", [1.0, 1])
-def test_scale_one_is_one_plain_conditional_call(scale: float) -> None:
-    x, timesteps, labels = inputs()
-    network = Network()
-    found = guide_denoiser(network, Labels(labels.values, has_null=False), scale, channels=CHANNELS)(x, timesteps)
-    assert torch.equal(found, Network()(x, timesteps, labels))
-    assert [size for size, _ in network.calls] == [2]
-
-
-def test_scale_zero_is_unconditional_noise() -> None:
-    x, timesteps, labels = inputs()
-    found = guide_denoiser(Network(), labels, 0.0, channels=CHANNELS)(x, timesteps)
-    unconditional = Network()(x, timesteps, labels.null())
-    torch.testing.assert_close(found[:, :, :CHANNELS], unconditional[:, :, :CHANNELS])
-
-
 @pytest.mark.parametrize(
     "condition", [Labels(None), Labels(torch.tensor([[1], [5]]), has_null=False)], ids=["none", "labels"]
 )
-def test_a_condition_without_a_null_needs_scale_one(condition: Labels) -> None:
+def test_a_condition_without_a_null_needs_scale_one_which_is_one_plain_call(condition: Labels) -> None:
     x, timesteps, _ = inputs()
-    assert guide_denoiser(Network(), condition, 1.0, channels=CHANNELS)(x, timesteps).shape[2] == 2 * CHANNELS
+    network = Network()
+    found = guide_denoiser(network, condition, 1.0, channels=CHANNELS)(x, timesteps)
+    assert torch.equal(found, Network()(x, timesteps, condition))
+    assert [size for size, _ in network.calls] == [2]
     with pytest.raises(ValueError, match="no null label"):
         guide_denoiser(Network(), condition, 4.0, channels=CHANNELS)

@@ -1,20 +1,25 @@
-"""Attention over space and over time: against plain softmax, against timm, and what it may not mix."""
+"""Attention over space and over time: against plain softmax, kernels against brute force, receptive fields."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as functional
-from timm.layers import Attention as TimmAttention
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from engine.config import load_config
+from engine.distributed import World
+from engine.trainer import Trainer
 from models import attention
-from models.attention import BACKENDS, Call, fused_attention, plain_attention
+from models.attention import BACKENDS, Call, attend, choose, fused_attention, plain_attention
 from models.blocks import LAYER_PLANS, MIXERS, Block
 from models.embeddings import axis_positions, rotary_table, rotate
+from tests.temporal_kernel_support import brute_force, relative_error
 
 B, F, N, D, HEADS = 2, 5, 6, 12, 3
 AXES = {"spatial": "bfnhd,bfmhd->bfhnm", "temporal": "bfnhd,bgnhd->bnhfg"}
@@ -50,18 +55,6 @@ def test_equals_plain_softmax_forward_and_backward(axis: str) -> None:
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_equals_the_attention_of_timm_with_the_same_weights(axis: str) -> None:
-    module, x = mixer(axis), tokens()
-    theirs = TimmAttention(D, num_heads=HEADS, qkv_bias=True).double()
-    theirs.load_state_dict(module.state_dict())
-    if axis == "spatial":
-        expected = torch.stack([theirs(x[:, frame]) for frame in range(F)], dim=1)
-    else:
-        expected = torch.stack([theirs(x[:, :, token]) for token in range(N)], dim=2)
-    torch.testing.assert_close(module(x, F), expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("axis", AXES)
 def test_fused_attention_gets_four_dimensions(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused kernels take 4-D tensors only; 5-D ones fall back to the slow path without a word."""
     seen = []
@@ -75,19 +68,6 @@ def test_fused_attention_gets_four_dimensions(axis: str, monkeypatch: pytest.Mon
     mixer(axis)(tokens(), F)
     shape = (B * F, HEADS, N, D // HEADS) if axis == "spatial" else (B, N * HEADS, F, D // HEADS)
     assert seen == [[shape] * 3]
-
-
-@pytest.mark.parametrize("axis", AXES)
-def test_reaches_its_own_axis_and_nothing_else(axis: str) -> None:
-    """Spatial attention mixes no frames, temporal attention no positions: by the support of the gradient."""
-    module, x = mixer(axis), tokens()
-    module(x, F)[0, 2, 3].sum().backward()
-    reached = x.grad.abs().amax(-1) > 0  # (B, F, N)
-    expected = torch.zeros(B, F, N, dtype=torch.bool)
-    expected[0, 2, :] = axis == "spatial"
-    expected[0, :, 3] |= axis == "temporal"
-    expected[0, 2, 3] = True
-    assert torch.equal(reached, expected)
 
 
 def test_images_get_nothing_from_time_and_give_nothing() -> None:
@@ -126,18 +106,10 @@ def test_layers_reach_what_their_plan_says(variant: str, adaln: bool) -> None:
 
 
 def field(block: Block, x: Tensor, condition: Tensor | None, frame: int) -> Tensor:
-    """Which tokens (F+I, N) of sample 0 the output token (frame, 3) depends on."""
+    """Returns the tokens (F+I, N) of sample 0 that the output token (frame, 3) depends on."""
     (gradient,) = torch.autograd.grad(block(x, condition, F)[0, frame, 3].sum(), x)
     assert not gradient[1].any(), "samples are mixed"
     return gradient[0].abs().amax(-1) > 0
-
-
-def test_layers_over_time_leave_images_untouched() -> None:
-    block = Block((("temporal",),), D, 2, 2.0, adaln=True).double()
-    x = tokens(F + 2)
-    out = block(x, torch.randn(B, 3, 1, D, dtype=torch.float64), F)
-    assert torch.equal(out[:, F:], x[:, F:])
-    assert not torch.allclose(out[:, :F], x[:, :F])
 
 
 def test_modulation_is_computed_once_per_sample() -> None:
@@ -202,21 +174,6 @@ def test_backends_are_tried_in_the_order_of_the_table(monkeypatch: pytest.Monkey
     assert all(order[-1] == SDPBackend.MATH for order in BACKENDS.values())  # which takes every call
 
 
-@pytest.mark.parametrize("view", ["spatial", "temporal"])
-def test_fused_attention_in_bf16(view: str) -> None:
-    """Against plain attention in float64, forward and backward, within the rounding of bf16."""
-    generator = torch.Generator().manual_seed(5)
-    q, k, v, upstream = (torch.randn(2, 4, 9, 16, generator=generator).bfloat16() for _ in range(4))
-    results = []
-    for dtype, run in ((torch.bfloat16, attention.fused_attention), (torch.float64, attention.plain_attention)):
-        inputs = [each.detach().to(dtype).requires_grad_() for each in (q, k, v)]
-        out = run(attention.Call(*inputs, view, 2))
-        out.backward(upstream.to(dtype))
-        results.append([out.double(), *(each.grad.double() for each in inputs)])
-    for ours, exact in zip(*results):
-        torch.testing.assert_close(ours, exact, rtol=0.03, atol=0.03)
-
-
 def test_plain_stays_plain_when_compiled() -> None:
     """Inductor replaces what it takes for attention by torch's kernels, which in bf16 are slow on a CPU."""
     from torch._dynamo.utils import counters
@@ -226,3 +183,66 @@ def test_plain_stays_plain_when_compiled() -> None:
     q, k, v = torch.randn(3, 1, 4, 6, 16, requires_grad=True).bfloat16()  # of a single clip it did
     torch.compile(lambda: plain_attention(Call(q, k, v, "temporal", 2)), fullgraph=True)()
     assert "fuse_attention" not in counters["inductor"]
+
+
+# ---------------------------------------------------------------------------------------- kernels
+
+
+@pytest.fixture(autouse=True)
+def default() -> Iterator[None]:
+    """Each test begins and ends with the default."""
+    choose("auto")
+    yield
+    choose("auto")
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor, view: str) -> Tensor:
+    """By definition: frames, tokens, or both stand where `brute_force` has its frames."""
+    if view == "temporal":
+        return brute_force(q, k, v, 2)
+    if view == "spatial":
+        return brute_force(*(each.transpose(1, 2) for each in (q, k, v)), 2).transpose(1, 2)
+    flat = [each.flatten(1, 2)[:, :, None] for each in (q, k, v)]
+    return brute_force(*flat, 2)[:, :, 0].unflatten(1, q.shape[1:3])
+
+
+@pytest.mark.parametrize("view", ["spatial", "temporal", "text"])
+@pytest.mark.parametrize("name", ["fused", "plain"])
+def test_equals_brute_force(name: str, view: str) -> None:
+    choose(name)
+    qkv = torch.randn(2, 5, 3, 3 * 16, requires_grad=True)
+    parts = qkv.chunk(3, dim=-1)
+    out, exact = attend(*parts, view, 2), expected(*parts, view)
+    assert relative_error(out, exact) < 1e-6
+    grad = torch.randn(out.shape)
+    (found,) = torch.autograd.grad(out, qkv, grad)
+    (wanted,) = torch.autograd.grad(exact, qkv, grad.double())
+    assert relative_error(found, wanted.double()) < 1e-6
+
+
+def test_more_heads_than_a_grid_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [torch.randn(2, 5, 3, 16) for _ in range(3)]
+    usual = attend(*parts, "temporal", 2)
+    seen = []
+    fused_attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q: Tensor, *others: Tensor, **options: Any) -> Tensor:
+        seen.append(tuple(q.shape))
+        return fused_attention(q, *others, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(attention, "MAX_HEADS", 5)
+    assert torch.equal(attend(*parts, "temporal", 2), usual)
+    monkeypatch.setattr(attention, "MAX_HEADS", 6)
+    assert torch.equal(attend(*parts, "temporal", 2), usual)
+    assert seen == [(6, 2, 5, 8), (2, 6, 5, 8)]
+
+
+def test_the_key_of_a_run_chooses(tiny: list[str]) -> None:
+    for name in ("plain", "auto"):
+        Trainer(load_config(None, [*tiny, f"train.attention={name}"]), World())
+        assert attention._kernel is {"plain": plain_attention, "auto": fused_attention}[name]
+    with pytest.raises(ValueError, match="attention must be one of auto, fused, plain, got 'xformers'"):
+        choose("xformers")
+    with pytest.raises(ValueError, match=r"train.attention must be one of auto, fused, plain, got 'math'"):
+        load_config(None, [*tiny, "train.attention=math"])

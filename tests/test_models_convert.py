@@ -55,22 +55,18 @@ def test_official_files_ema_first_then_model_then_bare(tmp_path: Path, legacy: b
         assert same(read_state_dict(path), expected)
 
 
-def test_the_other_weights_of_an_official_file(tmp_path: Path) -> None:
+def test_safetensors_and_the_other_weights_of_an_official_file(tmp_path: Path) -> None:
     ema, raw = network(1).state_dict(), network(2).state_dict()
     torch.save({"model": raw, "ema": ema}, tmp_path / "both.pt")
     assert same(read_state_dict(tmp_path / "both.pt", prefer="model"), raw)
+    save_file({f"module.{key}": value for key, value in raw.items()}, tmp_path / "model.safetensors")
+    assert same(read_state_dict(str(tmp_path / "model.safetensors")), raw)
 
 
-def test_an_image_network_is_told_by_its_tables() -> None:
+def test_an_image_network_is_recognised_by_its_tables() -> None:
     video = network().state_dict()
     assert not is_image_checkpoint(video)
     assert is_image_checkpoint({key: value for key, value in video.items() if key != "temp_embed"})
-
-
-def test_safetensors(tmp_path: Path) -> None:
-    weights = network().state_dict()
-    save_file({f"module.{key}": value for key, value in weights.items()}, tmp_path / "model.safetensors")
-    assert same(read_state_dict(str(tmp_path / "model.safetensors")), weights)
 
 
 class Payload:
@@ -112,26 +108,17 @@ def test_broken_files(tmp_path: Path, name: str) -> None:
         read_state_dict(tmp_path)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"step": 3}, {}, {"ema": {"step": 3}}, {"ema": {}}])
-def test_files_without_weights(tmp_path: Path, content: Any) -> None:
-    torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other.pt holds no network weights"):
-        read_state_dict(tmp_path / "other.pt")
-
-
-def test_a_key_given_twice(tmp_path: Path) -> None:
+def test_files_without_weights_or_with_the_same_weights_twice(tmp_path: Path) -> None:
+    for content in ([1, 2], {"step": 3}, {}, {"ema": {"step": 3}}, {"ema": {}}):
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=r"other.pt holds no network weights"):
+            read_state_dict(tmp_path / "other.pt")
     torch.save({"a.weight": torch.ones(1), "module.a.weight": torch.zeros(1)}, tmp_path / "twice.pt")
     with pytest.raises(ValueError, match="twice"):
         read_state_dict(tmp_path / "twice.pt")
 
 
 # --- loading
-
-
-def test_fitting_weights_are_loaded() -> None:
-    model, other = network(1), network(2)
-    load_weights(model, other.state_dict(), "other.pt")
-    assert same(model.state_dict(), other.state_dict())
 
 
 def test_all_differences_are_listed_and_nothing_is_loaded() -> None:
@@ -149,6 +136,8 @@ def test_all_differences_are_listed_and_nothing_is_loaded() -> None:
     assert "unexpected blocks.0.extra" in report
     assert "misshapen final_layer.linear.bias: (7,) in the checkpoint, (32,) in the network" in report
     assert same(model.state_dict(), before)
+    load_weights(model, network(2).state_dict(), "run/0000100.pt")
+    assert same(model.state_dict(), network(2).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -209,22 +198,19 @@ def test_second_attentions_fewer_layers_and_tubelets_keep_ours() -> None:
     assert torch.equal(after["blocks.2.attn.qkv.weight"], theirs["blocks.2.attn.qkv.weight"])
     assert all(torch.equal(after[key], own[key]) for key in report.left_ours)
     assert report.left_ours["blocks.0.temporal_attn.qkv.weight"].startswith("an image model has no second")
-    assert report.left_theirs["blocks.3.attn.qkv.weight"] == "the network has 3 layers"
+    assert report.left_theirs["blocks.3.attn.qkv.weight"] == "the network has no such weights"
     assert "ours is computed" in report.left_theirs["pos_embed"]
     assert "(16, 4, 2, 2, 2) in the network" in report.left_theirs["x_embedder.proj.weight"]
     assert set(report.taken) | set(report.left_theirs) == set(theirs)
     assert set(report.taken) | set(report.left_ours) == set(own)
 
 
-def test_report_is_readable() -> None:
+def test_the_report_folds_layers_and_another_width_is_refused() -> None:
     text = str(init_from_dit(network(variant="sequential", depth=2), dit()))
     assert text.splitlines()[0] == "taken from the checkpoint: 32"  # 2 + 4 + 1 + 1, 2 x 10, 4
     assert "  blocks.{0-1}.attn.qkv.weight" in text
-    assert "  blocks.{2-3}.attn.qkv.weight: the network has 2 layers" in text
+    assert "  blocks.{2-3}.attn.qkv.weight: the network has no such weights" in text
     assert "  blocks.{0-1}.temporal_attn.proj.bias: an image model has no second attention" in text
-
-
-def test_a_network_of_another_width_is_refused() -> None:
     model = network(1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"width 16 .*custom"):

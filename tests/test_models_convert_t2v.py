@@ -13,7 +13,8 @@ from diffusers import LattePipeline, LatteTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.convert_t2v import convert_t2v, load_t2v, save_t2v, to_diffusers
+from models.config_t2v import LATTE_1
+from models.convert_t2v import _pixart_config, convert_t2v, load_t2v, save_t2v, to_diffusers
 from tests.t2v_support import CONFIG, IMAGE, inputs, ours_of, pixart, theirs, tiny_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -42,9 +43,8 @@ def test_a_pipeline_saved_by_diffusers(tmp_path: Path) -> None:
         assert not model.training
 
 
-@pytest.mark.parametrize("changes", [{}, {"activation_fn": "geglu", "attention_bias": False, "num_layers": 3}], ids=str)
-def test_ours_in_diffusers_and_back(tmp_path: Path, changes: dict[str, Any]) -> None:
-    model = ours_of(theirs(**changes))
+def test_ours_in_diffusers_and_back(tmp_path: Path) -> None:
+    model = ours_of(theirs(activation_fn="geglu", attention_bias=False, num_layers=3))
     assert save_t2v(model, tmp_path / "a" / "folder") == tmp_path / "a" / "folder"
     network, report = LatteTransformer3DModel.from_pretrained(tmp_path / "a" / "folder", output_loading_info=True)
     assert not any(report.values())
@@ -53,39 +53,34 @@ def test_ours_in_diffusers_and_back(tmp_path: Path, changes: dict[str, Any]) -> 
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["folder"]
 
 
-def test_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "variant"),
+    [
+        ({"safe_serialization": False}, None),
+        ({"variant": "fp16"}, "fp16"),
+        ({"variant": "fp16", "max_shard_size": "20KB"}, "fp16"),
+        ({"max_shard_size": "20KB"}, None),
+    ],
+    ids=str,
+)
+def test_shards_and_other_names_of_the_weights(tmp_path: Path, options: dict[str, Any], variant: str | None) -> None:
     network = theirs()
-    network.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert same_output(load_t2v(tmp_path), network)
-    next(tmp_path.glob("*-00002-*")).unlink()
-    with pytest.raises(FileNotFoundError, match="00002"):
-        load_t2v(tmp_path)
-
-
-@pytest.mark.parametrize("options", [{"safe_serialization": False}, {"variant": "fp16"}], ids=str)
-@pytest.mark.parametrize("size", ["10GB", "20KB"])
-def test_other_names_of_the_weights(tmp_path: Path, options: dict[str, Any], size: str) -> None:
-    network = theirs()
-    network.save_pretrained(tmp_path, max_shard_size=size, **options)
-    if size == "20KB" and "variant" not in options:
-        with pytest.raises(FileNotFoundError, match="holds no weights"):
+    network.save_pretrained(tmp_path, **options)
+    assert same_output(load_t2v(tmp_path, variant=variant), network)
+    if options == {"max_shard_size": "20KB"}:
+        next(tmp_path.glob("*-00002-*")).unlink()
+        with pytest.raises(FileNotFoundError, match="00002"):
             load_t2v(tmp_path)
-        return
-    assert same_output(load_t2v(tmp_path, variant=options.get("variant")), network)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_kept_or_widened(tmp_path: Path, dtype: torch.dtype) -> None:
-    theirs().to(dtype).save_pretrained(tmp_path)
-    assert load_t2v(tmp_path, dtype=None).dtype == dtype
+def test_half_precision_is_kept_or_widened(tmp_path: Path) -> None:
+    theirs().bfloat16().save_pretrained(tmp_path)
+    assert load_t2v(tmp_path, dtype=None).dtype == torch.bfloat16
     model = load_t2v(tmp_path)
     assert model.dtype == torch.float32
     assert same_output(model, LatteTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.float32).eval())
-    save_t2v(model.to(dtype), tmp_path / "ours")
-    assert LatteTransformer3DModel.from_pretrained(tmp_path / "ours", torch_dtype=dtype).dtype == dtype
-    saved = load_file(tmp_path / "ours" / WEIGHTS)
-    assert {value.dtype for value in saved.values()} == {dtype}
+    save_t2v(model.bfloat16(), tmp_path / "ours")
+    assert {value.dtype for value in load_file(tmp_path / "ours" / WEIGHTS).values()} == {torch.bfloat16}
 
 
 def test_to_diffusers_shares_the_weights() -> None:
@@ -201,8 +196,9 @@ def frames_equal_images(model: nn.Module, network: nn.Module, masked: bool = Fal
     return True
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole captions", "masked"])
-@pytest.mark.parametrize("naming", ["diffusers", "old class name", "original"])
+@pytest.mark.parametrize(
+    ("naming", "masked"), [("diffusers", True), ("old class name", False), ("original", True)], ids=str
+)
 def test_pixart_as_a_start_computes_its_images(tmp_path: Path, naming: str, masked: bool) -> None:
     network = pixart()
     if naming == "original":
@@ -265,12 +261,10 @@ def test_a_start_is_saved_with_its_scale(tmp_path: Path, caplog: pytest.LogCaptu
     assert load_t2v(tmp_path / "ours", temporal_position_scale=1.0).temporal_position_scale == 1.0
 
 
-def test_pixarts_own_file_without_a_config_is_of_the_size_of_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    from models import convert_t2v as module
-
-    assert module._pixart_config(torch.empty(1, 256, 1152)).sample_size == 32
-    assert module._pixart_config(torch.empty(1, 1024, 1152)) == module.LATTE_1
-    assert module._pixart_config(None) == module.LATTE_1
+def test_pixarts_own_file_without_a_config_is_of_the_size_of_its_table() -> None:
+    assert _pixart_config(torch.empty(1, 256, 1152)).sample_size == 32
+    assert _pixart_config(torch.empty(1, 1024, 1152)) == LATTE_1
+    assert _pixart_config(None) == LATTE_1
 
 
 # ---------------------------------------------------------------------------------------- mistakes
@@ -291,13 +285,10 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         assert words in str(raised.value)
 
 
-def test_a_file_without_a_config_is_taken_for_latte_1(tmp_path: Path) -> None:
+def test_files_of_another_network(tmp_path: Path) -> None:
     save_file(theirs().state_dict(), tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"read as Latte-1 because there is no config\.json next to it, does not fit"):
         load_t2v(tmp_path / "weights.safetensors")
-
-
-def test_a_class_conditional_network_is_named_as_such(tmp_path: Path) -> None:
     torch.save({"blocks.0.attn.qkv.weight": torch.ones(3, 1), "temp_embed": torch.ones(1)}, tmp_path / "ffs.pt")
     with pytest.raises(ValueError, match="is not a text-conditioned network"):
         load_t2v(tmp_path / "ffs.pt")
@@ -320,31 +311,30 @@ def test_folders_that_hold_no_network(tmp_path: Path) -> None:
             load_t2v(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", 3])
-def test_an_index_that_points_elsewhere(tmp_path: Path, name: Any) -> None:
+def test_an_index_that_points_elsewhere(tmp_path: Path) -> None:
     theirs().save_pretrained(tmp_path, max_shard_size="20KB")
     index = tmp_path / f"{WEIGHTS}.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"]["proj_out.bias"] = name
-    index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="not an index of weight files in its folder"):
-        load_t2v(tmp_path)
+    for name in ("../outside.safetensors", "/etc/passwd", 3):
+        content["weight_map"]["proj_out.bias"] = name
+        index.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="not an index of weight files in its folder"):
+            load_t2v(tmp_path)
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_nothing_is_overwritten_and_a_failed_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = ours_of(theirs())
     (tmp_path / "mine.txt").write_text("mine")
     for target in (tmp_path, tmp_path / "mine.txt"):
         with pytest.raises(FileExistsError, match="not an empty folder"):
             save_t2v(model, target)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
-
-def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr("models.convert_t2v.save_file", full)
     with pytest.raises(OSError, match="no space"):
-        save_t2v(ours_of(theirs()), tmp_path / "folder")
-    assert not list(tmp_path.iterdir())
+        save_t2v(model, tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

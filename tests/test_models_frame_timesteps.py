@@ -99,19 +99,13 @@ def test_other_shapes_are_refused() -> None:
 
 
 @torch.no_grad()
-def test_text_network_with_the_same_timestep_for_all_frames() -> None:
-    model = ours_of(theirs()).double()
-    given = inputs(dtype=torch.float64)
-    once = model(**given).sample
-    each = model(**{**given, "timestep": given["timestep"][:, None].expand(-1, 4)}).sample
-    torch.testing.assert_close(each, once, **CLOSE)
-
-
-@torch.no_grad()
 def test_frames_of_the_text_network_by_themselves() -> None:
     model = ours_of(theirs()).double()
-    given = inputs(dtype=torch.float64) | {"enable_temporal_attentions": False}
+    given = inputs(dtype=torch.float64)
+    each = model(**{**given, "timestep": given["timestep"][:, None].expand(-1, 4)}).sample
+    torch.testing.assert_close(each, model(**given).sample, **CLOSE)
     x, timesteps = given.pop("hidden_states"), torch.tensor([[0, 3, 400, 999], [7, 0, 0, 250]])
+    given["enable_temporal_attentions"] = False
     together = model(x, **{**given, "timestep": timesteps}).sample
     for frame in range(4):
         alone = model(x[:, :, [frame]], **{**given, "timestep": timesteps[:, frame]}).sample

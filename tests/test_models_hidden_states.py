@@ -184,7 +184,7 @@ def test_gradients_pass_the_kept_tokens_through_the_blocks_and_the_others_past_t
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 2), (1, 5)])
 def test_an_impossible_range_of_blocks_is_refused(start: int, stop: int) -> None:
-    with pytest.raises(ValueError, match=rf"route must have 0 <= start < stop <= 4, got {start} and {stop}"):
+    with pytest.raises(ValueError, match=rf"route must have 0 <= start < stop <= 4, got \({start}, {stop}\)"):
         network()(**batch(), route=Route(start, stop, KEEP))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ OPTIONS = {
     "tokens": {"injection": "tokens"},
     "rope": {"temporal_position": "rope"},
 }
+networks = pytest.mark.parametrize(
+    ("variant", "option"), [*((variant, "plain") for variant in LAYER_PLANS), *product(["interleaved"], OPTIONS)][1:]
+)
 
 
 def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -163,8 +167,7 @@ def test_forward_on_meta_counts_multiply_adds(variant: str, macs: float) -> None
 # --- meaning
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("variant", LAYER_PLANS)
+@networks
 def test_a_new_network_outputs_zero_and_learns(variant: str, option: str) -> None:
     config = replace(TINY, variant=variant, **OPTIONS[option])
     model = Latte(config, in_channels=2, latent_size=(4, 6), num_frames=4)
@@ -186,8 +189,7 @@ def test_new_adaln_layers_are_the_identity_and_new_tables_as_configured() -> Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("variant", LAYER_PLANS)
+@networks
 def test_order_of_frames_matters(variant: str, option: str) -> None:
     """Permuting frames is not merely permuting the output: frames know their place in time."""
     model = tiny(variant=variant, **OPTIONS[option])
@@ -198,19 +200,7 @@ def test_order_of_frames_matters(variant: str, option: str) -> None:
 
 
 @torch.no_grad()
-def test_without_time_positions_order_would_not_matter() -> None:
-    """The counterpart: it is the table alone that orders frames."""
-    model = tiny()
-    model.temp_embed.zero_()
-    x, timesteps, labels = batch()
-    order = torch.tensor([2, 0, 3, 1])
-    straight, permuted = model(x, timesteps, labels), model(x[:, order], timesteps, labels)
-    torch.testing.assert_close(permuted, straight[:, order], rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("variant", LAYER_PLANS)
+@networks
 def test_clip_and_images_do_not_see_each_other(variant: str, option: str) -> None:
     model = tiny(variant=variant, **OPTIONS[option])
     x, timesteps, labels = batch(images=2)
@@ -240,18 +230,6 @@ def test_labels_and_timesteps_reach_their_frames_only(injection: str) -> None:
     assert moved[1].all()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("interpolate", [False, True])
-def test_other_sizes_and_frame_counts(option: str, interpolate: bool) -> None:
-    model = tiny(**OPTIONS[option], position_interpolation=interpolate)
-    for size in ((2, 4, 4), (8, 8, 2), (6, 2, 12)):
-        x, timesteps, labels = batch(images=1, size=size)
-        out = model(x, timesteps, labels, num_images=1)
-        assert out.shape == (2, size[0] + 1, 4, *size[1:])
-        assert out.isfinite().all()
-
-
 def test_positions_count_on_or_stretch() -> None:
     """At twice the size, every second stretched row is a trained one; counted-on tables start with it."""
     counted, stretched = tiny(), tiny(position_interpolation=True)
@@ -276,18 +254,10 @@ def test_position_tables_are_those_of_diffusers() -> None:
     torch.testing.assert_close(model.temp_embed[0], line.float(), rtol=0, atol=1e-6)
 
 
-def test_position_tables_are_kept_and_never_trained() -> None:
-    model = tiny()
-    assert {"pos_embed", "temp_embed"} <= set(model.state_dict())
-    assert not {"pos_embed", "temp_embed"} & {name for name, _ in model.named_parameters()}
-    assert "temp_embed" not in tiny(temporal_position="rope").state_dict()
-
-
 # --- options that change no number
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("variant", LAYER_PLANS)
+@networks
 def test_gradient_checkpointing_changes_no_gradient(variant: str, option: str) -> None:
     x, timesteps, labels = batch(images=1)
     gradients = []
@@ -318,20 +288,19 @@ def test_half_precision_stays_near(option: str, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_channels_and_variance() -> None:
+def test_labels_variance_and_positions_decide_channels_and_keys() -> None:
     model = Latte(replace(TINY, learn_sigma=False, num_classes=0), in_channels=3, latent_size=4, num_frames=2)
     assert model.out_channels == 3
     assert model(torch.randn(1, 2, 3, 4, 4), torch.tensor([7])).shape == (1, 2, 3, 4, 4)
-    assert tiny().out_channels == 4
-
-
-def test_tables_of_labels() -> None:
-    assert len(tiny().y_embedder.embedding_table.weight) == 4
-    assert tiny().null_label == 3
+    assert not any("y_embedder" in key for key in model.state_dict())
+    model = tiny()
+    assert model.out_channels == 4
+    assert (len(model.y_embedder.embedding_table.weight), model.null_label) == (4, 3)
     bare = tiny(label_dropout=0.0)
-    assert len(bare.y_embedder.embedding_table.weight) == 3
-    assert bare.null_label is None
-    assert not any("y_embedder" in key for key in tiny(num_classes=0).state_dict())
+    assert (len(bare.y_embedder.embedding_table.weight), bare.null_label) == (3, None)
+    assert {"pos_embed", "temp_embed"} <= set(model.state_dict())
+    assert not {"pos_embed", "temp_embed"} & {name for name, _ in model.named_parameters()}
+    assert "temp_embed" not in tiny(temporal_position="rope").state_dict()
 
 
 # --- mistakes
@@ -374,8 +343,3 @@ def test_inputs_that_do_not_fit(
     with pytest.raises(ValueError) as raised:
         tiny(**changes)(torch.zeros(shape), torch.zeros(2), given, num_images=images)
     assert all(word in str(raised.value) for word in words), str(raised.value)
-
-
-def test_one_timestep_per_clip() -> None:
-    with pytest.raises(ValueError, match=r"timesteps .* \(2,\)"):
-        tiny()(torch.zeros(2, 4, 2, 4, 6), torch.zeros(1), torch.zeros(2, dtype=torch.long))

@@ -32,18 +32,6 @@ def assert_equal(model: LatteT2V, network: nn.Module, bound: float = 1e-5, **arg
 # ------------------------------------------------------------------------------------ same weights
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"attention_bias": False}, {"norm_elementwise_affine": True}, {"activation_fn": "geglu"}, {"num_layers": 1}],
-    ids=str,
-)
-def test_names_and_shapes_are_those_of_diffusers(changes: dict[str, Any]) -> None:
-    network = theirs(**changes)
-    model = LatteT2V.from_config(dict(network.config))
-    found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    assert found == {key: tuple(value.shape) for key, value in network.state_dict().items()}
-
-
 def test_latte_1_on_the_meta_device_is_diffusers_network() -> None:
     keys = {key: value for key, value in LATTE_1.to_dict().items() if not key.startswith("_")}
     with torch.device("meta"):
@@ -76,14 +64,13 @@ def test_defaults_are_those_of_diffusers() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_equals_diffusers(changes: dict[str, Any], dtype: torch.dtype) -> None:
-    network = theirs(**changes).to(dtype)
+def test_equals_diffusers(changes: dict[str, Any]) -> None:
+    network = theirs(**changes)
     size = (32, 16) if changes.get("patch_size") == 16 else (8, 8)
-    assert_equal(ours_of(network), network, **inputs(size=size, dtype=dtype))
+    assert_equal(ours_of(network), network, **{**inputs(size=size), "timestep": torch.tensor([0.25, 873.5])})
 
 
-@pytest.mark.parametrize("size", [(8, 8), (12, 6), (4, 20), (2, 2)], ids=str)
+@pytest.mark.parametrize("size", [(12, 6), (2, 2)], ids=str)
 @pytest.mark.parametrize("temporal", [True, False], ids=["temporal", "frames alone"])
 def test_equals_diffusers_at_other_sizes(size: tuple[int, int], temporal: bool) -> None:
     network = theirs()
@@ -94,22 +81,20 @@ def test_equals_diffusers_at_other_sizes(size: tuple[int, int], temporal: bool) 
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("frames", [1, 4, 8, 16, 24])
+@pytest.mark.parametrize("frames", [1, 8, 24])
 def test_any_frame_count_equals_diffusers_trained_with_it(frames: int) -> None:
     """diffusers' network takes its own count and 1 only; ours, trained at 4, all of them."""
-    model = ours_of(theirs())
-    network = theirs(video_length=frames)
-    assert_equal(model, network, **inputs(frames=frames))
+    assert_equal(ours_of(theirs()), theirs(video_length=frames), **inputs(frames=frames))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("frames", [1, 4])
-def test_half_precision_is_as_near_to_fp32_as_diffusers_is(dtype: torch.dtype, frames: int) -> None:
+def test_half_precision_is_as_near_to_fp32_as_diffusers_is(dtype: torch.dtype) -> None:
     ratios = []
     for seed in range(4):
         network = theirs(seed=seed).to(dtype)
-        given = inputs(frames=frames, dtype=dtype, seed=seed)
-        exact = network.float()(**{key: _float(value) for key, value in given.items()}).sample
+        given = inputs(dtype=dtype, seed=seed)
+        widened = {key: value.float() if value.is_floating_point() else value for key, value in given.items()}
+        exact = network.float()(**widened).sample
         errors = []
         for each in (ours_of(network).to(dtype), network.to(dtype)):
             sample = each(**given).sample
@@ -118,10 +103,6 @@ def test_half_precision_is_as_near_to_fp32_as_diffusers_is(dtype: torch.dtype, f
         assert errors[0] < 30 * torch.finfo(dtype).eps
         ratios.append(errors[0] / errors[1])
     assert torch.stack(ratios).mean() < 1.2
-
-
-def _float(value: Tensor) -> Tensor:
-    return value.float() if value.is_floating_point() else value
 
 
 def test_gradients_equal_diffusers() -> None:
@@ -135,11 +116,6 @@ def test_gradients_equal_diffusers() -> None:
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-9, atol=1e-9)
 
 
-def test_fractional_timesteps() -> None:
-    network = theirs()
-    assert_equal(ours_of(network), network, **{**inputs(), "timestep": torch.tensor([0.25, 873.5])})
-
-
 # ------------------------------------------------------------------------------------------- masks
 
 
@@ -148,8 +124,9 @@ def keep(*lengths: int) -> Tensor:
     return (torch.arange(WORDS) < torch.tensor(lengths)[:, None]).long()
 
 
-@pytest.mark.parametrize("lengths", [(5, 5), (3, 3), (1, 4), (2, 5)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "dtype"), [((5, 5), torch.int64), ((1, 4), torch.bool), ((2, 5), torch.float32)], ids=str
+)
 def test_a_masked_caption_is_the_caption_without_the_masked_words(lengths: tuple[int, int], dtype: torch.dtype) -> None:
     network = theirs()
     model = ours_of(network)
@@ -163,7 +140,7 @@ def test_a_masked_caption_is_the_caption_without_the_masked_words(lengths: tuple
 
 
 def test_the_official_mask_is_a_bias_of_minus_10000_on_every_frame() -> None:
-    """What the official code builds of a mask, given to diffusers' blocks as they are."""
+    """As the official code builds it from a mask, given to diffusers' blocks."""
     network = theirs()
     mask = keep(2, 4)
     bias = ((1 - mask) * -10_000.0).repeat_interleave(4, dim=0)[:, None]  # (B*F, 1, L)
@@ -188,19 +165,11 @@ def test_masks_of_diffusers_are_taken_as_they_are(shape: str, kind: str) -> None
     mask = {"bool": mask.bool(), "0/1": mask.float(), "bias": (1 - mask) * -3.0}[kind]
     found = assert_equal(model, network, encoder_attention_mask=mask if shape == "rows" else mask[:, None], **inputs())
     assert not torch.allclose(found, model(**inputs()).sample, atol=1e-3)
+    with pytest.raises(ValueError, match="one row per frame"):
+        model(**inputs(), encoder_attention_mask=torch.ones(2, WORDS))
 
 
-def test_zeros_and_ones_hide_nothing_in_diffusers_reading() -> None:
-    """Why the official reading is the default: diffusers adds the mask to the scores."""
-    model = ours_of(theirs(), text_mask="diffusers")
-    given = inputs()
-    mask = keep(2, 2).float().repeat_interleave(4, dim=0)[:, None]
-    before = model(**given, encoder_attention_mask=mask).sample
-    given["encoder_hidden_states"][:, 2:] += 1.0
-    assert (model(**given, encoder_attention_mask=mask).sample - before).abs().max() > 1e-3
-
-
-# ------------------------------------------------------------------------------ images beside clips
+# ------------------------------------------------------------------------------ images with clips
 
 
 def joint(images: int = 2) -> dict[str, Tensor]:
@@ -208,7 +177,7 @@ def joint(images: int = 2) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole captions", "masked"])
-def test_images_beside_a_clip_are_images_alone(masked: bool) -> None:
+def test_images_of_a_batch_are_computed_alone(masked: bool) -> None:
     """Clip and images each as diffusers computes them: the images one by one, without temporal blocks."""
     network = theirs()
     given, lengths = joint(), ((2, 4, 3), (5, 1, 2))
@@ -225,17 +194,6 @@ def test_images_beside_a_clip_are_images_alone(masked: bool) -> None:
                 enable_temporal_attentions=part == 0,
             ).sample
             torch.testing.assert_close(found[sample : sample + 1, :, frames], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_clip_and_images_give_each_other_nothing() -> None:
-    model = ours_of(theirs())
-    given = joint()
-    x = given["hidden_states"].requires_grad_()
-    sample = model(**given, num_images=2).sample
-    (of_clip,) = torch.autograd.grad(sample[:, :, :4].sum(), x, retain_graph=True)
-    (of_image,) = torch.autograd.grad(sample[:, :, 5].sum(), x)
-    assert (of_clip.abs().amax((0, 1, 3, 4)) > 0).tolist() == [True] * 4 + [False] * 2
-    assert (of_image.abs().amax((0, 1, 3, 4)) > 0).tolist() == [False] * 5 + [True]
 
 
 # ------------------------------------------------------------------------------------- fast paths
@@ -263,22 +221,23 @@ def test_nothing_is_repeated_per_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shapes == [space, text, time] * 2
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    network = theirs()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradient_checkpointing_changes_no_gradient(dropout: float) -> None:
+    """Also with dropout, which is drawn again as it was."""
     gradients, calls = [], []
     for option in (False, True):
-        model = ours_of(network, gradient_checkpointing=option)
+        model = randomize(LatteT2V.from_config({**CONFIG, "dropout": dropout}, gradient_checkpointing=option)).train()
         model.transformer_blocks[1].ff.register_forward_hook(lambda *_, option=option: calls.append(option))
+        torch.manual_seed(0)
         model(**joint(), num_images=2).sample.square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert calls == [False, True, True], "the block was not recomputed"
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("images", [0, 2])
-def test_blocks_compile_without_a_graph_break(images: int) -> None:
-    network = theirs(num_layers=1)
-    given = joint(images) if images else inputs()
+def test_blocks_compile_without_a_graph_break() -> None:
+    network, images = theirs(num_layers=1), 2
+    given = joint(images)
     given["encoder_attention_mask"] = torch.ones(given["encoder_hidden_states"].shape[:-1])
     model, expected = ours_of(network), ours_of(network)(**given, num_images=images).sample
     for block in model.blocks:
@@ -315,17 +274,6 @@ def test_a_fresh_network_predicts_zero_and_ignores_captions() -> None:
     assert all(block.attn2.to_out[0].weight.grad.any() for block in model.transformer_blocks), "captions are learned"
 
 
-def test_every_weight_is_initialised() -> None:
-    with torch.device("meta"):
-        model = LatteT2V.from_config({**CONFIG, "norm_elementwise_affine": True})
-    model = model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.fill_(float("nan"))
-    model.initialize_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
-    assert all(".norm" in name for name in left), left  # LayerNorm's own ones and zeros stay
-
-
 def test_temporal_blocks_as_the_identity() -> None:
     model = ours_of(theirs())
     model.start_as_image_network()
@@ -345,16 +293,17 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
-@pytest.mark.parametrize("temporal_vae", [False, True], ids=["AutoencoderKL", "temporal decoder"])
-@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize(("temporal_vae", "frames"), [(False, 1), (True, 4)])
 def test_the_pipeline_of_diffusers_gives_the_same_video(temporal_vae: bool, frames: int) -> None:
     network = theirs()
     videos = [
-        tiny_pipeline(each, temporal=temporal_vae)("a red disc", video_length=frames, generator=generator(), **STEPS)
+        tiny_pipeline(each, temporal=temporal_vae)(
+            ["a", "a blue square moving"], video_length=frames, generator=generator(), **STEPS
+        )
         for each in (network, ours_of(network))
     ]
     first, second = (each.frames for each in videos)
-    assert first.shape == (1, frames, 3, 16, 16)
+    assert first.shape == (2, frames, 3, 16, 16)
     assert first.std() > 0.01
     torch.testing.assert_close(second, first, rtol=0, atol=1e-4)
 
@@ -373,15 +322,6 @@ def test_the_pipeline_takes_prompts_embeddings_and_lengths_of_ours() -> None:
     arguments["prompt_embeds"], arguments["negative_prompt_embeds"] = embeds.bfloat16(), negative.bfloat16()
     assert half(**arguments, video_length=24, generator=generator(), **STEPS).frames.shape[1] == 24
     assert pipeline.transformer.dtype == torch.bfloat16
-
-
-def test_several_prompts_in_the_pipeline() -> None:
-    network = theirs()
-    videos = [
-        tiny_pipeline(each)(["a", "a blue square moving"], video_length=4, generator=generator(), **STEPS).frames
-        for each in (network, ours_of(network))
-    ]
-    torch.testing.assert_close(videos[1], videos[0], rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------- mistakes
@@ -450,19 +390,3 @@ def test_inputs_that_are_refused(changes: dict[str, Any], words: str) -> None:
     shaped = {key: torch.ones(value) if isinstance(value, tuple) else value for key, value in changes.items()}
     with pytest.raises(ValueError, match=words):
         ours_of(theirs())(**{**inputs(), **shaped})
-
-
-def test_diffusers_masks_of_other_rows_are_refused() -> None:
-    model = ours_of(theirs(), text_mask="diffusers")
-    with pytest.raises(ValueError, match="one row per frame"):
-        model(**inputs(), encoder_attention_mask=torch.ones(2, WORDS))
-
-
-def test_dropout_is_drawn_alike_when_a_block_is_recomputed() -> None:
-    gradients = []
-    for option in (False, True):
-        model = randomize(LatteT2V.from_config({**CONFIG, "dropout": 0.5}, gradient_checkpointing=option)).train()
-        torch.manual_seed(0)
-        model(**inputs()).sample.square().sum().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1])

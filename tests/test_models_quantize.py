@@ -32,7 +32,7 @@ def text_encoder() -> T5EncoderModel:
 
 
 def bytes_of(value: Tensor) -> int:
-    """What a weight takes, quantised or not."""
+    """Returns the bytes of a weight, quantised or not."""
     if hasattr(value, "__tensor_flatten__"):  # torchao's
         return sum(bytes_of(getattr(value, name)) for name in value.__tensor_flatten__()[0])
     own = value.numel() * value.element_size()
@@ -44,8 +44,9 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("int8", torch.float32), ("bnb8", torch.bfloat16), ("bnb4", torch.float16)], ids=str
+)
 @torch.no_grad()
 def test_the_network_computes_nearly_the_same_from_fewer_bytes(kind: str, dtype: torch.dtype) -> None:
     model = text_network()
