@@ -8,7 +8,7 @@ same ones. Sampling always ends at noise level 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +17,11 @@ ORDER = 2
 FLOW_EDGE = 1e-6  # distance from time 1 at which the log of the signal is still finite; the value of diffusers
 
 
-class Scheduler(NamedTuple):
-    """A scheduler class of diffusers, and the arguments that make it the solver."""
-
-    name: str
-    arguments: dict[str, Any]
-    stochastic: bool = False  # adds noise at every step
-
-
-MULTISTEP_SOLVERS = {
-    "dpm_solver++": Scheduler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "sde_dpm_solver++": Scheduler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, True),
-    "unipc": Scheduler("UniPCMultistepScheduler", {}),
+# name -> scheduler class of diffusers, and the arguments that make it the solver
+MULTISTEP_SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpm_solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "sde_dpm_solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
 }
 
 
@@ -47,14 +40,14 @@ class MultistepSolver:
     def __init__(self, name: str, noise_levels: Sequence[float], *, flow: bool) -> None:
         import diffusers  # slow to import
 
-        kind = MULTISTEP_SOLVERS[name]
-        self.stochastic = kind.stochastic
-        self.scheduler = getattr(diffusers, kind.name)(
+        class_name, arguments = MULTISTEP_SOLVERS[name]
+        self.stochastic = name.startswith("sde")  # adds noise at every step
+        self.scheduler = getattr(diffusers, class_name)(
             solver_order=ORDER,
             prediction_type="sample",
             use_flow_sigmas=flow,
             final_sigmas_type="zero",
-            **kind.arguments,
+            **arguments,
         )
         steps = len(noise_levels) - 1
         self.scheduler.set_timesteps(steps)

@@ -129,7 +129,10 @@ def _load(config: CodecConfig) -> tuple[Kind, nn.Module]:
     if not (folder / CONFIG_FILE).is_file():
         name = "/".join(filter(None, (config.subfolder, CONFIG_FILE)))
         raise FileNotFoundError(f"{source} holds neither {name} nor {ENCODER_FILE} and {DECODER_FILE}")
-    kind = read_json(folder / CONFIG_FILE).get("_class_name")
+    try:
+        kind = read_json(folder / CONFIG_FILE).get("_class_name")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     known = [each for each in AUTOENCODERS if each.startswith("Autoencoder")]
     require(kind in known, f"{source} holds a {kind}, but a codec must be one of {', '.join(known)}")
     import diffusers  # slow to import

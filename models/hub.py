@@ -89,5 +89,5 @@ def read_json(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing, which is a part of a folder in diffusers' format") from None
     except (ValueError, RecursionError):
         content = None
-    require(isinstance(content, dict), f"{file} is not a valid JSON object; copy it again")
+    require(isinstance(content, dict), f"{file} is not valid JSON, or not an object; copy it again")
     return content

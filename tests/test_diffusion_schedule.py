@@ -50,10 +50,7 @@ def test_too_few_steps_for_the_linear_schedule_is_a_sentence() -> None:
 )
 def test_respacing(respacing: str, kept: list[int]) -> None:
     assert respace_timesteps(12, respacing) == kept
-
-
-def test_respacing_with_uneven_sections_gives_the_surplus_to_the_first() -> None:
-    assert respace_timesteps(11, "6,5") == list(range(11))
+    assert respace_timesteps(11, "6,5") == list(range(11))  # the first section gets the surplus
 
 
 @pytest.mark.parametrize("respacing", ["13", "0", "-3", "ddim", "ddim13", "ddim7", "ten", "2,,3", "1.5", "7,1"])
@@ -88,12 +85,9 @@ def test_posterior_is_bayes_rule(step: int) -> None:
     assert tables["posterior_log_variance_clipped"][step].exp().item() == pytest.approx(variance.item(), rel=1e-9)
 
 
-def test_one_step_process_has_finite_tables() -> None:
+def test_one_step_process_has_finite_tables_and_the_network_gets_the_original_timesteps() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(), respacing="1")
     assert all(table.isfinite().all() for table in diffusion.tables.values())
-
-
-def test_network_is_given_the_original_timesteps() -> None:
     diffusion = GaussianDiffusion(DiffusionConfig(), respacing="ddim50")
     timesteps = diffusion.network_timesteps(torch.tensor([0, 7, 49]))
     assert timesteps.tolist() == [0, 140, 980]

@@ -203,7 +203,7 @@ def test_folders_that_hold_no_autoencoder(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="holds a UNet2DModel, but a codec must be one of AutoencoderKL"):
         LatentCodec.from_config(config(tmp_path))
     (tmp_path / "config.json").write_text("not json")
-    with pytest.raises(ValueError, match="not a valid JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         LatentCodec.from_config(config(tmp_path))
     import huggingface_hub.constants
 

@@ -188,7 +188,7 @@ def test_an_impossible_range_of_blocks_is_refused(start: int, stop: int) -> None
         network()(**batch(), route=Route(start, stop, KEEP))
 
 
-def test_unused_the_seam_adds_no_operation() -> None:
+def test_without_a_route_no_operation_is_added() -> None:
     nodes: set[Any] = set()
     queue = [network()(**batch()).grad_fn]
     while queue:

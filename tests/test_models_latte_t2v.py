@@ -330,7 +330,7 @@ def test_the_pipeline_takes_prompts_embeddings_and_lengths_of_ours() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"norm_type": "layer_norm"}, "norm_type must be ada_norm_single"),
+        ({"norm_type": "layer_norm"}, "norm_type must be one of ada_norm_single"),
         ({"patch_size": None}, "patch_size must be an integer"),
         ({"in_channels": 0}, "in_channels must be"),
         ({"out_channels": 0}, "out_channels must be"),

@@ -252,7 +252,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         Adapter.from_folder(tmp_path)
     file = folder / "adapter_config.json"
     for text, words in (
-        ("{", "not a valid JSON"),
+        ("{", "not valid JSON"),
         ('{"lora_alpha": "NaN"}', "alpha must be finite"),
         ('{"lora_alpha": 2, "use_dora": true}', "use_dora is True; only plain LoRA"),
     ):
