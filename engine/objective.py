@@ -140,7 +140,7 @@ class Objective:
         noise: Tensor,
         given: Tensor | None = None,
     ) -> LossTerms:
-        """Returns the loss terms of latents (B, F+I, C, h, w) at timesteps (B,), with noise like the latents.
+        """Returns the loss terms of latents (B, F+I, C, h, w) at timesteps (B,) or (B, F+I), with noise like them.
 
         Frames that are `given` (B, F) stay clean; the terms are over the others.
         """
