@@ -41,7 +41,6 @@ from engine.config import load_config
 from engine.distributed import World
 from engine.stream import Breadcrumbs, ClipStream, PositionBatches, collate, load_micro_batches
 from engine.trainer import Trainer
-from models.autoencoder import CodecConfig, LatentCodec
 from tests.fault_support import restore
 from tests.latent_support import cache, save_codec
 from tools import prepare_dataset
@@ -917,13 +916,6 @@ def test_E13_a_damaged_cache_ends_the_run_also_from_a_worker(cached: tuple[list[
     with pytest.raises(CacheError, match=r"holds latents of '\w+/clip\d' that are not finite; make the cache again"):
         trainer.fit()
     assert all(value.isfinite().all() for value in trainer.state.model.state_dict().values())
-
-
-def test_E13_latents_of_another_shape_are_no_codecs(tmp_path: Path) -> None:
-    """Without a cache, the shape of a codec is checked when it loads."""
-    save_codec(tmp_path, "AutoencoderTiny")
-    with pytest.raises(ValueError, match=r"codec\.latent_channels"):
-        LatentCodec.from_config(CodecConfig(path=str(tmp_path), latent_channels=4, downsample_factor=2))
 
 
 # ---- H5, H7: packages that cannot be loaded, patterns that never end, links in a circle ----------------
