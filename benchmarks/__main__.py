@@ -73,7 +73,7 @@ BENCHMARKS = {
     ),
     "memory": Benchmark(
         "training", "peak memory of a training step", "Memory",
-        "On the CPU it is the rise of the resident set above its size before the network was made, with "
+        "On the CPU it is the resident set minus its size before the network was made, with "
         "`MALLOC_MMAP_THRESHOLD_=65536`: freed memory then goes back to the system at once, as a GPU's caching "
         "allocator uses it again; by default glibc keeps up to twice the memory in use. On CUDA it is what torch "
         "allocated. Weights, gradients, moments, average and one step's activations.",
@@ -93,8 +93,8 @@ BENCHMARKS = {
     ),
     "sample": Benchmark(
         "sampling", "the sampling loop with each of its options", "Sampling",
-        "Random weights and no autoencoder: decoding is not part of it. `ms` is of one step. Where the steps are fewer "
-        "than 250, the time of 250 is that of as many evaluations; in bf16 the network runs under autocast in both.",
+        "Random weights and no autoencoder: decoding is not part of it. `ms` is the time of a step. With fewer steps "
+        "than 250, the time of 250 is that of as many evaluations; in bf16 both run under autocast.",
         {**PROBLEM, **THREADS, **TIMING, **PRECISION, "steps": count(None, "of the sampler (4; on CUDA 250)")},
     ),
     "scaling": Benchmark(

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.build import PRECISIONS
 from models import attention as ours
@@ -26,56 +25,53 @@ from .workload import Workload
 COPY = 4.3e12  # bytes/s that an H200 reads and writes: the floor of memory-bound kernels (docs/attention.md)
 
 
-class Candidate(NamedTuple):
-    """A way to compute attention: a name of `models.attention.KERNELS` or "triton", and options."""
-
-    name: str
-    backend: SDPBackend | None = None
-    separate: bool = False  # q, k, v come from three projections
-    compiled: bool = False
-    by_row: bool = False  # over time, each token is a row
-    cuda: bool = False
-    temporal: bool = False  # exists over time only
-
-    def build(self, view: str, heads: int) -> Callable[[list[Tensor]], Tensor]:
-        """Returns the attention of [qkv], or of [q, k, v]."""
-        if self.name == "triton":
-            from benchmarks.candidates.temporal_kernel import packed_temporal_attention  # needs triton
-
-            return lambda parts: packed_temporal_attention(parts[0], heads)
-
-        def attend(parts: list[Tensor]) -> Tensor:
-            q, k, v = parts if self.separate else parts[0].chunk(3, dim=-1)
-            return ours.attend(q, k, v, "temporal, large" if self.by_row else view, heads)
-
-        return torch.compile(attend, fullgraph=True) if self.compiled else attend
-
-    @contextmanager
-    def selected(self, device: torch.device) -> Iterator[None]:
-        """Selects this kernel within the context."""
-        before = dict(ours.BACKENDS)
-        ours.choose("auto" if self.name == "triton" else self.name)
-        if self.backend is not None:
-            ours.BACKENDS[device.type] = [self.backend]
-        try:
-            yield
-        finally:
-            ours.BACKENDS.update(before)
-            ours.choose("auto")
+Attend = Callable[[list[Tensor], str, int], Tensor]  # of [qkv] or of [q, k, v], by view and number of heads
 
 
-# The first is the reference. Add a kernel as a line.
-CANDIDATES = {
-    "fused": Candidate("fused"),
-    "plain": Candidate("plain"),
-    "fused, a row for each token": Candidate("fused", by_row=True, temporal=True),
-    "fused, three projections": Candidate("fused", separate=True, temporal=True),
-    "fused, cudnn": Candidate("fused", SDPBackend.CUDNN_ATTENTION, cuda=True),
-    "fused, flash": Candidate("fused", SDPBackend.FLASH_ATTENTION, cuda=True),
-    "fused, efficient": Candidate("fused", SDPBackend.EFFICIENT_ATTENTION, cuda=True),
-    "plain, compiled": Candidate("plain", compiled=True, cuda=True),
-    **({"triton": Candidate("triton", cuda=True, temporal=True)} if find_spec("triton") else {}),
-}
+def by(kernel: Callable[[ours.Call], Tensor], view: str = "") -> Attend:
+    """Returns attention by a kernel of models/attention.py, in its own or another view."""
+
+    def attend(parts: list[Tensor], given: str, heads: int) -> Tensor:
+        q, k, v = parts if len(parts) == 3 else parts[0].chunk(3, dim=-1)
+        return kernel(ours.Call(q, k, v, view or given, heads))
+
+    return attend
+
+
+def fused_by(backend: SDPBackend) -> Attend:
+    """Returns torch's attention by one backend."""
+
+    def kernel(call: ours.Call) -> Tensor:
+        q, k, v = call.fold()
+        with sdpa_kernel(backend):
+            return call.unfold(functional.scaled_dot_product_attention(q, k, v))
+
+    return by(kernel)
+
+
+def triton(parts: list[Tensor], view: str, heads: int) -> Tensor:
+    """Computes attention by the kernel of our own."""
+    from benchmarks.candidates.temporal_kernel import packed_temporal_attention  # needs triton
+
+    return packed_temporal_attention(parts[0], heads)
+
+
+SEPARATE = "fused, three projections"
+
+
+def list_candidates(view: str, on_cuda: bool) -> dict[str, Attend]:
+    """Returns what is timed for a view and a device by name; the first is the reference. Add a kernel as a line."""
+    found = {"fused": by(ours.fused_attention), "plain": by(ours.plain_attention)}
+    if view == "temporal":
+        found["fused, a row for each token"] = by(ours.fused_attention, "temporal, large")
+        found[SEPARATE] = found["fused"]
+    if on_cuda:
+        for name in ("CUDNN", "FLASH", "EFFICIENT"):
+            found[f"fused, {name.lower()}"] = fused_by(getattr(SDPBackend, f"{name}_ATTENTION"))
+        found["plain, compiled"] = by(torch.compile(ours.plain_attention, fullgraph=True))
+        if view == "temporal" and find_spec("triton"):
+            found["triton"] = triton
+    return found
 
 
 def attention(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
@@ -101,13 +97,13 @@ def measure(workload: Workload, view: str, precision: str, timer: Timer) -> Tabl
     q, k, v = qkv[:1].detach().double().chunk(3, dim=-1)
     exact = ours.plain_attention(ours.Call(q, k, v, view, heads))
 
-    def make(candidate: Candidate, backward: bool) -> Case:
-        attend, inputs = candidate.build(view, heads), parts if candidate.separate else [qkv]
+    def make(name: str, attend: Attend, backward: bool) -> Case:
+        inputs = parts if name == SEPARATE else [qkv]
 
         def call() -> Tensor:
-            with candidate.selected(device), torch.set_grad_enabled(backward):
+            with torch.set_grad_enabled(backward):
                 for _ in range(repeats):
-                    out = attend(inputs)
+                    out = attend(inputs, view, heads)
                     if backward:
                         torch.autograd.grad(out, inputs, grad)
                 return out.detach()
@@ -116,18 +112,16 @@ def measure(workload: Workload, view: str, precision: str, timer: Timer) -> Tabl
         return Case(call, repeats=repeats, cells={"error": error})
 
     supported, refused = {}, list[Row]()
-    for name, candidate in CANDIDATES.items():
-        if (candidate.cuda and not timer.on_cuda) or (candidate.temporal and view != "temporal"):
-            continue
+    for name, attend in list_candidates(view, timer.on_cuda).items():
         try:
-            make(candidate, True)
-            supported[name] = candidate
+            make(name, attend, True)
+            supported[name] = attend
         except RuntimeError as refusal:  # the kernel does not support the shape or type
             if isinstance(refusal, torch.OutOfMemoryError) or "CUDA error" in str(refusal):
                 raise
             refused.append({"": f"{name}: not supported"})
     forward, rows = (
-        timer.compare({name: partial(make, each, backward) for name, each in supported.items()}, ("ms", "ratio"))
+        timer.compare({name: partial(make, name, each, backward) for name, each in supported.items()}, ("ms", "ratio"))
         for backward in (False, True)
     )
     floor = 1e3 * 11 * qkv.numel() / 3 * qkv.element_size() / COPY  # q, k, v, out; then q, k, v, 3 gradients, out's

@@ -45,11 +45,6 @@ class Case:
         return statistics.median(self.seconds)
 
     @property
-    def spread(self) -> float:
-        """Range of the seconds as a share of their median."""
-        return (max(self.seconds) - min(self.seconds)) / self.median
-
-    @property
     def rate(self) -> float:
         """TFLOP/s."""
         return self.flop / self.median / 1e12
@@ -64,7 +59,7 @@ VALUES: dict[str, Callable[[Case, Case], Any]] = {
     "median s": lambda case, first: case.median,
     "least s": lambda case, first: min(case.seconds),
     "ms": lambda case, first: 1e3 * case.median,
-    "spread": lambda case, first: case.spread,
+    "spread": lambda case, first: (max(case.seconds) - min(case.seconds)) / case.median,
     "ratio": lambda case, first: case.times_as_fast_as(first) * case.videos / first.videos,
     "videos/s": lambda case, first: case.videos / case.median,
     "s/video, 250 steps": lambda case, first: 250 * case.median / case.videos,
@@ -173,9 +168,9 @@ class Timer:
 
     def free(self) -> None:
         """Releases unused memory and compiled graphs, so that the next batch size is compiled for itself."""
-        gc.collect()
         torch.compiler.reset()
         if self.on_cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
 

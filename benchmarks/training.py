@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from engine.state import TrainState
 from . import attention, profile, report, sampling
 from .report import Panel, Table
 from .timing import PEAK, Case, Timer
-from .workload import MODES, REFERENCE, Changes, Ours, Workload, make_case, step_of, to_json
+from .workload import MODES, REFERENCE, Changes, Ours, Workload, make_case, step_of
 
 FP32: Changes = {"train.precision": "fp32"}
 BF16: Changes = {"train.precision": "bf16"}
@@ -125,8 +126,8 @@ def scaling(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> 
     ranks = Table("Ranks", text, ("median s", "videos/s", "efficiency"))
     for count in arguments.ranks:
         launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
-        problem = to_json(base, timer.device.type, timer.rounds)
-        median = run_apart("time_rank", problem, *launch, OMP_NUM_THREADS="1") or 0.0
+        given = (base, timer.device.type, timer.rounds)
+        median = run_apart("time_rank", given, *launch, OMP_NUM_THREADS="1") or 0.0
         rate = count * base.batch / median
         ranks.rows.append({"": f"{count} ranks" if count > 1 else "1 rank", "median s": median, "videos/s": rate})
         ranks.rows[-1]["efficiency"] = rate / (count * ranks.rows[0]["videos/s"])
@@ -136,15 +137,16 @@ def scaling(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> 
 # ---- measurements in processes of their own ------------------------------------------------------
 
 
-def run_apart(name: str, problem: str, *launch: str, **environment: str) -> float | None:
+def run_apart(name: str, given: Sequence[Any], *launch: str, **environment: str) -> float | None:
     """Returns the result of the function `name` of this module in another process; None without memory for it.
 
     Args:
-        problem: of `to_json`, the arguments of the function.
+        given: the arguments of the function, a workload first.
         launch: arguments of Python that start the module.
 
     Raises: OSError with the last line of any other failure.
     """
+    problem = json.dumps([asdict(given[0]), *given[1:]])
     argv = [sys.executable, *launch, "-m", "benchmarks.training", name, problem]
     done = subprocess.run(argv, cwd=report.ROOT, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode and "OutOfMemoryError" in done.stderr:
@@ -199,8 +201,8 @@ def memory(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> I
     table = Table("Peak memory of a training step", f"{workload}.", ("peak GB", "of the reference"))
     found: dict[str, float] = {}
     for name in arguments.kind or KINDS:
-        problem = to_json(workload.but(KINDS[name]), timer.device.type)
-        peak = run_apart("find_peak", problem, MALLOC_MMAP_THRESHOLD_="65536")
+        given = (workload.but(KINDS[name]), timer.device.type)
+        peak = run_apart("find_peak", given, MALLOC_MMAP_THRESHOLD_="65536")
         if peak is None:
             table.rows.append({"": f"{name}: no room"})
         else:
@@ -276,7 +278,6 @@ def gpu(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iter
     end = time.monotonic() + 60 * arguments.minutes
     for table in _measure_gpu(workload, timer, arguments):
         yield table
-        timer.free()
         if time.monotonic() > end:
             return
 

@@ -11,7 +11,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -278,11 +278,6 @@ def make_case(workload: Workload, device: torch.device, repeats: int = 1) -> Cas
 
     flop = forwards * workload.flop() if forwards else 0.0
     return Case(calls, workload.batch, flop, workload.tokens, repeats)
-
-
-def to_json(workload: Workload, *more: Any) -> str:
-    """Returns the arguments of a measurement in another process."""
-    return json.dumps([{**asdict(workload), "keys": dict(workload.keys)}, *more])
 
 
 def read_problem(arguments: argparse.Namespace) -> tuple[Workload, Timer]:

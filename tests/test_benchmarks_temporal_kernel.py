@@ -22,7 +22,7 @@ BOUNDS = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    """What tests/temporal_kernel_support.py prints: the kernels in Triton's interpreter, in a process of their own."""
+    """Output of tests/temporal_kernel_support.py: the kernels in Triton's interpreter, in a process of their own."""
     run = subprocess.run(
         [sys.executable, support.__file__],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
