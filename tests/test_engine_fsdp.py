@@ -1,4 +1,4 @@
-"""FSDP2 beside DDP: the same losses, and checkpoints that any of them, or one process, continues."""
+"""FSDP2 against DDP: equal losses, and checkpoints that either, or one process, can continue."""
 
 from __future__ import annotations
 

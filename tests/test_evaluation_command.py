@@ -197,7 +197,7 @@ def test_length_reports_see_the_first_frames(tmp_path: Path, detectors: Path) ->
 
 
 def test_short_and_unreadable_clips_are_dropped_named_and_replaced(tmp_path: Path, detectors: Path) -> None:
-    """Of 12 videos, 3 have 15 frames and one is broken: the first 6 that can be used are taken."""
+    """Takes the first 6 usable of 12 videos, of which 3 have 15 frames and one is broken."""
     real = arrays(tmp_path / "real", range(12), lambda number: 15 if number in (0, 3, 8) else 16)
     (real / "000001.npy").write_bytes(b"broken")
     fake = arrays(tmp_path / "fake", range(50, 56))

@@ -19,7 +19,7 @@ DIMS = 64
 
 
 class Identity(nn.Module):
-    """What the libraries take for a detector."""
+    """The smallest module that the libraries accept as a detector."""
 
     num_features = DIMS
 

@@ -1,4 +1,4 @@
-"""Which clips are taken and which frames of them: hand-counted folders, brute force, and the traps of other tools."""
+"""Selection of clips and frames: hand-counted folders, brute force, and the pitfalls of other tools."""
 
 from __future__ import annotations
 
