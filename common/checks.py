@@ -81,14 +81,16 @@ def check_read_only_with(section: Any, prefix: str, owners: Mapping[str, str]) -
     """Raises ValueError for a key that is set while nothing reads it.
 
     Args:
-        owners: key -> the key that it needs, which must differ from its default; or `key=value`, its needed value.
+        owners: key, or several separated by spaces -> the key that they need, which must differ from its default; or
+            `key=value`, its needed value.
     """
     defaults = {item.name: item.default for item in fields(section)}
-    for key, owner in owners.items():
+    for keys, owner in owners.items():
         name, equals, needed = owner.partition("=")
         value = getattr(section, name)
         is_read = value == needed if equals else value not in (defaults[name], [], "")
-        require(
-            is_read or getattr(section, key) == defaults[key],
-            f"{prefix}{key} is read only with {prefix}{owner}: set that too, or leave it out.",
-        )
+        for key in keys.split():
+            require(
+                is_read or getattr(section, key) == defaults[key],
+                f"{prefix}{key} is read only with {prefix}{owner}: set that too, or leave it out.",
+            )

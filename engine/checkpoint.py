@@ -190,6 +190,21 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
+def recover_newest(root: Path) -> tuple[Path | None, list[str]]:
+    """Deletes what a killed writer left under `root`; returns the newest checkpoint that verifies, and complaints.
+
+    Newer ones, which are damaged, are set aside under another name, so that they do not count among those kept.
+    """
+    storage.remove_unfinished(root, UNFINISHED_NAME)
+    folder, complaints = newest_verified(root)
+    if folder is None:
+        return None, complaints
+    folders = list_checkpoints(root)
+    for damaged in folders[folders.index(folder) + 1 :]:
+        damaged.rename(damaged.with_name(f"{damaged.name}.damaged-{uuid.uuid4().hex[:8]}"))
+    return folder, [f"{text} It is set aside." for text in complaints]
+
+
 def newest_hashes(root: Path) -> dict[str, Any]:
     """Returns name and file hashes of the newest checkpoint under `root`; nothing, if there is none."""
     for folder in list_checkpoints(root)[-1:]:
@@ -232,11 +247,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder / 'state.json'} lacks {error}; the checkpoint cannot be continued.") from None
 
 
-def load_checkpoint_config(path: str | Path) -> Config | None:
-    """Returns the configuration in a checkpoint of ours; None for a single file (.pt), which has none."""
-    if Path(path).is_file():
-        return None
-    return load_config(find_checkpoint(Path(path)) / "config.yaml", saved=True)
+def read_config(folder: Path) -> Config:
+    """Returns the configuration in a checkpoint folder."""
+    return load_config(folder / "config.yaml", saved=True)
 
 
 def weights_file(folder: Path, weights: str) -> Path:
@@ -320,22 +333,15 @@ class CheckpointWriter:
             )
 
 
-def remove_unfinished(root: Path) -> list[str]:
-    """Deletes what a killed writer left under temporary names; returns those names."""
-    return storage.remove_unfinished(root, UNFINISHED_NAME)
-
-
-def set_newer_aside(folder: Path) -> None:
-    """Renames checkpoints newer than `folder`, which are damaged."""
-    folders = list_checkpoints(folder.parent)
-    for damaged in folders[folders.index(folder) + 1 :]:
-        damaged.rename(damaged.with_name(f"{damaged.name}.damaged-{uuid.uuid4().hex[:8]}"))
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """Returns the content of a checkpoint's state.json; raises CheckpointError where its step or classes are none."""
     file = folder / "state.json"
-    state = read_json(file)
+    try:
+        state = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        raise CheckpointError(f"{file} is missing or not JSON.") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} holds no names and values.")
     _require_step(state, file)
     names = state.get("class_names") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -348,16 +354,6 @@ def _require_step(content: dict[str, Any], file: Path) -> None:
     step = content.get("step")
     if type(step) is not int or step < 0:
         raise CheckpointError(f"{file}: step must be a whole number from 0, not {step!r}; copy the checkpoint again.")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
-        raise CheckpointError(f"{file} is missing or not JSON.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no names and values.")
-    return content
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

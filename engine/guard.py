@@ -135,29 +135,19 @@ class Outcome(NamedTuple):
     failed: bool
 
 
+@dataclass(eq=False)
 class InFlight:
-    """A step that is queued on the device, and whose numbers the host has not read yet.
+    """A step that is queued on the device, and whose numbers the host has not read yet."""
 
-    Args:
-        skip: scalar on the device: whether the update is left out.
-        findings: of `gather_findings`.
-        bounds: that the gradient was judged by.
-        losses: of the micro-batches.
-        parts: scalars on the device, for the log.
-        files: the clips of this rank.
-    """
+    skip: Tensor  # scalar on the device: whether the update is left out
+    findings: Tensor  # of `gather_findings`
+    bounds: Bounds  # that the gradient was judged by
+    losses: list[StepLoss]  # of the micro-batches
+    parts: dict[str, Tensor]  # scalars on the device, for the log
+    files: list[str]  # the clips of this rank
 
-    def __init__(
-        self,
-        skip: Tensor,
-        findings: Tensor,
-        bounds: Bounds,
-        losses: list[StepLoss],
-        parts: dict[str, Tensor],
-        files: list[str],
-    ) -> None:
-        self.bounds, self.losses, self.parts, self.files = bounds, losses, parts, files
-        numbers = torch.stack([skip.double(), *findings.unbind()])
+    def __post_init__(self) -> None:
+        numbers = torch.stack([self.skip.double(), *self.findings.unbind()])
         self._numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
         self._arrived = torch.cuda.Event() if numbers.is_cuda else None
         if self._arrived is not None:

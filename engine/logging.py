@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,30 +23,14 @@ from common.text import printable
 from .run_folder import recreate_checkpoints
 
 
-class Logger:
-    """The log as the trainer and its callbacks use it; this one, of every rank but the first, discards everything."""
+class NullLogger:
+    """Discards everything: the log of every rank but the first."""
 
-    def say(self, text: str) -> None:
-        """Prints one line above the bar."""
-
-    def advance(self, step: int) -> None:
-        """Moves the bar to `step`."""
-
-    def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
-        """Writes one row of numbers at `step`."""
-
-    def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
-        """Writes one picture (H, W, 3) uint8 at `step`."""
-
-    def holds(self, step: int, kind: str) -> bool:
-        """Returns whether there is a row of that kind at `step`."""
-        return False
-
-    def close(self) -> None:
-        """Flushes and closes everything."""
+    def __getattr__(self, name: str) -> Callable[..., bool]:
+        return lambda *_, **__: False
 
 
-class RunLogger(Logger):
+class RunLogger:
     """The log of one run in `folder`.
 
     metrics.jsonl holds one object a line, of `kind` `train` or that of a callback. A resume at step s drops the lines
@@ -65,7 +49,12 @@ class RunLogger(Logger):
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._jsonl = _reopen_metrics(self._folder / "metrics.jsonl", start)
+        file, kept = self._folder / "metrics.jsonl", []
+        for line in file.read_text().splitlines() if start and file.is_file() else []:
+            with suppress(ValueError, KeyError):  # a row that a kill cut
+                kept += [f"{line}\n"] if json.loads(line)["step"] <= start else []
+        file.write_text("".join(kept))
+        self._jsonl = file.open("a")
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def _open_again(self) -> None:
@@ -88,15 +77,18 @@ class RunLogger(Logger):
         self._open(self._step)
 
     def say(self, text: str) -> None:
-        tqdm.write(printable(text), file=sys.stderr)  # line breaks in file and class names are escaped
+        """Prints one line above the bar; line breaks in file and class names are escaped."""
+        tqdm.write(printable(text), file=sys.stderr)
 
     def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
         self._step = step
         self._bar.update(step - self._bar.n)
 
     def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
+        """Writes one row of numbers at `step`; a number that is not finite becomes null, as JSON has no NaN."""
         self._open_again()
-        row = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._jsonl.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
         self._jsonl.flush()
         for name, value in values.items():
@@ -110,14 +102,17 @@ class RunLogger(Logger):
             self.say(f"step {step}/{self._total}  {loss}  {rate}  ETA {eta}")
 
     def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """Writes one picture (H, W, 3) uint8 at `step` to TensorBoard."""
         self._open_again()
         self._board.add_image(tag, pixels, step, dataformats="HWC")
 
     def holds(self, step: int, kind: str) -> bool:
+        """Returns whether there is a row of that kind at `step`."""
         self._open_again()
         return any(row["step"] == step for row in read_rows(Path(self._jsonl.name), kind))
 
     def close(self) -> None:
+        """Flushes and closes everything."""
         self._open_again()
         self._bar.close()
         self._jsonl.close()
@@ -128,22 +123,6 @@ def read_rows(file: Path, kind: str = "train") -> list[dict[str, Any]]:
     """Returns the rows of that kind in a metrics.jsonl, in order; rows without a kind are of `train`."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [row for row in rows if row.get("kind", "train") == kind]
-
-
-def _reopen_metrics(file: Path, start: int) -> Any:
-    """Opens a metrics.jsonl to append to, without the rows after step `start`."""
-    lines = file.read_text().splitlines() if start and file.is_file() else []
-    kept = [line for line in lines if _step_of(line) <= start]
-    file.write_text("".join(f"{line}\n" for line in kept))
-    return file.open("a")
-
-
-def _step_of(line: str) -> float:
-    """Returns the step of a metrics row; a row cut by a kill counts as later than any step."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ Letters: B clips, F frames, I images, C latent channels, H W pixels, h w latent 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -70,43 +70,25 @@ def sample_generator(seed: int, position: int, device: torch.device) -> torch.Ge
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
+@dataclass(eq=False)
 class Objective:
     """`objective(model, batch) -> StepLoss`.
 
-    Args:
-        codec: video (B, F+I, 3, H, W) to latents (B, F+I, C, h, w); or a stand-in for cached
-            posteriors, which come in the batch.
-        conditions: of the batch's labels.
-        num_images: I, trailing frames that are single images (joint image-video training).
-        precision: dtype of latents, noise and loss, and of the network's autocast.
-        given: which frames of a clip are given.
-        tubelet_size: frames that are given together.
+    `codec` turns video (B, F+I, 3, H, W) into latents (B, F+I, C, h, w), or stands in for cached posteriors, which come
+    in the batch.
     """
 
-    def __init__(
-        self,
-        codec: LatentCodec | StoredCodec,
-        diffusion: GaussianDiffusion | RectifiedFlow,
-        timestep_sampler: TimestepSampler,
-        conditions: Conditions,
-        *,
-        num_images: int,
-        seed: int,
-        device: torch.device,
-        precision: Precision = FP32,
-        given: ConditionConfig | None = None,
-        tubelet_size: int = 1,
-    ) -> None:
-        self.codec = codec
-        self.diffusion = diffusion
-        self.timestep_sampler = timestep_sampler
-        self.conditions = conditions
-        self.num_images = num_images
-        self.seed = seed
-        self.device = device
-        self.precision = precision
-        self.given = given or ConditionConfig()
-        self.tubelet_size = tubelet_size
+    codec: LatentCodec | StoredCodec
+    diffusion: GaussianDiffusion | RectifiedFlow
+    timestep_sampler: TimestepSampler
+    conditions: Conditions  # of the batch's labels
+    _: KW_ONLY
+    num_images: int  # I, trailing frames that are single images (joint image-video training)
+    seed: int
+    device: torch.device
+    precision: Precision = FP32  # of latents, noise and loss, and of the network's autocast
+    given: ConditionConfig = field(default_factory=ConditionConfig)  # frames of a clip that are given
+    tubelet_size: int = 1  # frames that are given together
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepLoss:
         """Returns the mean loss of a micro-batch {"video" or "latents", "labels", "position"} of the data loader."""

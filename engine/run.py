@@ -7,7 +7,7 @@ import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .config import Config
 from .distributed import World, broadcast_object, gather_objects, mean_over_ranks, on_main
 from .errors import CheckpointNotWritten, TrainingAborted
 from .guard import InFlight
-from .logging import Logger, Meter, RunLogger, peak_memory_gib
+from .logging import Meter, NullLogger, RunLogger, peak_memory_gib
 from .run_folder import COMPLETED, PREEMPTED, HangWatch, RunFolder
 from .signals import StopSignals
 from .state import TrainState
@@ -45,7 +45,7 @@ class Run:
         self.folder = RunFolder(Path(train.output_dir))
         self.writer = ckpt.CheckpointWriter(self.folder.checkpoints, config)
         self.signals = StopSignals()
-        self.log = Logger()
+        self.log = cast(RunLogger, NullLogger())  # until `start_log` on rank 0
         self.meter = Meter()
         self.crumbs = Breadcrumbs(self.folder.path, world.rank)
         self.watch = HangWatch(self.folder.path / "errors" / f"rank{world.rank}.stacks.txt", train.hang_timeout_s)

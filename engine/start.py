@@ -5,9 +5,9 @@ Only the same experiment may continue a checkpoint, unless the command line says
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.checks import require
 from common.storage import find_changes
@@ -15,7 +15,7 @@ from datasets import ClipDataset
 
 from . import checkpoint as ckpt
 from .build import count_parameters
-from .config import Config, load_config
+from .config import Config
 from .distributed import on_main, require_same
 from .run import Run
 from .state import TrainState
@@ -36,18 +36,6 @@ FREE_ON_RESUME = {
 }
 # what a checkpoint's state.json must hold in addition to step and samples_seen
 STATE_KEYS = ("ema_updates", "guard", "global_batch_size", "world_size", "data_digest", "num_clips", "class_names")
-
-
-class Rules(NamedTuple):
-    """Differences that a continuation accepts.
-
-    Attributes:
-        override: keys whose change since the checkpoint is accepted.
-        allow_inexact: whether generator states may be missing.
-    """
-
-    override: frozenset[str] = frozenset()
-    allow_inexact: bool = False
 
 
 # ---- checks ----------------------------------------------------------------------------------------
@@ -109,8 +97,13 @@ def check_ranks_agree_on_data(config: Config, clips: ClipDataset) -> None:
 # ---- checkpoint or initial weights -----------------------------------------------------------------
 
 
-def restore(run: Run, state: TrainState, rules: Rules = Rules()) -> list[str]:  # noqa: B008
-    """Continues a checkpoint or loads initial weights, as the config says; returns lines for the log. Collective."""
+def restore(run: Run, state: TrainState, override: Collection[str] = (), allow_inexact: bool = False) -> list[str]:
+    """Continues a checkpoint or loads initial weights, as the config says; returns lines for the log. Collective.
+
+    Args:
+        override: keys whose change since the checkpoint is accepted.
+        allow_inexact: generator states may be missing.
+    """
     config, root = run.config, run.folder.checkpoints
     source = config.train.resume
     if source == "never":
@@ -121,39 +114,27 @@ def restore(run: Run, state: TrainState, rules: Rules = Rules()) -> list[str]:  
             "train.output_dir, or move them away.",
         )
         return initialise(state.model, state.ema, config, state.lora_base)
-    folder, complaints = on_main(lambda: find_newest(root))
+    folder, complaints = on_main(lambda: ckpt.recover_newest(root))
     if folder is None and source != "auto":  # where the run has nothing of its own yet
         folder = on_main(lambda: ckpt.find_checkpoint(Path(source)))
     if folder is None:
         require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {root}.")
         return initialise(state.model, state.ema, config, state.lora_base)
-    return [f"warning: {text}" for text in complaints] + resume(run, state, folder, rules)
+    return [f"warning: {text}" for text in complaints] + resume(run, state, folder, override, allow_inexact)
 
 
-def find_newest(root: Path) -> tuple[Path | None, list[str]]:
-    """Returns the newest checkpoint that verifies, and a sentence for each newer one, which is set aside."""
-    ckpt.remove_unfinished(root)
-    folder, complaints = ckpt.newest_verified(root)
-    if folder is not None:  # so that they do not count among those kept
-        ckpt.set_newer_aside(folder)
-        complaints = [f"{text} It is set aside." for text in complaints]
-    return folder, complaints
-
-
-def resume(run: Run, state: TrainState, folder: Path, rules: Rules) -> list[str]:
+def resume(run: Run, state: TrainState, folder: Path, override: Collection[str], allow_inexact: bool) -> list[str]:
     """Continues the checkpoint in `folder`; returns lines for the log."""
     saved = ckpt.load_checkpoint(folder)
-    facts = {"global_batch_size": run.global_batch_size, "data_digest": run.clips.digest}
-    facts |= {} if state.lora_base is None else {"lora_base": state.lora_base}
-    changes = find_differences(folder, saved, run.config, facts, run.clips.class_names)
-    refused = [change for change in changes if change.partition(":")[0] not in rules.override]
+    changes = find_differences(run, state, folder, saved)
+    refused = [change for change in changes if change.partition(":")[0] not in override]
     require(
         not refused,
         f"cannot continue {folder}, this is another experiment: {'; '.join(refused)}. Restore these, name them "
         "with --override, or start a new run with another train.output_dir (train.init_from takes weights only).",
     )
     notes = [f"warning: accepted by --override: {change}" for change in changes]
-    notes += check_generators(folder, saved, run.world.size, rules.allow_inexact)
+    notes += check_generators(folder, saved, run.world.size, allow_inexact)
     try:
         state.load_state_dict(saved, run.world.rank)
     except KeyError as error:
@@ -163,25 +144,19 @@ def resume(run: Run, state: TrainState, folder: Path, rules: Rules) -> list[str]
     return [*notes, f"continuing {folder} at step {state.step}"]
 
 
-def find_differences(
-    folder: Path, saved: ckpt.Checkpoint, config: Config, facts: Mapping[str, Any], class_names: Sequence[str]
-) -> list[str]:
-    """Returns lines `key: old -> new` for every difference between checkpoint `folder` and this experiment.
-
-    Args:
-        facts: what the run now has of the state's `global_batch_size`, `data_digest` and, with adapters, `lora_base`.
-        class_names: of the data now, in the order of their labels.
-    """
+def find_differences(run: Run, state: TrainState, folder: Path, saved: ckpt.Checkpoint) -> list[str]:
+    """Returns lines `key: old -> new` for every difference between checkpoint `folder` and this experiment."""
     lacking = [key for key in STATE_KEYS if key not in saved.state]
     require(not lacking, f"{folder / 'state.json'} lacks {', '.join(lacking)}; it cannot be continued.")
-    before, after = load_config(folder / "config.yaml", saved=True).to_flat_dict(), config.to_flat_dict()
+    before, after = ckpt.read_config(folder).to_flat_dict(), run.config.to_flat_dict()
     free = {f"{section}.{key}" for section, keys in FREE_ON_RESUME.items() for key in keys.split()}
     compared = [key for key in after if key not in free and f"{key.partition('.')[0]}.*" not in free]
-    changes = find_changes(before, after, compared)
-    changes += [f"{key}: {saved.state.get(key)} -> {now}" for key, now in facts.items() if saved.state.get(key) != now]
-    gone, new = set(saved.state["class_names"]) - set(class_names), set(class_names) - set(saved.state["class_names"])
-    if gone or new:  # another folder would move the labels of those after it
-        changes.append(f"class_names: {sorted(gone)} -> {sorted(new)}")
+    facts = {"global_batch_size": run.global_batch_size, "data_digest": run.clips.digest}
+    facts |= {} if state.lora_base is None else {"lora_base": state.lora_base}
+    changes = find_changes(before, after, compared) + find_changes(saved.state, facts, list(facts))
+    old, now = set(saved.state["class_names"]), set(run.clips.class_names)
+    if old != now:  # another folder would move the labels of those after it
+        changes.append(f"class_names: {sorted(old - now)} -> {sorted(now - old)}")
     return changes
 
 
@@ -194,15 +169,12 @@ def check_generators(folder: Path, saved: ckpt.Checkpoint, world_size: int, allo
         f"{folder / 'rng.safetensors'} lacks {', '.join(missing)}: the run would not continue exactly. Use an "
         "older checkpoint, or accept that with --allow-inexact-resume.",
     )
-    notes = []
-    if missing:
-        notes.append(f"warning: generator states are missing ({', '.join(missing)}): this resume is not exact")
-    if before != world_size:
-        notes.append(
-            f"warning: saved by {before} process(es), continued on {world_size}: the same samples and noise at every "
-            "step, added up in another order"
-        )
-    return notes
+    notes = {
+        f"warning: generator states are missing ({', '.join(missing)}): this resume is not exact": bool(missing),
+        f"warning: saved by {before} process(es), continued on {world_size}: the same samples and noise at every step, "
+        "added up in another order": before != world_size,
+    }
+    return [note for note, holds in notes.items() if holds]
 
 
 # ---- the log ---------------------------------------------------------------------------------------
@@ -220,8 +192,6 @@ def describe(run: Run, state: TrainState) -> list[str]:
     facts = {key: value for key, value in run.clips.describe().items() if value}
     facts["digest"] = str(facts["digest"])[:12]
     lines.append("data: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
-    if not run.world.is_main:
-        return lines
     weights = state.trained_weights(state.model).values()
     needed = 4 * sum(value.numel() * value.element_size() for value in weights)  # weights, average and two moments
     warning = ckpt.space_warning(run.folder.checkpoints, needed)

@@ -16,6 +16,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import count
 from multiprocessing import popen_forkserver
@@ -45,12 +46,12 @@ def clip_at(position: int, length: int, seed: int) -> tuple[int, int]:
     return epoch, int(epoch_order(seed, epoch, length)[offset])
 
 
+@dataclass(eq=False)
 class ClipStream(Dataset):
     """The endless stream over a `ClipDataset`, indexed by position."""
 
-    def __init__(self, clips: ClipDataset, seed: int) -> None:
-        self.clips = clips
-        self.seed = seed
+    clips: ClipDataset
+    seed: int
 
     def __getitem__(self, position: int) -> dict[str, Any] | VideoError:
         epoch, index = clip_at(position, len(self.clips), self.seed)
@@ -70,6 +71,7 @@ def collate(items: list[dict[str, Any] | VideoError]) -> dict[str, torch.Tensor]
 POLL_S = 5.0
 
 
+@dataclass
 class PositionBatches:
     """Yields the positions of each micro-batch of one rank, from `samples_seen` on, without end.
 
@@ -77,11 +79,11 @@ class PositionBatches:
     takes the block j * world_size + r: more ranks or more micro-steps of the same G see the same clips.
     """
 
-    def __init__(self, samples_seen: int, *, batch_size: int, rank: int, world_size: int) -> None:
-        self.samples_seen = samples_seen
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
+    samples_seen: int
+    _: KW_ONLY
+    batch_size: int
+    rank: int
+    world_size: int
 
     def __iter__(self) -> Iterator[list[int]]:
         stride = self.batch_size * self.world_size

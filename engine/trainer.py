@@ -65,7 +65,8 @@ class Trainer:
         conditions = build_conditions(config, clips, held_out, world.device)
         self.config = config
         self.world = world
-        self.rules = start.Rules(frozenset(override), allow_inexact_resume)
+        self.override = frozenset(override)
+        self.allow_inexact_resume = allow_inexact_resume
         self.callbacks = Callbacks([*validation, *callbacks])
         self.run = Run(config, world, clips)
         self.state = build_state(config, world)
@@ -96,7 +97,7 @@ class Trainer:
         """Restores the newest checkpoint, opens the log, and gets the network ready for `train_step`. Collective."""
         run, state = self.run, self.state
         start.check_ranks_agree_on_data(self.config, run.clips)
-        notes = start.restore(run, state, self.rules)
+        notes = start.restore(run, state, self.override, self.allow_inexact_resume)
         ramp_temporal_positions(self.config, state.step, state.model, state.ema.model)
         run.start_log(state.step)
         for note in [*notes, *start.describe(run, state)]:

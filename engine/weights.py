@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
@@ -21,12 +20,13 @@ from .checkpoint import (
     MANIFEST,
     CheckpointError,
     find_checkpoint,
+    read_config,
     read_state,
     read_tensors,
     weights_file,
     write_folder,
 )
-from .config import Config, load_config
+from .config import Config
 from .distributed import shards_like
 from .optim import EMA
 
@@ -50,10 +50,20 @@ def load_checkpoint_weights(folder: Path, weights: str) -> dict[str, Tensor]:
     file = weights_file(folder, weights)
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
-    own, config = read_tensors(file), load_config(folder / "config.yaml", saved=True)
+    own, config = read_tensors(file), read_config(folder)
     if not config.lora.rank:
         return own
-    return _merge_into_base(own, config, read_state(folder).get("lora_base", ""), folder)
+    source = f"{folder} holds adapters on train.init_from={config.train.init_from}"
+    model = build_model(config)
+    try:
+        digest = load_base(model, config)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}, which cannot be loaded: {error}") from None
+    if digest != read_state(folder).get("lora_base", ""):
+        raise CheckpointError(f"{source}, but those are other weights than in training: restore the original ones.")
+    whole = dict(model.state_dict())
+    Adapter.from_weights(own, lambda rank: config.lora.scale, str(folder)).merge_into(whole)
+    return whole
 
 
 # ---- the start of a training -----------------------------------------------------------------------
@@ -159,24 +169,6 @@ def load_base(model: nn.Module, config: Config) -> str:
     return weights_digest(model.state_dict())
 
 
-def _merge_into_base(adapters: Mapping[str, Tensor], config: Config, digest: str, folder: Path) -> dict[str, Tensor]:
-    """Returns the whole network: `adapters` of the checkpoint `folder` merged into base weights of SHA-256 `digest`.
-
-    Raises: CheckpointError where the base weights are missing, or are not those of the training.
-    """
-    source = f"{folder} holds adapters on train.init_from={config.train.init_from}"
-    model = build_model(config)
-    try:
-        found = load_base(model, config)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}, which cannot be loaded: {error}") from None
-    if found != digest:
-        raise CheckpointError(f"{source}, but those are other weights than in training: restore the original ones.")
-    weights = dict(model.state_dict())
-    Adapter.from_weights(dict(adapters), lambda rank: config.lora.scale, str(folder)).merge_into(weights)
-    return weights
-
-
 # ---- exports ---------------------------------------------------------------------------------------
 
 
@@ -191,11 +183,11 @@ def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
         not taken or ((target / MANIFEST).is_file() and not (target / "optim.safetensors").exists()),
         f"{target} exists and is no export of weights; name a new folder.",
     )
-    config = replace(load_config(folder / "config.yaml", saved=True), lora=LoraConfig())
+    config = replace(read_config(folder), lora=LoraConfig())
     state = read_state(folder)
     for key in ("guard", "lora_base"):  # of the training alone
         state.pop(key, None)
-    file = "ema" if weights == "ema" else "model"
+    file = weights_file(folder, weights).stem
     return write_folder(target, {file: load_checkpoint_weights(folder, weights)}, state, config)
 
 
@@ -205,7 +197,7 @@ def export_adapter(source: Path, target: Path, weights: str = "ema") -> Path:
     Raises: ValueError where the run trained the whole network.
     """
     folder = find_checkpoint(source)
-    config = load_config(folder / "config.yaml", saved=True)
+    config = read_config(folder)
     require(config.lora.rank > 0, f"{folder} holds a whole network and no adapters: its lora.rank is 0.")
     require(not target.exists(), f"{target} exists; name a new folder.")
     return save_lora(read_tensors(weights_file(folder, weights)), config.lora, target)

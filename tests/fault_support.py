@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import get_context
@@ -197,7 +198,6 @@ class BadWorker:
 WORKER_FAULTS: dict[str, Callable[[], None]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "segv": lambda: os.kill(os.getpid(), signal.SIGSEGV),
-    "exit": lambda: os._exit(3),
     "hang": lambda: time.sleep(600),
 }
 
@@ -209,16 +209,21 @@ def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
+def make(overrides: list[str], world: World | None = None, **options: Any) -> Trainer:
+    """Returns a trainer of this process that has not started."""
+    return Trainer(load_config(None, overrides), world or World(), **options)
+
+
 def run(overrides: list[str], world: World | None = None, **options: Any) -> Trainer:
-    """A run in this process; the trainer it leaves."""
-    trainer = Trainer(load_config(None, overrides), world or World(), **options)
+    """Runs a training in this process; returns its trainer."""
+    trainer = make(overrides, world, **options)
     trainer.fit()
     return trainer
 
 
 def restore(trainer: Trainer) -> list[str]:
     """Returns the notes of restoring the newest checkpoint, as at the start of `fit`."""
-    return start.restore(trainer.run, trainer.state, trainer.rules)
+    return start.restore(trainer.run, trainer.state, trainer.override, trainer.allow_inexact_resume)
 
 
 class Torchrun:
@@ -285,14 +290,14 @@ def cleaned_up(*processes: subprocess.Popen) -> Iterator[None]:
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int, log: Path | None = None) -> None:
     """Returns once the run of `process` has logged `step`; fails with the end of its output if it ends before."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError, ValueError):
             if any(row["step"] >= step for row in rows(folder)):
                 return
         assert process.poll() is None, (log.read_text() if log else str(process.communicate()))[-3000:]
         time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached in 90 s")
+    raise AssertionError(f"step {step} was not reached in 180 s")
 
 
 def seal(folder: Path) -> None:
@@ -373,6 +378,13 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
     return [(tree_map(_as_tensor, result), error) for _, result, error in found]
+
+
+def on_two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Returns the results of `run_ranks` on two ranks, neither of which fails."""
+    found = run_ranks(2, folder / f"rendezvous-{uuid.uuid4().hex}", function, *arguments)
+    assert [error for _, error in found] == [None, None]
+    return [result for result, _ in found]
 
 
 def _as_tensor(leaf: Any) -> Any:

@@ -28,7 +28,7 @@ from evaluation.distances import frechet_distance
 from sample.generate import Generator
 from tests import fault_support
 from tests.detector_stubs import StubI3D, StubInception
-from tests.fault_support import armed, rows, run_ranks
+from tests.fault_support import armed, on_two_ranks, rows
 from tests.test_faults_exactness import TIMING, assert_same, state_of
 
 WATCHED = [
@@ -156,11 +156,10 @@ def ranks(
     tiny = [*TINY, f"data.path={frame_folders}"]
     run([*tiny, f"train.output_dir={folder / 'weights'}", "train.max_steps=10"])
     weights, metric = str(folder / "weights"), measured(detector)
-    found = run_ranks(2, folder / "rendezvous", two_ranks, tiny, str(folder), weights, metric)
-    assert [error for _, error in found] == [None, None]
+    found = on_two_ranks(folder, two_ranks, tiny, str(folder), weights, metric)
     alone = ["train.max_steps=3", f"train.init_from={weights}", f"train.output_dir={folder / 'alone'}"]
     run(watched(tiny, *alone, *metric))
-    return folder, [result for result, _ in found]
+    return folder, found
 
 
 @pytest.mark.dist
@@ -329,21 +328,6 @@ def test_a_failure_on_one_rank_stops_the_callback_on_both(ranks: tuple[Path, lis
     assert len(logged(folder / "failed", "val")) == 3
 
 
-def test_clips_that_cannot_be_read_end_the_run_at_its_start(tiny: list[str], tmp_path: Path) -> None:
-    (tmp_path / "val" / "falls").mkdir(parents=True)
-    for name in ("a", "b"):
-        (tmp_path / "val" / "falls" / f"{name}.mp4").write_bytes(b"no video")
-    overrides = watched(tiny, f"data.val_path={tmp_path / 'val'}", "data.labels=class_folders", "train.max_steps=2")
-    with pytest.raises(ValueError, match=r"a\.mp4|b\.mp4"):
-        run(overrides)
-    assert not rows(tmp_path / "run")
-
-
-def test_labels_that_the_network_has_not_end_the_run_at_its_start(tiny: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"sample\.labels: 'sideways' is not a class of this network"):
-        run(watched(tiny, "sample.labels=[sideways]", "train.max_steps=2"))
-
-
 def test_the_watch_sees_signs_of_life(tiny: list[str]) -> None:
     """For every clip and every step of the sampler."""
     config = load_config(None, watched(tiny, "train.max_steps=1"))
@@ -482,27 +466,29 @@ def test_the_metric_is_that_of_the_checkpoint(tiny: list[str], tmp_path: Path, d
     assert len({row["ema/frechet_inception"] for row in logged(tmp_path / "run", "metric")}) == 2
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        (["monitor.metric_detector=inception_is"], r"monitor\.metric_detector=inception_is is none of i3d, "),
-        (["monitor.metric_detector_path=/nowhere.pt"], r"/nowhere\.pt"),
-        (["monitor.metric_detector_sha256=beef"], "but beef is expected"),
-        (["monitor.metric_detector=i3d"], "inception.pt"),
-    ],
-    ids=["kind", "file", "hash", "network"],
-)
-def test_a_detector_that_cannot_be_used_ends_the_run_at_its_start(
-    tiny: list[str], tmp_path: Path, detector: Path, settings: list[str], sentence: str
-) -> None:
+REFUSED = {
+    "detector": (["monitor.metric_detector=inception_is"], r"monitor\.metric_detector=inception_is is none of i3d, "),
+    "file": (["monitor.metric_detector_path=/nowhere.pt"], r"/nowhere\.pt"),
+    "hash": (["monitor.metric_detector_sha256=beef"], "but beef is expected"),
+    "network": (["monitor.metric_detector=i3d"], "inception.pt"),
+    "short clips": (
+        ["monitor.metric_detector=i3d", "monitor.metric_detector_path=I3D"],
+        "i3d takes clips of 10 or more",
+    ),
+    "labels": (["sample.labels=[sideways]"], r"sample\.labels: 'sideways' is not a class of this network"),
+    "no video": (["data.val_path=BROKEN", "data.labels=class_folders"], r"a\.mp4"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_mistakes_end_the_run_at_its_start(tiny: list[str], tmp_path: Path, detector: Path, kind: str) -> None:
+    """The I3D network needs ten frames, the clips have four."""
+    settings, sentence = REFUSED[kind]
+    torch.jit.script(StubI3D()).save(tmp_path / "i3d.pt")
+    (tmp_path / "val" / "falls").mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / "val" / "falls" / f"{name}.mp4").write_bytes(b"no video")
+    settings = [each.replace("I3D", f"{tmp_path}/i3d.pt").replace("BROKEN", f"{tmp_path}/val") for each in settings]
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         run(watched(tiny, "train.max_steps=2", *measured(detector), *settings))
     assert not ckpt.list_checkpoints(tmp_path / "run" / "checkpoints")
-
-
-def test_clips_too_short_for_the_detector_end_the_run_at_its_start(tiny: list[str], tmp_path: Path) -> None:
-    """The I3D network needs ten frames, the clips have four."""
-    torch.jit.script(StubI3D()).save(tmp_path / "i3d.pt")
-    metric = [*measured(tmp_path / "i3d.pt"), "monitor.metric_detector=i3d"]
-    with pytest.raises(ValueError, match="i3d takes clips of 10 or more frames, not 4"):
-        run(watched(tiny, "train.max_steps=2", *metric))

@@ -19,6 +19,7 @@ from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
 from tests.conftest import random_weights
+from tests.fault_support import make
 from tests.text_support import CAPTIONS, TINY_TEXT, draw_captioned, save_text_encoder
 
 CPU = torch.device("cpu")
@@ -85,7 +86,7 @@ class Spy(nn.Module):
 
 def test_a_dropped_caption_is_the_empty_one(tiny_text: list[str]) -> None:
     """The share is that of the configuration, and what is dropped is a function of the position alone."""
-    run = Trainer(load_config(None, [*tiny_text, "data.num_images=1", "text.caption_dropout=0.5"]), World())
+    run = make([*tiny_text, "data.num_images=1", "text.caption_dropout=0.5"])
     captions = run.objective.conditions
     dropped = []
     for first in (0, 0, 40):
@@ -171,7 +172,7 @@ def test_captions_condition_the_network(tiny_text: list[str]) -> None:
 )
 def test_what_makes_no_sense_is_refused(tiny_text: list[str], overrides: list[str], sentence: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        Trainer(load_config(None, [*tiny_text, *overrides]), World())
+        make([*tiny_text, *overrides])
 
 
 def test_text_keys_belong_to_text_networks(tiny: list[str]) -> None:

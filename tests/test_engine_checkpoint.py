@@ -35,7 +35,7 @@ def test_round_trip(tmp_path: Path, config: Config) -> None:
     loaded = ckpt.load_checkpoint(folder)
     assert (loaded.step, loaded.samples_seen, loaded.state) == (12, 120, {"note": 1})
     assert torch.equal(loaded.model["w"], make(12).model["w"]) and torch.equal(loaded.model["b"], torch.arange(4))
-    assert ckpt.load_checkpoint_config(tmp_path) == config
+    assert ckpt.read_config(folder) == config
     assert (tmp_path / "latest").read_text() == "step-0000012"
 
 
@@ -55,4 +55,4 @@ def test_an_export_holds_one_set_of_weights(tmp_path: Path, config: Config) -> N
     assert torch.equal(load_model_weights(target, "ema")["w"], torch.full((3,), 5.0))
     with pytest.raises(CheckpointError, match="'raw' weights"):
         load_model_weights(target, "raw")
-    assert ckpt.load_checkpoint_config(target) == config
+    assert ckpt.read_config(target) == config

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.config import load_config
-from engine.distributed import World
-from engine.trainer import Trainer
 from engine.weights import load_model_weights
 from models import Latte, LatteConfig
 from models.blocks import LAYER_PLANS
+from tests.fault_support import make
 
 BATCH, FRAMES, CHANNELS, SIDE, CLASSES = 2, 4, 2, 4, 3
 OPTIONS = {
@@ -104,7 +102,7 @@ def test_a_compiled_training_is_the_same_training(
     common = [*tiny, "data.num_images=2", "train.grad_accum_steps=2", "model.gradient_checkpointing=true"]
 
     def weights(name: str, *extra: str) -> dict[str, Tensor]:
-        trainer = Trainer(load_config(None, [*common, f"train.output_dir={tmp_path / name}", *extra]), World())
+        trainer = make([*common, f"train.output_dir={tmp_path / name}", *extra])
         trainer.fit()
         return trainer.state.model.state_dict()
 

@@ -8,19 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import load_config
 from engine.distributed import World, local_shard
-from engine.trainer import Trainer
-from tests.fault_support import fit_rank, rows, run, run_ranks
+from tests.fault_support import fit_rank, make, on_two_ranks, rows, run
 
 pytestmark = pytest.mark.dist
 FP64 = ["train.precision=fp64", "optim.max_grad_norm=0.05", "train.checkpoint_every=100"]
 
 
 def two(folder: Path, name: str, overrides: list[str]) -> list[dict[str, Any]]:
-    found = run_ranks(2, folder / f"rendezvous-{name}", fit_rank, [*overrides, f"train.output_dir={folder / name}"])
-    assert [error for _, error in found] == [None, None]
-    return [result for result, _ in found]
+    return on_two_ranks(folder, fit_rank, [*overrides, f"train.output_dir={folder / name}"])
 
 
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -60,15 +56,14 @@ def test_checkpoints_interchange(tiny: list[str], tmp_path: Path) -> None:
     """FSDP, then DDP, then one process, then FSDP: as if one process had trained all along."""
     common = [*tiny, *FP64]
     stages = [("fsdp", 2), ("ddp", 4), ("alone", 6), ("fsdp", 8)]
-    for place, (kind, steps) in enumerate(stages):
+    for kind, steps in stages:
         overrides = [*common, f"train.max_steps={steps}", f"train.output_dir={tmp_path / 'run'}"]
         if kind == "alone":
             run([*overrides, "train.batch_size=4"])
             continue
-        found = run_ranks(2, tmp_path / f"rendezvous{place}", fit_rank, [*overrides, f"train.parallel={kind}"])
-        assert [error for _, error in found] == [None, None]
+        found = on_two_ranks(tmp_path, fit_rank, [*overrides, f"train.parallel={kind}"])
     whole = run([*common, "train.max_steps=8", "train.batch_size=4", f"train.output_dir={tmp_path / 'whole'}"])
-    last = found[0][0]
+    last = found[0]
     assert last["step"] == 8
     assert_close(last["model"], whole.state.model.state_dict(), 1e-10)
     assert_close(last["ema"], whole.state.ema.state_dict(), 1e-10)
@@ -76,7 +71,7 @@ def test_checkpoints_interchange(tiny: list[str], tmp_path: Path) -> None:
 
 def shard_sizes(world: World, overrides: list[str]) -> list[tuple[int, int, int]]:
     """Elements that this rank holds of (weights, average, all)."""
-    trainer = Trainer(load_config(None, overrides), world)
+    trainer = make(overrides, world)
     held = [
         sum(local_shard(p).numel() for p in net.parameters()) for net in (trainer.state.model, trainer.state.ema.model)
     ]
@@ -84,8 +79,5 @@ def shard_sizes(world: World, overrides: list[str]) -> list[tuple[int, int, int]
 
 
 def test_each_rank_holds_half(tiny: list[str], tmp_path: Path) -> None:
-    found = run_ranks(2, tmp_path / "rendezvous", shard_sizes, [*tiny, "train.parallel=fsdp"])
-    for sizes, error in found:
-        assert error is None
-        ((weights, average, total),) = sizes
+    for ((weights, average, total),) in on_two_ranks(tmp_path, shard_sizes, [*tiny, "train.parallel=fsdp"]):
         assert weights == average and 0.45 < weights / total < 0.55

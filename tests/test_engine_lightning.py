@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from engine import checkpoint as ckpt
-from engine.config import load_config
-from engine.distributed import World
 from engine.trainer import Trainer
-from tests.fault_support import ROOT, armed, rows, run
+from tests.fault_support import ROOT, armed, make, rows, run
 from tests.test_faults_exactness import assert_same, state_of
 
 pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
@@ -22,7 +20,7 @@ from engine import lightning
 
 
 def run_twin(overrides: list[str]) -> Trainer:
-    trainer = Trainer(load_config(None, overrides), World())
+    trainer = make(overrides)
     assert trainer.fit(lightning.loop)
     return trainer
 
@@ -54,7 +52,7 @@ def test_each_continues_the_other(tiny: list[str], tmp_path: Path) -> None:
 
 
 def test_a_signal_saves_and_stops(tiny: list[str], tmp_path: Path) -> None:
-    trainer = Trainer(load_config(None, [*tiny, "train.max_steps=100"]), World())
+    trainer = make([*tiny, "train.max_steps=100"])
     with armed("term@0:3"):
         assert not trainer.fit(lightning.loop)
     assert trainer.state.step == 4 and (tmp_path / "run" / "PREEMPTED").exists()

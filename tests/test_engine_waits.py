@@ -27,7 +27,7 @@ from engine.guard import InFlight
 from engine.optim import clip_gradients
 from engine.run import collect_on_request
 from engine.trainer import Trainer
-from tests.fault_support import armed, rows, run
+from tests.fault_support import armed, make, rows, run
 from tests.latent_support import cache, save_codec
 from tests.test_faults_exactness import logged, same_tensors
 
@@ -100,7 +100,7 @@ def test_no_step_waits(tiny: list[str], tmp_path: Path, on_meta: None, read: lis
     if kind == "latents":
         tiny = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderKL")]
         extra = [f"data.latents={cache(tiny, tmp_path / 'cache')}"]
-    run = Trainer(load_config(None, [*tiny, *QUIET, "optim.fused=true", *extra]), World(device=META))
+    run = make([*tiny, *QUIET, "optim.fused=true", *extra], World(device=META))
     run.parallel_model = run.state.model
     batches = run.run.batches(0)
     with Crossings(first=True):
@@ -238,7 +238,7 @@ def as_it_was() -> Iterator[None]:
 
 def test_steps_leave_no_garbage(tiny: list[str], as_it_was: None) -> None:
     """So that collecting it at rows of the log only holds nothing on the device."""
-    run = Trainer(load_config(None, [*tiny, *QUIET]), World())
+    run = make([*tiny, *QUIET])
     batches = run.run.batches(0)
     for _ in range(2):
         run.launch_step(next(batches))
@@ -267,7 +267,7 @@ def test_a_run_collects_when_it_logs(tiny: list[str], monkeypatch: pytest.Monkey
 def test_cuda_sees_no_synchronisation(tiny: list[str], kind: str) -> None:
     """PyTorch's own watch over synchronising calls, as errors."""
     device = torch.device("cuda", 0)
-    run = Trainer(load_config(None, [*tiny, *QUIET, *KINDS[kind]]), World(device=device))
+    run = make([*tiny, *QUIET, *KINDS[kind]], World(device=device))
     run.parallel_model = run.state.model
     batches = run.run.batches(0)
     for _ in range(3):

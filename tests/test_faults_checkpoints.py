@@ -32,7 +32,7 @@ from engine.errors import CheckpointNotWritten
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer
 from engine.weights import load_model_weights
-from tests.fault_support import restore, rows, run, run_ranks
+from tests.fault_support import make, on_two_ranks, restore, rows, run
 from tests.test_faults_exactness import same_tensors
 
 KILLED = 9
@@ -61,12 +61,10 @@ def finished(frame_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def stopped(finished: Path, tiny: list[str], tmp_path: Path) -> Callable[..., Trainer]:
     """Makes a trainer of the tiny run, into a copy of the finished one's folder."""
     shutil.copytree(finished, tmp_path / "run")
-    return lambda *extra: Trainer(
-        load_config(None, [*tiny, "train.max_steps=5", "train.checkpoint_every=1", *extra]), World()
-    )
+    return lambda *extra: make([*tiny, "train.max_steps=5", "train.checkpoint_every=1", *extra])
 
 
-def make(step: int, size: int = 3) -> Checkpoint:
+def numbered(step: int, size: int = 3) -> Checkpoint:
     tensors = {"w": torch.full((size,), float(step)), "b": torch.arange(4)}
     optim, rng = {"exp_avg/w": torch.ones(3)}, {"cpu/0": torch.zeros(5)}
     return Checkpoint(step, step * 10, tensors, tensors, optim, rng, {"note": 1})
@@ -171,13 +169,13 @@ def test_C1_disk_full_at_every_write(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     """torch, safetensors and the system each have an error of their own for a full disk."""
-    ckpt.save_checkpoint(make(1), config, tmp_path)
+    ckpt.save_checkpoint(numbered(1), config, tmp_path)
     writes = 0
     while True:
         with monkeypatch.context() as patch:
             full_disk_at(patch, writes, kind)
             writer = ckpt.CheckpointWriter(tmp_path, config)
-            writer.save(make(2))
+            writer.save(numbered(2))
         if writer.failure is None:
             break
         assert "No space left" in writer.failure and re.search(ROOM, writer.failure)
@@ -211,7 +209,7 @@ def fail_to_write(world: World, overrides: list[str]) -> tuple[str, int]:
     """A rank's part of a run that finds the disk full from its second checkpoint on: the error and the step."""
     with pytest.MonkeyPatch.context() as patch:
         full_disk_at(patch, 8, SafetensorError)
-        trainer = Trainer(load_config(None, overrides), world)
+        trainer = make(overrides, world)
         with pytest.raises(CheckpointNotWritten) as raised:
             trainer.fit()
     return str(raised.value), trainer.state.step
@@ -222,9 +220,7 @@ def fail_to_write(world: World, overrides: list[str]) -> tuple[str, int]:
 def test_C1_C13_all_ranks_learn_of_it(tiny: list[str], tmp_path: Path, kind: str) -> None:
     """C1: at once; C13, written while the training continues: at a step boundary, the same on both."""
     extra = ["train.max_steps=30", "train.checkpoint_every=2", f"train.async_checkpoint={kind == 'C13'}"]
-    found = run_ranks(2, tmp_path / "rendezvous", fail_to_write, [*tiny, *extra])
-    assert [error for _, error in found] == [None, None]
-    (sentence, step), other = found[0][0], found[1][0]
+    (sentence, step), other = on_two_ranks(tmp_path, fail_to_write, [*tiny, *extra])
     assert (sentence, step) == other
     assert "the checkpoint of step 4" in sentence and re.search(ROOM, sentence)
     assert 4 <= step <= (4 if kind == "C1" else 29)
@@ -268,7 +264,7 @@ def test_C2_the_size_is_that_of_the_files(stopped: Callable[..., Trainer]) -> No
 def two_saved(tmp_path_factory: pytest.TempPathFactory, config: Config) -> Path:
     root = tmp_path_factory.mktemp("two_saved")
     for step in (8, 9):
-        ckpt.save_checkpoint(make(step), config, root)
+        ckpt.save_checkpoint(numbered(step), config, root)
     return root
 
 
@@ -284,7 +280,7 @@ def test_C3_killed_at_every_call(
 
         def save(root: Path = root, die_at: int = points + 1) -> None:
             Calls(pytest.MonkeyPatch(), die_at)
-            ckpt.save_checkpoint(make(10), config, root, keep_last=2)
+            ckpt.save_checkpoint(numbered(10), config, root, keep_last=2)
 
         code, _ = in_child(save)
         newest, complaints = ckpt.newest_verified(root)
@@ -292,7 +288,7 @@ def test_C3_killed_at_every_call(
         assert newest.name >= max(found, "step-0000009"), points  # what is written stays written
         found = newest.name
         ckpt.verify(root / (root / "latest").read_text())
-        ckpt.remove_unfinished(root)
+        assert ckpt.recover_newest(root) == (newest, [])
         assert assert_sound(root) == newest
         if code == 0:
             break
@@ -333,7 +329,9 @@ def test_C3_only_what_is_ours_is_cleaned(two_saved: Path, tmp_path: Path) -> Non
         (root / name).mkdir()
     (root / "latest.tmp-0123abcd").write_text("step-0000010")
     (root / "step-0000011.tmp-0123abcd").symlink_to(elsewhere)
-    assert ckpt.remove_unfinished(root) == ["latest.tmp-0123abcd", "step-0000010.tmp-0123abcd"]
+    before = set(names(root))
+    ckpt.recover_newest(root)
+    assert before - set(names(root)) == {"latest.tmp-0123abcd", "step-0000010.tmp-0123abcd"}
     assert {"step-0000010.tmp-mine", "notes.tmp", "step-12.bak", "step-0000011.tmp-0123abcd"} <= set(names(root))
     assert elsewhere.is_dir()
 
@@ -344,7 +342,7 @@ def test_C4_order_of_the_calls(two_saved: Path, tmp_path: Path, config: Config) 
     shutil.copytree(two_saved, root)
     with pytest.MonkeyPatch.context() as patch:
         calls = Calls(patch)
-        ckpt.save_checkpoint(make(10), config, root)
+        ckpt.save_checkpoint(numbered(10), config, root)
     done = [(name, re.sub(r"[0-9a-f]{8}$|(?<=tmp-)[0-9a-f]{8}(?=/)", "*", path)) for name, path in calls.done]
     aside = f"{root}/step-0000010.tmp-*"
     files = [*(f"{name}.safetensors" for name in GROUPS), "state.json", "config.yaml", "manifest.json"]
@@ -471,14 +469,14 @@ KEPT = {
 def test_C7_checkpoints_that_are_kept(tmp_path: Path, config: Config, case: str) -> None:
     steps, keep, kept = KEPT[case]
     for step in steps:
-        ckpt.save_checkpoint(make(step), config, tmp_path, **keep)
+        ckpt.save_checkpoint(numbered(step), config, tmp_path, **keep)
     assert [int(folder.name[5:]) for folder in ckpt.list_checkpoints(tmp_path)] == kept
     assert_sound(tmp_path)
 
 
 def test_C7_links_and_foreign_names_stay(tmp_path: Path, config: Config) -> None:
     root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
-    ckpt.save_checkpoint(make(1), config, elsewhere)
+    ckpt.save_checkpoint(numbered(1), config, elsewhere)
     root.mkdir()
     (root / "step-0000001").symlink_to(elsewhere / "step-0000001")
     foreign = ["step-12.bak", "step-0000001.bak", "step-12", "best", "step-0000002.damaged-01234567"]
@@ -486,7 +484,7 @@ def test_C7_links_and_foreign_names_stay(tmp_path: Path, config: Config) -> None
         (root / name).mkdir()
     (root / "step-0000002").write_text("a file")
     for step in (3, 4, 5):
-        ckpt.save_checkpoint(make(step), config, root, keep_last=2)
+        ckpt.save_checkpoint(numbered(step), config, root, keep_last=2)
     assert [folder.name for folder in ckpt.list_checkpoints(root)] == ["step-0000004", "step-0000005"]
     assert names(root) == sorted([*foreign, "latest", *(f"step-000000{n}" for n in (1, 2, 4, 5))])
     ckpt.verify(elsewhere / "step-0000001")
@@ -505,7 +503,7 @@ def test_C7_pruned_only_after_the_new_one_verifies(
 
     monkeypatch.setattr(os, "rename", rename_and_rot)
     with pytest.raises(CheckpointError, match=r"step-0000010 is damaged"):
-        ckpt.save_checkpoint(make(10, 1000), config, root, keep_last=1)
+        ckpt.save_checkpoint(numbered(10, 1000), config, root, keep_last=1)
     assert (root / "latest").read_text() == "step-0000009"
     for step in (8, 9):
         ckpt.verify(ckpt.step_folder(root, step))
@@ -585,24 +583,17 @@ def test_C9_read_only(stopped: Callable[..., Trainer], public: Path, place: str)
 
 
 def fit_watched(world: World, overrides: list[str], folder: str) -> list[str]:
-    """A rank's part of a run: what it changed under `folder`, seen by the interpreter's own audit."""
+    """Trains as one rank; returns its changes under `folder`, as seen by the interpreter's own audit."""
     changed: list[str] = []
     changing = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.symlink")
 
     def note(event: str, arguments: tuple[Any, ...]) -> None:
         if event in changing or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-            path = os.fspath(arguments[0]) if not isinstance(arguments[0], int) else ""
-            if str(path).startswith(folder):
+            path = str(arguments[0])
+            if path.startswith(folder):
                 changed.append(f"{event} {os.path.relpath(path, folder)}")
 
     sys.addaudithook(note)  # for good: but this process ends with the test
-    save = ckpt.save_checkpoint
-
-    def noted(*arguments: Any) -> Path:
-        changed.append("save_checkpoint")
-        return save(*arguments)
-
-    ckpt.save_checkpoint = noted
     run(overrides, world)
     return changed
 
@@ -611,10 +602,8 @@ def fit_watched(world: World, overrides: list[str], folder: str) -> list[str]:
 def test_C9_only_rank_0_writes(tiny: list[str], tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
     extra = ["train.max_steps=2", "train.checkpoint_every=1"]
-    found = run_ranks(2, tmp_path / "rendezvous", fit_watched, [*tiny, *extra], folder)
-    assert [error for _, error in found] == [None, None]
-    first, second = found[0][0], found[1][0]
-    assert first.count("save_checkpoint") == 2 and len(first) > 20
+    first, second = on_two_ranks(tmp_path, fit_watched, [*tiny, *extra], folder)
+    assert sum(change.startswith("os.rename checkpoints/step-") for change in first) == 2 and len(first) > 20
     # where its stacks would go if it hung: a file of its own
     assert {entry.split()[1] for entry in second} <= {"errors", "errors/rank1.stacks.txt"}
 
@@ -641,7 +630,7 @@ def test_C10_not_finite(stopped: Callable[..., Trainer], value: float, asynchron
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_C10_in_any_part(tmp_path: Path, config: Config, group: str) -> None:
-    bad = make(2)
+    bad = numbered(2)
     setattr(bad, group, {"w": torch.tensor([1.0, float("-inf")])})
     with pytest.raises(CheckpointError, match=rf"{group} has non-finite values in w"):
         ckpt.save_checkpoint(bad, config, tmp_path)
@@ -757,7 +746,7 @@ def test_C11_a_file_system_without_locks(
 def test_C12_the_values_of_the_moment(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the writer waits, training goes on in the same tensors."""
     extra = ["train.async_checkpoint=true", "train.max_steps=9", "diffusion.timestep_sampler=loss_aware"]
-    trainer = Trainer(load_config(None, [*tiny, *extra]), World())
+    trainer = make([*tiny, *extra])
     trainer.parallel_model = trainer.state.model
     batches = trainer.run.batches(trainer.state.samples_seen)
     for _ in range(2):
@@ -821,7 +810,7 @@ def failing_from(patch: pytest.MonkeyPatch, step: int, what: tuple[Any, str]) ->
 def test_C13_the_next_boundary_raises(tiny: list[str], monkeypatch: pytest.MonkeyPatch, what: tuple[Any, str]) -> None:
     """Wherever in the thread it fails; on two ranks: test_C1_C13_all_ranks_learn_of_it."""
     extra = ["train.async_checkpoint=true", "train.max_steps=500", "train.checkpoint_every=3"]
-    trainer = Trainer(load_config(None, [*tiny, *extra]), World())
+    trainer = make([*tiny, *extra])
     failing_from(monkeypatch, 6, what)
     joined = ckpt.CheckpointWriter.save
 
@@ -853,7 +842,7 @@ def test_C13_behind_another_error(
 ) -> None:
     """An error of the training itself comes first, and the writer's is printed nevertheless."""
     failing_from(monkeypatch, 2, (ckpt, "save_file"))
-    trainer = Trainer(load_config(None, [*tiny, "train.async_checkpoint=true", "train.checkpoint_every=2"]), World())
+    trainer = make([*tiny, "train.async_checkpoint=true", "train.checkpoint_every=2"])
     step = trainer.launch_step
 
     def broken(*arguments: Any) -> Any:
@@ -886,24 +875,15 @@ def weights_of(finished: Path, kind: str = "model") -> dict[str, torch.Tensor]:
     return load_file(finished / "checkpoints" / "step-0000003" / f"{kind}.safetensors")
 
 
-def test_C14_official_layouts(
+def test_C14_an_official_file_without_an_average(
     official: Callable[[Any], Trainer], finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    raw, ema = weights_of(finished), weights_of(finished, "ema")
-    wrapped = {f"module.{key}": value for key, value in raw.items()}
-    cases: list[tuple[Any, dict[str, torch.Tensor], str]] = [
-        ({"model": raw, "ema": ema, "opt": {"state": {}}, "train_steps": 100}, ema, ""),
-        ({"model": wrapped}, raw, "holds no `ema` weights; using its `model`"),
-        (wrapped, raw, ""),
-    ]
-    for content, expected, warning in cases:
-        caplog.clear()
-        trainer = official(content)
-        restore(trainer)
-        assert same_tensors(clones(trainer.state.model), expected)
-        assert same_tensors(clones(trainer.state.ema.model), expected)
-        assert trainer.state.step == 0
-        assert warning in caplog.text and bool(warning) == bool(caplog.text)
+    """Its `model`, written by DDP, starts both, with a warning; other layouts are in test_models_convert.py."""
+    raw = weights_of(finished)
+    trainer = official({"model": {f"module.{key}": value for key, value in raw.items()}, "train_steps": 100})
+    restore(trainer)
+    assert same_tensors(clones(trainer.state.model), raw) and same_tensors(clones(trainer.state.ema.model), raw)
+    assert trainer.state.step == 0 and "holds no `ema` weights; using its `model`" in caplog.text
 
 
 def test_C14_a_strict_report_and_no_partial_load(official: Callable[[Any], Trainer], finished: Path) -> None:

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import checkpoint as ckpt
-from engine.config import OptimConfig, load_config
+from engine.config import OptimConfig
 from engine.distributed import World
 from engine.optim import EMA, learning_rate_at
 from engine.start import STATE_KEYS
 from engine.stream import PositionBatches, clip_at
 from engine.trainer import Trainer
-from tests.fault_support import fit_rank, restore, rows, run, run_ranks, seal
+from tests.fault_support import fit_rank, make, on_two_ranks, restore, rows, run, run_ranks, seal
 from tests.latent_support import cache, save_codec
 
 # 6 clips, global batch 4: an epoch ends within a step, and step 7 lies amid one
@@ -47,12 +47,6 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     return {kind: {k: v.clone() for k, v in getattr(saved, kind).items()} for kind in ("model", "ema", "optim")}
 
 
-def on_two_ranks(folder: Path, overrides: list[str], fault: str = "", **options: Any) -> list[dict[str, Any]]:
-    found = run_ranks(2, folder / f"rendezvous{len(list(folder.iterdir()))}", fit_rank, overrides, fault, options)
-    assert [error for _, error in found] == [None, None]
-    return [result for result, _ in found]
-
-
 @pytest.fixture(scope="module")
 def reference(frame_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The run that nothing disturbed, on two ranks: its folder, and what each rank ended with."""
@@ -60,7 +54,7 @@ def reference(frame_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
     folder = tmp_path_factory.mktemp("whole")
     overrides = [*TINY, *LENGTH, f"data.path={frame_folders}", f"train.output_dir={folder / 'run'}"]
-    return folder / "run", on_two_ranks(folder, overrides)
+    return folder / "run", on_two_ranks(folder, fit_rank, overrides)
 
 
 @pytest.mark.dist
@@ -70,9 +64,9 @@ def test_B1_resume_equals_the_uninterrupted_run(
 ) -> None:
     """Stopped by SIGTERM at step 7, amid an epoch; the same files, losses, weights, average and moments."""
     overrides = [*tiny, *LENGTH, f"data.num_workers={workers}"]
-    before = on_two_ranks(tmp_path, overrides, "term@1:6")
+    before = on_two_ranks(tmp_path, fit_rank, overrides, "term@1:6")
     assert [result["step"] for result in before] == [7, 7]
-    after = on_two_ranks(tmp_path, overrides)
+    after = on_two_ranks(tmp_path, fit_rank, overrides)
     folder, whole = reference
     for rank in (0, 1):
         assert before[rank]["trace"] + after[rank]["trace"] == whole[rank]["trace"]
@@ -87,10 +81,10 @@ def test_B1_resume_equals_the_uninterrupted_run(
         ["train.precision=bf16"],
         ["train.grad_accum_steps=4", "train.batch_size=1"],
         ["diffusion.timestep_sampler=loss_aware"],
-        ["model.variant=parallel", "model.temporal_position=rope", "data.num_workers=2"],
+        ["model.variant=parallel", "model.temporal_position=rope"],
         ["diffusion.prediction=flow", "model.learn_sigma=false", "diffusion.timestep_density=logit_normal"],
         ["train.ema_warmup=true", "optim.schedule=cosine", "train.async_checkpoint=true"],
-        ["data.latents=", "data.num_images=1", "data.horizontal_flip=true", "data.num_workers=1"],
+        ["data.latents=", "data.num_images=1", "data.horizontal_flip=true"],
     ],
     ids=lambda extra: extra[0].partition(".")[2],
 )
@@ -117,7 +111,7 @@ def test_B2_missing_generator_states_are_refused(tiny: list[str], tmp_path: Path
     spoil(folder, "rng.safetensors", lambda tensors: {"other": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"rng\.safetensors lacks cpu/0.*--allow-inexact-resume"):
         run([*tiny, "train.max_steps=3"])
-    trainer = Trainer(load_config(None, [*tiny, "train.max_steps=3"]), World(), allow_inexact_resume=True)
+    trainer = make([*tiny, "train.max_steps=3"], allow_inexact_resume=True)
     assert any("warning" in note and "not exact" in note for note in restore(trainer))
 
 
@@ -125,7 +119,7 @@ def test_B2_noise_depends_on_seed_and_position(tiny: list[str]) -> None:
     """The negative control of a generator that is restored wrongly: another seed gives another loss."""
     losses = []
     for seed in (0, 0, 1):
-        trainer = Trainer(load_config(None, tiny), World())
+        trainer = make(tiny)
         trainer.objective.seed = seed
         losses.append(float(trainer.launch_step(next(trainer.run.batches(trainer.state.samples_seen)))[0]["loss"]))
     assert losses[0] == losses[1] != losses[2]
@@ -134,7 +128,7 @@ def test_B2_noise_depends_on_seed_and_position(tiny: list[str]) -> None:
 def test_B3_save_at_an_epoch_end(tiny: list[str]) -> None:
     """6 clips, batch 2: step 3 ends the epoch; what continues its checkpoint is a whole one in another order."""
     run([*tiny, "train.max_steps=3"])
-    trainer = Trainer(load_config(None, [*tiny, "train.max_steps=6"]), World())
+    trainer = make([*tiny, "train.max_steps=6"])
     orders = []
     for epoch in (0, 1):
         batches = [batch for (batch,) in islice(trainer.run.batches(trainer.state.samples_seen), 3)]
@@ -151,11 +145,11 @@ def test_B4_two_resumes_at_step_zero_and_at_the_end(tiny: list[str], tmp_path: P
         continued = run([*tiny, f"train.max_steps={steps}"])
     assert_same(state_of(continued), state_of(whole))
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
-    again = Trainer(load_config(None, [*tiny, "train.max_steps=6"]), World())
+    again = make([*tiny, "train.max_steps=6"])
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert again.fit() and again.state.samples_seen == 12  # exits well and does nothing
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-    fresh = Trainer(load_config(None, [*tiny, "train.max_steps=6", f"train.output_dir={tmp_path / 'zero'}"]), World())
+    fresh = make([*tiny, "train.max_steps=6", f"train.output_dir={tmp_path / 'zero'}"])
     fresh.run.save(fresh.state)  # a checkpoint of step 0
     assert_same(state_of(run([*tiny, "train.max_steps=6", f"train.output_dir={tmp_path / 'zero'}"])), state_of(whole))
 
@@ -173,7 +167,7 @@ def test_B5_other_workers(tiny: list[str], tmp_path: Path, before: int, after: i
 @pytest.mark.dist
 def test_B6_two_ranks_then_one(tiny: list[str], tmp_path: Path, reference: tuple[Path, list[dict[str, Any]]]) -> None:
     overrides = [*tiny, *LENGTH]
-    before = on_two_ranks(tmp_path, overrides, "term@0:6")
+    before = on_two_ranks(tmp_path, fit_rank, overrides, "term@0:6")
     (alone, error), *_ = run_ranks(1, tmp_path / "alone", fit_rank, [*overrides, "train.batch_size=4"])
     assert error is None
     folder, whole = reference
@@ -182,8 +176,8 @@ def test_B6_two_ranks_then_one(tiny: list[str], tmp_path: Path, reference: tuple
     losses = [[row["loss"] for row in rows(place)] for place in (tmp_path / "run", folder)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert before[0]["step"] == 7
-    trainer = Trainer(load_config(None, [*overrides, "train.batch_size=4"]), World())
-    run_ranks(2, tmp_path / "again", fit_rank, [*overrides, "train.max_steps=13"])
+    trainer = make([*overrides, "train.batch_size=4"])
+    on_two_ranks(tmp_path, fit_rank, [*overrides, "train.max_steps=13"])
     assert any("warning: saved by 2 process(es), continued on 1" in note for note in restore(trainer))
     with pytest.raises(ValueError, match="global_batch_size: 4 -> 3"):
         run([*overrides, "train.batch_size=3", "train.max_steps=14"])
@@ -206,7 +200,7 @@ def test_B8_micro_batches_equal_one_batch(tiny: list[str], tmp_path: Path) -> No
     gradients = []
     for batch, accumulate in ((6, 1), (2, 3), (1, 6)):
         extra = [f"train.batch_size={batch}", f"train.grad_accum_steps={accumulate}", "train.precision=fp64"]
-        trainer = Trainer(load_config(None, [*tiny, *extra]), World())
+        trainer = make([*tiny, *extra])
         trainer.launch_step(next(trainer.run.batches(trainer.state.samples_seen)))
         gradients.append([parameter.grad.clone() for parameter in trainer.state.model.parameters()])
     for other in gradients[1:]:
@@ -217,7 +211,7 @@ def test_B8_micro_batches_equal_one_batch(tiny: list[str], tmp_path: Path) -> No
 def test_B9_one_step_advances_everything_once(tiny: list[str]) -> None:
     """Learning rate, average and clipping count optimiser steps, whatever the accumulation."""
     extra = ["train.grad_accum_steps=3", "optim.warmup_steps=4", "optim.clip_start_step=1", "optim.max_grad_norm=1e-3"]
-    trainer = Trainer(load_config(None, [*tiny, *extra]), World())
+    trainer = make([*tiny, *extra])
     batches = trainer.run.batches(trainer.state.samples_seen)
     for step in range(3):
         trainer.launch_step(next(batches))
@@ -234,7 +228,7 @@ def test_B9_one_step_advances_everything_once(tiny: list[str]) -> None:
 
 def one_step(world: World, overrides: list[str]) -> dict[str, Any]:
     """Loss and gradients of the first step on one rank."""
-    trainer = Trainer(load_config(None, overrides), world)
+    trainer = make(overrides, world)
     trainer.prepare()
     parts, _ = trainer.launch_step(next(trainer.run.batches(trainer.state.samples_seen)))
     return {"loss": float(parts["loss"]), "gradients": [p.grad.clone() for p in trainer.state.model.parameters()]}
@@ -246,9 +240,7 @@ def test_B8_B10_two_ranks_equal_one(tiny: list[str], tmp_path: Path, micro_batch
     """DDP on two ranks, 3 micro-batches of 1 (B8) or 1 x 1 (B10), against one batch on one, float64."""
     common = [*tiny, "train.precision=fp64"]
     split = [*common, "train.batch_size=1", f"train.grad_accum_steps={micro_batches}"]
-    found = run_ranks(2, tmp_path / "rendezvous", one_step, split)
-    assert [error for _, error in found] == [None, None]
-    ranks = [result for result, _ in found]
+    ranks = on_two_ranks(tmp_path, one_step, split)
     alone = one_step(World(), [*common, f"train.batch_size={2 * micro_batches}"])
     assert (ranks[0]["loss"] + ranks[1]["loss"]) / 2 == pytest.approx(alone["loss"], abs=1e-12)
     for rank in ranks:
@@ -270,9 +262,8 @@ def test_B10_from_latents_two_ranks_equal_one(tiny: list[str], tmp_path: Path) -
     """DDP 2 x 1 against 1 x 2 from a cache, float64."""
     common = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderKL"), "train.precision=fp64"]
     common = [*common, f"data.latents={cache(common, tmp_path / 'cache')}"]
-    found = run_ranks(2, tmp_path / "rendezvous", one_step, [*common, "train.batch_size=1"])
-    assert [error for _, error in found] == [None, None]
-    losses, alone = [result["loss"] for result, _ in found], one_step(World(), [*common, "train.batch_size=2"])
+    ranks = on_two_ranks(tmp_path, one_step, [*common, "train.batch_size=1"])
+    losses, alone = [rank["loss"] for rank in ranks], one_step(World(), [*common, "train.batch_size=2"])
     assert sum(losses) / 2 == pytest.approx(alone["loss"], abs=1e-12)
 
 
@@ -323,7 +314,7 @@ MISSING = [
 ]
 
 
-@pytest.mark.parametrize(("file", "gone", "said"), MISSING)
+@pytest.mark.parametrize(("file", "gone", "said"), MISSING, ids=[f"{file}-{gone}" for file, gone, _ in MISSING])
 def test_B13_missing_content_is_named(tiny: list[str], tmp_path: Path, file: str, gone: str, said: str) -> None:
     run([*tiny, "train.max_steps=1"])
     folder = ckpt.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]

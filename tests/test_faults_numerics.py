@@ -14,7 +14,7 @@ from engine.errors import TrainingAborted
 from engine.guard import StepGuard, fingerprint
 from engine.optim import gradient_norm
 from engine.trainer import Trainer
-from tests.fault_support import armed, fit_rank, rows, run, run_ranks
+from tests.fault_support import armed, fit_rank, on_two_ranks, rows, run, run_ranks
 from tests.test_faults_exactness import assert_same, same_tensors, state_of
 
 STEPS = ["train.max_steps=6", "train.checkpoint_every=3"]
@@ -38,9 +38,7 @@ def judge(guard: StepGuard, norm: float, *, finite: bool = True, step: int = 0) 
 def test_F1_F2_one_rank_not_finite(tiny: list[str], tmp_path: Path, kind: str) -> None:
     """All ranks skip the same step, go on with the next clips, and the log names files and timesteps."""
     late = [] if kind == "nan" else ["train.log_every=6"]  # the host learns of it in the next step
-    results = run_ranks(2, tmp_path / "rendezvous", fit_rank, [*tiny, *STEPS, *late], f"{kind}@1:3")
-    assert [error for _, error in results] == [None, None]
-    first, second = (result for result, _ in results)
+    first, second = on_two_ranks(tmp_path, fit_rank, [*tiny, *STEPS, *late], f"{kind}@1:3")
     for result in (first, second):
         assert (result["step"], result["skipped"], result["samples_seen"]) == (6, 1, 7 * 4)
     assert_same(first, second)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from common.storage import FolderLock
-from engine.checkpoint import content_sha256, find_checkpoint, load_checkpoint_config
+from engine.checkpoint import content_sha256, find_checkpoint, read_config
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import SamplesNotWritten
@@ -254,7 +254,7 @@ def test_other_weights_are_refused_and_the_same_elsewhere_are_not(checkpoint: Pa
     assert sample(moved, job) == 0
     settings = json.loads((job / "settings.json").read_text())["settings"]
     assert settings["codec_sha256"] and not {"codec.path", "codec.subfolder", "codec.revision"} & settings.keys()
-    config, weights = load_checkpoint_config(checkpoint), load_model_weights(checkpoint)
+    config, weights = read_config(find_checkpoint(checkpoint)), load_model_weights(checkpoint)
     assert config is not None
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     torch.save(weights, tmp_path / "same.pt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.checks import require
 from datasets.config import DataConfig
@@ -36,8 +36,9 @@ class Config:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
-        for rule in RULES:
-            require(not rule.is_broken(self), rule.sentence.format(c=self))
+        for sentence, is_broken in RULES.items():
+            if is_broken(self):
+                raise ValueError(sentence.format(c=self))
         self.condition.check_clip(self.data.num_frames, self.model.frames_per_token)
 
     @property
@@ -112,145 +113,91 @@ class Config:
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
 
 
-class Rule(NamedTuple):
-    """A combination of keys that is refused; `sentence` is formatted with the configuration as `c`."""
-
-    is_broken: Callable[[Config], bool]
-    sentence: str
-
-
-RULES: tuple[Rule, ...] = (
+# the sentence of a refusal, formatted with the configuration as `c` -> whether it is due
+RULES: dict[str, Callable[[Config], object]] = {
     # sizes
-    Rule(
-        lambda c: c.data.image_size % c.pixels_per_token != 0,
-        "data.image_size={c.data.image_size} must be a multiple of {c.pixels_per_token} "
-        "(codec.downsample_factor x the patch size of model.name).",
-    ),
-    Rule(
-        lambda c: c.data.num_frames % c.model.frames_per_token != 0,
-        "data.num_frames={c.data.num_frames} must be a multiple of model.tubelet_size={c.model.frames_per_token}.",
-    ),
+    "data.image_size={c.data.image_size} must be a multiple of {c.pixels_per_token} "
+    "(codec.downsample_factor x the patch size of model.name).": lambda c: c.data.image_size % c.pixels_per_token != 0,
+    "data.num_frames={c.data.num_frames} must be a multiple of "
+    "model.tubelet_size={c.model.frames_per_token}.": lambda c: c.data.num_frames % c.model.frames_per_token != 0,
     # diffusion
-    Rule(
-        lambda c: c.is_flow and c.model.learn_sigma,
-        "diffusion.prediction=flow has no variance to learn: set model.learn_sigma=false.",
+    "diffusion.prediction=flow has no variance to learn: set model.learn_sigma=false.": lambda c: (
+        c.is_flow and c.model.learn_sigma
     ),
-    Rule(
-        lambda c: c.model.learn_sigma and c.diffusion.fixed_variance != "large",
-        "diffusion.fixed_variance is read only for networks without a learned variance: set model.learn_sigma=false, "
-        "or leave it out.",
-    ),
+    "diffusion.fixed_variance is read only for networks without a learned variance: set model.learn_sigma=false, "
+    "or leave it out.": lambda c: c.model.learn_sigma and c.diffusion.fixed_variance != "large",
     # sampling
-    Rule(
-        lambda c: bool(c.sample.labels) and not c.is_conditional,
-        "sample.labels: this network is unconditional (model.num_classes is 0): leave labels out.",
+    "sample.labels: this network is unconditional (model.num_classes is 0): leave labels out.": lambda c: (
+        bool(c.sample.labels) and not c.is_conditional
     ),
-    Rule(
-        lambda c: c.sample.label_rule != "balanced" and not c.is_conditional,
-        "sample.label_rule={c.sample.label_rule}: this network is unconditional (model.num_classes is 0): leave it "
-        "out.",
-    ),
-    Rule(
-        lambda c: c.is_flow and c.sample.method not in FLOW_METHODS,
-        "sample.method={c.sample.method} does not belong to diffusion.prediction=flow: use "
-        + ", ".join(FLOW_METHODS)
-        + ".",
-    ),
-    Rule(
-        lambda c: not c.is_flow and c.sample.method not in GAUSSIAN_METHODS,
-        "sample.method={c.sample.method} does not belong to diffusion.prediction={c.diffusion.prediction}: use "
-        + ", ".join(GAUSSIAN_METHODS)
-        + ".",
-    ),
-    Rule(
-        lambda c: not c.is_flow and c.sample.steps > c.diffusion.num_steps,
-        "sample.steps={c.sample.steps} is more than the {c.diffusion.num_steps} steps of the diffusion "
-        "(diffusion.num_steps).",
-    ),
-    Rule(
-        lambda c: c.sample.guidance_scale != 1 and not c.has_null,
-        "sample.guidance_scale={c.sample.guidance_scale} needs a class-conditional network with a null label: set "
-        "model.num_classes and a model.label_dropout (of a text network, text.caption_dropout) above 0, or "
-        "sample.guidance_scale=1.",
-    ),
+    "sample.label_rule={c.sample.label_rule}: this network is unconditional (model.num_classes is 0): leave it "
+    "out.": lambda c: c.sample.label_rule != "balanced" and not c.is_conditional,
+    "sample.method={c.sample.method} does not belong to diffusion.prediction=flow: use "
+    + ", ".join(FLOW_METHODS)
+    + ".": lambda c: c.is_flow and c.sample.method not in FLOW_METHODS,
+    "sample.method={c.sample.method} does not belong to diffusion.prediction={c.diffusion.prediction}: use "
+    + ", ".join(GAUSSIAN_METHODS)
+    + ".": lambda c: not c.is_flow and c.sample.method not in GAUSSIAN_METHODS,
+    "sample.steps={c.sample.steps} is more than the {c.diffusion.num_steps} steps of the diffusion "
+    "(diffusion.num_steps).": lambda c: not c.is_flow and c.sample.steps > c.diffusion.num_steps,
+    "sample.guidance_scale={c.sample.guidance_scale} needs a class-conditional network with a null label: set "
+    "model.num_classes and a model.label_dropout (of a text network, text.caption_dropout) above 0, or "
+    "sample.guidance_scale=1.": lambda c: c.sample.guidance_scale != 1 and not c.has_null,
     # text networks
-    Rule(
-        lambda c: not c.model.is_text and c.data.name == CAPTIONED,
-        "data.name={c.data.name} has captions, which model.name={c.model.name} does not read: set "
-        "model.name=custom-t2v or Latte-1, or data.name=folder.",
+    "data.name={c.data.name} has captions, which model.name={c.model.name} does not read: set "
+    "model.name=custom-t2v or Latte-1, or data.name=folder.": lambda c: (
+        not c.model.is_text and c.data.name == CAPTIONED
     ),
-    *(
-        Rule(
-            lambda c, item=item: not c.model.is_text and getattr(c.text, item.name) != item.default,  # type: ignore[misc]
-            f"text.{item.name} is read only by a text network: set model.name=Latte-1 or custom-t2v, or leave it out.",
-        )
+    **{
+        f"text.{item.name} is read only by a text network: set model.name=Latte-1 or custom-t2v, "
+        "or leave it out.": lambda c, item=item: not c.model.is_text and getattr(c.text, item.name) != item.default  # type: ignore[misc]
         for item in fields(TextConfig)
+    },
+    "train.temporal_ramp_steps is read only by a text network that starts from an image network: leave "
+    "it out.": lambda c: not c.model.is_text and c.train.temporal_ramp_steps > 0,
+    "model.name={c.model.name} is trained on captions: set data.name=captions, not {c.data.name}.": lambda c: (
+        c.model.is_text and c.data.name != CAPTIONED
     ),
-    Rule(
-        lambda c: not c.model.is_text and c.train.temporal_ramp_steps > 0,
-        "train.temporal_ramp_steps is read only by a text network that starts from an image network: leave it out.",
+    "model.name=custom-t2i has no temporal layers: set data.num_frames=1, not {c.data.num_frames}.": lambda c: (
+        c.model.name == "custom-t2i" and c.data.num_frames != 1
     ),
-    Rule(
-        lambda c: c.model.is_text and c.data.name != CAPTIONED,
-        "model.name={c.model.name} is trained on captions: set data.name=captions, not {c.data.name}.",
-    ),
-    Rule(
-        lambda c: c.model.name == "custom-t2i" and c.data.num_frames != 1,
-        "model.name=custom-t2i has no temporal layers: set data.num_frames=1, not {c.data.num_frames}.",
-    ),
-    Rule(
-        lambda c: c.train.temporal_ramp_steps > 0 and c.train.init_from is None,
-        "train.temporal_ramp_steps={c.train.temporal_ramp_steps} is for a network that starts from an image network: "
-        "name that with train.init_from, or set it to 0.",
+    "train.temporal_ramp_steps={c.train.temporal_ramp_steps} is for a network that starts from an image network: "
+    "name that with train.init_from, or set it to 0.": lambda c: (
+        c.train.temporal_ramp_steps > 0 and c.train.init_from is None
     ),
     # adapters
-    Rule(
-        lambda c: c.lora.rank > 0 and c.train.init_from is None,
-        "lora.rank={c.lora.rank} trains adapters on given base weights: name these with train.init_from.",
+    "lora.rank={c.lora.rank} trains adapters on given base weights: name these with train.init_from.": lambda c: (
+        c.lora.rank > 0 and c.train.init_from is None
     ),
-    Rule(
-        lambda c: c.lora.rank > 0 and c.train.parallel == "fsdp",
-        "lora.rank={c.lora.rank} leaves little to shard: leave train.parallel at ddp.",
+    "lora.rank={c.lora.rank} leaves little to shard: leave train.parallel at ddp.": lambda c: (
+        c.lora.rank > 0 and c.train.parallel == "fsdp"
     ),
-    Rule(
-        lambda c: c.lora.rank > 0 and c.train.temporal_ramp_steps > 0,
-        "train.temporal_ramp_steps={c.train.temporal_ramp_steps} is for a network that starts from an image network, "
-        "which must train its temporal layers in full: leave lora.rank out.",
+    "train.temporal_ramp_steps={c.train.temporal_ramp_steps} is for a network that starts from an image network, "
+    "which must train its temporal layers in full: leave lora.rank out.": lambda c: (
+        c.lora.rank > 0 and c.train.temporal_ramp_steps > 0
     ),
     # monitoring
-    *(
-        Rule(
-            lambda c, key=key: getattr(c.monitor, key) > 0 and not c.has_held_out,  # type: ignore[misc]
-            f"monitor.{key}={{c.monitor.{key}}} needs clips that are not trained on: set data.val_path to their "
-            "folder, or data.val_share to a share of the clips of data.path.",
-        )
+    **{
+        f"monitor.{key}={{c.monitor.{key}}} needs clips that are not trained on: set data.val_path to their "
+        "folder, or data.val_share to a share of the clips of data.path.": lambda c, key=key: (
+            getattr(c.monitor, key) > 0 and not c.has_held_out
+        )  # type: ignore[misc]
         for key in ("val_every", "metric_every")
+    },
+    "data.val_path is not in the cache of data.latents, where monitor.val_every reads: hold clips out of data.path "
+    "with data.val_share instead.": lambda c: bool(c.monitor.val_every and c.data.latents and c.data.val_path),
+    "data.val_path is read only with monitor.val_every or monitor.metric_every: set one of them.": lambda c: (
+        c.data.val_path is not None and not (c.monitor.val_every or c.monitor.metric_every)
     ),
-    Rule(
-        lambda c: bool(c.monitor.val_every and c.data.latents and c.data.val_path),
-        "data.val_path is not in the cache of data.latents, where monitor.val_every reads: hold clips out of data.path "
-        "with data.val_share instead.",
+    "monitor.val_buckets={c.monitor.val_buckets} is more than diffusion.num_steps={c.diffusion.num_steps}: lower "
+    "it.": lambda c: c.monitor.val_every > 0 and c.monitor.val_buckets > c.diffusion.num_steps,
+    "monitor.metric_every={c.monitor.metric_every} needs a detector: set monitor.metric_detector to its name, and "
+    "monitor.metric_detector_path to its file.": lambda c: (
+        c.monitor.metric_every > 0 and not (c.monitor.metric_detector and c.monitor.metric_detector_path)
     ),
-    Rule(
-        lambda c: c.data.val_path is not None and not (c.monitor.val_every or c.monitor.metric_every),
-        "data.val_path is read only with monitor.val_every or monitor.metric_every: set one of them.",
-    ),
-    Rule(
-        lambda c: c.monitor.val_every > 0 and c.monitor.val_buckets > c.diffusion.num_steps,
-        "monitor.val_buckets={c.monitor.val_buckets} is more than diffusion.num_steps={c.diffusion.num_steps}: lower "
-        "it.",
-    ),
-    Rule(
-        lambda c: c.monitor.metric_every > 0 and not (c.monitor.metric_detector and c.monitor.metric_detector_path),
-        "monitor.metric_every={c.monitor.metric_every} needs a detector: set monitor.metric_detector to its name, and "
-        "monitor.metric_detector_path to its file.",
-    ),
-    *(
-        Rule(
-            lambda c, key=key: getattr(c.monitor, key) > 0 and c.train.precision == "fp64",  # type: ignore[misc]
-            f"monitor.{key}: train.precision=fp64 is for proofs of equality and cannot be sampled from: use fp32, tf32 "
-            "or bf16.",
-        )
+    **{
+        f"monitor.{key}: train.precision=fp64 is for proofs of equality and cannot be sampled from: use fp32, tf32 "
+        "or bf16.": lambda c, key=key: getattr(c.monitor, key) > 0 and c.train.precision == "fp64"  # type: ignore[misc]
         for key in ("sample_every", "metric_every")
-    ),
-)
+    },
+}

@@ -213,7 +213,7 @@ def check_frame_keys(wanted: Any, prefix: str) -> None:
         not (wanted.first_frame and wanted.given),
         f"{prefix}first_frame and {prefix}given both say how the videos begin: set one of them.",
     )
-    check_read_only_with(wanted, prefix, {"given_frames": "given", "overlap": "window", "window_method": "window"})
+    check_read_only_with(wanted, prefix, {"given_frames": "given", "overlap window_method": "window"})
     window, overlap = wanted.window, wanted.overlap
     require(
         overlap is None or 1 <= overlap < window,
@@ -230,13 +230,9 @@ MONITOR_LIMITS = {
     "metric_videos": at_least(2),
 }
 MONITOR_OWNERS = {
-    "val_clips": "val_every",
-    "val_buckets": "val_every",
+    "val_clips val_buckets": "val_every",
     "sample_videos": "sample_every",
-    "metric_videos": "metric_every",
-    "metric_detector": "metric_every",
-    "metric_detector_path": "metric_every",
-    "metric_detector_sha256": "metric_every",
+    "metric_videos metric_detector metric_detector_path metric_detector_sha256": "metric_every",
 }
 
 
