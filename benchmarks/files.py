@@ -116,9 +116,11 @@ def reading_case(path: Path) -> Case:
     return Case(read)
 
 
-def loading_case(dataset: Any, workers: int, batches: int) -> Case:
-    """Returns the loading of some batches of two clips as in training, after the first ones of the loader."""
-    streams: list[Iterator[Any]] = []
+def loading_case(streams: list[Iterator[Any]], dataset: Any, workers: int, batches: int) -> Case:
+    """Returns the loading of some batches of two clips as in training, after the first ones of the loader.
+
+    `streams` holds the one loader that is open: no other has idle workers meanwhile.
+    """
 
     def prepare() -> None:
         streams.clear()
@@ -176,10 +178,11 @@ def measure_loading(root: Path, latents: Any, timer: Timer) -> Table:
     whole.source = WholeFile(whole.config)
     sets = {f"files, a key frame every {each}": (build(f"files{each}"), 30) for each in KEY_FRAMES}
     sets |= {"frames (JPEG)": (build("frames"), 30), "latents (fp32)": (latents, 500)}  # batches to load
-    makers = {"whole files, 0 workers": partial(loading_case, whole, 0, 5)}
+    streams: list[Iterator[Any]] = []
+    makers = {"whole files, 0 workers": partial(loading_case, streams, whole, 0, 5)}
     for name, (dataset, batches) in sets.items():
         for workers in (0, 1, 2):
-            makers[f"{name}, {workers} workers"] = partial(loading_case, dataset, workers, batches)
+            makers[f"{name}, {workers} workers"] = partial(loading_case, streams, dataset, workers, batches)
     text = "Decoded, cropped and brought to [-1, 1] (latents: read), in batches of two; `ratio` to the first row."
     heads = ("videos/s", "spread", "ratio")
     return Table("Clips/s of the training's loader", text, heads, timer.compare(makers, heads))
