@@ -108,8 +108,11 @@ def read_lines(path: Path, key: str) -> Iterator[Line]:
 def find_columns(config: DataConfig, where: str, names: Sequence[str]) -> tuple[tuple[str, ...], str]:
     """Returns the columns of the file (one, or WebVid's two) and of the caption: the configured or well-known ones."""
     found = []
-    for key, known in (("file_column", FILE_COLUMNS), ("caption_column", CAPTION_COLUMNS)):
-        configured = getattr(config, key)
+    columns = {
+        "file_column": (config.file_column, FILE_COLUMNS),
+        "caption_column": (config.caption_column, CAPTION_COLUMNS),
+    }
+    for key, (configured, known) in columns.items():
         wanted = (configured,) if configured else known
         column: tuple[str, ...] | None = next(((name,) for name in wanted if name in names), None)
         if column is None and wanted is FILE_COLUMNS and set(WEBVID) <= set(names):

@@ -328,15 +328,22 @@ def with_tag(tag: str) -> list[psutil.Process]:
     return found
 
 
+def begin_rank() -> None:
+    """Sets a forked process up as torchrun starts a rank: one thread, and no stop signal blocked.
+
+    The fork server blocks them if a data loader of an earlier test has started it.
+    """
+    torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
 def _rank_main(rank: int, size: int, rendezvous: str, function: Callable[..., Any], arguments: tuple, out: Any) -> None:
     """One rank: join, call `function(world, *arguments)`, send what it returns or raised."""
     from datetime import timedelta
 
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    # a data loader of an earlier test may have started the fork server, whose children block them
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    begin_rank()
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=20)

@@ -205,7 +205,9 @@ def test_short_and_unreadable_clips_are_dropped_named_and_replaced(tmp_path: Pat
     assert list(windows(tmp_path)) == [f"{number:06d}.npy" for number in (2, 4, 5, 6, 7, 9)]
     counts = entry["counts"]["real"]
     assert (counts["used"], counts["too_short"], counts["unreadable"], counts["clips_found"]) == (6, 3, 1, 12)
-    assert entry["dropped"]["real"]["unreadable"] == {"000001.npy": "is not a readable .npy array"}
+    assert entry["dropped"]["real"]["unreadable"] == {
+        "000001.npy": "is cut off, or not a readable .npy array of numbers"
+    }
     assert entry["dropped"]["real"]["too_short"] == {
         f"{number:06d}.npy": "has 15 frames, a clip needs 16" for number in (0, 3, 8)
     }

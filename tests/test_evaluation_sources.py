@@ -177,7 +177,7 @@ def test_problems_are_told_and_tell_short_from_unreadable(tmp_path: Path) -> Non
     short, good, broken = read_task(source, rules(), [(place, None) for place in range(3)])
     assert (short.note, short.reason, short.frames) == ("short", "has 15 frames, a clip needs 16", None)
     assert good.note is None and levels(good.frames) == list(range(16))
-    assert (broken.note, broken.reason) == ("unreadable", "is not a readable .npy array")
+    assert (broken.note, broken.reason) == ("unreadable", "is cut off, or not a readable .npy array of numbers")
 
 
 def test_shuffled_frames_are_the_same_frames_in_another_order() -> None:

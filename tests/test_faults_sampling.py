@@ -30,7 +30,7 @@ from sample.decoding import require_finite_videos
 from sample.generate import Generator
 from sample.labels import label_name
 from sample.pipeline_latte import LatteVideoPipeline
-from tests.fault_support import Torchrun, all_gone, rank_context, seal
+from tests.fault_support import Torchrun, all_gone, begin_rank, rank_context, seal
 from tests.t2v_support import theirs, tiny_pipeline
 
 pytestmark = pytest.mark.timeout(600)
@@ -120,6 +120,7 @@ def rank_main(rank: int, size: int, port: int, arguments: list[str], fault: str,
     os.environ.update({key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
     os.environ["TORCHELASTIC_RUN_ID"] = "test"
     sys.stdout = sys.stderr = log.open("w", buffering=1)
+    begin_rank()
     kind, _, (where) = fault.partition("@")
     if kind and int(where.split(":")[0]) == rank:
         nth_call(*FAULTS[kind][:2], int(where.split(":")[1]), FAULTS[kind][2])

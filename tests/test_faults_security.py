@@ -933,7 +933,7 @@ def test_D12_detector_files(tmp_path: Path, no_network: list[str], damage: str) 
         torch.save(things.get(damage, payloads(marker)["eval"]), file)
     else:
         file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"<html>404</html>"}[damage])
-    kind = "is a pickle" if damage in ("pickle", "bare") else "(is (?!a pickle)|holds) "
+    kind = "is a pickle" if damage in ("pickle", "bare") else "(is (?!a pickle)|holds )"
     refuses(rf"{re.escape(file.name)} {kind}.*https://www\.dropbox\.com", lambda: load_detector("c3d", file))
     assert no_network == [] and not marker.exists()
 
