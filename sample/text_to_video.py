@@ -113,7 +113,7 @@ def open_run(path: str) -> tuple[TextModel, dict[str, Any]]:
         "video_length": data.num_frames,
         "image_size": [data.image_size, data.image_size],
         "clean_caption": config.text.clean_captions,
-        "sample_method": METHODS[sample.method],
+        "sample_method": METHODS.get(sample.method, sample.method),  # a method without a twin needs the flag
         "num_sampling_steps": sample.steps,
         "eta": sample.eta,
         "guidance_scale": sample.guidance_scale,

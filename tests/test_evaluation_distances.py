@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -57,6 +58,15 @@ def by_eigenvalues(real: Tensor, fake: Tensor) -> float:
 def test_frechet_is_the_eigenvalue_formula(distance: Distance, real: int, fake: int) -> None:
     x, y = features(real, 6, 1), features(fake, 6, 2)
     assert distance(x, y) == pytest.approx(by_eigenvalues(x, y), rel=1e-9)
+
+
+@both
+def test_frechet_is_the_matrix_root_formula(distance: Distance) -> None:
+    """The formula of the first FVD and FID code, which needs more samples than dimensions."""
+    x, y = features(90, 12, 1).numpy(), features(70, 12, 2).numpy()
+    a, b = (np.cov(each, rowvar=False, bias=True) for each in (x, y))
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b)).real
+    assert distance(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_of_the_official_implementation() -> None:

@@ -176,6 +176,16 @@ def test_a_run_is_sampled_by_its_name(base: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "0000_a_stone_falls.mp4").read_bytes() != first
 
 
+def test_a_method_that_text_sampling_lacks_is_named(base: list[str], tmp_path: Path) -> None:
+    """The run may preview with a solver of class-conditional sampling."""
+    source = checkpoint(load_config(None, [*base, "sample.method=unipc"]), tmp_path / "run")
+    _, defaults = open_run(str(source))
+    prompt = {"text_prompt": ["a stone falls"]}
+    with pytest.raises(ValueError, match=r"sample_method must be one of .*, got 'unipc'"):
+        load_t2x_config(None, prompt, defaults)
+    assert load_t2x_config(None, {**prompt, "sample_method": "DDPM"}, defaults).sample_method == "DDPM"
+
+
 def test_an_image_network_is_pixart(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(None, [*base, *IMAGES])
     source, folder = checkpoint(config, tmp_path / "run"), tmp_path / "pixart"
