@@ -6,9 +6,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -134,16 +132,3 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(frame_folders: Path, tmp_path: Path) -> list[str]:
     """Overrides that make a run of the tiny network on the frame folders, writing into tmp_path/run."""
     return [*TINY, f"data.path={frame_folders}", f"train.output_dir={tmp_path / 'run'}"]
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Triton's compiler for a GPU that is not there."""
-    import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    target = GPUTarget("cuda", 90, 32)
-    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: target))
-    yield target
-    torch._dynamo.reset()

@@ -21,7 +21,6 @@ SHARDS = 3  # of the tiny sets: some clips share one
 
 
 def cache(overrides: list[str], out: Path, dtype: str = "fp32", world: World | None = None) -> Path:
-    """Make the cache of a configuration."""
     with patch.object(cache_latents, "LEAST_SHARDS", SHARDS):
         cache_latents.LatentWriter(load_config(None, overrides), out, dtype, 10**6, world or World()).write()
     return out
@@ -54,5 +53,4 @@ class Deadly(Pixels):
 
 
 def content(made: Path) -> dict[str, bytes]:
-    """Every file of a cache."""
     return {file.name: file.read_bytes() for file in made.iterdir()}

@@ -51,17 +51,14 @@ def randomize(network: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
 
 
 def theirs(seed: int = 0, **changes: Any) -> LatteTransformer3DModel:
-    """diffusers' network with random weights."""
     return randomize(LatteTransformer3DModel(**{**CONFIG, **changes}), seed)  # type: ignore[return-value]
 
 
 def pixart(**changes: Any) -> PixArtTransformer2DModel:
-    """diffusers' image network with random weights."""
     return randomize(PixArtTransformer2DModel(**{**IMAGE, **changes}), seed=5)  # type: ignore[return-value]
 
 
 def ours_of(network: nn.Module, **options: Any) -> LatteT2V:
-    """Our network with the configuration and weights of diffusers'."""
     model = LatteT2V.from_config(dict(network.config), **options).to(next(network.parameters()).dtype)
     model.load_state_dict(network.state_dict())
     return model.eval()
@@ -85,9 +82,6 @@ def inputs(
     }
 
 
-# --------------------------------------------------------------------------------------- pipeline
-
-
 def tiny_tokenizer() -> T5Tokenizer:
     """Words are spelled; the first three tokens are T5's."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
@@ -96,7 +90,6 @@ def tiny_tokenizer() -> T5Tokenizer:
 
 
 def tiny_text_encoder(seed: int = 0) -> T5EncoderModel:
-    """A T5 encoder of random weights, 12 wide."""
     torch.manual_seed(seed)
     config = T5Config(vocab_size=64, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
     return T5EncoderModel(config).eval()

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,48 +65,3 @@ def test_compiled_equals_eager_on_cuda() -> None:
         results += [(out, *torch.autograd.grad(out.float().square().sum(), qkv))]
     for eager, compiled in zip(*results):
         assert torch.equal(eager, compiled)
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_compiles_to_one_launch_without_copies(hopper: Any, packed: bool) -> None:
-    """Only what a kernel writes may be cloned: that q, k, v are read in place is found by torch in Triton's code."""
-    from benchmarks.candidates import temporal_kernel
-
-    qkv = torch.randn(2, 16, 3, 3 * 144)
-    q, k, v = qkv.chunk(3, dim=-1)
-    if packed:
-        (forward,) = support.traced_launches(temporal_kernel.packed_temporal_attention, qkv, 2)
-    else:
-        (forward,) = support.traced_launches(temporal_kernel.temporal_attention, q, k, v, 2)
-    assert forward["tensors_to_clone"] == ["out_pointer"]
-    assert forward["grid"] == [(3, 1, 1)]  # 2 clips x 3 tokens x 2 heads, four at a time
-    (backward,) = support.traced_launches(temporal_kernel._gradients, torch.randn(q.shape), q, k, v, 2, packed)
-    assert backward["tensors_to_clone"] == ["grads_pointer"]
-
-
-@pytest.mark.parametrize("kernel", ["_backward_kernel", pytest.param("_forward_kernel", marks=pytest.mark.slow)])
-def test_machine_code_for_hopper(hopper: Any, kernel: str, tmp_path: Path) -> None:
-    """Matrix units are used, accesses are 16 bytes wide, and no register is spilled to memory."""
-    code = machine_code(kernel, hopper, tmp_path)
-    assert "HMMA.16816.F32.BF16" in code
-    assert "LDG.E.128" in code and "STG.E.128" in code
-    assert not any(word in code for word in ("LDG.E.64", "LDG.E.U16", "STG.E.U16", "STL", "LDL"))
-
-
-def machine_code(name: str, target: Any, folder: Path) -> str:
-    """Disassembly of a kernel for bfloat16 at Latte-XL/2's sizes."""
-    import triton
-    from triton.compiler import ASTSource
-
-    from benchmarks.candidates import temporal_kernel
-
-    kernel = getattr(temporal_kernel, name)
-    constants = {"F": 16, "H": 16, "d": 72, **temporal_kernel.Tile.of(16, 72)._asdict()}
-    kinds = {name: "*bf16" if name.endswith("pointer") else "i32" for name in kernel.arg_names}
-    kinds |= {"scale": "fp32", **dict.fromkeys(constants, "constexpr")}
-    aligned = [i for i, kind in enumerate(kinds.values()) if kind in ("*bf16", "i32")]
-    source = ASTSource(kernel, kinds, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(triton.compile(source, target=target).asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    return subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout

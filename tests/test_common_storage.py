@@ -14,7 +14,6 @@ from common.storage import (
     FolderLock,
     explain_write_errors,
     file_sha256,
-    find_changes,
     free_bytes,
     make_once,
     remove_unfinished,
@@ -89,12 +88,6 @@ def test_a_lock_names_its_owner_and_is_released(tmp_path: Path) -> None:
     assert (tmp_path / ".lock").exists()
     second.release()
     assert not (tmp_path / ".lock").exists()
-
-
-def test_changes_are_listed() -> None:
-    before, now = {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4, "d": 5}
-    assert find_changes(before, now) == ["b: 2 -> 4", "c: 3 -> None", "d: None -> 5"]
-    assert find_changes(before, now, ["b", "a"]) == ["b: 2 -> 4"]
 
 
 def test_only_unfinished_files_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

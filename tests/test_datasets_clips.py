@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from datasets import ClipDataset, DataConfig, build_dataset
 from datasets.clips import Sample
@@ -94,14 +93,6 @@ def test_a_clip_is_a_pure_function_of_seed_epoch_and_index(root: Path) -> None:
     assert equal(dataset(root, seed=-1)[0, 0], dataset(root, seed=-1)[0, 0])
 
 
-def test_loader_workers_change_nothing(root: Path) -> None:
-    data = dataset(root, num_images=1, horizontal_flip=True)
-    keys = [(epoch, index) for epoch in range(2) for index in range(5)]
-    loader = DataLoader(data, sampler=keys, batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    for key, sample in zip(keys, loader):
-        assert equal(sample, data[key])
-
-
 def test_the_whole_clip_is_flipped_or_none_of_it_and_each_image_for_itself(root: Path) -> None:
     data = dataset(root, num_images=2, horizontal_flip=True)
     flips = [is_flipped(data[epoch, 0]) for epoch in range(200)]
@@ -122,7 +113,6 @@ def test_the_whole_clip_is_flipped_or_none_of_it_and_each_image_for_itself(root:
     ],
 )
 def test_recipes(root: Path, name: str, flips: bool, transform: str) -> None:
-    """The recipe decides; `horizontal_flip` overrides it; the real flip rate follows."""
     data = dataset(root, name=name)
     assert (data.flips, data.transform_name) == (flips, transform)
     assert any(is_flipped(data[epoch, 0])[0] for epoch in range(16)) == flips
@@ -147,16 +137,6 @@ def test_extra_images_come_from_other_videos_with_their_labels(root: Path) -> No
     assert len(shown & frames) == len(shown) > 0.9 * len(frames)
 
 
-def test_images_of_a_frame_list(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "train_list.txt").write_text("C/4/11.png\nB/2/0.png A\n")
-    data = dataset(root, num_images=4, frame_list=str(tmp_path / "train_list.txt"))
-    seen = set()
-    for epoch in range(20):
-        sample = data[epoch, 0]
-        seen |= set(zip(numbers(sample, 0)[4:], numbers(sample, 1)[4:], sample["labels"].tolist()[1:]))
-    assert seen == {(11, 4, 2), (0, 2, 0)}
-
-
 @needs_media
 def test_every_sample_clip_in_one_set() -> None:
     """63 files (the mp3 is no video by name): 58 give two frames; each other one is named with its reason."""
@@ -173,7 +153,4 @@ def test_every_sample_clip_in_one_set() -> None:
         "torchcodec__testsrc2_mpeg4.mp4",  # one frame
         "mp4parse-rust__bbb_sunflower_QCIF_30fps_mp4v_noaudio_1f.mp4",  # one frame
     }
-    assert {Path(path).name for path in data.cut_off} == {
-        "derived_truncated_again.mkv",
-        "nestegg__dancer1.webm",
-    }
+    assert {Path(path).name for path in data.cut_off} == {"derived_truncated_again.mkv", "nestegg__dancer1.webm"}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from engine.config import load_config
 from models.autoencoder import LatentCodec, Posterior
 from models.identity import codec_identity, is_same_codec
 from tests.conftest import TINY
-from tests.fault_support import ROOT, rows, run
+from tests.fault_support import rows, run
 from tests.latent_support import cache, save_codec
 from tools import cache_latents
 
@@ -32,7 +29,6 @@ CODECS = ("AutoencoderKL", "AutoencoderTiny", "pixels")
 
 @pytest.fixture(scope="module")
 def codecs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Overrides that name each codec."""
     folder = tmp_path_factory.mktemp("codecs")
     return {"pixels": [], **{name: save_codec(folder / name, name) for name in CODECS[:2]}}
 
@@ -70,7 +66,7 @@ def save_frame(folder: Path, number: int, size: tuple[int, int], rng: np.random.
 MOTLEY = ["data.horizontal_flip=true", "data.num_images=2", "data.labels=class_folders", "data.max_unusable=1"]
 
 
-def compare(overrides: list[str], cached: Path | str, codec: LatentCodec, epochs: int = 4) -> float:
+def compare(overrides: list[str], cached: Path | str, codec: LatentCodec, epochs: int = 3) -> float:
     """Every sample of both paths is of the same clips, labels and remarks; the largest difference of what is shown."""
     one = build_dataset(load_config(None, overrides).data, seed=5)
     other = build_dataset(load_config(None, [*overrides, f"data.latents={cached}"]).data, seed=5)
@@ -93,12 +89,8 @@ def pierced(skipped: dict[str, str]) -> dict[str, str]:
     return {path: "" for path in skipped if path.endswith("pierced.mp4")}
 
 
-# ------------------------------------------------------------------------------------ the same as online
-
-
 @pytest.fixture(scope="module")
 def motley_caches(motley: Path, codecs: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """For each codec, the overrides and the cache of the motley set."""
     folder = tmp_path_factory.mktemp("caches")
     made = {}
     for name in CODECS:
@@ -111,15 +103,13 @@ def motley_caches(motley: Path, codecs: dict[str, list[str]], tmp_path_factory: 
 @pytest.mark.parametrize(
     "extra",
     [
-        [],
+        ["data.horizontal_flip=false"],
         ["data.num_frames=3", "data.frame_interval=2", "data.num_images=0"],
         ["data.short_clips=loop", "data.frame_interval=3"],
-        ["data.horizontal_flip=false"],
     ],
-    ids=["as made", "other windows", "looped", "not mirrored"],
+    ids=["not mirrored", "other windows", "looped"],
 )
 def test_every_draw_is_the_online_one(motley_caches: Any, name: str, extra: list[str]) -> None:
-    """Windows, mirroring, images, labels, replacements and remarks; from one cache."""
     overrides, made = motley_caches[name]
     codec = LatentCodec.from_config(load_config(None, overrides).codec)
     assert compare([*overrides, *extra], made, codec) <= (0 if name == "pixels" else 1e-6)
@@ -166,13 +156,7 @@ IMAGES = ["data.num_images=2", "data.horizontal_flip=true"]
 
 @pytest.mark.parametrize(
     ("name", "chunk", "extra"),  # chunks of 4 are filled, those of 16 are not
-    [
-        ("AutoencoderKL", 4, []),
-        ("AutoencoderKL", 16, IMAGES),
-        ("AutoencoderTiny", 4, IMAGES),
-        ("AutoencoderTiny", 16, []),
-        ("pixels", 16, IMAGES),
-    ],
+    [("AutoencoderKL", 4, []), ("AutoencoderKL", 16, IMAGES), ("AutoencoderTiny", 4, IMAGES), ("pixels", 16, IMAGES)],
 )
 def test_losses_are_the_online_ones(
     tiny: list[str], tmp_path: Path, codecs: dict[str, list[str]], name: str, chunk: int, extra: list[str]
@@ -211,9 +195,6 @@ def test_strict_stops_at_the_first_clip_that_lacks_something(motley: Path, tmp_p
         cache([*common, f"data.path={tmp_path / 'set'}", "data.labels=none"], tmp_path / "two")
 
 
-# ------------------------------------------------------------------------------------------- the format
-
-
 @pytest.mark.parametrize(("dtype", "relative"), [("fp16", 2**-11), ("bf16", 2**-8)])
 def test_number_formats_cost_what_the_index_says(
     motley_caches: Any, tmp_path: Path, dtype: str, relative: float
@@ -234,7 +215,6 @@ def test_number_formats_cost_what_the_index_says(
 
 
 def library_rows(made: Path) -> torch.Tensor:
-    """All frames of a cache, as the safetensors library reads them."""
     shards = []
     for file in sorted(made.glob("shard-*.safetensors")):
         with safe_open(file, "pt") as opened:
@@ -244,18 +224,11 @@ def library_rows(made: Path) -> torch.Tensor:
 
 def test_a_run_in_half_precision_trains(tiny: list[str], tmp_path: Path) -> None:
     """bf16 has no counterpart in numpy, and fp64 latents none in the cache."""
-    for dtype, precision in (("bf16", "fp64"), ("fp16", "bf16")):
-        made = cache(tiny, tmp_path / dtype, dtype)
-        folder = tmp_path / f"run {dtype}"
-        keys = [f"data.latents={made}", f"train.precision={precision}", "data.num_workers=1"]
+    for dtype, precision, workers in (("bf16", "fp64", 1), ("fp16", "bf16", 0)):
+        made, folder = cache(tiny, tmp_path / dtype, dtype), tmp_path / f"run {dtype}"
+        keys = [f"data.latents={made}", f"train.precision={precision}", f"data.num_workers={workers}"]
         run([*tiny, *keys, f"train.output_dir={folder}", "train.max_steps=2"])
         assert len(rows(folder)) == 2
-
-
-def test_clips_keep_their_facts_through_json() -> None:
-    video, image = StoredClip("a/b.mp4", 3, None, reason="no"), StoredClip("c", 0, 7, 7, 2, 5, cut_off="x", listed=True)
-    for clip in (video, image):
-        assert StoredClip.from_json(json.loads(json.dumps(clip.to_json()))) == clip
 
 
 def test_shards_are_filled_in_order_and_none_is_empty() -> None:
@@ -263,9 +236,6 @@ def test_shards_are_filled_in_order_and_none_is_empty() -> None:
     found = [(clip.shard, clip.first) for clip in cache_latents.place_clips(clips, 5)]
     assert found == [(0, 0), (0, 3), (1, 0), (2, 0), (2, 9), (3, 0), (3, 2), (3, 4)]
     assert cache_latents.count_frames(list(cache_latents.place_clips(clips, 5))) == [3, 4, 9, 4]
-
-
-# ---------------------------------------------------------------------------------------------- the codec
 
 
 def test_the_codec_is_known_by_its_weights(tmp_path: Path, codecs: dict[str, list[str]]) -> None:
@@ -298,20 +268,3 @@ def test_a_codec_that_is_not_here_is_known_by_its_name(codecs: dict[str, list[st
         assert codec_identity(gone)["sha256"] is None
         assert is_same_codec({**codec_identity(here), "path": name}, codec_identity(gone))
         assert not is_same_codec(codec_identity(here), codec_identity(gone))
-
-
-def test_training_from_latents_imports_no_diffusers(
-    tmp_path: Path, tiny: list[str], codecs: dict[str, list[str]]
-) -> None:
-    """Though the codec is one of its classes, and is checked; in a fresh process."""
-    common = [*tiny, *codecs["AutoencoderKL"]]
-    made = cache(common, tmp_path / "cache")
-    code = (
-        "import sys, train\n"
-        "assert train.main(sys.argv[1:]) == 0\n"
-        "print([name for name in ('diffusers', 'transformers', 'accelerate') if name in sys.modules])"
-    )
-    command = [sys.executable, "-c", code, *common, "train.max_steps=2", f"data.latents={made}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "[]"

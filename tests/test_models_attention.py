@@ -17,7 +17,6 @@ from engine.trainer import Trainer
 from models import attention
 from models.attention import BACKENDS, Call, attend, choose, fused_attention, plain_attention
 from models.blocks import MIXERS, Block
-from models.embeddings import axis_positions, rotary_table, rotate
 from tests.temporal_kernel_support import brute_force, relative_error
 
 B, F, N, D, HEADS = 2, 5, 6, 12, 3
@@ -58,20 +57,6 @@ def test_modulation_is_computed_once_per_sample() -> None:
     block(tokens(), torch.randn(B, 1, 1, D, dtype=torch.float64), F)
     block(tokens(F + 2), torch.randn(B, 3, 1, D, dtype=torch.float64), F)
     assert rows == [(B, 1, 1, 6 * D), (B, 3, 1, 6 * D)]
-
-
-def test_rotary_scores_depend_on_distance_only() -> None:
-    generator = torch.Generator().manual_seed(3)
-    q, k = torch.randn(2, 8, dtype=torch.float64, generator=generator)
-    rotation = rotary_table(axis_positions(9, 9, stretch=False), 8, torch.float64)
-    turned_q, turned_k = rotate(q.expand(9, 8), rotation), rotate(k.expand(9, 8), rotation)
-    scores = turned_q @ turned_k.T  # (9, 9)
-    for distance in range(-8, 9):
-        diagonal = scores.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-12, atol=1e-12)
-    assert scores[0, 1] != scores[0, 2]
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(9), rtol=1e-12, atol=1e-12)
-    assert torch.equal(turned_q[0], q)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=["kept", "added"])
@@ -116,9 +101,6 @@ def test_plain_stays_plain_when_compiled() -> None:
     q, k, v = torch.randn(3, 1, 4, 6, 16, requires_grad=True).bfloat16()  # of a single clip it did
     torch.compile(lambda: plain_attention(Call(q, k, v, "temporal", 2)), fullgraph=True)()
     assert "fuse_attention" not in counters["inductor"]
-
-
-# ---------------------------------------------------------------------------------------- kernels
 
 
 @pytest.fixture(autouse=True)

@@ -17,13 +17,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 CHANNELS = 5  # of the tiny models' latents: nothing may assume 4
 BLOCKS = {"block_out_channels": (8, 8), "layers_per_block": 1, "latent_channels": CHANNELS}
-TINY_BLOCKS = {
-    "encoder_block_out_channels": (8, 8),
-    "decoder_block_out_channels": (8, 8),
-    "num_encoder_blocks": (1, 1),
-    "num_decoder_blocks": (1, 1),
-    "latent_channels": CHANNELS,
-}
+TINY_BLOCKS = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+TINY_BLOCKS |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1), "latent_channels": CHANNELS}
 
 
 def build(class_name: str) -> Any:
@@ -37,7 +32,11 @@ def build(class_name: str) -> Any:
         return diffusers.AutoencoderKL(**BLOCKS, down_block_types=down, up_block_types=up, norm_num_groups=4).eval()
     if class_name == "AutoencoderKLTemporalDecoder":  # its group norms have 32 groups
         blocks = {**BLOCKS, "block_out_channels": (32, 32)}
-        return diffusers.AutoencoderKLTemporalDecoder(**blocks, down_block_types=down).eval()
+        model = diffusers.AutoencoderKLTemporalDecoder(**blocks, down_block_types=down).eval()
+        for name, parameter in model.decoder.named_parameters():  # a new one hardly mixes frames
+            if "time_conv_out" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model
     return diffusers.AutoencoderTiny(**TINY_BLOCKS).eval()
 
 
@@ -64,9 +63,6 @@ def config(folder: Path, **changes: Any) -> CodecConfig:
 def clips(batch: int = 2, frames: int = 3, size: int = 16) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.rand(batch, frames, 3, size, size, generator=generator) * 2 - 1
-
-
-# ----------------------------------------------------------------------------------- against diffusers
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
@@ -116,23 +112,6 @@ def test_chunks_bound_the_calls_and_change_nothing(
     assert sizes == {1: [1] * 9, 4: [4, 4, 1]}[chunk_size]
 
 
-def test_the_temporal_decoder_does_mix_frames(saved: dict[str, tuple[Any, Path]]) -> None:
-    """Otherwise the test of its chunks would prove nothing."""
-    _, folder = saved["AutoencoderKLTemporalDecoder"]
-    codec = LatentCodec.from_config(config(folder))
-    with torch.no_grad():  # a random time mixer that counts (a new one starts nearly switched off)
-        for name, parameter in codec.network.decoder.named_parameters():
-            if "time_conv_out" in name:
-                parameter.normal_(std=0.3)
-    latents = torch.randn(1, 3, CHANNELS, 8, 8)
-    other = latents.clone()
-    other[:, 2] = 0
-    assert (codec.decode(latents)[:, 1] - codec.decode(other)[:, 1]).abs().max() > 1e-3
-
-
-# -------------------------------------------------------------------------------------- frozen, exact
-
-
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_frozen_clamped_and_low_precision_stays_inside(saved: dict[str, tuple[Any, Path]], dtype: str) -> None:
     _, folder = saved["AutoencoderTiny"]
@@ -174,9 +153,6 @@ def test_pixel_space_is_the_identity() -> None:
         LatentCodec.from_config(CodecConfig())
 
 
-# ------------------------------------------------------------------------------------- user's mistakes
-
-
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_values_of_another_autoencoder_are_named(saved: dict[str, tuple[Any, Path]], class_name: str) -> None:
     for key, given, found in (("latent_channels", 4, 5), ("downsample_factor", 8, 2)):
@@ -184,16 +160,7 @@ def test_values_of_another_autoencoder_are_named(saved: dict[str, tuple[Any, Pat
             LatentCodec.from_config(config(saved[class_name][1], **{key: given}))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("latent_channels", 0), ("downsample_factor", 0), ("chunk_size", 0), ("scale", 0.0), ("dtype", "fp8")],
-)
-def test_values_out_of_range_are_named(key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"codec\.{key} must be"):
-        CodecConfig(**{key: value})
-
-
-def test_folders_that_hold_no_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_hold_no_autoencoder(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", "./nowhere", "assets/demo/nowhere", "vae"):
         with pytest.raises(FileNotFoundError, match=r"codec\.path: there is no folder"):
             LatentCodec.from_config(config(Path(path)))
@@ -202,15 +169,6 @@ def test_folders_that_hold_no_autoencoder(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(ValueError, match="holds a UNet2DModel, but a codec must be one of AutoencoderKL"):
         LatentCodec.from_config(config(tmp_path))
-    (tmp_path / "config.json").write_text("not json")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        LatentCodec.from_config(config(tmp_path))
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"codec\.path=nobody/nothing .*could not be downloaded") as error:
-        LatentCodec.from_config(CodecConfig(path="nobody/nothing"))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("fault", ["no weights", "a tensor missing", "cut short"])
@@ -242,9 +200,6 @@ def test_videos_that_do_not_fit(saved: dict[str, tuple[Any, Path]]) -> None:
         codec.encode(clips()[0])
 
 
-# ---------------------------------------------------------------------------------------- real weights
-
-
 def taef2_config(**changes: Any) -> CodecConfig:
     if not (SHARED / "weights" / "taef2_encoder.pth").is_file():
         pytest.skip("the TAEF2 weights of ../shared/weights are absent")
@@ -252,7 +207,6 @@ def taef2_config(**changes: Any) -> CodecConfig:
 
 
 def test_taef2_round_trip_on_a_real_clip() -> None:
-    """Above 35 dB at 256 px; the latents have mean about 0 and deviation about 0.8."""
     file = SHARED / "media" / "clips" / "asl" / "sample-videos__bird.mkv"
     codec_config = taef2_config()
     if not file.is_file():
@@ -270,17 +224,6 @@ def test_taef2_round_trip_on_a_real_clip() -> None:
     assert 0.7 < latents.std() < 0.95
     error = (codec.decode(latents) - video).square().mean()
     assert 10 * torch.log10(4 / error) > 35
-
-
-def test_taef2_files_load_strictly(tmp_path: Path) -> None:
-    source = Path(str(taef2_config().path))
-    weights = torch.load(source / "taef2_decoder.pth", weights_only=True)
-    for name in ("taef2_encoder.pth", "taef2_decoder.pth"):
-        torch.save(weights, tmp_path / name)
-    with pytest.raises(ValueError, match=r"taef2_encoder\.pth does not hold TAEF2 weights"):
-        LatentCodec.from_config(taef2_config(path=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"codec\.latent_channels is 16, but .* is 32"):
-        LatentCodec.from_config(taef2_config(latent_channels=16))
 
 
 def test_the_shipped_codec_is_what_its_recipe_says() -> None:

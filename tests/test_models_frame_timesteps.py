@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
-from models import Latte, LatteConfig
+from models import Latte
 from models.blocks import LAYER_PLANS, TemporalAttention
+from tests.latte_support import tiny_latte
 from tests.t2v_support import inputs, ours_of, theirs
 
-TINY = LatteConfig(name="custom", hidden_size=16, depth=2, num_heads=4, patch_size=2, num_classes=3)
 OPTIONS = {
     "adaln": {},
     "tubelet": {"patch_embedding": "tubelet"},
@@ -25,17 +23,13 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def network(*, mixing: bool, **changes: object) -> Latte:
-    """A small network in float64 with random weights; without `mixing` its attention over time says nothing."""
-    torch.manual_seed(0)
-    model = Latte(replace(TINY, **changes), in_channels=2, latent_size=4, num_frames=FRAMES).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-        for module in model.modules():
-            if isinstance(module, TemporalAttention) and not mixing:
-                module.proj.weight.zero_()
-                module.proj.bias.zero_()
-    return model.eval()
+    """Without `mixing` its attention over time says nothing."""
+    model = tiny_latte(size=4, depth=2, **changes).double()
+    for module in model.modules():
+        if isinstance(module, TemporalAttention) and not mixing:
+            torch.nn.init.zeros_(module.proj.weight)
+            torch.nn.init.zeros_(module.proj.bias)
+    return model
 
 
 def clip(images: int = 0) -> Tensor:
@@ -93,9 +87,6 @@ def test_other_shapes_are_refused() -> None:
     for shape in ((1,), (2, 3), (2, 5), (2, 4, 1)):
         with pytest.raises(ValueError, match=r"timesteps must be of shape \(2,\).* or \(2, 4\), one per frame"):
             model(clip(), torch.zeros(shape), labels_of(model))
-
-
-# --- text
 
 
 @torch.no_grad()

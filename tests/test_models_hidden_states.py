@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from models import Latte, LatteConfig, Route
+from models import Latte, Route
 from models.blocks import LAYER_PLANS
+from tests.latte_support import tiny_latte
 from tests.t2v_support import inputs, ours_of, theirs
 
-TINY = LatteConfig(name="custom", hidden_size=16, depth=4, num_heads=4, patch_size=2, num_classes=3)
 OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"variant": name} for name in LAYER_PLANS},
     "tubelet": {"patch_embedding": "tubelet"},
@@ -27,13 +26,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def network(**changes: Any) -> Latte:
-    """A small network in float64 with random weights everywhere."""
-    torch.manual_seed(0)
-    model = Latte(replace(TINY, **changes), in_channels=2, latent_size=(4, 6), num_frames=4).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model.eval()
+    return tiny_latte(**changes).double()
 
 
 def batch(images: int = 0) -> dict[str, Any]:
@@ -54,9 +47,6 @@ def record_blocks(blocks: Any) -> tuple[dict[int, Tensor], list[Any]]:
         return lambda module, arguments, output: seen.__setitem__(index, output)
 
     return seen, [block.register_forward_hook(note(index)) for index, block in enumerate(blocks)]
-
-
-# ---------------------------------------------------------------------------------- hidden states
 
 
 @pytest.mark.parametrize("images", [0, 2])
@@ -117,9 +107,6 @@ def test_hidden_states_of_the_text_conditioned_network() -> None:
 def test_a_block_that_does_not_exist_is_refused(index: int) -> None:
     with pytest.raises(ValueError, match=rf"return_hidden_states must be block indices in \[0, 4\), got \({index},\)"):
         network()(**batch(), return_hidden_states=(index,))
-
-
-# ------------------------------------------------------------------------------------------ routes
 
 
 def route_by_hand(model: Latte, arguments: dict[str, Any], start: int, stop: int) -> dict[int, Tensor]:
@@ -186,15 +173,3 @@ def test_gradients_pass_the_kept_tokens_through_the_blocks_and_the_others_past_t
 def test_an_impossible_range_of_blocks_is_refused(start: int, stop: int) -> None:
     with pytest.raises(ValueError, match=rf"route must have 0 <= start < stop <= 4, got \({start}, {stop}\)"):
         network()(**batch(), route=Route(start, stop, KEEP))
-
-
-def test_without_a_route_no_operation_is_added() -> None:
-    nodes: set[Any] = set()
-    queue = [network()(**batch()).grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            queue += [parent for parent, _ in node.next_functions]
-    kinds = {type(node).__name__ for node in nodes}
-    assert not any("Gather" in kind or "Scatter" in kind or "TakeAlong" in kind for kind in kinds)

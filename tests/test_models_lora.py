@@ -41,7 +41,6 @@ def out(model: nn.Module) -> Tensor:
 
 
 def adapted(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """`model` with adapters that do something."""
     add_lora(model, config)
     generator = torch.Generator().manual_seed(3)
     for value in lora_weights(model.state_dict()).values():
@@ -96,12 +95,8 @@ def test_adapters_of_peft_merge_as_peft_does(changes: dict[str, Any], tmp_path: 
     assert (out(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-# --------------------------------------------------------------------------------------- training
-
-
 @pytest.fixture
 def base(tiny: list[str], tmp_path: Path) -> Path:
-    """A run whose weights are all different from zero."""
     trainer = Trainer(load_config(None, [*tiny, f"train.output_dir={tmp_path / 'base'}"]), World())
     randomize(trainer.state.model, seed=2, std=0.1)
     trainer.state.ema.load_state_dict(trainer.state.model.state_dict())
@@ -125,10 +120,8 @@ def test_only_adapters_are_trained_saved_and_averaged(tiny: list[str], base: Pat
             assert torch.equal(model[name], value)
     changed = [name for name in lora_weights(model) if "lora_B" in name and model[name].any()]
     assert len(changed) == 4
-    assert (
-        average["blocks.0.attn.qkv.base_layer.weight"].data_ptr()
-        == model["blocks.0.attn.qkv.base_layer.weight"].data_ptr()
-    )
+    held = "blocks.0.attn.qkv.base_layer.weight"
+    assert average[held].data_ptr() == model[held].data_ptr()
     assert not torch.equal(average[changed[0]], model[changed[0]])
     folder = tmp_path / "run" / "checkpoints" / "step-0000004"
     for file in ("model", "ema"):
@@ -141,12 +134,9 @@ def test_a_run_with_adapters_continues_bit_for_bit(tiny: list[str], base: Path, 
     whole = lora_run(tiny, base, "train.max_steps=4", f"train.output_dir={tmp_path / 'whole'}")
     lora_run(tiny, base, "train.max_steps=2", f"train.output_dir={tmp_path / 'parts'}")
     continued = lora_run(tiny, base, "train.max_steps=4", f"train.output_dir={tmp_path / 'parts'}")
-    for first, second in (
-        (whole.state.model, continued.state.model),
-        (whole.state.ema.model, continued.state.ema.model),
-    ):
-        expected = first.state_dict()
-        assert all(torch.equal(value, expected[key]) for key, value in second.state_dict().items())
+    for part in ("model", "ema"):
+        expected, found = (getattr(run.state, part).state_dict() for run in (whole, continued))
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_the_first_loss_is_that_of_the_base_and_its_weights_are_held_in_half(
@@ -204,9 +194,6 @@ def test_a_text_network_is_tuned_and_its_adapters_fit_diffusers(tmp_path: Path) 
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-# ---------------------------------------------------------------------------------------- mistakes
-
-
 def test_a_base_that_changed_is_refused(tiny: list[str], base: Path, tmp_path: Path) -> None:
     lora_run(tiny, base, "train.max_steps=1")
     save_file({key: value + 1 for key, value in load_model_weights(base).items()}, tmp_path / "other.safetensors")
@@ -222,16 +209,10 @@ def test_a_base_that_changed_is_refused(tiny: list[str], base: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (["lora.rank=-1"], "lora.rank must be at least 0"),
         (["lora.alpha=2"], "lora.alpha is read only with lora.rank"),
-        (["lora.targets=attention+mlp"], "lora.targets is read only with lora.rank"),
         (["lora.rank=2"], "name these with train.init_from"),
         (["sample.lora_scale=2"], "read only with sample.lora"),
-        (["lora.rank=2", "train.init_from=a.pt", "lora.alpha=0"], "lora.alpha must be positive"),
-        (
-            ["lora.rank=2", "train.init_from=a.pt", "lora.targets=all"],
-            "lora.targets must be one of attention,",
-        ),
+        (["lora.rank=2", "train.init_from=a.pt", "lora.targets=all"], "lora.targets must be one of attention,"),
         (["lora.rank=2", "train.init_from=a.pt", "train.parallel=fsdp"], "leave train.parallel at ddp"),
     ],
 )

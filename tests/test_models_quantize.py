@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ from transformers import T5Config, T5EncoderModel
 
 from models.latte_t2v import LatteT2V
 from models.quantize import QUANTIZERS, check_device, quantize
-from models.text_encoder import TextEncoder
-from tests.t2v_support import CONFIG, inputs, randomize, theirs, tiny_pipeline
+from tests.t2v_support import CONFIG, inputs, randomize
 
 WIDE: dict[str, Any] = {"num_attention_heads": 4, "attention_head_dim": 32, "cross_attention_dim": 128}
 BOUNDS = {"int8": 0.02, "bnb8": 0.02, "bnb4": 0.3}  # of the output's norm
@@ -76,16 +74,6 @@ def test_the_text_encoder_too(kind: str) -> None:
     assert relative(found, expected) < BOUNDS[kind]
     held = network.encoder.block[0].layer[1].DenseReluDense.wo.weight
     assert type(held) is nn.Parameter and held.dtype == torch.float32 if kind != "int8" else bytes_of(held) < 9000
-
-
-def test_a_quantised_encoder_from_a_folder(tmp_path: Path) -> None:
-    tiny_pipeline(theirs()).save_pretrained(tmp_path)
-    device = torch.device("cpu")
-    found, expected = (
-        TextEncoder.from_folder(tmp_path, torch.float32, device, kind).encode("a red disc", None).positive
-        for kind in ("int8", None)
-    )
-    assert 0 < relative(found, expected) < 0.05
 
 
 def test_without_cuda_bitsandbytes_is_refused() -> None:

@@ -1,13 +1,13 @@
-"""Every option of the network against a second implementation: loops over tokens, from the definitions.
+"""Every option of the network against a second implementation, from the definitions, with loops.
 
-The reference below shares no code with `models/`: it takes a state dict, walks over samples, frames, tokens
-and heads in Python, and is compared in float64, output and all gradients.
+The reference below shares no code with `models/`: it takes a state dict, walks over samples, groups of tokens and
+heads in Python, and is compared in float64, output and all gradients.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
@@ -18,7 +18,6 @@ from models import Latte, LatteConfig
 
 WIDTH, HEADS, DEPTH, PATCH, CHANNELS, CLASSES = 16, 4, 2, 2, 2, 3
 BATCH, FRAMES, HEIGHT, LATENT_WIDTH = 2, 4, 4, 6
-Vectors = dict[tuple[int, int, int], Tensor]  # (sample, frame, token) -> (D,)
 
 # per layer: attention over space "s" and time "t"; "+" adds the two in one branch, ">" is one after the other
 LAYERS = {
@@ -94,19 +93,9 @@ def compare(model: Latte, case: Case, batch: tuple, stretch: bool = False) -> No
 
 def random_model(case: Case, *, stretch: bool = False) -> Latte:
     """A small float64 network with all weights random, so that no branch is silent."""
-    config = LatteConfig(
-        name="custom",
-        hidden_size=WIDTH,
-        depth=case.depth,
-        num_heads=HEADS,
-        patch_size=PATCH,
-        variant=case.variant,
-        patch_embedding=case.patch_embedding,
-        injection=case.injection,
-        temporal_position=case.temporal_position,
-        position_interpolation=stretch,
-        num_classes=case.num_classes,
-    )
+    names = ("variant", "patch_embedding", "injection", "temporal_position", "num_classes", "depth")
+    sizes = {"hidden_size": WIDTH, "num_heads": HEADS, "patch_size": PATCH, "position_interpolation": stretch}
+    config = LatteConfig(name="custom", **sizes, **{name: getattr(case, name) for name in names})
     size = (HEIGHT, LATENT_WIDTH)
     model = Latte(config, in_channels=CHANNELS, latent_size=size, num_frames=FRAMES).double()
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +116,7 @@ def inputs(case: Case, frames: int = FRAMES, height: int = HEIGHT, width: int = 
 
 
 class Reference:
-    """The network as loops, from weights alone."""
+    """The network from weights alone, a sample at a time. Frames are those of the clip, or tubelets, and images."""
 
     def __init__(self, state: dict[str, Tensor], case: Case, stretch: bool) -> None:
         self.state, self.case, self.stretch = state, case, stretch
@@ -138,42 +127,37 @@ class Reference:
         self.layers = {"interleaved": alternating, "late_fusion": stacked, **joint}[case.variant]
 
     def run(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        self.batch, total = x.shape[:2]
-        self.rows, self.columns = x.shape[3] // PATCH, x.shape[4] // PATCH
-        self.clip = (total - self.case.images) // self.span  # frames, or tubelets
-        self.total = self.clip + self.case.images
-        tokens = self.embed(x)
-        tokens = self.condition(tokens, timesteps, labels)
-        timed = False
+        given = [None] * len(x) if labels is None else labels
+        return torch.stack([self.run_one(*each) for each in zip(x, timesteps.tolist(), given)])
+
+    def run_one(self, x: Tensor, time: float, labels: Tensor | None) -> Tensor:
+        self.clip = (len(x) - self.case.images) // self.span
+        self.rows, self.columns = x.shape[2] // PATCH, x.shape[3] // PATCH
+        self.places = list(product(range(self.rows), range(self.columns)))
+        tokens = self.embed(x)  # (F, N, D)
+        vectors = [[self.timestep(time)] for _ in tokens]
+        for frame in range(len(tokens) if labels is not None else 0):
+            label = labels[max(0, 1 + frame - self.clip)]
+            vectors[frame].append(self.state["y_embedder.embedding_table.weight"][label])
+        self.conditions = torch.stack([torch.stack(each).sum(0) for each in vectors])
+        if self.case.injection == "tokens":
+            tokens = torch.cat([tokens, torch.stack([torch.stack(each) for each in vectors])], 1)
+        first = next(index for index, layer in enumerate(self.layers) if "t" in layer)
         for index, layer in enumerate(self.layers):
-            if "t" in layer and not timed:
-                tokens, timed = self.add_time(tokens), True
-            tokens = self.layer(f"blocks.{index}", layer, tokens)
+            tokens = self.layer(f"blocks.{index}", layer, self.add_time(tokens) if index == first else tokens)
         return self.decode(tokens)
 
-    # --- from latents to tokens
-
-    def embed(self, x: Tensor) -> Vectors:
+    def embed(self, x: Tensor) -> Tensor:
         weight, bias = self.state["x_embedder.proj.weight"], self.state["x_embedder.proj.bias"]
         weight = weight if weight.ndim == 5 else weight[:, :, None]  # (D, C, s, p, p)
-        tokens: Vectors = {}
-        for sample in range(self.batch):
-            for frame in range(self.total):
-                for row in range(self.rows):
-                    for column in range(self.columns):
-                        patch = self.patch(x[sample], frame, row, column)
-                        vector = (weight * patch).sum((1, 2, 3, 4)) + bias
-                        token = row * self.columns + column
-                        tokens[sample, frame, token] = vector + self.space(row, column)
-        return tokens
+        end = self.clip * self.span
+        frames = [*x[:end].split(self.span), *(x[[image] * self.span] for image in range(end, len(x)))]
 
-    def patch(self, frames: Tensor, frame: int, row: int, column: int) -> Tensor:
-        """(C, s, p, p): s frames of the clip, or one image s times."""
-        first = frame * self.span
-        image = self.clip * self.span + frame - self.clip
-        which = [first + step for step in range(self.span)] if frame < self.clip else [image] * self.span
-        down, right = row * PATCH, column * PATCH
-        return torch.stack([frames[i, :, down : down + PATCH, right : right + PATCH] for i in which], dim=1)
+        def token(frame: Tensor, row: int, column: int) -> Tensor:
+            patch = frame[:, :, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
+            return (weight * patch.transpose(0, 1)).sum((1, 2, 3, 4)) + bias + self.space(row, column)
+
+        return torch.stack([torch.stack([token(frame, *place) for place in self.places]) for frame in frames])
 
     def space(self, row: int, column: int) -> Tensor:
         trained = HEIGHT // PATCH, LATENT_WIDTH // PATCH
@@ -186,7 +170,7 @@ class Reference:
     def time_scale(self) -> float:
         return FRAMES / self.span / self.clip if self.stretch else 1.0
 
-    def add_time(self, tokens: Vectors) -> Vectors:
+    def add_time(self, tokens: Tensor) -> Tensor:
         if self.case.temporal_position == "rope":
             assert "temp_embed" not in self.state
             return tokens
@@ -194,25 +178,7 @@ class Reference:
         if len(table) != self.clip:
             rows = [sines(frame * self.time_scale(), WIDTH) for frame in range(self.clip)]
             table = torch.tensor(rows, dtype=torch.float64)
-        return {key: value + table[key[1]] if key[1] < self.clip else value for key, value in tokens.items()}
-
-    # --- timestep and label
-
-    def condition(self, tokens: Vectors, timesteps: Tensor, labels: Tensor | None) -> Vectors:
-        self.conditions = {}
-        tokens = dict(tokens)
-        for sample in range(self.batch):
-            time = self.timestep(timesteps[sample].item())
-            for frame in range(self.total):
-                extra = [time]
-                if labels is not None:
-                    label = labels[sample, 0 if frame < self.clip else 1 + frame - self.clip]
-                    extra.append(self.state["y_embedder.embedding_table.weight"][label])
-                self.conditions[sample, frame] = extra[0] + extra[1] if len(extra) == 2 else extra[0]
-                if self.case.injection == "tokens":
-                    for offset, vector in enumerate(extra):
-                        tokens[sample, frame, self.rows * self.columns + offset] = vector
-        return tokens
+        return torch.cat([tokens[: self.clip] + table[:, None], tokens[self.clip :]])
 
     def timestep(self, time: float) -> Tensor:
         angles = [time * 10000 ** (-i / 128) for i in range(128)]
@@ -220,138 +186,87 @@ class Reference:
         hidden = self.linear("t_embedder.mlp.0", torch.tensor(features, dtype=torch.float64))
         return self.linear("t_embedder.mlp.2", hidden / (1 + torch.exp(-hidden)))
 
-    def modulation(self, name: str, key: tuple[int, int, int], count: int) -> list[Tensor]:
-        """`count` vectors from the condition of the token's frame; the neutral ones without adaLN."""
+    def modulation(self, name: str, count: int) -> Tensor:
+        """(count, F, 1, D) from the condition of each frame; the neutral ones without adaLN."""
         if self.case.injection == "tokens":
-            return [torch.zeros(WIDTH), torch.zeros(WIDTH), torch.ones(WIDTH)] * (count // 3 or 1)
-        hidden = self.conditions[key[:2]]
-        values = self.linear(f"{name}.adaLN_modulation.1", hidden / (1 + torch.exp(-hidden)))
-        return [values[i * WIDTH : (i + 1) * WIDTH] for i in range(count)]
+            return torch.tensor([0.0, 0.0, 1.0] * (count // 3 or 1)).view(-1, 1, 1, 1)
+        hidden = self.conditions / (1 + torch.exp(-self.conditions))
+        return self.linear(f"{name}.adaLN_modulation.1", hidden).unflatten(1, (count, 1, WIDTH)).transpose(0, 1)
 
-    # --- layers
-
-    def layer(self, name: str, layer: str, tokens: Vectors) -> Vectors:
-        passing = {key: value for key, value in tokens.items() if layer == "t" and key[1] >= self.clip}
-        tokens = {key: value for key, value in tokens.items() if key not in passing}
-        modulation = {key: self.modulation(name, key, 6) for key in tokens}
+    def layer(self, name: str, layer: str, tokens: Tensor) -> Tensor:
+        end = self.clip if layer == "t" else len(tokens)
+        tokens, passing = tokens[:end], tokens[end:]
+        modulation = self.modulation(name, 6)[:, :end]
         for branch in layer.split(">"):
             kinds = branch.split("+")
-            entered = {
-                key: self.norm(f"{name}.norm1", value) * (1 + modulation[key][1]) + modulation[key][0]
-                for key, value in tokens.items()
-            }
+            entered = self.norm(f"{name}.norm1", tokens) * (1 + modulation[1]) + modulation[0]
             outputs = [self.attend(name, layer, kind, entered, HEADS // len(kinds)) for kind in kinds]
-            tokens = {
-                key: value + modulation[key][2] * sum(output[key] for output in outputs if key in output)
-                for key, value in tokens.items()
-            }
-        for key, value in tokens.items():
-            shift, scale, gate = modulation[key][3:]
-            hidden = self.linear(f"{name}.mlp.fc1", self.norm(f"{name}.norm2", value) * (1 + scale) + shift)
-            inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
-            tokens[key] = value + gate * self.linear(f"{name}.mlp.fc2", 0.5 * hidden * (1 + torch.tanh(inner)))
-        return {**tokens, **passing}
+            tokens = tokens + modulation[2] * sum(outputs)
+        entered = self.norm(f"{name}.norm2", tokens) * (1 + modulation[4]) + modulation[3]
+        hidden = self.linear(f"{name}.mlp.fc1", entered)
+        inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
+        tokens = tokens + modulation[5] * self.linear(f"{name}.mlp.fc2", 0.5 * hidden * (1 + torch.tanh(inner)))
+        return torch.cat([tokens, passing])
 
-    def attend(self, name: str, layer: str, kind: str, tokens: Vectors, heads: int) -> Vectors:
+    def attend(self, name: str, layer: str, kind: str, tokens: Tensor, heads: int) -> Tensor:
         """Attention within groups of tokens: those of a frame, or those of a place in the clip."""
         name = f"{name}.temporal_attn" if kind == "t" and layer != "t" else f"{name}.attn"
-        groups: dict[tuple[int, int], list] = {}
-        for sample, frame, token in sorted(tokens):
-            if kind == "s":
-                groups.setdefault((sample, frame), []).append((sample, frame, token))
-            elif frame < self.clip:
-                groups.setdefault((sample, token), []).append((sample, frame, token))
-        turn = kind == "t" and self.case.temporal_position == "rope"
-        return {key: value for keys in groups.values() for key, value in self.group(name, keys, tokens, heads, turn)}
+        if kind == "s":
+            return torch.stack([self.group(name, frame, heads, False) for frame in tokens])
+        turn = self.case.temporal_position == "rope"
+        over_time = [self.group(name, place, heads, turn) for place in tokens[: self.clip].unbind(1)]
+        return torch.cat([torch.stack(over_time, 1), torch.zeros_like(tokens[self.clip :])])
 
-    def group(self, name: str, keys: list, tokens: Vectors, heads: int, turn: bool) -> list:
+    def group(self, name: str, tokens: Tensor, heads: int, turn: bool) -> Tensor:
         size = WIDTH // heads
-        mixed = [self.linear(f"{name}.qkv", tokens[key]) for key in keys]
-        outputs: list[list[Tensor]] = [[] for _ in keys]
+        queries, keys, values = self.linear(f"{name}.qkv", tokens).unflatten(1, (3, heads, size)).unbind(1)
+        if turn:
+            queries, keys = (torch.stack([self.turn(*each) for each in enumerate(part)]) for part in (queries, keys))
+        outputs = []
         for head in range(heads):
-            parts = [slice(part * WIDTH + head * size, part * WIDTH + (head + 1) * size) for part in range(3)]
-            queries, keyed, values = ([vector[part] for vector in mixed] for part in parts)
-            if turn:
-                queries = [self.turn(vector, key[1]) for vector, key in zip(queries, keys)]
-                keyed = [self.turn(vector, key[1]) for vector, key in zip(keyed, keys)]
-            for output, query in zip(outputs, queries):
-                scores = [torch.exp((query * other).sum() / math.sqrt(size)) for other in keyed]
-                weighted = sum(score * value for score, value in zip(scores, values))
-                output.append(weighted / sum(scores))
-        return [(key, self.linear(f"{name}.proj", torch.cat(output))) for key, output in zip(keys, outputs)]
+            scores = torch.exp(queries[:, head] @ keys[:, head].T / math.sqrt(size))
+            outputs.append(scores @ values[:, head] / scores.sum(1, keepdim=True))
+        return self.linear(f"{name}.proj", torch.cat(outputs, 1))
 
-    def turn(self, vector: Tensor, frame: int) -> Tensor:
-        half = len(vector) // 2
-        turned = list(vector)
+    def turn(self, frame: int, vectors: Tensor) -> Tensor:
+        half = vectors.shape[-1] // 2
+        turned = list(vectors.unbind(-1))
         for i in range(half):
             angle = frame * self.time_scale() * 10000 ** (-i / half)
-            a, b = vector[i], vector[i + half]
+            a, b = vectors[..., i], vectors[..., i + half]
             turned[i] = a * math.cos(angle) - b * math.sin(angle)
             turned[i + half] = b * math.cos(angle) + a * math.sin(angle)
-        return torch.stack(turned)
+        return torch.stack(turned, -1)
 
-    # --- from tokens to latents
-
-    def decode(self, tokens: Vectors) -> Tensor:
-        channels = 2 * CHANNELS
-        size = (self.batch, self.total, channels, self.rows * PATCH, self.columns * PATCH)
-        pieces: dict[tuple[int, ...], Tensor] = {}
-        for (sample, frame, token), value in tokens.items():
-            if token >= self.rows * self.columns:
-                continue
-            shift, scale = self.modulation("final_layer", (sample, frame, token), 2)[:2]
-            values = self.linear("final_layer.linear", self.norm("final_layer.norm_final", value) * (1 + scale) + shift)
-            row, column = divmod(token, self.columns)
-            for down in range(PATCH):
-                for right in range(PATCH):
-                    start = (down * PATCH + right) * channels
-                    place = (sample, frame, row * PATCH + down, column * PATCH + right)
-                    pieces[place] = values[start : start + channels]
-        order = product(*(range(size[axis]) for axis in (0, 1, 3, 4)))
-        flat = torch.stack([pieces[place] for place in order])
-        video = flat.reshape(size[0], size[1], size[3], size[4], channels).permute(0, 1, 4, 2, 3)
-        return video if self.span == 1 else torch.stack([self.upsample(clip) for clip in video])
-
-    def upsample(self, tubelets: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor) -> Tensor:
+        shift, scale = self.modulation("final_layer", 2)[:2]
+        entered = self.norm("final_layer.norm_final", tokens) * (1 + scale) + shift
+        values, pixels = self.linear("final_layer.linear", entered), {}
+        for token, (row, column) in enumerate(self.places):
+            for part, (down, right) in enumerate(product(range(PATCH), repeat=2)):
+                found = values[:, token, part * 2 * CHANNELS : (part + 1) * 2 * CHANNELS]
+                pixels[row * PATCH + down, column * PATCH + right] = found  # (F, 2C)
+        video = torch.stack([pixels[place] for place in sorted(pixels)], -1)
+        video = video.unflatten(-1, (self.rows * PATCH, self.columns * PATCH))
+        if self.span == 1:
+            return video
         weight, bias = self.state["frame_upsampler.proj.weight"], self.state["frame_upsampler.proj.bias"]
-        frames = []
-        for index, tubelet in enumerate(tubelets):  # (C, H, W)
-            spread = []
-            for step in range(self.span):
-                spread.append(sum_channels(weight[:, :, step, 0, 0], tubelet) + bias[:, None, None])
-            frames += spread if index < self.clip else [sum(spread) / self.span]
-        return torch.stack(frames)
+        steps = [torch.einsum("fihw,io->fohw", video, weight[:, :, step, 0, 0]) for step in range(self.span)]
+        spread = torch.stack(steps, 1) + bias[:, None, None]  # (F, s, 2C, H, W)
+        return torch.cat([spread[: self.clip].flatten(0, 1), spread[self.clip :].mean(1)])
 
-    # --- arithmetic
+    def linear(self, name: str, vectors: Tensor) -> Tensor:
+        return vectors @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
 
-    def linear(self, name: str, vector: Tensor) -> Tensor:
-        return self.state[f"{name}.weight"] @ vector + self.state[f"{name}.bias"]
-
-    def norm(self, name: str, vector: Tensor) -> Tensor:
-        centred = vector - vector.mean()
-        normed = centred / torch.sqrt((centred**2).mean() + 1e-6)
+    def norm(self, name: str, vectors: Tensor) -> Tensor:
+        centred = vectors - vectors.mean(-1, keepdim=True)
+        normed = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6)
         if self.case.injection == "tokens":
             return normed * self.state[f"{name}.weight"] + self.state[f"{name}.bias"]
         assert f"{name}.weight" not in self.state
         return normed
 
 
-def sum_channels(weight: Tensor, frame: Tensor) -> Tensor:
-    """`(C_in, C_out)` and `(C_in, H, W)` -> `(C_out, H, W)`."""
-    return torch.stack([sum(weight[i, o] * frame[i] for i in range(len(frame))) for o in range(weight.shape[1])])
-
-
 def sines(position: float, dim: int) -> list[float]:
     angles = [position / 10000 ** (i / (dim // 2)) for i in range(dim // 2)]
     return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-
-
-def test_the_reference_itself_tells_variants_apart() -> None:
-    """With the same weights, variants of equal keys differ: the comparison above is not blind to the plan."""
-    case = Case("sequential")
-    model = random_model(case)
-    x, timesteps, labels = inputs(case)
-    state = dict(model.state_dict())
-    first = Reference(state, case, False).run(x, timesteps, labels)
-    second = Reference(state, replace(case, variant="parallel"), False).run(x, timesteps, labels)
-    assert (first - second).abs().max() > 1e-3

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +13,12 @@ from engine.config import load_config
 from engine.distributed import World
 from engine.trainer import Trainer
 from sample.pipeline_latte import LatteVideoPipeline
-from tests.hub_stand_in import Hub, local_hub
+from tests.hub_stand_in import local_hub
 from tests.t2v_support import randomize, tiny_vae
 from tools import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS: dict[str, Any] = {"num_videos": 3, "seed": 4, "steps": 2, "guidance_scale": 2.0}
-ALONE = """
-import hashlib, sys
-from sample.pipeline_latte import LatteVideoPipeline
-pipeline = LatteVideoPipeline.from_pretrained(sys.argv[1], device="cpu")
-videos = pipeline(num_videos=3, seed=4, steps=2, guidance_scale=2.0)
-print(hashlib.sha256(videos.tobytes()).hexdigest())
-"""
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with local_hub() as made:
-        yield made
 
 
 @pytest.fixture
@@ -51,39 +33,28 @@ def checkpoint(tiny: list[str], tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def environment(hub: Hub, home: Path) -> dict[str, str]:
-    return {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_none", "NO_PROXY": "127.0.0.1"}
-
-
-def alone(name: str, hub: Hub, home: Path) -> tuple[str, str]:
-    """Hash of the videos that a fresh process makes, and its standard error."""
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, name], cwd=ROOT, env=environment(hub, home), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), done.stderr
-
-
-def test_pushed_and_loaded_elsewhere_it_makes_the_same_videos(checkpoint: Path, hub: Hub, tmp_path: Path) -> None:
-    """Written by the command in one process, loaded by hub name in another: bit for bit."""
+def test_pushed_and_loaded_by_name_it_makes_the_same_videos(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bit for bit, and with nothing of this machine left."""
     expected = LatteVideoPipeline.from_checkpoint(checkpoint, device="cpu")(**SETTINGS)
     assert expected.shape == (3, 4, 8, 8, 3) and expected.std() > 1
-    arguments = ["pipeline", str(checkpoint), str(tmp_path / "mine"), "--push", "me/mine"]
-    command = [sys.executable, "-m", "tools.convert", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment(hub, tmp_path / "a"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    made, files = hub.find("me/mine", "main")
-    assert done.stdout.splitlines() == [str(tmp_path / "mine"), f"{hub.url}/me/mine/commit/{made}"]
-    assert set(files) == {"README.md", "config.json", "model.safetensors", "codec/config.json",
-                          "codec/diffusion_pytorch_model.safetensors"}  # fmt: skip
-    card = files["README.md"].decode()
-    assert card.startswith("---\nlibrary_name: latte\n") and "# mine" in card and "of 2 classes" in card
-    assert str(tmp_path) not in files["config.json"].decode(), "paths of this machine"
-    checkpoint.rename(tmp_path / "gone")
-    (tmp_path / "vae").rename(tmp_path / "gone_too")
-    found, said = alone("me/mine", hub, tmp_path / "b")
-    assert found == hashlib.sha256(expected.tobytes()).hexdigest()
-    assert f"me/mine: revision main, commit {made}" in said
+    with local_hub(tmp_path / "home") as hub:
+        assert convert.main(["pipeline", str(checkpoint), str(tmp_path / "mine"), "--push", "me/mine"]) == 0
+        made = hub.commits["me/mine", "main"]
+        said = capsys.readouterr().out.splitlines()
+        assert said[-2:] == [str(tmp_path / "mine"), f"https://hub/me/mine/commit/{made.name}"]
+        files = {file.relative_to(made).as_posix(): file for file in made.rglob("*") if file.is_file()}
+        assert set(files) == {"README.md", "config.json", "model.safetensors", "codec/config.json",
+                              "codec/diffusion_pytorch_model.safetensors"}  # fmt: skip
+        card = files["README.md"].read_text()
+        assert card.startswith("---\nlibrary_name: latte\n") and "# mine" in card and "of 2 classes" in card
+        assert str(tmp_path) not in files["config.json"].read_text(), "paths of this machine"
+        for name in ("run", "vae", "mine"):
+            (tmp_path / name).rename(tmp_path / f"{name} gone")
+        found = LatteVideoPipeline.from_pretrained("me/mine", device="cpu")(**SETTINGS)
+    assert np.array_equal(found, expected)
+    assert f"me/mine: revision main, commit {made.name}" in caplog.text
 
 
 def test_a_folder_keeps_classes_and_settings(checkpoint: Path, tmp_path: Path) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from engine.config import Config, load_config
 from engine.distributed import World
 from engine.objective import sample_generator
 from engine.trainer import Trainer
+from models.autoencoder import CodecConfig, LatentCodec
 from models.convert_t2v import load_t2v
 from models.latte_t2v import LatteT2V
 from models.lora import LoraConfig, add_lora, lora_weights, save_lora
@@ -37,6 +36,7 @@ from tools import convert
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+SIZE: dict[str, Any] = {"video_length": 4, "height": 8, "width": 8, "clean_caption": False, "output_type": "pt"}
 IMAGES = ["model.name=custom-t2i", "model.depth=1", "data.num_frames=1"]
 
 
@@ -47,14 +47,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(root: Path) -> list[str]:
-    """Overrides of a run of the tiny text network on the latents of a tiny AutoencoderKL."""
     codec = save_codec(root / "codec", "AutoencoderKL")
     clips, encoder = draw_captioned(root / "clips"), save_text_encoder(root / "encoder")
     return [*TINY_TEXT, *codec, f"data.path={clips}", f"text.path={encoder}", "sample.steps=3", "sample.method=ddim"]
 
 
 def checkpoint(config: Config, root: Path, step: int = 1) -> Path:
-    """A checkpoint with weights that show what they are asked."""
     weights = random_weights(config, 0)
     return save_checkpoint(Checkpoint(step, 2, weights, weights, {}, {}, {"class_names": []}), config, root)
 
@@ -74,17 +72,8 @@ def test_diffusers_pipeline_makes_the_same_video(base: list[str], tmp_path: Path
     noise = torch.randn(1, config.codec.latent_channels, 4, 4, 4, generator=sample_generator(0, 0, CPU))
     pipeline = LattePipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
-        "a stone falls",
-        latents=noise,
-        num_inference_steps=3,
-        guidance_scale=3.0,
-        clean_caption=False,
-        video_length=4,
-        height=8,
-        width=8,
-        output_type="pt",
-    ).frames
+    steps = {"latents": noise, "num_inference_steps": 3, "guidance_scale": 3.0}
+    theirs = pipeline("a stone falls", **steps, **SIZE).frames
     torch.testing.assert_close(ours / 2 + 0.5, theirs, atol=2e-4, rtol=0)
 
 
@@ -101,9 +90,8 @@ def test_diffusers_caches_work_on_an_exported_network(base: list[str], tmp_path:
 
     def sample() -> tuple[torch.Tensor, int]:
         attentions.clear()
-        size = {"video_length": 4, "height": 8, "width": 8, "clean_caption": False, "output_type": "pt"}
         generator = torch.Generator().manual_seed(0)
-        frames = pipe("a stone falls", num_inference_steps=8, guidance_scale=3.0, generator=generator, **size).frames
+        frames = pipe("a stone falls", num_inference_steps=8, guidance_scale=3.0, generator=generator, **SIZE).frames
         return frames, len(attentions)
 
     plain, computed = sample()
@@ -138,14 +126,12 @@ def test_a_network_without_a_variance_gets_one_of_zeros(base: list[str], tmp_pat
     assert not variance.any()
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("num_steps", [1000, 200])
+@pytest.mark.parametrize(("schedule", "num_steps"), [("linear", 1000), ("cosine", 200)])
 def test_the_scheduler_is_the_trainings(base: list[str], schedule: str, num_steps: int) -> None:
     sizes = [f"diffusion.num_steps={num_steps}", f"diffusion.schedule={schedule}"]
     config = load_config(None, [*base, *sizes, "diffusion.prediction=velocity"])
     described = describe_scheduler(config)
-    theirs = DDIMScheduler.from_config(described)
-    ours = build_process(config)
+    theirs, ours = DDIMScheduler.from_config(described), build_process(config)
     x, noise, t = torch.randn(2, 2, 3, 4, 4), torch.randn(2, 2, 3, 4, 4), torch.tensor([num_steps // 3, num_steps - 2])
     torch.testing.assert_close(ours.q_sample(x, t, noise), theirs.add_noise(x, noise, t), atol=1e-4, rtol=1e-4)
     assert described["prediction_type"] == "v_prediction"
@@ -260,61 +246,39 @@ def test_a_video_network_is_a_start_too(base: list[str], tmp_path: Path) -> None
         restore(run)
 
 
-HUB = """
-import sys
-from engine.config import load_config
-from engine.distributed import World
-from engine.trainer import Trainer
-from models.autoencoder import CodecConfig, LatentCodec
-from sample import sample_t2x
-from tools import convert
-out, *keys = sys.argv[1:]
-for name, changes in (("run", ["text.revision=v1", "train.init_from=me/mine@v1"]),
-                      ("tuned", ["train.init_from=me/mine", "lora.rank=2"])):
-    keys_of_run = [*keys, *changes, "text.path=me/mine", f"train.output_dir={out}/{name}", "train.max_steps=1"]
-    Trainer(load_config(None, keys_of_run), World()).fit()
-codec = LatentCodec.from_config(CodecConfig(path="me/mine", subfolder="vae", revision="v1", latent_channels=5,
-                                          downsample_factor=2))
-assert codec.network.config.latent_channels == 5
-size = ["--image_size", "16", "16", "--video_length", "1", "--num_sampling_steps", "2", "--precision", "fp32"]
-assert not sample_t2x.main(["--pretrained_model_path", "me/mine", "--transformer", "me/mine@v1", "--lora", "me/lora@v2",
-                            "--prompt", "a stone", "--save_img_path", f"{out}/seen", "--device", "cpu", *size])
-assert not convert.main(["t2v", "me/mine", f"{out}/merged", "--lora", "me/lora", "--revision", "v1"])
-for arguments in (["me/absent"], ["me/mine", "--revision", "v9"]):
-    try:
-        convert.main(["t2v", arguments[0], out + "/none", *arguments[1:]])
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-"""
-
-
-def test_a_hub_name_works_wherever_a_folder_does(base: list[str], tmp_path: Path) -> None:
-    """Encoder, codec, start, adapters and whole models by name and revision, in a process with a hub on the loopback.
-
-    Each prints its commit.
-    """
-    config = load_config(None, base)
+def test_a_hub_name_works_wherever_a_folder_does(
+    base: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Encoder, codec, start, adapters and whole models by name and revision; each prints its commit."""
+    config, out = load_config(None, base), tmp_path / "out"
     export_run(checkpoint(config, tmp_path / "run"), tmp_path / "latte")
     network = build_model(config)
     add_lora(network, LoraConfig(rank=2))
     save_lora(lora_weights(network.state_dict()), LoraConfig(rank=2), tmp_path / "lora")
-    keys = [each for each in base if not each.startswith("text.path")]
+    keys = [*(each for each in base if not each.startswith("text.path")), "text.path=me/mine"]
+    size = ["--image_size", "16", "16", "--video_length", "1", "--num_sampling_steps", "2", "--precision", "fp32"]
     commits: dict[tuple[str, str], str] = {}
-    with local_hub() as hub:
+    with local_hub(tmp_path / "home") as hub:
         for name, folder, revision in (("mine", "latte", "v1"), ("mine", "latte", "main"),
                                        ("lora", "lora", "v2"), ("lora", "lora", "main")):  # fmt: skip
             commits[name, revision] = hub.add_folder(f"me/{name}", tmp_path / folder, revision)
-        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-        command = [sys.executable, "-c", HUB, str(tmp_path / "out"), *keys]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+        for changes in (["text.revision=v1", "train.init_from=me/mine@v1"], ["train.init_from=me/mine", "lora.rank=2"]):
+            restore(Trainer(load_config(None, [*keys, *changes]), World()))
+        codec = CodecConfig(path="me/mine", subfolder="vae", revision="v1", latent_channels=5, downsample_factor=2)
+        assert LatentCodec.from_config(codec).network.config.latent_channels == 5
+        names = ["--pretrained_model_path", "me/mine", "--transformer", "me/mine@v1", "--lora", "me/lora@v2"]
+        told = ["--prompt", "a stone", "--save_img_path", str(out / "seen"), "--device", "cpu"]
+        assert sample_t2x.main([*names, *told, *size]) == 0
+        assert convert.main(["t2v", "me/mine", str(out / "merged"), "--lora", "me/lora", "--revision", "v1"]) == 0
+        for name, more, reason in (("me/absent", [], "RepositoryNotFoundError"),
+                                   ("me/mine", ["--revision", "v9"], "RevisionNotFoundError")):  # fmt: skip
+            sentence = rf"source={name} is not a local folder and could not be downloaded from the hub \({reason}\)"
+            with pytest.raises(FileNotFoundError, match=sentence):
+                convert.main(["t2v", name, str(out / "none"), *more])
     assert len(set(commits.values())) == 4
     for (name, revision), commit in commits.items():
-        assert f"me/{name}: revision {revision}, commit {commit}" in done.stderr
-    assert list((tmp_path / "out" / "seen").glob("0000_*.png"))
-    assert (tmp_path / "out" / "merged" / "config.json").is_file()
-    for name, reason in (("me/absent", "RepositoryNotFoundError"), ("me/mine", "RevisionNotFoundError")):
-        assert f"source={name} is not a local folder and could not be downloaded from the hub ({reason})" in done.stderr
+        assert f"me/{name}: revision {revision}, commit {commit}" in caplog.text
+    assert list((out / "seen").glob("0000_*.png")) and (out / "merged" / "config.json").is_file()
 
 
 def test_other_networks_are_refused(base: list[str], tiny: list[str], tmp_path: Path) -> None:

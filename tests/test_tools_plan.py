@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from tools import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 H100 = plan.GPUS["h100"]
-SMALL = ["model.name=Latte-S/2", "data.num_frames=8", "data.image_size=128", "train.batch_size=2"]
+SMALL = ["model.name=custom", "model.hidden_size=192", "model.depth=4", "model.num_heads=3", "model.patch_size=2"]
+SMALL += ["data.num_frames=8", "data.image_size=128", "train.batch_size=2"]
 
 
 def config_of(*overrides: str) -> Config:
@@ -31,7 +30,6 @@ def need(config: Config) -> plan.Need:
 
 
 def kept_bytes(model: Any, precision: str, compiled: bool = False) -> int:
-    """Returns what autograd keeps of a real forward, without the network's own tensors."""
     own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -64,21 +62,16 @@ def test_planned_activations_are_those_of_a_real_forward(precision: str, checkpo
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_blocks_keep_at_most_what_is_planned(precision: str) -> None:
-    """The partitioner of the graphs may find less to keep than inputs, products and attention; it finds no more."""
-    keys = ["model.name=custom", "model.hidden_size=128", "model.depth=2", "model.num_heads=2", "model.patch_size=2"]
-    config = config_of(f"train.precision={precision}", "train.compile=true", *keys)
+def test_compiled_blocks_keep_at_most_what_is_planned(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's partitioner may find less to keep than inputs, products and attention; no more. No code is made."""
+    plain = torch.nn.Module.compile
+    backend = {"backend": "aot_eager_decomp_partition"}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain(self, **options, **backend))
+    config = config_of(f"train.precision={precision}", "train.compile=true", "model.depth=2")
     torch._dynamo.reset()
     planned = planned_bytes(config)
     assert 0.85 * planned < kept_bytes(build_model(config), precision, compiled=True) <= planned
     assert planned < 0.65 * planned_bytes(load_config(None, ["train.compile=false"], base=config.to_dict()))
-
-
-def test_the_largest_network_keeps_what_was_measured() -> None:
-    """10.6 GB a clip in fp32 and about 7 GB under bf16 autocast, 16 frames of 256 x 256."""
-    sizes = [plan.kept_for_backward(load_config(None, [f"train.precision={each}"]))[1] for each in ("fp32", "bf16")]
-    assert sizes[0] == pytest.approx(10.6e9, rel=0.05)
-    assert sizes[1] == pytest.approx(7.0e9, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -104,18 +97,6 @@ def test_memory_is_what_torch_tracks(checkpointing: str) -> None:
     assert 0.97 * peak < planned < 1.2 * peak  # all gradients are there only when little else is kept
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("keys", [(), ("train.precision=bf16",)])
-def test_memory_is_the_measured_peak(keys: tuple[str, ...]) -> None:
-    """Within a seventh: the peak also holds a few tensors of the layer that is being computed."""
-    config = load_config(None, ["model.name=Latte-S/2", "train.batch_size=2", *keys])
-    planned = need(config).memory
-    script = [sys.executable, str(ROOT / "tests/plan_peak.py"), "model.name=Latte-S/2", "train.batch_size=2", *keys]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    measured = int(subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout)
-    assert planned == pytest.approx(measured, rel=0.15)
-
-
 def test_states_are_twenty_bytes_a_parameter_and_shards_share_them() -> None:
     alone = need(config_of())
     assert sum(alone.states.values()) == 20 * alone.parameters
@@ -126,7 +107,16 @@ def test_states_are_twenty_bytes_a_parameter_and_shards_share_them() -> None:
     assert sum(half.states.values()) == 22 * alone.parameters
 
 
-def test_time_of_the_largest_network_is_arithmetic() -> None:
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is counted that is kept for the backward pass."""
+    plan._count_network.cache_clear()
+    monkeypatch.setattr(plan, "kept_for_backward", lambda config: (0.0, 1.0))
+    yield
+    plan._count_network.cache_clear()
+
+
+def test_time_of_the_largest_network_is_arithmetic(no_memory: None) -> None:
     """11.177 TFLOP a clip; 40 % of 989 TFLOP/s; SD's encoder 4.36 TFLOP a clip."""
     config = load_config(None, ["train.precision=bf16", "train.batch_size=5", "codec.path=any"])
     found = need(config)
@@ -143,7 +133,7 @@ def test_adapters_and_frozen_weights() -> None:
     """States of the adapters alone; the base in bf16, without gradients: two passes, three with checkpointing."""
     keys = ["train.precision=bf16", "train.init_from=a.pt", "lora.rank=4"]
     found, plain = need(config_of(*keys)), need(config_of(*keys[:1]))
-    blocks, width = 12, 384
+    blocks, width = 4, 192
     assert found.parameters == blocks * 4 * (width + 3 * width + width + width)  # A and B of qkv and of proj
     assert found.states["frozen weights"] == 2 * plain.parameters
     assert sum(found.states.values()) == 22 * found.parameters + 2 * plain.parameters
@@ -166,35 +156,32 @@ def test_exchange_is_a_ring() -> None:
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    config = load_config(None, ["train.precision=bf16"])
-    largest = plan.find_largest_batch(config, H100, 1, 0.4)
-    assert largest > 1
-    sizes = (largest, largest + 1)
-    tried = [load_config(None, [f"train.batch_size={size}"], base=config.to_dict()) for size in sizes]
-    assert [need(each).fits for each in tried] == [True, False]
+    gpu = H100._replace(memory=2.0)
+    largest = plan.find_largest_batch(config_of(), gpu, 1, 0.4)
+    assert 1 < largest < plan.LARGEST_BATCH
+    tried = [config_of(f"train.batch_size={size}") for size in (largest, largest + 1)]
+    assert [plan.estimate_need(each, gpu, 1, 0.4).fits for each in tried] == [True, False]
 
 
 def test_a_config_that_does_not_fit_is_changed_until_it_does() -> None:
-    config = load_config(None, ["train.batch_size=16"])
-    gpu = plan.GPUS["rtx4090"]
+    config, gpu = config_of("train.batch_size=16"), plan.GPUS["rtx4090"]._replace(memory=0.4)
     assert not plan.estimate_need(config, gpu, 2, 0.4).fits
     overrides, needs = plan.find_change(config, gpu, 2, 0.4) or pytest.fail("nothing fits")
     changed = load_config(None, overrides, base=config.to_dict())
     assert needs.fits and plan.estimate_need(changed, gpu, 2, 0.4).memory == needs.memory
     assert changed.train.batch_size * changed.train.grad_accum_steps == 16
-    huge = load_config(None, ["data.num_frames=256"], base=config.to_dict())
-    assert plan.find_change(huge, plan.Gpu(1, 1, 1, 4.0, 1, 1), 1, 0.4) is None
+    assert plan.find_change(config, plan.Gpu(1, 1, 1, 0.01, 1, 1), 1, 0.4) is None
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["--config", str(ROOT / "configs/ffs/ffs_train.yaml"), "--gpu", "rtx4090", "--gpus", "4"]
+    command = [*SMALL, "train.batch_size=2048", "--gpu", "rtx4090", "--gpus", "4"]
     assert plan.main(command) == 0
     text = capsys.readouterr().out
-    assert "673.7 M parameters, on 4 x rtx4090" in text and "DOES NOT FIT" in text and "better: " in text
+    assert "2.8 M parameters, on 4 x rtx4090" in text and "DOES NOT FIT" in text and "better: " in text
     assert max(map(len, text.splitlines())) <= 100
     plan.main([*command, "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["global_batch_size"] == 20 and not found["needs"]["fits"]
+    assert found["global_batch_size"] == 4 * 2048 and not found["needs"]["fits"]
 
 
 @pytest.mark.parametrize(

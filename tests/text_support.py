@@ -28,14 +28,12 @@ CAPTIONS = {
 
 
 def write_captions(root: Path, captions: dict[str, str]) -> Path:
-    """`captions.csv` of a folder of clips."""
     lines = ["file,caption", *(f'{file},"{caption}"' for file, caption in captions.items())]
     (root / "captions.csv").write_text("\n".join(lines) + "\n")
     return root
 
 
 def draw_captioned(root: Path) -> Path:
-    """Six clips of seven frames, with captions."""
     return write_captions(draw_frame_folders(root, clips=3), CAPTIONS)
 
 
