@@ -85,6 +85,5 @@ def write_stub(name: str, folder: Path) -> Path:
 
 
 def write_network(network: nn.Module, file: Path) -> Path:
-    """`network` as a TorchScript file."""
     torch.jit.script(network.eval()).save(str(file))
     return file

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from datasets.readers import open_video
-from engine import cli
 from evaluation import torchscript
 from evaluation.detectors import DETECTORS, Detector, DetectorFile, load_detector
 from evaluation.distances import frechet_distance
@@ -66,11 +64,7 @@ def plain(name: str) -> nn.Module:
 def test_every_metric_has_a_detector_and_a_name_of_its_own() -> None:
     served = {metric for spec in DETECTORS.values() if not spec.stand_in for metric in spec.metrics}
     assert served == {"fvd", "kvd", "fid", "kid", "is", "isv"}
-    for name, spec in DETECTORS.items():
-        assert name == spec.name and spec.input in ("clip", "frame")
-        assert "://" in spec.origin and Path(spec.file).suffix in (".pt", ".pth")
-        assert spec.sha256 is None or len(bytes.fromhex(spec.sha256)) == 32
-    assert dict(DETECTORS["i3d"].arguments) == {"rescale": True, "resize": True, "return_features": True}
+    assert all(name == spec.name and "://" in spec.origin for name, spec in DETECTORS.items())
     # torchvision's file names end in the first digits of their hash
     assert DETECTORS["mobilenet_v2"].file.endswith(f"-{str(DETECTORS['mobilenet_v2'].sha256)[:8]}.pth")
 
@@ -116,13 +110,9 @@ def test_c3d_takes_16_frames_and_no_arguments(stubs: dict[str, Path]) -> None:
         ("i3d", torch.rand(1, 16, 3, 8, 8), r"uint8 pixels of 0 to 255.* not torch\.float32"),
         ("i3d", noise(1, 9, 3, 8, 8), "clips of 10 or more frames, not 9"),
         ("i3d", noise(1, 3, 16, 8, 8), r"clips \(B, T, 3, H, W\), not \(1, 3, 16, 8, 8\)"),
-        ("i3d", noise(16, 3, 8, 8), r"clips \(B, T, 3, H, W\)"),
         ("i3d", noise(0, 16, 3, 8, 8), r"not \(0, 16"),
-        ("c3d", noise(1, 15, 3, 8, 8), "c3d takes clips of 16 frames, not 15"),
         ("c3d", noise(1, 17, 3, 8, 8), "c3d takes clips of 16 frames, not 17"),
         ("inception", noise(2, 4, 8, 8), "inception takes"),
-        ("inception", noise(1, 2, 3, 8, 8), "inception takes"),
-        ("inception", torch.rand(2, 3, 8, 8), "inception takes"),
     ],
 )
 def test_pixels_that_would_give_wrong_numbers_are_refused(
@@ -166,30 +156,23 @@ def test_it_runs_in_full_precision_whatever_the_process_does(stubs: dict[str, Pa
 
 
 class WrongSize(nn.Module):
-    """Looks like I3D, and is none."""
-
     def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
         return torch.zeros(x.shape[0], 1024)
 
 
-class NotANumber(nn.Module):
-    """Looks like I3D, and gives none."""
-
-    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
-        return torch.full([x.shape[0], 400], float("nan"))
-
-
-@pytest.mark.parametrize("network", [WrongSize(), NotANumber()])
-def test_features_that_cannot_be_right_are_refused(tmp_path: Path, network: nn.Module) -> None:
-    detector = load_detector("i3d", write_network(network, tmp_path / "a.pt"))
-    with pytest.raises(ValueError, match=r"a\.pt: i3d gave .*not finite \(2, 400\)"):
-        detector(noise(2, 16, 3, 8, 8))
-
-
-def test_what_the_network_says_is_one_line(tmp_path: Path) -> None:
-    detector = load_detector("inception", write_network(StubInception(), tmp_path / "a.pt"))
-    with pytest.raises(ValueError, match=r"a\.pt: inception cannot take \(1, 3, 2, 2\): ") as error:
-        detector(noise(1, 3, 2, 2))
+@pytest.mark.parametrize(
+    ("network", "kind", "shape", "sentence"),
+    [
+        (WrongSize(), "i3d", (2, 16, 3, 8, 8), "i3d gave .*not finite (2, 400)"),
+        (StubInception(), "inception", (1, 3, 2, 2), "inception cannot take (1, 3, 2, 2): "),
+    ],
+)
+def test_what_a_network_cannot_do_is_one_line(
+    tmp_path: Path, network: nn.Module, kind: str, shape: tuple[int, ...], sentence: str
+) -> None:
+    detector = load_detector(kind, write_network(network, tmp_path / "a.pt"))
+    with pytest.raises(ValueError, match=r"a\.pt: " + sentence.replace("(", r"\(").replace(")", r"\)")) as error:
+        detector(noise(*shape))
     assert "\n" not in str(error.value)
 
 
@@ -216,6 +199,12 @@ def test_a_file_that_is_no_detector_is_one_sentence(stubs: dict[str, Path], tmp_
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt is none of the detectors i3d, .*: it holds other weights"):
         DetectorFile.read(tmp_path / "other.pt").kinds()
+    torch.save({"features.0.0.weight": torch.ones(2)}, tmp_path / "part.pt")
+    for file, message in (("other.pt", "it holds other weights"), ("part.pt", "torchvision's mobilenet_v2")):
+        with pytest.raises(ValueError, match=rf"{re.escape(file)} .*{message}"):
+            load_detector("mobilenet_v2", tmp_path / file)
+    with pytest.raises(ValueError, match="is a TorchScript file, but weights are needed"):
+        load_detector("mobilenet_v2", stubs["i3d"])
 
 
 def test_a_missing_file_is_one_line_with_its_origin(tmp_path: Path) -> None:
@@ -228,9 +217,8 @@ def test_a_missing_file_is_one_line_with_its_origin(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "other"), [("i3d", "c3d"), ("i3d", "inception"), ("inception_is", "i3d")])
 def test_another_detectors_file_is_refused_by_its_arguments(stubs: dict[str, Path], name: str, other: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"is not {re.escape(DETECTORS[name].file)}, the detector {name}: its forward"
-    ):
+    sentence = rf"is not {re.escape(DETECTORS[name].file)}, the detector {name}: its forward"
+    with pytest.raises(ValueError, match=sentence):
         load_detector(name, stubs[other])
 
 
@@ -279,21 +267,6 @@ def test_stand_in_is_torchvisions_network(random_backbone: Path) -> None:
     assert torch.allclose(found, expected, atol=1e-3) and expected[:320].abs().max() > 10 > expected[320:].max() > 0.1
 
 
-def test_stand_in_on_a_clip_sees_time(random_backbone: Path) -> None:
-    detector, clip = stand_in("clip", random_backbone), noise(1, 6, 3, 64, 64)
-    straight, turned, shuffled = (detector(clip[:, order])[0] for order in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0],
-                                                                           [0, 3, 1, 4, 2, 5]))  # fmt: skip
-    assert torch.allclose(straight[:320], shuffled[:320], atol=1e-4)
-    assert not torch.allclose(straight[320:], shuffled[320:], atol=0.01 * straight[320:].max().item())
-    assert torch.allclose(straight, turned, atol=1e-4)  # backwards is as smooth
-    pair = detector(torch.cat([clip.flip(1), clip]))  # independent of the batch
-    assert torch.equal(pair[1], straight)
-    still = detector(clip[:, :1].expand(-1, 6, -1, -1, -1))
-    assert still[0, 320:].eq(0).all()
-    with pytest.raises(ValueError, match="clips of 2 or more frames, not 1"):
-        detector(clip[:, :1])
-
-
 def test_stand_in_has_plain_relus_where_the_batch_norms_are_folded() -> None:
     """Quantised networks have; torchvision's own weights come with limits of 6."""
     from torchvision.models import mobilenet_v2
@@ -303,16 +276,6 @@ def test_stand_in_has_plain_relus_where_the_batch_norms_are_folded() -> None:
         weights["features.0.1.running_mean"].fill_(0.0 if folded else 0.1)
         found = StandIn("frame", weights, Path("a.pth"))
         assert {type(each) for each in found.modules() if isinstance(each, nn.ReLU | nn.ReLU6)} == {kind}
-
-
-@needs_weights
-def test_stand_in_knows_real_pictures() -> None:
-    """Its features put the frames of a clip nearer to each other than to another clip's."""
-    detector = stand_in("frame", WEIGHTS)
-    frames = [torch.from_numpy(np.asarray(open_video(file).read([5, 25]))) for file in sorted(CLIPS.iterdir())[:4]]
-    found = detector(torch.cat(frames)).view(4, 2, -1)
-    gaps = torch.cdist(found[:, 0], found[:, 1])
-    assert gaps.argmin(1).tolist() == [0, 1, 2, 3]
 
 
 @needs_weights
@@ -336,16 +299,6 @@ def test_stand_in_orders_real_clips_as_one_would() -> None:
     assert list(value.values()) == sorted(value.values()), value
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path, stubs: dict[str, Path]) -> None:
-    torch.save({"features.0.0.weight": torch.ones(2)}, tmp_path / "a.pth")
-    torch.save({"w": torch.ones(2)}, tmp_path / "b.pth")
-    for name, message in (("a.pth", "torchvision's mobilenet_v2"), ("b.pth", "it holds other weights")):
-        with pytest.raises(ValueError, match=rf"{re.escape(name)} .*{message}"):
-            stand_in("frame", tmp_path / name)
-    with pytest.raises(ValueError, match="is a TorchScript file, but weights are needed"):
-        stand_in("frame", stubs["i3d"])
-
-
 # ---- tools.check_detector ----------------------------------------------------------------------------
 
 
@@ -367,49 +320,36 @@ def test_check_of_a_detector_that_gives_the_published_values(tmp_path: Path, cap
 def test_check_of_a_detector_that_does_not(stubs: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
     code, lines = run(capsys, stubs["i3d"])
     assert code == 1 and lines[-1] == "4 of 7 checks hold (cpu)"
-    assert [line[:29] for line in lines if line.startswith("FAIL")] == [
-        f"FAIL  zeros against ones T={frames}" for frames in (10, 16, 30)
-    ]
+    assert sum(line.startswith("FAIL  zeros against ones T=") for line in lines) == 3
 
 
 @pytest.mark.parametrize(
     ("name", "kinds", "number"), [("c3d", ["c3d"], 5), ("inception", ["inception", "inception_is"], 9)]
 )
 def test_check_of_detectors_without_published_values(
-    stubs: dict[str, Path],
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    kinds: list[str],
-    number: int,
-) -> None:
+    stubs: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    name: str, kinds: list[str], number: int,
+) -> None:  # fmt: skip
     code, lines = run(capsys, stubs[name])
     assert code == 0 and lines[-1] == f"{number} of {number} checks hold (cpu)"
     assert [line for line in lines if line.startswith("note")] == [
         f"note  no published value is known for {kind}" for kind in kinds
     ]
-    spec = DETECTORS[kinds[0]]
-    known = [f"known   not {spec.file}, SHA-256", f"        {spec.sha256}"] if spec.sha256 else []
-    assert lines[3:5] == [*known, "", f"{spec.name}: {', '.join(spec.metrics)}"][:2]
+    assert any("probabilities" in line for line in lines)
     digest = hashlib.sha256(stubs[name].read_bytes()).hexdigest()
     for kind in kinds:
         monkeypatch.setitem(DETECTORS, kind, dataclasses.replace(DETECTORS[kind], sha256=digest))
-    assert run(capsys, stubs[name])[1][3] == f"known   this is {spec.file}, SHA-256"
-    assert any("probabilities" in line for line in lines)
     code, lines = run(capsys, stubs[name], "--kind", kinds[0])
-    assert code == 0 and not any("inception_is" in line for line in lines)
+    assert code == 0 and lines[3] == f"known   this is {DETECTORS[kinds[0]].file}, SHA-256"
+    assert not any("inception_is" in line for line in lines)
 
 
 class Flickering(StubI3D):
-    """Another answer each time."""
-
     def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
         return torch.rand(x.shape[0], 400)
 
 
 class Deaf(StubI3D):
-    """The same answer to everything."""
-
     def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
         return torch.ones(x.shape[0], 400)
 
@@ -423,8 +363,6 @@ class Sociable(StubI3D):
 
 
 class Improbable(nn.Module):
-    """Scores that were not normalised."""
-
     def forward(self, x: Tensor) -> Tensor:
         return x.float().mean([1, 2, 3, 4])[:, None].expand(-1, 101).contiguous()
 
@@ -456,21 +394,14 @@ def test_check_sees(tmp_path: Path, capsys: pytest.CaptureFixture, network: nn.M
         (["OTHER"], "is none of the detectors i3d"),
     ],
 )
-def test_check_of_nothing_is_a_sentence_and_2(
-    stubs: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    arguments: list[str],
-    message: str,
+def test_check_of_nothing_is_a_sentence(
+    stubs: dict[str, Path], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "other.pth")
     files = {"FILE": str(stubs["c3d"]), "GONE": str(tmp_path / "gone.pt"), "OTHER": str(tmp_path / "other.pth")}
-    monkeypatch.setattr(sys, "argv", ["check_detector", *(files.get(each, each) for each in arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.run(check_detector.main)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+    with pytest.raises((ValueError, OSError)) as error:
+        check_detector.main([files.get(each, each) for each in arguments])
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_long_check_leaves_pixels_as_they_are(

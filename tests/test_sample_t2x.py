@@ -38,7 +38,6 @@ PROMPT = "a red disc"
 
 @pytest.fixture(scope="module")
 def latte(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole Latte folder, saved by diffusers."""
     folder = tmp_path_factory.mktemp("latte")
     tiny_pipeline(theirs()).save_pretrained(folder)
     tiny_vae(temporal=True).save_pretrained(folder / "vae_temporal_decoder")
@@ -78,20 +77,13 @@ def assert_as_diffusers(config: T2XConfig, negative: str = "") -> None:
     scheduler = build_schedule(config, open_folder(config)).build_scheduler(config.sample_method)
     pipeline = LattePipeline.from_pretrained(config.pretrained_model_path, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
+    same = {
+        key: getattr(config, key) for key in ("guidance_scale", "video_length", "eta", "enable_temporal_attentions")
+    }
+    size: dict[str, Any] = {"height": 16, "width": 16, "clean_caption": False, "output_type": "latent"}
+    steps = {"num_inference_steps": config.num_sampling_steps}
     expected = pipeline(
-        PROMPT,
-        negative_prompt=negative,
-        latents=noise,
-        generator=draws,
-        num_inference_steps=config.num_sampling_steps,
-        guidance_scale=config.guidance_scale,
-        video_length=config.video_length,
-        eta=config.eta,
-        enable_temporal_attentions=config.enable_temporal_attentions,
-        height=16,
-        width=16,
-        clean_caption=False,
-        output_type="latent",
+        PROMPT, negative_prompt=negative, latents=noise, generator=draws, **steps, **same, **size
     ).frames
     assert expected.isfinite().all()
     assert (ours.transpose(1, 2) - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -121,29 +113,20 @@ def test_learned_variance_is_for_ddpm_alone(latte: Path) -> None:
         assert getattr(schedule.build_scheduler(method).config, "variance_type", None) is None
 
 
-def test_a_video_depends_on_seed_and_index_alone(latte: Path) -> None:
-    config = tiny(latte, sample_method="EulerAncestralDiscrete", video_length=3)
-    generator, settings = generator_of(config), config.settings()
-    videos = generator.sample([0], indices=[0, 1, 0], **settings)
-    assert videos.shape == (3, 3, 16, 16, 3) and videos.dtype == np.uint8
-    np.testing.assert_array_equal(videos[0], videos[2])
-    assert not np.array_equal(videos[0], videos[1])
-    assert not np.array_equal(generator.sample([0], 1, **settings | {"seed": 1})[0], videos[0])
-
-
-@pytest.mark.parametrize("name", ["AutoencoderKL", "temporal"])
-def test_chunks_and_slices_change_no_pixel_of_single_frames(latte: Path, name: str) -> None:
+def test_chunks_and_slices_change_no_pixel_of_single_frames(latte: Path) -> None:
     latents = torch.randn(1, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def decode(**changes: Any) -> torch.Tensor:
-        config = tiny(latte, enable_vae_temporal_decoder=name == "temporal", **changes)
+        config = tiny(latte, **changes)
         return load_codec(config, open_folder(config), CPU).decode(latents)
 
-    whole = decode()
-    assert whole.std() > 0.01
-    torch.testing.assert_close(decode(decode_chunk_size=2), whole, rtol=0, atol=1e-5)
-    if name == "AutoencoderKL":
-        torch.testing.assert_close(decode(vae_slicing=True, vae_tiling=True), whole, rtol=0, atol=1e-5)
+    sliced = {"vae_slicing": True, "vae_tiling": True}
+    for temporal, ways in ((True, [{}]), (False, [{}, sliced])):
+        whole = decode(enable_vae_temporal_decoder=temporal)
+        assert whole.std() > 0.01
+        for way in ways:
+            found = decode(enable_vae_temporal_decoder=temporal, **(way or {"decode_chunk_size": 2}))
+            torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------- given frames and windows
@@ -219,13 +202,10 @@ CAPTIONS = [
     ("well-known", "well-known"),
     ("a “quoted” — ‘text’ here", "a \"quoted\" - 'text' here"),
     ("a cat @user 123456789", "a cat"),
-    ("free shipping worldwide: mug", "worldwide: mug"),
     ("640x480 wallpaper", "wallpaper"),
-    ("<person> walks", "person walks"),
     ("<script>alert(1)</script>dog", "dog"),
     ("漢字 mountain", "mountain"),
     ("%41%20dog", "a dog"),
-    ("end,", "end"),
     ("", ""),
 ]
 
@@ -233,16 +213,6 @@ CAPTIONS = [
 @pytest.mark.parametrize(("caption", "clean"), CAPTIONS)
 def test_captions_are_cleaned(caption: str, clean: str) -> None:
     assert clean_caption(caption) == clean
-
-
-def test_prompt_files(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("# mine\na cat\n\n  a dog  \n")
-    assert read_prompts(tmp_path / "prompts.txt") == ["a cat", "a dog"]
-    config = T2XConfig(text_prompt=["first"], prompt_file=str(tmp_path / "prompts.txt"))
-    assert config.prompts() == ["first", "a cat", "a dog"]
-    (tmp_path / "empty.txt").write_text("\n# nothing\n")
-    with pytest.raises(ValueError, match="holds no prompt"):
-        read_prompts(tmp_path / "empty.txt")
 
 
 @pytest.mark.parametrize("kind", ["four pieces", "all unknown", "another's"])
@@ -301,17 +271,20 @@ def test_videos_of_several_prompts(latte: Path, tmp_path: Path, capsys: pytest.C
 
 def test_prompts_of_the_command_line_replace_those_of_the_config(latte: Path, tmp_path: Path) -> None:
     (tmp_path / "t2x.yaml").write_text("text_prompt: [from the config, too]\n")
-    (tmp_path / "prompts.txt").write_text("from a file\n")
+    (tmp_path / "prompts.txt").write_text("# mine\nfrom a file\n\n  twice  \n")
     for number, (flags, names) in enumerate(
         (
             ([], ["0000_from_the_config.png", "0001_too.png"]),
-            (["--prompt_file", str(tmp_path / "prompts.txt")], ["0000_from_a_file.png"]),
+            (["--prompt_file", str(tmp_path / "prompts.txt")], ["0000_from_a_file.png", "0001_twice.png"]),
             (["--prompt", "mine"], ["0000_mine.png"]),
         )
     ):
         target = tmp_path / str(number)
         assert command(latte, target, "--config", str(tmp_path / "t2x.yaml"), *flags) == 0
         assert sorted(path.name for path in target.glob("0*")) == names
+    (tmp_path / "empty.txt").write_text("\n# nothing\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(tmp_path / "empty.txt")
 
 
 def test_images_with_the_decoder_of_clips_in_half_precision(latte: Path, tmp_path: Path) -> None:
@@ -353,22 +326,6 @@ def test_compile_reaches_the_blocks_and_the_decoder(latte: Path, monkeypatch: py
     assert compiled == ["T2VBlock"] * 4 + ["Decoder"]
 
 
-def test_a_hub_name_through_a_local_stand_in(
-    latte: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    asked: dict[str, Any] = {}
-
-    def download(name: str, **options: Any) -> str:
-        asked.update(options, name=name)
-        return str(latte)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert open_folder(T2XConfig(revision="v1")).text_folder == latte
-    assert (asked["name"], asked["revision"]) == ("maxin-cn/Latte-1", "v1")
-    assert "transformer/*" in asked["allow_patterns"]
-    assert f"maxin-cn/Latte-1: revision v1, commit {latte.name}" in caplog.text
-
-
 # ------------------------------------------------------------------------------------------ configs
 
 
@@ -389,15 +346,10 @@ def test_shipped_configs(name: str) -> None:
         ("guidance: 2", "did you mean 'guidance_scale'"),
         ("sample_method: ddim", "sample_method must be one of DDIM, EulerDiscrete, DDPM"),
         ("image_size: [511, 512]", "image_size must be"),
-        ("image_size: 512", "image_size"),
-        ("video_length: 0", "video_length must be at least 1"),
         ("eta: 0.5\nsample_method: DDPM", "eta is read only with sample_method=DDIM"),
         ("beta_start: 0.5\nbeta_end: 0.1", "beta_start and beta_end"),
-        ("seed:", "seed"),
-        ("precision: int8", "precision must be one of"),
         ("first_frame: [a.png]\nimage_size: [16, 32]", "cut to a square"),
         ("first_frame: [a.png]\nvideo_length: 1", "leave nothing to sample"),
-        ("given_frames: 2", "given_frames is read only with given"),
         ("window: 4\noverlap: 4", "from 1 to window - 1 = 3"),
     ],
 )
@@ -450,41 +402,40 @@ def test_a_broken_file_is_one_sentence(
     assert missing in error_of(monkeypatch, capfd, folder, tmp_path / "out")[0]
 
 
-MISTAKES: dict[str, tuple[list[str], str]] = {  # flags -> error
-    "revision": (["--revision", "v1"], "is a local folder, which has no revision v1: leave the revision out"),
-    "steps": (["--num_sampling_steps", "1001"], "num_sampling_steps=1001 is more than the 1000 steps of the noise"),
-    "folder": (["--pretrained_model_path", "./absent"], "there is no folder"),
-    "hub": (["--pretrained_model_path", "no_such_owner/no-such-model"], "could not be downloaded from the hub"),
-    "bitsandbytes": (["--quantize_text_encoder", "bnb4"], "bitsandbytes, which needs CUDA; use int8 on cpu"),
-    "lora": (["--lora", "."], "is not a LoRA in peft's format"),
-    "frame": (["--first_frame", "none.png", "--video_length", "4"], "first_frame: none.png: is not a readable image"),
-    "output": (["--save_img_path", "/dev/null/x"], "save_img_path /dev/null/x cannot be written"),
-}
+MISTAKES = [  # flags, error
+    (["--revision", "v1"], "is a local folder, which has no revision v1: leave the revision out"),
+    (["--num_sampling_steps", "1001"], "num_sampling_steps=1001 is more than the 1000 steps of the noise"),
+    (["--pretrained_model_path", "./absent"], "there is no folder"),
+    (["--pretrained_model_path", "no_such_owner/no-such-model"], "could not be downloaded from the hub"),
+    (["--quantize_text_encoder", "bnb4"], "bitsandbytes, which needs CUDA; use int8 on cpu"),
+    (["--lora", "."], "is not a LoRA in peft's format"),
+    (["--first_frame", "none.png", "--video_length", "4"], "first_frame: none.png: is not a readable image"),
+    (["--save_img_path", "/dev/null/x"], "save_img_path /dev/null/x cannot be written"),
+]
 
 
-@pytest.mark.parametrize("kind", MISTAKES)
+@pytest.mark.parametrize(("flags", "words"), MISTAKES)
 def test_mistakes_are_found_before_anything_is_loaded(
-    kind: str, latte: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+    flags: list[str], words: str, latte: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def refuse(*_: Any, **__: Any) -> str:
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    flags, words = MISTAKES[kind]
     error, before = error_of(monkeypatch, capfd, latte, tmp_path / "out", *flags)
     assert words in error and "loading" not in before
 
 
-@pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "transformer", "scheduler", "vae"])
-def test_a_missing_part_is_named(latte: Path, tmp_path: Path, part: str) -> None:
-    for each in latte.iterdir():
-        if each.name != part:
-            (tmp_path / each.name).symlink_to(each)
-    with pytest.raises(FileNotFoundError, match=f"has no sub-folder {part}, "):
-        open_folder(tiny(tmp_path))
-
-
-def test_parts_that_do_not_fit(latte: Path, tmp_path: Path) -> None:
+def test_parts_that_are_missing_or_do_not_fit(latte: Path, tmp_path: Path) -> None:
+    for part in ("tokenizer", "text_encoder", "transformer", "scheduler", "vae"):
+        folder = tmp_path / f"no {part}"
+        folder.mkdir()
+        for each in latte.iterdir():
+            if each.name != part:
+                (folder / each.name).symlink_to(each)
+        with pytest.raises(FileNotFoundError, match=f"has no sub-folder {part}, "):
+            open_folder(tiny(folder))
     theirs(in_channels=3, out_channels=6).save_pretrained(tmp_path / "network")
     with pytest.raises(ValueError, match="takes 4 latent channels, but the network makes 3"):
         command(latte, tmp_path / "out", "--prompt", "a", "--transformer", str(tmp_path / "network"))

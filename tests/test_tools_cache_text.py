@@ -26,7 +26,6 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides of a run of the tiny text network."""
     root = tmp_path_factory.mktemp("text")
     folders = draw_captioned(root / "clips"), save_text_encoder(root / "encoder")
     return [*TINY_TEXT, f"data.path={folders[0]}", f"text.path={folders[1]}"]
@@ -34,7 +33,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cache(run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In shards of two captions."""
     out = tmp_path_factory.mktemp("caches") / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_text, "SHARD_CAPTIONS", 2)
