@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from datasets import build_dataset, open_video
 from datasets.clips import Pixels
 from engine.config import load_config
-from engine.stream import ClipStream, PositionBatches, load_micro_batches
+from engine.stream import ClipStream, load_micro_batches, position_batches
 from tools.calc_metrics_for_dataset import main as evaluate
 
 from . import report
@@ -124,7 +124,7 @@ def loading_case(streams: list[Iterator[Any]], dataset: Any, workers: int, batch
 
     def prepare() -> None:
         streams.clear()
-        positions = PositionBatches(0, batch_size=2, rank=0, world_size=1)
+        positions = position_batches(0, batch_size=2, rank=0, world_size=1)
         streams.append(load_micro_batches(ClipStream(dataset, 0), positions, workers, False, 60.0))
         load(2 + 4 * workers)
 

@@ -44,14 +44,9 @@ def from_to(least: int, most: int) -> Limit:
 
 def within(low: float, high: float, brackets: str = "[]") -> Limit:
     """Returns the limit of a number in an interval; brackets "[)" exclude its upper end."""
-    return Limit(
-        f"in {brackets[0]}{low}, {high}{brackets[1]}",
-        lambda value: (
-            low <= value <= high
-            and not (brackets[0] == "(" and value == low)
-            and not (brackets[1] == ")" and value == high)
-        ),
-    )
+    excluded = [end for end, bracket in zip((low, high), brackets) if bracket in "()"]
+    must = f"in {brackets[0]}{low}, {high}{brackets[1]}"
+    return Limit(must, lambda value: low <= value <= high and value not in excluded)
 
 
 def one_of(choices: Iterable[str]) -> Limit:
@@ -66,11 +61,7 @@ def optional(limit: Limit) -> Limit:
 
 
 def check_limits(section: Any, prefix: str, limits: Mapping[str, Limit]) -> None:
-    """Raises ValueError, one sentence, for the first key of `section` beyond its limit.
-
-    Args:
-        prefix: of the keys in the sentence: "train.".
-    """
+    """Raises ValueError, one sentence, for the first key of `section` beyond its limit; `prefix` is "train."."""
     for keys, limit in limits.items():
         for key in keys.split():
             value = getattr(section, key)

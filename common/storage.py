@@ -25,14 +25,11 @@ log = logging.getLogger(__name__)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], temporary: Path | None = None) -> Path:
-    """Writes a file completely or not at all: fills a temporary file, syncs it and renames it to `path`.
+    """Writes a file completely or not at all: fills a temporary file, syncs it and renames it to `path`, its result.
 
     Args:
         write: receives the name of the temporary file and fills it.
         temporary: its name, on the same file system; by default a hidden name next to `path` with the same suffix.
-
-    Returns:
-        `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,16 +75,9 @@ def file_sha256(file: Path) -> str:
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
-    """Writes a folder completely or not at all: fills a hidden folder next to it and renames that to `folder`.
+    """Writes a folder completely or not at all: `write` fills a hidden folder, which is renamed to `folder`.
 
-    A hidden folder that a killed process left is deleted.
-
-    Args:
-        folder: must not exist, or be empty.
-        write: receives the hidden, empty folder and fills it.
-
-    Returns:
-        `folder`.
+    `folder` must not exist, or be empty. A hidden folder that a killed process left is deleted.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.new")
@@ -110,8 +100,7 @@ def make_once(
         settings: everything that the result depends on, JSON; recorded in `folder`/.complete.json.
         replace: whether the result of other settings is replaced; by default it is an error.
 
-    Returns:
-        whether `make` was called. Raises ValueError if `folder` holds anything else.
+    Returns whether `make` was called. Raises ValueError if `folder` holds anything else.
     """
     marker = folder / ".complete.json"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -144,9 +133,7 @@ def require_same_settings(folder: Path, before: Mapping[str, Any], now: Mapping[
 class FolderLock:
     """A lock file that lets one process at a time write into a folder; the kernel releases it when the process dies.
 
-    Args:
-        key: the setting that names the folder, for the error.
-        file: the lock file; by default `.lock` in the folder.
+    `key` is the setting that names the folder, for the error; `file` is by default `.lock` in the folder.
     """
 
     def __init__(self, folder: Path, key: str, file: Path | None = None) -> None:
@@ -168,7 +155,11 @@ class FolderLock:
             ) from None
         except OSError as error:
             log.warning("%s cannot be locked (%s): make sure only one run writes there", self.folder, error.strerror)
-        if not is_same_file(lock, self.file):  # its last owner deleted it in the meantime
+        try:
+            is_current = os.path.samestat(os.fstat(lock.fileno()), self.file.stat())
+        except FileNotFoundError:
+            is_current = False
+        if not is_current:  # its last owner deleted it in the meantime
             lock.close()
             self.take()
             return
@@ -185,31 +176,16 @@ class FolderLock:
             self._lock = None
 
 
-def is_same_file(stream: IO[str], path: Path) -> bool:
-    """Whether `path` still names the open file."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    return False
-
-
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any], keys: Collection[str] | None = None) -> list[str]:
-    """Returns `key: old -> new` for every setting that differs.
-
-    Args:
-        keys: settings to compare, in this order; by default all of both, sorted.
-    """
+    """Returns `key: old -> new` for every setting (of `keys`, in this order) that differs."""
     compared = sorted({*before, *now}) if keys is None else keys
     return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in compared if before.get(key) != now.get(key)]
 
 
 def remove_unfinished(folder: Path, names: re.Pattern[str]) -> list[str]:
-    """Deletes files and folders with a temporary name that a killed process left in `folder`.
+    """Deletes files and folders, no links, whose whole name matches `names`: what a killed process left in `folder`.
 
-    Args:
-        names: matches the whole name. Links are never deleted.
-
-    Returns:
-        the matching names. An entry that cannot be deleted is reported as a warning.
+    Returns the names. An entry that cannot be deleted is reported as a warning.
     """
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     unfinished = [entry for entry in entries if names.fullmatch(entry.name) and not entry.is_symlink()]

@@ -23,7 +23,7 @@ from common.checks import require
 from datasets import build_dataset
 from engine import cli
 from engine.config import load_config
-from engine.logging import read_rows
+from engine.run_folder import read_rows
 from sample.video_io import slug, write_contact_sheet, write_mp4
 
 from .stages import ROOT, measure_samples, read_samples, run_stage

@@ -8,27 +8,21 @@ from .flow import RectifiedFlow
 from .gaussian import GaussianDiffusion
 from .guidance import Denoiser, guide_denoiser
 from .losses import LossTerms
-from .samplers import list_evaluations, sample, start_walk
+from .samplers import StepOptions, list_evaluations, sample
 from .scheduled import ScheduledDiffusion
-from .steps import StepOptions
 from .timestep_sampler import LossAwareTimestepSampler, TimestepSampler, build_timestep_sampler
 
 
 def build_diffusion(
     config: DiffusionConfig, *, learn_sigma: bool, respacing: str = ""
 ) -> GaussianDiffusion | RectifiedFlow:
-    """Builds the process that `config` describes.
+    """Returns the process that `config` describes.
 
     Args:
-        config: the `diffusion` section.
-        learn_sigma: whether the network's output has 2C channels (`model.learn_sigma`).
+        learn_sigma: whether the network's output has 2C channels (`model.learn_sigma`); of a flow it has C.
         respacing: steps to keep for sampling: "" for all, "250", "10,15,20", "ddim50"; for a flow only a number.
-
-    Raises:
-        ValueError: a flow with learned sigma, or an invalid respacing string.
+            Raises ValueError if it is invalid.
     """
-    if config.prediction != "flow":
-        return GaussianDiffusion(config, learn_sigma=learn_sigma, respacing=respacing)
-    if learn_sigma:
-        raise ValueError("diffusion.prediction=flow has no variance to learn: set model.learn_sigma=false.")
-    return RectifiedFlow(config, respacing=respacing)
+    if config.prediction == "flow":
+        return RectifiedFlow(config, respacing=respacing)
+    return GaussianDiffusion(config, learn_sigma=learn_sigma, respacing=respacing)

@@ -1,7 +1,7 @@
 """Given frames: clips of which some frames are known (image to video, continuation, interpolation).
 
 A given frame stays clean and has its own timestep 0; the network sees it together with the noisy frames and predicts
-these. Nothing is added to the network, so weights that were trained without given frames can be fine-tuned to them.
+these. Nothing is added to the network.
 
 Letters: B clips, F frames, C channels, H W; a unit is a frame, or with tubelets a tubelet.
 """
@@ -21,20 +21,12 @@ from .guidance import Denoiser
 from .samplers import Process, sample
 from .scheduled import ScheduledDiffusion
 
-LIMITS = {
-    "frames": one_of(("none", "prefix", "random")),
-    "probability": within(0, 1, "(]"),
-    "max_frames": at_least(1),
-}
+LIMITS = {"frames": one_of(("none", "prefix", "random")), "probability": within(0, 1, "(]"), "max_frames": at_least(1)}
 
 
 @dataclass(frozen=True)
 class ConditionConfig:
-    """The `condition` section: the frames of a clip that are given in training.
-
-    Raises:
-        ValueError: an invalid value; the message names `condition.<key>`.
-    """
+    """The `condition` section: the frames of a clip that are given in training."""
 
     frames: str = "none"  # none | prefix (first k) | random (the first k in half of the clips, any k in the others)
     probability: float = 0.5  # of a clip to have given frames; the others have none
@@ -46,13 +38,14 @@ class ConditionConfig:
 
     def check_clip(self, num_frames: int, span: int) -> None:
         """Raises ValueError unless clips of `num_frames`, in units of `span`, keep frames that are not given."""
+        none = self.frames == "none"
         require(
-            self.frames == "none" or self.max_frames % span == 0,
+            none or self.max_frames % span == 0,
             f"condition.max_frames={self.max_frames} must be a multiple of model.tubelet_size={span}: only "
             "complete tubelets can be given.",
         )
         require(
-            self.frames == "none" or self.max_frames <= num_frames - span,
+            none or self.max_frames <= num_frames - span,
             f"condition.max_frames={self.max_frames} leaves nothing to learn of data.num_frames={num_frames}.",
         )
 
@@ -74,11 +67,9 @@ class ConditionConfig:
     def check_given(self, places: Collection[int], num_frames: int, span: int) -> None:
         """Raises ValueError unless a network trained this way can be given the frames at `places` of `num_frames`."""
         given, count = set(places), len(set(places))
-        if not given:
-            return
         named = ", ".join(map(str, sorted(given)))
         require(
-            self.frames != "none",
+            not given or self.frames != "none",
             "this network was trained without given frames (condition.frames=none): fine-tune it with "
             "condition.frames=prefix or random, or sample without given frames.",
         )
@@ -134,8 +125,7 @@ def sample_given(
 ) -> Tensor:
     """Runs `sample` with known frames, which are returned unchanged; None: no frame is known.
 
-    The predicted clean values of known frames are replaced by the known ones, so their hidden noisy state converges to
-    the right end with every method.
+    The predicted clean values of known frames are replaced by the known ones, which every method then converges to.
     """
     if given is None:
         return sample(diffusion, denoiser, noise, **options)

@@ -25,11 +25,7 @@ MEANINGLESS = {
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The `diffusion` section: noising of clips, target of the network, and noise levels of training.
-
-    Raises:
-        ValueError: an invalid value or combination; the message names `diffusion.<key>`.
-    """
+    """The `diffusion` section: noising of clips, target of the network, and noise levels of training."""
 
     num_steps: int = 1000  # length of the diffusion process; also the unit of the network's timesteps
     schedule: str = "linear"  # linear | cosine

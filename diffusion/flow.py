@@ -26,8 +26,7 @@ class RectifiedFlow:
         config: the `diffusion` section; its prediction is "flow".
         respacing: number of intervals for sampling as text ("25"); "" is `config.num_steps`.
 
-    Raises:
-        ValueError: `respacing` is not a single number of at most `config.num_steps`.
+    Raises ValueError unless `respacing` is a single number of at most `config.num_steps`.
     """
 
     learn_sigma = False

@@ -8,7 +8,7 @@ x_0 is a clip of latents, x_t the same after step t. `timesteps` are indices of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,9 @@ from .losses import NATS_PER_BIT, LossTerms, append_dims, discretized_gaussian_l
 from .schedule import BETAS, gaussian_tables, respace_betas, respace_timesteps
 
 CHANNEL_DIM = 2
-Refine = Callable[[Tensor], Tensor]
 
 
-@dataclass
-class PMeanVariance:
+class PMeanVariance(NamedTuple):
     """p(x_{t-1} | x_t) and the clean clip it is computed from; each (B, F, C, H, W)."""
 
     mean: Tensor
@@ -101,23 +99,15 @@ class GaussianDiffusion:
 
     def q_posterior_mean(self, x_start: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
         """Returns the mean of q(x_{t-1} | x_t, x_0)."""
-        return (
-            self.table("posterior_mean_coef1", timesteps, x) * x_start
-            + self.table("posterior_mean_coef2", timesteps, x) * x
-        )
+        start = self.table("posterior_mean_coef1", timesteps, x) * x_start
+        return start + self.table("posterior_mean_coef2", timesteps, x) * x
 
     # ---- the network's output --------------------------------------------------------------------
 
     def target(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Returns the target of the network."""
-        return (
-            self.table("target_x_start", timesteps, x_start) * x_start
-            + self.table("target_noise", timesteps, x_start) * noise
-        )
-
-    def x_start_from_prediction(self, prediction: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns the clean clip that a prediction at x_t implies."""
-        return self.table("x_start_input", timesteps, x) * x + self.table("x_start_output", timesteps, x) * prediction
+        start = self.table("target_x_start", timesteps, x_start) * x_start
+        return start + self.table("target_noise", timesteps, x_start) * noise
 
     def noise_from_x_start(self, x_start: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
         """Returns the noise that leads from x_0 to x_t."""
@@ -127,36 +117,30 @@ class GaussianDiffusion:
     def split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Splits (B, F, C or 2C, H, W) into prediction (B, F, C, H, W) and variance values of that shape, or None.
 
-        Raises:
-            ValueError: the shape of the output does not agree with `learn_sigma`.
+        Raises ValueError if the shape of the output does not agree with `learn_sigma`.
         """
-        channels = x.shape[CHANNEL_DIM]
-        expected = list(x.shape)
-        expected[CHANNEL_DIM] *= 2 if self.learn_sigma else 1
-        if list(model_output.shape) != expected:
+        batch, frames, channels, *size = x.shape
+        expected = (batch, frames, channels * (2 if self.learn_sigma else 1), *size)
+        if model_output.shape != expected:
             raise ValueError(
                 f"The network's output is {tuple(model_output.shape)}, but with model.learn_sigma="
-                f"{str(self.learn_sigma).lower()} the diffusion needs {tuple(expected)}."
+                f"{str(self.learn_sigma).lower()} the diffusion needs {expected}."
             )
         model_output = model_output.to(torch.promote_types(x.dtype, torch.float32))
-        if not self.learn_sigma:
-            return model_output, None
-        prediction, variance_values = model_output.split(channels, CHANNEL_DIM)
-        return prediction, variance_values
+        prediction, *variance_values = model_output.split(channels, CHANNEL_DIM)
+        return prediction, variance_values[0] if variance_values else None
 
     def p_mean_variance(
-        self, model_output: Tensor, x: Tensor, timesteps: Tensor, *, refine: Refine | None = None
+        self, model_output: Tensor, x: Tensor, timesteps: Tensor, *, refine: Callable[[Tensor], Tensor] | None = None
     ) -> PMeanVariance:
-        """Returns p(x_{t-1} | x_t) for the network's output at x_t.
+        """Returns p(x_{t-1} | x_t) for the network's output (B, F, C or 2C, H, W) at x_t (B, F, C, H, W).
 
         Args:
-            model_output: (B, F, C or 2C, H, W).
-            x: x_t, (B, F, C, H, W).
-            timesteps: (B,) or (B, F).
             refine: applied to the predicted clean clip, such as clamping it to [-1, 1].
         """
         prediction, variance_values = self.split_output(model_output, x)
-        pred_x_start = self.x_start_from_prediction(prediction, x, timesteps)
+        pred_x_start = self.table("x_start_input", timesteps, x) * x
+        pred_x_start = pred_x_start + self.table("x_start_output", timesteps, x) * prediction
         if refine is not None:
             pred_x_start = refine(pred_x_start)
         variance, log_variance = self.p_variance(variance_values, x, timesteps)
@@ -170,9 +154,8 @@ class GaussianDiffusion:
         2021, eq. 15).
         """
         if variance_values is None:
-            kind = self.config.fixed_variance
-            variance = self.table(f"{kind}_variance", timesteps, x)
-            return variance, self.table(f"{kind}_log_variance", timesteps, x)
+            names = f"{self.config.fixed_variance}_variance", f"{self.config.fixed_variance}_log_variance"
+            return self.table(names[0], timesteps, x), self.table(names[1], timesteps, x)
         smallest = self.table("posterior_log_variance_clipped", timesteps, x)
         largest = self.table("log_betas", timesteps, x)
         share = (variance_values + 1) / 2
@@ -191,14 +174,7 @@ class GaussianDiffusion:
         return torch.where(append_dims(timesteps == 0, decoder), decoder, divergence) / NATS_PER_BIT
 
     def training_losses(self, denoiser: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> LossTerms:
-        """Computes the configured loss of a batch at `timesteps`.
-
-        Args:
-            denoiser: the network.
-            x_start: clean clips (B, F, C, H, W).
-            timesteps: (B,), or (B, F) for each frame, int64 in [0, T).
-            noise: unit noise like `x_start`.
-        """
+        """Computes the loss of clean clips (B, F, C, H, W) at `timesteps`, int64, with unit noise like them."""
         x = self.q_sample(x_start, timesteps, noise)
         model_output = denoiser(x, self.network_timesteps(timesteps))
         steps = float(self.num_timesteps)

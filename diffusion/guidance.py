@@ -6,7 +6,7 @@ A denoiser maps noisy latents (B, F, C, H, W) and timesteps (B,) to the network'
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,22 +14,9 @@ from torch import Tensor
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
-class Guidable(Protocol):
-    """A batch of conditions that guidance can double."""
-
-    def null(self) -> Any:
-        """Returns the batch without its conditions. Raises: ValueError if the network was trained without a null."""
-
-    def join(self, other: Any) -> Any:
-        """Returns this batch followed by another one."""
-
-
-C = TypeVar("C", bound=Guidable)
-
-
 def guide_denoiser(
-    model_fn: Callable[[Tensor, Tensor, C], Tensor],
-    condition: C,
+    model_fn: Callable[[Tensor, Tensor, Any], Tensor],
+    condition: Any,
     scale: float,
     *,
     channels: int | None,
@@ -40,15 +27,15 @@ def guide_denoiser(
 
     Args:
         model_fn: (x, timesteps, condition) -> (B, F, C or 2C, H, W), of any batch size.
-        condition: conditions of the batch.
+        condition: conditions of the batch, with methods `null()` (the batch without them) and `join(other)` (this
+            batch followed by another one).
         scale: 1 gives the conditional network alone, 0 the unconditional one.
         channels: C; channels beyond it (a learned variance) are not guided; None: all are guided.
         batched: one call of 2B; False: two calls of B, with half the memory.
         active: read in each call; False: the conditional network alone (guidance in an interval of noise levels,
             Kynkäänniemi et al. 2024).
 
-    Raises:
-        ValueError: a scale other than 1 for a condition without a null.
+    Raises ValueError for a scale other than 1 and a condition without a null.
     """
     if scale == 1.0:
         return lambda x, timesteps: model_fn(x, timesteps, condition)

@@ -55,8 +55,7 @@ class LossTerms:
 
     def per_frame(self) -> Tensor:
         """Returns the loss of each frame, (B, F)."""
-        present = [term for term in (self.mse, self.vb) if term is not None]
-        return torch.stack(present).sum(0)
+        return torch.stack([term for term in (self.mse, self.vb) if term is not None]).sum(0)
 
 
 def append_dims(values: Tensor, x: Tensor) -> Tensor:
@@ -71,13 +70,8 @@ def frame_mean(values: Tensor) -> Tensor:
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """Returns KL(N1 || N2) of diagonal Gaussians, elementwise in nats; shapes broadcast."""
-    return 0.5 * (
-        -1.0
-        + log_variance2
-        - log_variance1
-        + torch.exp(log_variance1 - log_variance2)
-        + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
-    )
+    ratio = -1.0 + log_variance2 - log_variance1 + torch.exp(log_variance1 - log_variance2)
+    return 0.5 * (ratio + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
 
 
 def approx_normal_cdf(x: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ the device of x, and never waits for the device.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +20,49 @@ from .flow import RectifiedFlow, velocity
 from .gaussian import GaussianDiffusion, PMeanVariance
 from .guidance import Denoiser
 from .losses import append_dims
-from .multistep import MULTISTEP_SOLVERS, MultistepSolver
-from .scheduled import SCHEDULERS, ScheduledDiffusion, ScheduledWalk
-from .steps import DEFAULT, Step, StepOptions
+from .scheduled import MULTISTEP_SOLVERS, SCHEDULERS, ScheduledDiffusion, build_multistep_solver
 
 Process = GaussianDiffusion | RectifiedFlow
-StepFunction = Callable[..., Step]
 Callback = Callable[[int, int, Tensor, Tensor], None]  # (steps done, T, x, pred_x_start)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Options of a step.
+
+    Attributes:
+        eta: noise of DDIM, from 0 (none) to 1 (as much as DDPM).
+        clip_denoised: clamp the predicted clean clip to [-1, 1].
+        noise_fn: draws unit noise of the shape of its argument.
+        x_start_fn: applied to the predicted clean clip before it is clamped.
+        given_frames: (B or 1, F) bool, frames whose predictions are not used. Schedulers of diffusers only, which do
+            not show the predicted clean clip.
+        generator: of the noise of diffusers' schedulers, which draw it themselves; a list has one per clip.
+    """
+
+    eta: float = 0.0
+    clip_denoised: bool = False
+    noise_fn: Callable[[Tensor], Tensor] = torch.randn_like
+    x_start_fn: Callable[[Tensor], Tensor] | None = None
+    given_frames: Tensor | None = None
+    generator: torch.Generator | list[torch.Generator] | None = None
+
+    def refine(self, x_start: Tensor) -> Tensor:
+        """Applies `x_start_fn` and the clamping to a predicted clean clip."""
+        if self.x_start_fn is not None:
+            x_start = self.x_start_fn(x_start)
+        return x_start.clamp(-1, 1) if self.clip_denoised else x_start
+
+
+class Step(NamedTuple):
+    """Result of a step: the next x and the predicted clean clip, both (B, F, C, H, W)."""
+
+    x: Tensor
+    pred_x_start: Tensor
+
+
+DEFAULT = StepOptions()
+StepFunction = Callable[..., Step]
 
 
 # ---- Gaussian diffusion ------------------------------------------------------------------------
@@ -108,25 +147,40 @@ def heun_step(
     return Step(x + interval * (here.x + there.x) / 2, there.pred_x_start)
 
 
+# ---- diffusers ---------------------------------------------------------------------------------
+
+
+def begin_multistep(name: str, process: Process) -> StepFunction:
+    """Returns the step function of one walk by multistep solver `name`; each step depends on the previous ones."""
+    is_flow = isinstance(process, RectifiedFlow)
+    solver = build_multistep_solver(name, process.noise_levels, flow=is_flow)
+
+    def step(process: Any, denoiser: Denoiser, x: Tensor, timesteps: Tensor, options: StepOptions) -> Step:
+        if is_flow:
+            x_start = _flow_velocity(process, denoiser, x, timesteps + 1, options).pred_x_start
+        else:
+            x_start = p_mean_variance(process, denoiser, x, timesteps, options).pred_x_start
+        extra = {"variance_noise": options.noise_fn(x)} if name.startswith("sde") else {}
+        return Step(solver.step(x_start, 0, x, **extra).prev_sample, x_start)
+
+    return step
+
+
+def scheduler_step(scheduler: Any, denoiser: Denoiser, x: Tensor, time: Tensor, options: StepOptions) -> Step:
+    """Takes the step of a scheduler of `ScheduledDiffusion` at its timestep `time`; some make several of one step."""
+    output = denoiser(scheduler.scale_model_input(x, time), time.expand(len(x)).to(x.device))
+    if getattr(scheduler.config, "variance_type", None) not in ("learned", "learned_range"):
+        output = output[:, :, : x.shape[2]]
+    if options.given_frames is not None:  # nobody reads their state; zeros keep it small
+        output = output.masked_fill(options.given_frames[:, :, None, None, None], 0)
+    accepted = inspect.signature(scheduler.step).parameters
+    extra = {key: getattr(options, key) for key in ("eta", "generator") if key in accepted}
+    # in diffusers' order of dimensions, in which the scheduler draws its noise
+    result = scheduler.step(output.transpose(1, 2), time, x.transpose(1, 2), **extra, return_dict=False)[0]
+    return Step(result.transpose(1, 2), result.transpose(1, 2))
+
+
 # ---- methods -----------------------------------------------------------------------------------
-
-
-def multistep(name: str) -> Callable[[Process], StepFunction]:
-    """Returns a function that starts a walk of solver `name`; its steps depend on the previous ones."""
-
-    def begin(process: Process) -> StepFunction:
-        solver = MultistepSolver(name, process.noise_levels, flow=isinstance(process, RectifiedFlow))
-
-        def step(process: Process, denoiser: Denoiser, x: Tensor, timesteps: Tensor, options: StepOptions) -> Step:
-            if isinstance(process, RectifiedFlow):
-                x_start = _flow_velocity(process, denoiser, x, timesteps + 1, options).pred_x_start
-            else:
-                x_start = p_mean_variance(process, denoiser, x, timesteps, options).pred_x_start
-            return Step(solver.step(x_start, x, options.noise_fn(x) if solver.stochastic else None), x_start)
-
-        return step
-
-    return begin
 
 
 class Method(NamedTuple):
@@ -148,8 +202,7 @@ class Method(NamedTuple):
 
     def indices(self, process: Process) -> list[int]:
         """Returns the timesteps of a walk in order."""
-        steps = range(process.num_timesteps)
-        return list(steps if self.ascending else reversed(steps))
+        return list(range(process.num_timesteps)[:: 1 if self.ascending else -1])
 
 
 METHODS = {
@@ -159,16 +212,12 @@ METHODS = {
     "euler": Method(RectifiedFlow, lambda _: euler_step),
     # ends with Euler, because networks predict worst at time 0, where clips have no noise
     "heun": Method(RectifiedFlow, lambda _: heun_step, euler_step, evaluations=2),
-    **{name: Method((GaussianDiffusion, RectifiedFlow), multistep(name)) for name in MULTISTEP_SOLVERS},
+    **{name: Method((GaussianDiffusion, RectifiedFlow), partial(begin_multistep, name)) for name in MULTISTEP_SOLVERS},
 }
 
 
 def list_evaluations(process: Process, method: str) -> list[float]:
-    """Lists the network's timestep in every call of the denoiser that `sample` will make, in order, without the device.
-
-    Raises:
-        ValueError: the method does not support the process.
-    """
+    """Lists the network's timestep in every call of the denoiser that `sample` will make, in order."""
     _check_method(method, process, DEFAULT)
     row = METHODS[method]
     visited = (range(step, max(-1, step - row.evaluations), -1) for step in row.indices(process))
@@ -185,37 +234,6 @@ def _check_method(name: str, process: Process | ScheduledDiffusion, options: Ste
         raise ValueError(f"Sampling method {name!r} does not support {kind}; choose {' | '.join(fitting)}.")
     if options.eta and name not in ("ddim", "DDIM"):
         raise ValueError(f"eta={options.eta} is read only by method ddim; use eta=0 with {name}.")
-
-
-# ---- loop --------------------------------------------------------------------------------------
-
-
-class StepWalk:
-    """A walk over the timesteps of a process with the step functions of a method."""
-
-    def __init__(self, method: Method, process: Process) -> None:
-        self.process = process
-        self.indices = method.indices(process)
-        self.num_steps = len(self.indices)
-        self.take_step = method.begin(process)
-        self.step_at_zero = method.step_at_zero or self.take_step
-
-    def start(self, noise: Tensor) -> Tensor:
-        """Returns the first x for unit noise."""
-        return noise
-
-    def step(self, denoiser: Denoiser, x: Tensor, number: int, options: StepOptions) -> Step:
-        """Returns the result of step `number`, counted from 0."""
-        index = self.indices[number]
-        take_step = self.step_at_zero if index == 0 else self.take_step
-        return take_step(self.process, denoiser, x, torch.full((len(x),), index, device=x.device), options)
-
-
-def start_walk(name: str, process: Process | ScheduledDiffusion, device: torch.device) -> StepWalk | ScheduledWalk:
-    """Returns a walk of `process` by method `name`."""
-    if isinstance(process, ScheduledDiffusion):
-        return ScheduledWalk(name, process, device)
-    return StepWalk(METHODS[name], process)
 
 
 @torch.no_grad()
@@ -239,16 +257,24 @@ def sample(
         callback: called after every step with (steps done, steps in all, x, pred_x_start).
         options: fields of `StepOptions` (eta, clip_denoised, noise_fn, x_start_fn, ...).
 
-    Raises:
-        ValueError: the method does not support the process or an option.
+    Raises ValueError if the method does not support the process or an option.
     """
     settings = StepOptions(**options)
     _check_method(method, diffusion, settings)
-    walk = start_walk(method, diffusion, noise.device)
-    x = walk.start(noise)
-    for number in range(walk.num_steps):
-        step = walk.step(denoiser, x, number, settings)
-        x = step.x
+    x = noise
+    if isinstance(diffusion, ScheduledDiffusion):
+        scheduler = diffusion.build_scheduler(method)
+        scheduler.set_timesteps(diffusion.num_timesteps, device=noise.device)
+        x = noise * scheduler.init_noise_sigma
+        steps = [partial(scheduler_step, scheduler, time=time) for time in scheduler.timesteps]
+    else:
+        row = METHODS[method]
+        take_step, indices = row.begin(diffusion), row.indices(diffusion)
+        functions = [row.step_at_zero or take_step if index == 0 else take_step for index in indices]
+        times = [torch.full((len(x),), index, device=x.device) for index in indices]
+        steps = [partial(step, diffusion, timesteps=time) for step, time in zip(functions, times)]
+    for done, take in enumerate(steps, 1):
+        x, pred_x_start = take(denoiser, x, options=settings)
         if callback is not None:
-            callback(number + 1, walk.num_steps, x, step.pred_x_start)
+            callback(done, len(steps), x, pred_x_start)
     return x

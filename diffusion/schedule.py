@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 MAX_BETA = 0.999  # of the cosine schedule: avoids a singularity at t = T - 1
@@ -42,15 +43,12 @@ BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 def respace_timesteps(num_steps: int, respacing: str) -> list[int]:
-    """Returns the timesteps that a shortened process keeps, ascending.
+    """Returns the timesteps that a shortened process of `num_steps` keeps, ascending.
 
     Args:
-        num_steps: T of the full process.
         respacing: "" keeps all; "250" keeps 250 evenly spaced ones, ends included; "10,15,20" keeps these numbers in
-            three equal sections; "ddim50" keeps every k-th from 0, with the integer k that gives 50.
-
-    Raises:
-        ValueError: the string is none of these, or `num_steps` is too small for it.
+            three equal sections; "ddim50" keeps every k-th from 0, with the integer k that gives 50. Raises ValueError
+            for another string, or too few steps for it.
     """
     respacing = respacing.strip()
     if not respacing:
@@ -83,8 +81,7 @@ def _count(text: str, respacing: str) -> int:
 
 def _strided(num_steps: int, count: int) -> list[int]:
     for stride in range(1, num_steps + 1):
-        kept = range(0, num_steps, stride)
-        if len(kept) == count:
+        if len(kept := range(0, num_steps, stride)) == count:
             return list(kept)
     raise ValueError(
         f"Respacing 'ddim{count}' is impossible: no integer stride takes {count} of {num_steps} steps; "
@@ -105,11 +102,7 @@ def _spread(size: int, count: int) -> list[int]:
 def respace_betas(betas: Tensor, kept: list[int]) -> Tensor:
     """Returns betas (len(kept),) of the process that visits only the `kept` steps of one with `betas` (T,)."""
     alphas_cumprod = torch.cumprod(1 - betas, 0)[kept]
-    return 1 - alphas_cumprod / _shift_right(alphas_cumprod, 1.0)
-
-
-def _shift_right(table: Tensor, first: float) -> Tensor:
-    return torch.cat([table.new_tensor([first]), table[:-1]])
+    return 1 - alphas_cumprod / functional.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
 
 
 def gaussian_tables(betas: Tensor) -> dict[str, Tensor]:
@@ -119,7 +112,7 @@ def gaussian_tables(betas: Tensor) -> dict[str, Tensor]:
     value of t = 1 there ("clipped").
     """
     alphas_cumprod = torch.cumprod(1 - betas, 0)
-    previous = _shift_right(alphas_cumprod, 1.0)
+    previous = functional.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
     posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
     # a process of one step has no value at t = 1
     first = posterior_variance[1:2] if len(betas) > 1 else betas
@@ -130,7 +123,7 @@ def gaussian_tables(betas: Tensor) -> dict[str, Tensor]:
         "log_betas": betas.log(),
         "alphas_cumprod": alphas_cumprod,
         "alphas_cumprod_prev": previous,
-        "alphas_cumprod_next": torch.cat([alphas_cumprod[1:], betas.new_zeros(1)]),
+        "alphas_cumprod_next": functional.pad(alphas_cumprod[1:], (0, 1)),
         "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
         "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
         "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),

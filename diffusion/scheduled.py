@@ -1,21 +1,27 @@
-"""The ten samplers of the official text-to-video script: schedulers of diffusers, with timesteps of their own.
+"""Solvers that diffusers computes, which is imported only if one of them is used.
 
-diffusers computes the steps and is imported only if one of these is used. Unlike `multistep`, they also choose the
-timesteps, so that they equal diffusers' own pipelines.
+MULTISTEP_SOLVERS receive the clean clip that our process predicts and the noise levels of our timesteps, so that they
+visit the same ones as our own methods. SCHEDULERS are the ten of the official text-to-video script: they choose
+timesteps of their own, and equal diffusers' pipelines.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .guidance import Denoiser
-from .steps import Step, StepOptions
+ORDER = 2
+FLOW_EDGE = 1e-6  # distance from time 1 at which the log of the signal is still finite; the value of diffusers
 
+# name -> class of diffusers, and the arguments that make it DPM-Solver++ (Lu et al. 2022) or UniPC (Zhao et al. 2023)
+MULTISTEP_SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpm_solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "sde_dpm_solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
 # official name -> class of diffusers, and what it needs in addition to the noise schedule
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {"clip_sample": False}),
@@ -33,17 +39,34 @@ LATTE_NOISE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"
 FIXED_VARIANCE = "fixed_large"  # of DDPM with a network without a learned variance
 
 
+def build_multistep_solver(name: str, noise_levels: Sequence[float], *, flow: bool) -> Any:
+    """Returns the scheduler of one walk, which stores the predicted clean clips of its last steps.
+
+    Args:
+        noise_levels: T + 1 levels ascending from 0, where sampling ends: times of a `flow`, or noise-to-signal ratios.
+    """
+    import diffusers  # slow to import
+
+    class_name, arguments = MULTISTEP_SOLVERS[name]
+    kind = {"prediction_type": "sample", "use_flow_sigmas": flow, "final_sigmas_type": "zero"}
+    scheduler = getattr(diffusers, class_name)(solver_order=ORDER, **kind, **arguments)
+    steps = len(noise_levels) - 1
+    scheduler.set_timesteps(steps)
+    levels = torch.tensor(noise_levels[::-1], dtype=torch.float64)
+    scheduler.sigmas = (levels.clamp(max=1 - FLOW_EDGE) if flow else levels).float()
+    scheduler.timesteps = torch.arange(steps).flip(0)
+    scheduler.set_begin_index(0)  # otherwise it looks the index up on the device
+    return scheduler
+
+
 class ScheduledDiffusion:
     """A noise schedule in diffusers' terms.
 
     Args:
         settings: content of a `scheduler_config.json`; what a scheduler does not know is left out.
-        num_steps: sampling steps.
+        num_steps: sampling steps. Raises ValueError if there are more than the noise schedule has.
         variance_type: diffusers' name of the learned variance that DDPM uses; None for a network without one. The
             other samplers have no use for a variance.
-
-    Raises:
-        ValueError: more steps than the noise schedule has.
     """
 
     def __init__(self, settings: Mapping[str, Any], num_steps: int, variance_type: str | None = None) -> None:
@@ -64,32 +87,3 @@ class ScheduledDiffusion:
         kept = {key: value for key, value in self.settings.items() if key in known and key != "variance_type"}
         variance = {"variance_type": self.variance_type or FIXED_VARIANCE} if name == "DDPM" else {}
         return owner(**{**LATTE_NOISE, **kept, **variance, **arguments})
-
-
-class ScheduledWalk:
-    """One walk from noise to data by the scheduler `name`; some make several evaluations per step."""
-
-    def __init__(self, name: str, process: ScheduledDiffusion, device: torch.device) -> None:
-        self.scheduler = process.build_scheduler(name)
-        self.scheduler.set_timesteps(process.num_timesteps, device=device)
-        self.num_steps = len(self.scheduler.timesteps)
-        self.accepts = inspect.signature(self.scheduler.step).parameters
-        self.splits = getattr(self.scheduler.config, "variance_type", None) not in ("learned", "learned_range")
-
-    def start(self, noise: Tensor) -> Tensor:
-        """Returns the first x for unit noise."""
-        return noise * self.scheduler.init_noise_sigma
-
-    def step(self, denoiser: Denoiser, x: Tensor, number: int, options: StepOptions) -> Step:
-        """Returns the result of evaluation `number`."""
-        time = self.scheduler.timesteps[number]
-        output = denoiser(self.scheduler.scale_model_input(x, time), time.expand(len(x)).to(x.device))
-        if self.splits:
-            output = output[:, :, : x.shape[2]]
-        if options.given_frames is not None:  # nobody reads their state; zeros keep it small
-            output = output.masked_fill(options.given_frames[:, :, None, None, None], 0)
-        wanted = {"eta": options.eta, "generator": options.generator}
-        extra = {key: value for key, value in wanted.items() if key in self.accepts}
-        # in diffusers' order of dimensions, in which the scheduler draws its noise
-        result = self.scheduler.step(output.transpose(1, 2), time, x.transpose(1, 2), **extra, return_dict=False)[0]
-        return Step(result.transpose(1, 2), result.transpose(1, 2))

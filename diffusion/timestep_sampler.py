@@ -22,16 +22,8 @@ INVERSE_CDFS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def shift_times(time: Tensor, shift: float) -> Tensor:
-    """Shifts times in [0, 1] towards noise (shift above 1) or data (below 1), with fixed ends.
-
-    Esser et al. 2024, eq. 23: t -> s t / (1 + (s - 1) t).
-    """
+    """Shifts times in [0, 1] towards noise (shift above 1) or data (below 1), with fixed ends (Esser 2024, eq. 23)."""
     return shift * time / (1 + (shift - 1) * time)
-
-
-def times_from_uniform(uniform: Tensor, config: DiffusionConfig) -> Tensor:
-    """Maps `uniform` (B,) in [0, 1) to times (B,) in [0, 1] of the configured density and shift."""
-    return shift_times(INVERSE_CDFS[config.timestep_density](uniform), config.timestep_shift)
 
 
 class TimestepSampler:
@@ -46,7 +38,8 @@ class TimestepSampler:
 
         Timesteps are int64 in [0, T), for a flow floats in [0, T].
         """
-        timesteps = times_from_uniform(uniform, self.config) * self.num_steps
+        times = INVERSE_CDFS[self.config.timestep_density](uniform)
+        timesteps = shift_times(times, self.config.timestep_shift) * self.num_steps
         if self.config.prediction != "flow":
             timesteps = timesteps.long().clamp(max=self.num_steps - 1)
         return timesteps, torch.ones_like(uniform)
@@ -111,7 +104,7 @@ class LossAwareTimestepSampler(TimestepSampler):
         return {"losses": self.losses[:-1].clone(), "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the `state_dict()` of a sampler of the same size; ValueError for another size."""
+        """Restores the `state_dict()` of a sampler of the same size; raises ValueError for another size."""
         if state["losses"].shape != self.losses[:-1].shape:
             raise ValueError(
                 f"The loss-aware timestep sampler stores {tuple(self.losses[:-1].shape)} losses, the "
@@ -134,7 +127,5 @@ def _gather_from_ranks(values: Tensor) -> Tensor:
 
 
 def build_timestep_sampler(config: DiffusionConfig) -> TimestepSampler:
-    """Builds the sampler that `diffusion.timestep_sampler` names."""
-    if config.timestep_sampler == "loss_aware":
-        return LossAwareTimestepSampler(config)
-    return TimestepSampler(config)
+    """Returns the sampler that `diffusion.timestep_sampler` names."""
+    return LossAwareTimestepSampler(config) if config.timestep_sampler == "loss_aware" else TimestepSampler(config)

@@ -20,10 +20,9 @@ WINDOW_METHODS = ("autoregressive", "fused")
 
 
 def window_starts(total: int, window: int, overlap: int, method: str) -> list[int]:
-    """Returns the first frame of each window over `total` frames.
+    """Returns the first frame of each window over `total` frames, `window - overlap` apart.
 
-    Windows are `window - overlap` frames apart. The last one may extend beyond the end (autoregressive; the surplus is
-    cut off), or is moved back to end with the clip (fused).
+    The last window may extend beyond the end (autoregressive), or is moved back to end with the clip (fused).
     """
     if total <= window:
         return [0]
@@ -66,7 +65,7 @@ def slide_windows(
 def fuse_windows(denoiser: Denoiser, window: int, overlap: int) -> Denoiser:
     """Wraps a denoiser of `window` frames for any number of frames: the weighted mean of the windows over each frame.
 
-    Within an overlap the weights change linearly from one window to the next, without a jump.
+    Within an overlap the weights change linearly from one window to the next.
     """
 
     def averaged(x: Tensor, timesteps: Tensor) -> Tensor:
@@ -74,15 +73,14 @@ def fuse_windows(denoiser: Denoiser, window: int, overlap: int) -> Denoiser:
         if len(starts) == 1:
             return denoiser(x, timesteps)
         weights = ramp(window, overlap, x)
-        total, weight = None, torch.zeros(x.shape[1], dtype=weights.dtype, device=x.device)
+        total, weight = torch.empty(0), torch.zeros(x.shape[1], dtype=weights.dtype, device=x.device)
         for start in starts:
             part = slice(start, start + window)
             output = denoiser(x[:, part], timesteps if timesteps.ndim == 1 else timesteps[:, part])
-            if total is None:
+            if start == 0:
                 total = output.new_zeros(x.shape[0], x.shape[1], *output.shape[2:])
             total[:, part] += output * weights[:, None, None, None].to(output.dtype)
             weight[part] += weights
-        assert total is not None
         return total / weight[:, None, None, None].to(total.dtype)
 
     return averaged

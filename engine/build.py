@@ -1,52 +1,48 @@
-"""Builds network, diffusion, codec and objective from a Config, and counts parameters and multiply-adds."""
+"""Builds network, diffusion and codec from a Config, and counts parameters and multiply-adds."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from datasets import ClipDataset
 from datasets.latents import LatentCache
-from diffusion import GaussianDiffusion, RectifiedFlow, TimestepSampler, build_diffusion
+from diffusion import GaussianDiffusion, RectifiedFlow, build_diffusion
 from models.autoencoder import LatentCodec, StoredCodec
 from models.identity import codec_identity, is_same_codec
 from models.latte import Latte
 from models.latte_t2v import LatteT2V
 from models.lora import add_lora, hold_frozen_linear_maps_in
 
-from .conditions import Conditions
 from .config import Config
 from .memory import check_network_fits
-from .objective import FP32, Objective, Precision
+
+
+class Precision(NamedTuple):
+    """Number formats of a training: of weights, latents, noise and loss; and of the network, if it is another."""
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+
 
 PRECISIONS = {  # by train.precision
-    "fp32": FP32,
-    "tf32": FP32,
+    "fp32": Precision(torch.float32),
+    "tf32": Precision(torch.float32),
     "bf16": Precision(torch.float32, torch.bfloat16),
     "fp64": Precision(torch.float64),
 }
 
 
 def build_model(config: Config, device: torch.device | str = "cpu") -> Latte | LatteT2V:
-    """Returns the network for the latents that `config` describes, with its initial weights, on `device`.
-
-    Raises: ValueError if it cannot fit.
-    """
+    """Returns the network for the latents that `config` describes, with its initial weights, if it fits on `device`."""
     check_network_fits(config, device)
     with torch.device(device):
         if config.model.is_text:
-            return LatteT2V(
-                config.text_network(),
-                gradient_checkpointing=config.model.gradient_checkpointing,
-                temporal=config.model.name != "custom-t2i",
-            )
-        return Latte(
-            config.model,
-            in_channels=config.codec.latent_channels,
-            latent_size=config.latent_size,
-            num_frames=config.data.num_frames,
-        )
+            kind: Any = {"gradient_checkpointing": config.model.gradient_checkpointing}
+            return LatteT2V(config.text_network(), temporal=config.model.name != "custom-t2i", **kind)
+        size = {"latent_size": config.latent_size, "num_frames": config.data.num_frames}
+        return Latte(config.model, in_channels=config.codec.latent_channels, **size)
 
 
 def forward_inputs(config: Config, batch: int, device: torch.device | str, *, images: bool = True) -> dict[str, Any]:
@@ -73,12 +69,9 @@ def forward_inputs(config: Config, batch: int, device: torch.device | str, *, im
 
 
 def put_adapters(model: Latte | LatteT2V, config: Config) -> Latte | LatteT2V:
-    """Freezes `model` and adds the adapters of `config.lora`, which do not change its output yet.
-
-    Under bf16 autocast the frozen linear maps are kept in bf16.
-    """
+    """Freezes `model` and adds the adapters of `config.lora`, which do not change its output yet."""
     add_lora(model, config.lora)
-    if config.train.precision == "bf16":
+    if config.train.precision == "bf16":  # as autocast casts them in each call
         hold_frozen_linear_maps_in(model, torch.bfloat16)
     return model
 
@@ -89,10 +82,7 @@ def build_process(config: Config, respacing: str = "") -> GaussianDiffusion | Re
 
 
 def build_codec(config: Config, clips: ClipDataset, device: torch.device | str = "cpu") -> LatentCodec | StoredCodec:
-    """Returns the codec that encodes `clips`, or a stand-in for clips from a latent cache.
-
-    Raises: ValueError for a cache that was made by another codec.
-    """
+    """Returns the codec that encodes `clips`, or a stand-in for clips from a latent cache, which it must have made."""
     if not isinstance(clips.source, LatentCache):
         return LatentCodec.from_config(config.codec, device)
     made, now = clips.source.codec, codec_identity(config.codec)
@@ -103,24 +93,6 @@ def build_codec(config: Config, clips: ClipDataset, device: torch.device | str =
             f"({', '.join(differing)}); make a cache with this one, or set codec.path to that one."
         )
     return StoredCodec(config.codec, clips.source.stochastic)
-
-
-def build_objective(
-    config: Config, clips: ClipDataset, conditions: Conditions, timestep_sampler: TimestepSampler, device: torch.device
-) -> Objective:
-    """Returns the training objective on `device`."""
-    return Objective(
-        build_codec(config, clips, device),
-        build_process(config).to(device),
-        timestep_sampler,
-        conditions,
-        num_images=config.data.num_images,
-        seed=config.train.seed,
-        device=device,
-        precision=PRECISIONS[config.train.precision],
-        given=config.condition,
-        tubelet_size=config.model.frames_per_token,
-    )
 
 
 def count_parameters(model: torch.nn.Module) -> int:

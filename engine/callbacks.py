@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from .distributed import gather_objects, max_over_ranks, on_main, reshard
+from .distributed import gather_objects, on_main, reduce_over_ranks, reshard
 from .objective import Objective
 from .run import Run
 from .state import TrainState
@@ -45,11 +45,7 @@ class Callback(Protocol):
 
 
 class Interrupted(Exception):
-    """A signal asks the run to stop; raised on all ranks."""
-
-    def __init__(self, signal: int) -> None:
-        super().__init__(f"signal {signal}")
-        self.signal = signal
+    """A signal asks the run to stop; raised on all ranks, with the signal's number."""
 
 
 class Failed(Exception):
@@ -74,7 +70,7 @@ class Callbacks:
                 for note in notes:
                     run.log.say(note)
         except Interrupted as stop:
-            return stop.signal
+            return int(stop.args[0])
         except Failed as failure:
             raise ValueError(str(failure)) from None
         held = on_main(lambda: [each.kind for each in self.all if run.log.holds(state.step, each.kind)])
@@ -91,11 +87,10 @@ class Callbacks:
                 with preserve_training(run, state):
                     found = callback.observe(run, state, objective)
             except Interrupted as stop:
-                return stop.signal
+                return int(stop.args[0])
             except Failed as failure:
                 run.log.say(f"warning: step {state.step}, {callback.kind}: {failure}; the training continues")
-                if run.world.is_main:
-                    run.folder.event("callback_failed", state.step, callback=callback.kind, error=str(failure))
+                run.folder.event("callback_failed", state.step, callback=callback.kind, error=str(failure))
                 if run.world.device.type == "cuda":  # its share of the memory may be what it ran out of
                     torch.cuda.empty_cache()
                 continue
@@ -109,21 +104,17 @@ class Callbacks:
 def preserve_training(run: Run, state: TrainState) -> Iterator[None]:
     """Restores mode, generators, clock, compiled blocks and sharded weights of the training at its end."""
     training = state.model.training
+    # other shapes would be compiled too, and could move the training to these
+    eager = torch.compiler.set_stance("force_eager") if run.config.train.compile else contextlib.nullcontext()
     devices = [run.world.device] if run.world.device.type == "cuda" else []
-    with contextlib.ExitStack() as stack:
-        if run.config.train.compile:  # other shapes would be compiled too, and could move the training to these
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(run.meter.paused())
+    with eager, torch.no_grad(), torch.random.fork_rng(devices), run.meter.paused():
         state.model.eval()
         try:
             yield
         finally:
             state.model.train(training)
-            if run.is_sharded:
-                reshard(state.model)
-                reshard(state.ema.model)
+            for network in (state.model, state.ema.model) if run.is_sharded else ():
+                reshard(network)
 
 
 # ---- working in pieces -----------------------------------------------------------------------------
@@ -132,16 +123,12 @@ def preserve_training(run: Run, state: TrainState) -> Iterator[None]:
 def agree(run: Run, failure: str | None = None) -> None:
     """Tells the hang watch that the run lives, and lets the ranks agree to continue.
 
-    Called between two pieces of a callback's work, on every rank equally often.
-
-    Args:
-        failure: of this rank, if there was one.
-
-    Raises: Interrupted or Failed, on all ranks.
+    Called between two pieces of a callback's work, on every rank equally often, with the failure of this rank, if
+    there was one. Raises Interrupted or Failed, on all ranks.
     """
     run.watch.tick()
     flags = torch.tensor([run.signals.received, failure is not None], dtype=torch.float32, device=run.world.device)
-    signal, failed = max_over_ranks(flags).tolist()
+    signal, failed = reduce_over_ranks(flags).tolist()
     if signal:
         raise Interrupted(int(signal))
     if failed:
@@ -151,8 +138,7 @@ def agree(run: Run, failure: str | None = None) -> None:
 def attempt(run: Run, action: Callable[[], T], *, fatal: bool = False) -> T:
     """Returns `action()` after all ranks have agreed to continue, so all ranks must call it.
 
-    Args:
-        fatal: an error ends the run, because other ranks wait within `action` for this one.
+    An error is `fatal` where other ranks wait within `action` for this one.
     """
     failure = None
     try:
@@ -167,8 +153,8 @@ def attempt(run: Run, action: Callable[[], T], *, fatal: bool = False) -> T:
     return result
 
 
-def distribute(run: Run, count: int, work: Callable[[int], T]) -> dict[int, T]:
-    """Calls `work` for the numbers below `count`, in turn by rank; returns this rank's results.
+def distribute(run: Run, count: int, work: Callable[[int], T]) -> list[T]:
+    """Calls `work` for the numbers below `count`, in turn by rank; returns all results in order, on every rank.
 
     In the last round, ranks without a number of their own repeat the last one: a sharded network needs all ranks, and
     so does an `agree` within `work`.
@@ -177,10 +163,5 @@ def distribute(run: Run, count: int, work: Callable[[int], T]) -> dict[int, T]:
     for first in range(0, count, run.world.size):
         number = min(first + run.world.rank, count - 1)
         results[number] = attempt(run, lambda number=number: work(number), fatal=run.is_sharded)  # type: ignore[misc]
-    return results
-
-
-def collect(results: dict[int, T]) -> list[T]:
-    """Returns the results of `distribute` in order, on every rank."""
     merged = {number: value for part in gather_objects(results) for number, value in part.items()}
     return [merged[number] for number in sorted(merged)]

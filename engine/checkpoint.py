@@ -70,7 +70,7 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(value.numel() * value.element_size() for group in self.groups.values() for value in group.values())
+        return sum(value.nbytes for group in self.groups.values() for value in group.values())
 
 
 class CheckpointError(ValueError):
@@ -104,7 +104,8 @@ def save_checkpoint(
     latest = folder.with_name("latest")
     write_atomically(latest, lambda file: file.write_bytes(folder.name.encode()), temporary=_aside(latest))
     sync(folder.parent)
-    _prune(folder, keep_last, keep_every)
+    if keep_last:
+        _prune(folder, keep_last, keep_every)
     return folder
 
 
@@ -119,9 +120,8 @@ def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict
             sync(aside / f"{name}.safetensors")
         write_synced(aside / "state.json", json.dumps(state, indent=2).encode())
         write_synced(aside / "config.yaml", config.to_yaml().encode())
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in sorted(aside.iterdir())
-        }
+        written = sorted(aside.iterdir())
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in written}
         manifest = {"format": FORMAT, "step": state["step"], "torch": torch.__version__, "files": files}
         write_synced(aside / MANIFEST, json.dumps(manifest, indent=2).encode())
         sync(aside)
@@ -142,26 +142,18 @@ def _aside(final: Path) -> Path:
 
 
 def verify(folder: Path) -> None:
-    """Checks every file of `folder` against its manifest.
-
-    Raises:
-        CheckpointError: naming the first file that is missing, cut or changed.
-    """
+    """Checks every file of `folder` against its manifest; CheckpointError names the first missing or changed one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         kind = manifest["format"]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        files = {str(name): (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise CheckpointError(f"{folder} is not a checkpoint of this project: it has no readable {MANIFEST}.") from None
     if kind != FORMAT:
         raise CheckpointError(f"{folder} is of format {kind!r}; this version reads {FORMAT!r}.")
-    try:
-        files = {str(name): (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
-    except (LookupError, TypeError, AttributeError):
-        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not list its files.") from None
     unlisted = [file.name for file in sorted(folder.glob("*.safetensors")) if file.name not in files]
     if unlisted:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not list {', '.join(unlisted)}.")
-    _require_step(manifest, folder / MANIFEST)
     for name, (size, digest) in files.items():
         file = folder / name
         if not file.is_file():
@@ -172,9 +164,8 @@ def verify(folder: Path) -> None:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Returns the step folders under `root`, oldest first, ignoring other names and links."""
-    if not root.is_dir():
-        return []
-    found = [entry for entry in root.iterdir() if STEP_NAME.fullmatch(entry.name) and not entry.is_symlink()]
+    entries = root.iterdir() if root.is_dir() else ()
+    found = [entry for entry in entries if STEP_NAME.fullmatch(entry.name) and not entry.is_symlink()]
     return sorted((entry for entry in found if entry.is_dir()), key=lambda entry: int(entry.name[5:]))
 
 
@@ -260,11 +251,8 @@ def weights_file(folder: Path, weights: str) -> Path:
 def _prune(newest: Path, keep_last: int, keep_every: int) -> None:
     """Deletes all but `newest`, the `keep_last - 1` before it and every `keep_every`-th.
 
-    One that cannot be deleted is named in a warning. A folder is renamed first, so that a kill leaves no partial
-    checkpoint under a final name.
+    A folder is renamed first, so that a kill leaves no partial checkpoint under a final name.
     """
-    if not keep_last:
-        return
     folders = list_checkpoints(newest.parent)
     for folder in folders[: max(0, folders.index(newest) + 1 - keep_last)]:
         if keep_every and int(folder.name[5:]) % keep_every == 0:
@@ -284,8 +272,7 @@ def space_warning(root: Path, needed: int) -> str | None:
 
 
 class CheckpointWriter:
-    """Rank 0's writer of a run's checkpoints, in the calling thread, or with `train.async_checkpoint` in a
-    background thread.
+    """Rank 0's writer of a run's checkpoints; with `train.async_checkpoint` it writes in a background thread.
 
     A failed write is kept in `failure`, as a sentence, until the run asks for it; the last good checkpoint and
     `latest` stay as they are.
@@ -300,11 +287,11 @@ class CheckpointWriter:
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes `checkpoint`, whose tensors must not change any more; waits for the previous write."""
         self.wait()
-        if not self.config.train.async_checkpoint:
+        if self.config.train.async_checkpoint:
+            self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint writer")
+            self._thread.start()
+        else:
             self._write(checkpoint)
-            return
-        self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint writer")
-        self._thread.start()
 
     def wait(self) -> None:
         """Waits until nothing is being written."""
@@ -316,8 +303,7 @@ class CheckpointWriter:
         train = self.config.train
         try:
             recreate_checkpoints(self.root)
-            warning = space_warning(self.root, checkpoint.num_bytes)
-            if warning:
+            if warning := space_warning(self.root, checkpoint.num_bytes):
                 log.warning(warning)
             save_checkpoint(checkpoint, self.config, self.root, train.keep_last, train.keep_every)
         except CheckpointError as error:  # not caused by a full disk
@@ -334,7 +320,7 @@ class CheckpointWriter:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Returns the content of a checkpoint's state.json; raises CheckpointError where its step or classes are none."""
+    """Returns the content of a checkpoint's state.json; CheckpointError if its step or class names are none."""
     file = folder / "state.json"
     try:
         state = json.loads(file.read_text())
@@ -342,18 +328,13 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing or not JSON.") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{file} holds no names and values.")
-    _require_step(state, file)
+    step = state.get("step")
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{file}: step must be a whole number from 0, not {step!r}; copy the checkpoint again.")
     names = state.get("class_names") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{file}: class_names must be a list of names; copy the checkpoint again.")
     return state
-
-
-def _require_step(content: dict[str, Any], file: Path) -> None:
-    """Raises CheckpointError unless the `step` that `file` states is a whole number from 0."""
-    step = content.get("step")
-    if type(step) is not int or step < 0:
-        raise CheckpointError(f"{file}: step must be a whole number from 0, not {step!r}; copy the checkpoint again.")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -27,17 +27,13 @@ PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 def report_early(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Ends a program that fails while it is still importing: Ctrl-C and missing packages get one line."""
-    if isinstance(error, KeyboardInterrupt):
-        sys.stderr.write("interrupted\n")
-        code = INTERRUPTED_EXIT
-    elif isinstance(error, ModuleNotFoundError):
-        sys.stderr.write(f"error: {_sentence(error)}\n")
-        code = MISTAKE_EXIT
-    else:
+    if not isinstance(error, KeyboardInterrupt | ModuleNotFoundError):
         sys.__excepthook__(kind, error, trace)
         return
+    interrupted = isinstance(error, KeyboardInterrupt)
+    sys.stderr.write("interrupted\n" if interrupted else f"error: {_sentence(error)}\n")
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(INTERRUPTED_EXIT if interrupted else MISTAKE_EXIT)
 
 
 if "TORCHELASTIC_RUN_ID" in os.environ:  # every script imports this module before the slow ones
@@ -48,9 +44,7 @@ sys.excepthook = report_early
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Calls `main(argv)` and exits with its code; a user's mistake ends in one sentence and exit code 2.
 
-    The project raises ValueError and OSError for bad keys, files and values; ModuleNotFoundError is a package that is
-    not installed; TrainingAborted (exit code 3) is a run that cannot continue. LATTE_TRACEBACK=1 prints the traceback
-    too.
+    LATTE_TRACEBACK=1 prints the traceback too.
     """
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -78,8 +72,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 def leave(code: int) -> int:
     """Returns `code`; in a worker of torchrun, exits with it at once, without finalizing the interpreter.
 
-    The thread of a gloo process group may need the interpreter's lock to release its last tensor while the
-    interpreter holds the lock and waits for that thread: 2 of 12 runs of two ranks hung after their last line.
+    Otherwise the interpreter may wait for the thread of a gloo process group, which waits for the interpreter's lock.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         atexit._run_exitfuncs()

@@ -1,12 +1,9 @@
 """Conditions of a network: class labels, captions or none, behind one protocol.
 
-`Conditions` belong to a run: they turn the labels of a batch into a `Condition` on the device. A `Condition` belongs
-to a batch: it can be dropped, replaced by its null, doubled for guidance, and passed to the network. The objective,
-guidance, validation, previews and sampling use these two and nothing else.
-
-Captions are numbered: the label of a clip is the number of its caption. The features of a caption depend on it alone:
-it is encoded by itself, and cut or padded to `text.max_length`. Dropping a caption is PixArt-alpha's: its features
-become those of the empty prompt, padding included, and its mask stays, so that the network sees as many words.
+`Conditions` belong to a run: they turn the labels of a batch into a `Condition` on the device, which training, guidance
+and sampling use. The label of a clip with a caption is the number of its caption. The features of a caption depend on
+it alone: it is encoded by itself, and cut or padded to `text.max_length`. Dropping a caption is PixArt-alpha's: its
+features become those of the empty prompt, padding included, and its mask stays.
 
 Letters: B clips, F frames, I images, L words, D width of the features.
 """
@@ -59,18 +56,15 @@ class Conditions(Protocol):
 
     Attributes:
         count: number of different conditions; 0 for an unconditional network.
-        names: their names in order, where known.
+        names: their names in order, where known; a sequence or None.
         dropout: probability that training replaces one by the null.
     """
 
+    names: Any
+    dropout: float
+
     @property
     def count(self) -> int: ...
-
-    @property
-    def names(self) -> Sequence[str] | None: ...
-
-    @property
-    def dropout(self) -> float: ...
 
     def batch(self, labels: Tensor) -> Condition:
         """Returns the conditions of `labels` (B, 1+I), which are on the CPU; waits for no device."""
@@ -115,7 +109,7 @@ class ClassLabels:
         return network(x, timesteps, self.values, **images)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ClassConditions:
     """The classes of a network, or none of an unconditional one."""
 
@@ -133,8 +127,9 @@ class ClassConditions:
 def class_conditions(model: LatteConfig, device: torch.device, names: Sequence[str] | None = None) -> ClassConditions:
     """Returns the conditions of a class-conditional or unconditional network."""
     null_label = model.num_classes if model.has_null_label else None
-    names = names if model.num_classes else None
-    return ClassConditions(model.num_classes, null_label, model.label_dropout, device, names)
+    return ClassConditions(
+        model.num_classes, null_label, model.label_dropout, device, names if model.num_classes else None
+    )
 
 
 # ---- captions --------------------------------------------------------------------------------------
@@ -183,15 +178,15 @@ class EncodedFeatures:
 
     def __init__(self, config: TextConfig, device: torch.device) -> None:
         self.config = config
-        self.encoder = TextEncoder.from_folder(
-            config.folder(), DTYPES[config.dtype], device, max_length=config.max_length
-        )
+        dtype = DTYPES[config.dtype]
+        self.encoder = TextEncoder.from_folder(config.folder(), dtype, device, max_length=config.max_length)
         width = self.encoder.network.config.d_model
         require(
             width == config.caption_channels,
             f"text.caption_channels is {config.caption_channels}, but the features of text.path={config.path} are "
             f"{width} wide: set text.caption_channels={width}.",
         )
+
         self._remembered = lru_cache(REMEMBERED)(self._encode)
 
     def __call__(self, caption: str) -> Tensor:
@@ -203,12 +198,7 @@ class EncodedFeatures:
 
 
 class Captions:
-    """All captions that a run may need, by number.
-
-    Args:
-        texts: `texts[label]`.
-        features: where their features come from.
-    """
+    """All captions that a run may need, by number, and the function that returns their features."""
 
     def __init__(self, config: TextConfig, texts: Sequence[str], features: Features, device: torch.device) -> None:
         self.config = config
@@ -225,7 +215,6 @@ class Captions:
 
     @cached_property
     def _null(self) -> Tensor:
-        """Features (L, D) of the empty caption."""
         return self._padded([EMPTY])[0][0]
 
     def _padded(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -236,13 +225,11 @@ class Captions:
         for row, found in enumerate(words):
             features[row, : len(found)] = found
             mask[row, : len(found)] = 1
-        return self._move(features), self._move(mask)
-
-    def _move(self, value: Tensor) -> Tensor:
-        """Copies to the device without waiting for it."""
-        if self.device.type == "cuda" and value.device.type == "cpu":
-            value = value.pin_memory()
-        return value.to(self.device, non_blocking=True)
+        parts = [features, mask]
+        if self.device.type == "cuda":  # so that no copy waits for the device
+            parts = [part.pin_memory() if part.device.type == "cpu" else part for part in parts]
+        features, mask = (part.to(self.device, non_blocking=True) for part in parts)
+        return features, mask
 
 
 def all_captions(config: Config, clips: ClipDataset, held_out: ClipDataset | None = None) -> list[str]:
@@ -255,10 +242,7 @@ def all_captions(config: Config, clips: ClipDataset, held_out: ClipDataset | Non
 def build_conditions(
     config: Config, clips: ClipDataset, held_out: ClipDataset | None, device: torch.device
 ) -> Conditions:
-    """Returns the conditions of a run. Collective for a text network.
-
-    Raises: ValueError, FileNotFoundError where the text encoder or the cache of its features does not fit.
-    """
+    """Returns the conditions of a run. Collective for a text network, whose encoder or cache must fit (ValueError)."""
     if not config.model.is_text:
         return class_conditions(config.model, device, clips.class_names)
     texts = all_captions(config, clips, held_out)

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from common.checks import require
+
 CPU = torch.device("cpu")
 T = TypeVar("T")
 START_TIMEOUT_S = 600.0  # until the first step: ranks import, read data lists and compile at their own pace
@@ -25,7 +27,6 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
     device: torch.device = CPU
 
     @property
@@ -62,27 +63,21 @@ def init_world(device: str | None = None, timeout_s: float = 1800.0, backend: st
         # torchrun's store outlives a restart: without a name of its own, a start may find the addresses of the last
         attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, target)
+    return World(dist.get_rank(), dist.get_world_size(), target)
 
 
 def launch_variables(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Returns (RANK, WORLD_SIZE, LOCAL_RANK) as the launcher set them, by default those of a single process.
-
-    Raises: ValueError where they are no numbers or do not belong together.
-    """
+    """Returns (RANK, WORLD_SIZE, LOCAL_RANK) of the launcher, by default those of a single process; or ValueError."""
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     texts = {name: environment.get(name, default) for name, default in names.items()}
     wrong = [f"{name}={text!r}" for name, text in texts.items() if not (text.isascii() and text.isdigit())]
-    if wrong:
-        raise ValueError(
-            f"{', '.join(wrong)}: must be a number; the launcher (torchrun) sets it, so unset it otherwise."
-        )
+    require(not wrong, f"{', '.join(wrong)}: must be a number; the launcher (torchrun) sets it, so unset it otherwise.")
     rank, size, local_rank = (int(text) for text in texts.values())
-    if not (rank < size and local_rank < size):
-        raise ValueError(
-            f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local_rank} do not belong together: ranks go from 0 to "
-            "WORLD_SIZE - 1. The launcher (torchrun) sets them; unset them to train with one process."
-        )
+    require(
+        rank < size and local_rank < size,
+        f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local_rank} do not belong together: ranks go from 0 to "
+        "WORLD_SIZE - 1. The launcher (torchrun) sets them; unset them to train with one process.",
+    )
     return rank, size, local_rank
 
 
@@ -98,18 +93,10 @@ def close_world() -> None:
         dist.destroy_process_group()
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Returns the mean of `values` over all ranks, on all ranks."""
+def reduce_over_ranks(values: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> Tensor:
+    """Returns the maximum (or another reduction) of `values` over all ranks, on all ranks."""
     if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
-
-
-def max_over_ranks(values: Tensor) -> Tensor:
-    """Returns the maximum of `values` over all ranks, on all ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+        dist.all_reduce(values, operation)
     return values
 
 
@@ -122,21 +109,21 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
-def require_same(value: T, refusal: Callable[[int, T, T], str]) -> None:
-    """Raises ValueError, on every rank, unless all ranks pass an equal `value`. Collective.
-
-    Args:
-        refusal: (rank, its value, rank 0's value) -> the sentence, for the first rank that differs.
-    """
-    everyone = gather_objects(value)
+def require_same(facts: Mapping[str, Any], problem: str, remedy: str) -> None:
+    """Raises ValueError, on every rank, for the first rank whose `facts` differ from those of rank 0. Collective."""
+    everyone = gather_objects(dict(facts))
     for rank, own in enumerate(everyone):
-        if own != everyone[0]:
-            raise ValueError(refusal(rank, own, everyone[0]))
+        changes = [f"{key} {own[key]!r}, not {first!r}" for key, first in everyone[0].items() if own[key] != first]
+        require(not changes, f"rank {rank} {problem} than rank 0 ({'; '.join(changes)}): {remedy}.")
 
 
 def on_all(action: Callable[[], T]) -> list[T]:
     """Runs `action` on every rank; returns all results in rank order, or raises the first OSError or ValueError."""
-    everyone = gather_objects(_attempt(action))
+    try:
+        outcome: tuple[T | None, Exception | None] = action(), None
+    except (OSError, ValueError) as error:
+        outcome = None, error
+    everyone = gather_objects(outcome)
     for _, failure in everyone:
         if failure is not None:
             raise failure
@@ -146,18 +133,7 @@ def on_all(action: Callable[[], T]) -> list[T]:
 def on_main(action: Callable[[], T]) -> T:
     """Runs `action` on rank 0; returns its result, or raises its OSError or ValueError, on every rank."""
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    result, failure = broadcast_object(_attempt(action) if is_main else None)
-    if failure is not None:
-        raise failure
-    return cast(T, result)
-
-
-def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Returns the result of `action`, or the OSError or ValueError that it raised."""
-    try:
-        return action(), None
-    except (OSError, ValueError) as error:
-        return None, error
+    return cast(T, on_all(action if is_main else lambda: None)[0])
 
 
 def broadcast_object(value: Any) -> Any:
@@ -211,29 +187,26 @@ def is_shard(value: Tensor) -> bool:
 
 
 def gather_shards(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
-    """Returns each tensor on the CPU, with its shards gathered. Collective if there are shards.
-
-    Args:
-        copy: copy tensors that are on the CPU already, so that training may go on in them.
-    """
+    """Returns each tensor (a `copy` of one that is there already) on the CPU, with its shards gathered. Collective."""
     return {name: reduce_shards(value).detach().to(CPU, copy=copy) for name, value in tensors.items()}
 
 
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """Returns this rank's shard of `value`, cut as `like` is; the whole `value` if `like` is not sharded."""
-    if not is_shard(like):
-        return value.to(like.device)
-    from torch.distributed.tensor import distribute_tensor  # slow to import
-
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
-
-
 def shards_like(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `weights` sharded as `own` are; those of another name or shape stay, for the loader to refuse."""
-    return {
-        name: shard_like(value, own[name]) if name in own and own[name].shape == value.shape else value
-        for name, value in weights.items()
-    }
+    """Returns `weights` on the devices of `own`, and sharded if these are.
+
+    Those of another name or shape stay as they are, for the loader to refuse.
+    """
+    placed = dict(weights)
+    for name, value in weights.items():
+        like = own.get(name)
+        if like is None or like.shape != value.shape:
+            continue
+        placed[name] = value.to(like.device)
+        if is_shard(like):
+            from torch.distributed.tensor import distribute_tensor  # slow to import
+
+            placed[name] = distribute_tensor(placed[name], like.device_mesh, like.placements)  # type: ignore[attr-defined]
+    return placed
 
 
 def sync_gradients(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:

@@ -53,14 +53,11 @@ class Agent(LocalElasticAgent):
 def describe_stop(number: signal.Signals, codes: tuple[int, ...]) -> tuple[int, str]:
     """Returns exit code and last line of a launch that signal `number` stopped, its workers ending with `codes`."""
     saved = bool(codes) and all(code in SAVED_EXITS for code in codes)
-    code = PREEMPTED_EXIT if saved else 128 + number
-    if saved:
-        line = "every process has saved; run the same command to continue"
-    else:
-        line = (
-            "not every process has saved; run the same command to continue from the newest checkpoint, if there is one"
-        )
-    return INTERRUPTED_EXIT if number == signal.SIGINT else code, f"stopped by {number.name}: {line}"
+    line = "every process has saved; run the same command to continue"
+    if not saved:
+        line = f"not {line} from the newest checkpoint, if there is one"
+    code = INTERRUPTED_EXIT if number == signal.SIGINT else PREEMPTED_EXIT if saved else 128 + number
+    return code, f"stopped by {number.name}: {line}"
 
 
 def describe_failure(error: ChildFailedError) -> tuple[int, str]:

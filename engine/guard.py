@@ -1,8 +1,7 @@
 """Checks whether a step's gradient may be applied, and whether all replicas still hold the same weights.
 
-If the host asks the device for a number, it waits until every queued kernel has run, and the device then idles until
-new ones are queued. So the device judges a step by itself; the numbers of the step are sent to the host as soon as they
-are computed, and read only when the next step has been queued behind them.
+The device judges a step by itself, so that it never idles while the host waits for a number: the numbers of a step are
+sent to the host as soon as they are computed, and read only when the next step has been queued behind them.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ import torch
 from torch import Tensor
 
 from .config import OptimConfig
-from .distributed import gather_objects, max_over_ranks
+from .distributed import gather_objects, reduce_over_ranks
 from .errors import TrainingAborted
 from .objective import StepLoss
 
 
-@dataclass(frozen=True)
-class Bounds:
+class Bounds(NamedTuple):
     """Limits for the gradient norm of one step, known before the gradient is."""
 
     limit: float = math.inf  # norm that the gradient is clipped to
@@ -32,17 +30,10 @@ class Bounds:
     spike: float = math.inf  # a norm above it is a spike
     clip_spikes: bool = False  # to the median, instead of skipping the step
 
-    @property
-    def may_clip(self) -> bool:
-        """Whether a gradient may have to be clipped."""
-        return self.limit < math.inf or (self.clip_spikes and self.spike < math.inf)
-
     def judge(self, bad: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Returns, as scalars on the device, whether to skip the step, and the norm to clip to.
 
-        Args:
-            bad: whether anything is not finite, on any rank.
-            norm: of the whole gradient, in float64 like the host's numbers.
+        `bad`: anything is not finite, on any rank; `norm`: of the whole gradient, in float64 like the host's numbers.
         """
         spike, limit = norm > self.spike, torch.full_like(norm, self.limit)
         if self.clip_spikes:
@@ -53,9 +44,8 @@ class Bounds:
 class StepGuard:
     """Skips steps that are not finite, and clips or skips spikes, the same on every rank.
 
-    A spike is a gradient norm above `optim.spike_factor` x the median of the last `WINDOW` applied norms.
-    `optim.max_skips` skips in a row abort the run. The device decides by `bounds`, without waiting for
-    the host; `record` counts its decision. The state is part of the checkpoint.
+    A spike is a gradient norm above `optim.spike_factor` x the median of the last `WINDOW` applied norms. The device
+    decides by `bounds`; `record` counts its decision. The state is part of the checkpoint.
     """
 
     WINDOW = 100  # applied norms that the median is taken of
@@ -116,30 +106,20 @@ class StepGuard:
 def gather_findings(loss: Tensor, norm: Tensor, signal: int, failed: bool) -> Tensor:
     """Returns facts of one step over all ranks, float64 (4,) on the device: one collective, without waiting for it.
 
-    They are: whether a loss or a gradient is not finite; the gradient's norm, 0 where it is NaN; the signal that asks
-    to stop, or 0; whether a checkpoint could not be written.
+    They are: a loss or a gradient is not finite; the gradient's norm, or 0 for NaN; the signal that asks to stop, or 0;
+    a checkpoint could not be written.
     """
     bad = ~(loss.isfinite() & norm.isfinite())
     own = [bad.double(), norm.double().nan_to_num(0.0)]
     own += [torch.full_like(own[0], float(value)) for value in (signal, failed)]  # no copy from the host
-    return max_over_ranks(torch.stack(own))
-
-
-class Outcome(NamedTuple):
-    """The findings on the host, and whether the step was skipped."""
-
-    skipped: bool
-    finite: bool
-    norm: float
-    signal: int
-    failed: bool
+    return reduce_over_ranks(torch.stack(own))
 
 
 @dataclass(eq=False)
 class InFlight:
     """A step that is queued on the device, and whose numbers the host has not read yet."""
 
-    skip: Tensor  # scalar on the device: whether the update is left out
+    skip: Tensor  # scalar on the device: the update is left out
     findings: Tensor  # of `gather_findings`
     bounds: Bounds  # that the gradient was judged by
     losses: list[StepLoss]  # of the micro-batches
@@ -153,12 +133,12 @@ class InFlight:
         if self._arrived is not None:
             self._arrived.record()
 
-    def outcome(self) -> Outcome:
-        """Returns the outcome of the step; waits until the device has decided, and for nothing queued after it."""
+    def outcome(self) -> tuple[bool, bool, float, int, bool]:
+        """Returns whether the step was skipped, then the findings; waits for nothing queued after the step."""
         if self._arrived is not None:
             self._arrived.synchronize()
         skipped, bad, norm, signal, failed = self._numbers.tolist()
-        return Outcome(bool(skipped), not bad, norm, int(signal), bool(failed))
+        return bool(skipped), bool(bad), norm, int(signal), bool(failed)
 
 
 # ---- drift -----------------------------------------------------------------------------------------

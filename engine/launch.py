@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from common.checks import require
 
@@ -12,8 +13,7 @@ from .build import describe
 from .callbacks import Callback
 from .cli import config_parser, leave
 from .config import Config, load_config
-from .distributed import close_world, init_world
-from .start import check_ranks_agree_on_config
+from .distributed import close_world, init_world, require_same
 from .trainer import Trainer
 
 
@@ -60,14 +60,13 @@ def train(
         return 0
 
     world = init_world(timeout_s=config.train.timeout_s)
-    check_ranks_agree_on_config(config, override=sorted(arguments.override))
-    trainer = Trainer(
-        config,
-        world,
-        override=arguments.override,
-        allow_inexact_resume=arguments.allow_inexact_resume,
-        callbacks=callbacks(config),
-    )
+    flags: dict[str, Any] = {
+        "override": sorted(arguments.override),
+        "allow_inexact_resume": arguments.allow_inexact_resume,
+    }
+    remedy = "start every rank with the same command and the same config file"
+    require_same(config.to_flat_dict() | flags, "was started with another configuration", remedy)
+    trainer = Trainer(config, world, callbacks=callbacks(config), **flags)
     reached = trainer.fit(loop)
     close_world()  # after a clean end only
     return leave(0 if reached else trainer.run.signals.exit_code)

@@ -60,12 +60,7 @@ class Steps(IterableDataset):
         self.latte = latte
 
     def __iter__(self) -> Iterator[MicroBatches]:
-        run, state = self.latte.run, self.latte.state
-        batches = run.batches(state.samples_seen)
-        while state.step < run.config.train.max_steps:
-            with run.meter.waiting():
-                micro_batches = next(batches)
-            yield micro_batches
+        return self.latte.batches()
 
 
 def loop(latte: Trainer, callbacks: Sequence[Callback] = ()) -> int:

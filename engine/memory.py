@@ -1,22 +1,19 @@
 """Refuses sizes that cannot fit before anything is allocated.
 
-It counts a lower bound of a run's memory, so that nothing that would fit is refused; tools.plan counts all of it. It is
-plain arithmetic, quick for every size that a configuration may have.
+It counts a lower bound of a run's memory by plain arithmetic, so that nothing that would fit is refused; tools.plan
+counts all of it.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from common.checks import require
 from models.config import SIZE_KEYS
-from models.latte import Latte
-from models.latte_t2v import LatteT2V
 
 from .config import Config
 
@@ -32,19 +29,18 @@ LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_
 def check_network_fits(config: Config, device: torch.device | str) -> None:
     """Refuses a network that does not fit on `device` together with the tokens of one clip.
 
-    On the meta device only the position tables of text networks take memory; they are computed on the CPU.
-
-    Raises: ValueError, a sentence with the keys, the memory needed and the memory available.
+    On the meta device only the position tables of text networks take memory; they are computed on the CPU. Raises
+    ValueError, a sentence with the keys, the memory needed and the memory available.
     """
     device = torch.device(device)
-    parts = 4 * estimate_parameters(config), TABLE_BYTES * count_positions(config), 2 * count_tokens(config)
+    parameters, positions, tokens = count_least(config)
+    parts = 4 * parameters, TABLE_BYTES * positions, 2 * tokens
     _require_room(config, "This network", parts, None if device.type == "meta" else device)
     if config.model.is_text and device.type == "meta":
         _require_room(config, "This network", (0, parts[1], 0), torch.device("cpu"))
     side = config.latent_size // config.model.size.patch_size
-    scores = config.data.num_frames * config.model.size.num_heads * side**4
     require(
-        scores <= LARGEST_ATTENTION,
+        config.data.num_frames * config.model.size.num_heads * side**4 <= LARGEST_ATTENTION,
         f"data.image_size={config.data.image_size} makes {side**2:,} tokens a frame, too many for attention among "
         "them: lower it.",
     )
@@ -53,8 +49,7 @@ def check_network_fits(config: Config, device: torch.device | str) -> None:
 def check_training_fits(config: Config, device: torch.device | str, ranks: int = 1) -> None:
     """Refuses a training whose weights, optimizer states and layer inputs do not fit on `device`.
 
-    Raises: ValueError, a sentence with the keys, the memory needed and the memory available; or for more loader
-        processes than the cores of this machine can serve.
+    Raises ValueError as above, or for more loader processes than the cores of this machine can serve.
     """
     train, workers = config.train, config.data.num_workers
     most = 8 * (os.cpu_count() or 1) + 8
@@ -63,10 +58,11 @@ def check_training_fits(config: Config, device: torch.device | str, ranks: int =
         f"data.num_workers={workers} is more than the {most} loader processes (8 a core, and 8) that this machine "
         "can serve: lower it.",
     )
+    parameters, positions, tokens = count_least(config)
     each = FROZEN_BYTES.get(train.precision, 4) if config.lora.rank else sum(STATE_BYTES.values())
     shards = ranks if train.parallel == "fsdp" else 1
-    kept = train.batch_size * config.model.size.depth * count_tokens(config) * (2 if train.precision == "bf16" else 4)
-    parts = each * estimate_parameters(config) // shards, TABLE_BYTES * count_positions(config), kept
+    kept = train.batch_size * config.model.size.depth * tokens * (2 if train.precision == "bf16" else 4)
+    parts = each * parameters // shards, TABLE_BYTES * positions, kept
     _require_room(config, "This training", parts, torch.device(device), f"train.batch_size={train.batch_size}, ")
 
 
@@ -77,9 +73,9 @@ def _require_room(
     model, data = config.model, config.data
     needed, available = sum(parts), find_memory(device) if device else LARGEST
     size = f"model.name={model.name} ({', '.join(f'{key}={value}' for key, value in zip(SIZE_KEYS, model.size))})"
-    layers = 4 * model.size.depth * model.size.hidden_size**2  # their parameters, at least
+    has_more_classes = model.num_classes > 4 * model.size.depth * model.size.hidden_size
     keys = (
-        f"model.num_classes={model.num_classes}" if model.num_classes * model.size.hidden_size > layers else size,
+        f"model.num_classes={model.num_classes}" if has_more_classes else size,
         f"data.image_size={data.image_size}",
         f"{batch}data.num_frames={data.num_frames}, data.image_size={data.image_size}",
     )
@@ -90,43 +86,20 @@ def _require_room(
     )
 
 
-def estimate_parameters(config: Config) -> int:
-    """Returns the number of parameters, extrapolated from two shallow networks: it is linear in the depth."""
-    model, size, channels = config.model, config.model.size, config.codec.latent_channels
-    networks: list[torch.nn.Module]
-    with torch.device("meta"):
-        if model.is_text:
-            whole, temporal = config.text_network(), model.name != "custom-t2i"
-            small = replace(whole, sample_size=size.patch_size, video_length=1)
-            layers, step = whole.num_layers, 1
-            networks = [LatteT2V(replace(small, num_layers=count), temporal=temporal) for count in (1, 2)]
-        else:
-            layers, step = size.depth, 2
-            sizes = [dict(zip(SIZE_KEYS, size._replace(depth=depth))) for depth in (2, 4)]
-            frames = model.frames_per_token
-            networks = [
-                Latte(
-                    replace(model, name="custom", **each),  # type: ignore[arg-type]
-                    in_channels=channels,
-                    latent_size=size.patch_size,
-                    num_frames=frames,
-                )
-                for each in sizes
-            ]
-    one, two = (sum(parameter.numel() for parameter in network.parameters()) for network in networks)
-    return one + (two - one) * (layers - step) // step
+def count_least(config: Config) -> tuple[int, int, int]:
+    """Returns the least number of parameters, of entries of the position tables, and of numbers in a clip's tokens.
 
-
-def count_positions(config: Config) -> int:
-    """Returns the size of the tables of spatial and temporal positions."""
-    width, patch, frames = config.model.size.hidden_size, config.model.size.patch_size, config.data.num_frames
-    return width * ((config.latent_size // patch) ** 2 + frames // config.model.frames_per_token)
-
-
-def count_tokens(config: Config) -> int:
-    """Returns the size of the tokens of one clip with its images."""
-    frames = config.data.num_frames // config.model.frames_per_token + config.data.num_images
-    return frames * config.model.size.hidden_size * (config.latent_size // config.model.size.patch_size) ** 2
+    The parameters are those of attention and MLP in each block, and of the label table.
+    """
+    model, data = config.model, config.data
+    width, depth, _, patch = model.size
+    spatial, temporal = (config.latent_size // patch) ** 2, data.num_frames // model.frames_per_token
+    layers = int(depth * (4 + 2 * model.mlp_ratio) * width**2)
+    return (
+        layers + model.num_classes * width,
+        width * (spatial + temporal),
+        width * spatial * (temporal + data.num_images),
+    )
 
 
 def find_memory(device: torch.device) -> int:

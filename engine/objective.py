@@ -6,41 +6,21 @@ Letters: B clips, F frames, I images, C latent channels, H W pixels, h w latent 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from diffusion import (
-    ConditionConfig,
-    GaussianDiffusion,
-    Given,
-    LossTerms,
-    RectifiedFlow,
-    TimestepSampler,
-    condition_denoiser,
-)
-from models.autoencoder import LatentCodec, Posterior, StoredCodec
+from datasets import ClipDataset
+from diffusion import Given, LossTerms, TimestepSampler, condition_denoiser
+from models.autoencoder import LatentCodec, Posterior
 
+from .build import PRECISIONS, build_codec, build_process
 from .conditions import Condition, Conditions
-
-
-class Precision(NamedTuple):
-    """Number formats of a training.
-
-    Attributes:
-        dtype: of weights, latents, noise and loss.
-        autocast: dtype that the network computes in; None: `dtype`.
-    """
-
-    dtype: torch.dtype
-    autocast: torch.dtype | None = None
-
-
-FP32 = Precision(torch.float32)
+from .config import Config
 
 
 @dataclass(frozen=True)
@@ -70,7 +50,6 @@ def sample_generator(seed: int, position: int, device: torch.device) -> torch.Ge
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
-@dataclass(eq=False)
 class Objective:
     """`objective(model, batch) -> StepLoss`.
 
@@ -78,17 +57,22 @@ class Objective:
     in the batch.
     """
 
-    codec: LatentCodec | StoredCodec
-    diffusion: GaussianDiffusion | RectifiedFlow
-    timestep_sampler: TimestepSampler
-    conditions: Conditions  # of the batch's labels
-    _: KW_ONLY
-    num_images: int  # I, trailing frames that are single images (joint image-video training)
-    seed: int
-    device: torch.device
-    precision: Precision = FP32  # of latents, noise and loss, and of the network's autocast
-    given: ConditionConfig = field(default_factory=ConditionConfig)  # frames of a clip that are given
-    tubelet_size: int = 1  # frames that are given together
+    def __init__(
+        self,
+        config: Config,
+        clips: ClipDataset,
+        conditions: Conditions,
+        timestep_sampler: TimestepSampler,
+        device: torch.device,
+    ) -> None:
+        self.codec = build_codec(config, clips, device)
+        self.diffusion = build_process(config).to(device)
+        self.conditions, self.timestep_sampler, self.device = conditions, timestep_sampler, device
+        self.num_images = config.data.num_images  # I, trailing frames that are single images (joint training)
+        self.seed = config.train.seed
+        self.precision = PRECISIONS[config.train.precision]
+        self.given = config.condition  # frames of a clip that are given
+        self.tubelet_size = config.model.frames_per_token  # frames that are given together
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepLoss:
         """Returns the mean loss of a micro-batch {"video" or "latents", "labels", "position"} of the data loader."""
@@ -142,26 +126,20 @@ class Objective:
 
     def draw(self, positions: list[int], latent_shape: torch.Size, num_labels: int) -> Draws:
         """Draws all random numbers of the samples at `positions`, each from its own generator, in a fixed order."""
-        rows = []
         num_uniforms = self.num_given_uniforms(latent_shape[1] - self.num_images)
+        shape, rows = latent_shape[1:], []
         for position in positions:
-            generator = sample_generator(self.seed, position, self.device)
-            uniform = torch.rand(1 + num_labels, generator=generator, device=self.device)
-            noise = torch.randn(latent_shape[1:], generator=generator, device=self.device)
-            codec_noise = (
-                torch.randn(latent_shape[1:], generator=generator, device=self.device)
-                if self.codec.stochastic
-                else None
-            )
-            given_uniform = torch.rand(num_uniforms, generator=generator, device=self.device)
-            rows.append((uniform, noise, codec_noise, given_uniform))
-        uniforms = torch.stack([uniform for uniform, *_ in rows])
+            where: Any = {"generator": sample_generator(self.seed, position, self.device), "device": self.device}
+            uniform, noise = torch.rand(1 + num_labels, **where), torch.randn(shape, **where)
+            codec_noise = torch.randn(shape, **where) if self.codec.stochastic else noise[:0]
+            rows.append((uniform, noise, codec_noise, torch.rand(num_uniforms, **where)))
+        uniform, noise, codec_noise, given_uniform = map(torch.stack, zip(*rows))
         return Draws(
-            uniform=uniforms[:, 0],
-            label_uniform=uniforms[:, 1:],
-            noise=torch.stack([noise for _, noise, *_ in rows]),
-            codec_noise=torch.stack([noise for _, _, noise, _ in rows]) if self.codec.stochastic else None,  # type: ignore[misc]
-            given=self.given_frames(torch.stack([each for *_, each in rows])),
+            uniform=uniform[:, 0],
+            label_uniform=uniform[:, 1:],
+            noise=noise,
+            codec_noise=codec_noise if self.codec.stochastic else None,
+            given=self.given_frames(given_uniform),
         )
 
     def num_given_uniforms(self, num_frames: int) -> int:
@@ -177,8 +155,5 @@ class Objective:
         parts = {"loss": terms.loss, "mse": terms.mse, "vb": terms.vb}
         if self.num_images:
             per_frame = terms.per_frame()  # (B, F+I)
-            parts |= {
-                "video_loss": per_frame[:, : -self.num_images],
-                "image_loss": per_frame[:, -self.num_images :],
-            }
+            parts |= {"video_loss": per_frame[:, : -self.num_images], "image_loss": per_frame[:, -self.num_images :]}
         return {name: value.detach().mean() for name, value in parts.items() if value is not None}

@@ -67,10 +67,8 @@ class EMA:
     Only trainable parameters are averaged. Buffers (position tables) are constant and stay as copied; frozen
     parameters are the network's own, shared.
 
-    Args:
-        model: the network, whose current weights are the initial average.
-        decay: weight of the old average, in [0, 1).
-        warmup: use the decay min(decay, (1 + n) / (10 + n)) at update n.
+    The initial average is the current weights. `decay` is in [0, 1), with `warmup` min(decay, (1 + n) / (10 + n)) at
+    update n.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: bool = False) -> None:

@@ -10,57 +10,43 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from datasets import ClipDataset
 
 from . import checkpoint as ckpt
 from .config import Config
-from .distributed import World, broadcast_object, gather_objects, mean_over_ranks, on_main
+from .distributed import World, broadcast_object, gather_objects, on_main, reduce_over_ranks
 from .errors import CheckpointNotWritten, TrainingAborted
 from .guard import InFlight
-from .logging import Meter, NullLogger, RunLogger, peak_memory_gib
-from .run_folder import COMPLETED, PREEMPTED, HangWatch, RunFolder
+from .run_folder import COMPLETED, PREEMPTED, HangWatch, Meter, NullLogger, RunFolder, RunLogger, peak_memory_gib
 from .signals import StopSignals
 from .state import TrainState
-from .stream import Breadcrumbs, ClipStream, PositionBatches, load_micro_batches
+from .stream import Breadcrumbs, ClipStream, load_micro_batches, position_batches
 
 MicroBatches = list[dict[str, Tensor]]
 
 
 class Run:
-    """One process's part of a run.
-
-    Args:
-        config: the whole configuration.
-        world: this process's rank, world size and device.
-        clips: the training data.
-    """
+    """One process's part of a run over the training data `clips`."""
 
     def __init__(self, config: Config, world: World, clips: ClipDataset) -> None:
         train = config.train
         self.config = config
         self.world = world
         self.clips = clips
-        self.folder = RunFolder(Path(train.output_dir))
+        self.folder = RunFolder(Path(train.output_dir), world.is_main)
         self.writer = ckpt.CheckpointWriter(self.folder.checkpoints, config)
         self.signals = StopSignals()
         self.log = cast(RunLogger, NullLogger())  # until `start_log` on rank 0
         self.meter = Meter()
         self.crumbs = Breadcrumbs(self.folder.path, world.rank)
         self.watch = HangWatch(self.folder.path / "errors" / f"rank{world.rank}.stacks.txt", train.hang_timeout_s)
+        self.is_sharded = train.parallel == "fsdp" and world.size > 1  # weights, moments, average: over the ranks
+        self.has_replicas = world.size > 1 and not self.is_sharded  # several ranks hold a copy of the network each
         self.global_batch_size = train.batch_size * train.grad_accum_steps * world.size
         self.batch_files: list[str] = []  # clips of the step that was launched last, for failure reports
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether weights, moments and average are spread over the ranks (FSDP2)."""
-        return self.config.train.parallel == "fsdp" and self.world.size > 1
-
-    @property
-    def has_replicas(self) -> bool:
-        """Whether several ranks hold a copy of the network each (DDP)."""
-        return self.world.size > 1 and not self.is_sharded
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -90,15 +76,17 @@ class Run:
             if self.writer.failure:  # another error came first
                 self.log.say(f"warning: {self.writer.failure}")
             self.crumbs.clear()
-            self.folder.close()
+            self.folder.lock.release()
 
-    def start_log(self, step: int) -> None:
-        """Opens the log on rank 0 and records the start."""
+    def start_log(self, step: int, notes: list[str]) -> None:
+        """Opens the log on rank 0, with `notes` as its first lines."""
         if not self.world.is_main:
             return
         self.log = RunLogger(self.folder.path, start=step, total=self.config.train.max_steps)
         (self.folder.path / "config.yaml").write_text(self.config.to_yaml())
         self.folder.event("start", step, world_size=self.world.size)
+        for note in notes:
+            self.log.say(note)
 
     def finish(self, state: TrainState, stop: int) -> None:
         """Saves what a stop signal interrupted, and leaves the marker PREEMPTED or COMPLETED. Collective."""
@@ -108,11 +96,10 @@ class Run:
             self.save(state)
         self.writer.wait()
         try:
-            self.raise_failed_write(broadcast_object(self.writer.failure))
+            self.raise_failed_write()
             if stop:
                 name = signal.Signals(stop).name
                 self.log.say(f"stopped by {name} at step {state.step}, saved; run the same command to continue")
-            if stop and self.world.is_main:
                 self.folder.event("preempted", state.step, signal=stop)
                 self.folder.mark(PREEMPTED, state.step, signal=stop)
             elif self.world.is_main:
@@ -128,11 +115,10 @@ class Run:
         if data.num_workers:
             self.crumbs.clear()
             self.clips.on_open = self.crumbs
+        positions = position_batches(samples_seen, train.batch_size, self.world.rank, self.world.size)
         stream = load_micro_batches(
             ClipStream(self.clips, train.seed),
-            PositionBatches(
-                samples_seen, batch_size=train.batch_size, rank=self.world.rank, world_size=self.world.size
-            ),
+            positions,
             data.num_workers,
             pin_memory=self.world.device.type == "cuda",
             timeout_s=data.worker_timeout_s,
@@ -141,10 +127,9 @@ class Run:
             try:
                 yield [next(stream) for _ in range(train.grad_accum_steps)]
             except RuntimeError as error:
-                explained = self.crumbs.explain(error)
-                if explained is None:
-                    raise
-                raise TrainingAborted(explained) from error
+                if explained := self.crumbs.explain(error):
+                    raise TrainingAborted(explained) from error
+                raise
 
     def files_of(self, micro_batches: MicroBatches) -> list[str]:
         """Returns the paths of the clips of a step."""
@@ -160,19 +145,19 @@ class Run:
         if self.world.is_main:
             self.writer.save(saved)
         if not asynchronous:  # else a later step learns of it
-            self.raise_failed_write(broadcast_object(self.writer.failure))
+            self.raise_failed_write()
 
-    def raise_failed_write(self, failure: str | None) -> None:
-        """Raises CheckpointNotWritten with rank 0's `failure`, if there is one."""
-        if failure:
+    def raise_failed_write(self) -> None:
+        """Raises CheckpointNotWritten, on every rank, if rank 0 could not write. Collective."""
+        if failure := broadcast_object(self.writer.failure):
             self.writer.failure = None
             raise CheckpointNotWritten(failure)
 
     def log_metrics(self, state: TrainState) -> None:
         """Writes one row: means over ranks and over the steps since the last row. Collective."""
         values, seconds, waiting = self.meter.means()
-        means = mean_over_ranks(torch.stack(list(values.values()))).tolist()
-        row: dict[str, Any] = {"samples_seen": state.samples_seen, **dict(zip(values, means, strict=True))}
+        means = reduce_over_ranks(torch.stack(list(values.values())), dist.ReduceOp.SUM) / self.world.size
+        row: dict[str, Any] = {"samples_seen": state.samples_seen, **dict(zip(values, means.tolist(), strict=True))}
         row |= {
             "learning_rate": state.optimizer.param_groups[0]["lr"],
             "videos_per_second": self.global_batch_size / seconds,
@@ -188,22 +173,19 @@ class Run:
     def report_skip(self, state: TrainState, reason: str, step: InFlight) -> None:
         """Logs the files and timesteps of a skipped step. Collective."""
         timesteps = torch.cat([loss.timesteps for loss in step.losses]).tolist()
-        losses = [float(loss.loss) for loss in step.losses]
-        facts = gather_objects({"files": step.files, "timesteps": timesteps, "losses": losses})
+        losses = [str(float(loss.loss)) for loss in step.losses]  # JSON has no NaN
+        facts = gather_objects({"losses": losses, "files": step.files, "timesteps": timesteps})
         self.log.say(f"step {state.step} skipped ({state.guard.skipped} so far): {reason}")
-        if self.world.is_main:
-            text = [str(loss) for rank in facts for loss in rank["losses"]]  # JSON has no NaN
-            merged = {key: [value for rank in facts for value in rank[key]] for key in ("files", "timesteps")}
-            seen = state.samples_seen
-            self.folder.event("skip", state.step, reason=reason, samples_seen=seen, losses=text, **merged)
+        merged = {key: [value for rank in facts for value in rank[key]] for key in facts[0]}
+        self.folder.event("skip", state.step, reason=reason, samples_seen=state.samples_seen, **merged)
 
 
 @contextlib.contextmanager
 def collect_on_request() -> Iterator[None]:
     """While entered, garbage is collected by calls of `gc.collect` only, and of objects made since entering only.
 
-    An automatic full collection visits every object of every imported module, a third of a million, in the middle of
-    some step. Meanwhile no kernel is queued, and all ranks wait for the one that collects.
+    An automatic full collection in the middle of a step visits every object of every imported module; meanwhile no
+    kernel is queued.
     """
     enabled = gc.isenabled()
     gc.collect()

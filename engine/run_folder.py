@@ -1,7 +1,8 @@
-"""The folder of a run: its lock, its events, the markers that say how the last session ended, stacks of a hang.
+"""The folder of a run: lock, events, end markers, errors, stacks of a hang, the log, and the meter of its rows.
 
 .lock            locked while a run writes here; names its host and process
 events.jsonl     starts, resumes, skipped steps, spikes, stops: one object a line
+metrics.jsonl    numbers of the training and of each callback; also in tensorboard/
 errors/rank1.json  the error that ended rank 1: step, batch, error, traceback
 errors/rank1.stacks.txt  the stack of each thread of rank 1 when a step hung
 PREEMPTED        a signal stopped the run at this step; start it again to continue
@@ -14,16 +15,27 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import os
+import resource
 import shutil
 import socket
+import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from common.storage import FolderLock, write_json
+from common.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -31,26 +43,23 @@ PREEMPTED, COMPLETED = "PREEMPTED", "COMPLETED"
 
 
 class RunFolder:
-    """The folder of one run. Only rank 0 opens it and writes markers; every rank may call `report_failure`."""
+    """The folder of one run. Only rank 0 (`is_main`) opens it and writes events and markers."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, is_main: bool = True) -> None:
+        self.path, self.is_main = path, is_main
         self.checkpoints = path / "checkpoints"
-        self._lock = FolderLock(path, "train.output_dir")
+        self.lock = FolderLock(path, "train.output_dir")
 
     def open(self) -> None:
-        """Locks the folder and deletes the markers and errors of the last session.
-
-        Raises: OSError if it or its checkpoints/ cannot be written, or another live process writes into it.
-        """
+        """Locks the folder and deletes the markers and errors of the last session; OSError if it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.take()
+            self.lock.take()
             self.checkpoints.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=self.checkpoints):  # fails now, not after hours at the first checkpoint
                 pass
         except OSError as error:
-            self.close()
+            self.lock.release()
             if error.errno is None:  # a sentence of ours
                 raise
             files = [place for place in (self.checkpoints, self.path, *self.path.parents) if place.is_file()]
@@ -61,25 +70,24 @@ class RunFolder:
             (self.path / f".{marker}.tmp").unlink(missing_ok=True)
         shutil.rmtree(self.path / "errors", ignore_errors=True)
 
-    def close(self) -> None:
-        """Releases the lock."""
-        self._lock.release()
-
     def event(self, kind: str, step: int, **facts: Any) -> None:
-        """Appends one event."""
+        """Appends one event, on rank 0."""
+        if not self.is_main:
+            return
         recreate_checkpoints(self.checkpoints)
         row = {"time": round(time.time(), 3), "step": step, "event": kind, **facts}
         with (self.path / "events.jsonl").open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def mark(self, marker: str, step: int, **facts: Any) -> None:
-        """Writes the file `marker` atomically."""
-        recreate_checkpoints(self.checkpoints)
-        content = {"step": step, "time": round(time.time(), 3), **facts}
-        write_json(self.path / marker, content, indent=2, temporary=self.path / f".{marker}.tmp")
+        """Writes the file `marker` atomically, on rank 0."""
+        if self.is_main:
+            recreate_checkpoints(self.checkpoints)
+            content = {"step": step, "time": round(time.time(), 3), **facts}
+            write_json(self.path / marker, content, indent=2, temporary=self.path / f".{marker}.tmp")
 
     def report_failure(self, rank: int, step: int, error: BaseException, **facts: Any) -> None:
-        """Writes the error that ended this rank into a file of its own, so that no other rank overwrites it."""
+        """Writes the error that ended this rank into a file of its own."""
         report = {
             "rank": rank,
             "host": socket.gethostname(),
@@ -89,11 +97,9 @@ class RunFolder:
             **facts,
             "traceback": traceback.format_exception(error),
         }
-        try:
+        with contextlib.suppress(OSError):  # the error itself matters more than its file
             (self.path / "errors").mkdir(parents=True, exist_ok=True)
             (self.path / "errors" / f"rank{rank}.json").write_text(json.dumps(report, indent=2) + "\n")
-        except OSError:  # the error itself matters more than its file
-            return
 
 
 def recreate_checkpoints(checkpoints: Path) -> None:
@@ -134,3 +140,151 @@ class HangWatch:
             self._file.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # other ranks have theirs there
                 self._file.parent.rmdir()
+
+
+# ---- the log ---------------------------------------------------------------------------------------
+
+
+class NullLogger:
+    """Discards everything: the log of every rank but the first."""
+
+    def __getattr__(self, name: str) -> Callable[..., bool]:
+        return lambda *_, **__: False
+
+
+class RunLogger:
+    """The log of one run in `folder`.
+
+    metrics.jsonl holds one object a line, of `kind` `train` or that of a callback. A resume at step s drops the lines
+    after s, which the continued run writes again. In TensorBoard a number is called `<kind>/<name>`.
+    """
+
+    def __init__(self, folder: Path, *, start: int, total: int) -> None:
+        self._folder, self._total, self._step = folder, total, start
+        self._open(start)
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=not self._terminal)
+
+    def _open(self, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file, kept = self._folder / "metrics.jsonl", []
+        for line in file.read_text().splitlines() if start and file.is_file() else []:
+            with contextlib.suppress(ValueError, KeyError):  # a row that a kill cut
+                kept += [f"{line}\n"] if json.loads(line)["step"] <= start else []
+        file.write_text("".join(kept))
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def _open_again(self) -> None:
+        """Reopens files that were deleted during the run, with a warning."""
+        gone = [name for name in ("metrics.jsonl", "tensorboard") if not (self._folder / name).exists()]
+        if not gone:
+            return
+        if self._folder.is_dir():
+            self.say(f"warning: {' and '.join(gone)} of {self._folder} was deleted during the run and is started again")
+        else:
+            recreate_checkpoints(self._folder / "checkpoints")
+        (self._folder / "tensorboard").mkdir(exist_ok=True)  # for rows that its writer still buffers
+        with contextlib.suppress(OSError):  # the writer may have failed already
+            self._board.close()
+        self._open(self._step)
+
+    def say(self, text: str) -> None:
+        """Prints one line above the bar; line breaks in file and class names are escaped."""
+        tqdm.write(printable(text), file=sys.stderr)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        self._step = step
+        self._bar.update(step - self._bar.n)
+
+    def metrics(self, step: int, values: dict[str, Any], kind: str = "train") -> None:
+        """Writes one row of numbers at `step`; a number that is not finite becomes null, as JSON has no NaN."""
+        self._open_again()
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with (self._folder / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps({"step": step, "kind": kind, **row}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        if kind != "train":
+            return
+        loss, rate = f"loss {values['loss']:.4f}", f"{values['videos_per_second']:.1f} videos/s"
+        self._bar.set_postfix_str(f"{loss}, {rate}", refresh=False)
+        if not self._terminal:
+            eta = timedelta(seconds=round((self._total - step) * values["seconds_per_step"]))
+            self.say(f"step {step}/{self._total}  {loss}  {rate}  ETA {eta}")
+
+    def picture(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """Writes one picture (H, W, 3) uint8 at `step` to TensorBoard."""
+        self._open_again()
+        self._board.add_image(tag, pixels, step, dataformats="HWC")
+
+    def holds(self, step: int, kind: str) -> bool:
+        """Returns whether there is a row of that kind at `step`."""
+        self._open_again()
+        return any(row["step"] == step for row in read_rows(self._folder / "metrics.jsonl", kind))
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self._open_again()
+        self._bar.close()
+        self._board.close()
+
+
+def read_rows(file: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Returns the rows of that kind in a metrics.jsonl, in order; rows without a kind are of `train`."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [row for row in rows if row.get("kind", "train") == kind]
+
+
+# ---- the numbers of a row --------------------------------------------------------------------------
+
+
+class Meter:
+    """Averages device scalars and measures time over steps, without waiting for the device until `means`."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Starts a new row."""
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds the values of one step."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time spent inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time spent inside out of the time per step."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - start
+
+    def means(self) -> tuple[dict[str, Tensor], float, float]:
+        """Returns the mean of each value, seconds per step, and the share of them spent waiting for data."""
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        passed = time.perf_counter() - self._started
+        return means, passed / self._steps, self._waited / passed
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the peak memory so far: allocated by torch on a GPU; resident set of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

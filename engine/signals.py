@@ -69,11 +69,7 @@ def block_in_children() -> Iterator[None]:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Has the kernel kill this process when its parent dies, so that no process is orphaned. Linux only.
-
-    Args:
-        parent: process id of the parent, if known: if it has died already, this process ends at once.
-    """
+    """Has the kernel kill this process when its parent (a process id, if known) dies, or if it is dead. Linux only."""
     if sys.platform != "linux":
         return
     parent = parent or os.getppid()

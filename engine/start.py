@@ -5,9 +5,8 @@ Only the same experiment may continue a checkpoint, unless the command line says
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from common.checks import require
 from common.storage import find_changes
@@ -16,7 +15,7 @@ from datasets import ClipDataset
 from . import checkpoint as ckpt
 from .build import count_parameters
 from .config import Config
-from .distributed import on_main, require_same
+from .distributed import on_main
 from .run import Run
 from .state import TrainState
 from .weights import initialise
@@ -66,34 +65,6 @@ def check_clips(config: Config, clips: ClipDataset, world_size: int) -> None:
     )
 
 
-def check_ranks_agree_on_config(config: Config, **flags: object) -> None:
-    """Raises ValueError, on every rank, where ranks were started with different configurations. Collective.
-
-    Args:
-        flags: command-line flags that must be equal too.
-    """
-
-    def refusal(rank: int, own: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-        changed = [f"{key} {own[key]!r}, not {value!r}" for key, value in first.items() if own[key] != value]
-        return (
-            f"rank {rank} was started with another configuration than rank 0 ({'; '.join(changed)}): start every "
-            "rank with the same command and the same config file."
-        )
-
-    require_same(config.to_flat_dict() | flags, refusal)
-
-
-def check_ranks_agree_on_data(config: Config, clips: ClipDataset) -> None:
-    """Raises ValueError, on every rank, unless all ranks see the same data. Collective."""
-    require_same(
-        (len(clips), clips.digest),
-        lambda rank, own, first: (
-            f"rank {rank} finds {own[0]} clips (list {own[1][:12]}) under {config.data.path}, rank 0 {first[0]} "
-            f"(list {first[1][:12]}): every machine must hold the same files."
-        ),
-    )
-
-
 # ---- checkpoint or initial weights -----------------------------------------------------------------
 
 
@@ -104,22 +75,22 @@ def restore(run: Run, state: TrainState, override: Collection[str] = (), allow_i
         override: keys whose change since the checkpoint is accepted.
         allow_inexact: generator states may be missing.
     """
-    config, root = run.config, run.folder.checkpoints
-    source = config.train.resume
+    root, source = run.folder.checkpoints, run.config.train.resume
+    folder, complaints = None, list[str]()
     if source == "never":
-        held = ckpt.list_checkpoints(root)
+        held = len(ckpt.list_checkpoints(root))
         require(
             not held,
-            f"train.resume=never, but {root} holds {len(held)} checkpoint(s) of an earlier run: name another "
+            f"train.resume=never, but {root} holds {held} checkpoint(s) of an earlier run: name another "
             "train.output_dir, or move them away.",
         )
-        return initialise(state.model, state.ema, config, state.lora_base)
-    folder, complaints = on_main(lambda: ckpt.recover_newest(root))
-    if folder is None and source != "auto":  # where the run has nothing of its own yet
-        folder = on_main(lambda: ckpt.find_checkpoint(Path(source)))
+    else:
+        folder, complaints = on_main(lambda: ckpt.recover_newest(root))
+        if folder is None and source != "auto":  # where the run has nothing of its own yet
+            folder = on_main(lambda: ckpt.find_checkpoint(Path(source)))
     if folder is None:
         require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {root}.")
-        return initialise(state.model, state.ema, config, state.lora_base)
+        return initialise(state.model, state.ema, run.config, state.lora_base)
     return [f"warning: {text}" for text in complaints] + resume(run, state, folder, override, allow_inexact)
 
 
@@ -139,8 +110,7 @@ def resume(run: Run, state: TrainState, folder: Path, override: Collection[str],
         state.load_state_dict(saved, run.world.rank)
     except KeyError as error:
         raise ckpt.CheckpointError(f"checkpoint {folder} lacks {error}; it cannot be continued.") from None
-    if run.world.is_main:
-        run.folder.event("resume", state.step, checkpoint=folder.name, world_size=run.world.size)
+    run.folder.event("resume", state.step, checkpoint=folder.name, world_size=run.world.size)
     return [*notes, f"continuing {folder} at step {state.step}"]
 
 
@@ -151,8 +121,7 @@ def find_differences(run: Run, state: TrainState, folder: Path, saved: ckpt.Chec
     before, after = ckpt.read_config(folder).to_flat_dict(), run.config.to_flat_dict()
     free = {f"{section}.{key}" for section, keys in FREE_ON_RESUME.items() for key in keys.split()}
     compared = [key for key in after if key not in free and f"{key.partition('.')[0]}.*" not in free]
-    facts = {"global_batch_size": run.global_batch_size, "data_digest": run.clips.digest}
-    facts |= {} if state.lora_base is None else {"lora_base": state.lora_base}
+    facts = {"global_batch_size": run.global_batch_size, "data_digest": run.clips.digest, "lora_base": state.lora_base}
     changes = find_changes(before, after, compared) + find_changes(saved.state, facts, list(facts))
     old, now = set(saved.state["class_names"]), set(run.clips.class_names)
     if old != now:  # another folder would move the labels of those after it
@@ -169,12 +138,15 @@ def check_generators(folder: Path, saved: ckpt.Checkpoint, world_size: int, allo
         f"{folder / 'rng.safetensors'} lacks {', '.join(missing)}: the run would not continue exactly. Use an "
         "older checkpoint, or accept that with --allow-inexact-resume.",
     )
-    notes = {
-        f"warning: generator states are missing ({', '.join(missing)}): this resume is not exact": bool(missing),
-        f"warning: saved by {before} process(es), continued on {world_size}: the same samples and noise at every step, "
-        "added up in another order": before != world_size,
-    }
-    return [note for note, holds in notes.items() if holds]
+    notes = (
+        [f"warning: generator states are missing ({', '.join(missing)}): this resume is not exact"] if missing else []
+    )
+    if before != world_size:
+        notes.append(
+            f"warning: saved by {before} process(es), continued on {world_size}: the same samples and noise at every "
+            "step, added up in another order"
+        )
+    return notes
 
 
 # ---- the log ---------------------------------------------------------------------------------------
@@ -193,6 +165,6 @@ def describe(run: Run, state: TrainState) -> list[str]:
     facts["digest"] = str(facts["digest"])[:12]
     lines.append("data: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
     weights = state.trained_weights(state.model).values()
-    needed = 4 * sum(value.numel() * value.element_size() for value in weights)  # weights, average and two moments
+    needed = 4 * sum(value.nbytes for value in weights)  # weights, average and two moments
     warning = ckpt.space_warning(run.folder.checkpoints, needed)
     return [*([f"warning: {warning}"] if warning else []), *lines]

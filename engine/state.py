@@ -17,7 +17,7 @@ from models.lora import lora_weights
 from .build import PRECISIONS, build_model, put_adapters
 from .checkpoint import Checkpoint
 from .config import Config
-from .distributed import World, gather_objects, gather_shards, shard, shard_like, shards_like
+from .distributed import World, gather_objects, gather_shards, shard, shards_like
 from .guard import StepGuard
 from .optim import EMA, build_optimizer
 from .weights import load_base
@@ -49,9 +49,7 @@ class TrainState:
     def state_dict(self, facts: dict[str, Any], *, copy: bool = False) -> Checkpoint:
         """Returns everything that a continuation needs, on the CPU, independent of the number of ranks. Collective.
 
-        Args:
-            facts: of the run and its data (`Run.facts`).
-            copy: copy tensors that are on the CPU already, so that training may go on in them.
+        `facts`: of the run and its data (`Run.facts`); `copy`: so that training may go on in tensors of the CPU.
         """
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         moments = self.optimizer.state_dict()["state"]
@@ -59,7 +57,7 @@ class TrainState:
         rng = {f"cpu/{rank}": state for rank, state in enumerate(gather_objects(torch.get_rng_state()))}
         history = self.timestep_sampler.state_dict()
         rng |= {f"timestep_sampler/{key}": value.cpu() for key, value in history.items()}
-        base = {} if self.lora_base is None else {"lora_base": self.lora_base}
+        base = {"lora_base": self.lora_base} if self.lora_base else {}
         return Checkpoint(
             step=self.step,
             samples_seen=self.samples_seen,
@@ -79,7 +77,7 @@ class TrainState:
         trained = [each for each in self.model.named_parameters() if each[1].requires_grad]
         for index, (name, parameter) in enumerate(trained if saved.step else ()):
             moments = {key: saved.optim[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
-            state[index] = {key: shard_like(value, parameter) for key, value in moments.items()}
+            state[index] = shards_like(moments, dict.fromkeys(moments, parameter))
             state[index]["step"] = saved.optim[f"step/{name}"]
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -113,11 +111,5 @@ def build_state(config: Config, world: World) -> TrainState:
     if config.train.parallel == "fsdp" and world.size > 1:
         shard(model, world, precision.autocast)
         shard(ema.model, world)
-    return TrainState(
-        model,
-        ema,
-        build_optimizer(model, config.optim),
-        build_timestep_sampler(config.diffusion),
-        StepGuard(config.optim),
-        lora_base,
-    )
+    optimizer, sampler = build_optimizer(model, config.optim), build_timestep_sampler(config.diffusion)
+    return TrainState(model, ema, optimizer, sampler, StepGuard(config.optim), lora_base)

@@ -16,7 +16,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from multiprocessing import popen_forkserver
@@ -71,33 +71,22 @@ def collate(items: list[dict[str, Any] | VideoError]) -> dict[str, torch.Tensor]
 POLL_S = 5.0
 
 
-@dataclass
-class PositionBatches:
+def position_batches(samples_seen: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
     """Yields the positions of each micro-batch of one rank, from `samples_seen` on, without end.
 
     Of a global batch of G = batch_size x world_size x grad_accum_steps positions, micro-step j of rank r
     takes the block j * world_size + r: more ranks or more micro-steps of the same G see the same clips.
     """
-
-    samples_seen: int
-    _: KW_ONLY
-    batch_size: int
-    rank: int
-    world_size: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        stride = self.batch_size * self.world_size
-        for start in count(self.samples_seen + self.rank * self.batch_size, stride):
-            yield list(range(start, start + self.batch_size))
+    for start in count(samples_seen + rank * batch_size, batch_size * world_size):
+        yield list(range(start, start + batch_size))
 
 
 def load_micro_batches(
-    stream: ClipStream, batches: PositionBatches, num_workers: int, pin_memory: bool, timeout_s: float
+    stream: ClipStream, batches: Iterator[list[int]], num_workers: int, pin_memory: bool, timeout_s: float
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yields micro-batches {"video", "labels", "index", "position", "replaced"} without end.
 
-    Raises: VideoError if a clip ends the run (see ClipDataset); RuntimeError, torch's own, when a worker has died or
-        has returned nothing for `timeout_s`.
+    Raises VideoError if a clip ends the run (see ClipDataset); RuntimeError as `loaded_items`.
     """
     loader = worker_loader(stream, num_workers, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)
     for batch in loaded_items(loader, timeout_s):
@@ -110,10 +99,7 @@ def load_micro_batches(
 
 
 class Breadcrumbs:
-    """Records the file that each loader worker of this rank opened last, where it survives the worker.
-
-    A worker calls it with a path, before it opens the file.
-    """
+    """Records the file that each loader worker of this rank opened last: a worker calls it with a path before that."""
 
     def __init__(self, run: Path, rank: int) -> None:
         name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
@@ -131,22 +117,19 @@ class Breadcrumbs:
         """Returns the files that the workers of these process ids (None: all) read last."""
         if not self.folder.is_dir():
             return []
-        crumbs = {int(file.name): os.fsdecode(file.read_bytes()) for file in self.folder.iterdir()}
-        return sorted({path for pid, path in crumbs.items() if pids is None or pid in pids})
+        files = [file for file in self.folder.iterdir() if pids is None or int(file.name) in pids]
+        return sorted({os.fsdecode(file.read_bytes()) for file in files})
 
     def explain(self, error: RuntimeError) -> str | None:
         """Returns a sentence on a loader worker that died or hung; None for any other error."""
         text = str(error)
-        if text.startswith("Caught "):  # an error in a worker that is alive
-            return None
-        if "DataLoader worker" not in text and "DataLoader timed out" not in text:
+        if text.startswith("Caught ") or not re.search("DataLoader (worker|timed out)", text):  # of a living worker
             return None
         dead = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
         files = self.read([int(pid) for pid in dead[1].split(",")] if dead else None) or self.read()
         what = "did not answer in time" if "timed out" in text else "died"
-        return (
-            f"a data loader worker {what} while it read {', '.join(files) or 'its first file'}: {text.splitlines()[0]}"
-        )
+        named = ", ".join(files) or "its first file"
+        return f"a data loader worker {what} while it read {named}: {text.splitlines()[0]}"
 
 
 def prepare_worker(worker_id: int) -> None:
@@ -157,17 +140,12 @@ def prepare_worker(worker_id: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class _WorkerPopen(popen_forkserver.Popen):
-    """Ends a worker by SIGKILL: workers block SIGTERM."""
-
-    def terminate(self) -> None:
-        self.kill()
-
-
 class _WorkerProcess(ForkServerProcess):
     @staticmethod
-    def _Popen(process: Any) -> _WorkerPopen:
-        return _WorkerPopen(process)
+    def _Popen(process: Any) -> popen_forkserver.Popen:
+        popen = popen_forkserver.Popen(process)
+        popen.terminate = popen.kill  # type: ignore[method-assign]  # workers block SIGTERM
+        return popen
 
 
 class WorkerContext(ForkServerContext):
@@ -178,17 +156,11 @@ class WorkerContext(ForkServerContext):
 
 def worker_loader(dataset: Dataset, num_workers: int, prefetch_factor: int = 4, **settings: Any) -> DataLoader:
     """Returns a DataLoader whose workers end with this process, and whose death `loaded_items` detects."""
-    return DataLoader(
-        dataset,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        timeout=POLL_S if num_workers else 0,
-        worker_init_fn=prepare_worker if num_workers else None,
-        # without an explicit context a loader in a threaded parent may fork into a held lock
-        multiprocessing_context=WorkerContext() if num_workers else None,
-        generator=torch.Generator(),  # the loader's own seed draw must not touch the global generator
-        **settings,
-    )
+    if num_workers:  # without an explicit context a loader in a threaded parent may fork into a held lock
+        settings |= {"multiprocessing_context": WorkerContext(), "worker_init_fn": prepare_worker}
+        settings |= {"prefetch_factor": prefetch_factor, "timeout": POLL_S}
+    # the loader's own seed draw must not touch the global generator
+    return DataLoader(dataset, num_workers=num_workers, generator=torch.Generator(), **settings)
 
 
 def loaded_items(loader: DataLoader, timeout_s: float) -> Iterator[Any]:
@@ -198,17 +170,17 @@ def loaded_items(loader: DataLoader, timeout_s: float) -> Iterator[Any]:
     os.environ[LOADER_PARENT] = str(os.getpid())
     with block_in_children():
         loaded = iter(loader)
+    deadline = time.monotonic() + timeout_s
     while True:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                item = next(loaded)
-                break
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "timed out" not in str(error):
-                    raise
-                if time.monotonic() + loader.timeout > deadline:  # torch names its own, shorter timeout
-                    raise RuntimeError(f"DataLoader timed out after {timeout_s:g} seconds") from error
+        try:
+            item = next(loaded)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            if time.monotonic() + loader.timeout > deadline:  # torch names its own, shorter timeout
+                raise RuntimeError(f"DataLoader timed out after {timeout_s:g} seconds") from error
+            continue
         yield item
+        deadline = time.monotonic() + timeout_s

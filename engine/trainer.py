@@ -7,7 +7,8 @@ The host reads all of it when the next step is queued (`train.run_ahead`), so th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,15 +19,14 @@ from models import attention
 from models.blocks import compile_blocks
 
 from . import start
-from .build import build_objective
 from .callbacks import Callback, Callbacks
 from .checkpoint import Checkpoint
 from .conditions import build_conditions
 from .config import Config
-from .distributed import World, broadcast_object, local_shard, reduce_shards, set_timeout, sync_gradients
+from .distributed import World, local_shard, reduce_shards, require_same, set_timeout, sync_gradients
 from .guard import InFlight, check_replicas, gather_findings
 from .memory import check_training_fits
-from .objective import StepLoss
+from .objective import Objective, StepLoss
 from .optim import clip_gradients, gradient_norm, learning_rate_at, step_unless
 from .run import MicroBatches, Run, collect_on_request
 from .state import build_state
@@ -38,8 +38,6 @@ class Trainer:
     """One process's part of a training.
 
     Args:
-        config: the whole configuration.
-        world: this process's rank, world size and device.
         override: keys whose change since the checkpoint is accepted (`optim.learning_rate`, `data_digest`, ...).
         allow_inexact_resume: continue without generator states that a checkpoint should hold.
         callbacks: read-only, in addition to the validation that the config may ask for.
@@ -70,7 +68,7 @@ class Trainer:
         self.callbacks = Callbacks([*validation, *callbacks])
         self.run = Run(config, world, clips)
         self.state = build_state(config, world)
-        self.objective = build_objective(config, clips, conditions, self.state.timestep_sampler, world.device)
+        self.objective = Objective(config, clips, conditions, self.state.timestep_sampler, world.device)
         self.parallel_model: nn.Module = self.state.model
         self.in_flight: InFlight | None = None
         self._is_under_way = False
@@ -85,26 +83,21 @@ class Trainer:
         """
         run, state = self.run, self.state
         with run.open(state):
-            self.start()
+            found = {"clips": len(run.clips), "list": run.clips.digest[:12]}
+            remedy = f"every machine must hold the same files under {self.config.data.path}"
+            require_same(found, "finds other clips", remedy)
+            notes = start.restore(run, state, self.override, self.allow_inexact_resume)
+            ramp_temporal_positions(self.config, state.step, state.model, state.ema.model)
+            run.start_log(state.step, [*notes, *start.describe(run, state)])
+            self.prepare()
+            run.meter.clear()
+            run.watch.tick()
             stop = self.callbacks.at_start(run, state, self.objective)
             if not stop:
                 with collect_on_request():
                     stop = (loop or Trainer.loop)(self)
             run.finish(state, stop)
         return not stop
-
-    def start(self) -> None:
-        """Restores the newest checkpoint, opens the log, and gets the network ready for `train_step`. Collective."""
-        run, state = self.run, self.state
-        start.check_ranks_agree_on_data(self.config, run.clips)
-        notes = start.restore(run, state, self.override, self.allow_inexact_resume)
-        ramp_temporal_positions(self.config, state.step, state.model, state.ema.model)
-        run.start_log(state.step)
-        for note in [*notes, *start.describe(run, state)]:
-            run.log.say(note)
-        self.prepare()
-        run.meter.clear()
-        run.watch.tick()
 
     def prepare(self) -> None:
         """Compiles the network if asked to, and wraps it to exchange gradients."""
@@ -116,14 +109,20 @@ class Trainer:
                 self.state.model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
-    def loop(self) -> int:
-        """Trains until `train.max_steps`; returns the signal that stopped it earlier, or 0."""
-        batches, stop = self.run.batches(self.state.samples_seen), 0
-        while not stop and self.state.step < self.config.train.max_steps:
+    def batches(self) -> Iterator[MicroBatches]:
+        """Yields the micro-batches of each optimizer step until `train.max_steps`."""
+        batches = self.run.batches(self.state.samples_seen)
+        while self.state.step < self.config.train.max_steps:
             with self.run.meter.waiting():
                 micro_batches = next(batches)
-            stop = self.train_step(micro_batches)
-        return stop
+            yield micro_batches
+
+    def loop(self) -> int:
+        """Trains until `train.max_steps`; returns the signal that stopped it earlier, or 0."""
+        for micro_batches in self.batches():
+            if stop := self.train_step(micro_batches):
+                return stop
+        return 0
 
     # ---- one step ------------------------------------------------------------------------------
 
@@ -132,25 +131,30 @@ class Trainer:
 
         The step itself is queued on the device; with `train.run_ahead` it is counted in the next call.
         """
-        before = self.state.step
+        run, state, train = self.run, self.state, self.config.train
+        before = state.step
         _, stop = self.launch_step(micro_batches)
         if not self._is_under_way:  # from here on no rank has to compile or connect
             stop = self.settle() or stop
-            set_timeout(self.config.train.timeout_s)
+            set_timeout(train.timeout_s)
             self._is_under_way = True
-        if self.state.step > before:
-            self.run.log.advance(self.state.step)
-            self._run_due()
+        if state.step > before:
+            run.log.advance(state.step)
+            if state.step % train.log_every == 0 or state.step == train.max_steps:
+                run.log_metrics(state)
+            if run.has_replicas and train.drift_check_every and state.step % train.drift_check_every == 0:
+                check_replicas(state.model.state_dict(), state.step)
+            if state.step % train.checkpoint_every == 0 or state.step == train.max_steps:
+                run.save(state)
             # after a stop signal they are made up for at the next start
-            stop = stop or self.callbacks.at_step(self.run, self.state, self.objective)
-        self.run.watch.tick()
+            stop = stop or self.callbacks.at_step(run, state, self.objective)
+        run.watch.tick()
         return stop
 
     def launch_step(self, micro_batches: MicroBatches) -> tuple[dict[str, Tensor], int]:
         """Queues one optimizer step, and counts the one before.
 
-        Returns:
-            device scalars of the step (loss, grad_norm, ...), and the stop signal, or 0.
+        Returns device scalars of the step (loss, grad_norm, ...), and the stop signal, or 0.
         """
         self.run.batch_files = self.run.files_of(micro_batches)
         parts, losses = self._backward(micro_batches)
@@ -165,9 +169,11 @@ class Trainer:
         if self.in_flight is None:
             return 0
         step, self.in_flight = self.in_flight, None
-        run, state, outcome = self.run, self.state, step.outcome()
-        run.raise_failed_write(broadcast_object(run.writer.failure) if outcome.failed else None)
-        refused = state.guard.record(step.bounds, outcome.skipped, outcome.finite, outcome.norm)
+        run, state = self.run, self.state
+        skipped, bad, norm, signal, write_failed = step.outcome()
+        if write_failed:
+            run.raise_failed_write()
+        refused = state.guard.record(step.bounds, skipped, not bad, norm)
         state.samples_seen += run.global_batch_size
         if refused:
             run.report_skip(state, refused, step)
@@ -177,7 +183,7 @@ class Trainer:
             run.meter.add(step.parts)
             state.step += 1
             ramp_temporal_positions(self.config, state.step, state.model, state.ema.model)
-        return outcome.signal
+        return signal
 
     def _backward(self, micro_batches: MicroBatches) -> tuple[dict[str, Tensor], list[StepLoss]]:
         """Queues the gradient of the mean loss; returns scalars to log and the detached loss of each micro-batch."""
@@ -204,18 +210,15 @@ class Trainer:
         bounds = state.guard.bounds(state.step)
         bad, total, _, _ = findings.unbind()
         skip, limit = bounds.judge(bad > 0, total)
-        if bounds.may_clip:
+        if bounds.limit < math.inf or (bounds.clip_spikes and bounds.spike < math.inf):
             gradients = [local_shard(p.grad) for p in state.model.parameters() if p.grad is not None]
             clip_gradients(gradients, norm, limit)
-        learning_rate = learning_rate_at(state.step, self.config.optim, self.config.train.max_steps)
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate_at(state.step, self.config.optim, self.config.train.max_steps)
         step_unless(skip, state.optimizer)
         for loss in losses:
             state.timestep_sampler.update(loss.timesteps, loss.per_clip, skip)
         return InFlight(skip, findings, bounds, losses, parts, run.batch_files)
-
-    # ---- logging, drift check, checkpoints -----------------------------------------------------
 
     def _is_due(self, step: int) -> bool:
         """Returns whether anything is due at `step`, for which the step must be counted first."""
@@ -225,17 +228,6 @@ class Trainer:
         every = [train.log_every, train.checkpoint_every, *(callback.every for callback in self.callbacks.all)]
         every += [train.drift_check_every] if self.run.has_replicas else []
         return step == train.max_steps or any(number and step % number == 0 for number in every)
-
-    def _run_due(self) -> None:
-        """Logs, compares replicas and saves, each if it is due at this step."""
-        run, state, train = self.run, self.state, self.config.train
-        is_last = state.step == train.max_steps
-        if state.step % train.log_every == 0 or is_last:
-            run.log_metrics(state)
-        if run.has_replicas and train.drift_check_every and state.step % train.drift_check_every == 0:
-            check_replicas(state.model.state_dict(), state.step)
-        if state.step % train.checkpoint_every == 0 or is_last:
-            run.save(state)
 
     def state_dict(self) -> Checkpoint:
         """Returns the checkpoint of this moment, the step in flight included. Collective."""

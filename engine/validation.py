@@ -8,6 +8,7 @@ Letters: B is one clip's K noised copies; F frames, I images, C latent channels,
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from datasets import ClipDataset, build_held_out
 
-from .callbacks import Observation, collect, distribute
+from .callbacks import Observation, distribute
 from .config import Config
 from .distributed import CPU, require_same
 from .objective import Objective, sample_generator
@@ -30,10 +31,8 @@ class Validation:
     """The callback `val`: its losses are a function of the weights, the clips and the seed alone.
 
     One clip is one batch, so neither `train.batch_size` nor the number of ranks changes a bit of them (on the same
-    machine, with the same number of threads). Each rank encodes its clips once, at the start.
-
-    Args:
-        clips: the training clips, whose classes the held-out ones must have.
+    machine, with the same number of threads). Each rank encodes its clips once, at the start. The held-out clips must
+    have the classes of the training clips, `clips`.
     """
 
     kind = "val"
@@ -49,9 +48,13 @@ class Validation:
 
     def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
         """Reads and encodes the clips. Raises: ValueError where one cannot be read."""
-        different = "the ranks find different held-out clips: every machine must hold the same files."
-        require_same(self.clips.digest, lambda *_: different)
-        self.latents = distribute(run, len(self.indices), lambda number: self._encode(objective, number))
+        found = {"list": self.clips.digest[:12]}
+        require_same(found, "finds other held-out clips", "every machine must hold the same files")
+
+        def encode(number: int) -> None:
+            self.latents[number] = self._encode(objective, number)
+
+        distribute(run, len(self.indices), encode)
         return [
             f"validation: {len(self.indices)} of {len(self.clips)} held-out clips of {self.clips.catalog.root}, digest "
             f"{self.clips.digest[:12]}, every {self.every} steps"
@@ -62,13 +65,10 @@ class Validation:
         networks = {"ema": state.ema.model, "raw": state.model}
 
         def losses(number: int) -> dict[str, float]:
-            parts: dict[str, float] = {}
-            for name, network in networks.items():
-                found = self._losses(objective, network, number)
-                parts |= {f"{name}/{key}": value for key, value in found.items()}
-            return parts
+            found = {name: self._losses(objective, network, number) for name, network in networks.items()}
+            return {f"{name}/{key}": value for name, parts in found.items() for key, value in parts.items()}
 
-        rows = collect(distribute(run, len(self.indices), losses))
+        rows = distribute(run, len(self.indices), losses)
         means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
         values = {**means, "clips": len(rows)}
         return Observation(values, ", ".join(f"{name} loss {means[f'{name}/loss']:.4f}" for name in networks))
@@ -102,9 +102,8 @@ class Validation:
             None if given is None else given.to(latents.device),
         )
         means = {name: float(value) for name, value in objective.parts(terms).items()}
-        names = [
-            f"loss_t{bucket / self.buckets:.2f}-{(bucket + 1) / self.buckets:.2f}" for bucket in range(self.buckets)
-        ]
+        edges = [f"{edge / self.buckets:.2f}" for edge in range(self.buckets + 1)]
+        names = [f"loss_t{first}-{last}" for first, last in pairwise(edges)]
         return means | dict(zip(names, terms.loss.tolist(), strict=True))
 
     def timesteps(self, uniform: Tensor) -> Tensor:

@@ -35,11 +35,7 @@ UNREAD = ("num_embeds_ada_norm", "dropout")  # by any network; for training alon
 
 
 def load_model_weights(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
-    """Loads the network of a checkpoint folder or run of ours, or of an official file.
-
-    Args:
-        weights: "ema" for the running average, "raw" for the last step's weights.
-    """
+    """Loads the network of a checkpoint folder or run of ours, or of an official file: its "ema" or "raw" weights."""
     if Path(path).is_file():
         return read_state_dict(path, prefer="ema" if weights == "ema" else "model")
     return load_checkpoint_weights(find_checkpoint(Path(path)), weights)
@@ -76,28 +72,24 @@ def initialise(model: Latte | LatteT2V, ema: EMA, config: Config, lora_base: str
         return []
     if lora_base is not None:
         return [f"adapters on base weights {source} ({lora_base[:12]}), which stay as they are"]
-    notes = _load_text(model, source, config) if isinstance(model, LatteT2V) else _load_latte(model, source)
+    if isinstance(model, LatteT2V):
+        notes = _load_text(model, source, config)
+    else:
+        weights = load_model_weights(source)
+        placed = shards_like(weights, model.state_dict())
+        if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
+            notes = str(init_from_dit(model, placed)).splitlines()
+        else:
+            load_weights(model, placed, source)
+            notes = [f"initial weights: {source}"]
     ema.load_state_dict(model.state_dict())
     return notes
-
-
-def _load_latte(model: Latte, source: str) -> list[str]:
-    """Loads a Latte's weights, or the spatial blocks of an image DiT; returns lines for the log."""
-    weights = load_model_weights(source)
-    own = model.state_dict()
-    if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
-        return str(init_from_dit(model, shards_like(weights, own))).splitlines()
-    load_weights(model, shards_like(weights, own), source)
-    return [f"initial weights: {source}"]
 
 
 def _load_text(model: LatteT2V, source: str, config: Config) -> list[str]:
     """Loads a text network; of an image network, temporal blocks start as the identity. Returns lines for the log.
 
-    Args:
-        source: a checkpoint or run folder of ours; a folder in diffusers' format; or a file of weights.
-
-    Raises: ValueError, OSError where they do not fit or `train.temporal_ramp_steps` does not suit them.
+    `source` is a checkpoint or run folder of ours, a folder in diffusers' format, or a file of weights.
     """
     weights, notes = _read_text_weights(model, source)
     own = model.state_dict()
@@ -122,7 +114,7 @@ def _load_text(model: LatteT2V, source: str, config: Config) -> list[str]:
 
 
 def _read_text_weights(model: LatteT2V, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns weights by our names, and the report of a conversion."""
+    """Returns weights by our names, and the lines of the report of a conversion."""
     path = find_network(source, None, "train.init_from")
     if path.is_dir() and not any((path / each / CONFIG_FILE).is_file() for each in ("", SUBFOLDER)):
         return load_model_weights(path), []
@@ -153,14 +145,8 @@ def ramp_temporal_positions(config: Config, step: int, *models: nn.Module) -> No
         model.temporal_position_scale = temporal_position_scale(config, step)  # type: ignore[assignment]
 
 
-# ---- adapters --------------------------------------------------------------------------------------
-
-
 def load_base(model: nn.Module, config: Config) -> str:
-    """Loads the base weights of a LoRA run, `train.init_from`, into `model`; returns their SHA-256.
-
-    Raises: ValueError, OSError where they are missing, or leave a part of the network as it was drawn.
-    """
+    """Loads the base weights of a LoRA run, `train.init_from`, all of them, into `model`; returns their SHA-256."""
     source = str(config.train.init_from)
     if isinstance(model, LatteT2V):
         _load_text(model, source, config)
@@ -192,10 +178,7 @@ def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
 
 
 def export_adapter(source: Path, target: Path, weights: str = "ema") -> Path:
-    """Writes the adapters of checkpoint `source` as a folder that peft loads; returns it.
-
-    Raises: ValueError where the run trained the whole network.
-    """
+    """Writes the adapters of checkpoint `source` as a folder that peft loads; returns it."""
     folder = find_checkpoint(source)
     config = read_config(folder)
     require(config.lora.rank > 0, f"{folder} holds a whole network and no adapters: its lora.rank is 0.")

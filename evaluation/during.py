@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.checks import require
 from datasets import build_held_out
-from engine.callbacks import Observation, agree, attempt, collect, distribute
+from engine.callbacks import Observation, agree, attempt, distribute
 from engine.config import Config
 from engine.objective import Objective
 from engine.run import Run
@@ -102,4 +102,4 @@ class Metric:
                 agree(run)
             return torch.cat(rows)
 
-        return torch.cat(collect(distribute(run, len(chunks), work)))
+        return torch.cat(distribute(run, len(chunks), work))

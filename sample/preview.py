@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.callbacks import Observation, agree, attempt, collect, distribute
+from engine.callbacks import Observation, agree, attempt, distribute
 from engine.config import Config
 from engine.objective import Objective
 from engine.run import Run
@@ -98,7 +98,7 @@ def sample_shared(run: Run, generators: Mapping[str, Generator], number: int) ->
     def work(place: int) -> dict[str, np.ndarray]:
         return {name: sample_chunk(run, generator, chunks[place]) for name, generator in generators.items()}
 
-    parts = collect(distribute(run, len(chunks), work))
+    parts = distribute(run, len(chunks), work)
     return {name: np.concatenate([part[name] for part in parts]) for name in generators}
 
 

@@ -31,7 +31,7 @@ from common.storage import write_atomically
 from engine.cli import run
 from engine.conditions import class_conditions
 from engine.config import Config, SampleConfig, load_config
-from engine.removed import refuse_removed_flags
+from engine.keys import refuse_removed_flags
 from models.lora import Adapter
 from sample import command
 from sample.command import MAX_VIDEOS, SHOWN, make_writable, say, show_steps, write_videos

@@ -37,7 +37,7 @@ from engine.checkpoint import content_sha256
 from engine.config import all_keys
 from engine.distributed import World, close_world, init_world, on_all, on_main
 from engine.errors import PREEMPTED_EXIT, SamplesNotWritten
-from engine.removed import refuse_removed_flags
+from engine.keys import refuse_removed_flags
 from engine.signals import StopSignals
 from models.lora import WEIGHTS_FILE
 from sample.command import SHOWN, make_writable, say, show_steps

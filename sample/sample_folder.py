@@ -25,7 +25,7 @@ import numpy as np
 from common.checks import require
 from common.storage import FolderLock, find_changes, remove_unfinished, write_json
 from engine.errors import SamplesNotWritten
-from engine.removed import REMOVED
+from engine.keys import REMOVED
 
 from .video_io import write_lossless, write_mp4
 

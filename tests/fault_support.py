@@ -348,7 +348,7 @@ def _rank_main(rank: int, size: int, rendezvous: str, function: Callable[..., An
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=20)
         )
-        result = function(World(rank, size, rank), *arguments)
+        result = function(World(rank, size), *arguments)
         # tensors would travel as shared memory, which goes with this process
         plain = tree_map(lambda leaf: leaf.numpy() if isinstance(leaf, torch.Tensor) else leaf, result)
         out.put((rank, plain, None))

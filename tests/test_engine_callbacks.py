@@ -421,7 +421,7 @@ def test_what_a_callback_should_not_do_does_no_harm(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("engine.logging.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("engine.run_folder.time.perf_counter", lambda: now[0])
     states = []
     for name, callbacks in (("plain", []), ("rude", [Rude(now)])):
         config = load_config(None, [*tiny, "train.max_steps=3", f"train.output_dir={tmp_path / name}"])

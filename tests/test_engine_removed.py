@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import all_keys, load_config
-from engine.removed import REMOVED
+from engine.keys import REMOVED
 from sample import sample, sample_ddp
 
 KEYS = [name for name in REMOVED if not name.startswith("--")]

@@ -624,7 +624,7 @@ def test_C10_not_finite(stopped: Callable[..., Trainer], value: float, asynchron
     with pytest.raises(CheckpointNotWritten, match=said):
         trainer.run.save(trainer.state)
         trainer.run.writer.wait()
-        trainer.run.raise_failed_write(trainer.run.writer.failure)
+        trainer.run.raise_failed_write()
     assert names(root) == before and assert_sound(root).name == "step-0000003"
 
 
@@ -658,7 +658,7 @@ def test_C11_two_runs_in_one_folder(stopped: Callable[..., Trainer]) -> None:
     assert fit() == sentence  # within one process too
     assert second.state.step == 0
     assert names(first.run.folder.checkpoints) == before
-    first.run.folder.close()
+    first.run.folder.lock.release()
     assert second.fit()
 
 
@@ -719,7 +719,7 @@ def test_C11_a_lock_deleted_meanwhile(tmp_path: Path, monkeypatch: pytest.Monkey
     flock = fcntl.flock
 
     def late(*arguments: Any) -> None:
-        first.close()
+        first.lock.release()
         flock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", late)

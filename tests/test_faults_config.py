@@ -23,7 +23,7 @@ from datasets.config import MAX_TIMEOUT_S, DataConfig
 from engine import cli, memory
 from engine.build import build_model, count_parameters
 from engine.config import Config, all_keys, load_config
-from engine.official_keys import DROPPED, RENAMED
+from engine.keys import DROPPED, RENAMED
 from sample import sample
 from tools import convert
 
@@ -455,9 +455,10 @@ def test_H5_timeouts_that_overflow(key: str, tmp_path: Path) -> None:
         ["model.name=Latte-1", "data.name=captions", *(f"model.{key}=null" for key in memory.SIZE_KEYS)],
     ],
 )
-def test_H5_parameters_are_those_of_the_whole_network(keys: list[str]) -> None:
+def test_H5_no_network_has_fewer_parameters_than_are_counted(keys: list[str]) -> None:
     config = load_config(None, [*CUSTOM, *keys])
-    assert memory.estimate_parameters(config) == count_parameters(build_model(config, "meta"))
+    parameters = count_parameters(build_model(config, "meta"))
+    assert 0.2 * parameters < memory.count_least(config)[0] < parameters
 
 
 @pytest.mark.parametrize(
@@ -487,14 +488,14 @@ def test_H5_what_does_not_fit_is_refused_before_it_is_allocated(
 def test_H5_training_takes_more_than_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty bytes a parameter, of which a sharded one keeps a share; four of adapters' base; inputs of layers."""
     config = load_config(None, ["train.precision=bf16"])
-    parameters, width, tokens = 673_681_568, 1152, 16 * 16 * 16
+    parameters, width, tokens = 28 * 12 * 1152**2, 1152, 16 * 16 * 16
     need = 20 * parameters + 12 * width * (16 * 16 + 16) + 2 * 5 * 28 * width * tokens
     for size, fits in ((need, True), (need - 1, False)):
         monkeypatch.setattr(memory, "find_memory", lambda device, size=size: size)
         if fits:
             memory.check_training_fits(config, "cuda:0")
             continue
-        with pytest.raises(ValueError, match=r"training needs at least 13.8 GiB of memory, and cuda:0 has 13.8 GiB"):
+        with pytest.raises(ValueError, match=r"training needs at least 9.5 GiB of memory, and cuda:0 has 9.5 GiB"):
             memory.check_training_fits(config, "cuda:0")
         for keys in (["train.parallel=fsdp"], ["lora.rank=1", "train.init_from=a.pt"]):
             memory.check_training_fits(load_config(None, keys, base=config.to_dict()), "cuda:0", ranks=2)

@@ -17,7 +17,7 @@ from engine.config import OptimConfig
 from engine.distributed import World
 from engine.optim import EMA, learning_rate_at
 from engine.start import STATE_KEYS
-from engine.stream import PositionBatches, clip_at
+from engine.stream import clip_at, position_batches
 from engine.trainer import Trainer
 from tests.fault_support import fit_rank, make, on_two_ranks, restore, rows, run, run_ranks, seal
 from tests.latent_support import cache, save_codec
@@ -186,7 +186,7 @@ def test_B6_two_ranks_then_one(tiny: list[str], tmp_path: Path, reference: tuple
 @pytest.mark.parametrize(("batch", "accumulate", "world"), [(6, 1, 1), (2, 3, 1), (3, 1, 2), (1, 2, 3), (2, 1, 3)])
 def test_B7_each_sample_once_per_epoch(batch: int, accumulate: int, world: int) -> None:
     """13 clips, a global batch of 6 however it is split: the same positions, and none dropped at an epoch's end."""
-    ranks = [PositionBatches(0, batch_size=batch, rank=rank, world_size=world) for rank in range(world)]
+    ranks = [position_batches(0, batch_size=batch, rank=rank, world_size=world) for rank in range(world)]
     micro = [list(islice(rank, 13 * accumulate)) for rank in ranks]
     for step in range(13):
         parts = [each for rank in micro for each in rank[step * accumulate : (step + 1) * accumulate]]

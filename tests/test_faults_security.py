@@ -49,8 +49,8 @@ from engine.checkpoint import (
 from engine.checkpoint import save_checkpoint as write_checkpoint
 from engine.conditions import class_conditions
 from engine.config import MAX_YAML_CHARACTERS, load_config
-from engine.logging import RunLogger
-from engine.official_keys import translate_config
+from engine.keys import translate_config
+from engine.run_folder import RunLogger
 from engine.weights import load_model_weights
 from evaluation.detectors import load_detector
 from models.autoencoder import CodecConfig, LatentCodec

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from engine.checkpoint import Checkpoint, save_checkpoint
 from engine.config import Config, all_keys, load_config
-from engine.official_keys import DROPPED, OMITTED, REMARKS, RENAMED, VALUES, translate_config
+from engine.keys import DROPPED, OMITTED, REMARKS, RENAMED, VALUES, translate_config
 from tests.conftest import random_weights
 from tests.t2v_support import CONFIG, pixart, theirs
 from tools.convert import main

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from common.storage import write_atomically
 from engine.config import load_config, read_yaml
-from engine.official_keys import translate_config
+from engine.keys import translate_config
 from engine.weights import export_adapter, export_weights
 from models.autoencoder import DTYPES
 from models.convert import extract_weights

@@ -3,17 +3,3 @@
 from .loading import MAX_YAML_CHARACTERS, all_keys, load_config, read_yaml
 from .rules import Config
 from .sections import LABEL_RULES, MonitorConfig, OptimConfig, SampleConfig, TrainConfig, window_overlap
-
-__all__ = [
-    "LABEL_RULES",
-    "MAX_YAML_CHARACTERS",
-    "Config",
-    "MonitorConfig",
-    "OptimConfig",
-    "SampleConfig",
-    "TrainConfig",
-    "all_keys",
-    "load_config",
-    "read_yaml",
-    "window_overlap",
-]

@@ -6,7 +6,7 @@ import difflib
 import io
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ import yaml
 
 from common.checks import require
 
-from ..official_keys import DROPPED, RENAMED
-from ..removed import drop_removed
+from ..keys import DROPPED, RENAMED, drop_removed
 from .rules import Config
 
 MAX_YAML_CHARACTERS = 65_536  # a config with every key takes 4,000
@@ -37,9 +36,6 @@ def load_config(
 
     Args:
         saved: the YAML or `base` was written by a run, perhaps of an older version: keys removed since are left out.
-
-    Raises:
-        FileNotFoundError, ValueError: one sentence that names the file or key and what to do.
     """
     from omegaconf import OmegaConf  # not at the top: benchmarks of the GPU run on machines without it
     from omegaconf.errors import OmegaConfBaseException
@@ -81,11 +77,7 @@ def _read_override(override: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Returns the values of a YAML file, plain and unresolved.
-
-    Raises:
-        FileNotFoundError, ValueError: one sentence.
-    """
+    """Returns the values of a YAML file, plain and unresolved."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -102,10 +94,9 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check_yaml(text: str, source: str) -> None:
-    """Refuses YAML that only an attack or an accident writes, before anything is built from it.
+    """Refuses YAML that only an attack or an accident writes: deep nesting, aliases that expand without bound.
 
-    It reads the parser's events, which neither nest nor expand: building deep nesting recurses until the process dies,
-    and aliases of aliases grow without bound.
+    It reads the parser's events, before anything is built from them.
     """
     require(len(text) <= MAX_YAML_CHARACTERS, f"{source} is too long for a config ({MAX_YAML_CHARACTERS} characters).")
     depth = 0
@@ -116,13 +107,12 @@ def _check_yaml(text: str, source: str) -> None:
         require(not isinstance(event, yaml.AliasEvent), f"{source} uses a YAML alias (*name): write the value itself.")
         tag = getattr(event, "tag", None)
         require(tag is None, f"{source} uses a YAML tag ({tag}): write the plain value.")
-        plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0] and ODD_NUMBER.fullmatch(event.value)
-        line = f", line {event.start_mark.line + 1}" if "\n" in text else ""
-        require(
-            not plain,
-            f"{source}{line}: YAML reads {getattr(event, 'value', '')} in base 8 or 60: write "
-            "a decimal number without a leading 0, or a word in quotes.",
-        )
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and ODD_NUMBER.fullmatch(event.value):
+            line = f", line {event.start_mark.line + 1}" if "\n" in text else ""
+            raise ValueError(
+                f"{source}{line}: YAML reads {event.value} in base 8 or 60: write a decimal number without a leading "
+                "0, or a word in quotes."
+            )
 
 
 def one_line(error: Exception) -> str:
@@ -160,7 +150,7 @@ def _hint(key: str, name: str) -> str:
         return f" It is called {RENAMED[key]} here (tools.convert_config turns a whole official file)."
     if key in DROPPED:
         return f" It has no counterpart: {DROPPED[key]}"
-    known = list(all_keys())
+    known = all_keys()
     leaves = {full.rpartition(".")[2]: full for full in known}
     near = difflib.get_close_matches(name, known, 1, 0.7) or [
         leaves[leaf] for leaf in difflib.get_close_matches(key, list(leaves), 1, 0.75)
@@ -168,11 +158,6 @@ def _hint(key: str, name: str) -> str:
     return f" Did you mean {near[0]!r}?" if near else " `python train.py --dry-run` prints all keys."
 
 
-def all_keys(owner: type = Config, prefix: str = "") -> Iterator[str]:
-    """Yields every dotted key of the configuration."""
-    hints = typing.get_type_hints(owner)
-    for item in fields(owner):
-        if is_dataclass(hints[item.name]):
-            yield from all_keys(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}"
+def all_keys() -> list[str]:
+    """Returns every dotted key of the configuration."""
+    return list(Config().to_flat_dict())

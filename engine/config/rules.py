@@ -67,11 +67,6 @@ class Config:
         dropout = self.text.caption_dropout if self.model.is_text else self.model.label_dropout
         return self.is_conditional and dropout > 0
 
-    @property
-    def has_held_out(self) -> bool:
-        """Whether clips are held out of the training."""
-        return self.data.val_path is not None or self.data.val_share > 0
-
     def text_network(self) -> LatteT2VConfig:
         """Returns size and kind of the text network: Latte-1's, or of that kind in another size.
 
@@ -180,7 +175,7 @@ RULES: dict[str, Callable[[Config], object]] = {
     **{
         f"monitor.{key}={{c.monitor.{key}}} needs clips that are not trained on: set data.val_path to their "
         "folder, or data.val_share to a share of the clips of data.path.": lambda c, key=key: (
-            getattr(c.monitor, key) > 0 and not c.has_held_out
+            getattr(c.monitor, key) > 0 and c.data.val_path is None and not c.data.val_share > 0
         )  # type: ignore[misc]
         for key in ("val_every", "metric_every")
     },

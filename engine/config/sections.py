@@ -24,7 +24,7 @@ from common.checks import (
     within,
 )
 from datasets.config import MAX_TIMEOUT_S
-from diffusion.multistep import MULTISTEP_SOLVERS
+from diffusion.scheduled import MULTISTEP_SOLVERS
 from models import attention
 
 SEED = Limit("zero or more and below 2**63", lambda value: 0 <= value < 2**63)  # the range of torch.Generator
@@ -127,11 +127,6 @@ SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
 LABEL_RULES = ("balanced", "random")
 
 
-def is_noise_interval(value: list[float]) -> bool:
-    """Returns whether `value` is two noise levels in order, each from 0 to 1."""
-    return len(value) == 2 and 0 <= value[0] <= value[1] <= 1
-
-
 FRAME_LIMITS = {"given_frames": at_least(1), "window": optional(at_least(2))}  # of `sample` and configs/t2x
 SAMPLE_LIMITS = {
     "num_videos steps batch_size fps": at_least(1),
@@ -142,7 +137,10 @@ SAMPLE_LIMITS = {
     "eta": within(0, 1),
     "guidance_scale": NOT_NEGATIVE,
     "guidance_interval": optional(
-        Limit("two numbers, 0 (data) <= first <= second <= 1 (noise)", is_noise_interval),
+        Limit(
+            "two numbers, 0 (data) <= first <= second <= 1 (noise)",
+            lambda value: len(value) == 2 and 0 <= value[0] <= value[1] <= 1,
+        )
     ),
     "weights": one_of(("ema", "raw")),
     "lora_scale": FINITE,
@@ -205,10 +203,7 @@ def window_overlap(wanted: Any) -> int:
 
 
 def check_frame_keys(wanted: Any, prefix: str) -> None:
-    """Checks the keys for given frames and windows, which `sample` and configs/t2x have in common.
-
-    Raises: ValueError, one sentence that names the key, with `prefix`.
-    """
+    """Checks the keys for given frames and windows, which `sample` and configs/t2x have in common."""
     require(
         not (wanted.first_frame and wanted.given),
         f"{prefix}first_frame and {prefix}given both say how the videos begin: set one of them.",

@@ -1,12 +1,13 @@
-"""Keys of the official YAML files (Vchitect/Latte, configs/), and their translation to ours.
+"""Keys of the official YAML files (Vchitect/Latte, configs/) and their translation to ours; removed keys and flags.
 
 `engine.config` answers an official key with its new name; `tools.convert config` translates a whole file. Every key of
-the official configs of the four data sets is either in RENAMED or in DROPPED.
+the official configs of the four data sets is either in RENAMED or in DROPPED. Imports nothing slow, so that `--help`
+stays quick.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # official key -> our dotted key
@@ -100,11 +101,7 @@ UNCONDITIONAL, TEXT = 1, 78  # values of the official key `extras`
 
 
 def translate_config(official: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Returns the sections of our config, and a line for each official key on what became of it.
-
-    Raises:
-        ValueError: a text-to-video config, which these data sets' programs do not run.
-    """
+    """Returns the sections of our config, and a line for each official key on what became of it."""
     if official.get("extras") == TEXT or str(official.get("model", "")).startswith("LatteT2V"):
         raise ValueError(
             "this is a text-to-video config (model LatteT2V), and only those of ffs, sky, taichi and ucf101 are "
@@ -122,7 +119,11 @@ def translate_config(official: Mapping[str, Any]) -> tuple[dict[str, dict[str, A
         elif value is None:
             report.append(f"empty     {key}: {RENAMED[key]} keeps its default.")
         else:
-            report.append(_set_value(sections, key, value))
+            section, _, name = RENAMED[key].partition(".")
+            ours = VALUES.get(key, lambda same: same)(value)
+            sections.setdefault(section, {})[name] = ours
+            remark = f" ({REMARKS[key]})" if key in REMARKS else ""
+            report.append(f"renamed   {key} -> {RENAMED[key]}: {ours}{remark}")
     if official.get("extras") == UNCONDITIONAL and sections.get("model", {}).pop("num_classes", None) is not None:
         report.append("note      num_classes: left out, since extras is 1 (unconditional).")
     if "path" in sections.get("codec", {}):
@@ -130,10 +131,39 @@ def translate_config(official: Mapping[str, Any]) -> tuple[dict[str, dict[str, A
     return sections, report
 
 
-def _set_value(sections: dict[str, dict[str, Any]], key: str, value: Any) -> str:
-    """Sets the counterpart of the official `key`; returns its line of the report."""
-    section, _, name = RENAMED[key].partition(".")
-    ours = VALUES.get(key, lambda same: same)(value)
-    sections.setdefault(section, {})[name] = ours
-    remark = f" ({REMARKS[key]})" if key in REMARKS else ""
-    return f"renamed   {key} -> {RENAMED[key]}: {ours}{remark}"
+# ---- removed keys, values and flags ----------------------------------------------------------------
+
+# `section.key`, `section.key=value` or `--flag` -> what to do instead
+REMOVED: dict[str, str] = {
+    "sample.cache": "the step cache was removed: sample.method=unipc with sample.steps=25 is as fast, more accurate.",
+    "sample.modulation_mb": "modulations are now computed in every step: leave the key out.",
+    "train.attention=triton": "that kernel is in benchmarks/candidates until it is timed on a GPU: use auto.",
+    "--cache": "the step cache was removed: --method unipc --steps 25 is as fast and more accurate.",
+}
+
+
+def drop_removed(values: Mapping[str, Any], source: str, *, saved: bool = False) -> dict[str, Any]:
+    """Returns nested configuration values without the keys and values of `REMOVED`; ValueError if one is used.
+
+    Args:
+        saved: `values` were written by a run, which may be older than this code: what it set is left out. In any case
+            a removed key that is off (null, 0 or false) is left out.
+    """
+    kept = {section: dict(keys) if isinstance(keys, Mapping) else keys for section, keys in values.items()}
+    for section, keys in values.items():
+        for key, value in keys.items() if isinstance(keys, Mapping) else ():
+            name = f"{section}.{key}"
+            sentence = REMOVED.get(name) or REMOVED.get(f"{name}={value}")
+            if sentence and value and not saved:
+                raise ValueError(f"{source}: {name}={value}: {sentence}")
+            if sentence:
+                del kept[section][key]
+    return kept
+
+
+def refuse_removed_flags(argv: Sequence[str]) -> None:
+    """Raises ValueError, one sentence, for a flag of `REMOVED`."""
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag in REMOVED:
+            raise ValueError(f"{flag}: {REMOVED[flag]}")
