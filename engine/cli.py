@@ -82,7 +82,7 @@ def leave(code: int) -> int:
     return code
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     """Returns the message of `error`; for a missing package, how to install it."""
     if not isinstance(error, ModuleNotFoundError):
         return str(error)

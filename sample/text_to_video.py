@@ -146,7 +146,7 @@ def describe_network(network: LatteT2VConfig, model: TextModel, frames: int) -> 
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prompts:
     """Encoded prompts as the conditions of a Generator: the label of a video is the number of its prompt.
 
