@@ -138,9 +138,9 @@ def check_generators(folder: Path, saved: ckpt.Checkpoint, world_size: int, allo
         f"{folder / 'rng.safetensors'} lacks {', '.join(missing)}: the run would not continue exactly. Use an "
         "older checkpoint, or accept that with --allow-inexact-resume.",
     )
-    notes = (
-        [f"warning: generator states are missing ({', '.join(missing)}): this resume is not exact"] if missing else []
-    )
+    notes = []
+    if missing:
+        notes.append(f"warning: generator states are missing ({', '.join(missing)}): this resume is not exact")
     if before != world_size:
         notes.append(
             f"warning: saved by {before} process(es), continued on {world_size}: the same samples and noise at every "
