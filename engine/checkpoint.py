@@ -151,6 +151,7 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder} is not a checkpoint of this project: it has no readable {MANIFEST}.") from None
     if kind != FORMAT:
         raise CheckpointError(f"{folder} is of format {kind!r}; this version reads {FORMAT!r}.")
+    _check_step(manifest, folder / MANIFEST)
     unlisted = [file.name for file in sorted(folder.glob("*.safetensors")) if file.name not in files]
     if unlisted:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not list {', '.join(unlisted)}.")
@@ -328,13 +329,17 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing or not JSON.") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{file} holds no names and values.")
-    step = state.get("step")
-    if type(step) is not int or step < 0:
-        raise CheckpointError(f"{file}: step must be a whole number from 0, not {step!r}; copy the checkpoint again.")
+    _check_step(state, file)
     names = state.get("class_names") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{file}: class_names must be a list of names; copy the checkpoint again.")
     return state
+
+
+def _check_step(content: dict[str, Any], file: Path) -> None:
+    step = content.get("step")
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{file}: step must be a whole number from 0, not {step!r}; copy the checkpoint again.")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

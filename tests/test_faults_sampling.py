@@ -363,6 +363,17 @@ def test_H5_a_broken_state(checkpoint: Path, tmp_path: Path, text: str, capsys: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("step", [-1, math.nan, math.inf, 1.5, True, "1", None])
+def test_H11_a_manifest_with_a_broken_step(
+    checkpoint: Path, tmp_path: Path, step: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"step": step}))
+    line = refused(sample.main, capsys, "--ckpt", str(folder))
+    assert f"{folder / 'manifest.json'}: step must be a whole number from 0, not {step!r}" in line
+
+
 def test_H5_fewer_names_than_classes(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     (folder / "state.json").write_text('{"step": 1, "class_names": ["falls"]}')
