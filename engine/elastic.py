@@ -5,7 +5,7 @@
 Flags are torchrun's, and `--shutdown-timeout`.
 
 - Workers that are asked to stop have `--shutdown-timeout` seconds to write their checkpoint before they are killed.
-  torch 2.11 always gives them 30, which a large network on a slow disk exceeds; later ones have this very flag.
+  torch 2.11 always gives them 30, which a large network on a slow disk exceeds; later versions have this very flag.
 - A worker whose exit code says that it would end the same way again ends the run: `--max-restarts` is for crashes.
 - The last line says how the run ended, where torchrun prints a traceback of its own. Exit code: 75 if a signal stopped
   the run and every worker saved, 130 after Ctrl-C, 143 or 138 if a signal stopped workers that did not save; else that
@@ -15,9 +15,9 @@ Flags are torchrun's, and `--shutdown-timeout`.
 from __future__ import annotations
 
 import argparse
-import functools
 import signal
 import sys
+from typing import Any
 
 from torch.distributed import DistError, run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
@@ -44,8 +44,8 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0
         return result
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM) -> None:
-        super()._shutdown(death_sig)
+    def _shutdown(self, *arguments: Any, **options: Any) -> None:
+        super()._shutdown(*arguments, **options)
         handlers = getattr(self._pcontext, "subprocess_handlers", {})
         Agent.exit_codes = tuple(handler.proc.poll() for handler in handlers.values())
 
@@ -74,7 +74,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--shutdown-timeout", type=int, default=30)
     own, torchrun = parser.parse_known_args(argv)
-    PContext.close = functools.partialmethod(PContext.close, timeout=own.shutdown_timeout)  # type: ignore
+    close = PContext.close
+    # the agent gives no timeout in torch 2.11, and its own in later versions
+    PContext.close = lambda context, sig=None, _=None: close(context, sig, own.shutdown_timeout)  # type: ignore
     api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:
         run.main(torchrun)
