@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,12 +20,11 @@ from engine.build import PRECISIONS
 from models import attention as ours
 
 from .report import Table
-from .timing import Case, Row, Timer
+from .timing import Case, Timer
 from .workload import Workload
 
 COPY = 4.3e12  # bytes/s that an H200 reads and writes: the floor of memory-bound kernels (docs/attention.md)
-
-
+SEPARATE = "fused, three projections"
 Attend = Callable[[list[Tensor], str, int], Tensor]  # of [qkv] or of [q, k, v], by view and number of heads
 
 
@@ -38,25 +38,11 @@ def by(kernel: Callable[[ours.Call], Tensor], view: str = "") -> Attend:
     return attend
 
 
-def fused_by(backend: SDPBackend) -> Attend:
-    """Returns torch's attention by one backend."""
-
-    def kernel(call: ours.Call) -> Tensor:
-        q, k, v = call.fold()
-        with sdpa_kernel(backend):
-            return call.unfold(functional.scaled_dot_product_attention(q, k, v))
-
-    return by(kernel)
-
-
-def triton(parts: list[Tensor], view: str, heads: int) -> Tensor:
-    """Computes attention by the kernel of our own."""
-    from benchmarks.candidates.temporal_kernel import packed_temporal_attention  # needs triton
-
-    return packed_temporal_attention(parts[0], heads)
-
-
-SEPARATE = "fused, three projections"
+def attend_by_backend(backend: SDPBackend, call: ours.Call) -> Tensor:
+    """Computes torch's attention by one backend."""
+    q, k, v = call.fold()
+    with sdpa_kernel(backend):
+        return call.unfold(functional.scaled_dot_product_attention(q, k, v))
 
 
 def list_candidates(view: str, on_cuda: bool) -> dict[str, Attend]:
@@ -67,24 +53,27 @@ def list_candidates(view: str, on_cuda: bool) -> dict[str, Attend]:
         found[SEPARATE] = found["fused"]
     if on_cuda:
         for name in ("CUDNN", "FLASH", "EFFICIENT"):
-            found[f"fused, {name.lower()}"] = fused_by(getattr(SDPBackend, f"{name}_ATTENTION"))
+            backend = getattr(SDPBackend, f"{name}_ATTENTION")
+            found[f"fused, {name.lower()}"] = by(partial(attend_by_backend, backend))
         found["plain, compiled"] = by(torch.compile(ours.plain_attention, fullgraph=True))
         if view == "temporal" and find_spec("triton"):
-            found["triton"] = triton
+            from benchmarks.candidates.temporal_kernel import packed_temporal_attention
+
+            found["triton"] = lambda parts, given, heads: packed_temporal_attention(parts[0], heads)
     return found
 
 
 def attention(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
     """Yields a table for each precision, axis and batch."""
     sweep = timer.on_cuda and arguments.batch is None and not arguments.quick
-    for precision in arguments.precision or (["bf16"] if timer.on_cuda else ["fp32", "bf16"]):
-        for view in ("temporal", "spatial"):
-            for batch in (8, 16, 32) if sweep else (workload.batch,):
-                yield measure(workload.but({"batch": batch}), view, precision, timer)
+    precisions = arguments.precision or (["bf16"] if timer.on_cuda else ["fp32", "bf16"])
+    batches = (8, 16, 32) if sweep else (workload.batch,)
+    for precision, view, batch in product(precisions, ("temporal", "spatial"), batches):
+        yield measure(workload.but({"batch": batch}), view, precision, timer)
 
 
 def measure(workload: Workload, view: str, precision: str, timer: Timer) -> Table:
-    """Returns the table of the attention in the workload's network."""
+    """Returns the table of the attention in the workload's network, over time or space (`view`)."""
     size = workload.config().model.size
     tokens, width, heads = (workload.latent // size.patch_size) ** 2, size.hidden_size, size.num_heads
     shape = workload.batch, workload.frames, tokens
@@ -98,9 +87,11 @@ def measure(workload: Workload, view: str, precision: str, timer: Timer) -> Tabl
     exact = ours.plain_attention(ours.Call(q, k, v, view, heads))
 
     def make(name: str, attend: Attend, backward: bool) -> Case:
+        """Returns forward passes, or both passes, and the error of the output."""
         inputs = parts if name == SEPARATE else [qkv]
 
         def call() -> Tensor:
+            """Returns the output of the last of `repeats` passes."""
             with torch.set_grad_enabled(backward):
                 for _ in range(repeats):
                     out = attend(inputs, view, heads)
@@ -108,25 +99,24 @@ def measure(workload: Workload, view: str, precision: str, timer: Timer) -> Tabl
                         torch.autograd.grad(out, inputs, grad)
                 return out.detach()
 
-        error = float((call()[:1].double() - exact).norm() / exact.norm())
-        return Case(call, repeats=repeats, cells={"error": error})
-
-    supported, refused = {}, list[Row]()
-    for name, attend in list_candidates(view, timer.on_cuda).items():
         try:
-            make(name, attend, True)
-            supported[name] = attend
-        except RuntimeError as refusal:  # the kernel does not support the shape or type
+            error = float((call()[:1].double() - exact).norm() / exact.norm())
+        except RuntimeError as refusal:
             if isinstance(refusal, torch.OutOfMemoryError) or "CUDA error" in str(refusal):
                 raise
-            refused.append({"": f"{name}: not supported"})
+            raise NotImplementedError(f"{name} does not support the shape or type") from refusal
+        return Case(call, repeats=repeats, cells={"error": error})
+
+    candidates = list_candidates(view, timer.on_cuda).items()
     forward, rows = (
-        timer.compare({name: partial(make, name, each, backward) for name, each in supported.items()}, ("ms", "ratio"))
+        timer.compare({name: partial(make, name, each, backward) for name, each in candidates}, ("ms", "ratio"))
         for backward in (False, True)
     )
+    milliseconds = {row[""]: row.get("ms") for row in forward}
     floor = 1e3 * 11 * qkv.numel() / 3 * qkv.element_size() / COPY  # q, k, v, out; then q, k, v, 3 gradients, out's
-    for row, first in zip(rows, forward):
-        row |= {"forward ms": first["ms"], "both ms": row["ms"], "floors": row["ms"] / floor if timer.on_cuda else None}
+    for row in rows:
+        row["forward ms"], row["both ms"] = milliseconds.get(row[""]), row.get("ms")
+        row["floors"] = row["ms"] / floor if timer.on_cuda and "ms" in row else None
     text = f"{shape[0]} clips, {shape[1]} frames, {tokens} tokens, {heads} heads of {width // heads}."
     title = f"Over {'time' if view == 'temporal' else 'space'}, {precision}, batch {workload.batch}"
-    return Table(title, text, ("forward ms", "both ms", "ratio", "floors", "error"), [*rows, *refused])
+    return Table(title, text, ("forward ms", "both ms", "ratio", "floors", "error"), rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from .timing import Case, Row, Timer
 from .workload import MODES, REFERENCE, Workload, make_case
 
 SHOWN = 15  # operators in the table
+HEADS = ("calls", "ms", "share", "bound", "of the roof")
 # names of host synchronisations and of copies between host and device in a trace
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize",
          "cudaEventSynchronize")  # fmt: skip
@@ -30,6 +31,31 @@ class Roof(NamedTuple):
 
     flops: float
     bandwidth: float
+
+
+def profile(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
+    """Yields, for each precision, tables of the operators of our steps and of the reference's, and of waits."""
+    for precision in arguments.precision or ("fp32", "bf16"):
+        base = workload.but({"train.precision": precision})
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        roof = roof_of(timer, dtype, arguments.quick)
+        text = "Reads of a device's number by the host, synchronisations, and copies between the two, in the trace."
+        waits = Table(f"What the host waits for in a step, {precision}", text, ("waits", *COPIES))
+        for name, changes in {"compiled": MODES["compiled"], "eager": {}, "reference": REFERENCE}.items():
+            file = arguments.traces / f"{name}-{precision}-{timer.device.type}.json"
+            trace = trace_of(make_case(base.but(changes), timer.device).call, timer, file)
+            counts = {event.key: event.count for event in trace.key_averages()}
+            copies = {kind: sum(count for key, count in counts.items() if key.startswith(kind)) for kind in COPIES}
+            waits.rows.append({"": name, "waits": sum(counts.get(wait, 0) for wait in WAITS), **copies})
+            text = (
+                f"{base}, {precision}. Roofs measured in this run: {roof.flops / 1e12:.2f} TFLOP/s, "
+                f"{roof.bandwidth / 1e9:.0f} GB/s. `of the roof`: how much of its time the operator would take at "
+                f"these; `host` is neither. The trace is {file}."
+            )
+            rows = operators(trace, roof, dtype.itemsize, timer.on_cuda)
+            yield Table(f"Operators of a step, {precision}, {name}", text, HEADS, rows)
+        if timer.on_cuda:  # nothing waits elsewhere; tests/test_engine_waits.py counts potential waits
+            yield waits
 
 
 def roof_of(timer: Timer, dtype: torch.dtype, quick: bool) -> Roof:
@@ -81,42 +107,3 @@ def operators(trace: torch_profile, roof: Roof, item_bytes: int, on_device: bool
             shares = {"share": entry["us"] / whole, "bound": bound, "of the roof": reached}
             rows.append({"": name, "calls": entry["calls"], "ms": 1e3 * seconds, **shares})
     return rows
-
-
-def count_waits(trace: torch_profile) -> Row:
-    """Counts the host synchronisations and the copies between host and device in the trace."""
-    counts = {event.key: event.count for event in trace.key_averages()}
-    copies = {name: sum(count for key, count in counts.items() if key.startswith(name)) for name in COPIES}
-    return {"waits": sum(counts.get(name, 0) for name in WAITS), **copies}
-
-
-def measure(problems: Mapping[str, Workload], timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
-    """Yields tables of the operators of our steps by name and of the reference's, and of synchronisations."""
-    workload = next(iter(problems.values()))
-    precision = workload.precision
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    roof = roof_of(timer, dtype, arguments.quick)
-    text = "Reads of a device's number by the host, synchronisations, and copies between the two, in the trace."
-    waits = Table(f"What the host waits for in a step, {precision}", text, ("waits", *COPIES))
-    for name, problem in {**problems, "reference": workload.but(REFERENCE)}.items():
-        file = arguments.traces / f"{name}-{precision}-{timer.device.type}.json"
-        trace = trace_of(make_case(problem, timer.device).call, timer, file)
-        waits.rows.append({"": name, **count_waits(trace)})
-        text = (
-            f"{problem}, {precision}. Roofs measured in this run: {roof.flops / 1e12:.2f} TFLOP/s, "
-            f"{roof.bandwidth / 1e9:.0f} GB/s. `of the roof`: how much of its time the operator would take at these; "
-            f"`host` is neither. The trace is {file}."
-        )
-        rows = operators(trace, roof, dtype.itemsize, timer.on_cuda)
-        yield Table(
-            f"Operators of a step, {precision}, {name}", text, ("calls", "ms", "share", "bound", "of the roof"), rows
-        )
-    if timer.on_cuda:  # nothing waits elsewhere; tests/test_engine_waits.py counts potential waits
-        yield waits
-
-
-def profile(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
-    """Yields the tables of each precision."""
-    for precision in arguments.precision or ("fp32", "bf16"):
-        base = workload.but({"train.precision": precision})
-        yield from measure({mode: base.but(MODES[mode]) for mode in arguments.mode}, timer, arguments)

@@ -10,7 +10,7 @@ clip. Rows in `sampling.json` of --out are not sampled again, so a stopped run c
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -31,7 +31,9 @@ from .workload import Workload
 
 STEPS = (5, 10, 15, 25, 50, 100, 250)
 METHODS = {"ddim": "DDIM", "dpm_solver++": "DPM-Solver++", "unipc": "UniPC", "ddpm": "DDPM"}  # DDPM is stochastic
+VIDEOS = 64  # of each row, a multiple of the classes
 REAL = 1024  # drawn clips that represent the data
+FLOOR = "Drawn clips"
 FORWARDS, AWAY, COLOUR, MOTION, FRECHET = HEADS = ("forwards", "grey levels", "colour right", "motion right", "Fréchet")
 
 
@@ -66,11 +68,10 @@ GUIDED = [Cell("ddim", 25), *(Cell("ddim", 25, 2.0, interval) for interval in IN
 
 
 class Measurement:
-    """Samples `count` videos of a cell and measures them; the network is loaded when the first is."""
+    """Samples the videos of a cell and measures them; network and clips are loaded when they are needed."""
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.count, self.device = count, device
-        self.labels = [index % len(CLASSES) for index in range(count)]
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     @cached_property
     def generator(self) -> Generator:
@@ -78,7 +79,6 @@ class Measurement:
 
     @cached_property
     def real(self) -> Tensor:
-        """Features of drawn clips."""
         return compute_features(draw_clips(REAL))
 
     @cached_property
@@ -87,10 +87,9 @@ class Measurement:
 
     def sample(self, cell: Cell) -> np.ndarray:
         """Returns the videos, uint8 (n, F, H, W, 3)."""
-        settings: dict[str, Any] = {"method": cell.method, "steps": cell.steps, "guidance_scale": cell.scale}
-        if cell.interval:
-            settings["guidance_interval"] = cell.interval
-        return self.generator.sample(num=self.count, batch_size=32, seed=0, **settings)
+        settings: dict[str, Any] = {"guidance_interval": cell.interval} if cell.interval else {}
+        settings |= {"method": cell.method, "steps": cell.steps, "guidance_scale": cell.scale}
+        return self.generator.sample(num=VIDEOS, batch_size=32, seed=0, **settings)
 
     def measure(self, cell: Cell) -> Row:
         """Returns the row of a cell."""
@@ -102,10 +101,11 @@ class Measurement:
 
     def judge(self, name: str, videos: np.ndarray) -> Row:
         """Returns accuracy and Fréchet distance of uint8 (n, F, H, W, 3)."""
-        named = accuracy(list(videos.transpose(0, 1, 4, 2, 3)), self.labels)
+        labels = [index % len(CLASSES) for index in range(VIDEOS)]
+        named = accuracy(list(videos.transpose(0, 1, 4, 2, 3)), labels)
         right = {COLOUR: named["appearance_accuracy"], MOTION: named["motion_accuracy"]}
         distance = frechet_distance(self.real, compute_features(videos))
-        return {"": name, **right, FRECHET: distance, "videos": self.count, "commit": report.find_commit()}
+        return {"": name, **right, FRECHET: distance, "videos": VIDEOS, "commit": report.find_commit()}
 
 
 def compute_features(videos: np.ndarray) -> Tensor:
@@ -128,19 +128,14 @@ def draw_clips(number: int, seed: int = 0) -> np.ndarray:
 
 def quality(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
     """Yields the tables of methods and of guidance, row by row, and draws the plot."""
-    count = arguments.videos
-    if count < 32 or count % 8:
-        raise ValueError(f"--videos must be a multiple of 8 and at least 32, got {count}.")
     torch.set_num_threads(arguments.threads or 1)
-    known = report.read_rows(arguments.out / "sampling.json")
-    rows = {name: row for name, row in known.items() if row.get("videos") == count}
-    measurement = Measurement(count, timer.device)
-    floor = "Drawn clips"
-    if floor not in rows:
-        rows[floor] = measurement.judge(floor, draw_clips(count, seed=1))
-    text = f"{count} videos of each row, so that one video is {100 / count:.1f} %."
+    rows = report.read_rows(arguments.out / "sampling.json")
+    measurement = Measurement(timer.device)
+    if FLOOR not in rows:
+        rows[FLOOR] = measurement.judge(FLOOR, draw_clips(VIDEOS, seed=1))
+    text = f"{VIDEOS} videos of each row, so that one video is {100 / VIDEOS:.1f} %."
     tables = (
-        Table("Methods and steps", text, HEADS, [rows[floor]], "sampling.png"),
+        Table("Methods and steps", text, HEADS, [rows[FLOOR]], "sampling.png"),
         Table("Guidance in an interval of the noise levels (DDIM, 25 steps)", text, HEADS),
     )
     for table, cells in zip(tables, (PLAIN, GUIDED)):
@@ -150,19 +145,14 @@ def quality(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> 
             yield table
         commits = sorted({row["commit"] for row in table.rows})
         table.text += f" Sampled at commit {', '.join(commits)}."
-    plot(rows, arguments)
-
-
-def plot(rows: Mapping[str, Row], arguments: argparse.Namespace) -> None:
-    """Plots each measure over the forward passes of a video."""
     panels = []
-    for head, logarithmic in ((AWAY, "xy"), (MOTION, "x"), (FRECHET, "xy")):
+    for head, logarithmic in ((FRECHET, "xy"), (MOTION, "x"), (AWAY, "xy")):  # over the forward passes of a video
         lines: dict[str, tuple[Any, Any]] = {}
         for method, title in METHODS.items():
             found = [rows[cell.name] for cell in PLAIN if cell.method == method]
             points = [(row[FORWARDS], row[head]) for row in found if row.get(head)]
             lines[title] = ([x for x, _ in points], [y for _, y in points])
         if head != AWAY:
-            lines["drawn clips"] = (STEPS, [rows["Drawn clips"][head]] * len(STEPS))
+            lines["drawn clips"] = (STEPS, [rows[FLOOR][head]] * len(STEPS))
         panels.append(Panel(head, lines, "forward passes for a video", logarithmic))
-    report.plot(panels[::-1], arguments.out / "sampling.png")
+    report.plot(panels, arguments.out / "sampling.png")

@@ -180,24 +180,17 @@ class ReferenceTraining:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda _: 1.0)
         self.running_loss, self.gradient_norm = 0.0, torch.tensor(0.0)
 
-    def draw(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws timesteps (B,) and noise of the shape of the latents."""
-        timesteps = torch.randint(0, self.diffusion.num_timesteps, (len(latents),), device=latents.device)
-        return timesteps, torch.randn_like(latents)
-
-    def loss(self, latents: Tensor, labels: Tensor | None, timesteps: Tensor, noise: Tensor, images: int = 0) -> Tensor:
-        """Returns the mean loss, to differentiate."""
+    def step(self, latents: Tensor, labels: Tensor | None = None, *draws: Tensor, num_images: int = 0) -> float:
+        """Runs one step on latents (B, F+I, C, H, W); `draws` are given timesteps and noise, if any."""
+        if not draws:
+            timesteps = torch.randint(0, self.diffusion.num_timesteps, (len(latents),), device=latents.device)
+            draws = timesteps, torch.randn_like(latents)
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                return self.model(x, t, labels, num_images=images)
+                return self.model(x, t, labels, num_images=num_images)
 
-        return self.diffusion.training_losses(network, latents, timesteps, noise).loss.mean()
-
-    def step(self, latents: Tensor, labels: Tensor | None = None, *draws: Tensor, num_images: int = 0) -> float:
-        """Runs one step on latents (B, F+I, C, H, W); `draws` are given timesteps and noise, if any."""
-        timesteps, noise = draws or self.draw(latents)
-        loss = self.loss(latents, labels, timesteps, noise, num_images)
+        loss = self.diffusion.training_losses(network, latents, *draws).loss.mean()
         loss.backward()
         self.clip_gradients()
         self.optimizer.step()

@@ -7,37 +7,28 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # heads of shares, shown in percent; all other numbers have three significant digits
-SHARES = {
-    *("spread", "MFU", "of 790", "share", "of the roof", "efficiency", "inside `save`", "colour right", "motion right")
-}
+SHARES = {*("spread", "MFU", "of 790", "share", "of the roof", "efficiency", "colour right", "motion right")}
 
 
 @dataclass
 class Table:
-    """One table of a page.
-
-    Attributes:
-        heads: columns after the first, which holds the names of the rows.
-        rows: head -> value, "" for the name; values without a column are only in the JSON.
-        picture: a file in the folder of the page.
-    """
+    """One table of a page."""
 
     title: str
     text: str
-    heads: Sequence[str]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    picture: str | None = None
+    heads: Sequence[str]  # columns after the first, which holds the names of the rows
+    rows: list[dict[str, Any]] = field(default_factory=list)  # head -> value, "" for the name; others only in the JSON
+    picture: str | None = None  # a file in the folder of the page
 
     def markdown(self) -> str:
         """Returns a section of a page, with aligned columns."""
@@ -52,10 +43,8 @@ class Table:
 
 
 def _cell(value: Any, head: str) -> str:
-    if value is None:
-        return "-"
     if not isinstance(value, float):
-        return str(value)
+        return "-" if value is None else str(value)
     if head in SHARES:
         return f"{value:.1%}"
     return f"{value:.0f}" if abs(value) >= 100 or value == 0 else f"{value:#.3g}"
@@ -63,17 +52,12 @@ def _cell(value: Any, head: str) -> str:
 
 @dataclass
 class Page:
-    """The tables of one benchmark: printed and written to `name`.md and `name`.json in `out` as they come.
-
-    Args:
-        words: of the command line.
-    """
+    """The tables of one benchmark: printed and written to `name`.md and `name`.json in `out` as they come."""
 
     name: str
     title: str
-    text: str
     out: Path
-    words: Sequence[str]
+    words: Sequence[str]  # of the command line
     tables: dict[str, Table] = field(default_factory=dict)
     shown: dict[str, int] = field(default_factory=dict)  # lines of each table
     load: float = field(default_factory=lambda: os.getloadavg()[0])
@@ -81,29 +65,25 @@ class Page:
     def add(self, table: Table) -> None:
         """Adds a table; one whose title is there already has got another row."""
         lines = ["", *table.markdown().splitlines()]
-        self.show("\n".join(lines[self.shown.get(table.title, 0) :]))
+        print("\n".join(lines[self.shown.get(table.title, 0) :]), flush=True)
         self.tables[table.title], self.shown[table.title] = table, len(lines)
         self.write()
 
-    def write(self) -> dict[str, Any]:
-        """Writes both files; returns the facts about this run."""
-        known, tables = collect_facts(self.words, self.load), self.tables.values()
-        parts = [f"# {self.title}", self.text, describe(known), *(table.markdown() for table in tables)]
-        content = {"facts": known, "tables": [{"title": table.title, "rows": table.rows} for table in tables]}
+    def write(self) -> str:
+        """Writes both files; returns the facts about this run as a paragraph."""
+        facts, tables = collect_facts(self.words, self.load), self.tables.values()
+        described = "; ".join(f"{name} {value}" for name, value in facts.items()) + "."
+        explained = "What is compared with what, and the columns: [README.md](README.md)."
+        parts = [f"# {self.title}", explained, described, *(table.markdown() for table in tables)]
+        content = {"facts": facts, "tables": [{"title": table.title, "rows": table.rows} for table in tables]}
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / f"{self.name}.md").write_text("\n\n".join(part.strip() for part in parts if part) + "\n")
+        (self.out / f"{self.name}.md").write_text("\n\n".join(parts) + "\n")
         (self.out / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        return known
+        return described
 
     def finish(self) -> None:
         """Writes the page a last time and prints the facts."""
-        self.show("\n" + describe(self.write()))
-        self.show(f"written: {self.out / self.name}.md, {self.out / self.name}.json")
-
-    def show(self, text: str) -> None:
-        """Prints `text` at once."""
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        print(f"\n{self.write()}\nwritten: {self.out / self.name}.md, {self.out / self.name}.json")
 
 
 def read_rows(file: Path) -> dict[str, dict[str, Any]]:
@@ -112,32 +92,26 @@ def read_rows(file: Path) -> dict[str, dict[str, Any]]:
     return {row[""]: row for table in tables for row in table["rows"]}
 
 
-# ---- facts -------------------------------------------------------------------------------------
-
-
 def collect_facts(words: Sequence[str], load: float) -> dict[str, Any]:
     """Returns the machine, the versions, the commit and the command."""
-    cuda = torch.cuda.is_available()
-    asked = "nvidia-smi --query-gpu=driver_version,clocks.max.sm,power.limit --format=csv,noheader -i 0"
-    gpu = (
-        cuda and f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, driver, clock, power {_output_of(asked)}"
-    )
-    command = ["python -m benchmarks", *(shlex.quote(Path(w).name if w.startswith("/") else w) for w in words)]
-    return {
-        **({"GPU": gpu} if gpu else {}),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processors = [" ".join(line.partition(":")[2].split()) for line in lines if line.startswith("model name")]
+    facts: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        asked = "nvidia-smi --query-gpu=driver_version,clocks.max.sm,power.limit --format=csv,noheader -i 0"
+        name, cuda = torch.cuda.get_device_name(), torch.version.cuda
+        facts["GPU"] = f"{name}, CUDA {cuda}, driver, clock, power {_output_of(asked)}"
+    return facts | {
+        "machine": f"{(processors or [platform.machine()])[0]}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads",
         "load": f"{load:.1f} before, {os.getloadavg()[0]:.1f} at the end",
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "commit": find_commit(),
-        "command": " ".join(command),
+        "command": shlex.join(("python", "-m", "benchmarks", *words)),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-
-
-def describe(facts: Mapping[str, Any]) -> str:
-    """Returns facts as a paragraph."""
-    return "; ".join(f"{name} {value}" for name, value in facts.items()) + "."
 
 
 def find_commit() -> str:
@@ -154,19 +128,7 @@ def _output_of(command: str) -> str:
         return ""
 
 
-def _processor() -> str:
-    """Returns the model name of the CPU."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [" ".join(line.partition(":")[2].split()) for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-# ---- plots -------------------------------------------------------------------------------------
-
-
-@dataclass
-class Panel:
+class Panel(NamedTuple):
     """One panel of a plot: x and y of each line by label; `logarithmic` names the axes with such a scale."""
 
     title: str

@@ -6,6 +6,7 @@ import argparse
 import copy
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -23,11 +24,9 @@ from .timing import Case, Timer
 from .workload import Workload
 
 CLASSES, LABEL, SCALE = 101, 3, 4.0
-
-
+Options = dict[str, Any]
 # name -> options of `Generator` and of its `batches`, the latter with guidance only. Add a way as a line; results are
 # compared with those of the first.
-Options = dict[str, Any]
 WAYS: dict[str, tuple[Options, Options]] = {
     "ours, plain loop": ({}, {}),
     "guidance one by one": ({}, {"batched_guidance": False}),
@@ -45,25 +44,29 @@ class LatentGenerator(Generator):
         return latents
 
 
-def measure(workload: Workload, timer: Timer, steps: int, precision: str) -> Iterator[Table]:
-    """Yields the tables of a precision, without and with guidance: the reference, then every way."""
-    workload = workload.but({"classes": CLASSES, "train.precision": precision})
-    for guided in (False, True):
-        model, plain = workload.networks(timer.device)
-        makers = {"reference": partial(reference_case, plain, workload, timer.device, steps, guided)}
+def sample(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
+    """Yields the tables of each precision, without and with guidance: the reference, then every way."""
+    latent = arguments.latent or (workload.latent if timer.on_cuda or arguments.quick else 16)
+    workload = workload.but({"batch": arguments.batch or 1, "latent": latent, "classes": CLASSES})
+    steps = arguments.steps or (2 if arguments.quick else 250 if timer.on_cuda else 4)
+    heads = ("ms", "ratio", "s/video, 250 steps", "apart")
+    for precision, guided in product(arguments.precision or ("fp32", "bf16"), (False, True)):
+        problem = workload.but({"train.precision": precision})
+        model, plain = problem.networks(timer.device)
+        makers = {"reference": partial(reference_case, plain, problem, timer.device, steps, guided)}
         for name, (network, settings) in WAYS.items():
             casts_nothing = "cast_weights" in network and precision == "fp32"
             is_slow = "compiled" in network and not timer.on_cuda  # compiling takes minutes on a CPU
             if not (casts_nothing or is_slow or (settings and not guided)):
                 options = {"precision": precision, **network}
                 loop = {"steps": steps, "guidance_scale": SCALE if guided else 1.0, **settings}
-                makers[name] = partial(our_case, model, workload, timer.device, options, loop)
+                makers[name] = partial(our_case, model, problem, timer.device, options, loop)
         text = (
-            f"DDPM, {steps} steps measured; {workload}, {CLASSES} classes. `apart`: relative difference from the plain "
+            f"DDPM, {steps} steps measured; {problem}, {CLASSES} classes. `apart`: relative difference from the plain "
             "loop of ours for the same draws."
         )
-        title, heads = f"{precision}, {'guided' if guided else 'not guided'}", ("ms", "ratio", "s/video, 250 steps")
-        yield Table(title, text, (*heads, "apart"), timer.compare(makers, (*heads, "apart")))
+        title = f"{precision}, {'guided' if guided else 'not guided'}"
+        yield Table(title, text, heads, timer.compare(makers, heads))
 
 
 def our_case(model: Latte, workload: Workload, device: torch.device, network: Options, settings: Options) -> Case:
@@ -96,12 +99,3 @@ def reference_case(plain: ReferenceLatte, workload: Workload, device: torch.devi
         diffusion.sample(process, network, torch.cat([noise, noise]) if guided else noise)
 
     return Case(call, workload.batch, repeats=steps)
-
-
-def sample(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
-    """Yields the tables of each precision."""
-    latent = arguments.latent or (workload.latent if timer.on_cuda or arguments.quick else 16)
-    workload = workload.but({"batch": arguments.batch or 1, "latent": latent})
-    steps = arguments.steps or (2 if arguments.quick else 250 if timer.on_cuda else 4)
-    for precision in arguments.precision or ("fp32", "bf16"):
-        yield from measure(workload, timer, steps, precision)

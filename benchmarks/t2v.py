@@ -2,25 +2,27 @@
 
 On CUDA a network of Latte-1's size samples 16 frames of 512 x 512 in fp16, 50 steps with guidance; a decoder of Stable
 Diffusion's size decodes them; a T5 of XXL's size encodes a prompt. On a CPU all three are small. Weights are random, so
-nothing is downloaded. Without diffusers ours alone is timed, and no decoder.
+nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, LattePipeline
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
 import diffusion
 from models.autoencoder import AUTOENCODERS, CodecConfig, LatentCodec
 from models.blocks import compile_blocks
 from models.config_t2v import LATTE_1, LatteT2VConfig
+from models.convert_t2v import to_diffusers
 from models.latte_t2v import LatteT2V
 from models.quantize import QUANTIZERS, quantize
 
@@ -31,53 +33,49 @@ from .workload import Workload
 GUIDANCE = 7.5
 WORDS = 24  # of the prompt
 VAE_BLOCKS: Any = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+Options = dict[str, Any]  # of a row: arguments of its case
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """Sizes of the networks and of the video."""
 
     network: LatteT2VConfig
     frames: int
     latent: int
     steps: int
-    dtype: torch.dtype
+    precision: str
     decoder: tuple[int, ...]
     t5: dict[str, int]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.precision == "fp16" else torch.float32
+
 
 LATTE_SCALE = Scale(
-    LATTE_1, 16, 64, 50, torch.float16, (128, 256, 512, 512),
+    LATTE_1, 16, 64, 50, "fp16", (128, 256, 512, 512),
     {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128},
 )  # fmt: skip
 SMALL_SCALE = Scale(
     replace(LATTE_1, num_attention_heads=4, attention_head_dim=64, cross_attention_dim=256, num_layers=4,
             caption_channels=256, sample_size=16, video_length=8),
-    8, 16, 4, torch.float32, (32, 64, 64, 64),
+    8, 16, 4, "fp32", (32, 64, 64, 64),
     {"d_model": 256, "d_kv": 32, "d_ff": 640, "num_layers": 4, "num_heads": 8, "vocab_size": 4096},
 )  # fmt: skip
-
-
-class Way(NamedTuple):
-    """One row: diffusers' pipeline or ours, how the weights are quantised and laid out, how many frames at a time."""
-
-    theirs: bool = False
-    kind: str | None = None
-    compiled: bool = False
-    channels_last: bool = False
-    chunk: int | None = None
-    method: str = ""  # of diffusers' decoder
-
-
-SAMPLING = {"diffusers' pipeline": Way(theirs=True), "ours": Way(), "ours, compiled": Way(compiled=True)}
-DECODING = {
-    "plain": Way(),
-    "channels_last": Way(channels_last=True),
-    "compiled": Way(compiled=True),
-    "channels_last, compiled": Way(channels_last=True, compiled=True),
-    "channels_last, one frame at a time": Way(channels_last=True, chunk=1),
-    "channels_last, slicing": Way(channels_last=True, method="enable_slicing"),
-    "channels_last, tiling": Way(channels_last=True, method="enable_tiling"),
+SAMPLING: dict[str, Options] = {
+    "diffusers' pipeline": {"theirs": True},
+    "ours": {},
+    "ours, compiled": {"compiled": True},
+}
+LAST = {"channels_last": True}
+DECODING: dict[str, Options] = {
+    "plain": {},
+    "channels_last": LAST,
+    "compiled": {"compiled": True},
+    "channels_last, compiled": {**LAST, "compiled": True},
+    "channels_last, one frame at a time": {**LAST, "chunk": 1},
+    "channels_last, slicing": {**LAST, "method": "enable_slicing"},
+    "channels_last, tiling": {**LAST, "method": "enable_tiling"},
 }
 
 
@@ -85,31 +83,27 @@ def t2v(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iter
     """Yields the tables of sampling, decoding and encoding prompts."""
     scale = LATTE_SCALE if timer.on_cuda and not arguments.quick else SMALL_SCALE
     if arguments.quick:
-        scale = replace(scale, steps=2, network=replace(scale.network, num_layers=1))
-    scale = replace(scale, steps=arguments.steps or scale.steps)
-    kinds = tuple(QUANTIZERS) if timer.on_cuda else ("int8",)
-    has_diffusers = find_spec("diffusers") is not None
-    precision = str(scale.dtype).removeprefix("torch.")
+        scale = scale._replace(steps=2, network=replace(scale.network, num_layers=1))
+    scale = scale._replace(steps=arguments.steps or scale.steps)
+    kinds = {kind: {"kind": kind} for kind in (QUANTIZERS if timer.on_cuda else ("int8",))}
     size = f"{scale.frames} frames, latents {scale.latent} x {scale.latent}"
-    tables: list[tuple[str, str, Callable[[Scale, torch.device, Way], Case], dict[str, Way]]] = [
-        ("Sampling", f"{size}, {scale.steps} DDIM steps with guidance {GUIDANCE:g}, {precision}.", sampling_case,
-         {**SAMPLING, **{f"ours, {kind}": Way(kind=kind) for kind in kinds}}),
-        ("Decoding", f"{size}, {precision}. Sampling uses channels_last.", decoding_case, DECODING),
-        ("Encoding a prompt", "T5 with a gated MLP, 120 tokens.", encoding_case,
-         {precision: Way(), **{kind: Way(kind=kind) for kind in kinds}}),
-    ]  # fmt: skip
+    loop = f"{size}, {scale.steps} DDIM steps with guidance {GUIDANCE:g}, {scale.precision}."
+    sampling = {**SAMPLING, **{f"ours, {kind}": options for kind, options in kinds.items()}}
     heads = ("median s", "spread", "ratio", "weights MiB", "peak GB", "apart")
-    for title, text, make, ways in tables if has_diffusers else (tables[0], tables[2]):
-        makers = {
-            name: partial(make, scale, timer.device, way)
-            for name, way in ways.items()
-            if (has_diffusers or not way.theirs) and not (way.compiled and arguments.quick)
-        }
+    for title, text, make, rows in (
+        ("Sampling", loop, sampling_case, sampling),
+        ("Decoding", f"{size}, {scale.precision}. Sampling uses channels_last.", decoding_case, DECODING),
+        ("Encoding a prompt", "T5 with a gated MLP, 120 tokens.", encoding_case, {scale.precision: {}, **kinds}),
+    ):
+        chosen = {name: options for name, options in rows.items() if not (arguments.quick and "compiled" in options)}
+        makers = {name: partial(make, scale, timer.device, **options) for name, options in chosen.items()}
         with torch.no_grad():
             yield Table(title, text, heads, timer.compare(makers, heads, at_once=False))
 
 
-def sampling_case(scale: Scale, device: torch.device, way: Way) -> Case:
+def sampling_case(
+    scale: Scale, device: torch.device, *, theirs: bool = False, kind: str | None = None, compiled: bool = False
+) -> Case:
     """Returns the sampling loop, from noise to latents; the same weights and noise for all."""
     network = scale.network
     captions = _draw(2, WORDS, network.caption_channels or 0).to(device, scale.dtype)
@@ -120,13 +114,11 @@ def sampling_case(scale: Scale, device: torch.device, way: Way) -> Case:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     model = model.requires_grad_(False).eval().to(scale.dtype)
-    if way.theirs:
-        from models.convert_t2v import to_diffusers  # needs diffusers
-
-        theirs = to_diffusers(model).to(device)
-        return _case(_their_pipeline(theirs, captions, noise, scale), theirs)
-    ours: Any = quantize(model, way.kind, device)
-    if way.compiled:
+    if theirs:
+        exported = to_diffusers(model).to(device)
+        return _case(_their_pipeline(exported, captions, noise, scale), exported)
+    ours: Any = quantize(model, kind, device)
+    if compiled:
         compile_blocks(ours.blocks)
     return _case(lambda: sample_ddim(ours, captions, noise, scale.steps), ours)
 
@@ -147,8 +139,6 @@ def sample_ddim(model: LatteT2V, captions: Tensor, noise: Tensor, steps: int) ->
 
 
 def _their_pipeline(network: nn.Module, captions: Tensor, noise: Tensor, scale: Scale) -> Call:
-    from diffusers import AutoencoderKL, DDIMScheduler, LattePipeline
-
     scheduler = DDIMScheduler(
         clip_sample=False, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0, set_alpha_to_one=True
     )
@@ -161,30 +151,33 @@ def _their_pipeline(network: nn.Module, captions: Tensor, noise: Tensor, scale: 
     return lambda: pipeline(**given, **sizes, **steps, latents=noise.clone()).frames
 
 
-def decoding_case(scale: Scale, device: torch.device, way: Way) -> Case:
-    """Returns the decoding of latents to frames."""
-    from diffusers import AutoencoderKL
-
+def decoding_case(
+    scale: Scale,
+    device: torch.device,
+    *,
+    channels_last: bool = False,
+    compiled: bool = False,
+    chunk: int | None = None,
+    method: str = "",
+) -> Case:
+    """Returns the decoding of latents to frames; `method` is one of diffusers' decoder."""
     torch.manual_seed(0)
     sizes: Any = {"block_out_channels": scale.decoder, "layers_per_block": 2, "sample_size": 8 * scale.latent}
     network = AutoencoderKL(**VAE_BLOCKS, **sizes).to(device, scale.dtype).eval()
-    if way.channels_last:
+    if channels_last:
         network = network.to(memory_format=torch.channels_last)
-    if way.compiled:
+    if compiled:
         network.decoder.compile()
-    if way.method:
-        getattr(network, way.method)()
-    precision = {torch.float32: "fp32", torch.float16: "fp16"}[scale.dtype]
-    config = CodecConfig(path="random", dtype=precision, chunk_size=way.chunk or scale.frames)
+    if method:
+        getattr(network, method)()
+    config = CodecConfig(path="random", dtype=scale.precision, chunk_size=chunk or scale.frames)
     codec = LatentCodec(config, AUTOENCODERS["AutoencoderKL"], network)
     latents = _draw(1, scale.frames, 4, scale.latent, scale.latent).to(device)
     return _case(lambda: codec.decode(latents), network)
 
 
-def encoding_case(scale: Scale, device: torch.device, way: Way) -> Case:
+def encoding_case(scale: Scale, device: torch.device, *, kind: str | None = None) -> Case:
     """Returns the encoding of a prompt of 120 tokens."""
-    from transformers import T5Config, T5EncoderModel
-
     config: Any = T5Config(**scale.t5, feed_forward_proj="gated-gelu", dropout_rate=0.0)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(3, scale.t5["vocab_size"], (1, 120), generator=generator).to(device)
@@ -192,7 +185,7 @@ def encoding_case(scale: Scale, device: torch.device, way: Way) -> Case:
         network = T5EncoderModel(config).eval().requires_grad_(False).to(scale.dtype)
     for parameter in network.to_empty(device="cpu").parameters():
         parameter.uniform_(-0.03, 0.03, generator=generator)
-    encoder = quantize(network, way.kind, device)
+    encoder = quantize(network, kind, device)
     return _case(lambda: encoder(words)[0], encoder)
 
 

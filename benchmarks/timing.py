@@ -6,7 +6,9 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -19,26 +21,17 @@ PEAK, PRACTICAL = 989.0, 790.0  # TFLOP/s of an H100 or H200 in bf16: dense peak
 
 @dataclass
 class Case:
-    """One row of a table.
+    """One row of a table. A tensor that `call` returns is compared with the first one of the table."""
 
-    Attributes:
-        call: timed; it does its work `repeats` times, on `videos` clips of `tokens` in all, with `flop` operations
-            each time. A tensor that it returns is compared with the first one of the table.
-        prepare: called before each `call`, untimed.
-        cells: further cells of the row.
-        seconds: of one repetition in each round; set by the engine.
-        peak: bytes on a CUDA device; set by the engine.
-    """
-
-    call: Call
-    videos: float = 1.0
-    flop: float = 0.0
-    tokens: float = 1.0
-    repeats: int = 1
-    prepare: Call = lambda: None
-    cells: Row = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-    peak: int | None = None
+    call: Call  # timed
+    videos: float = 1.0  # clips of a repetition
+    flop: float = 0.0  # of a repetition
+    tokens: float = 1.0  # of a repetition
+    repeats: int = 1  # repetitions in a call
+    prepare: Call = lambda: None  # called before each `call`, untimed
+    cells: Row = field(default_factory=dict)  # further cells of the row
+    seconds: list[float] = field(default_factory=list)  # of one repetition in each round; set by the engine
+    peak: int | None = None  # bytes on a CUDA device; set by the engine
 
     @property
     def median(self) -> float:
@@ -76,17 +69,11 @@ VALUES: dict[str, Callable[[Case, Case], Any]] = {
 
 @dataclass(frozen=True)
 class Timer:
-    """Times cases in turn, so that other load on the machine affects all of them alike.
-
-    Args:
-        device: synchronised before and after each call if it is CUDA.
-        rounds: measurements of each case.
-        clock: "wall", or "cpu" (of all threads of this process) for a machine that is shared with others.
-    """
+    """Times cases in turn, so that other load on the machine affects all of them alike."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    rounds: int = 3
-    clock: str = "wall"
+    rounds: int = 3  # measurements of each case
+    clock: str = "wall"  # or "cpu" (of all threads of this process) for a machine that is shared with others
 
     @property
     def on_cuda(self) -> bool:
@@ -95,14 +82,10 @@ class Timer:
     def compare(
         self, makers: Mapping[str, Callable[[], Case]], heads: Iterable[str] = (), *, at_once: bool = True
     ) -> list[Row]:
-        """Times the cases and returns their rows, with all samples; the first is the reference.
+        """Times the cases of `makers` and returns their rows with the cells `heads`; the first is the reference.
 
-        Each case is called once before: that compiles it, and yields the result for the cell `apart`.
-
-        Args:
-            makers: constructor of each case by name.
-            heads: cells to compute.
-            at_once: time all in turn; False: each in turn with the first, which alone stays in memory.
+        Each case is called once before: that compiles it, and yields the result for the cell `apart`. All are timed in
+        turn, or, unless `at_once`, each in turn with the first, which alone stays in memory.
         """
         heads, rows = list(heads), []
         first: Case | None = None
@@ -114,8 +97,9 @@ class Timer:
                 try:
                     case = makers[name]()
                     result = self._warm_up(case, held)
-                except torch.OutOfMemoryError:
-                    rows.append({"": f"{name}: no room"})
+                except (torch.OutOfMemoryError, NotImplementedError) as error:
+                    reason = "no room" if isinstance(error, torch.OutOfMemoryError) else "not supported"
+                    rows.append({"": f"{name}: {reason}"})
                     continue
                 cases[name], first = case, first or case
                 if "apart" in heads and isinstance(result, Tensor):
@@ -126,15 +110,15 @@ class Timer:
             if first is None or not cases:
                 continue
             self._time([*([] if first in cases.values() else [first]), *cases.values()])
-            rows += [_row_of(name, case, first, heads) for name, case in cases.items()]
-            del cases
-            self.free()
+            for name, case in cases.items():
+                row: Row = {"": name, **{head: VALUES[head](case, first) for head in heads if head in VALUES}}
+                rows.append(row | case.cells | {"seconds": case.seconds})
+            del cases, case
+            torch.compiler.reset()  # the next batch size is compiled for itself
+            if self.on_cuda:
+                gc.collect()
+                torch.cuda.empty_cache()
         return rows
-
-    def compare_pair(self, name: str, makers: Mapping[str, Callable[[], Case]]) -> Row:
-        """Returns one row of two cases: the milliseconds of each, and how many times as fast the second one is."""
-        rows = self.compare(makers, ("ms", "ratio"))
-        return {"": name, **{f"{row['']}, ms": row["ms"] for row in rows}, "ratio": rows[1]["ratio"], "samples": rows}
 
     def _warm_up(self, case: Case, held: int) -> Any:
         """Returns the result of the first call; on CUDA, sets the peak above `held` bytes of another one."""
@@ -166,14 +150,9 @@ class Timer:
         if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
-    def free(self) -> None:
-        """Releases unused memory and compiled graphs, so that the next batch size is compiled for itself."""
-        torch.compiler.reset()
-        if self.on_cuda:
-            gc.collect()
-            torch.cuda.empty_cache()
 
-
-def _row_of(name: str, case: Case, first: Case, heads: Iterable[str]) -> Row:
-    computed = {head: VALUES[head](case, first) for head in heads if head in VALUES}
-    return {"": name, **computed, **case.cells, "seconds": case.seconds}
+def run_apart(function: Callable[[Any], Any], inputs: Iterable[Any]) -> list[Any]:
+    """Returns the results of `function` for all inputs, each in a new process, at the same time."""
+    inputs = list(inputs)
+    with ProcessPoolExecutor(len(inputs), get_context("spawn")) as pool:
+        return list(pool.map(function, inputs))

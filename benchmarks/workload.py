@@ -1,6 +1,6 @@
 """Workloads: a network, a batch and what is done with them, by the project's own code or by the reference.
 
-PARTS is the table of what can be timed of a network. Nothing is downloaded: latents are random, in a latent cache of
+Nothing is downloaded: latents are random, in a latent cache of
 the project's own format, so that the timed step is the trainer's whole step with its data loading. Only torch, numpy,
 einops, timm and safetensors are needed.
 """
@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from einops import repeat
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +26,6 @@ from datasets.shards import INDEX, shard_file, write_shard
 from engine.build import PRECISIONS, build_model, forward_inputs
 from engine.config import Config
 from engine.distributed import World
-from engine.optim import EMA
 from engine.trainer import Trainer
 from models import attention
 from models.blocks import compile_blocks
@@ -52,36 +50,27 @@ MODES: dict[str, Changes] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """A network, a batch of clips, `batch` x `frames` (+ `images`) x 4 x `latent` x `latent`, and its use.
+    """A network, a batch of clips, `batch` x `frames` (+ `images`) x 4 x `latent` x `latent`, and its use."""
 
-    Attributes:
-        size: a `model.name`, or `tiny` for a smoke test.
-        part: a key of PARTS.
-        reference: by the reference instead of the project's code.
-        keys: further configuration keys, such as {"train.precision": "bf16"}.
-    """
-
-    size: str = "Latte-S/2"
+    size: str = "Latte-S/2"  # a `model.name`, or `tiny` for a smoke test
     batch: int = 2
     frames: int = 16
     latent: int = 32
     images: int = 0
     classes: int = 0
-    part: str = "step"
-    reference: bool = False
-    keys: Mapping[str, Any] = field(default_factory=dict)
+    part: str = "step"  # or forward
+    reference: bool = False  # by the reference instead of the project's code
+    keys: Changes = field(default_factory=dict)  # further configuration keys: {"train.precision": "bf16"}
 
     def but(self, *several: Changes) -> Workload:
         """Returns a copy with these changes."""
         changes = {name: value for one in several for name, value in one.items()}
-        fields = {name: value for name, value in changes.items() if "." not in name}
-        keys = {name: value for name, value in changes.items() if "." in name}
-        return replace(self, **fields, keys={**self.keys, **keys})
+        keys = {name: changes.pop(name) for name in list(changes) if "." in name}
+        return replace(self, **changes, keys={**self.keys, **keys})
 
     def config(self, folder: Path = Path()) -> Config:
         """Returns the configuration of a run in `folder` that trains it from the latent cache there."""
-        sections: dict[str, dict[str, Any]] = {}
-        for name, value in {
+        values = {
             **(TINY if self.size == "tiny" else {"model.name": self.size}),
             "model.num_classes": self.classes,
             "codec.downsample_factor": PIXELS,
@@ -95,7 +84,9 @@ class Workload:
             "data.latents": str(folder / "latents"),
             "train.output_dir": str(folder / "run"),
             **self.keys,
-        }.items():
+        }
+        sections: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
             section, _, key = name.partition(".")
             sections.setdefault(section, {})[key] = value
         blank = Config()
@@ -104,11 +95,6 @@ class Workload:
     @property
     def precision(self) -> str:
         return str(self.keys.get("train.precision", "fp32"))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the batch, of patches of 2 x 2; an image counts as a frame."""
-        return self.batch * (self.frames + self.images) * (self.latent // 2) ** 2
 
     def flop(self) -> float:
         """Returns the FLOP of one forward pass of the batch, attention included, counted on the meta device."""
@@ -155,9 +141,6 @@ def randomise(model: torch.nn.Module) -> None:
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
-# ---- training ----------------------------------------------------------------------------------
-
-
 class Ours:
     """Runs training steps of a workload with the project's trainer, in a temporary folder."""
 
@@ -168,9 +151,8 @@ class Ours:
         write_latents(config, workload.batch * world.size)
         self.trainer = Trainer(config, world)
         state = self.trainer.state
-        self.model = cast(Latte, state.model)
-        randomise(self.model)
-        state.ema.load_state_dict(self.model.state_dict())
+        randomise(state.model)
+        state.ema.load_state_dict(state.model.state_dict())
         self.trainer.prepare()
         self.batches = self.trainer.run.batches(0)
 
@@ -188,24 +170,24 @@ def write_latents(config: Config, batch: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn((frames, *shape), generator=generator).abs() for _ in range(count))
     runs = (FrameRun(frames, data.image_size, data.image_size),)
-    clips = [
-        StoredClip(f"class{k % classes:03d}/{k:03d}", 0, frames, frames, first=frames * k, runs=runs)
-        for k in range(count)
-    ]
-    transform = RECIPES[data.name].transform
+    names = [f"class{k % classes:03d}/{k:03d}" for k in range(count)]
+    clips = [StoredClip(name, 0, frames, frames, first=frames * k, runs=runs) for k, name in enumerate(names)]
+    settings = {"image_size": data.image_size, "max_pixels": data.max_pixels, "mirrored": False}
     index = {
         "format": FORMAT,
         "codec": codec_identity(config.codec),
         "dtype": "fp32",
         "shape": shape,
-        "settings": {k: getattr(data, k) for k in ("image_size", "max_pixels")}
-        | {"transform": transform, "mirrored": False},
+        "settings": {**settings, "transform": RECIPES[data.name].transform},
         "shards": [count * frames],
         "clips": [clip.to_json() for clip in clips],
     }
     out.mkdir(parents=True)
     write_shard(shard_file(out, 0), "fp32", (count * frames, *shape), rows, TENSOR, FORMAT)
     (out / INDEX).write_text(json.dumps(index))
+
+
+# ---- calls -------------------------------------------------------------------------------------
 
 
 def step_of(workload: Workload, device: torch.device) -> Call:
@@ -216,9 +198,6 @@ def step_of(workload: Workload, device: torch.device) -> Call:
     training = ReferenceTraining(plain, autocast_dtype=PRECISIONS[workload.precision].autocast)
     latents, labels = workload.random_batch(device)
     return partial(training.step, latents, labels, num_images=workload.images)
-
-
-# ---- parts -------------------------------------------------------------------------------------
 
 
 def forward_of(workload: Workload, device: torch.device) -> Call:
@@ -235,49 +214,12 @@ def forward_of(workload: Workload, device: torch.device) -> Call:
     return call
 
 
-def modulation_of(workload: Workload, device: torch.device) -> Call:
-    """Returns the modulation of all layers: once per clip; in the reference for each frame and each token position."""
-    plain = workload.networks(device)[1]
-    heads = [cast(torch.nn.Module, block.adaLN_modulation) for block in plain.blocks]
-    by_clip = torch.randn(workload.batch, plain.config.size.hidden_size, device=device)
-    counts = (workload.frames, plain.pos_embed.shape[1]) if workload.reference else (1, 1)
-    conditions = [repeat(by_clip, "b d -> (b n) d", n=count) for count in counts]
-
-    @torch.no_grad()
-    def call() -> None:
-        for index, head in enumerate(heads):
-            head(conditions[index % 2])
-
-    return call
-
-
-def average_of(workload: Workload, device: torch.device) -> Call:
-    """Returns the update of the EMA: in one call, or parameter by parameter."""
-    model, plain = workload.networks(device)
-    return ReferenceTraining(plain).update_average if workload.reference else partial(EMA(model).update, model)
-
-
-# part of a workload -> constructor of its call, and its FLOP in forward passes
-PARTS: dict[str, tuple[Callable[[Workload, torch.device], Call], int]] = {
-    "step": (step_of, 3),
-    "forward": (forward_of, 1),
-    "modulation": (modulation_of, 0),
-    "average": (average_of, 0),
-}
-
-
 def make_case(workload: Workload, device: torch.device, repeats: int = 1) -> Case:
     """Returns the workload, ready to be timed, `repeats` times in each call."""
-    make_call, forwards = PARTS[workload.part]
-    call = make_call(workload, device)
-
-    def calls() -> Any:
-        for _ in range(repeats):
-            result = call()
-        return result
-
-    flop = forwards * workload.flop() if forwards else 0.0
-    return Case(calls, workload.batch, flop, workload.tokens, repeats)
+    call = (step_of if workload.part == "step" else forward_of)(workload, device)
+    tokens = workload.batch * (workload.frames + workload.images) * (workload.latent // 2) ** 2  # of 2 x 2 patches
+    flop = workload.flop() * (3 if workload.part == "step" else 1)
+    return Case(lambda: [call() for _ in range(repeats)][-1], workload.batch, flop, tokens, repeats)
 
 
 def read_problem(arguments: argparse.Namespace) -> tuple[Workload, Timer]:
@@ -285,17 +227,17 @@ def read_problem(arguments: argparse.Namespace) -> tuple[Workload, Timer]:
 
     Raises: ValueError for flags out of range, or that contradict each other.
     """
-    given = vars(arguments)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
     if given.get("device") == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device; use cpu.")
     for name, value in given.items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+        if type(value) is int and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
     device = torch.device(given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if given.get("threads"):
+    if "threads" in given:
         torch.set_num_threads(arguments.threads)
     timer = Timer(device, given.get("rounds", 3), given.get("clock", "wall"))
-    sizes = {name: given[name] for name in ("size", "batch", "frames", "latent") if given.get(name) is not None}
+    sizes = {name: given[name] for name in ("size", "batch", "frames", "latent") if name in given}
     if given.get("quick"):
         if sizes:
             raise ValueError(f"--quick has tiny sizes of its own: omit --{next(iter(sizes))}.")

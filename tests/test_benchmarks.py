@@ -121,15 +121,16 @@ def test_the_gpu_bench_runs_where_little_is_installed(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     tables = {table["title"]: table["rows"] for table in json.loads((tmp_path / "gpu.json").read_text())["tables"]}
-    assert {"Training step", "Forward pass", "Techniques, one by one", "bf16, guided"} <= tables.keys()
-    assert all(row["ratio"] > 0 and row["seconds"] for row in tables["Training step"])
+    step = "Training step, bf16, batch 1"
+    assert {step, "Forward pass, bf16, batch 1", "Techniques, one by one", "bf16, guided"} <= tables.keys()
+    assert all(row["ratio"] > 0 and row["seconds"] for row in tables[step])
     apart = next(row for row in tables["bf16, guided"] if row[""] == "guidance one by one")
     assert apart["apart"] < 1e-2  # it changes no result
     over_time = {row[""]: row for row in tables["Over time, bf16, batch 1"]}
     assert over_time.keys() == {"fused", "plain", "fused, a row for each token", "fused, three projections"}
     assert all(row["error"] < 1e-2 and row["both ms"] > 0 for row in over_time.values())
     page = (tmp_path / "gpu.md").read_text()
-    assert "commit" in page and "--quick" in page and "| reference, tf32, 5 videos " in page
+    assert "commit" in page and "--quick" in page and "| reference, fp32 " in page
     assert json.loads((tmp_path / "compiled-bf16-cpu.json").read_text())["traceEvents"]
 
 
@@ -137,14 +138,12 @@ def test_the_gpu_bench_runs_where_little_is_installed(tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (["train", "--batch", "0"], "--batch must be at least 1"),
-        (["memory", "--kind", "mine"], "--kind mine is unknown"),
         (["train", "--size", "Latte-M/2"], "Latte-M/2"),
         (["train", "--quick", "--size", "Latte-S/2"], "--quick has tiny sizes of its own: omit --size"),
-        (["data", "--videos", "nowhere.mp4"], "there is no file nowhere.mp4"),
     ],
 )
 def test_mistakes_are_sentences(words: list[str], sentence: str, tmp_path: Path) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         main([*words, "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
