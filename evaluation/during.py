@@ -15,14 +15,14 @@ from torch import Tensor
 
 from common.checks import require
 from datasets import build_held_out
-from engine.callbacks import Observation, agree, attempt, distribute
+from engine.callbacks import Observation, agree, attempt
 from engine.config import Config
 from engine.objective import Objective
 from engine.run import Run
 from engine.state import TrainState
 from engine.validation import spread
 from sample.generate import to_uint8
-from sample.preview import build_generator, sample_chunk, split_chunks
+from sample.preview import build_generator, map_chunks, sample_chunk
 
 from .detectors import DETECTORS, Detector, load_detector
 from .distances import frechet_distance
@@ -70,15 +70,11 @@ class Metric:
         """Returns the distance as `ema/frechet_<detector>`, with the numbers of videos and clips."""
         if self.real is None:
             self.real = self._shared(run, self.indices, self._read_clips)
-        generator = build_generator(self.config, state.ema.model, objective)
-        fake = self._shared(
-            run, range(self.config.monitor.metric_videos), lambda indices: sample_chunk(run, generator, indices)
-        )
-        real = self.real
+        generator, count = build_generator(self.config, state.ema.model, objective), self.config.monitor.metric_videos
+        fake, real = self._shared(run, range(count), lambda some: sample_chunk(run, generator, some)), self.real
         distance = attempt(run, lambda: frechet_distance(real, fake) if run.world.is_main else 0.0)
         name = f"ema/frechet_{self.config.monitor.metric_detector}"
-        values = {name: distance, "videos": self.config.monitor.metric_videos, "clips": len(self.indices)}
-        return Observation(values, f"{name} {distance:.4g}")
+        return Observation({name: distance, "videos": count, "clips": len(self.indices)}, f"{name} {distance:.4g}")
 
     def _read_clips(self, indices: Sequence[int]) -> np.ndarray:
         """Reads the fixed windows of those clips: uint8 (n, F, H, W, 3)."""
@@ -93,13 +89,12 @@ class Metric:
 
     def _shared(self, run: Run, indices: Sequence[int], videos: Callable[[Sequence[int]], np.ndarray]) -> Tensor:
         """Returns the features of all those videos on every rank; each rank computes a part."""
-        chunks = split_chunks(run, indices)
 
-        def work(place: int) -> Tensor:
-            pixels, rows = videos(chunks[place]), []
-            for number in range(len(chunks[0])):  # one at a time, to save memory; the same count on every rank
+        def work(part: Sequence[int], size: int) -> Tensor:
+            pixels, rows = videos(part), []
+            for number in range(size):  # one at a time, to save memory; the same count on every rank
                 rows += [self.features(pixels[number : number + 1])] if number < len(pixels) else []
                 agree(run)
             return torch.cat(rows)
 
-        return torch.cat(distribute(run, len(chunks), work))
+        return torch.cat(map_chunks(run, indices, work))

@@ -97,7 +97,7 @@ def is_main() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints a line on what the command is doing, in the first of several processes."""
+    """Prints a line on what the command is doing, on the first rank."""
     if is_main():
         print(text, file=sys.stderr, flush=True)
 
@@ -108,9 +108,7 @@ def show_steps(
 ) -> Iterator[Progress]:
     """Gives a callback of `Generator.batches` that shows a bar of the sampler's steps, or lines in a log file.
 
-    Args:
-        count: returns words on the videos that are written, which are shown after each batch.
-        check: called after each step.
+    `count` returns words to show after each batch; `check` is called after each step.
     """
     interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_S
     options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": interval}
@@ -131,14 +129,9 @@ def show_steps(
 def write_videos(
     batches: Iterable[Batch], name: Callable[[int], str], facts: Callable[[int], dict[str, Any]], folder: Path, fps: int
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Writes each video as it comes.
+    """Writes each video as it comes; returns the `videos` of samples.json and the first `SHOWN` (n, F, H, W, 3).
 
-    Args:
-        name: index of a video -> name of its file: an mp4, or for one frame a png.
-        facts: index of a video -> its further entries in samples.json.
-
-    Returns:
-        the `videos` of samples.json, and the first `SHOWN` videos, uint8 (n, F, H, W, 3).
+    `name` maps an index to the name of the file (an mp4, or for one frame a png), `facts` to entries in samples.json.
     """
     shown: list[np.ndarray] = []
     files: list[dict[str, Any]] = []

@@ -26,8 +26,7 @@ def decode_batches(
             bit of the videos, and gains nothing where the same cores sample and decode (on a CPU).
     """
     if not ahead:
-        for indices, latents in batches:
-            yield indices, decode(indices, latents)
+        yield from ((indices, decode(indices, latents)) for indices, latents in batches)
         return
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -40,27 +39,25 @@ def decode_batches(
             return indices, decode(indices, latents)
 
     with ThreadPoolExecutor(1, "decode") as executor:
-        pending: list[Future[Batch]] = []  # at most one
+        pending: Future[Batch] | None = None
         for indices, latents in batches:
             ready = torch.cuda.current_stream(device).record_event() if stream is not None else None
-            before, pending = pending, [executor.submit(decode_in_stream, indices, latents, ready)]
-            yield from (future.result() for future in before)
-        yield from (future.result() for future in pending)
+            before, pending = pending, executor.submit(decode_in_stream, indices, latents, ready)
+            if before:
+                yield before.result()
+        if pending:
+            yield pending.result()
 
 
 def require_finite_videos(indices: Sequence[int], latents: Tensor, video: Tensor) -> None:
-    """Raises ValueError that names the first of the videos `indices` whose latents or pixels are not finite.
-
-    Args:
-        latents, video: (B, ...), those of `indices` in order.
-    """
+    """Raises ValueError that names the first of the videos `indices` whose `latents` or pixels are not finite."""
     finite = latents.isfinite().flatten(1).all(1) & video.isfinite().flatten(1).all(1)
-    bad = [index for index, good in zip(indices, finite.tolist(), strict=True) if not good]
-    if bad:
-        raise ValueError(
-            f"video {bad[0]} holds NaN or infinity and is not written: use a smaller guidance_scale, fp32 as precision "
-            "or another checkpoint."
-        )
+    for index, good in zip(indices, finite.tolist(), strict=True):
+        if not good:
+            raise ValueError(
+                f"video {index} holds NaN or infinity and is not written: use a smaller guidance_scale, fp32 as "
+                "precision or another checkpoint."
+            )
 
 
 def to_uint8(video: Tensor) -> np.ndarray:

@@ -43,53 +43,42 @@ Progress = Callable[[int, int], None]  # (sampler steps done, sampler steps in a
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a job, whichever videos it samples.
-
-    Keys of the `sample` section have its meaning (`SampleConfig`). Further:
-
-    Attributes:
-        method: with a schedule of diffusers one of its ten samplers.
-        num_frames, image_size: of the videos, one number or (height, width); None: as the network was trained.
-        given: known frames of the videos, for networks trained with given frames.
-        windows: sample longer videos in windows; None: all frames at once.
-    """
+    """Settings of a job, whichever videos it samples; most are keys of the `sample` section (`SampleConfig`)."""
 
     labels: Sequence[int | str] | None = None
     label_rule: str = "balanced"
     seed: int = 0
     steps: int = 250
-    method: str = "auto"
+    method: str = "auto"  # with a schedule of diffusers one of its ten samplers
     eta: float = 0.0
     guidance_scale: float = 1.0
     guidance_interval: Sequence[float] | None = None
     batched_guidance: bool = True
     batch_size: int = 4
-    num_frames: int | None = None
-    image_size: int | Sequence[int] | None = None
+    num_frames: int | None = None  # this and the next: None is as the network was trained
+    image_size: int | Sequence[int] | None = None  # one number or (height, width)
     overlap_decode: bool = True
-    given: GivenFrames | None = None
-    windows: Windows | None = None
+    given: GivenFrames | None = None  # for networks trained with given frames
+    windows: Windows | None = None  # None: all frames at once
 
 
 def sampler_settings(config: Config) -> dict[str, Any]:
-    """Returns the `Settings` that `config` determines, by name; given frames are read."""
+    """Returns the `Settings` that `config` determines, by name; given frames are read.
+
+    The method of the windows is by default one that the network supports.
+    """
+    wanted, windows = config.sample, None
+    if wanted.window is not None:
+        fitting = "fused" if config.condition.frames == "none" else "autoregressive"
+        method = fitting if wanted.window_method == "auto" else wanted.window_method
+        windows = Windows(wanted.window, window_overlap(wanted), method)
     keys = {item.name for item in fields(Settings)} & SampleConfig.__dataclass_fields__.keys()
-    return {key: getattr(config.sample, key) for key in keys} | {
+    return {key: getattr(wanted, key) for key in keys} | {
         "num_frames": config.data.num_frames,
         "image_size": config.data.image_size,
-        "given": read_given(config.sample, config.data),
-        "windows": windows_of(config),
+        "given": read_given(wanted, config.data),
+        "windows": windows,
     }
-
-
-def windows_of(config: Config) -> Windows | None:
-    """Returns the windows of `config`; the method is by default one that the network supports."""
-    wanted = config.sample
-    if wanted.window is None:
-        return None
-    fitting = "fused" if config.condition.frames == "none" else "autoregressive"
-    method = fitting if wanted.window_method == "auto" else wanted.window_method
-    return Windows(wanted.window, window_overlap(wanted), method)
 
 
 def plan_sampling(config: Config, wanted: Settings) -> Plan:
@@ -137,12 +126,8 @@ class Generator:
         self.device = torch.device(device)
         self.network = Network(model, torch.device("cpu") if offload else self.device, **network)
         self.model = self.network.model
-        self.codec = codec
-        self.config = config
-        self.conditions = conditions
-        self.schedule = schedule
-        self.check_videos = check_videos
-        self.offload = offload
+        self.codec, self.config, self.conditions, self.schedule = codec, config, conditions, schedule
+        self.check_videos, self.offload = check_videos, offload
         self.dtype = cast(torch.dtype, self.model.dtype) if schedule else torch.float32  # of latents
 
     @classmethod
@@ -202,11 +187,9 @@ class Generator:
             callback: called after each step of the sampler.
             settings: fields of `Settings`.
 
-        Yields:
-            (indices, videos): videos are uint8 (B, F, H, W, 3).
+        Yields: (indices, videos): videos are uint8 (B, F, H, W, 3).
 
-        Raises:
-            ValueError: settings that the network or its diffusion does not support.
+        Raises: ValueError: settings that the network or its diffusion does not support.
         """
         wanted = Settings(labels, **settings)
         label_of = choose_labels(self.conditions, labels, wanted.label_rule, wanted.seed)
@@ -217,15 +200,12 @@ class Generator:
         process, known = self.build_process(wanted.steps), self.encode(wanted.given)
 
         def sample_latents(chunk: list[int]) -> Tensor:
-            """Samples the latents (B, F, C, h, w) of the videos `chunk`."""
-            labels = [label_of(index) for index in chunk]
             clips = torch.zeros(len(chunk), *plan.shape, device=self.device, dtype=self.dtype)
             if known is not None:
                 clips[:, list(plan.places)] = known[[index % len(known) for index in chunk]]
-            noise = VideoNoise(wanted.seed, chunk, self.device, self.dtype)
-            sample_pass = self._start_passes(process, plan, wanted, labels, noise, callbacks)
+            labels, noise = [label_of(each) for each in chunk], VideoNoise(wanted.seed, chunk, self.device, self.dtype)
             with self._on_device(self.model):
-                return plan.sample(sample_pass, clips)
+                return plan.sample(self._start_passes(process, plan, wanted, labels, noise, callbacks), clips)
 
         batches = ((chunk, sample_latents(chunk)) for chunk in chunks)
         ahead = wanted.overlap_decode and self.device.type == "cuda" and not self.offload
@@ -241,7 +221,6 @@ class Generator:
         callbacks: Iterator[Callback | None],
     ) -> Callable[[Given | None, int], Tensor]:
         """Returns a function (known frames, number of frames) -> latents (B, frames, C, h, w) of one batch."""
-        method = self.resolve_method(wanted.method)
 
         def sample_pass(given: Given | None, frames: int) -> Tensor:
             guided = GuidedEvaluations(self.list_guided(process, wanted))
@@ -250,7 +229,7 @@ class Generator:
                 guided.count(plan.denoiser(self.denoiser(labels, wanted, guided))),
                 noise.draw((frames, *plan.shape[1:]), channels_first=self.schedule is not None),
                 given,
-                method=method,
+                method=self.resolve_method(wanted.method),
                 eta=wanted.eta,
                 noise_fn=noise.like,
                 generator=noise.generators,
@@ -281,10 +260,9 @@ class Generator:
 
     def denoiser(self, labels: Sequence[int | None], wanted: Settings, guided: GuidedEvaluations) -> Denoiser:
         """Returns the guided network for a batch of `labels`."""
-        numbers = [0 if label is None else label for label in labels]
         return guide_denoiser(
             self.network,
-            self.conditions.batch(torch.tensor(numbers)[:, None]),
+            self.conditions.batch(torch.tensor([label or 0 for label in labels])[:, None]),
             wanted.guidance_scale,
             channels=None if self.schedule else self.config.codec.latent_channels,
             batched=wanted.batched_guidance,
@@ -329,8 +307,7 @@ class VideoNoise:
         self, seed: int, indices: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.generators = [sample_generator(seed, index, torch.device("cpu")) for index in indices]
-        self.device = device
-        self.dtype = dtype
+        self.device, self.dtype = device, dtype
 
     def draw(self, shape: Sequence[int], *, channels_first: bool = False) -> Tensor:
         """Draws the next noise (B, *shape); of shape (F, C, h, w) in the order (C, F, h, w) if `channels_first`."""

@@ -23,15 +23,10 @@ from diffusion.windows import fuse_windows, slide_windows, window_starts
 
 @dataclass(frozen=True)
 class GivenFrames:
-    """Known frames: video i shows set i modulo V.
+    """Known frames: video i shows set i modulo V."""
 
-    Attributes:
-        pixels: (V, k, 3, H, W) in [-1, 1].
-        places: k places in the video, ascending.
-    """
-
-    pixels: Tensor
-    places: tuple[int, ...]
+    pixels: Tensor  # (V, k, 3, H, W) in [-1, 1]
+    places: tuple[int, ...]  # k places in the video, ascending
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,7 @@ def read_given(wanted: Any, data: DataConfig, prefix: str = "sample.") -> GivenF
         wanted: has these keys; `prefix` precedes them in errors.
         data: length and size of the videos, and how clips are read.
 
-    Raises:
-        ValueError: a file that cannot be read or has too few frames, in one sentence that names it.
+    Raises: ValueError: a file that cannot be read or has too few frames, in one sentence that names it.
     """
     first = [_read_frames(path, f"{prefix}first_frame", data) for path in wanted.first_frame or []]
     videos = [_read_frames(path, f"{prefix}given", data, wanted.given_frames) for path in wanted.given or []]
@@ -68,11 +62,7 @@ def read_given(wanted: Any, data: DataConfig, prefix: str = "sample.") -> GivenF
 
 
 def _read_frames(path: str, key: str, data: DataConfig, count: int | None = None) -> Tensor:
-    """Reads an image, or the last `count` frames of a video, as far apart as those of a training clip.
-
-    Returns:
-        (k, 3, H, W) in [-1, 1].
-    """
+    """Reads an image, or the last `count` frames of a video, spaced as in training, as (k, 3, H, W) in [-1, 1]."""
     pixels, apart = Pixels(data), data.frame_interval
     try:
         reader = open_video(path, data.reader, data.max_pixels)
@@ -87,17 +77,11 @@ def _read_frames(path: str, key: str, data: DataConfig, count: int | None = None
 
 @dataclass(frozen=True)
 class Plan:
-    """Known frames and windows of the videos of a job, and the resulting passes of the sampler.
+    """Known frames and windows of the videos of a job, and the resulting passes of the sampler."""
 
-    Attributes:
-        shape: (F, C, h, w) of a video's latents.
-        places: known frames of each video.
-        windows: None: one pass over all frames.
-    """
-
-    shape: tuple[int, int, int, int]
-    places: tuple[int, ...] = ()
-    windows: Windows | None = None
+    shape: tuple[int, int, int, int]  # (F, C, h, w) of a video's latents
+    places: tuple[int, ...] = ()  # known frames of each video
+    windows: Windows | None = None  # None: one pass over all frames
 
     def list_known(self) -> list[set[int]]:
         """Returns the frames of each window that are known when it is sampled, counted from its first."""
@@ -128,11 +112,9 @@ class Plan:
         return fuse_windows(denoiser, self.windows.size, self.windows.overlap)
 
     def sample(self, sample_pass: Callable[[Given | None, int], Tensor], known: Tensor) -> Tensor:
-        """Samples the latents (B, F, C, h, w) of videos.
+        """Returns latents (B, F, C, h, w), given those of `known` (B, F, C, h, w) at `places`.
 
-        Args:
-            sample_pass: (known frames, number of frames) -> latents (B, frames, C, h, w).
-            known: (B, F, C, h, w); read at `places`.
+        `sample_pass` maps known frames and a number of frames to latents (B, frames, C, h, w).
         """
 
         def sample_window(latents: Tensor, is_known: list[bool]) -> Tensor:

@@ -29,8 +29,7 @@ class Network:
         compiled: torch.compile without graph breaks, on CUDA into CUDA graphs, for small batches that wait for the
             host. The first batch of each size takes minutes.
 
-    Raises:
-        ValueError: an unknown precision, or fp32 weights to be cast.
+    Raises: ValueError: an unknown precision, or fp32 weights to be cast.
     """
 
     def __init__(
@@ -43,10 +42,8 @@ class Network:
         compiled: bool = False,
     ) -> None:
         require(precision in DTYPES, f"sample.precision must be one of {', '.join(DTYPES)}, not {precision!r}.")
-        self.dtype = DTYPES[precision]
+        self.device, self.dtype, self.cast_weights = device, DTYPES[precision], cast_weights
         require(not (cast_weights and self.dtype is None), "sample.cast_weights needs sample.precision=bf16 or fp16.")
-        self.device = device
-        self.cast_weights = cast_weights
         self.model = model.to(device, self.dtype if cast_weights else None).eval()
         self._graphs = compiled and device.type == "cuda"
         self._call: Callable[..., Tensor] = self._forward
@@ -69,15 +66,10 @@ class Network:
 
 
 class GuidedEvaluations:
-    """Counts the evaluations of a batch on the host, so that nothing waits for the device, and says which are guided.
-
-    Args:
-        guided: for each evaluation in order; None: all are.
-    """
+    """Counts the evaluations of a pass on the host, without waiting for the device, and says which are guided."""
 
     def __init__(self, guided: Sequence[bool] | None) -> None:
-        self.guided = guided
-        self.number = -1  # of the current evaluation; -1 before the first
+        self.guided, self.number = guided, -1  # of each evaluation (None: all are); number of the current one
 
     def is_active(self) -> bool:
         """Returns whether the current evaluation is guided."""

@@ -42,41 +42,11 @@ CONFIG_FILE, WEIGHTS_FILE, CODEC_FOLDER, CARD_FILE = "config.json", "model.safet
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, f"{CODEC_FOLDER}/*")
 DATA_KEYS = ("num_frames", "image_size", "frame_interval")  # keys of the `data` section that define a clip
 SAMPLE_KEYS = ("seed", "steps", "method", "eta", "guidance_scale", "batch_size", "precision", "fps")
-CARD = """---
-library_name: latte
-tags:
-- latte
-- video-generation
-- diffusion
----
-
-# {name}
-
-A Latte ([arXiv 2401.03048](https://arxiv.org/abs/2401.03048)): a diffusion transformer that makes videos of
-{c.data.num_frames} frames of {c.data.image_size} x {c.data.image_size} pixels, {kind}.
-
-| | |
-|---|---|
-| network | {c.model.name}, variant {c.model.variant}, {millions:.2f} M parameters |
-| diffusion | predicts {c.diffusion.prediction}, {c.diffusion.num_steps} steps |
-| latents | {c.codec.latent_channels} channels, 1/{c.codec.downsample_factor} of the size, decoder in `codec/` |
-| frames | every {c.data.frame_interval}. frame of the training clips |
-
-```python
-from sample.pipeline_latte import LatteVideoPipeline
-
-pipeline = LatteVideoPipeline.from_pretrained("PATH_OR_HUB_NAME")
-videos = pipeline(num_videos=4, seed=0)  # uint8 (4, F, H, W, 3)
-```
-{classes}"""
+CARD = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")  # the template of a model card
 
 
 class LatteVideoPipeline:
-    """Network, diffusion and codec behind one call.
-
-    Args:
-        generator: the sampler; its `config` holds the defaults of a call.
-    """
+    """Network, diffusion and codec behind one call, whose defaults are those of the generator's `config`."""
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
@@ -97,13 +67,10 @@ class LatteVideoPipeline:
     ) -> LatteVideoPipeline:
         """Loads a folder that `save_pretrained` wrote, or a hub name, whose `revision` and commit are printed.
 
-        Args:
-            device: None is CUDA if available.
-            precision: fp32, bf16 or fp16; None is the precision in the folder's config.
+        `device` None is CUDA if available; `precision` None is that of the folder's config.
 
-        Raises:
-            FileNotFoundError: there is no such folder or name, or one of its files is missing.
-            ValueError: the folder is not such a pipeline, or is broken.
+        Raises: FileNotFoundError: there is no such folder or name, or one of its files is missing. ValueError: the
+            folder is not such a pipeline, or is broken.
         """
         folder = find_folder(str(name), revision, "pretrained model", FILES)
         config, names = _read_config(folder)
@@ -114,19 +81,13 @@ class LatteVideoPipeline:
     def __call__(self, labels: Sequence[int | str] | None = None, num_videos: int = 4, **settings: Any) -> np.ndarray:
         """Returns `num_videos` videos as uint8 (n, F, H, W, 3); each is a function of the seed and its number.
 
-        Args:
-            labels: classes by number or name, used in turn; None uses all.
-            settings: seed, steps, method, eta, guidance_scale, batch_size, num_frames, image_size: see
-                `Generator.batches`.
+        `labels` are classes by number or name, used in turn (None: all); `settings` as for `Generator.batches`.
         """
         defaults = sampler_settings(self.generator.config)
         return self.generator.sample(**{**defaults, "labels": labels, **settings}, num=num_videos)
 
     def save_pretrained(self, folder: str | Path, name: str | None = None) -> Path:
-        """Writes the pipeline atomically; returns the folder.
-
-        Args:
-            name: title of the model card; None uses the name of the folder.
+        """Writes the pipeline atomically; returns the folder, whose name is the model card's title unless one is given.
 
         Raises: FileExistsError: the folder is not empty.
         """
@@ -201,10 +162,7 @@ def _save_codec(codec: LatentCodec, folder: Path) -> None:
 
 
 def _read_config(folder: Path) -> tuple[Config, list[str] | None]:
-    """Returns the configuration in the folder's `config.json`, and the names of its classes.
-
-    Raises: FileNotFoundError, ValueError: a file is missing, or describes another model.
-    """
+    """Returns the configuration in the folder's `config.json`, and the names of its classes."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no pipeline of this project: it has no {name}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from .labels import choose_labels, label_name
 from .video_io import contact_sheet, grid, write_contact_sheet, write_mp4
 
 SHOWN_FRAMES = 8  # columns of a sheet
+T = TypeVar("T")
 
 
 class Preview:
@@ -47,7 +49,12 @@ class Preview:
     def observe(self, run: Run, state: TrainState, objective: Objective) -> Observation:
         """Samples on all ranks; rank 0 writes the videos and sheets."""
         generators = self.generators(state, objective)
-        videos = sample_shared(run, generators, self.config.monitor.sample_videos)
+
+        def sample(indices: Sequence[int], size: int) -> dict[str, np.ndarray]:
+            return {name: sample_chunk(run, generator, indices) for name, generator in generators.items()}
+
+        parts = map_chunks(run, range(self.config.monitor.sample_videos), sample)
+        videos = {name: np.concatenate([part[name] for part in parts]) for name in generators}
         place = f"previews/step-{state.step:07d}"
         folder = Path(self.config.train.output_dir) / place
 
@@ -91,21 +98,14 @@ def decoder(config: CodecConfig, device: torch.device) -> LatentCodec:
     return LatentCodec.from_config(config, device)
 
 
-def sample_shared(run: Run, generators: Mapping[str, Generator], number: int) -> dict[str, np.ndarray]:
-    """Samples videos 0 to `number` - 1 of each generator, distributed over ranks: uint8 (n, F, H, W, 3), on all."""
-    chunks = split_chunks(run, range(number))
+def map_chunks(run: Run, indices: Sequence[int], work: Callable[[Sequence[int], int], T]) -> list[T]:
+    """Returns `work(part, size)` of the parts of `indices`, distributed over ranks, on every rank.
 
-    def work(place: int) -> dict[str, np.ndarray]:
-        return {name: sample_chunk(run, generator, chunks[place]) for name, generator in generators.items()}
-
-    parts = distribute(run, len(chunks), work)
-    return {name: np.concatenate([part[name] for part in parts]) for name in generators}
-
-
-def split_chunks(run: Run, indices: Sequence[int]) -> list[Sequence[int]]:
-    """Splits `indices` into parts of at most `sample.batch_size`, smaller if that occupies more ranks."""
+    `size`, that of all but the last part, is at most `sample.batch_size`, and smaller if that occupies more ranks.
+    """
     size = min(run.config.sample.batch_size, math.ceil(len(indices) / run.world.size))
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
+    chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
+    return distribute(run, len(chunks), lambda place: work(chunks[place], size))
 
 
 def sample_chunk(run: Run, generator: Generator, indices: Sequence[int]) -> np.ndarray:

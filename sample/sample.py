@@ -19,7 +19,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,15 +27,15 @@ import numpy as np
 import torch
 
 from common.checks import require
-from common.storage import write_atomically
+from common.storage import write_json
 from engine.cli import run
-from engine.conditions import class_conditions
+from engine.conditions import Conditions, class_conditions
 from engine.config import Config, SampleConfig, load_config
 from engine.keys import refuse_removed_flags
 from models.lora import Adapter
 from sample import command
 from sample.command import MAX_VIDEOS, SHOWN, make_writable, say, show_steps, write_videos
-from sample.generate import Generator, Settings, plan_sampling, sampler_settings, usable_device, windows_of
+from sample.generate import Generator, Settings, plan_sampling, sampler_settings, usable_device
 from sample.labels import choose_labels, label_name
 from sample.source import Source, sampling_config
 from sample.video_io import slug, write_contact_sheet, write_gif
@@ -55,30 +55,24 @@ FLAGS = {  # key of the `sample` section -> metavar and help of its flag
 
 @dataclass(frozen=True)
 class Request:
-    """A command line, resolved and checked as far as that needs no weights.
-
-    Attributes:
-        config: settings of the videos, which may have another clip size than the training.
-        settings: arguments of `Generator.batches`.
-    """
+    """A command line, resolved and checked as far as that needs no weights."""
 
     source: Source
-    config: Config
+    config: Config  # its clip size is that of the videos, not of the training
     device: torch.device
-    folder: Path
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # of `Generator.batches`
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.sample.save_video_path)
 
 
 def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     """Returns the parser; flags that are absent stay out of its result."""
     usage = "[--ckpt PATH] [flags] [section.key=value ...]"
     parser = command.build_parser(description, usage, SampleConfig, FLAGS, "YAML file; our checkpoints need none")
-    parser.add_argument(
-        "--labels",
-        type=lambda text: None if text == "all" else text.split(","),
-        metavar="L,L,...",
-        help="classes by number or name; all",
-    )
+    split: dict[str, Any] = {"type": lambda text: None if text == "all" else text.split(","), "metavar": "L,L,..."}
+    parser.add_argument("--labels", **split, help="classes by number or name; all")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.num_frames=32")
     return parser
 
@@ -89,7 +83,7 @@ def main(argv: list[str]) -> int:
     request = resolve(vars(build_parser().parse_intermixed_args(argv)))
     make_writable(request.folder)
     generator = load_generator(request, request.device)
-    files = write_samples(generator, request.config, request.folder, str(request.source.path), request.settings)
+    files = write_samples(generator, request)
     print(f"{len(files)} videos in {request.folder}: samples.png and samples.gif show {min(SHOWN, len(files))} of them")
     return 0
 
@@ -98,10 +92,14 @@ def resolve(arguments: dict[str, Any]) -> Request:
     """Merges the parsed `arguments`, the YAML file and the checkpoint, which is verified, and checks them."""
     settings = dict(arguments)
     yaml, name, overrides = (settings.pop(key) for key in ("config", "device", "overrides"))
-    device, path = usable_device(name), checkpoint_path(yaml, settings, overrides)
+    device, given = usable_device(name), load_config(yaml) if yaml else None
+    named = [each.partition("=")[2] for each in overrides if each.startswith("sample.ckpt=")]
+    path = settings.get("ckpt") or (named or [None])[-1] or (given and given.sample.ckpt)
+    if not path:
+        raise ValueError("no checkpoint: name one with --ckpt PATH (a run folder of ours, or an official .pt).")
     say(f"reading {path}")
     source = Source.open(path)
-    config = sampling_config(source, yaml, settings, overrides)
+    config = sampling_config(source, given, settings, overrides)
     wanted = config.sample
     require(
         wanted.num_videos <= MAX_VIDEOS,
@@ -113,7 +111,7 @@ def resolve(arguments: dict[str, Any]) -> Request:
     plan_sampling(config, Settings(**made))
     if wanted.lora:
         Adapter.from_folder(wanted.lora)
-    return Request(source, config, device, Path(wanted.save_video_path), made)
+    return Request(source, config, device, made)
 
 
 def load_generator(request: Request, device: torch.device) -> Generator:
@@ -140,59 +138,40 @@ def load_generator(request: Request, device: torch.device) -> Generator:
     return generator
 
 
-def checkpoint_path(yaml: str | None, settings: dict[str, Any], overrides: list[str]) -> str:
-    """Returns --ckpt, or `sample.ckpt` of the overrides or of the YAML file."""
-    named = [each.partition("=")[2] for each in overrides if each.startswith("sample.ckpt=")]
-    path = settings.get("ckpt") or (named[-1] if named else None) or (load_config(yaml).sample.ckpt if yaml else None)
-    if not path:
-        raise ValueError("no checkpoint: name one with --ckpt PATH (a run folder of ours, or an official .pt).")
-    return path
-
-
-def write_samples(
-    generator: Generator, config: Config, folder: Path, checkpoint: str, settings: dict[str, Any] | None = None
-) -> list[dict[str, Any]]:
-    """Samples as `config.sample` says and writes each batch as it comes, then the overview.
-
-    Args:
-        settings: `sampler_settings(config)`.
-
-    Returns:
-        for each video its file name, index, label and class name: the `videos` of samples.json.
-    """
-    wanted = config.sample
-    label_of = choose_labels(generator.conditions, wanted.labels, wanted.label_rule, wanted.seed)
-
-    def facts(index: int) -> dict[str, Any]:
-        label = label_of(index)
-        return {"label": label, "class_name": label_name(generator.conditions, label)}
+def write_samples(generator: Generator, request: Request) -> list[dict[str, Any]]:
+    """Writes each batch as it comes, then the overview; returns the `videos` of samples.json."""
+    wanted, facts = request.config.sample, describe_labels(generator.conditions, request.config)
 
     def name(index: int) -> str:
         class_name = facts(index)["class_name"]
         return f"{index:04d}_{slug(class_name)}.mp4" if class_name else f"{index:04d}.mp4"
 
     with show_steps(-(-wanted.num_videos // wanted.batch_size)) as show:
-        arguments = sampler_settings(config) if settings is None else settings
-        batches = generator.batches(num=wanted.num_videos, callback=show, **arguments)
-        files, shown = write_videos(batches, name, facts, folder, wanted.fps)
-    write_overview(folder, shown, files, config, checkpoint)
+        batches = generator.batches(num=wanted.num_videos, callback=show, **request.settings)
+        files, shown = write_videos(batches, name, facts, request.folder, wanted.fps)
+    write_overview(request.folder, shown, files, request)
     return files
 
 
+def describe_labels(conditions: Conditions, config: Config) -> Callable[[int], dict[str, Any]]:
+    """Returns a function from video index to `label` and `class_name` in samples.json."""
+    label_of = choose_labels(conditions, config.sample.labels, config.sample.label_rule, config.sample.seed)
+    return lambda index: {"label": label_of(index), "class_name": label_name(conditions, label_of(index))}
+
+
 def write_overview(
-    folder: Path, shown: np.ndarray, files: list[dict[str, Any]], config: Config, checkpoint: str, **facts: Any
+    folder: Path, shown: np.ndarray, files: list[dict[str, Any]], request: Request, **facts: Any
 ) -> None:
     """Writes GIF and contact sheet of the videos `shown`, and samples.json with the settings of all and `facts`."""
     captions = [each["class_name"] or f"{each['index']:04d}" for each in files[: len(shown)]]
-    write_gif(folder / "samples.gif", shown, config.sample.fps, scale=None)
+    write_gif(folder / "samples.gif", shown, request.config.sample.fps, scale=None)
     write_contact_sheet(folder / "samples.png", shown, captions)
-    settings = config.to_dict()["sample"] | {"ckpt": checkpoint}
     size = dict(zip(("num_frames", "height", "width"), shown.shape[1:]))
-    windows = windows_of(config)
+    windows, checkpoint = request.settings["windows"], str(request.source.path)
     made = {"windows": asdict(windows)} if windows else {}
-    content = {"checkpoint": checkpoint, **facts, **size, "sample": settings, **made, "videos": files}
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(folder / "samples.json", lambda temporary: temporary.write_text(text))
+    keys = request.config.to_dict()["sample"] | {"ckpt": checkpoint}
+    content = {"checkpoint": checkpoint, **facts, **size, "sample": keys, **made, "videos": files}
+    write_json(folder / "samples.json", content, indent=2)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ import torch
 
 from common.checks import require
 from common.storage import file_sha256
-from datasets.readers import open_video
 from engine.checkpoint import content_sha256
 from engine.config import all_keys
 from engine.distributed import World, close_world, init_world, on_all, on_main
@@ -43,9 +42,9 @@ from models.lora import WEIGHTS_FILE
 from sample.command import SHOWN, make_writable, say, show_steps
 from sample.generate import usable_device
 from sample.given import GivenFrames
-from sample.labels import choose_labels, label_name
-from sample.sample import Request, build_parser, load_generator, resolve, write_overview
+from sample.sample import Request, build_parser, describe_labels, load_generator, resolve, write_overview
 from sample.sample_folder import SampleFolder
+from sample.video_io import read_video
 
 # keys of the configuration on which the videos depend; of codec and given frames the content counts
 SECTIONS = ("model.", "diffusion.", "condition.", "codec.", "data.num_frames", "data.image_size", "sample.")
@@ -107,18 +106,11 @@ def join(device: torch.device) -> World:
 
 
 class Job:
-    """One process's share of the videos of a request.
-
-    Args:
-        files: further settings that change the files: `lossless` and `threads`.
-    """
+    """One process's share of the videos of a request; `files` are the settings `lossless` and `threads`."""
 
     def __init__(self, request: Request, world: World, signals: StopSignals, files: dict[str, Any]) -> None:
-        self.request = request
-        self.world = world
-        self.signals = signals
+        self.request, self.world, self.signals = request, world, signals
         self.folder = SampleFolder(request.folder, request.config.sample.num_videos, lossless=files["lossless"])
-
         settings = settings_of(request) | files
 
         def check() -> None:
@@ -137,9 +129,7 @@ class Job:
     def sample(self) -> None:
         """Writes this process's videos; rank 0 then waits for those of the others and writes the overview.
 
-        Raises:
-            Stopped: by a signal, within a step of the sampler.
-            SamplesNotWritten: the disk is full, or the others write nothing any more.
+        Raises: Stopped, within a step of the sampler; SamplesNotWritten: the disk is full, or the others stopped.
         """
         slowest = self._write_batches()
         if self.world.is_main:
@@ -165,8 +155,7 @@ class Job:
     def _write_batches(self) -> float:
         """Samples and writes the missing videos of this process's batches; returns the seconds of the slowest.
 
-        A batch is sampled whole, also where some of it is there or it goes beyond the last video: the bytes of a
-        video depend on the others of its batch.
+        Batches are sampled whole, even if some videos exist: the bytes of a video depend on the others of its batch.
         """
         wanted = self.request.config.sample
         indices = [index for start in self.starts for index in range(start, start + wanted.batch_size)]
@@ -200,19 +189,16 @@ class Job:
 
     def _finish(self) -> None:
         """Writes the overview, samples.json last, and releases the folder."""
-        folder, wanted, conditions = self.folder, self.request.config.sample, self.generator.conditions
-        label_of = choose_labels(conditions, wanted.labels, wanted.label_rule, wanted.seed)
-        files = []
+        folder, files = self.folder, []
+        facts_of = describe_labels(self.generator.conditions, self.request.config)
         for index in range(folder.num_videos):
             paths = [folder.file(kind, index) for kind in folder.kinds]
             hashes = {path.relative_to(folder.path).as_posix(): file_sha256(path) for path in paths}
-            label = label_of(index)
-            names = {"file": next(iter(hashes)), "class_name": label_name(conditions, label), "sha256": hashes}
-            files.append({"index": index, "label": label, **names})
-        shown = np.stack([read_back(folder, index) for index in range(min(SHOWN, folder.num_videos))])
+            files.append({"index": index, **facts_of(index), "file": next(iter(hashes)), "sha256": hashes})
+        first = [folder.file(folder.kinds[-1], index) for index in range(min(SHOWN, folder.num_videos))]
+        shown = np.stack([read_video(file) for file in first])
         facts = {key: self.settings[key] for key in ("checkpoint_sha256", "codec_sha256", "lossless", "threads")}
-        checkpoint = str(self.request.source.path)
-        write_overview(folder.unfinished, shown, files, self.request.config, checkpoint, **facts)
+        write_overview(folder.unfinished, shown, files, self.request, **facts)
         folder.publish_overview()
         folder.close()
         print(f"{folder.num_videos} videos in {folder.path}: samples.png and samples.gif show {len(shown)} of them")
@@ -240,14 +226,6 @@ def machine(device: torch.device) -> str:
     """Returns the kind of device and the versions that the last bit of a video may depend on."""
     kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return f"torch {torch.__version__} on {device.type} {kind}"
-
-
-def read_back(folder: SampleFolder, index: int) -> np.ndarray:
-    """Reads video `index` from its array, or from its mp4: uint8 (F, H, W, 3)."""
-    if "lossless" in folder.kinds:
-        return np.load(folder.file("lossless", index))
-    reader = open_video(folder.file("videos", index))
-    return reader.read(range(len(reader))).permute(0, 2, 3, 1).numpy()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The folder of a sampling job over many processes: its videos and the settings they were sampled with.
+"""The folder of a sampling job over many processes: its videos and their settings.
 
     settings.json         everything the videos depend on; written before the first of them
     videos/000000.mp4     one for each index, for people
@@ -36,11 +36,7 @@ OVERVIEW = ("samples.json", "samples.gif", "samples.png")
 
 
 class SampleFolder:
-    """The videos 0 to `num_videos` - 1 of one job in `path`. Every process writes; only the main one opens and closes.
-
-    Args:
-        lossless: whether each video also has an array.
-    """
+    """The videos of one job in `path`, with `lossless` also as arrays. Only the main process opens and closes it."""
 
     def __init__(self, path: Path, num_videos: int, lossless: bool) -> None:
         self.path = path
@@ -72,11 +68,7 @@ class SampleFolder:
         return [start for start in range(0, end, size) if not done.issuperset(range(start, min(start + size, end)))]
 
     def write(self, index: int, video: np.ndarray, fps: int) -> None:
-        """Writes those files of video `index` that are missing; `video` is uint8 (F, H, W, 3).
-
-        Raises:
-            SamplesNotWritten: the disk is full or another write error occurred.
-        """
+        """Writes those files of video `index`, uint8 (F, H, W, 3), that are missing. Raises: SamplesNotWritten."""
         for kind in self.kinds:
             file = self.file(kind, index)
             aside = self.unfinished / file.name
@@ -99,8 +91,7 @@ class SampleFolder:
             settings: existing videos must have been made with the same.
             unknown: settings that are not known yet, and are not compared.
 
-        Raises:
-            ValueError: it belongs to another job or holds files of others, which the message names.
+        Raises: ValueError: it belongs to another job or holds files of others, which the message names.
         """
         before, machines = self._read_settings()
         for kind in self.kinds:
@@ -125,12 +116,7 @@ class SampleFolder:
             machines: kinds of device and versions that this session samples with.
             shape: (F, H, W, 3) of a video.
 
-        Returns:
-            warnings, one sentence each.
-
-        Raises:
-            ValueError: as for `check`.
-            OSError: another process writes here.
+        Returns warnings, one sentence each. Raises: ValueError as for `check`; OSError: another process writes here.
         """
         self._lock.take()
         try:
@@ -141,14 +127,14 @@ class SampleFolder:
             remove_unfinished(self.unfinished, UNFINISHED_NAME)
             for name in OVERVIEW:
                 (self.path / name).unlink(missing_ok=True)
-            notes = [f"sampled with {'; '.join(known)}: videos may differ by the rounding of these."]
-            notes = notes if len(known) > 1 else []
+            mixed = f"sampled with {'; '.join(known)}: videos may differ by the rounding of these."
+            notes = [mixed] if len(known) > 1 else []
             for kind in self.kinds:
                 (self.path / kind).mkdir(exist_ok=True)
-                for file in self.list_files(kind).values():
-                    if not is_complete(file, shape):
-                        file.unlink()
-                        notes.append(f"{file} is damaged and is sampled again.")
+                damaged = [file for file in self.list_files(kind).values() if not is_complete(file, shape)]
+                for file in damaged:
+                    file.unlink()
+                notes += [f"{file} is damaged and is sampled again." for file in damaged]
             return notes
         except (OSError, ValueError):
             self._lock.release()
@@ -167,10 +153,7 @@ class SampleFolder:
         self._lock.release()
 
     def _read_settings(self) -> tuple[dict[str, Any], list[str]]:
-        """Returns the settings and machines of settings.json.
-
-        Raises: ValueError if no sampling job wrote it, or it is missing and there are files that the job would write.
-        """
+        """Returns the settings and machines of settings.json; empty ones if there is no file of a sampling job."""
         file = self.path / "settings.json"
         if file.exists():
             try:

@@ -67,13 +67,8 @@ FLAGS = {  # key of T2XConfig -> metavar and help of its flag
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser; flags that are absent stay out of its result."""
     parser = command.build_parser(__doc__, "[--prompt TEXT ...] [flags]", T2XConfig, FLAGS, "YAML file")
-    parser.add_argument(
-        "--prompt",
-        dest="text_prompt",
-        action="append",
-        metavar="TEXT",
-        help="instead of text_prompt; may be repeated",
-    )
+    repeated = "instead of text_prompt; may be repeated"
+    parser.add_argument("--prompt", dest="text_prompt", action="append", metavar="TEXT", help=repeated)
     return parser
 
 
@@ -99,7 +94,11 @@ def main(argv: list[str]) -> int:
     encoded = encode_all(config, model, prompts, device)
     number = sample_all(config, model, prompts, encoded, device, settings)
     print(f"{number} videos in {folder}: samples.png shows {min(SHOWN, number)} of them")
-    print(f"peak memory: {peak_memory(device)}")
+    if device.type == "cuda":
+        print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB, on Linux
+        print(f"peak memory: {peak:.2f} GiB of the process")
     return 0
 
 
@@ -117,13 +116,8 @@ def check_settings(config: T2XConfig, model: TextModel) -> dict[str, Any]:
 def encode_all(config: T2XConfig, model: TextModel, prompts: list[str], device: torch.device) -> list[Prompt]:
     """Returns the features of all prompts; the text encoder, by far the largest network, lives no longer than this."""
     say("loading the text encoder")
-    encoder = TextEncoder.from_folder(
-        model.text_folder,
-        DTYPES[config.precision],
-        device,
-        config.quantize_text_encoder,
-        max_length=model.max_length,
-    )
+    dtype, kind = DTYPES[config.precision], config.quantize_text_encoder
+    encoder = TextEncoder.from_folder(model.text_folder, dtype, device, kind, max_length=model.max_length)
     say(f"encoding {len(prompts)} prompt(s)")
     negative = config.negative_prompt if config.guidance_scale > 1 else None
     encoded = [encoder.encode(prompt, negative, clean=config.clean_caption) for prompt in prompts]
@@ -157,14 +151,6 @@ def sample_all(
     text = json.dumps({"sample": asdict(config), "videos": files}, indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / "samples.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return len(files)
-
-
-def peak_memory(device: torch.device) -> str:
-    """Returns the peak memory in words: of the GPU's allocator, or of the process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}"
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of the process"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from .labels import UCF101_CLASSES
 
 @dataclass(frozen=True)
 class Source:
-    """Weights to sample from: the folder of a checkpoint of ours with its config, or a file with or without."""
+    """Weights to sample from: the folder of a checkpoint of ours with its config, or a file with or without one."""
 
     path: Path
     config: Config | None
@@ -28,11 +28,7 @@ class Source:
 
     @classmethod
     def open(cls, path: str | Path) -> Source:
-        """Opens and verifies a checkpoint or run folder of ours, or a .pt/.safetensors file.
-
-        Raises:
-            ValueError: there is no sound checkpoint; the message names the file.
-        """
+        """Opens and verifies a checkpoint or run folder of ours, or a .pt/.safetensors file. Raises: ValueError."""
         path = Path(path)
         if path.is_file():
             return cls(path, None, None)
@@ -63,15 +59,14 @@ class Source:
 
         Sizes without a table stay as they are.
         """
-        space, time = weights.get("pos_embed"), weights.get("temp_embed")
-        sizes: dict[str, Any] = {}
         if self.config is not None:
-            sizes = {"num_frames": self.config.data.num_frames, "image_size": self.config.data.image_size}
-        else:
-            if space is not None and space.ndim == 3:  # (1, N, D)
-                sizes["image_size"] = math.isqrt(space.shape[1]) * config.pixels_per_token
-            if time is not None and time.ndim == 3:  # (1, F, D)
-                sizes["num_frames"] = time.shape[1] * config.model.frames_per_token
+            trained = self.config.data
+            sizes: dict[str, Any] = {"num_frames": trained.num_frames, "image_size": trained.image_size}
+        else:  # tables (1, N, D) and (1, F, D)
+            tables = {name: weights[f"{name}_embed"] for name in ("pos", "temp") if f"{name}_embed" in weights}
+            counts = {name: table.shape[1] for name, table in tables.items() if table.ndim == 3}
+            sizes = {"image_size": math.isqrt(counts["pos"]) * config.pixels_per_token} if "pos" in counts else {}
+            sizes |= {"num_frames": counts["temp"] * config.model.frames_per_token} if "temp" in counts else {}
         return replace(config, data=replace(config.data, **sizes))
 
     def weights_file(self, kind: str) -> Path:
@@ -79,10 +74,8 @@ class Source:
         return self.path if self.path.is_file() else weights_file(self.path, kind)
 
 
-def sampling_config(
-    source: Source, yaml: str | Path | None, settings: Mapping[str, Any], overrides: list[str]
-) -> Config:
-    """Merges the configuration of a checkpoint, a YAML file and the command line.
+def sampling_config(source: Source, given: Config | None, settings: Mapping[str, Any], overrides: list[str]) -> Config:
+    """Merges the configuration of a checkpoint, `given` (a YAML file) and the command line.
 
     A checkpoint of ours determines `model`, `diffusion`, `data` and `codec`; of the YAML file only the `sample`
     section and `codec.path` are read. For an official file the YAML file determines everything.
@@ -91,7 +84,6 @@ def sampling_config(
         settings: keys of the `sample` section that override the YAML file.
         overrides: `section.key=value`, which override everything.
     """
-    given = load_config(yaml) if yaml else None
     tree = source.require_classes(source.config or given).to_dict()
     if source.config and given:
         tree["sample"] = given.to_dict()["sample"]

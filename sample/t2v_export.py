@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.checks import require
-from common.storage import write_folder_atomically
+from common.storage import write_folder_atomically, write_json
 from engine.checkpoint import find_checkpoint, read_state, weights_file
 from engine.config import Config, load_config
 from engine.weights import temporal_position_scale
@@ -78,7 +77,7 @@ def export_run(source: str | Path, folder: Path, *, weights: str = "ema") -> lis
 
 def _write_pipeline(config: Config, out: Path) -> str:
     """Writes everything but the network; returns why the decoder is omitted, or ""."""
-    _write_json(out / "scheduler" / "scheduler_config.json", describe_scheduler(config))
+    write_json(out / "scheduler" / "scheduler_config.json", describe_scheduler(config), indent=2)
     text = config.text.folder()
     for part in PARTS:
         shutil.copytree(text / part, out / part)
@@ -93,8 +92,8 @@ def _write_pipeline(config: Config, out: Path) -> str:
     if config.codec.shift:
         return f"codec.shift is {config.codec.shift}, which LattePipeline does not support"
     shutil.copytree(folder, out / "vae", ignore=shutil.ignore_patterns(CONFIG_FILE, ".*"))
-    _write_json(out / "vae" / CONFIG_FILE, {**facts, "scaling_factor": config.codec.scale})
-    _write_json(out / "model_index.json", {**PIPELINE, "vae": ["diffusers", facts["_class_name"]]})
+    write_json(out / "vae" / CONFIG_FILE, {**facts, "scaling_factor": config.codec.scale}, indent=2)
+    write_json(out / "model_index.json", {**PIPELINE, "vae": ["diffusers", facts["_class_name"]]}, indent=2)
     return ""
 
 
@@ -113,7 +112,7 @@ def _write_network(checkpoint: Path, config: Config, out: Path, weights: str) ->
     else:
         described["out_channels"] *= 2
         save_file(add_zero_variance(load_file(file), described["patch_size"] ** 2), target, metadata={"format": "pt"})
-    _write_json(out / CONFIG_FILE, described)
+    write_json(out / CONFIG_FILE, described, indent=2)
 
 
 def add_zero_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
@@ -147,8 +146,3 @@ def describe_scheduler(config: Config) -> dict[str, Any]:
         "set_alpha_to_one": True,
         "steps_offset": 0,
     }
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

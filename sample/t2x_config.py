@@ -102,18 +102,13 @@ class T2XConfig:
             not (self.cpu_offload and self.quantize_transformer in ("bnb8", "bnb4")),
             f"quantize_transformer={self.quantize_transformer} stays on the GPU: leave cpu_offload out, or use int8.",
         )
-        is_given, size = self.first_frame or self.last_frame or self.given, self.image_size
-        require(
-            not is_given or size[0] == size[1],
-            f"given frames are cut to a square: image_size must be square, got {size}.",
-        )
-        require(not is_given or self.video_length > 1, "given frames leave nothing to sample of video_length=1.")
+        if self.first_frame or self.last_frame or self.given:
+            is_square = self.image_size[0] == self.image_size[1]
+            require(is_square, f"given frames are cut to a square: image_size must be square, got {self.image_size}.")
+            require(self.video_length > 1, "given frames leave nothing to sample of video_length=1.")
 
     def prompts(self) -> list[str]:
-        """Returns all prompts, of the list and of the file.
-
-        Raises: ValueError where there is none.
-        """
+        """Returns all prompts, of the list and of the file. Raises: ValueError where there is none."""
         prompts = [*self.text_prompt, *(read_prompts(Path(self.prompt_file)) if self.prompt_file else [])]
         require(bool(prompts), "there is no prompt: give --prompt TEXT, text_prompt or prompt_file.")
         return prompts
@@ -141,11 +136,7 @@ KEYS = [item.name for item in fields(T2XConfig)]
 
 
 def load_t2x_config(path: str | Path | None, settings: dict[str, Any], base: dict[str, Any] | None = None) -> T2XConfig:
-    """Merges defaults, `base`, the YAML file and `settings`, and checks them.
-
-    Raises:
-        FileNotFoundError, ValueError: one sentence that names the file or key.
-    """
+    """Merges defaults, `base`, the YAML file and `settings`, and checks them. Raises: FileNotFoundError, ValueError."""
     values = read_yaml(Path(path)) if path else {}
     require(isinstance(values, dict), f"{path} must hold keys and values")
     for key in values:
@@ -160,11 +151,7 @@ def load_t2x_config(path: str | Path | None, settings: dict[str, Any], base: dic
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Reads the prompts of a text file, one per line, without empty lines and lines that start with #.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or no prompt in it.
-    """
+    """Reads the prompts of a text file, one per line, without empty lines and lines that start with #."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no prompt file {path}")
     try:

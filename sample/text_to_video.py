@@ -47,22 +47,14 @@ METHODS = {"auto": "DDPM", "ddpm": "DDPM", "ddim": "DDIM"}  # sample.method -> s
 
 @dataclass(frozen=True)
 class TextModel:
-    """The parts of a text model, whose networks are loaded when they are needed.
+    """The parts of a text model, whose networks are loaded when they are needed."""
 
-    Attributes:
-        text_folder: has `tokenizer` and `text_encoder`.
-        max_length: tokens that a prompt is cut to.
-        scheduler: the noise schedule, as in a `scheduler_config.json`.
-        load_network: dtype -> network, on the CPU.
-        config: of the training; None: not known.
-    """
-
-    text_folder: Path
-    max_length: int
-    scheduler: dict[str, Any]
+    text_folder: Path  # has `tokenizer` and `text_encoder`
+    max_length: int  # tokens that a prompt is cut to
+    scheduler: dict[str, Any]  # the noise schedule, as in a `scheduler_config.json`
     codec: CodecConfig
-    load_network: Callable[[torch.dtype], LatteT2V]
-    config: Config | None = None
+    load_network: Callable[[torch.dtype], LatteT2V]  # on the CPU
+    config: Config | None = None  # of the training; None: not known
 
     def condition(self, frames: int) -> ConditionConfig:
         """Returns the given frames that the network supports: any where its training is not known."""
@@ -95,10 +87,7 @@ def open_folder(config: T2XConfig) -> TextModel:
 
 
 def open_run(path: str) -> tuple[TextModel, dict[str, Any]]:
-    """Opens a checkpoint of a text network, or the newest one of a run; returns it and its settings by official key.
-
-    Raises: ValueError, one sentence, where there is none, or it is of another network.
-    """
+    """Opens a checkpoint of a text network, or the newest of a run; returns it and its settings by official key."""
     source = Source.open(path)
     config = source.config
     if config is None:
@@ -209,8 +198,7 @@ def build_generator(
 def build_schedule(config: T2XConfig, model: TextModel, learned_variance: bool = True) -> ScheduledDiffusion:
     """Returns the noise schedule of the model, with the betas of the config where it has some.
 
-    Args:
-        learned_variance: whether the network predicts a variance in addition to the noise.
+    `learned_variance`: whether the network predicts a variance in addition to the noise.
     """
     betas = {key: getattr(config, key) for key in LATTE_NOISE if getattr(config, key) is not None}
     variance_type = config.variance_type if learned_variance else None

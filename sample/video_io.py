@@ -1,4 +1,4 @@
-"""Writes generated videos: mp4, GIF, contact sheet, arrays; atomically, and the same bytes for the same frames.
+"""Writes generated videos, atomically, and the same bytes for the same frames: mp4, GIF, contact sheet, arrays.
 
 Videos are uint8 RGB, (n, F, H, W, 3) for several of one size and (F, H, W, 3) for one.
 Letters: n videos, F frames, H W height and width in pixels.
@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.storage import write_atomically
 from common.text import printable
+from datasets.readers import open_video
 
 MARGIN = 4  # pixels between the tiles of a contact sheet
 GIF_GAP = 2  # pixels between the tiles of a GIF
@@ -39,6 +41,12 @@ def slug(name: str, max_length: int = 80) -> str:
     """Returns `name` as a safe part of a file name: letters, digits, `.`, `-`, `_`; never empty, never hidden."""
     safe = re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("._-")
     return safe[:max_length] or "unnamed"
+
+
+def read_video(path: str | Path) -> np.ndarray:
+    """Reads all frames of a video or array: uint8 (F, H, W, 3)."""
+    reader = open_video(path)
+    return reader.read(range(len(reader))).permute(0, 2, 3, 1).numpy()
 
 
 def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8) -> Path:
@@ -90,29 +98,22 @@ def write_gif(path: str | Path, videos: np.ndarray, fps: float = 8, scale: int |
 
 
 def write_contact_sheet(
-    path: str | Path,
-    videos: np.ndarray,
-    captions: Sequence[str] | None = None,
-    scale: int | None = None,
-    max_frames: int = 16,
+    path: str | Path, videos: np.ndarray, captions: Sequence[str] | None = None, **options: Any
 ) -> Path:
-    """Writes `contact_sheet` of the videos as a PNG."""
-    sheet = Image.fromarray(contact_sheet(videos, captions, scale, max_frames))
+    """Writes `contact_sheet` of the videos as a PNG; `options` are its `scale` and `max_frames`."""
+    sheet = Image.fromarray(contact_sheet(videos, captions, **options))
     return write_atomically(path, lambda temporary: sheet.save(temporary))
 
 
 def contact_sheet(
     videos: np.ndarray, captions: Sequence[str] | None = None, scale: int | None = None, max_frames: int = 16
 ) -> np.ndarray:
-    """Returns one picture of the videos (n, F, H, W, 3): a row per video, a column per frame, captions on the left.
+    """Returns a picture (h, w, 3) of the videos (n, F, H, W, 3): a row per video, a column per frame, captions left.
 
     Args:
         captions: one per video, or None for no caption column.
         scale: whole-number enlargement without smoothing; None enlarges tiny videos to about 64 pixels.
         max_frames: longer videos show this many evenly spaced frames, including the first and the last.
-
-    Returns:
-        (height, width, 3) uint8.
     """
     videos = as_frames(videos, ndim=5)
     if captions is not None and len(captions) != len(videos):
@@ -152,11 +153,7 @@ def grid(videos: np.ndarray) -> np.ndarray:
 
 
 def as_frames(videos: np.ndarray, ndim: int) -> np.ndarray:
-    """Returns the videos, an array or a CPU tensor, as a checked uint8 array.
-
-    Raises:
-        ValueError: not uint8 with `ndim` axes, the last of size 3; or empty.
-    """
+    """Returns the videos, an array or a CPU tensor, as an array. Raises: ValueError unless uint8 (..., 3)."""
     array = np.asarray(videos)
     if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or array.size == 0:
         wanted = "(n, F, H, W, 3)" if ndim == 5 else "(F, H, W, 3)"

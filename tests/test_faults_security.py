@@ -56,8 +56,8 @@ from evaluation.detectors import load_detector
 from models.autoencoder import CodecConfig, LatentCodec
 from models.convert import extract_weights, read_state_dict
 from models.taef2 import DECODER_FILE, ENCODER_FILE, Taef2
-from sample.generate import Generator
-from sample.sample import write_samples
+from sample.generate import Generator, sampler_settings
+from sample.sample import Request, write_samples
 from sample.source import Source
 from sample.video_io import contact_sheet, slug, write_mp4
 from tests.conftest import TINY
@@ -981,11 +981,12 @@ def test_D13_slug(name: str, tmp_path: Path) -> None:
 
 def test_D13_samples_of_nasty_classes_stay_in_their_folder(tmp_path: Path) -> None:
     overrides = [f"model.num_classes={len(NASTY)}", f"sample.num_videos={len(NASTY)}", "sample.steps=2"]
-    config = load_config(None, [*TINY, *overrides])
+    config = load_config(None, [*TINY, *overrides, f"sample.save_video_path={tmp_path}/deep/samples"])
     conditions = class_conditions(config.model, torch.device("cpu"), NASTY)
     generator = Generator(build_model(config), LatentCodec.from_config(config.codec), config, conditions)
     folder = tmp_path / "deep" / "samples"
-    files = write_samples(generator, config, folder, checkpoint="x\n\x1b[2J")
+    source, device = Source(Path("x\n\x1b[2J"), config, NASTY), torch.device("cpu")
+    files = write_samples(generator, Request(source, config, device, sampler_settings(config)))
     inside = {file.name for file in folder.iterdir()}
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == {folder / name for name in inside}
     assert inside == {each["file"] for each in files} | {"samples.gif", "samples.png", "samples.json"}

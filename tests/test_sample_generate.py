@@ -446,7 +446,7 @@ def test_sizes_of_the_configuration_are_those_of_the_videos(tmp_path: Path, caps
 def test_layers_of_the_configuration(run_folder: Path, tmp_path: Path) -> None:
     yaml = tmp_path / "sample.yaml"
     yaml.write_text("model: {name: Latte-XL/2}\ncodec: {path: elsewhere}\nsample: {seed: 3, steps: 7, fps: 5}\n")
-    config = sampling_config(Source.open(run_folder), yaml, {"steps": 9}, ["sample.fps=6"])
+    config = sampling_config(Source.open(run_folder), load_config(yaml), {"steps": 9}, ["sample.fps=6"])
     assert config.model == network_config().model  # the checkpoint
     assert (config.codec.path, config.codec.latent_channels) == ("elsewhere", 3)
     assert (config.sample.seed, config.sample.steps, config.sample.fps) == (3, 9, 6)  # YAML, flag, override
