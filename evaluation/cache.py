@@ -1,8 +1,7 @@
 """Cache of real features, addressed by content: safetensors and JSON, no pickle.
 
-The key of an entry covers the protocol's rules, the list of all clips with their sizes, the detector's SHA-256, and all
-that changes the last bits (device, threads, versions). An entry is valid only if every file behind it still has the
-recorded SHA-256.
+The key of an entry covers the protocol's rules, the names and sizes of all clips, the detector's SHA-256, and all that
+changes the last bits (device, threads, versions). An entry is valid only if every file still has its SHA-256.
 """
 
 from __future__ import annotations
@@ -53,7 +52,19 @@ class FeatureCache:
             content = (self.folder / f"{key}.safetensors").read_bytes()
             if record["version"] != VERSION or record["sha256"] != hashlib.sha256(content).hexdigest():
                 return None
-            features = _from_record(record, load(content), source)
+            parts: dict[str, dict[str, Tensor]] = {}  # "rows", "moments/0" and "moments/1" -> by name
+            for name, tensor in (tensors := load(content)).items():
+                part, _, own = name.rpartition("/")
+                parts.setdefault(part, {})[own] = tensor
+            features = FeatureSet(
+                parts.get("rows", {}),
+                [Moments.from_state(parts[part]) for part in sorted(parts) if part.startswith("moments/")],
+                kept=tensors.get("kept"),
+                windows=windows_from_json(record["windows"], source, "cache"),
+                size=(record["size"][0], record["size"][1]),
+                whole=bool(record["whole"]),
+                notes={note: dict(record[note]) for note in NOTES},
+            )
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         fits = rules.allows(features.windows) and _digests(source, features) == record["contents"]
@@ -83,22 +94,6 @@ class FeatureCache:
             write_atomically(self.folder / f"{key}.json", lambda path: path.write_text(text, encoding="utf-8"))
         except OSError as error:
             log.warning("the cache %s cannot be written (%s): see --cache_dir", self.folder, error.strerror or error)
-
-
-def _from_record(record: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Source) -> FeatureSet:
-    parts: dict[str, dict[str, Tensor]] = {}  # "rows", "moments/0" and "moments/1" -> by name
-    for name, tensor in tensors.items():
-        part, _, own = name.rpartition("/")
-        parts.setdefault(part, {})[own] = tensor
-    return FeatureSet(
-        parts.get("rows", {}),
-        [Moments.from_state(parts[part]) for part in sorted(parts) if part.startswith("moments/")],
-        kept=tensors.get("kept"),
-        windows=windows_from_json(record["windows"], source, "cache"),
-        size=(record["size"][0], record["size"][1]),
-        whole=bool(record["whole"]),
-        notes={note: dict(record[note]) for note in NOTES},
-    )
 
 
 def _digests(source: Source, features: FeatureSet) -> dict[str, str]:

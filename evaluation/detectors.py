@@ -42,28 +42,18 @@ _MOBILENET = (
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """Specification of a detector.
-
-    Args:
-        metrics: families of metrics (`Metric.family`) that it serves.
-        file, origin, sha256: the usual file; another file of the same kind works, and the result has a warning.
-        input: clip or frame.
-        dims: D.
-        arguments: further arguments of its forward.
-        frames: minimum and maximum of a clip.
-        stand_in: the kind of `StandIn`; None: a TorchScript network.
-    """
+    """Specification of a detector."""
 
     name: str
-    metrics: tuple[str, ...]
-    file: str
+    metrics: tuple[str, ...]  # families (`Metric.family`) that it serves
+    file: str  # the usual one; another file of the same kind works, and the result has a warning
     origin: str
     sha256: str | None
-    input: str
-    dims: int
-    arguments: Mapping[str, bool] = field(default_factory=dict)
-    frames: tuple[int, int | None] = (1, None)
-    stand_in: str | None = None
+    input: str  # clip or frame
+    dims: int  # D
+    arguments: Mapping[str, bool] = field(default_factory=dict)  # further ones of its forward
+    frames: tuple[int, int | None] = (1, None)  # minimum and maximum of a clip
+    stand_in: str | None = None  # the kind of `StandIn`; None: a TorchScript network
 
 
 _I3D_CALL = {"rescale": True, "resize": True, "return_features": True}
@@ -99,14 +89,9 @@ class DetectorFile:
 
     @classmethod
     def read(cls, path: str | Path, *, sha256: str | None = None, spec: DetectorSpec | None = None) -> DetectorFile:
-        """Reads and checks a file.
+        """Reads and checks a file; `sha256` is the required hash, `spec` the required detector (None: any).
 
-        Args:
-            sha256: required hash; None accepts any.
-            spec: required detector; None accepts either kind of file.
-
-        Raises:
-            FileNotFoundError, ValueError: with the file, and where to get it.
+        Raises: FileNotFoundError, ValueError: with the file, and where to get it.
         """
         path = Path(path)
         origin = spec.origin if spec else "the address that docs/metrics.md gives for it"
@@ -124,7 +109,7 @@ class DetectorFile:
 
     @property
     def arguments(self) -> dict[str, bool]:
-        """Arguments of the network's forward, and whether they have a default; none for weights."""
+        """Arguments of the network's forward -> whether they have a default; none for weights."""
         arguments = self.network.forward.schema.arguments[1:] if self.network is not None else []
         return {argument.name: argument.has_default_value() for argument in arguments}
 
@@ -136,10 +121,7 @@ class DetectorFile:
         return set(spec.arguments) <= set(self.arguments) and len(required - set(spec.arguments)) <= 1
 
     def kinds(self) -> list[DetectorSpec]:
-        """Returns all detectors that the file can be: those of one file have distinct arguments.
-
-        Raises: ValueError for a file that is not a detector.
-        """
+        """Returns all detectors that the file can be: those of one file have distinct arguments. Raises: ValueError."""
         found = []
         for spec in filter(self.fits, DETECTORS.values()):
             needed = {name for each in DETECTORS.values() if each.file == spec.file for name in each.arguments}
@@ -172,8 +154,7 @@ class Detector:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Maps uint8 clips (B, T, 3, H, W) or frames (B, 3, H, W), according to `input`, to float32 (B, D) on the CPU.
 
-        Raises:
-            ValueError: pixels of another type or shape, too few frames, or features that are not finite or not (B, D).
+        Raises: ValueError: pixels of another type or shape, too few frames, or features not finite or not (B, D).
         """
         self._check(pixels)
         pixels = pixels.to(self.device)
@@ -215,15 +196,9 @@ class Detector:
 def load_detector(
     name: str, path: str | Path, *, sha256: str | None = None, device: torch.device | str = "cpu"
 ) -> Detector:
-    """Loads a detector from its file.
+    """Loads a detector of `DETECTORS` from its file; `sha256` is the required hash, None accepts any file.
 
-    Args:
-        name: one of `DETECTORS`.
-        sha256: required hash; None accepts any file.
-
-    Raises:
-        FileNotFoundError: there is no such file; the message says where to get it.
-        ValueError: another hash, or a file that is not this detector.
+    Raises: FileNotFoundError: the message says where to get it. ValueError: another hash, or not this detector.
     """
     return Detector(DETECTORS[name], DetectorFile.read(path, sha256=sha256, spec=DETECTORS[name]), device)
 

@@ -78,8 +78,7 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     With centred features X and Y the last trace is the nuclear norm of X Y^T / sqrt(N M): no matrix root,
     nothing added to the diagonal, exact for fewer samples than dimensions. In float64.
 
-    Raises:
-        ValueError: the features are not (N, D) and (M, D) with N and M at least 2, or hold NaN or infinity.
+    Raises: ValueError: the features are not (N, D) and (M, D) with N and M at least 2, or hold NaN or infinity.
     """
     _check_pair(real, fake)
     factors, traces = [], 0.0
@@ -104,8 +103,7 @@ def frechet_from_moments(real: Moments, fake: Moments, divisor: str = "n") -> fl
     Args:
         divisor: of the covariances, "n" (StyleGAN-V, Latte) or "n-1" (the first FVD code and most libraries).
 
-    Raises:
-        ValueError: fewer than two samples on a side.
+    Raises: ValueError: fewer than two samples on a side.
     """
     for name, side in (("real", real), ("fake", fake)):
         if side.count < 2:
@@ -133,8 +131,7 @@ def kernel_distance(
         subset_size: samples a side, drawn without replacement; all where a side has fewer.
         seed: of the draw.
 
-    Raises:
-        ValueError: features as for `frechet_distance`.
+    Raises: ValueError: features as for `frechet_distance`.
     """
     _check_pair(real, fake)
     size = min(len(real), len(fake), subset_size)
@@ -170,8 +167,7 @@ def inception_score(probabilities: Tensor, *, splits: int = 10, shuffle_seed: in
         splits: number of splits; the deviation is over them, divided by their number.
         shuffle_seed: of NumPy's RandomState, which shuffles the samples first; video IS uses 42. None: no shuffle.
 
-    Raises:
-        ValueError: rows that are not probabilities, or fewer samples than splits.
+    Raises: ValueError: rows that are not probabilities, or fewer samples than splits.
     """
     _check_features("", probabilities, fewest=1)
     rows = probabilities.detach().cpu().double()

@@ -57,35 +57,32 @@ def change_frames(variant: str, frames: Tensor, clip: Clip) -> Tensor:
 class FeatureSet:
     """Features and clips of one side. On ranks other than 0 without features.
 
-    Args:
-        rows: by variant, (N, D) float32, in the order of the windows' frames.
-        moments: of all plain features, in two halves of the clips, if there are too many to keep; rows are then a
-            random sample of them.
-        kept: the numbers of the items in that sample, (rows,) int64; None if all are kept.
-        windows: the windows that were read, in order.
-        size: (H, W) of all frames.
-        whole: all items were taken, and nothing was drawn; see `SideRules.whole`.
-        notes: problems of clips by kind (NOTES), by name.
+    If there are too many to keep, `moments` are those of all plain features, in two halves of the clips; the rows are a
+    random sample, and `kept` the numbers (rows,) int64 of their items.
     """
 
-    rows: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)  # by variant, (N, D) float32, in the order of the windows
     moments: list[Moments] = field(default_factory=list)
     kept: Tensor | None = None
-    windows: list[Window] = field(default_factory=list)
-    size: tuple[int, int] | None = None
-    whole: bool = False
-    notes: dict[str, dict[str, str]] = field(default_factory=lambda: {note: {} for note in NOTES})
+    windows: list[Window] = field(default_factory=list)  # that were read, in order
+    size: tuple[int, int] | None = None  # (H, W) of all frames
+    whole: bool = False  # all items were taken, and nothing was drawn; see `SideRules.whole`
+    notes: dict[str, dict[str, str]] = field(default_factory=lambda: {note: {} for note in NOTES})  # clip -> problem
 
     @property
     def count(self) -> int:
         """N: number of items."""
         return sum(half.count for half in self.moments) if self.moments else len(self.rows[PLAIN])
 
+    def variant(self, name: str) -> FeatureSet:
+        """Returns a set with the rows of that variant as the plain ones."""
+        return replace(self, rows={PLAIN: self.rows[name]})
+
     def clips(self) -> np.ndarray:
         """Returns the clip of each row, as an index in the source."""
         of_clips = self.count == len(self.windows)
-        items = np.repeat([window.clip for window in self.windows],
-                          [1 if of_clips else window.frames for window in self.windows])  # fmt: skip
+        repeats = [1 if of_clips else window.frames for window in self.windows]
+        items = np.repeat([window.clip for window in self.windows], repeats)
         return items if self.kept is None else items[self.kept.numpy()]
 
 
@@ -104,17 +101,12 @@ class Mapped(Dataset):
 
 @dataclass
 class Extractor:
-    """Reads with `workers` loader processes per rank, and runs the detector in this process.
-
-    Args:
-        progress: called with (items done, items requested).
-        timeout_s: a loader process that returns nothing in this time ends the run.
-    """
+    """Reads with `workers` loader processes per rank, and runs the detector in this process."""
 
     world: World
     workers: int = 2
-    progress: Callable[[int, int], None] | None = None
-    timeout_s: float = 600.0
+    progress: Callable[[int, int], None] | None = None  # called with (items done, items requested)
+    timeout_s: float = 600.0  # a loader process that returns nothing in this time ends the run
 
     def extract(
         self,
@@ -127,13 +119,8 @@ class Extractor:
     ) -> FeatureSet:
         """Extracts the features of one side. An unusable clip is replaced by the next one in the order.
 
-        Args:
-            windows: exactly these, instead of those of the rules.
-            max_rows: above this number of frames, keeps exact moments and a random sample of `max_rows`, in constant
-                memory.
-
-        Raises:
-            ValueError: no clip can be used, or frames differ in size.
+        `windows` replace those of the rules. Above `max_rows` frames, keeps exact moments and a random sample of
+        `max_rows`, in constant memory. Raises: ValueError: no clip can be used, or frames differ in size.
         """
         gather = Gathered(source, self.world.is_main)
         read = partial(read_task, source, rules)
@@ -152,9 +139,8 @@ class Extractor:
                 gather.summarise(windows, max_rows, [Moments(detector.dims, self.world.device) for _ in range(2)])
             run(group_frames(windows), wanted)
             return gather.finish()
-        requests: list[Request] = [(place, None) for place in source.order(rules)]
-        if windows is not None:
-            requests = [(window.clip, window) for window in windows]
+        requests: list[Request] = [(window.clip, window) for window in windows or ()]
+        requests = [(place, None) for place in source.order(rules)] if windows is None else requests
         gather.most = wanted = len(requests) if rules.count is None else min(rules.count, len(requests))
         gather.result.whole = wanted == len(source.clips) and rules.offset == "start"
         size = max(1, CALL_FRAMES // rules.frames)
@@ -204,11 +190,7 @@ def run_detector(
 
 
 class Gathered:
-    """Concatenates the results of tasks, in order.
-
-    Args:
-        keep: whether to keep features (rank 0).
-    """
+    """Concatenates the results of tasks, in order; only rank 0 keeps features (`keep`)."""
 
     def __init__(self, source: Source, keep: bool) -> None:
         self.source, self.keep = source, keep

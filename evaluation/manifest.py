@@ -21,10 +21,7 @@ def window_to_json(window: Window, source: Source) -> list[Any]:
 
 
 def windows_from_json(lines: Sequence[Any], source: Source, where: str) -> list[Window]:
-    """Inverts `window_to_json`.
-
-    Raises: ValueError, with `where`, for malformed lines or missing clips.
-    """
+    """Inverts `window_to_json`. Raises: ValueError, with `where`, for malformed lines or missing clips."""
     places = {clip.name: place for place, clip in enumerate(source.clips)}
     windows = []
     for number, line in enumerate(lines, 1):
@@ -49,10 +46,7 @@ def format_manifest(read: Mapping[tuple[str, SideRules], FeatureSet], sources: M
 
 
 class Manifest:
-    """A manifest read from a file.
-
-    Raises: FileNotFoundError; ValueError if the file is not a manifest.
-    """
+    """A manifest read from a file. Raises: FileNotFoundError; ValueError if the file is not a manifest."""
 
     def __init__(self, path: str, sources: Mapping[str, Source]) -> None:
         self.path, self.sources = path, sources
@@ -67,10 +61,7 @@ class Manifest:
             raise ValueError(f"--manifest: '{path}' is not a manifest that this tool wrote") from error
 
     def find(self, side: str, rules: SideRules) -> tuple[SideRules, list[Window]]:
-        """Returns the rules of an entry, `rules` or `rules.whole`, and its windows.
-
-        Raises: ValueError if there is no such entry.
-        """
+        """Returns the rules of an entry, `rules` or `rules.whole`, and its windows. Raises: ValueError if none fits."""
         for each in (rules.whole, rules):
             for of_side, of_rules, lines in self.entries:
                 if (of_side, of_rules) == (side, asdict(each)):

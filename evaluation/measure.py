@@ -23,7 +23,7 @@ from .sources import NOTES, Source, find_first_size
 
 CHECKS = ("floor", "shuffle")
 REPORTS = ("clip", "frame")
-SHORTEST = 16  # frames of the shortest part of a clip that `frame` reports on
+LENGTHS = [16 << power for power in range(20)]  # frames of the parts of a clip that `frame` reports on
 POSITIONS = 16  # frames of a clip at most that `frame` reports on
 SPLITS, SUBSETS, SUBSET_SIZE = 10, 100, 1000
 MOMENT_ROWS = 4096
@@ -32,27 +32,18 @@ MAX_ROWS = 50_000  # features of real frames to keep; above, moments and a sampl
 
 @dataclass
 class Evaluation:
-    """Comparison of two sources.
+    """Comparison of two sources."""
 
-    Args:
-        sources: of the "fake" side, and of the "real" one if a metric needs it.
-        detectors: by `Metric.family`.
-        manifest: the windows to read, instead of those of the rules.
-        cache: of the real side; None computes everything.
-        checks: some of CHECKS. reports: some of REPORTS.
-        read: after `measure`, the features behind the values, by side and rules.
-    """
-
-    sources: Mapping[str, Source]
+    sources: Mapping[str, Source]  # the "fake" side, and the "real" one if a metric needs it
     protocol: Protocol
-    detectors: Mapping[str, Detector]
+    detectors: Mapping[str, Detector]  # by `Metric.family`
     extractor: Extractor
-    cache: FeatureCache | None = None
-    manifest: Manifest | None = None
+    cache: FeatureCache | None = None  # of the real side; None computes everything
+    manifest: Manifest | None = None  # the windows to read, instead of those of the rules
     checks: Sequence[str] = CHECKS
-    reports: Sequence[str] = ("clip",)
+    reports: Sequence[str] = ("clip",)  # some of REPORTS
     known: dict[tuple[Any, ...], FeatureSet] = field(default_factory=dict)
-    read: dict[tuple[str, SideRules], FeatureSet] = field(default_factory=dict)
+    read: dict[tuple[str, SideRules], FeatureSet] = field(default_factory=dict)  # behind the values
 
     def check_inputs(self, metrics: Sequence[Metric]) -> None:
         """Checks the first usable clip of each side for all metrics before anything is computed; on every rank.
@@ -63,9 +54,9 @@ class Evaluation:
         def check() -> None:
             for metric in metrics:
                 clips = {side: len(self.sources[side].clips) for side in metric.sides if metric.unit == "clip"}
-                sizes = {}
-                for side in metric.sides if self.manifest is None else ():  # clips of a manifest were usable before
-                    sizes[side] = find_first_size(self.sources[side], self.protocol.side(side, metric, seed=0))
+                sides = metric.sides if self.manifest is None else ()  # clips of a manifest were usable before
+                rules = {side: self.protocol.side(side, metric, seed=0) for side in sides}
+                sizes = {side: find_first_size(self.sources[side], own) for side, own in rules.items()}
                 self._require_usable(metric, clips, sizes)
 
         on_main(check)
@@ -85,11 +76,9 @@ class Evaluation:
                 break  # nothing was drawn: every seed gives the same
         if not runs:
             return {}
-        dropped = {side: _list_dropped([sets[side] for sets in runs]) for side in metric.sides}
-        counts = {
-            side: _count_clips(self.sources[side], metric, [sets[side] for sets in runs], dropped[side])
-            for side in metric.sides
-        }
+        by_side = {side: [sets[side] for sets in runs] for side in metric.sides}
+        dropped = {side: _list_dropped(sets) for side, sets in by_side.items()}
+        counts = {side: _count_clips(self.sources[side], metric, sets, dropped[side]) for side, sets in by_side.items()}
         detector = self.detectors[metric.family]
         sides = {side: self.protocol.side(side, metric, seed=0) for side in ("real", "fake")}
         return {
@@ -150,9 +139,8 @@ class Evaluation:
 
     def _list_lengths(self, metric: Metric) -> list[int]:
         """Lists the lengths of clips that are reported on: 16, 32, ... frames, below those of the metric."""
-        if "frame" not in self.reports or metric.unit != "clip":
-            return []
-        return [SHORTEST << power for power in range(20) if SHORTEST << power < metric.frames]
+        is_reported = "frame" in self.reports and metric.unit == "clip"
+        return [length for length in LENGTHS if is_reported and length < metric.frames]
 
     def _load_or_extract(
         self, side: str, rules: SideRules, detector: Detector, variants: tuple[str, ...], max_rows: int | None
@@ -190,19 +178,16 @@ class Evaluation:
         def value(real: FeatureSet | None, fake: FeatureSet) -> float:
             return score(metric, self.protocol.divisor, seed, real, fake)[0]
 
-        scores: dict[str, Any] = {}
-        scores["value"], scores["spread"] = score(metric, self.protocol.divisor, seed, real, fake)
+        scores: dict[str, Any] = dict(zip(("value", "spread"), score(metric, self.protocol.divisor, seed, real, fake)))
         if real is not None and "floor" in self.checks:
             halves = split_real_halves(real, seed)
             if min(half.count for half in halves) > 1:
                 scores |= {"floor": value(*halves), "floor_counts": [half.count for half in halves]}
         if real is not None and SHUFFLED in real.rows:
-            scores["shuffled"] = value(real, _select_variant(real, SHUFFLED))
+            scores["shuffled"] = value(real, real.variant(SHUFFLED))
         if "frame" in self.reports and metric.unit == "clip":
-            lengths = {}
-            for length in self._list_lengths(metric):
-                name = f"first{length}"
-                lengths[length] = value(real and _select_variant(real, name), _select_variant(fake, name))
+            names = {length: f"first{length}" for length in self._list_lengths(metric)}
+            lengths = {each: value(real and real.variant(name), fake.variant(name)) for each, name in names.items()}
             scores["by_length"] = lengths | {metric.frames: scores["value"]}
         elif "frame" in self.reports:
             places = np.concatenate([np.asarray(window.indices) for window in fake.windows])
@@ -211,10 +196,6 @@ class Evaluation:
             at = {place: fake.rows[PLAIN][torch.from_numpy(places == place)] for place in enough}
             scores["by_frame"] = {place: value(real, replace(fake, rows={PLAIN: at[place]})) for place in enough}
         return scores
-
-
-def _select_variant(features: FeatureSet, name: str) -> FeatureSet:
-    return replace(features, rows={PLAIN: features.rows[name]})
 
 
 def score(
@@ -263,11 +244,8 @@ def split_real_halves(features: FeatureSet, seed: int) -> tuple[FeatureSet, Feat
 def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns means over the seeds; the deviation is that of a sample (divided by one less than the seeds)."""
     values = [run["value"] for run in runs]
-    entry: dict[str, Any] = {
-        "value": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "values": values,
-    }
+    std = statistics.stdev(values) if len(values) > 1 else None
+    entry: dict[str, Any] = {"value": statistics.fmean(values), "std": std, "values": values}
     for key, first in runs[0].items():
         if key == "floor_counts":
             entry[key] = first
@@ -280,12 +258,11 @@ def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _list_dropped(sets: Sequence[FeatureSet]) -> dict[str, dict[str, str]]:
     """Lists every clip that was left out in any seed, with the reason, and those used although cut off."""
-    return {
-        "too_short" if note == "short" else note: {
-            name: reason for features in sets for name, reason in sorted(features.notes[note].items())
-        }
-        for note in NOTES
-    }
+    dropped: dict[str, dict[str, str]] = {}
+    for note in NOTES:
+        found = [pair for features in sets for pair in sorted(features.notes[note].items())]
+        dropped["too_short" if note == "short" else note] = dict(found)
+    return dropped
 
 
 def _count_clips(

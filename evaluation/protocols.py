@@ -1,7 +1,7 @@
 """Metrics, protocols and presets of data sets.
 
-A metric defines the detector and the number and length of the clips. A protocol defines the selection and the
-preprocessing of the clips. Together they give the rules of a side.
+A metric defines the detector and the number and length of the clips, a protocol their selection and preprocessing.
+Together they give the rules of a side.
 """
 
 from __future__ import annotations
@@ -18,26 +18,16 @@ SAME = -1  # as a count of real items: that of the fakes
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric.
+    """A metric."""
 
-    Args:
-        kind: frechet, kernel or inception_score.
-        family: its detectors have it in their `DetectorSpec.metrics`.
-        unit: of an item, "clip" or "frame".
-        num_real, num_fake: maximum of items; ALL, or 0 for an unused side.
-        frames: frames of a clip for the detector.
-        subsample: distance of these frames, on both sides.
-        shuffle_seed: of the samples before they are split (inception score).
-    """
-
-    kind: str
-    family: str
-    unit: str
-    num_real: int | None
+    kind: str  # frechet, kernel or inception_score
+    family: str  # its detectors have it in their `DetectorSpec.metrics`
+    unit: str  # of an item, "clip" or "frame"
+    num_real: int | None  # maximum of items; ALL, or 0 for an unused side
     num_fake: int | None = ALL
-    frames: int = 1
-    subsample: int = 1
-    shuffle_seed: int | None = None
+    frames: int = 1  # of a clip for the detector
+    subsample: int = 1  # distance of these frames, on both sides
+    shuffle_seed: int | None = None  # of the samples before they are split (inception score)
     name: str = ""
 
     @property
@@ -62,10 +52,7 @@ OFFICIAL = (
 
 
 def parse_metric(name: str) -> Metric:
-    """Returns the metric of that name: one of OFFICIAL, or one with other numbers (`fvd64_16f`, `fid5k_full`).
-
-    Raises: ValueError for an unknown name.
-    """
+    """Returns the metric of that name: one of OFFICIAL, or with other numbers (`fvd64_16f`). Raises: ValueError."""
     found = [(model, match) for pattern, model in FAMILIES.items() if (match := re.fullmatch(pattern, name))]
     if not found:
         near = [each for each in OFFICIAL if name and each.startswith(name)] or get_close_matches(name, OFFICIAL, n=1)
@@ -88,30 +75,18 @@ def parse_metric(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class SideRules:
-    """Selection and preprocessing of the items of one side, built by `Protocol.side`.
+    """Selection and preprocessing of the items of one side, built by `Protocol.side`."""
 
-    Args:
-        unit: clip or frame.
-        count: maximum of items; None takes all.
-        frames, stride: a clip is `frames` frames, `stride` apart; videos shorter than frames x stride are left out.
-        offset: "start", or "uniform": drawn from 0 to L - frames x stride + stride - 1, both included, L being
-            the length of the video.
-        selection: "first" in the order of the names, or "random".
-        crop, resolution: see `pixels.CROPS`; None leaves the frames as they are.
-        storage: lossy storage before the detector: a key of `pixels.STORAGE`.
-        seed: of offsets and selection; None if neither is random.
-    """
-
-    unit: str
-    count: int | None
-    frames: int
+    unit: str  # clip or frame
+    count: int | None  # maximum of items; None takes all
+    frames: int  # of a clip; videos shorter than frames x stride are left out
     stride: int
-    offset: str
-    selection: str
-    crop: str
-    resolution: int | None
-    storage: str
-    seed: int | None
+    offset: str  # "start", or "uniform": drawn from 0 to (length of the video) - frames x stride + stride - 1
+    selection: str  # "first" in the order of the names, or "random"
+    crop: str  # a key of `pixels.CROPS`
+    resolution: int | None  # None leaves the frames as they are
+    storage: str  # lossy storage before the detector: a key of `pixels.STORAGE`
+    seed: int | None  # of offsets and selection; None if neither is random
 
     @property
     def whole(self) -> SideRules:
@@ -131,15 +106,11 @@ class SideRules:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Selection and preprocessing of the clips of both sides; see SideRules.
-
-    `split` names the real data for the report, and cannot be checked. `divisor` is that of the covariances. `changed`
-    lists the settings that differ from the named protocol.
-    """
+    """Selection and preprocessing of the clips of both sides; see SideRules."""
 
     name: str
     dataset: str | None = None
-    split: str = "train"
+    split: str = "train"  # of the real data, for the report; cannot be checked
     real_stride: int = 1
     fake_stride: int = 1
     real_offset: str = "uniform"
@@ -149,8 +120,8 @@ class Protocol:
     resolution: int | None = None
     real_storage: str = "as read"
     fake_storage: str = "as read"
-    divisor: str = "n"
-    changed: tuple[str, ...] = ()
+    divisor: str = "n"  # of the covariances
+    changed: tuple[str, ...] = ()  # settings that differ from the named protocol
 
     def side(self, side: str, metric: Metric, seed: int) -> SideRules:
         """Returns the rules of the "real" or "fake" side for a metric. Strides multiply; single frames have none."""
@@ -187,10 +158,7 @@ PRESET_RESOLUTION = 256
 
 
 def build_protocol(name: str, dataset: str | None = None, **settings: Any) -> Protocol:
-    """Returns the protocol `name`, updated by the preset of `dataset`, then by `settings` that are not None.
-
-    Raises: ValueError for an unknown name, or a setting out of range.
-    """
+    """Returns the protocol `name`, updated by the preset of `dataset`, then by `settings` that are not None."""
     tables: Sequence[tuple[str, str | None, Mapping[str, Any]]] = (
         ("--protocol", name, PROTOCOLS),
         ("--dataset", dataset, LATTE_STRIDES),

@@ -21,7 +21,7 @@ from .protocols import Metric, Protocol
 from .sources import Source
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH = 80
+WRAP: dict[str, Any] = {"width": 80, "break_long_words": False, "break_on_hyphens": False}
 NAMED = 5  # dropped clips in the table; the file lists all
 ENOUGH = 2048  # items below which a Frechet distance has a large bias
 
@@ -51,6 +51,7 @@ def list_warnings(
     counts: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[str]:
     """Yields reservations about a value, a sentence each. `counts`: of the clips, by side, as in the result file."""
+    fake = sources["fake"]
     used = {side: each["used"] for side, each in counts.items()}
     asked = {side: getattr(metric, f"num_{side}") for side in counts if side == "fake" or metric.unit == "clip"}
     few = [f"{used[side]} {side}" for side, most in asked.items() if used[side] < most]
@@ -60,27 +61,12 @@ def list_warnings(
         yield f"fewer than {ENOUGH} {metric.unit}s: their number alone raises the value; compare at equal counts only"
     if metric.unit == "clip" and len(set(used.values())) > 1:
         yield f"{used['real']} real against {used['fake']} fake clips: give both sides as many"
-    yield from _list_data_warnings(protocol, sources, counts)
-    if detector.spec.stand_in:
-        yield f"{detector.name} is a stand-in: the value compares with no published one"
-    elif detector.spec.sha256 and detector.sha256 != detector.spec.sha256:
-        yield f"the detector is not the known {detector.spec.file}: its SHA-256 is another one"
-    if metric.kind == "frechet" and min(used.values()) <= detector.dims:
-        yield f"{min(used.values())} items for {detector.dims} features: the covariance is not of full rank"
-    if protocol.changed:
-        yield f"not the protocol {protocol.name} as it is known: {', '.join(protocol.changed)}"
-
-
-def _list_data_warnings(
-    protocol: Protocol, sources: Mapping[str, Source], counts: Mapping[str, Mapping[str, Any]]
-) -> Iterator[str]:
     for side, each in counts.items():
         if each["unreadable"] or each["too_short"]:
             dropped = f"{each['unreadable']} unreadable, {each['too_short']} too short"
             yield f"{side} clips were left out: {dropped}; the result file names them"
         if each["cut_off"]:
             yield f"{each['cut_off']} {side} files are cut off or damaged, and were used as far as they go"
-    fake = sources["fake"]
     if "real" in counts:
         root = sources["real"].root
         if Path(root).resolve() == Path(fake.root).resolve():
@@ -91,6 +77,14 @@ def _list_data_warnings(
     lossy = any(PurePath(clip.name).suffix.lower() in VIDEO_SUFFIXES for clip in fake.clips)
     if lossy and protocol.fake_storage == "as read":
         yield "the fakes are video files, whose losses count against them: score the lossless arrays"
+    if detector.spec.stand_in:
+        yield f"{detector.name} is a stand-in: the value compares with no published one"
+    elif detector.spec.sha256 and detector.sha256 != detector.spec.sha256:
+        yield f"the detector is not the known {detector.spec.file}: its SHA-256 is another one"
+    if metric.kind == "frechet" and min(used.values()) <= detector.dims:
+        yield f"{min(used.values())} items for {detector.dims} features: the covariance is not of full rank"
+    if protocol.changed:
+        yield f"not the protocol {protocol.name} as it is known: {', '.join(protocol.changed)}"
 
 
 def group_warnings(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -107,10 +101,13 @@ def group_warnings(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def format_table(result: Mapping[str, Any]) -> str:
     """Formats the result for the terminal."""
-    parts: list[Iterable[str]] = [_head(result), _values(result["metrics"]), _along(result["metrics"])]
-    detectors = result["detectors"].items()
-    parts += [[f"{name}: {printable(each['path'])}\n  sha256 {each['sha256']}" for name, each in detectors]]
-    parts += [_dropped(result["metrics"]), _warnings(result["metrics"])]
+    metrics, detectors = result["metrics"], result["detectors"].items()
+    files = [f"{name}: {printable(each['path'])}\n  sha256 {each['sha256']}" for name, each in detectors]
+    warnings = [
+        _wrap(f"warning: {warning}" + ("" if len(names) == len(metrics) else f" ({', '.join(names)})"))
+        for warning, names in group_warnings(metrics).items()
+    ]
+    parts: list[Iterable[str]] = [_head(result), _values(metrics), _along(metrics), files, _dropped(metrics), warnings]
     return "\n\n".join(text for part in parts if (text := "\n".join(part)))
 
 
@@ -173,19 +170,5 @@ def _dropped(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"left out: and {len(names) - NAMED} more, named in the result file"
 
 
-def _warnings(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """Lists each warning once, with its metrics unless it is about all."""
-    for warning, names in group_warnings(metrics).items():
-        yield _wrap(f"warning: {warning}" + ("" if len(names) == len(metrics) else f" ({', '.join(names)})"))
-
-
 def _wrap(text: str, first: str = "", indent: str = "  ") -> str:
-    """Wraps `text` to 80 columns without breaking paths."""
-    return textwrap.fill(
-        printable(text),
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return textwrap.fill(printable(text), initial_indent=first, subsequent_indent=indent, **WRAP)

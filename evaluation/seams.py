@@ -2,9 +2,7 @@
 
     python -m evaluation.seams results/samples [...]
 
-Each folder is an output of sample/sample.py; the seams are those of the windows in its samples.json. Without windows,
-`--window`, `--overlap` and `--window_method` place the seams: real clips, or videos sampled in one window, have a ratio
-of about 1.
+Each folder is an output of sample/sample.py; the seams are those of the windows in its samples.json.
 
 Letters: n videos, F frames, H W pixels.
 """
@@ -19,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datasets.readers import open_video
-from diffusion.windows import WINDOW_METHODS, find_seams
+from diffusion.windows import find_seams
 from engine import cli
+from sample.video_io import read_video
 
 
 class SeamChange(NamedTuple):
@@ -34,21 +32,15 @@ class SeamChange(NamedTuple):
 
 
 def frame_changes(videos: np.ndarray) -> np.ndarray:
-    """Returns the mean absolute difference of consecutive frames in grey levels: uint8 (n, F, H, W, 3) -> (n, F-1)."""
+    """Returns the mean change between consecutive frames in grey levels: uint8 (n, F, H, W, 3) -> (n, F-1)."""
     return np.stack([np.abs(np.diff(video.astype(np.int16), axis=0)).mean(axis=(1, 2, 3)) for video in videos])
 
 
 def seam_change(videos: np.ndarray, seams: Sequence[int]) -> SeamChange:
-    """Compares the change into the frames `seams` with that into all others.
+    """Compares the change of `videos`, uint8 (n, F, H, W, 3), into the frames `seams` with that into all others.
 
-    The ratio is that of the means over all videos; its error is the jackknife estimate over videos.
-
-    Args:
-        videos: uint8 (n, F, H, W, 3).
-        seams: frames, 1 to F-1, each the first after a seam.
-
-    Raises:
-        ValueError: no seam, no other frame to compare with, or frames out of range.
+    A seam is the first frame after it, 1 to F-1. The ratio is that of the means over all videos; its error is the
+    jackknife estimate over videos. Raises: ValueError: no seam, no other frame, or frames out of range.
     """
     changes = frame_changes(videos)
     places = sorted({seam - 1 for seam in seams})
@@ -64,48 +56,28 @@ def seam_change(videos: np.ndarray, seams: Sequence[int]) -> SeamChange:
 
 
 def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """Reads the videos of a folder of samples, uint8 (n, F, H, W, 3), and its samples.json. Raises ValueError."""
+    """Reads the videos of a folder of samples, uint8 (n, F, H, W, 3), and its windows. Raises ValueError."""
     try:
         written: dict[str, Any] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-        files = [str(video["file"]) for video in written["videos"]]
+        files = [folder / str(video["file"]) for video in written["videos"]]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{folder} is not a folder of samples: sample/sample.py writes one, with a samples.json."
-        ) from None
-    readers = [open_video(folder / file) for file in files]
-    frames = [reader.read(range(len(reader))).permute(0, 2, 3, 1).numpy() for reader in readers]
-    if len({video.shape for video in frames}) != 1:
+        raise ValueError(f"{folder} is not a folder of samples, such as sample/sample.py writes.") from None
+    if not written.get("windows"):
+        raise ValueError(f"the videos in {folder} were sampled in one window: there is no seam to measure.")
+    videos = [read_video(file) for file in files]
+    if len({video.shape for video in videos}) != 1:
         raise ValueError(f"the videos in {folder} differ in length or size.")
-    return np.stack(frames), written
-
-
-def locate_seams(written: dict[str, Any], arguments: argparse.Namespace, num_frames: int) -> list[int]:
-    """Returns the seams of the videos, from the command line or their samples.json."""
-    made = written.get("windows") or {}
-    window = arguments.window or made.get("size")
-    if not window:
-        raise ValueError("these videos were sampled in one window: give --window and --overlap.")
-    overlap = arguments.overlap or made.get("overlap") or max(1, window // 4)
-    method = arguments.window_method or made.get("method") or WINDOW_METHODS[0]
-    if method not in WINDOW_METHODS:
-        raise ValueError(f"--window_method must be one of {', '.join(WINDOW_METHODS)}, got {method!r}.")
-    if not 1 <= overlap < window:
-        raise ValueError(f"--overlap must be from 1 to {window - 1}, got {overlap}.")
-    return find_seams(num_frames, window, overlap, method)
+    return np.stack(videos), written["windows"]
 
 
 def main(argv: list[str]) -> int:
     """Measures the folders; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR")
-    parser.add_argument("--window", type=int, metavar="N", help="frames of a window")
-    parser.add_argument("--overlap", type=int, metavar="N", help="frames that it shares with the next")
-    parser.add_argument("--window_method", metavar="NAME", help="autoregressive or fused")
-    arguments = parser.parse_args(argv)
     print(f"{'videos':40s}{'at seams':>10s}{'elsewhere':>11s}{'ratio':>8s}{'error':>8s}")
-    for folder in arguments.folders:
-        videos, written = read_samples(folder)
-        found = seam_change(videos, locate_seams(written, arguments, videos.shape[1]))
+    for folder in parser.parse_args(argv).folders:
+        videos, windows = read_samples(folder)
+        found = seam_change(videos, find_seams(videos.shape[1], windows["size"], windows["overlap"], windows["method"]))
         numbers = f"{found.at_seams:10.2f}{found.elsewhere:11.2f}{found.ratio:8.2f}{found.error:8.2f}"
         print(f"{str(folder)[-39:]:40s}{numbers}")
     return 0

@@ -52,19 +52,14 @@ Task = Sequence[Request]  # read and passed to the detector together
 
 @dataclass
 class Reading:
-    """Result of a request: the frames (T, 3, H, W) and their (H, W), and a problem of the clip.
-
-    Args:
-        note: kind of the problem, one of NOTES.
-        reason: the problem in words.
-    """
+    """Result of a request."""
 
     clip: int
     window: Window | None = None
-    frames: Tensor | None = None
-    size: tuple[int, int] | None = None
-    note: str | None = None
-    reason: str = ""
+    frames: Tensor | None = None  # (T, 3, H, W)
+    size: tuple[int, int] | None = None  # (H, W)
+    note: str | None = None  # kind of a problem of the clip, one of NOTES
+    reason: str = ""  # the problem in words
 
 
 @dataclass(frozen=True)
@@ -77,11 +72,9 @@ class Source:
 
     @classmethod
     def find(cls, path: str, key: str) -> Source:
-        """Finds the clips in the folder `path`; `key` names it in errors.
+        """Finds the clips in the folder `path`; `key` names it in errors. Raises: FileNotFoundError, ValueError.
 
         If there are arrays, they are the samples, and videos are taken for previews of them.
-
-        Raises: FileNotFoundError; ValueError if there is nothing to read.
         """
         root = find_root(path, key)
         for kinds in ((ARRAYS,), (VIDEOS, FRAMES)):
@@ -216,10 +209,7 @@ def group_frames(windows: Iterable[Window]) -> list[list[Request]]:
 
 
 def digest_content(clip: Clip, windows: Iterable[Window] | None) -> str:
-    """Returns the SHA-256 of the file, or of the frame files, behind these windows (None: behind all frames).
-
-    Raises: OSError, VideoError if they cannot be read.
-    """
+    """Returns the SHA-256 of the file, or of the frame files, behind these windows (None: behind all frames)."""
     files = [Path(clip.path)]
     if clip.num_frames is not None:
         files = list_frames(files[0])

@@ -19,18 +19,14 @@ KEY = "features.0.0.weight"  # identifies its weights
 
 
 class StandIn(nn.Module):
-    """MobileNetV2 as a detector.
+    """MobileNetV2 as a detector. Raises: ValueError: the weights are not MobileNetV2's.
 
     Args:
         kind: "frame": the 1280 pooled features of a frame; "clip": the mean over time of the 320 pooled features
             of the last bottleneck, and their mean absolute change from frame to frame, which depends on the order of
             the frames; "probabilities": the 1000 ImageNet classes of a frame.
         weights: torchvision's state dict; one converted from int8 (batch norms folded) gets plain ReLUs, as in
-            quantised networks.
-        path: of the weights, for errors.
-
-    Raises:
-        ValueError: the weights are not MobileNetV2's.
+            quantised networks. `path` names it in errors.
     """
 
     def __init__(self, kind: str, weights: Mapping[str, Tensor], path: Path) -> None:
@@ -44,7 +40,10 @@ class StandIn(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"{path} does not hold the weights of torchvision's mobilenet_v2.") from error
         if not any(value.any() for name, value in weights.items() if name.endswith("running_mean")):
-            _relu6_to_relu(self.network)
+            for module in list(self.network.modules()):
+                for name, child in module.named_children():
+                    if isinstance(child, nn.ReLU6):
+                        setattr(module, name, nn.ReLU(inplace=True))
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -66,10 +65,3 @@ class StandIn(nn.Module):
         resized = F.interpolate(frames.float() / 255, (SIZE, SIZE), mode="bilinear", antialias=True)
         mean, std = (resized.new_tensor(each).view(3, 1, 1) for each in (MEAN, STD))
         return (resized - mean) / std
-
-
-def _relu6_to_relu(network: nn.Module) -> None:
-    for module in network.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ReLU6):
-                setattr(module, name, nn.ReLU(inplace=True))

@@ -28,12 +28,7 @@ LOAD_TIME = (b"__setstate__", b"torch.classes")  # runs before it can be checked
 
 
 def read_bytes(path: Path, origin: str, sha256: str | None) -> tuple[bytes, str]:
-    """Reads a detector file; returns its bytes and SHA-256.
-
-    Raises:
-        FileNotFoundError: there is no such file; the message names `origin`.
-        ValueError: its hash is not `sha256`.
-    """
+    """Reads a detector file; returns its bytes and SHA-256. Raises: FileNotFoundError, naming `origin`; ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no detector file {path}; nothing is fetched: get it from {origin}.")
     if path.stat().st_size > MAX_BYTES:
@@ -48,11 +43,7 @@ def read_bytes(path: Path, origin: str, sha256: str | None) -> tuple[bytes, str]
 def load_torchscript(content: bytes, path: Path, origin: str) -> Any:
     """Loads the network of a TorchScript archive on the CPU, in evaluation mode.
 
-    Args:
-        path, origin: of the archive, for errors.
-
-    Raises:
-        ValueError: a pickle, weights only, a broken archive, a zip bomb, or forbidden operations.
+    Raises: ValueError: a pickle, weights only, a broken archive, a zip bomb, or forbidden operations.
     """
     _check_archive(content, path, origin)
     try:
@@ -106,12 +97,8 @@ def _check_archive(content: bytes, path: Path, origin: str) -> None:
             texts = [(record.filename, archive.read(record)) for record in sources]  # names can come twice
     except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole TorchScript file: copy it again.") from error
-    for name, text in texts:
-        for word in LOAD_TIME:
-            if word in text:
-                raise ValueError(
-                    f"{path} is not opened: its {name} has {word.decode()}, which runs while it is loaded."
-                )
+    for name, word in ((name, word) for name, text in texts for word in LOAD_TIME if word in text):
+        raise ValueError(f"{path} is not opened: its {name} has {word.decode()}, which runs while it is loaded.")
 
 
 def _operations(block: Any) -> Iterator[str]:
