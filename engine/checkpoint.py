@@ -146,7 +146,8 @@ def verify(folder: Path) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         kind = manifest["format"]
-        files = {str(name): (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        listed = manifest["files"] if kind == FORMAT else {}
+        files = {str(name): (facts["bytes"], facts["sha256"]) for name, facts in listed.items()}
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise CheckpointError(f"{folder} is not a checkpoint of this project: it has no readable {MANIFEST}.") from None
     if kind != FORMAT:
