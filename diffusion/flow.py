@@ -44,8 +44,7 @@ class RectifiedFlow:
 
     def to(self, device: torch.device | str) -> RectifiedFlow:
         """Moves the grid to `device`; returns self."""
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64  # mps has no float64
-        self.times = self.times.to(device, dtype)
+        self.times = self.times.to(device)
         return self
 
     def time(self, index: Tensor, x: Tensor) -> Tensor:

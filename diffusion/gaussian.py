@@ -76,8 +76,7 @@ class GaussianDiffusion:
 
     def to(self, device: torch.device | str) -> GaussianDiffusion:
         """Moves the tables to `device`; returns self."""
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64  # mps has no float64
-        self.tables = {name: table.to(device, dtype) for name, table in self.tables.items()}
+        self.tables = {name: table.to(device) for name, table in self.tables.items()}
         self.timestep_map = self.timestep_map.to(device)
         return self
 
@@ -143,24 +142,15 @@ class GaussianDiffusion:
         pred_x_start = pred_x_start + self.table("x_start_output", timesteps, x) * prediction
         if refine is not None:
             pred_x_start = refine(pred_x_start)
-        variance, log_variance = self.p_variance(variance_values, x, timesteps)
+        if variance_values is None:
+            variance = self.table(f"{self.config.fixed_variance}_variance", timesteps, x)
+            log_variance = self.table(f"{self.config.fixed_variance}_log_variance", timesteps, x)
+        else:  # from -1 to 1: the smallest to the largest log variance (Nichol & Dhariwal 2021, eq. 15)
+            share, smallest = (variance_values + 1) / 2, self.table("posterior_log_variance_clipped", timesteps, x)
+            log_variance = share * self.table("log_betas", timesteps, x) + (1 - share) * smallest
+            variance = log_variance.exp()
         mean = self.q_posterior_mean(pred_x_start, x, timesteps)
         return PMeanVariance(mean, variance.expand_as(mean), log_variance.expand_as(mean), pred_x_start)
-
-    def p_variance(self, variance_values: Tensor | None, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns variance and log variance of p(x_{t-1} | x_t), which broadcast over x (B, F, C, H, W).
-
-        Learned values in [-1, 1] interpolate between the smallest and the largest log variance (Nichol & Dhariwal
-        2021, eq. 15).
-        """
-        if variance_values is None:
-            names = f"{self.config.fixed_variance}_variance", f"{self.config.fixed_variance}_log_variance"
-            return self.table(names[0], timesteps, x), self.table(names[1], timesteps, x)
-        smallest = self.table("posterior_log_variance_clipped", timesteps, x)
-        largest = self.table("log_betas", timesteps, x)
-        share = (variance_values + 1) / 2
-        log_variance = share * largest + (1 - share) * smallest
-        return log_variance.exp(), log_variance
 
     # ---- losses --------------------------------------------------------------------------------
 

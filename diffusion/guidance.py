@@ -43,6 +43,7 @@ def guide_denoiser(
     joined = condition.join(null)
 
     def denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
+        """Returns the guided output of the network."""
         if not active():
             return model_fn(x, timesteps, condition)
         if batched:

@@ -156,6 +156,7 @@ def begin_multistep(name: str, process: Process) -> StepFunction:
     solver = build_multistep_solver(name, process.noise_levels, flow=is_flow)
 
     def step(process: Any, denoiser: Denoiser, x: Tensor, timesteps: Tensor, options: StepOptions) -> Step:
+        """Takes the next step of the walk."""
         if is_flow:
             x_start = _flow_velocity(process, denoiser, x, timesteps + 1, options).pred_x_start
         else:

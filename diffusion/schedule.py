@@ -126,7 +126,6 @@ def gaussian_tables(betas: Tensor) -> dict[str, Tensor]:
         "alphas_cumprod_next": functional.pad(alphas_cumprod[1:], (0, 1)),
         "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
         "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
-        "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),
         "sqrt_recip_alphas_cumprod": (1 / alphas_cumprod).sqrt(),
         "sqrt_recipm1_alphas_cumprod": (1 / alphas_cumprod - 1).sqrt(),
         "posterior_variance": posterior_variance,
