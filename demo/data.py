@@ -28,8 +28,8 @@ import numpy as np
 
 from common.checks import Limit, at_least, check_limits, within
 from common.storage import make_once
+from datasets.writer import write_video
 from engine import cli
-from tools.frames import write_video
 
 from .drawn import CLASSES, captions_of, draw_clip
 

@@ -20,9 +20,9 @@ ALLOWED = {
     "engine": {"common", "models", "diffusion", "datasets"},
     "sample": OURS - {"evaluation", "benchmarks", "demo", "tools"},
     "evaluation": OURS - {"benchmarks", "demo", "tools"},
+    "demo": OURS - {"tools", "benchmarks"},
+    "tools": OURS - {"benchmarks"},
     "benchmarks": OURS,
-    "demo": OURS,
-    "tools": OURS,
 }
 
 

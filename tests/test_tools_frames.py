@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.readers import open_video
+from datasets.writer import write_video
 from tools import convert_videos_to_frames, prepare_dataset
-from tools.frames import LANCZOS, Form, output_names, pick_frames, resize_frame, write_video
+from tools.frames import LANCZOS, Form, output_names, pick_frames, resize_frame
 from tools.output_folder import WORK
 
 ROOT = Path(__file__).resolve().parents[1]

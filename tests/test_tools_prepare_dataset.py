@@ -17,9 +17,9 @@ from datasets import DataConfig, build_catalog, build_dataset
 from datasets.catalog import Clip
 from datasets.clips import ClipDataset
 from datasets.labels import read_frame_list
+from datasets.writer import write_video
 from engine.config import load_config
 from tools import prepare_dataset
-from tools.frames import write_video
 from tools.prepare_dataset import SOURCE_VIDEOS, Place, match_groups, split_by_hash, split_folders
 
 ROOT = Path(__file__).resolve().parents[1]

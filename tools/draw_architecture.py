@@ -17,7 +17,7 @@ from engine import cli
 ROOT = Path(__file__).resolve().parents[1]
 DRAWING = ROOT / "docs" / "images" / "architecture.svg"
 ROWS = (  # from the top; a folder imports only from rows below its own, or from its left
-    ("train*.py", "benchmarks", "demo", "tools"),
+    ("train*.py", "demo", "tools", "benchmarks"),
     ("evaluation", "sample"),
     ("engine",),
     ("models", "diffusion", "datasets"),

@@ -24,6 +24,7 @@ from common.storage import file_sha256
 from datasets.catalog import Clip
 from datasets.readers import VIDEO_SUFFIXES, Reader, VideoError, list_frames, load_package, open_video
 from datasets.transforms import TRANSFORMS
+from datasets.writer import write_video
 
 FORMATS = ("link", "video", "png", "jpeg")
 SUFFIXES = {"link": "", "video": ".mp4", "png": ".png", "jpeg": ".jpg"}
@@ -228,28 +229,6 @@ def frame_names(total: int, form: Form) -> list[str]:
     """Returns the file names of a clip of `total` frames: zero-padded, so that text order is theirs."""
     digits = max(6, len(str(total - 1)))
     return [f"{number:0{digits}d}{SUFFIXES[form.format]}" for number in range(total)]
-
-
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: Fraction | int) -> None:
-    """Writes frames (H, W, 3) as H.264 (constant rate factor 6) on one thread: the bytes are the same every time.
-
-    Colour is kept at full resolution (yuv444p), so odd sizes need no padding. A key frame every eight frames, so
-    that a clip from the middle costs no more than that to reach.
-    """
-    av = load_package("av")
-    with av.open(str(path), "w") as container:
-        stream = None
-        for frame in frames:
-            if stream is None:
-                stream = container.add_stream("libx264", rate=fps)
-                stream.height, stream.width = frame.shape[:2]
-                stream.pix_fmt = "yuv444p"
-                stream.codec_context.thread_count = 1
-                # x264's macroblock tree reads past the edge of tiny frames: the bytes would differ from run to run
-                stream.options = {"crf": "6", "preset": "medium", "g": "8", "mbtree": "0"}
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        if stream is not None:
-            container.mux(stream.encode())
 
 
 def measure_content(path: str) -> tuple[int, str]:

@@ -27,8 +27,9 @@ import numpy as np
 
 from common.checks import at_least, check_limits
 from common.storage import make_once
+from datasets.writer import write_video
 from engine import cli
-from tools.frames import SUFFIXES, Form, write_frames, write_video
+from tools.frames import SUFFIXES, Form, write_frames
 
 VERSION = 1  # raised when the drawing changes
 SPEED = (2.0, 5.0)  # pixels per frame, for frames of 64 pixels
