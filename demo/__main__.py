@@ -26,22 +26,20 @@ from engine.config import load_config
 from engine.run_folder import read_rows
 from sample.video_io import slug, write_contact_sheet, write_mp4
 
-from .stages import ROOT, measure_samples, read_samples, run_stage
+from .stages import ROOT, measure_samples, plot_losses, read_samples, run_stage
 
 SAMPLE_CONFIG = "configs/demo/demo_sample.yaml"
 TRAIN_CONFIG = "configs/demo/demo_train.yaml"
-TITLES = {
-    "pretrained": "Shipped weights",
-    "trained": "Trained from scratch in this run",
-    "real": "Real clips",
-}
+FIGURES = ("appearance_accuracy", "motion_accuracy", "num_videos")  # of each kind of video in metrics.json
+TITLES = {"pretrained": "Shipped weights", "trained": "Trained from scratch in this run", "real": "Real clips"}
 
 
 def write_real_clips(folder: Path, number: int) -> None:
     """Writes the first 16 frames of clips of all classes in turn, in the layout of sample.py."""
     clips = build_dataset(load_config(ROOT / TRAIN_CONFIG).data, seed=0)
-    labels = [clip.label for clip in clips.catalog.clips]
-    by_class = [[index for index, label in enumerate(labels) if label == each] for each in sorted(set(labels))]
+    by_class: dict[int, list[int]] = {label: [] for label in range(clips.num_classes)}
+    for index, clip in enumerate(clips.catalog.clips):
+        by_class[clip.label].append(index)
     shown: list[np.ndarray] = []
     files: list[dict[str, Any]] = []
     for place in range(number):
@@ -51,38 +49,20 @@ def write_real_clips(folder: Path, number: int) -> None:
         name = clips.class_names[label]
         files.append({"file": f"{place:04d}_{slug(name)}.mp4", "index": place, "label": label, "class_name": name})
         write_mp4(folder / files[-1]["file"], shown[-1])
-    count = len(by_class)
-    write_contact_sheet(folder / "samples.png", np.stack(shown[:count]), clips.class_names)
+    write_contact_sheet(folder / "samples.png", np.stack(shown[: len(by_class)]), clips.class_names)
     (folder / "samples.json").write_text(json.dumps({"videos": files}, indent=2) + "\n")
 
 
 def measure(out: Path) -> dict[str, Any]:
-    """Returns the tracker's accuracy on the mp4s in each folder, and the first and last training loss."""
+    """Returns the tracker's accuracies on the mp4s in each folder, and the first and last training loss; plots it."""
     metrics: dict[str, Any] = {}
     for kind in TITLES:
         found = measure_samples(out / kind, lambda video: video["label"])
         metrics |= {f"num_videos_{kind}" if name == "videos" else f"{name}_{kind}": found[name] for name in found}
     rows = read_rows(out / "train" / "metrics.jsonl")
+    plot_losses({"": [[(row["step"], row["loss"]) for row in rows]]}, out / "loss.png", "training loss")
     metrics |= {"training_loss_start": rows[0]["loss"], "training_loss_end": rows[-1]["loss"]}
     return {**metrics, "training_steps": rows[-1]["step"]}
-
-
-def plot_losses(source: Path, target: Path) -> None:
-    """Plots the training loss over steps, on a logarithmic axis."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_rows(source)
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#4c78a8", linewidth=1.4)
-    axes.set(xlabel="optimiser step", ylabel="training loss", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
 
 
 PAGE = """<!doctype html>
@@ -117,8 +97,7 @@ def write_page(out: Path, metrics: dict[str, Any], shown: int = 24) -> None:
     """Writes index.html, which plays the videos of the same folder."""
     rows, sections = "", ""
     for kind, title in TITLES.items():
-        colour, motion = (metrics[f"{name}_accuracy_{kind}"] for name in ("appearance", "motion"))
-        number = metrics[f"num_videos_{kind}"]
+        colour, motion, number = (metrics[f"{name}_{kind}"] for name in FIGURES)
         rows += f"<tr><td>{title}</td><td>{number}</td><td>{colour:.1%}</td><td>{motion:.1%}</td></tr>\n"
         videos = "\n".join(
             f'<figure><video src="{kind}/{video["file"]}" autoplay loop muted playsinline></video>'
@@ -132,9 +111,7 @@ def write_page(out: Path, metrics: dict[str, Any], shown: int = 24) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the demo."""
-    parser = argparse.ArgumentParser(
-        prog="python -m demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder to write (%(default)s)")
     parser.add_argument("--videos", type=int, default=96, help="videos per kind, at least 64 (%(default)s)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of torchrun (%(default)s)")
@@ -157,10 +134,9 @@ def main(argv: list[str]) -> None:
     write_real_clips(out / "real", videos)
     metrics = {**measure(out), "seconds": seconds}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    plot_losses(out / "train" / "metrics.jsonl", out / "loss.png")
     write_page(out, metrics)
     for kind, title in TITLES.items():
-        colour, motion = (metrics[f"{name}_accuracy_{kind}"] for name in ("appearance", "motion"))
+        colour, motion, _ = (metrics[f"{name}_{kind}"] for name in FIGURES)
         print(f"{title:34s}colour right {colour:6.1%}, motion right {motion:6.1%}")
     print(f"{sum(seconds.values()) / 60:.1f} minutes. Open {out / 'index.html'}")
 

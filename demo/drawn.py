@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-# ---------------------------------------------------------------------------------------------- classes
-
 # Eight hues, 45 degrees apart: a colour is recognised if it is off by less than half of that.
 COLOURS = ("red", "amber", "lime", "green", "cyan", "blue", "violet", "pink")
 PALETTE = np.array([colorsys.hsv_to_rgb(i / len(COLOURS), 0.9, 0.95) for i in range(len(COLOURS))])  # (8, 3)
@@ -97,8 +95,6 @@ def captions_of(kind: DemoClass) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------- drawing
-
 SUPERSAMPLING = 4  # points per pixel and axis
 
 
@@ -129,18 +125,13 @@ def cover_pixels(shape: str, path: tuple[Array, Array, Array], size: int) -> Arr
 def draw_clip(label: int, rng: np.random.Generator, *, size: int = 32, frames: int = 20) -> NDArray[np.uint8]:
     """Draws one anti-aliased clip of class `CLASSES[label]`, (frames, 3, size, size) uint8 RGB.
 
-    Position, size and speed of the body and the grey of the background (dark or light) are sampled from `rng`. With at
-    least 16 pixels and 16 to 32 frames it moves visibly in every window of 16 consecutive frames.
+    With at least 16 pixels and 16 to 32 frames the body moves visibly in every window of 16 consecutive frames.
     """
     kind = CLASSES[label]
     colour = PALETTE[COLOURS.index(kind.colour)][:, None, None]
-    ground = rng.uniform(0.08, 0.35) if rng.uniform() < 0.5 else rng.uniform(0.65, 0.92)
+    ground = rng.uniform(0.08, 0.35) if rng.uniform() < 0.5 else rng.uniform(0.65, 0.92)  # dark or light
     cover = cover_pixels(kind.shape, draw_path(kind.motion, rng, frames), size)[:, None]
-    video = ground + (colour - ground) * cover
-    return np.round(255.0 * video).astype(np.uint8)
-
-
-# ---------------------------------------------------------------------------------------------- tracking
+    return np.round(255.0 * (ground + (colour - ground) * cover)).astype(np.uint8)
 
 
 class Track(NamedTuple):
@@ -189,10 +180,9 @@ def find_body_colour(chroma: Array) -> Array | None:
 
 
 def measure_body(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
-    """Returns centre x, y and radius of the body, and its presence, each (T,).
+    """Returns centre x, y and radius of the body, and its presence, each (T,), to a fraction of a pixel.
 
-    A pixel's chroma is the body's times the covered part, so the projection on the body's colour gives coverage, and
-    its moments give position and size to a fraction of a pixel.
+    A pixel's chroma is the body's times the covered part, so its projection on the body's colour is the coverage.
     """
     cover = np.einsum("tchw,c->thw", chroma, colour) / float(colour @ colour)
     cover = np.where(cover > 0.3, cover.clip(0.0, 1.0), 0.0)
@@ -210,7 +200,7 @@ def measure_body(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDA
 def fit_line(values: Array, times: Array) -> tuple[float, float]:
     """Returns the change along a line over all times, and the root mean square deviation from it.
 
-    The slope is that of Theil and Sen: the median over all pairs of frames, robust to a few wrong frames.
+    The slope is that of Theil and Sen: the median over all pairs of frames.
     """
     first, second = np.triu_indices(len(times), k=1)
     slope = float(np.median((values[second] - values[first]) / (times[second] - times[first])))
@@ -237,9 +227,8 @@ def name_motion(x: Array, y: Array, radius: Array, times: Array) -> str | None:
 def track(video: Any) -> Track:
     """Recognises colour and motion of the body in a clip from its pixels.
 
-    `video` is uint8 RGB, (T, 3, H, W), T at least 4, a numpy array or a tensor on the CPU. A clip without a
-    single compact, saturated body (noise, grey blobs, an empty background) has no colour and no motion; a body that
-    stands still or moves in none of the six ways has a colour and no motion.
+    `video` is uint8 RGB, (T, 3, H, W), T at least 4, a numpy array or a tensor on the CPU. A clip without a single
+    compact, saturated body has no colour and no motion; a body that moves in none of the six ways has no motion.
 
     Raises: ValueError if `video` is not uint8 of that shape.
     """
@@ -260,10 +249,9 @@ def track(video: Any) -> Track:
 
 
 def accuracy(videos: Iterable[Any], labels: Iterable[int]) -> dict[str, float]:
-    """Returns the fractions of clips in which the tracker's colour and motion match the label.
+    """Returns `appearance_accuracy` and `motion_accuracy`: how often the tracker's colour and motion match the label.
 
-    `videos` as for `track`; `labels` are positions in `CLASSES`. A clip without a recognised body counts as
-    wrong. Returns `{"appearance_accuracy": ..., "motion_accuracy": ...}` in [0, 1].
+    `videos` as for `track`; `labels` are positions in `CLASSES`. A clip without a recognised body counts as wrong.
     """
     pairs = [(track(video), CLASSES[label]) for video, label in zip(videos, labels, strict=True)]
     return {

@@ -22,8 +22,7 @@ from benchmarks.timing import VALUES, Case, Timer
 from benchmarks.workload import Workload
 from diffusion import sample
 from models import LatteConfig
-from tools.parity.checks import empty_network
-from tools.parity.goldens import Goldens
+from tools.parity import Goldens, empty_network
 
 GOLDENS = Path(__file__).parent / "goldens"
 

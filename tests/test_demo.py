@@ -34,7 +34,7 @@ def test_the_report_measures_the_files_and_the_page_shows_them(tmp_path: Path) -
         assert metrics[f"appearance_accuracy_{kind}"] == metrics[f"motion_accuracy_{kind}"] == expected
         assert metrics[f"num_videos_{kind}"] == 8
     assert (metrics["training_loss_start"], metrics["training_loss_end"], metrics["training_steps"]) == (1.0, 0.01, 100)
-    demo.plot_losses(tmp_path / "train" / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").is_file()
     demo.write_page(tmp_path, metrics)
     text = (tmp_path / "index.html").read_text()
     named = re.findall(r'src="([^"]+)"', text)

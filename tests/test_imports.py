@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -43,6 +44,19 @@ def test_folder_imports_only_what_the_design_allows(folder: str) -> None:
     for file in files:
         strangers = (imported(file) & OURS) - ALLOWED[folder] - {folder}
         assert not strangers, f"{file.relative_to(ROOT)} imports {strangers}"
+
+
+def test_the_drawing_shows_the_imports_between_folders() -> None:
+    """Each arrow of docs/architecture.md is an import, and each import lies along arrows."""
+    lines = re.findall(r"^ +(\w+)(?:\[.*\])? --> (\w+)$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    below: dict[str, set[str]] = {}
+    for folder in reversed([folder for folder, _ in lines]):  # lower folders come last
+        arrows = {target for source, target in lines if source == folder}
+        files = ROOT.glob("train*.py") if folder == "train" else (ROOT / folder).rglob("*.py")
+        imports = set().union(*map(imported, files)) & OURS - {folder}
+        below[folder] = arrows.union(*(below.get(target, set()) for target in arrows))
+        assert arrows <= imports <= below[folder], folder
+    assert below.keys() | {"common"} == OURS | {"train"}
 
 
 def module_graph() -> dict[str, set[str]]:

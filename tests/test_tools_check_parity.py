@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tools.check_parity import compare_all, main
-from tools.parity.goldens import Goldens, Setting
+from tools.parity import Goldens, Setting
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
+from common.checks import at_least, check_limits, require
 from demo.drawn import accuracy
+from demo.stages import plot_losses
 from engine import cli
 from engine.build import build_model, count_parameters, macs_per_clip
 from engine.config import Config, load_config, read_yaml
@@ -36,6 +37,7 @@ BASELINE = "base"  # the run of an arm that changes nothing
 JOINT_DEPTH = 9 / 11  # two-attention blocks (22 width^2 parameters) per one-attention block (18 width^2)
 VALIDATIONS = 6  # of a run
 VAL_SHARE = 0.1
+LOSS = "loss on held-out clips (average)"
 ACCURACIES = {"appearance_accuracy": "colour right", "motion_accuracy": "motion right"}
 Run = dict[str, Any]  # what `read_run` returns
 
@@ -67,10 +69,9 @@ def read_comparison(path: Path) -> Comparison:
     """
     found = read_yaml(path)
     good = isinstance(found, dict) and set(found) == {"title", "arms"} and isinstance(found["arms"], dict)
-    if not good or not all(isinstance(keys, dict) for keys in found["arms"].values()):
-        raise ValueError(f"{path}: a comparison has a `title` and `arms`, and each arm has keys (or {{}}).")
-    if len(found["arms"]) < 2:
-        raise ValueError(f"{path}: there must be two arms or more to compare.")
+    good = good and all(isinstance(keys, dict) for keys in found["arms"].values())
+    require(good, f"{path}: a comparison has a `title` and `arms`, and each arm has keys (or {{}}).")
+    require(len(found["arms"]) >= 2, f"{path}: there must be two arms or more to compare.")
     arms = {
         name: tuple(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items())
         for name, keys in found["arms"].items()
@@ -99,12 +100,11 @@ def list_overrides(arm: Sequence[str], seed: int, budget: Budget) -> list[str]:
         *budget.overrides,
     ]
     config = load_config(budget.base, ours)
-    variant_has_two = config.model.variant in ("sequential", "parallel")
-    if variant_has_two and config.model.name == "custom" and config.model.depth == base.model.depth:
-        ours.append(f"model.depth={round(config.model.size.depth * JOINT_DEPTH)}")  # as many parameters, as the presets
-    batch = config.train.batch_size
-    if batch % budget.processes:
-        raise ValueError(f"train.batch_size={batch} of {budget.base} cannot be spread over --processes.")
+    model, batch = config.model, config.train.batch_size
+    if model.variant in ("sequential", "parallel") and model.name == "custom" and model.depth == base.model.depth:
+        ours.append(f"model.depth={round(model.size.depth * JOINT_DEPTH)}")  # as many parameters, as the presets
+    even = batch % budget.processes == 0
+    require(even, f"train.batch_size={batch} of {budget.base} cannot be spread over --processes.")
     return [*ours, f"train.batch_size={batch // budget.processes}"]
 
 
@@ -124,9 +124,6 @@ def train(arm: Sequence[str], seed: int, budget: Budget) -> Path:
     return folder
 
 
-# ---- figures of a run --------------------------------------------------------------------------------
-
-
 def read_run(folder: Path, budget: Budget) -> Run:
     """Measures a run: loss curve of the average on held-out clips, its last value, cost, accuracy on the demo."""
     config = load_config(folder / "config.yaml", saved=True)
@@ -135,7 +132,7 @@ def read_run(folder: Path, budget: Budget) -> Run:
     steps = [row for row in rows if row["kind"] == "train"]
     loss = "ema/video_loss" if config.data.num_images else "ema/loss"
     return {
-        "curve": [(row["step"], row[loss]) for row in held_out],
+        "curve": [(row["step"], row[loss]) for row in held_out if row["step"]],
         "val_loss": held_out[-1][loss],
         "train_loss": statistics.fmean(row["loss"] for row in steps[-len(steps) // 5 :]),
         "parameters": count_parameters(build_model(config, "meta")),
@@ -152,21 +149,14 @@ def measure_accuracy(folder: Path, config: Config, videos: int) -> dict[str, flo
     cached = folder / "accuracy.json"
     asked = {"step": config.train.max_steps, "videos": videos}
     known = json.loads(cached.read_text()) if cached.is_file() else {}
-    if asked.items() <= known.items():
-        return {name: known[name] for name in ACCURACIES}
-    generator = Generator.from_checkpoint(folder)
-    wanted = config.sample
-    samples = generator.sample(
-        None, videos, method=wanted.method, steps=wanted.steps, eta=wanted.eta, batch_size=wanted.batch_size
-    )
-    label_of = choose_labels(generator.conditions)
-    clips = torch.from_numpy(samples).permute(0, 1, 4, 2, 3)  # (n, F, 3, H, W)
-    found = accuracy(list(clips), [label_of(index) or 0 for index in range(videos)])
-    cached.write_text(json.dumps(asked | found))
-    return found
-
-
-# ---- the report --------------------------------------------------------------------------------------
+    if not asked.items() <= known.items():
+        generator, settings = Generator.from_checkpoint(folder), config.sample
+        options = {key: getattr(settings, key) for key in ("method", "steps", "eta", "batch_size")}
+        clips = torch.from_numpy(generator.sample(None, videos, **options)).permute(0, 1, 4, 2, 3)  # (n, F, 3, H, W)
+        label_of = choose_labels(generator.conditions)
+        known = asked | accuracy(list(clips), [label_of(index) or 0 for index in range(videos)])
+        cached.write_text(json.dumps(known))
+    return {name: known[name] for name in ACCURACIES}
 
 
 def format_table(name: str, found: dict[str, list[Run]]) -> str:
@@ -175,16 +165,10 @@ def format_table(name: str, found: dict[str, list[Run]]) -> str:
     heads = [name, "held-out loss", *(ACCURACIES[key] for key in accuracies)]
     rows = [[*heads, "parameters", "multiply-adds per clip", "s per step"], ["---"] * (len(heads) + 3)]
     for arm, runs in found.items():
-        rows.append(
-            [
-                arm,
-                format_spread([run["val_loss"] for run in runs], "{:.4f}"),
-                *(format_spread([100 * run[key] for run in runs], "{:.1f}") + " %" for key in accuracies),
-                f"{runs[0]['parameters'] / 1e6:.2f} M",
-                f"{runs[0]['macs_per_clip'] / 1e9:.3f} G",
-                f"{min(run['seconds_per_step'] for run in runs):.2f}",
-            ]
-        )
+        loss = format_spread([run["val_loss"] for run in runs], "{:.4f}")
+        shares = [format_spread([100 * run[key] for run in runs], "{:.1f}") + " %" for key in accuracies]
+        cost = f"{runs[0]['parameters'] / 1e6:.2f} M", f"{runs[0]['macs_per_clip'] / 1e9:.3f} G"
+        rows.append([arm, loss, *shares, *cost, f"{min(run['seconds_per_step'] for run in runs):.2f}"])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -194,33 +178,10 @@ def format_spread(values: Sequence[float], form: str) -> str:
     return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
-def plot(title: str, found: dict[str, list[Run]], target: Path) -> None:
-    """Draws the held-out loss over steps: a line per arm, the mean over seeds, with their range as a band."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for arm, runs in found.items():
-        steps = [step for step, _ in runs[0]["curve"] if step]
-        losses = np.array([[loss for step, loss in run["curve"] if step] for run in runs])
-        (line,) = axes.plot(steps, losses.mean(0), marker="o", markersize=3, linewidth=1.4, label=arm)
-        axes.fill_between(steps, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="optimiser step", ylabel="loss on held-out clips (average)", yscale="log", title=title)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="both", labelsize=8)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
-
-
 def describe(budget: Budget) -> str:
     """Returns the first paragraph of the page: what was run."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    extra = f" {' '.join(budget.overrides)}" if budget.overrides else ""
+    extra = "".join(f" {each}" for each in budget.overrides)
     seeds, several = " ".join(map(str, budget.seeds)), len(budget.seeds) > 1
     return (
         f"`python -m tools.ablate ... --base {budget.base} --steps {budget.steps} --seeds {seeds} --videos "
@@ -242,14 +203,12 @@ def parse(argv: list[str]) -> tuple[list[Comparison], Budget]:
     add("--seeds", type=int, nargs="+", default=[0], help="each arm is trained once from each (0)")
     add("--processes", type=int, default=1, help="of torchrun; the base's batch is spread over them (%(default)s)")
     add("--videos", type=int, default=64, help="samples for accuracies on the demo set; 0: none (%(default)s)")
-    given = vars(parser.parse_intermixed_args(argv))
-    for key, least in {"steps": 1, "processes": 1, "videos": 0}.items():
-        if given[key] < least:
-            raise ValueError(f"--{key} must be at least {least}, not {given[key]}.")
+    arguments = parser.parse_intermixed_args(argv)
+    check_limits(arguments, "--", {"steps processes": at_least(1), "videos": at_least(0)})
+    given = vars(arguments)
     named = given.pop("files")
     files = [Path(each) for each in named if "=" not in each]
-    if not files:
-        raise ValueError("name one comparison or more, such as configs/ablations/variants.yaml.")
+    require(bool(files), "name one comparison or more, such as configs/ablations/variants.yaml.")
     given |= {"seeds": tuple(given["seeds"]), "overrides": tuple(each for each in named if "=" in each)}
     return [read_comparison(path) for path in files], Budget(**given)
 
@@ -270,7 +229,7 @@ def main(argv: list[str]) -> int:
     for each in comparisons:
         found = {name: runs[name_run(arm)] for name, arm in each.arms.items()}
         table, image = format_table(each.name, found), f"ablation_{each.name}.png"
-        plot(each.title, found, budget.out / image)
+        plot_losses({arm: [run["curve"] for run in runs] for arm, runs in found.items()}, budget.out / image, LOSS)
         print(f"\n{each.title}\n{table}")
         page += f"\n## {each.title}\n\n{table}\n![{each.title}]({image})\n"
     (budget.out / "ablations.json").write_text(json.dumps(runs, indent=1) + "\n")

@@ -11,17 +11,17 @@ the settings that may change between caching and training.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from common.storage import free_bytes
+from common.checks import require
+from common.storage import free_bytes, write_json
 from common.text import gigabytes
 from datasets import Clip, VideoError, build_dataset
 from datasets.catalog import compute_digest
@@ -36,7 +36,7 @@ from engine.errors import TrainingAborted
 from engine.stream import Breadcrumbs, loaded_items, worker_loader
 from models.autoencoder import LatentCodec
 from models.identity import codec_identity
-from tools.cache_writer import PATIENCE_S, CacheWriter, build_parser
+from tools.cache_writer import PATIENCE_S, PLAN, CacheWriter, build_parser
 
 SHARD_MB = 64
 PIECE_BYTES = 2**26  # size of the decoded frames that a loader worker hands over at a time
@@ -54,12 +54,7 @@ class Piece(NamedTuple):
     length: int
 
 
-class LoadedPiece(NamedTuple):
-    """The frames of a piece as (T, V, 3, H, W) in [-1, 1], with their runs."""
-
-    clip: int
-    frames: Tensor
-    runs: list[FrameRun]
+LoadedPiece = tuple[int, Tensor, list[FrameRun]]  # number of the clip; frames (T, V, 3, H, W) in [-1, 1]; their runs
 
 
 @dataclass(frozen=True)
@@ -109,18 +104,15 @@ class Loader:
         """Decodes a piece; unusable frames become zeros, in runs with the reason."""
         try:
             return self._read(piece)
-        except VideoError:  # some frames are unusable: read them one by one
-            found = [self._read_one(piece._replace(frames=range(index, index + 1))) for index in piece.frames]
-        runs = merge_runs(run for each in found for run in each.runs)
-        return LoadedPiece(piece.clip, torch.cat([each.frames for each in found]), runs)
-
-    def _read_one(self, piece: Piece) -> LoadedPiece:
-        try:
-            return self._read(piece)
         except VideoError as error:
-            side = self.source.config.image_size
-            run = FrameRun(1, 0, 0, describe_failure(error, self.clips[piece.clip]))
-            return LoadedPiece(piece.clip, torch.zeros(1, self.views, 3, side, side), [run])
+            if len(piece.frames) == 1:
+                side = self.source.config.image_size
+                run = FrameRun(1, 0, 0, describe_failure(error, self.clips[piece.clip]))
+                return piece.clip, torch.zeros(1, self.views, 3, side, side), [run]
+        # some frames are unusable: read them one by one
+        found = [self.decode(piece._replace(frames=range(index, index + 1))) for index in piece.frames]
+        _, frames, runs = zip(*found)
+        return piece.clip, torch.cat(frames), merge_runs(chain(*runs))
 
     def _read(self, piece: Piece) -> LoadedPiece:
         clip, indices = self.clips[piece.clip], list(piece.frames)
@@ -129,7 +121,7 @@ class Loader:
             raise VideoError(clip.path, f"has changed: {piece.length} frames then, {len(reader)} now")
         frames = self.source.read(reader, clip, indices)  # uint8 (T, C, H, W)
         views = torch.stack([self.source.finish(frames, bool(view)) for view in range(self.views)], dim=1)
-        return LoadedPiece(piece.clip, views, [FrameRun(len(indices), *frames.shape[-2:])])
+        return piece.clip, views, [FrameRun(len(indices), *frames.shape[-2:])]
 
     def _open(self, clip: Clip) -> Reader:
         """Returns the reader of a clip; notes the path first, in case the file kills the loader process."""
@@ -149,8 +141,7 @@ def merge_runs(runs: Iterable[FrameRun]) -> list[FrameRun]:
 
 def list_clips(config: Config) -> ClipDataset:
     """Returns the data set of all clips that a window of any length may be drawn from, held-out ones too."""
-    if config.data.latents is not None:
-        raise ValueError("data.latents: leave it out, this command makes the cache")
+    require(config.data.latents is None, "data.latents: leave it out, this command makes the cache")
     if config.data.max_clips is not None and not config.data.val_share:  # only the clips that the run uses
         return build_dataset(config.data, seed=0)
     every = replace(config.data, num_frames=1, frame_interval=1, val_path=None, val_share=0.0, max_clips=None)
@@ -169,10 +160,7 @@ def place_clips(clips: Iterable[StoredClip], shard_frames: int) -> Iterator[Stor
 
 def count_frames(plan: Iterable[StoredClip]) -> list[int]:
     """Returns the number of frames of each shard."""
-    counts: Counter[int] = Counter()
-    for clip in plan:
-        counts[clip.shard] += clip.frames
-    return [counts[number] for number in range(len(counts))]
+    return [sum(clip.frames for clip in shard) for _, shard in groupby(plan, key=lambda clip: clip.shard)]
 
 
 # ---- encoding ----------------------------------------------------------------------------------------
@@ -180,6 +168,8 @@ def count_frames(plan: Iterable[StoredClip]) -> list[int]:
 
 class LatentWriter(CacheWriter):
     """Encodes all clips of `config.data` by `config.codec` into the folder `out`."""
+
+    layout = TENSOR, FORMAT
 
     def __init__(self, config: Config, out: Path, dtype: str, shard_bytes: int, world: World) -> None:
         self.codec = LatentCodec.from_config(config.codec, world.device)
@@ -198,8 +188,7 @@ class LatentWriter(CacheWriter):
         }
         super().__init__(out, identity, world)
         self.row_bytes = math.prod(self.shape) * NUMBER_FORMATS[dtype].torch.itemsize
-        crumbs = Breadcrumbs(out, world.rank)
-        source = cast(Pixels, dataset.source)
+        source, crumbs = cast(Pixels, dataset.source), Breadcrumbs(out, world.rank)
         self.loader = Loader(clips, len(images), source, self.shape[0], config.data.num_workers, crumbs)
         self.data, self.dtype, self.shard_bytes = config.data, dtype, shard_bytes
         self.plan: list[StoredClip] = []
@@ -210,7 +199,7 @@ class LatentWriter(CacheWriter):
         LatentCache(self.out)  # checks the shards
         return index
 
-    def encode(self) -> None:
+    def encode(self) -> int:
         self.plan = self.make_plan()
         self.frames = count_frames(self.plan)
         on_main(self.check_room)
@@ -219,28 +208,26 @@ class LatentWriter(CacheWriter):
         loaded = self.loader.load([piece for number in share for piece in pieces[number]], self.loader.decode)
         with self.progress("encoding", "frame", sum(self.frames[number] for number in share)) as bar:
             for number in share:
-                runs: dict[int, list[FrameRun]] = defaultdict(list)
-                errors = [0.0, 0.0, 0.0]
-                rows = self.encode_pieces(islice(loaded, len(pieces[number])), runs, errors, bar)
-                self.write_shard(number, self.dtype, (self.frames[number], *self.shape), rows, TENSOR, FORMAT)
-                self.write_record(
-                    number, {"runs": {clip: merge_runs(found) for clip, found in runs.items()}, "errors": errors}
-                )
+                record: dict[str, Any] = {"runs": {}, "errors": [0.0, 0.0, 0.0]}
+                rows = self.encode_pieces(islice(loaded, len(pieces[number])), record, bar)
+                self.write_shard(number, self.dtype, (self.frames[number], *self.shape), rows, record)
+        return len(self.frames)
 
     def make_plan(self) -> list[StoredClip]:
         """Returns every clip with its length and place, from plan.json or measured now; the same on every rank."""
-        known = on_main(
-            lambda: self.read_plan(
-                lambda plan: (dict(plan["identity"]), [StoredClip.from_json(facts) for facts in plan["clips"]])
-            )
-        )
+
+        def parse(plan: Any) -> tuple[dict[str, Any], list[StoredClip]]:
+            return dict(plan["identity"]), [StoredClip.from_json(facts) for facts in plan["clips"]]
+
+        known = on_main(lambda: self.read_plan(parse))
         if known is not None:
             self.check_identity(known[0])
             return known[1]
         measured = self.measure_clips()
         most = min(self.shard_bytes // self.row_bytes, sum(clip.frames for clip in measured) // LEAST_SHARDS)
         plan = list(place_clips(measured, most))
-        on_main(lambda: self.write_plan({"identity": self.identity, "clips": [clip.to_json() for clip in plan]}))
+        content = {"identity": self.identity, "clips": [clip.to_json() for clip in plan]}
+        on_main(lambda: write_json(self.out / PLAN, content))
         return plan
 
     def measure_clips(self) -> list[StoredClip]:
@@ -269,7 +256,7 @@ class LatentWriter(CacheWriter):
         missing = self.find_missing(len(self.frames))
         needed, free = self.row_bytes * sum(self.frames[number] for number in missing), free_bytes(self.out)
         views, parts, *latent = self.shape
-        each = f"{'mean and deviation' if parts == 2 else 'mean'}{', and mirrored' if views == 2 else ''}"
+        each = ("mean and deviation" if parts == 2 else "mean") + ", and mirrored" * (views == 2)
         print(
             f"{len(self.plan)} clips, {sum(self.frames)} frames: {each}, {'x'.join(map(str, latent))} in {self.dtype}, "
             f"{gigabytes(self.row_bytes * sum(self.frames))} in {len(self.frames)} shards\n"
@@ -291,33 +278,32 @@ class LatentWriter(CacheWriter):
             for first in range(0, clip.frames if clip.shard == shard else 0, size):
                 yield Piece(number, range(first, min(first + size, clip.frames)), clip.frames)
 
-    def encode_pieces(
-        self, pieces: Iterable[LoadedPiece], runs: dict[int, list[FrameRun]], errors: list[float], bar: Any
-    ) -> Iterator[Tensor]:
+    def encode_pieces(self, pieces: Iterable[LoadedPiece], record: dict[str, Any], bar: Any) -> Iterator[Tensor]:
         """Yields the latents (T, V, P, C, h, w) of each piece, in the cache's number format.
 
-        Adds to `runs` those of each clip, to `errors` the largest rounding error, and the sums of squares of the exact
-        values and of the errors.
+        Adds to `record` the runs of each clip, the largest rounding error, and the sums of squares of the exact values
+        and of the errors.
 
         Raises: ValueError where they are not finite; VideoError, with data.strict, at a frame that cannot be used.
         """
-        for piece in pieces:
-            reason = next((run.reason for run in piece.runs if run.reason), None)
+        known, errors = record["runs"], record["errors"]
+        for clip, frames, runs in pieces:
+            reason = next((run.reason for run in runs if run.reason), None)
             if reason and self.data.strict:
-                raise VideoError(self.loader.clips[piece.clip].path, reason)
-            exact = self.encode_frames(piece.frames)
+                raise VideoError(self.loader.clips[clip].path, reason)
+            exact = self.encode_frames(frames)
             stored = exact.to(NUMBER_FORMATS[self.dtype].torch)
             if not stored.isfinite().all():
                 raise ValueError(
-                    f"latents of {self.plan[piece.clip].name!r} are not finite in {self.dtype}: choose another "
-                    "--dtype, or codec.dtype=fp32"
+                    f"latents of {self.plan[clip].name!r} are not finite in {self.dtype}: choose another --dtype, or "
+                    "codec.dtype=fp32"
                 )
             error = stored.float() - exact
             errors[0] = max(errors[0], float(error.abs().max()))
             errors[1] += float(exact.double().square().sum())
             errors[2] += float(error.double().square().sum())
-            runs[piece.clip] += piece.runs
-            bar.update(len(piece.frames))
+            known[clip] = merge_runs([*known.get(clip, []), *runs])
+            bar.update(len(frames))
             yield stored
 
     def encode_frames(self, frames: Tensor) -> Tensor:
@@ -331,11 +317,10 @@ class LatentWriter(CacheWriter):
         parts = [torch.stack([part for part in view if part is not None], dim=2)[0] for view in views]
         return torch.stack(parts, dim=1)[: len(frames)]
 
-    def finish(self) -> str:
-        records = self.read_records(len(self.frames))
+    def finish(self, records: list[Any]) -> str:
         runs = {int(number): found for record in records for number, found in record["runs"].items()}
         clips = [{**clip.to_json(), "runs": runs.get(number, [])} for number, clip in enumerate(self.plan)]
-        largest, squares, lost = (list(each) for each in zip(*(record["errors"] for record in records), strict=True))
+        largest, squares, lost = zip(*(record["errors"] for record in records), strict=True)
         rounding = {"largest": max(largest), "relative_rms": math.sqrt(sum(lost) / max(sum(squares), 1e-300))}
         self.write_index({**self.identity, "rounding": rounding, "shards": self.frames, "clips": clips})
         out, bad = self.out, find_unusable(clips)
@@ -358,22 +343,12 @@ def find_unusable(clips: Iterable[dict[str, Any]]) -> dict[str, str]:
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = build_parser(__doc__ or "")
-    parser.add_argument(
-        "--dtype",
-        choices=NUMBER_FORMATS,
-        default="fp32",
-        help="number format; fp16 and bf16 take half the space; their rounding error is printed (%(default)s)",
-    )
-    parser.add_argument(
-        "--shard_mb",
-        type=int,
-        default=SHARD_MB,
-        metavar="N",
-        help="size of a file, which is encoded again after a kill (%(default)s)",
-    )
+    number = "number format; fp16 and bf16 take half the space; their rounding error is printed (%(default)s)"
+    size = "size of a file, which is encoded again after a kill (%(default)s)"
+    parser.add_argument("--dtype", choices=NUMBER_FORMATS, default="fp32", help=number)
+    parser.add_argument("--shard_mb", type=int, default=SHARD_MB, metavar="N", help=size)
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.shard_mb < 1:
-        raise ValueError(f"--shard_mb {arguments.shard_mb} must be at least 1.")
+    require(arguments.shard_mb >= 1, f"--shard_mb {arguments.shard_mb} must be at least 1.")
     config = load_config(arguments.config, arguments.overrides)
     world = init_world(arguments.device, timeout_s=PATIENCE_S)
     LatentWriter(config, arguments.out, arguments.dtype, arguments.shard_mb * 10**6, world).write()

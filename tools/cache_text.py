@@ -18,14 +18,14 @@ from typing import Any
 from torch import Tensor
 
 from common.checks import require
-from common.storage import write_atomically
+from common.storage import write_atomically, write_json
 from datasets import build_dataset, build_held_out
 from datasets.text_features import FORMAT, TABLE, TENSOR, Place, TextCache, caption_key, read_index, write_table
 from engine import cli, conditions
 from engine.config import Config, load_config
 from engine.distributed import World, close_world, init_world, on_main
 from models.identity import text_identity
-from tools.cache_writer import PATIENCE_S, CacheWriter, build_parser
+from tools.cache_writer import PATIENCE_S, PLAN, CacheWriter, build_parser
 
 SHARD_CAPTIONS = 1000  # captions of a shard, which are encoded again after a kill
 
@@ -33,24 +33,24 @@ SHARD_CAPTIONS = 1000  # captions of a shard, which are encoded again after a ki
 class TextWriter(CacheWriter):
     """Encodes all captions of `config` into the folder `out`."""
 
+    layout = TENSOR, FORMAT
+
     def __init__(self, config: Config, out: Path, world: World) -> None:
-        require(
-            config.model.is_text, f"model.name={config.model.name} reads no captions: give the config of a text network"
-        )
+        name = config.model.name
+        require(config.model.is_text, f"model.name={name} reads no captions: give the config of a text network")
         require(config.text.features is None, "text.features: leave it out, this command makes the cache")
-        self.text, captions = config.text, list_captions(config)
+        self.text, self.captions = config.text, list_captions(config)
         self.encoder = on_main(lambda: text_identity(config.text))
-        super().__init__(out, {**self.encoder, "captions": caption_key("\0".join(captions)).hex()}, world)
-        starts = range(0, len(captions), SHARD_CAPTIONS)
-        self.captions = captions
-        self.shards = [captions[start : start + SHARD_CAPTIONS] for start in starts]
+        super().__init__(out, {**self.encoder, "captions": caption_key("\0".join(self.captions)).hex()}, world)
+        starts = range(0, len(self.captions), SHARD_CAPTIONS)
+        self.shards = [self.captions[start : start + SHARD_CAPTIONS] for start in starts]
 
     def read_finished(self) -> dict[str, Any]:
         index = read_index(self.out)
         TextCache(self.out)  # checks the shards
         return {**index["identity"], "captions": index["captions"]}
 
-    def encode(self) -> None:
+    def encode(self) -> int:
         on_main(self._check_plan)
         features = conditions.EncodedFeatures(self.text, self.world.device)
         share = self.assign_shards(len(self.shards))
@@ -61,29 +61,25 @@ class TextWriter(CacheWriter):
                     rows.append(features(caption).cpu())
                     bar.update()
                 words = [len(row) for row in rows]
-                shape = (sum(words), self.text.caption_channels)
-                self.write_shard(number, self.text.dtype, shape, rows, TENSOR, FORMAT)
-                self.write_record(number, words)
+                self.write_shard(number, self.text.dtype, (sum(words), self.text.caption_channels), rows, words)
+        return len(self.shards)
 
     def _check_plan(self) -> None:
         before = self.read_plan(dict)
         if before is None:
-            self.write_plan(self.identity)
+            write_json(self.out / PLAN, self.identity)
         else:
             self.check_identity(before)
 
-    def finish(self) -> str:
-        records = self.read_records(len(self.shards))
+    def finish(self, records: list[Any]) -> str:
         places = [
             Place(number, first, words)
             for number, shard in enumerate(records)
             for first, words in zip(accumulate(shard, initial=0), shard)
         ]
         write_atomically(self.out / TABLE, lambda file: write_table(file, self.captions, places))
-        shards = [sum(shard) for shard in records]
-        self.write_index(
-            {"format": FORMAT, "identity": self.encoder, "captions": self.identity["captions"], "shards": shards}
-        )
+        shards, captions = [sum(shard) for shard in records], self.identity["captions"]
+        self.write_index({"format": FORMAT, "identity": self.encoder, "captions": captions, "shards": shards})
         return f"{len(self.captions)} captions, {sum(shards)} words in {self.out}: train with text.features={self.out}"
 
 
@@ -99,8 +95,7 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
     arguments = build_parser(__doc__ or "").parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
-    world = init_world(arguments.device, timeout_s=PATIENCE_S)
-    TextWriter(config, arguments.out, world).write()
+    TextWriter(config, arguments.out, init_world(arguments.device, timeout_s=PATIENCE_S)).write()
     close_world()
     return 0
 

@@ -17,7 +17,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
@@ -50,20 +50,21 @@ class CacheWriter(ABC):
         identity: settings that the content depends on; a cache is only continued with the same ones.
     """
 
+    layout: ClassVar[tuple[str, str]]  # name of the tensor in a shard, format of the cache
+
     def __init__(self, out: Path, identity: dict[str, Any], world: World) -> None:
         self.out, self.identity, self.world = out, identity, world
-        self._lock = storage.FolderLock(out, "--out")
 
     @abstractmethod
     def read_finished(self) -> dict[str, Any]:
         """Returns the identity of the finished cache in `out`. Raises: ValueError where that is damaged."""
 
     @abstractmethod
-    def encode(self) -> None:
-        """Writes the plan and this rank's missing shards; collective."""
+    def encode(self) -> int:
+        """Writes the plan and this rank's missing shards; returns the number of all shards. Collective."""
 
     @abstractmethod
-    def finish(self) -> str:
+    def finish(self, records: list[Any]) -> str:
         """Writes the index once all shards are done; returns a summary for the user. Runs on rank 0."""
 
     def write(self) -> None:
@@ -71,20 +72,23 @@ class CacheWriter(ABC):
 
         Raises: ValueError, OSError where `out` holds something else or is too small, or the data is unusable.
         """
-        on_main(self._take_folder)
+        lock = storage.FolderLock(self.out, "--out")
+        on_main(lambda: self._take_folder(lock))
         try:
             if on_main(self._is_finished):
                 summary = f"{self.out} is complete already"
             else:
-                self.encode()
+                count = self.encode()
                 gather_objects(None)  # waits until every rank has written its shards
-                summary = on_main(self.finish)
+                summary = on_main(
+                    lambda: self.finish([json.loads(self._record(number).read_text()) for number in range(count)])
+                )
         finally:
-            self._lock.release()
+            lock.release()
         if self.world.is_main:
             print(summary, flush=True)
 
-    def _take_folder(self) -> None:
+    def _take_folder(self, lock: storage.FolderLock) -> None:
         """Creates and locks the folder, and deletes unfinished files."""
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; name a folder")
@@ -94,7 +98,7 @@ class CacheWriter(ABC):
             raise ValueError(f"--out {self.out} holds {foreign[0]!r}, which is not of a cache; name a new folder")
         with storage.explain_write_errors(f"--out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
-            self._lock.take()
+            lock.take()
         storage.remove_unfinished(self.out, UNFINISHED_NAME)
 
     def _is_finished(self) -> bool:
@@ -107,11 +111,10 @@ class CacheWriter(ABC):
 
     def check_identity(self, before: dict[str, Any]) -> None:
         """Raises ValueError, with the differences, unless `before` is the identity of this cache."""
-        codecs = before.get("codec"), self.identity.get("codec")
-        same_codec = isinstance(codecs[0], dict) and codecs[1] and is_same_codec(codecs[0], codecs[1])
+        made, now = before.get("codec"), self.identity.get("codec")
+        same_codec = isinstance(made, dict) and now and is_same_codec(made, now)
         keys = [key for key in self.identity if not (key == "codec" and same_codec)]
-        changes = storage.find_changes(before, self.identity, keys)
-        if changes:
+        if changes := storage.find_changes(before, self.identity, keys):
             raise ValueError(f"--out {self.out} holds another cache ({'; '.join(changes)}); name a new folder")
 
     def read_plan(self, parse: Callable[[Any], Plan]) -> Plan | None:
@@ -123,33 +126,19 @@ class CacheWriter(ABC):
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"{self.out / PLAN} cannot be read; delete {self.out} and start again") from None
 
-    def write_plan(self, plan: dict[str, Any]) -> None:
-        """Writes plan.json."""
-        storage.write_json(self.out / PLAN, plan)
-
     def find_missing(self, count: int) -> list[int]:
         """Returns those of the `count` shards that are not done."""
-        return [number for number in range(count) if not self._record_file(number).exists()]
+        return [number for number in range(count) if not self._record(number).exists()]
 
     def assign_shards(self, count: int) -> list[int]:
         """Returns this rank's share of the missing shards; collective."""
         return broadcast_object(self.find_missing(count))[self.world.rank :: self.world.size]
 
-    def write_shard(
-        self, number: int, dtype: str, shape: Sequence[int], rows: Iterable[Tensor], tensor: str, format: str
-    ) -> None:
-        """Writes one shard; arguments as those of `datasets.shards.write_shard`. It counts after `write_record`."""
-        storage.write_atomically(
-            shard_file(self.out, number), lambda file: write_shard(file, dtype, shape, rows, tensor, format)
-        )
-
-    def write_record(self, number: int, record: Any) -> None:
-        """Marks a shard as done, with the facts about it that the index needs."""
-        storage.write_json(self._record_file(number), record)
-
-    def read_records(self, count: int) -> list[Any]:
-        """Returns the records of all shards."""
-        return [json.loads(self._record_file(number).read_text(encoding="utf-8")) for number in range(count)]
+    def write_shard(self, number: int, dtype: str, shape: Sequence[int], rows: Iterable[Tensor], record: Any) -> None:
+        """Writes one shard, then `record`, the facts about it that the index needs, which `rows` may add to."""
+        file = shard_file(self.out, number)
+        storage.write_atomically(file, lambda temporary: write_shard(temporary, dtype, shape, rows, *self.layout))
+        storage.write_json(self._record(number), record)
 
     def write_index(self, index: dict[str, Any]) -> None:
         """Writes the index, which marks the cache as finished, and deletes the plan and the records."""
@@ -162,7 +151,7 @@ class CacheWriter(ABC):
         share = label if size == 1 else f"{label} (share of rank 0 of {size})"
         return progress_bar(total, unit, share, shown=self.world.is_main)
 
-    def _record_file(self, number: int) -> Path:
+    def _record(self, number: int) -> Path:
         return shard_file(self.out, number).with_suffix(".json")
 
     def _remove_working_files(self) -> None:

@@ -18,14 +18,16 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from common.checks import require
+from common.console import progress_bar
 from common.storage import write_atomically, write_json
 from engine import cli
 from engine.distributed import World, close_world, init_world, on_main
@@ -44,14 +46,14 @@ OFFICIAL_METRICS = "fvd2048_16f,fid50k_full"
 DETECTOR_FOLDER = Path("share_ckpts/detectors")
 RESULT_FOLDER = Path("results/metrics")
 CACHE_FOLDER = Path("results/metrics_cache")
+SWITCHES = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 
 
 def parse_switch(text: str) -> bool:
     """Parses 0, 1, false or true, as the official command does."""
-    known = {"0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
-    if text.lower() not in known:
+    if text.lower() not in SWITCHES:
         raise argparse.ArgumentTypeError(f"'{text}' is neither 0 nor 1")
-    return known[text.lower()]
+    return SWITCHES[text.lower()]
 
 
 def parse_names(text: str) -> list[str]:
@@ -104,8 +106,8 @@ def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
 
     started = time.perf_counter()
-    torch.set_num_threads(arguments.threads)
     metrics = check_arguments(arguments)
+    torch.set_num_threads(arguments.threads)
     world = init_world(arguments.device)
     on_main(lambda: check_out(arguments.out or find_free_name(arguments)))
     evaluation = prepare(arguments, metrics, world)
@@ -126,23 +128,21 @@ def main(argv: list[str]) -> int:
 def check_arguments(arguments: argparse.Namespace) -> list[Metric]:
     """Checks the flags and fills in `seeds`. Raises ValueError for invalid combinations."""
     metrics = [parse_metric(name) for name in dict.fromkeys(arguments.metrics)]
-    if not metrics:
-        raise ValueError("--metrics names nothing to compute")
+    require(bool(metrics), "--metrics names nothing to compute")
     for flag, known in (("checks", CHECKS), ("report", REPORTS)):
         for name in getattr(arguments, flag):
-            if name not in known:
-                raise ValueError(f"--{flag}: '{name}' is unknown, use {', '.join(known)}")
+            require(name in known, f"--{flag}: '{name}' is unknown, use {', '.join(known)}")
     for flag, least in (("workers", 0), ("threads", 1), ("num_runs", 1)):
-        if (getattr(arguments, flag) or least) < least:
-            raise ValueError(f"--{flag} must be at least {least}")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if (arguments.gpus or 1) > 1 and arguments.gpus != world_size:
-        raise ValueError(
-            f"--gpus {arguments.gpus}: start as many processes instead, with torchrun --nproc_per_node="
-            f"{arguments.gpus} -m tools.calc_metrics_for_dataset; the numbers do not depend on it"
-        )
-    if arguments.seeds and arguments.num_runs:
-        raise ValueError("--num_runs N is the same as --seeds 0,...,N-1: give one of them")
+        value = getattr(arguments, flag)
+        require(value is None or value >= least, f"--{flag} must be at least {least}")
+    gpus = arguments.gpus or 1
+    require(
+        gpus <= 1 or gpus == int(os.environ.get("WORLD_SIZE", "1")),
+        f"--gpus {gpus}: start as many processes instead, with torchrun --nproc_per_node={gpus} "
+        "-m tools.calc_metrics_for_dataset; the numbers do not depend on it",
+    )
+    both = arguments.seeds and arguments.num_runs
+    require(not both, "--num_runs N is the same as --seeds 0,...,N-1: give one of them")
     arguments.seeds = arguments.seeds or list(range(arguments.num_runs or 1))
     return metrics
 
@@ -158,14 +158,11 @@ def find_free_name(arguments: argparse.Namespace) -> Path:
 def check_out(out: Path) -> None:
     """Checks that the result can be written, and that its path is free or holds an earlier result."""
     make_writable(out.parent, "--out")
-    if not out.exists():
-        return
-    try:
-        ours = json.loads(out.read_text(encoding="utf-8"))["kind"] == KIND
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    if out.exists():
         ours = False
-    if not ours:
-        raise ValueError(f"--out {out} exists and is not a result of this tool: use another file.")
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            ours = json.loads(out.read_text(encoding="utf-8"))["kind"] == KIND
+        require(ours, f"--out {out} exists and is not a result of this tool: use another file.")
 
 
 def prepare(arguments: argparse.Namespace, metrics: Sequence[Metric], world: World) -> Evaluation:
@@ -175,9 +172,8 @@ def prepare(arguments: argparse.Namespace, metrics: Sequence[Metric], world: Wor
     protocol = build_protocol(arguments.protocol, arguments.dataset, **settings)
     sources = {"fake": Source.find(arguments.fake_data_path, "--fake_data_path")}
     needed = [metric.name for metric in metrics if "real" in metric.sides]
-    if needed and not arguments.real_data_path:
-        raise ValueError(f"--real_data_path is missing: {needed[0]} compares with real data")
     if needed:
+        require(bool(arguments.real_data_path), f"--real_data_path is missing: {needed[0]} compares with real data")
         sources = {"real": Source.find(arguments.real_data_path, "--real_data_path"), **sources}
     return Evaluation(
         sources,
@@ -203,17 +199,15 @@ def load_detectors(given: Sequence[str], folder: Path, metrics: Sequence[Metric]
     loaded: dict[str, Detector] = {}
     for family in dict.fromkeys(metric.family for metric in metrics):
         specs = [spec for spec in DETECTORS.values() if family in spec.metrics]  # the official one comes first
-        fitting = [(spec, file) for spec in specs for name, file in files if name == spec.name]
-        if fitting:
-            loaded[family] = Detector(*fitting[0], world.device)
-        else:
-            loaded[family] = load_detector(specs[0].name, folder / specs[0].file, device=world.device)
+        fitting = (Detector(spec, file, world.device) for spec in specs for name, file in files if name == spec.name)
+        name, path = specs[0].name, folder / specs[0].file
+        loaded[family] = next(fitting, None) or load_detector(name, path, device=world.device)
     return loaded
 
 
 def show_progress() -> Callable[[int, int], None]:
     """Returns a callback that draws a progress bar."""
-    bar = tqdm(unit="item", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30.0)
+    bar = progress_bar(0, "item")
 
     def show(done: int, wanted: int) -> None:
         if done < bar.n or bar.total != wanted:
@@ -228,8 +222,6 @@ def describe(
 ) -> dict[str, Any]:
     """Returns the content of the result file."""
     world = evaluation.extractor.world
-    sources = evaluation.sources.items()
-    detectors = evaluation.detectors.values()
     return {
         "kind": KIND,
         "command": ["tools.calc_metrics_for_dataset", *argv],
@@ -238,9 +230,11 @@ def describe(
         "seeds": arguments.seeds,
         "sources": {
             side: {"path": source.root, "clips": len(source.clips), "no clips": source.skipped}
-            for side, source in sources
+            for side, source in evaluation.sources.items()
         },
-        "detectors": {each.name: {"path": str(each.path), "sha256": each.sha256} for each in detectors},
+        "detectors": {
+            each.name: {"path": str(each.path), "sha256": each.sha256} for each in evaluation.detectors.values()
+        },
         "warnings": list(group_warnings(entries)),
         "versions": list_versions(),
         "device": world.device.type,

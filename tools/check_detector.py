@@ -47,8 +47,7 @@ def main(argv: list[str]) -> int:
     file = DetectorFile.read(arguments.file, sha256=arguments.sha256, spec=spec)
     print(f"file    {file.path} ({file.path.stat().st_size / 1e6:.1f} MB)\nsha256  {file.sha256}")
     print(f"takes   {', '.join(file.arguments)}" if file.arguments else f"holds   {len(file.weights or {})} tensors")
-    results = []
-    kinds = [spec] if spec else file.kinds()
+    results, kinds = [], [spec] if spec else file.kinds()
     for name, known in {each.file: each.sha256 for each in kinds if each.sha256}.items():
         print(f"known   {'this is' if known == file.sha256 else 'not'} {name}, SHA-256\n        {known}")
     for each in kinds:
@@ -85,9 +84,6 @@ def run_checks(detector: Detector, long: bool) -> Iterator[Check]:
     for golden in PUBLISHED.get(detector.name, ()):
         if long or not golden.minutes:
             yield check_published(detector, golden)
-
-
-# ---- published values ----------------------------------------------------------------------------------
 
 
 def measure_constants(detector: Detector, frames: int) -> float:

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.cli import run
-from tools.parity.checks import CHECKS, find_key_problem
-from tools.parity.goldens import Goldens, Mismatch, Quantity, Setting
+from common.checks import require
+from engine import cli
+from tools.parity import CHECKS, Goldens, Mismatch, Quantity, Setting, find_key_problem
 
 KEY_LIST = "state_dict_keys.json"
 FP32_BOUND = 1e-5
@@ -43,11 +43,6 @@ class Outcome(NamedTuple):
         """Whether it is within its bound (NaN is not), or a mere note."""
         return bool(self.note) or (not self.problem and self.error <= self.bound)
 
-    @property
-    def badness(self) -> float:
-        """Error relative to its bound; infinite if unknown."""
-        return math.inf if self.problem or math.isnan(self.error) else self.error / self.bound
-
 
 def compare_all(setting: Setting) -> Iterator[Outcome]:
     """Yields every comparison of a folder, in a fixed order. A file that is missing or broken is one of them."""
@@ -62,17 +57,12 @@ def compare_all(setting: Setting) -> Iterator[Outcome]:
         unread = sorted(golden.tensors.keys() - golden.used)
         if unread:
             yield Outcome(stem, note=f"not compared, not known: {', '.join(unread)}")
-    if (setting.folder / KEY_LIST).is_file():
-        yield from compare_key_lists(setting.folder / KEY_LIST)
-
-
-def compare_key_lists(path: Path) -> Iterator[Outcome]:
-    """Yields the comparisons of keys and shapes of the named networks; the error is 0 where all agree."""
+    lists = setting.folder / KEY_LIST
     try:
-        for name, official in json.loads(path.read_text()).items():
-            yield Outcome(f"{path.stem}/{name}", error=0, bound=0, problem=find_key_problem(name, official))
+        for name, official in json.loads(lists.read_text()).items() if lists.is_file() else ():
+            yield Outcome(f"{lists.stem}/{name}", error=0, bound=0, problem=find_key_problem(name, official))
     except (KeyError, ValueError, TypeError, AttributeError) as problem:
-        yield Outcome(path.stem, problem=f"cannot be read: {problem!r}")
+        yield Outcome(lists.stem, problem=f"cannot be read: {problem!r}")
 
 
 def compare(quantity: Quantity, golden: Goldens, name: str, setting: Setting) -> Outcome:
@@ -86,7 +76,8 @@ def compare(quantity: Quantity, golden: Goldens, name: str, setting: Setting) ->
         if differing := sorted(computed.keys() ^ wanted.keys()):
             return Outcome(name, problem=f"keys differ: {', '.join(differing[:3])}")
         outcomes = [_compare_tensor(name, computed[key], wanted[key], relative) for key in wanted]
-        return max(outcomes, key=lambda outcome: outcome.badness)
+        bad = (each for each in outcomes if each.problem or math.isnan(each.error))
+        return next(bad, None) or max(outcomes, key=lambda outcome: outcome.error / outcome.bound)
     except (Mismatch, ValueError, TypeError, KeyError, RuntimeError, IndexError) as problem:  # as tampered inputs cause
         return Outcome(name, problem=str(problem))
 
@@ -110,8 +101,8 @@ def main(argv: list[str]) -> int:
     setting = Setting(**vars(parser.parse_args(argv)))
     if not setting.folder.is_dir():
         raise FileNotFoundError(f"{setting.folder} is not a folder; give the one that holds the goldens.")
-    if setting.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no usable CUDA device; use --device cpu.")
+    usable = setting.device == "cpu" or torch.cuda.is_available()
+    require(usable, "--device cuda: this machine has no usable CUDA device; use --device cpu.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     where, bound = f"{setting.device}, {setting.precision}", NETWORK_BOUNDS[setting.device, setting.precision]
     if bound != FP32_BOUND:
@@ -127,4 +118,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

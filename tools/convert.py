@@ -26,6 +26,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from common.checks import require
 from common.storage import write_atomically
 from engine.config import load_config, read_yaml
 from engine.keys import translate_config
@@ -48,22 +49,28 @@ def main(argv: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of all subcommands; each parsed flag is a keyword argument of the function in `run`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m tools.convert", description=__doc__, **style)
     commands = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
 
-    add = _add_command(commands, "config", write_config)
+    def add_command(name: str, run: Callable[..., int | None]) -> Callable[..., Any]:
+        """Adds a subcommand whose help is the docstring of `run`; returns its `add_argument`."""
+        text = inspect.cleandoc(run.__doc__ or "")
+        command = commands.add_parser(name, help=text.partition("\n")[0], description=text, **style)
+        command.set_defaults(run=run)
+        return command.add_argument
+
+    add = add_command("config", write_config)
     add("official", type=Path, metavar="OFFICIAL.yaml")
     add("-o", "--output", type=Path, metavar="OURS.yaml", help="default: standard output")
 
-    add = _add_command(commands, "checkpoint", write_checkpoint_weights)
+    add = add_command("checkpoint", write_checkpoint_weights)
     add("checkpoint", type=Path, help="an official .pt file")
     add("--sha256", required=True, action="append", metavar="HASH", help="of a file to trust")
     add("-o", "--output", type=Path, metavar="FILE", help="default: the name of the checkpoint, ending in .safetensors")
     add("--weights", choices=["ema", "model"], default="ema", help="which weights (default: ema)")
 
-    add = _add_command(commands, "t2v", write_text_network)
+    add = add_command("t2v", write_text_network)
     add("source", help="a folder in diffusers' format, a hub name, or a .safetensors, .pt or .pth file")
     add("folder", type=Path, help="where to write; must be new or empty")
     add("--config", type=Path, metavar="FILE", help="a config.json; default: the one in the folder of the weights")
@@ -74,13 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", choices=["ema", "model"], default="ema", help="of a .pt file (default: ema)")
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="to write in (default: that of the source)")
 
-    exports: dict[str, Callable[..., None]] = {
-        "weights": write_weights,
-        "diffusers": write_diffusers_folder,
-        "pipeline": write_pipeline,
-    }
-    for name, run in exports.items():
-        add = _add_command(commands, name, run)
+    for name, run in (("weights", write_weights), ("diffusers", write_diffusers_folder), ("pipeline", write_pipeline)):
+        add = add_command(name, run)
         add("source", type=Path, help="a run or checkpoint folder" + ", or an official .pt" * (name == "pipeline"))
         add("folder", type=Path, help="where to write" + "; must be new or empty" * (name != "weights"))
         add("--weights", choices=["ema", "raw"], default="ema", help="which weights (default: ema)")
@@ -91,19 +93,6 @@ def build_parser() -> argparse.ArgumentParser:
             add("--push", metavar="OWNER/NAME", help="also write it to this hub name")
             add("--private", action="store_true", help="create that hub name as a private one")
     return parser
-
-
-def _add_command(commands: Any, name: str, run: Callable[..., int | None]) -> Callable[..., Any]:
-    """Adds a subcommand whose help is the docstring of `run`; returns its `add_argument`."""
-    text = inspect.cleandoc(run.__doc__ or "")
-    parser = commands.add_parser(
-        name,
-        help=text.partition("\n")[0],
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser.add_argument
 
 
 def write_config(official: Path, output: Path | None) -> None:
@@ -127,15 +116,12 @@ def write_config(official: Path, output: Path | None) -> None:
 
 
 def read_official(path: Path) -> dict[str, Any]:
-    """Returns the flat mapping in an official config file.
-
-    Raises: FileNotFoundError, ValueError: one sentence.
-    """
+    """Returns the flat mapping in an official config file. Raises: FileNotFoundError, ValueError: one sentence."""
     values = read_yaml(path)
-    if not isinstance(values, dict) or not values:
-        raise ValueError(f"config file {path} holds no keys; an official config is a list of `key: value` lines.")
-    if isinstance(values.get("model"), dict):
-        raise ValueError(f"config file {path} has sections, so it is a config of this project already.")
+    flat = isinstance(values, dict) and bool(values)
+    require(flat, f"config file {path} holds no keys; an official config is a list of `key: value` lines.")
+    ours = isinstance(values.get("model"), dict)
+    require(not ours, f"config file {path} has sections, so it is a config of this project already.")
     return {str(key): value for key, value in values.items()}
 
 
@@ -171,13 +157,9 @@ def write_text_network(
     the outputs of both; the exit code is 1 if they differ.
     """
     require_new(folder)
-    model, report = convert_t2v(
-        find_network(source, revision, "source"),
-        config=read_json(config) if config else None,
-        variant=variant,
-        prefer=weights,
-        dtype=DTYPES[dtype] if dtype else None,
-    )
+    content, wanted = read_json(config) if config else None, DTYPES[dtype] if dtype else None
+    network = find_network(source, revision, "source")
+    model, report = convert_t2v(network, config=content, variant=variant, prefer=weights, dtype=wanted)
     if lora:
         merge_lora(model, lora, lora_scale)
     save_t2v(model, folder)
@@ -216,9 +198,8 @@ def write_pipeline(
     that of HF_ENDPOINT, the token that of HF_TOKEN or of `hf auth login`.
     """
     require_new(folder)
-    pipeline = LatteVideoPipeline.from_checkpoint(
-        source, config=load_config(config) if config else None, weights=weights, device="cpu"
-    )
+    own = load_config(config) if config else None
+    pipeline = LatteVideoPipeline.from_checkpoint(source, config=own, weights=weights, device="cpu")
     print(pipeline.save_pretrained(folder, push.rpartition("/")[2] if push else None))
     if push:
         print(pipeline.push_to_hub(push, private=private or None))

@@ -38,10 +38,10 @@ Record = dict[str, Any]  # result of a task: an entry of the journal, or {"name"
 
 @dataclass
 class Form:
-    """Settings of written clips: `format`, the JPEG `quality`, and how their pixels are treated.
+    """Settings of written clips. With `size` each frame becomes a square of that side by `transform`.
 
-    With `size` each frame becomes a square of that side by `transform`: a key of datasets.transforms.TRANSFORMS,
-    or LANCZOS. `fps` picks frames by time, to that frame rate. `min_frames`: shorter clips are skipped.
+    transform: a key of datasets.transforms.TRANSFORMS, or LANCZOS. fps: picks frames by time. min_frames: shorter clips
+    are skipped.
     """
 
     format: str = "png"
@@ -62,9 +62,9 @@ class Form:
 
 
 class Task(NamedTuple):
-    """One clip: its `name` below SOURCE, its `path`, its place `out` below OUT, and values that show a change of it.
+    """One clip: its `name` below SOURCE, its `path`, its place `out` below OUT.
 
-    `identity`: size (of a folder of frames: their number), and time of change in ns.
+    identity: size (of a folder of frames: their number) and time of change in ns, which show a change of it.
     """
 
     name: str
@@ -108,9 +108,6 @@ def output_names(names: Sequence[str], form: Form) -> list[str]:
     return chosen
 
 
-# ------------------------------------------------------------------------------------------ one clip
-
-
 def convert(task: Task, staged: Path, form: Form) -> Record:
     """Writes one clip at `staged`; returns its record, which gives the reason if the clip cannot be read.
 
@@ -133,9 +130,9 @@ def convert(task: Task, staged: Path, form: Form) -> Record:
 
 def _convert(task: Task, staged: Path, form: Form) -> Record:
     reader = open_video(task.path)
-    frames = len(reader)
-    if frames < form.min_frames:
-        raise VideoError(task.path, f"has {frames} frames, fewer than min_frames={form.min_frames}")
+    frames, found = len(reader), len(reader)
+    if found < form.min_frames:
+        raise VideoError(task.path, f"has {found} frames, fewer than min_frames={form.min_frames}")
     height, width = reader.read([0]).shape[-2:]  # (1, C, H, W)
     if form.format == "link":
         staged.symlink_to(Path(task.path).absolute())
@@ -152,7 +149,7 @@ def _convert(task: Task, staged: Path, form: Form) -> Record:
         "height": form.size or height,
         "width": form.size or width,
         "fps": float(form.fps or reader.fps) or None,
-        "source_frames": len(reader),
+        "source_frames": found,
         "source_height": height,
         "source_width": width,
         "source_fps": reader.fps or None,
@@ -214,10 +211,7 @@ def resize_frame(frame: np.ndarray, form: Form) -> np.ndarray:
 
 
 def write_frames(folder: Path, frames: Iterable[np.ndarray], form: Form, total: int) -> None:
-    """Writes `total` frames (H, W, 3) into the new `folder`, as 000000.png and on.
-
-    JPEG keeps colour at full resolution (4:4:4), and its quantisation tables are those of `form.quality`.
-    """
+    """Writes `total` frames (H, W, 3) into the new `folder`, as 000000.png and on; JPEG with full colour (4:4:4)."""
     jpeg = form.format == "jpeg"
     options = {"quality": form.quality, "subsampling": 0} if jpeg else {"compress_level": PNG_LEVEL}
     folder.mkdir()

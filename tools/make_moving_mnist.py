@@ -2,10 +2,9 @@
 
     python -m tools.make_moving_mnist --mnist train-images-idx3-ubyte.gz data/mnist --clips 10000
 
-The set of N. Srivastava, E. Mansimov, R. Salakhutdinov, "Unsupervised Learning of Video Representations using
-LSTMs" (arXiv 1502.04681): 20 frames of 64 x 64, two digits of 28 x 28 drawn from MNIST, at a random place, in a
-random direction, at a random constant speed (here SPEED, for 64 pixels); where they overlap the brighter pixel
-shows. Each clip is a function of (seed, index) alone.
+The set of arXiv 1502.04681: 20 frames of 64 x 64, two digits of 28 x 28 drawn from MNIST, at a random place, in a
+random direction, at a random constant speed; where they overlap the brighter pixel shows. Each clip is a function
+of (seed, index) alone.
 
 --labels digit makes ten classes (all digits of a clip are of its class), --labels direction three: all digits move
 along `horizontal`, `vertical` or `diagonal` lines, which bouncing never changes. OUT, or OUT/CLASS, then holds mp4
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from common.checks import at_least, check_limits
+from common.checks import at_least, check_limits, require
 from common.storage import make_once
 from datasets.writer import write_video
 from engine import cli
@@ -39,10 +38,7 @@ CLASSES = {"none": [""], "digit": [str(digit) for digit in range(10)], "directio
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Reads a file of MNIST (IDX format, uint8, plain or gzipped).
-
-    Raises: FileNotFoundError; ValueError for another format, or a truncated file.
-    """
+    """Reads a file of MNIST (IDX format, uint8, plain or gzipped). Raises: FileNotFoundError, ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file '{path}': name MNIST's train-images-idx3-ubyte.gz, or t10k-...")
     data = path.read_bytes()
@@ -61,31 +57,25 @@ def read_idx(path: Path) -> np.ndarray:
 def read_mnist(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray | None]:
     """Reads the digits (n, h, w), and with --labels digit their labels (n,)."""
     images = read_idx(arguments.mnist)
-    if images.ndim != 3 or max(images.shape[1:]) >= arguments.size:
-        raise ValueError(f"'{arguments.mnist}' must hold pictures smaller than --size, not {images.shape}")
+    small = images.ndim == 3 and max(images.shape[1:]) < arguments.size
+    require(small, f"'{arguments.mnist}' must hold pictures smaller than --size, not {images.shape}")
     if arguments.labels != "digit":
         return images, None
     own = arguments.mnist.name.replace("images", "labels").replace("idx3", "idx1")
     labels = read_idx(arguments.mnist_labels or arguments.mnist.with_name(own))
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{len(images)} digits and labels of shape {labels.shape} do not belong together")
+    fit = labels.shape == images.shape[:1]
+    require(fit, f"{len(images)} digits and labels of shape {labels.shape} do not belong together")
     return images, labels
 
 
 def bounce(start: np.ndarray, velocity: np.ndarray, limit: float, frames: int) -> np.ndarray:
-    """Returns positions in [0, limit] at times 0 to frames-1 of points at constant speed, reflected at both ends.
-
-    `start` and `velocity` are (n,), the result is (frames, n).
-    """
+    """Returns positions (frames, n) in [0, limit] of n points at constant speed, reflected at both ends."""
     free = start + velocity * np.arange(frames)[:, None]
     return limit - np.abs(np.mod(free, 2 * limit) - limit)  # unfold the reflections: a triangle wave
 
 
 def draw_clip(sprites: np.ndarray, rng: np.random.Generator, size: int, frames: int, direction: str | None) -> Any:
-    """Draws the digits `sprites` (n, h, w) in motion: (frames, size, size) uint8, at whole pixels.
-
-    They move in any direction, or along lines of the class `direction`.
-    """
+    """Draws the digits `sprites` (n, h, w) in motion, in any or a class's direction: (frames, size, size) uint8."""
     count, height, width = map(int, sprites.shape)
     limits = np.array([size - height, size - width])
     starts = rng.uniform(0, 1, (2, count)) * limits[:, None]

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from common.checks import require
 from common.console import progress_bar
 from common.storage import FolderLock, explain_write_errors, require_same_settings, write_atomically
 from common.text import printable
@@ -41,16 +42,15 @@ class OutputFolder:
         tool: the name of the program, as it stands in the marker of OUT.
         settings: everything else that the result depends on, JSON.
 
-    Raises: ValueError if OUT overlaps SOURCE, holds files of others, or was made with other settings; OSError if it
-    cannot be written, or another process is writing it.
+    Raises: ValueError, OSError if OUT overlaps SOURCE, holds other files or a result of other settings, or is in use.
     """
 
     def __init__(self, out: Path, source: Path, form: Form, tool: str, **settings: Any) -> None:
         if not source.is_dir():
             raise FileNotFoundError(f"there is no folder '{source}'")
         one, other = out.resolve(), source.resolve()
-        if one.is_relative_to(other) or other.is_relative_to(one):
-            raise ValueError(f"the output folder '{out}' and the source '{source}' must not contain each other")
+        nested = one.is_relative_to(other) or other.is_relative_to(one)
+        require(not nested, f"the output folder '{out}' and the source '{source}' must not contain each other")
         self.out, self.source, self.form, self.work = out, source, form, out / WORK
         self.staged, self.journal = self.work / "staged", self.work / "journal.jsonl"
         self.settings = {"tool": tool, "source": str(other), **asdict(form), **settings}
@@ -61,13 +61,13 @@ class OutputFolder:
     def __enter__(self) -> OutputFolder:
         marker = self.work / "settings.json"
         with explain_write_errors(str(self.out), RESUME_ADVICE):
-            if self.out.exists() and any(self.out.iterdir()) and not self.work.is_dir():
-                raise ValueError(f"{self.out} holds files that this tool did not make: name another folder")
+            ours = not self.out.exists() or self.work.is_dir() or not any(self.out.iterdir())
+            require(ours, f"{self.out} holds files that this tool did not make: name another folder")
             if marker.is_file():
                 require_same_settings(self.out, json.loads(marker.read_text(encoding="utf-8")), self.settings)
             self.staged.mkdir(parents=True, exist_ok=True)
         self._lock.take()
-        self.write_json(f"{WORK}/{marker.name}", self.settings)
+        self.write_text(f"{WORK}/{marker.name}", [json.dumps(self.settings, indent=1), "\n"])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,8 +81,7 @@ class OutputFolder:
             self.left_out.append((path.relative_to(self.source).as_posix(), words))
 
         clips = sorted(find_clips(self.source, kinds, leave_out, suffixes), key=lambda clip: clip.name)
-        if not clips:
-            raise ValueError(f"'{self.source}' holds no {' and no '.join(kinds)} ({' '.join(sorted(suffixes))})")
+        require(bool(clips), f"'{self.source}' holds no {' and no '.join(kinds)} ({' '.join(sorted(suffixes))})")
         for clip in clips:
             if min(map(ord, clip.name)) < 32:
                 self.skip(clip, "its name holds a line break or another control character")
@@ -163,10 +162,6 @@ class OutputFolder:
         with explain_write_errors(str(self.out / name), RESUME_ADVICE):
             write_atomically(self.out / name, write, temporary=self.work / "aside")
 
-    def write_json(self, name: str, content: Any) -> None:
-        """Writes OUT/name as indented JSON, atomically."""
-        self.write_text(name, [json.dumps(content, indent=1), "\n"])
-
     def report(self, made: Sequence[Record], **more: Any) -> None:
         """Writes report.json: settings, counts, every file that is not in the result, and `more`; prints a summary."""
         lists = {
@@ -185,7 +180,7 @@ class OutputFolder:
                 print(f"  {printable(name)}\n      {printable(reason)}")
             if len(pairs) > SHOWN:
                 print(f"  and {len(pairs) - SHOWN} more, in {self.out / 'report.json'}")
-        self.write_json("report.json", report | more)
+        self.write_text("report.json", [json.dumps(report | more, indent=1), "\n"])
 
 
 def _convert_all(tasks: Sequence[Task], staged: Path, form: Form, workers: int) -> Iterator[tuple[Task, Record]]:

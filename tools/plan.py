@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common.checks import require
 from engine import cli
 from engine.build import build_model, count_parameters, forward_inputs, macs_per_clip, put_adapters
 from engine.config import Config, OptimConfig, SampleConfig, TrainConfig, load_config
@@ -67,9 +68,6 @@ GPUS = {  #            bf16   tf32  fp32 memory bandwidth link network
 # fmt: on
 
 
-# ---- memory ------------------------------------------------------------------------------------------
-
-
 class Network(NamedTuple):
     """Parameter counts of a config's network, FLOP of a clip's forward pass, bytes kept for the backward pass."""
 
@@ -82,23 +80,20 @@ class Network(NamedTuple):
 
 def count_network(config: Config) -> Network:
     """Counts once for all configs that differ in batch, schedule or names only."""
-    kept = ("precision", "init_from", "compile")
-    train = TrainConfig(**{name: getattr(config.train, name) for name in kept})
-    return _count_network(replace(config, train=train, optim=OptimConfig(), sample=SampleConfig()))
+    train = config.train
+    kept = TrainConfig(precision=train.precision, init_from=train.init_from, compile=train.compile)
+    return _count_network(replace(config, train=kept, optim=OptimConfig(), sample=SampleConfig()))
 
 
 @lru_cache
 def _count_network(config: Config) -> Network:
     plain = replace(config, model=replace(config.model, gradient_checkpointing=False))
-    model = _build_on_meta(config)
-    trained, data = count_parameters(model), config.data
-    return Network(
-        trained,
-        sum(parameter.numel() for parameter in model.parameters()) - trained,
-        2 * macs_per_clip(config) * (data.num_frames + data.num_images) / data.num_frames,
-        kept_for_backward(config),
-        kept_for_backward(plain)[1] / config.model.size.depth,
-    )
+    model, data = _build_on_meta(config), config.data
+    trained = count_parameters(model)
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+    flop = 2 * macs_per_clip(config) * (data.num_frames + data.num_images) / data.num_frames
+    kept_by_layer = kept_for_backward(plain)[1] / config.model.size.depth
+    return Network(trained, frozen, flop, kept_for_backward(config), kept_by_layer)
 
 
 def _build_on_meta(config: Config) -> Any:
@@ -107,10 +102,9 @@ def _build_on_meta(config: Config) -> Any:
 
 
 def kept_for_backward(config: Config) -> tuple[float, float]:
-    """Returns the bytes that are kept of one forward: (whatever the batch, for each clip). Nothing is computed.
+    """Returns the bytes kept of one forward: (whatever the batch, for each clip). It runs on tensors without data.
 
-    Of a checkpointed network these are the inputs of its blocks; of a compiled one these, and in each block products
-    and attention.
+    Of a checkpointed network these are the inputs of its blocks; of a compiled one also products and attention in each.
     """
     two, three = (_kept_of_batch(config, batch) for batch in (2, 3))  # of a single clip some copies are views
     return 3 * two - 2 * three, three - two
@@ -161,11 +155,7 @@ def _as_compiled(forward: Callable[..., Any], pack: Callable[[Any], Any]) -> Cal
     return run
 
 
-# ---- a step ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """Cost of one step of a config on one GPU: bytes, seconds, FLOP."""
 
     parameters: int
@@ -205,66 +195,50 @@ def estimate_need(config: Config, gpu: Gpu, gpus: int, mfu: float) -> Need:
     flop = passes * network.forward_flop * clips
     encoding = VAE_ENCODE_FLOP * data.image_size**2 * (data.num_frames + data.num_images) * clips
     encoding *= config.codec.path is not None and not data.latents
-    rate = 1e12 * mfu * getattr(gpu, {"bf16": "bf16", "tf32": "tf32"}.get(train.precision, "fp32"))
+    rate = 1e12 * mfu * getattr(gpu, train.precision if train.precision in ("bf16", "tf32") else "fp32")
     compute = flop * (passes + checkpointing) / passes / rate
+    update = UPDATE_BYTES * share / (gpu.bandwidth * 1e9)
     exchange = exchange_seconds(network.trained, gpu, gpus, sharded=sharded, accumulation=train.grad_accum_steps)
-    seconds = {
-        "compute_s": compute,
-        "encoding_s": encoding / rate,
-        "update_s": UPDATE_BYTES * share / (gpu.bandwidth * 1e9),
-        "exchange_s": max(0.0, exchange - BACKWARD_SHARE * compute),
-    }
-    return Need(
-        parameters=network.trained,
-        states=states,
-        activations=activations,
-        capacity=capacity,
-        flop=flop,
-        encoding_flop=encoding,
-        memory=memory,
-        fits=memory <= capacity * (1 - RESERVE),
-        step_s=sum(seconds.values()),
-        **seconds,
-    )
+    seconds = compute, encoding / rate, update, max(0.0, exchange - BACKWARD_SHARE * compute)
+    fits = memory <= capacity * (1 - RESERVE)
+    costs = activations, capacity, flop, encoding, *seconds, memory, fits, sum(seconds)
+    return Need(network.trained, states, *costs)
 
 
 def exchange_seconds(parameters: int, gpu: Gpu, gpus: int, *, sharded: bool, accumulation: int) -> float:
-    """Returns the time of a ring over all GPUs, as fast as its slowest link: fp32 gradients, FSDP's weights in bf16.
+    """Returns the time of a ring over all GPUs, as fast as its slowest link.
 
-    DDP sends each gradient twice around, once a step. FSDP sends it once and gathers the weights for the forward and
-    for the backward of every micro-step.
+    DDP sends each fp32 gradient twice around, once a step. FSDP sends it once, and gathers the weights in bf16 for the
+    forward and for the backward of every micro-step.
     """
     speed = gpu.link if gpus <= PER_NODE else gpu.network
     sent = parameters * (4 * 1 + 2 * 2 * accumulation if sharded else 4 * 2)
     return sent * (gpus - 1) / gpus / (speed * 1e9)
 
 
-# ---- changes -----------------------------------------------------------------------------------------
-
-
 def list_changes(config: Config, gpus: int) -> Iterator[list[str]]:
     """Yields overrides that need less memory and leave the global batch as it is, the cheapest first."""
-    first = [] if config.train.precision == "bf16" else ["train.precision=bf16"]
-    sharding = [[], ["train.parallel=fsdp"]] if gpus > 1 and config.train.parallel != "fsdp" else [[]]
+    train = config.train
+    first = [] if train.precision == "bf16" else ["train.precision=bf16"]
+    sharding = [[], ["train.parallel=fsdp"]] if gpus > 1 and train.parallel != "fsdp" else [[]]
     checkpointing = [[]] if config.model.gradient_checkpointing else [[], ["model.gradient_checkpointing=true"]]
-    batch, accumulation = config.train.batch_size, config.train.grad_accum_steps
-    splits: list[list[str]] = [[]]
-    while batch % 2 == 0:
-        batch, accumulation = batch // 2, accumulation * 2
-        splits.append([f"train.batch_size={batch}", f"train.grad_accum_steps={accumulation}"])
-    for shard, recompute, split in product(sharding, checkpointing, splits):
+    halvings = (train.batch_size & -train.batch_size).bit_length()  # 1, and 1 for each factor of 2
+    splits = [
+        [f"train.batch_size={train.batch_size >> n}", f"train.grad_accum_steps={train.grad_accum_steps << n}"]
+        for n in range(1, halvings)
+    ]
+    for shard, recompute, split in product(sharding, checkpointing, [[], *splits]):
         yield [*first, *split, *recompute, *shard]
 
 
 def find_change(config: Config, gpu: Gpu, gpus: int, mfu: float) -> tuple[list[str], Need] | None:
     """Returns the first change that fits and takes at most 1.05 of the fastest one's time; None where none fits."""
     base = config.to_dict()
-    tried = [
-        (change, estimate_need(load_config(None, change, base=base), gpu, gpus, mfu))
-        for change in list_changes(config, gpus)
-    ]
-    fastest = min((need.step_s for _, need in tried if need.fits), default=0.0)
-    return next(((change, need) for change, need in tried if need.fits and need.step_s <= 1.05 * fastest), None)
+    changes = list(list_changes(config, gpus))
+    needs = [estimate_need(load_config(None, change, base=base), gpu, gpus, mfu) for change in changes]
+    fastest = min((need.step_s for need in needs if need.fits), default=0.0)
+    good = (each for each in zip(changes, needs) if each[1].fits and each[1].step_s <= 1.05 * fastest)
+    return next(good, None)
 
 
 def find_largest_batch(config: Config, gpu: Gpu, gpus: int, mfu: float) -> int:
@@ -272,28 +246,24 @@ def find_largest_batch(config: Config, gpu: Gpu, gpus: int, mfu: float) -> int:
     sizes = (load_config(None, [f"train.batch_size={size}"], base=config.to_dict()) for size in (1, 2))
     one, two = (estimate_need(each, gpu, gpus, mfu) for each in sizes)
     per_clip = two.memory - one.memory
-    room = one.capacity * (1 - RESERVE) - (one.memory - per_clip)
-    return max(0, min(LARGEST_BATCH, int(room // per_clip)))
-
-
-# ---- the report --------------------------------------------------------------------------------------
+    return max(0, min(LARGEST_BATCH, int((one.capacity * (1 - RESERVE) - (one.memory - per_clip)) // per_clip)))
 
 
 def make_report(config: Config, name: str, gpus: int, mfu: float) -> dict[str, Any]:
     """Returns all figures, JSON-able."""
-    gpu = GPUS[name]
-    need = estimate_need(config, gpu, gpus, mfu)
-    clips = config.train.batch_size * config.train.grad_accum_steps * gpus
-    change = None if need.fits and config.train.precision == "bf16" else find_change(config, gpu, gpus, mfu)
+    train, machine = config.train, (GPUS[name], gpus, mfu)
+    need = estimate_need(config, *machine)
+    clips = train.batch_size * train.grad_accum_steps * gpus
+    change = None if need.fits and train.precision == "bf16" else find_change(config, *machine)
     return {
         "gpu": name,
         "gpus": gpus,
         "mfu": mfu,
-        "needs": asdict(need),
-        "largest_batch_size": find_largest_batch(config, gpu, gpus, mfu),
+        "needs": need._asdict(),
+        "largest_batch_size": find_largest_batch(config, *machine),
         "videos_per_second": clips / need.step_s,
-        "hours": need.step_s * config.train.max_steps / 3600,
-        "max_steps": config.train.max_steps,
+        "hours": need.step_s * train.max_steps / 3600,
+        "max_steps": train.max_steps,
         "global_batch_size": clips,
         "change": change and {"overrides": change[0], "memory": change[1].memory, "step_s": change[1].step_s},
     }
@@ -347,10 +317,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (0.4)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     given = parser.parse_intermixed_args(argv)
-    if given.gpu not in GPUS:
-        raise ValueError(f"--gpu {given.gpu} is unknown; one of {', '.join(GPUS)}.")
-    if given.gpus < 1 or not 0 < given.mfu <= 1:
-        raise ValueError("--gpus must be at least 1, and --mfu above 0 and at most 1.")
+    require(given.gpu in GPUS, f"--gpu {given.gpu} is unknown; one of {', '.join(GPUS)}.")
+    require(given.gpus >= 1 and 0 < given.mfu <= 1, "--gpus must be at least 1, and --mfu above 0 and at most 1.")
     config = load_config(given.config, given.overrides)
     found = make_report(config, given.gpu, given.gpus, given.mfu)
     print(json.dumps(found, indent=2) if given.json else format_report(found, config))

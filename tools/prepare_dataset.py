@@ -26,7 +26,7 @@ import os
 import re
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -72,9 +72,6 @@ class Place:
     class_name: str | None = None
     source_video: str = ""
     problem: str = ""
-
-
-# --------------------------------------------------------------------------------- names, classes, splits
 
 
 def place_clips(clips: Sequence[Clip], arguments: argparse.Namespace) -> list[Place]:
@@ -138,11 +135,7 @@ def match_groups(names: Sequence[str], pattern: str) -> list[str]:
 def assign_splits(places: Sequence[Place], arguments: argparse.Namespace) -> None:
     """Sets the splits by --split: the data set's own division, or a hash of the source video."""
     rule, dataset, source = arguments.split, arguments.dataset, arguments.source
-    if rule == "all":
-        for place in places:
-            place.split = "train"
-        return
-    lists = sorted(source.rglob("trainlist01.txt")) if dataset == "ucf101" and rule != "hash" else []
+    lists = sorted(source.rglob("trainlist01.txt")) if dataset == "ucf101" and rule not in ("all", "hash") else []
     table: dict[str, str] | None = None
     if lists:
         number = "1" if rule == "auto" else rule
@@ -150,6 +143,8 @@ def assign_splits(places: Sequence[Place], arguments: argparse.Namespace) -> Non
         keys, absent = [drop_suffix(place.name) for place in places], f"is in neither list of split {number}"
     elif rule.isdecimal():
         raise ValueError(f"--split {rule} names a split of UCF101, whose lists are not there: put them below SOURCE")
+    elif rule == "all":
+        table, keys, absent = {"": "train"}, [""] * len(places), ""
     elif rule == "auto" and all(place.split for place in places):
         return
     elif rule == "auto" and dataset == "taichi":
@@ -190,9 +185,9 @@ def read_partition(source: Path) -> dict[str, str] | None:
 
 
 def split_by_hash(places: Sequence[Place], test_share: float, seed: int) -> None:
-    """Sets the splits by SHA-256 of (seed, source video), so that its clips stay together, and other clips move none.
+    """Sets the splits by SHA-256 of (seed, source video): its clips stay together, whatever other clips there are.
 
-    A class all of whose source videos would be for testing is for training.
+    A class whose source videos would all be for testing is for training.
     """
     by_class: dict[str, set[str]] = defaultdict(set)
     for place in places:
@@ -205,61 +200,49 @@ def split_by_hash(places: Sequence[Place], test_share: float, seed: int) -> None
         place.split = "test" if place.source_video in test else "train"
 
 
-# ------------------------------------------------------------------------------------------ index and lists
-
-
-def make_index(places: Sequence[Place], records: Sequence[Record]) -> list[Record]:
-    """Returns an entry for each clip that was made, in the order of paths; labels as data.path=OUT/train has them."""
+def make_index(places: Sequence[Place], records: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """Returns an entry for each clip that was made, by path, and the classes to train on, in the order of labels."""
     place_of = {place.clip.name: place for place in places}
-    entries = []
-    for record in records:
-        place = place_of[record["name"]]
-        entry = {"path": record["out"], "source": record["name"], "split": place.split, "class": place.class_name}
-        entry |= {"label": None, "source_video": place.source_video}
-        entries.append(entry | {key: record[key] for key in record if key not in ("name", "out", "identity")})
-    classes = list_classes(entries)
-    for entry in entries:
-        entry["label"] = classes.index(entry["class"]) if entry["class"] in classes else None
-    return sorted(entries, key=lambda entry: str(entry["path"]))
+    made = [(place_of[record["name"]], record) for record in records]
+    names = [place.class_name for place, _ in made if place.split == "train"] or [place.class_name for place, _ in made]
+    classes = sorted({name for name in names if name is not None})
+    index = []
+    for place, record in made:
+        name = place.class_name
+        entry = {"path": record["out"], "source": record["name"], "split": place.split, "class": name}
+        entry |= {"label": classes.index(name) if name in classes else None, "source_video": place.source_video}
+        index.append(entry | {key: record[key] for key in record if key not in ("name", "out", "identity")})
+    return sorted(index, key=lambda entry: str(entry["path"])), classes
 
 
-def list_classes(index: Sequence[Record]) -> list[str]:
-    """Returns the classes of the clips to train on, in the order of their labels."""
-    train = [entry for entry in index if entry["split"] == "train"] or index
-    return sorted({entry["class"] for entry in train if entry["class"] is not None})
-
-
-def path_below(entry: Record) -> str:
-    """Returns the path of a clip below its split's folder."""
-    path: str = entry["path"]
-    return path.partition("/")[2]
-
-
-def write_results(folder: OutputFolder, index: Sequence[Record], dataset: str) -> dict[str, Any]:
+def write_results(folder: OutputFolder, index: Sequence[Record], classes: list[str], dataset: str) -> dict[str, Any]:
     """Writes index, lists and class map; returns the part of report.json on splits and classes."""
     folder.write_text("index.jsonl", (f"{json.dumps(entry)}\n" for entry in index))
-    classes = list_classes(index)
-    splits = Counter(entry["split"] for entry in index)
-    for split in splits:
-        own = [entry for entry in index if entry["split"] == split]
-        folder.write_text(f"{split}_clips.txt", (f"{path_below(entry)}\n" for entry in own))
+    splits: dict[str, dict[str, Record]] = {split: {} for split in sorted({entry["split"] for entry in index})}
+    for entry in index:
+        splits[entry["split"]][entry["path"].partition("/")[2]] = entry  # by the path below the split
+    for split, own in splits.items():
+        folder.write_text(f"{split}_clips.txt", (f"{path}\n" for path in own))
         if folder.form.format in ("png", "jpeg"):
             folder.write_text(f"{split}_frames.txt", list_frames(own, folder.form, classes))
     if classes:
         clips = [Counter(entry["split"] for entry in index if entry["class"] == name) for name in classes]
         rows = [{"label": label, "class": name, "clips": clips[label]} for label, name in enumerate(classes)]
-        folder.write_json("classes.json", rows)
-    labels = {split: check_readable(folder.out, split, index, dataset) for split in sorted(splits)}
-    return {"splits": dict(sorted(splits.items())), "classes": len(classes), "labels": labels}
+        folder.write_text("classes.json", [json.dumps(rows, indent=1), "\n"])
+    labels = {
+        split: find_label_rule(folder.out / split, {path: entry["class"] for path, entry in own.items()}, dataset)
+        for split, own in splits.items()
+    }
+    return {"splits": {split: len(own) for split, own in splits.items()}, "classes": len(classes), "labels": labels}
 
 
-def list_frames(index: Sequence[Record], form: Form, classes: list[str]) -> Iterator[str]:
+def list_frames(entries: Mapping[str, Record], form: Form, classes: list[str]) -> Iterator[str]:
     """Yields the lines of a frame list for datasets.labels.read_frame_list: `path class`, the path below the split.
 
     A class name with a space is listed as its number.
     """
-    for entry in index:
-        folder, name, end = path_below(entry), entry["class"], ""
+    for folder, entry in entries.items():
+        name, end = entry["class"], ""
         if name in classes:
             number = str(classes.index(name))
             spaced = any(character.isspace() for character in name)
@@ -272,28 +255,24 @@ def list_frames(index: Sequence[Record], form: Form, classes: list[str]) -> Iter
             yield f"{start}{folder}/{file}{end}\n"
 
 
-def check_readable(out: Path, split: str, index: Sequence[Record], dataset: str) -> str:
-    """Reads OUT/SPLIT as training does; returns the data.labels that finds the classes.
+def find_label_rule(folder: Path, own: Mapping[str, str | None], dataset: str) -> str:
+    """Reads the clips of a split as training does; returns the data.labels that finds their classes.
 
-    Raises: ValueError unless the clips are those that were made.
+    Raises: ValueError unless the clips are those of `own`, path -> class.
     """
-    own = {path_below(entry): entry["class"] for entry in index if entry["split"] == split}
     rules = ["none"] if set(own.values()) == {None} else ["class_folders", "file_name"]
     for labels in rules if dataset == "folder" else ["auto", *rules]:  # `auto` where a config leaves it at that
-        config = DataConfig(name=dataset, path=str(out / split), num_frames=1, frame_interval=1, labels=labels)
+        config = DataConfig(name=dataset, path=str(folder), num_frames=1, frame_interval=1, labels=labels)
         try:
             catalog = build_catalog(config)
         except ValueError:  # the names do not fit this rule
             continue
         if {clip.name for clip in catalog.clips} != set(own):
-            raise ValueError(f"{out / split} holds other clips than were made there: move away what is not listed")
+            raise ValueError(f"{folder} holds other clips than were made there: move away what is not listed")
         classes: list[str | None] = [*catalog.class_names] or [None]  # without classes every label is 0
         if own == {clip.name: classes[clip.label] for clip in catalog.clips}:
             return labels
-    raise ValueError(f"no rule of data.labels finds the classes of {out / split}: rename the clips, or --labels none")
-
-
-# ------------------------------------------------------------------------------------------ command line
+    raise ValueError(f"no rule of data.labels finds the classes of {folder}: rename the clips, or --labels none")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -343,15 +322,15 @@ def main(argv: list[str]) -> None:
         good = [place for place in places if not place.problem]
         names = [f"{place.split}/{place.name}" for place in good]
         made = folder.make(plan_tasks([place.clip for place in good], names, form), arguments.workers)
-        results = write_results(folder, make_index(good, made), arguments.dataset)
+        results = write_results(folder, *make_index(good, made), arguments.dataset)
         folder.report(made, **results)
     print("splits: " + ", ".join(f"{split} {clips}" for split, clips in results["splits"].items()))
-    keys = [f"data.path={arguments.out / 'train'}"] if "train" in results["splits"] else []
-    labels = results["labels"].get("train", "auto")
-    keys += [f"data.labels={labels}"] if labels != "auto" else []
-    keys += [f"model.num_classes={results['classes']}"] if results["classes"] else []
-    config = f"configs/{arguments.dataset}/{arguments.dataset}_train.yaml"
-    print("train with:", " \\\n    ".join([f"python train.py --config {config}", *keys]))
+    labels, classes, dataset = results["labels"].get("train", "auto"), results["classes"], arguments.dataset
+    command = [f"python train.py --config configs/{dataset}/{dataset}_train.yaml"]
+    command += [f"data.path={arguments.out / 'train'}"] if "train" in results["splits"] else []
+    command += [f"data.labels={labels}"] if labels != "auto" else []
+    command += [f"model.num_classes={classes}"] if classes else []
+    print("train with:", " \\\n    ".join(command))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shutil
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from common.storage import free_bytes, write_folder_atomically
@@ -22,9 +23,7 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 def unpack(archive: Path, folder: Path) -> Path:
     """Unpacks `archive` into the new folder `folder`, whole or not at all; returns it. An unpacked one is kept.
 
-    Raises:
-        VideoError: the archive is damaged, or an entry is suspicious.
-        OSError, ValueError: there is no such file, no room, or `folder` is older than the archive.
+    Raises: VideoError, OSError, ValueError where the archive is damaged or suspicious, or `folder` is older than it.
     """
     if folder.is_dir():
         if folder.stat().st_mtime < archive.stat().st_mtime:
@@ -38,26 +37,23 @@ def unpack(archive: Path, folder: Path) -> Path:
             if needed > free:
                 raise OSError(f"'{archive}' unpacks to {needed} bytes, and '{folder.parent}' has {free} left")
 
-            def write(new: Path) -> None:
-                for member in members:
-                    extract(opened, member, new, archive)
-
-            return write_folder_atomically(folder, write)
+            return write_folder_atomically(folder, lambda new: extract(opened, members, new, archive))
     except (zipfile.BadZipFile, struct.error, NotImplementedError, UnicodeError) as error:
         raise VideoError(archive, "is not a readable zip archive: incomplete or damaged") from error
 
 
-def extract(opened: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, archive: Path) -> None:
-    """Writes one member; no more bytes than its entry states, and its checksum must be right."""
-    target = folder / member.filename
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with opened.open(member) as source, target.open("xb") as file:
-            shutil.copyfileobj(source, file, 2**20)
-    except (FileExistsError, NotADirectoryError):
-        raise VideoError(archive, f"is refused: its entry {member.filename!r} is there twice") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise VideoError(archive / member.filename, "cannot be unpacked: the archive is damaged") from error
+def extract(opened: zipfile.ZipFile, members: Iterable[zipfile.ZipInfo], folder: Path, archive: Path) -> None:
+    """Writes the members; no more bytes than their entries state, and the checksums must be right."""
+    for member in members:
+        target = folder / member.filename
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with opened.open(member) as source, target.open("xb") as file:
+                shutil.copyfileobj(source, file, 2**20)
+        except (FileExistsError, NotADirectoryError):
+            raise VideoError(archive, f"is refused: its entry {member.filename!r} is there twice") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise VideoError(archive / member.filename, "cannot be unpacked: the archive is damaged") from error
 
 
 def check_directory(path: Path) -> None:

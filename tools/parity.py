@@ -1,17 +1,20 @@
-"""Comparisons, one function per golden file: each yields quantities.
+"""The golden tensors of the official implementation and their comparisons: one function per file yields quantities.
 
-Letters: B clips, F frames, I images, C channels, H W.
+`tools.check_parity` is the command. Letters: B clips, F frames, I images, C channels, H W.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from datasets import transforms
@@ -23,8 +26,27 @@ from evaluation.distances import frechet_distance
 from models.convert import load_weights
 from models.latte import Latte, LatteConfig
 
-from .goldens import Goldens, Mismatch, Quantity, Setting
-
+# values that the official constructors assume where a configuration is silent
+OFFICIAL_DEFAULTS: dict[str, Any] = {
+    "input_size": 32,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 1152,
+    "depth": 28,
+    "num_heads": 16,
+    "mlp_ratio": 4.0,
+    "num_frames": 16,
+    "class_dropout_prob": 0.1,
+    "num_classes": 1000,
+    "learn_sigma": True,
+    "extras": 1,
+    "use_image_num": 0,
+    "cfg_scale": 7.0,
+    "lr": 1e-4,
+    "clip_max_norm": 0.1,
+    "ema_decay": 0.9999,
+    "note": "",
+}
 # golden loss kind -> fields of DiffusionConfig, and whether sigma is learned
 KINDS: dict[str, tuple[dict[str, str], bool]] = {
     "default": ({}, True),
@@ -35,20 +57,72 @@ KINDS: dict[str, tuple[dict[str, str], bool]] = {
     "rescaled": ({"loss": "rescaled_mse"}, True),
 }
 # golden name -> our field of PMeanVariance
-P_PARTS = {name: name for name in ("mean", "variance", "log_variance")} | {"pred_xstart": "pred_x_start"}
-TABLES = (
-    "betas",
-    "alphas_cumprod",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-)
+P_PARTS = {"mean": "mean", "variance": "variance", "log_variance": "log_variance", "pred_xstart": "pred_x_start"}
+POSTERIOR = ("mean_coef1", "mean_coef2", "variance", "log_variance_clipped")
+TABLES = ("betas", "alphas_cumprod", *(f"posterior_{name}" for name in POSTERIOR))
 SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}  # official name -> ours
 SINGLE_STEP_RESPACING = "10"
 LOOP_SEED = 7
 TRANSFORMS = ("resize_then_center_crop", "center_crop_then_resize")
 Network = Callable[..., Tensor]
+
+
+class Mismatch(Exception):
+    """A quantity that cannot be compared; its message says why."""
+
+
+class Setting(NamedTuple):
+    """Folder of the goldens, device and precision."""
+
+    folder: Path
+    device: str
+    precision: str
+
+
+class Quantity(NamedTuple):
+    """Something to compare.
+
+    name: its golden; a name that ends in `*` is all goldens with that prefix, compared key by key.
+    compute: returns our value, a dict of them for `*`; raises Mismatch or ValueError where there is none.
+    network: whether a network runs in it (its bound widens off the CPU and below fp32).
+    """
+
+    name: str
+    compute: Callable[[], Tensor | dict[str, Tensor]]
+    network: bool = False
+
+
+class Goldens:
+    """The tensors of one golden file by name, on the device, and its configuration."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        if not path.is_file():
+            raise Mismatch("missing: there is no such file")
+        try:
+            with safe_open(path, "pt", device=device) as file:
+                self.tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                config = json.loads((file.metadata() or {}).get("config", "{}"))
+        except Exception as error:  # safetensors and json raise their own kinds
+            raise Mismatch(f"cannot be read: {error}") from error
+        self.config: dict[str, Any] = OFFICIAL_DEFAULTS | config
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise Mismatch(f"missing: the file has no tensor {name}")
+        self.used.add(name)
+        return self.tensors[name]
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Returns all tensors under `prefix`, by the rest of their names; Mismatch if there are none."""
+        return {match[1]: self[match[0]] for match in self.matches(f"{re.escape(prefix)}(.*)")}
+
+    def matches(self, pattern: str) -> list[re.Match[str]]:
+        """Returns the full matches of `pattern` among the names; Mismatch if there are none."""
+        found = [match for name in self.tensors if (match := re.fullmatch(pattern, name))]
+        if not found:
+            raise Mismatch(f"missing: the file has no tensor named {pattern}")
+        return found
 
 
 # ---- networks ----------------------------------------------------------------------------------------
@@ -65,13 +139,8 @@ def empty_network(config: dict[str, Any]) -> Latte:
         learn_sigma=config["learn_sigma"],
         **{key: config[key] for key in ("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio")},
     )
-    size = config["input_size"]
-    return Latte(
-        ours,
-        in_channels=config["in_channels"],
-        latent_size=size if isinstance(size, int) else (size[0], size[1]),
-        num_frames=config["num_frames"],
-    )
+    size, sizes = config["input_size"], {key: config[key] for key in ("in_channels", "num_frames")}
+    return Latte(ours, latent_size=size if isinstance(size, int) else (size[0], size[1]), **sizes)
 
 
 def golden_network(golden: Goldens, setting: Setting) -> Latte:
@@ -123,10 +192,9 @@ def run_guided(golden: Goldens, network: Network) -> Tensor:
 
     Both halves of the batch hold the guided noise, and each its own remaining channels.
     """
-    channels = golden.config["in_channels"]
+    channels, null_label = golden.config["in_channels"], golden.config["num_classes"]
     x, _ = golden["cfg_x"].chunk(2)  # the official code ignores the second half
     (timesteps, null_timesteps), (labels, null_labels) = golden["cfg_t"].chunk(2), golden["cfg_y"].chunk(2)
-    null_label = golden.config["num_classes"]
     if not (null_labels == null_label).all():
         raise Mismatch(f"the second half of cfg_y is not the null label {null_label}")
     condition = ClassLabels(labels, null_label)
@@ -173,19 +241,16 @@ def check_kind(golden: Goldens, kind: str) -> Iterator[Quantity]:
 
     def output(*_: Any) -> Tensor:
         """Returns the fixed network output, without sigma where it is not learned."""
-        channels = golden["x0"].shape[2]
-        return golden["model_output"] if learn_sigma else golden["model_output"][:, :, :channels]
+        return golden["model_output"][:, :, : None if learn_sigma else golden["x0"].shape[2]]
 
     def loss_term(term: str) -> Tensor:
         value: Tensor = getattr(diffusion.training_losses(output, golden["x0"], golden["t"], golden["noise"]), term)
         return value if term == "loss" else value.mean(1)  # the golden terms are means over frames too
 
     def posterior(part: str) -> Tensor:
-        value: Tensor = getattr(diffusion.p_mean_variance(output(), golden["x_t"], golden["t"]), part)
-        return value
+        return getattr(diffusion.p_mean_variance(output(), golden["x_t"], golden["t"]), part)
 
-    terms = ["loss"] + ["mse"] * (kind != "kl") + ["vb"] * (learn_sigma and kind != "kl")
-    for term in terms:
+    for term in ["loss"] + ["mse"] * (kind != "kl") + ["vb"] * (learn_sigma and kind != "kl"):
         yield Quantity(f"loss/{kind}/{term}", partial(loss_term, term))
     for golden_part, part in P_PARTS.items():
         yield Quantity(f"p/{kind}/{golden_part}", partial(posterior, part))
@@ -197,14 +262,13 @@ def check_single_steps(golden: Goldens) -> Iterator[Quantity]:
     def step(function: Callable[..., Any], eta: float = 0.0) -> Tensor:
         options = StepOptions(eta=eta, noise_fn=lambda _: golden["step_noise"])
         diffusion, model = process(golden, SINGLE_STEP_RESPACING), lambda *_: golden["model_output"]
-        result: Tensor = function(diffusion, model, golden["x_t"], golden["step_t"], options).x
-        return result
+        return function(diffusion, model, golden["x_t"], golden["step_t"], options).x
 
-    yield Quantity("ddpm/sample", lambda: step(ddpm_step))
-    for pattern in (r"ddim/eta(0+\.?0*)/sample", r"ddim/eta(0*\.?0*[1-9][\d.]*)/sample"):
+    yield Quantity("ddpm/sample", partial(step, ddpm_step))
+    for pattern in (r"ddim/eta(0+\.?0*)/sample", r"ddim/eta(0*\.?0*[1-9][\d.]*)/sample"):  # both must be there
         for match in golden.matches(pattern):
             yield Quantity(match[0], partial(step, ddim_step, float(match[1])))
-    yield Quantity("ddim_reverse", lambda: step(ddim_reverse_step))
+    yield Quantity("ddim_reverse", partial(step, ddim_reverse_step))
 
 
 def check_loops(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
@@ -212,10 +276,9 @@ def check_loops(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
     weights = cache(lambda: Goldens(setting.folder / "latte_uncond.safetensors", setting.device))
     network = cache(lambda: golden_network(weights(), setting))
     stated = re.search(r"manual_seed\((\d+)\) right before the loop", golden.config["note"])
-    seed = int(stated[1]) if stated else LOOP_SEED
 
     def loop(method: str, steps: str) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(stated[1]) if stated else LOOP_SEED)
         return sample(
             process(golden, steps, learn_sigma=network().config.learn_sigma),
             in_precision(network(), setting),
@@ -238,8 +301,7 @@ def check_transforms(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
     sized = golden.matches(rf"(.+)/(?:{names})_(\d+)")
 
     def transform(clip: str, name: str, size: str) -> Tensor:
-        function: Callable[[Tensor, int], Tensor] = getattr(transforms, name)
-        return function(golden[f"{clip}/clip"], int(size))
+        return getattr(transforms, name)(golden[f"{clip}/clip"], int(size))
 
     for clip in dict.fromkeys(match[1] for match in golden.matches(rf"(.+)/(?:clip|(?:{names})_\d+)")):
         for size in sorted({match[2] for match in sized if match[1] == clip} or {sized[0][2]}):
@@ -268,20 +330,15 @@ def train(golden: Goldens, setting: Setting) -> dict[str, Any]:
     ema = EMA(model, config["ema_decay"])
     losses, norms = [], []
     for x_start, noise, timesteps in zip(golden["x0"], golden["noise"], golden["t"]):
-        terms = diffusion.training_losses(in_precision(model, setting), x_start, timesteps, noise)
-        loss = terms.loss.mean()
+        loss = diffusion.training_losses(in_precision(model, setting), x_start, timesteps, noise).loss.mean()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip_max_norm"]))
         optimizer.step()
         optimizer.zero_grad()
         ema.update(model)
         losses.append(loss.detach())
-    return {
-        "loss": torch.stack(losses),
-        "grad_norm": torch.stack(norms),
-        "final/*": model.state_dict(),
-        "ema/*": ema.state_dict(),
-    }
+    weights = {"final/*": model.state_dict(), "ema/*": ema.state_dict()}
+    return {"loss": torch.stack(losses), "grad_norm": torch.stack(norms), **weights}
 
 
 def find_key_problem(name: str, official: dict[str, Any]) -> str:
@@ -292,18 +349,12 @@ def find_key_problem(name: str, official: dict[str, Any]) -> str:
         official: key -> shape, and `__params__`, the count with the frozen position tables.
     """
     shapes = {key: tuple(shape) for key, shape in official.items() if key != "__params__"}
-    config = LatteConfig(
-        name=name.split()[0],
-        num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1 if "extras=2" in name else 0,
-    )
+    classes = shapes["y_embedder.embedding_table.weight"][0] - 1 if "extras=2" in name else 0
     _, in_channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+    side, num_frames = math.isqrt(shapes["pos_embed"][1]) * patch_size, shapes["temp_embed"][1]
     with torch.device("meta"):
-        model = Latte(
-            config,
-            in_channels=in_channels,
-            latent_size=math.isqrt(shapes["pos_embed"][1]) * patch_size,
-            num_frames=shapes["temp_embed"][1],
-        )
+        config = LatteConfig(name=name.split()[0], num_classes=classes)
+        model = Latte(config, in_channels=in_channels, latent_size=side, num_frames=num_frames)
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     differing = sorted(key for key in shapes.keys() | ours.keys() if shapes.get(key) != ours.get(key))
     if differing:

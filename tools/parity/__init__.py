@@ -1,1 +1,0 @@
-"""The comparisons behind `tools.check_parity`."""
