@@ -9,16 +9,3 @@ from .clips import ClipDataset
 from .config import DataConfig
 from .readers import VideoError, open_video
 from .recipes import RECIPES
-
-__all__ = [
-    "RECIPES",
-    "Catalog",
-    "Clip",
-    "ClipDataset",
-    "DataConfig",
-    "VideoError",
-    "build_catalog",
-    "build_dataset",
-    "build_held_out",
-    "open_video",
-]

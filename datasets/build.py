@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from common.checks import require
+
 from .captions import read_captioned_clips, renumber_captions
 from .catalog import Catalog, Clip, compute_digest, find_clips, find_root
 from .clips import ClipDataset, window_span
@@ -21,9 +23,7 @@ def build_dataset(config: DataConfig, *, seed: int, held_out: bool = False) -> C
     """Returns the data set of a configuration: the clips that `data.val_share` holds out, or the others.
 
     With `data.latents` frames come from that cache, which must have been made from this data; it lists its clips, so
-    `data.path` may be empty.
-
-    Raises: ValueError, FileNotFoundError where the folder or cache is unusable.
+    `data.path` may be empty. Raises: ValueError, FileNotFoundError where the folder or cache is unusable.
     """
     if config.latents is None:
         check_installed(config.reader)
@@ -45,7 +45,6 @@ def build_held_out(config: DataConfig, clips: ClipDataset, *, seed: int) -> Clip
     """Returns the held-out data set: `data.val_path`, or the clips of `data.path` selected by `data.val_share`.
 
     Labels are numbered as in `clips`; nothing is mirrored; the images of joint training are frames of these videos.
-
     Raises: ValueError, FileNotFoundError where the folder is unusable or nothing is held out.
     """
     shared = config.val_path is None
@@ -66,11 +65,9 @@ def build_held_out(config: DataConfig, clips: ClipDataset, *, seed: int) -> Clip
 def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
     """Returns the catalog of `config.path`: of the clips that `data.val_share` holds out, or of the others.
 
-    Raises: FileNotFoundError where there is no such folder; ValueError where it holds no clips, or a clip has no class
-    although classes are required.
+    Raises: FileNotFoundError, ValueError where there is no such folder, no clips, or a clip without a required class.
     """
-    if not config.path:
-        raise ValueError("data.path is empty: set the folder of the data set")
+    require(bool(config.path), "data.path is empty: set the folder of the data set")
     root = find_root(config.path, "data.path")
     if config.name == CAPTIONED:
         return _make_catalog(str(root), *read_captioned_clips(config, root), config, held_out)
@@ -92,23 +89,21 @@ def _make_catalog(root: str, found: list[Clip], skipped: Counter[str], config: D
     names = [clip.caption for clip in found] if rule == CAPTIONED else find_class_names(found, rule)
     classes = sorted({name for name in names if name is not None})
     numbers = {name: label for label, name in enumerate(classes)}
-    labelled = [
-        replace(clip, label=numbers[name] if name is not None else 0) for clip, name in zip(found, names, strict=True)
-    ]
+    named = zip(found, names, strict=True)
+    labelled = [replace(clip, label=0 if name is None else numbers[name]) for clip, name in named]
     chosen = [clip for clip in labelled if is_held_out(clip.name, config.val_share) == held_out]
-    if not chosen:
-        amount, remedy = ("none", "raise") if held_out else ("all", "lower")
-        raise ValueError(
-            f"data.val_share={config.val_share} holds out {amount} of the {len(labelled)} clips of '{config.path}': "
-            f"{remedy} it, or set data.val_path instead"
-        )
+    amount, remedy = ("none", "raise") if held_out else ("all", "lower")
+    require(
+        bool(chosen),
+        f"data.val_share={config.val_share} holds out {amount} of the {len(labelled)} clips of '{config.path}': "
+        f"{remedy} it, or set data.val_path instead",
+    )
     if config.val_share:
         skipped["for training" if held_out else "held out"] = len(labelled) - len(chosen)
     clips = chosen[: config.max_clips]
-    digest, left_out = compute_digest(clips, classes), dict(sorted(skipped.items()))
-    if rule == CAPTIONED:
-        return Catalog(root, clips, [], digest, left_out, captions=classes)
-    return Catalog(root, clips, classes, digest, left_out)
+    class_names, captions = ([], classes) if rule == CAPTIONED else (classes, [])
+    left_out = dict(sorted(skipped.items()))
+    return Catalog(root, clips, class_names, compute_digest(clips, classes), left_out, captions)
 
 
 def is_held_out(name: str, share: float) -> bool:

@@ -40,7 +40,7 @@ def window_span(num_frames: int, frame_interval: int) -> int:
 class Sample(TypedDict, total=False):
     """`video (F+I, 3, H, W)` float32 in [-1, 1]; `labels (1+I,)` int64; `index` of the clip that was used.
 
-    Clips from a cache have `latents (F+I, P, C, h, w)` instead of video: mean and, if P is 2, deviation.
+    From a cache there are `latents (F+I, P, C, h, w)` instead of video: mean and, if P is 2, deviation.
     """
 
     video: Tensor
@@ -56,11 +56,9 @@ class FrameSource(Protocol):
 
     def open(self, clip: Clip) -> Any:
         """Returns an object with `len()` and `cut_off`, as a Reader. Raises: VideoError for an unusable clip."""
-        ...
 
     def show(self, opened: Any, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
         """Returns these frames, (T, ...), all mirrored or none. Raises: VideoError where one is unusable."""
-        ...
 
 
 class Pixels:
@@ -75,10 +73,9 @@ class Pixels:
     def open(self, clip: Clip) -> Reader:
         """Returns the reader of a clip. Raises: VideoError if the clip changed since the catalog was made."""
         reader = open_video(clip.path, self.config.reader, self.config.max_pixels)
-        if clip.num_frames is None:
+        found, before, unit = len(reader), clip.num_frames, "frames"
+        if before is None:
             found, before, unit = identify_file(clip.path)[0], clip.size, "bytes"
-        else:
-            found, before, unit = len(reader), clip.num_frames, "frames"
         if found != before:
             raise VideoError(clip.path, f"changed after the run started: {before} {unit} then, {found} now")
         return reader
@@ -103,13 +100,11 @@ class Pixels:
 class ClipDataset(Dataset[Sample]):
     """`dataset[epoch, index]`: one clip of video `index`, drawn again in every epoch, and I extra images.
 
-    An unusable clip (broken, too large, too short) is replaced by another, drawn from (seed, epoch, index); it is named
-    in one warning and kept in `skipped` (path -> reason; separate in each loader worker). `cut_off` holds files whose
-    end is missing although a window fits; with `strict` both raise VideoError. `looped` holds the short clips that
-    `data.short_clips=loop` repeats. Without `strict`, VideoError is raised after MAX_ATTEMPTS consecutive unusable
-    clips, or once `skipped` holds more than `data.max_unusable` of all clips.
-
-    `digest` identifies the content: of the catalog, and of the frame list if there is one.
+    An unusable clip (broken, too large, too short) is replaced by another, drawn from (seed, epoch, index), and kept in
+    `skipped` (path -> reason; separate in each loader worker). `cut_off` holds files whose end is missing although a
+    window fits, `looped` the short clips that `data.short_clips=loop` repeats. VideoError is raised, with `strict`, at
+    the first clip of `skipped` or `cut_off`; without, after MAX_ATTEMPTS consecutive unusable clips, or once `skipped`
+    holds more than `data.max_unusable` of all clips. `digest` identifies the content of catalog and frame list.
     """
 
     def __init__(self, config: DataConfig, catalog: Catalog, seed: int, source: FrameSource | None = None) -> None:
@@ -149,12 +144,8 @@ class ClipDataset(Dataset[Sample]):
     @property
     def latent_settings(self) -> dict[str, object]:
         """The settings that latents of its frames depend on, except the codec."""
-        return {
-            "image_size": self.config.image_size,
-            "transform": self.transform_name,
-            "max_pixels": self.config.max_pixels,
-            "mirrored": self.flips,
-        }
+        sizes = {"image_size": self.config.image_size, "transform": self.transform_name}
+        return {**sizes, "max_pixels": self.config.max_pixels, "mirrored": self.flips}
 
     def describe(self) -> dict[str, object]:
         """Returns the facts about the data for the log of a run."""
@@ -178,13 +169,10 @@ class ClipDataset(Dataset[Sample]):
         candidates = chain([index], self._draw_forever(len(self), "replacement", epoch, index))
         clips = self.catalog.clips
         used, video = self._first_usable(clips, candidates, lambda clip: self._window(clip, epoch, index))
-        shown, labels = [video], [clips[used].label]
-        for place in range(self.config.num_images):
-            image, label = self._image(epoch, index, place)
-            shown.append(image)
-            labels.append(label)
-        frames: Any = {self.source.key: torch.cat(shown)}  # (F+I, ...)
-        return {**frames, "labels": torch.tensor(labels), "index": used}
+        images = [self._image(epoch, index, place) for place in range(self.config.num_images)]
+        frames: Any = {self.source.key: torch.cat([video, *(image for image, _ in images)])}  # (F+I, ...)
+        labels = torch.tensor([clips[used].label, *(label for _, label in images)])
+        return {**frames, "labels": labels, "index": used}
 
     def _random(self, purpose: str, *place: int) -> np.random.Generator:
         """Returns a separate generator for every purpose and place, so that the order of calls never matters."""
@@ -202,7 +190,7 @@ class ClipDataset(Dataset[Sample]):
     ) -> tuple[int, Tensor]:
         """Returns the index of the first usable candidate among `clips`, and its frames."""
         failures: dict[str, str] = {}
-        total = len(self) + len(self.images or [])
+        root, limit, total = self.catalog.root, self.config.max_unusable, len(self) + len(self.images or [])
         for index in islice(candidates, MAX_ATTEMPTS):
             try:
                 return index, load(clips[index])
@@ -210,13 +198,10 @@ class ClipDataset(Dataset[Sample]):
                 if self.config.strict or error.ends_run:
                     raise
                 failures[clips[index].path] = self._record(self.skipped, clips[index], error, "is skipped")
-            if len(self.skipped) > self.config.max_unusable * total:
-                raise VideoError(
-                    self.catalog.root,
-                    f"{len(self.skipped)} of {total} clips cannot be used, more than data.max_unusable="
-                    f"{self.config.max_unusable} allows: {_summarize(self.skipped)}",
-                )
-        raise VideoError(self.catalog.root, f"{MAX_ATTEMPTS} clips in a row cannot be used: {_summarize(failures)}")
+            if len(self.skipped) > limit * total:
+                allowed = f"more than data.max_unusable={limit} allows: {_summarize(self.skipped)}"
+                raise VideoError(root, f"{len(self.skipped)} of {total} clips cannot be used, {allowed}")
+        raise VideoError(root, f"{MAX_ATTEMPTS} clips in a row cannot be used: {_summarize(failures)}")
 
     def _record(self, notes: dict[str, str], clip: Clip, error: VideoError, fate: str) -> str:
         """Records and returns the reason; warns once per clip."""
@@ -257,13 +242,11 @@ class ClipDataset(Dataset[Sample]):
 
     def _image(self, epoch: int, index: int, place: int) -> tuple[Tensor, int]:
         """Returns one random frame of another video, or one image of the list, (1, ...), and its label."""
-        if self.images is not None:
-            source = self.images
-            candidates = self._draw_forever(len(source), "image", epoch, index, place)
-        else:  # other videos; the same one if it is the only one
-            source, others = self.catalog.clips, max(1, len(self) - 1)
-            draws = self._draw_forever(others, "image", epoch, index, place)
-            candidates = ((index + 1 + draw) % len(self) for draw in draws)
+        source = self.catalog.clips if self.images is None else self.images
+        others = max(1, len(self) - 1) if self.images is None else len(source)  # the same video if it is the only one
+        candidates = self._draw_forever(others, "image", epoch, index, place)
+        if self.images is None:
+            candidates = ((index + 1 + draw) % len(self) for draw in candidates)
 
         def load(clip: Clip) -> Tensor:
             reader = self._open(clip)

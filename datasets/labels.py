@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+
+from common.checks import require
 
 from .catalog import Catalog, Clip, compute_digest, resolve_below
 from .config import DataConfig
@@ -14,8 +17,7 @@ from .readers import IMAGE_SUFFIXES
 def _class_of_folder(clip: Clip) -> str:
     """Returns the first folder below the root."""
     first, *rest = clip.name.split("/")
-    if not rest:
-        raise ValueError(f"data.labels=class_folders: {clip.path!r} lies in no class folder")
+    require(bool(rest), f"data.labels=class_folders: {clip.path!r} lies in no class folder")
     return first
 
 
@@ -23,8 +25,8 @@ def _class_of_file_name(clip: Clip) -> str:
     """Returns the part of the file name after the last '__', without its extension."""
     path = Path(clip.name)
     before, _, after = (path.stem if clip.num_frames is None else path.name).rpartition("__")
-    if not before or not after:
-        raise ValueError(f"data.labels=file_name: the name of {clip.path!r} has no '__' before its class")
+    named = bool(before and after)
+    require(named, f"data.labels=file_name: the name of {clip.path!r} has no '__' before its class")
     return after
 
 
@@ -40,12 +42,10 @@ def find_class_names(clips: Sequence[Clip], rule: str) -> list[str | None]:
     if rule != "auto":
         return [LABEL_RULES[rule](clip) for clip in clips]
     for name in ("class_folders", "file_name"):
-        try:
-            names = [LABEL_RULES[name](clip) for clip in clips]
-        except ValueError:
-            continue
-        if len(set(names)) > 1:
-            return names
+        with suppress(ValueError):
+            names = find_class_names(clips, name)
+            if len(set(names)) > 1:
+                return names
     return [None] * len(clips)
 
 
@@ -72,7 +72,7 @@ def read_frame_list(config: DataConfig, catalog: Catalog) -> list[Clip]:
     if not path.is_file():
         raise FileNotFoundError(f"data.frame_list: there is no file '{config.frame_list}'")
     root = Path(catalog.root).resolve()
-    images = []
+    images, known = [], " ".join(sorted(IMAGE_SUFFIXES))
     with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -81,14 +81,12 @@ def read_frame_list(config: DataConfig, catalog: Catalog) -> list[Clip]:
             if Path(name).suffix.lower() not in IMAGE_SUFFIXES and " " in name:
                 name, given = name.rsplit(maxsplit=1)
             target = resolve_below(root, name, where)
-            if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
-                raise ValueError(f"{where}: {name!r} is not an image ({' '.join(sorted(IMAGE_SUFFIXES))})")
+            require(Path(name).suffix.lower() in IMAGE_SUFFIXES, f"{where}: {name!r} is not an image ({known})")
             if target is None:
                 raise FileNotFoundError(f"{where}: there is no file {name!r} in data.path")
             label = _label_image(name, given, where, catalog.class_names)
             images.append(Clip(str(target), name, target.stat().st_size, 1, label))
-    if not images:
-        raise ValueError(f"data.frame_list: '{path}' is empty")
+    require(bool(images), f"data.frame_list: '{path}' is empty")
     return images
 
 

@@ -1,10 +1,10 @@
-"""A cache of latents: every frame of every clip as the mean and deviation of an encoder.
+"""A cache of latents: every frame of every clip as the mean and deviation of an encoder. docs/latents.md
 
     index.json              settings, and the place of each clip's frames; written last
     shard-00000.safetensors one tensor `latents (N, V, P, C, h, w)`: the frames of some clips, one after another
 
-It holds frames, not clips, so every window, stride and extra image can be drawn from it; and distributions, not
-samples, so every epoch draws new samples. Values are those of the encoder, neither shifted nor scaled. docs/latents.md.
+It holds frames, not clips, so every window can be drawn from it, and distributions, not samples. Values are those of
+the encoder, neither shifted nor scaled.
 
 Letters: N frames of a shard, T frames read, V views (plain; mirrored), P parts (mean; deviation), C channels, h w size
 of latents.
@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+
+from common.checks import require
 
 from . import shards
 from .catalog import Clip
@@ -90,7 +92,6 @@ class LatentCache:
 
     Attributes:
         codec: identity of the codec that made it, see `models.identity`.
-        stochastic: whether it holds deviations (P is 2).
         settings: the other settings that the latents depend on: image_size, transform, max_pixels, mirrored (V is 2).
 
     Raises: FileNotFoundError, ValueError where it is absent, unfinished, damaged or of another format.
@@ -130,18 +131,18 @@ class LatentCache:
         """Raises ValueError unless it holds `clips`, made with `settings`."""
         for key, value in settings.items():
             made = self.settings.get(key)
-            if made != value and not (key == "mirrored" and made):
-                raise ValueError(
-                    f"data.latents: {self.path} was made with {key} {made}, but this run needs {value}; make a cache "
-                    "with this configuration"
-                )
-        held = {(clip.name, clip.size, clip.num_frames) for clip in self.clips.values()}
-        absent = [clip for clip in clips if (clip.name, clip.size, clip.num_frames) not in held]
-        if absent:
-            raise ValueError(
-                f"data.latents: {self.path} was made from other data: {len(absent)} of {len(clips)} clips are missing "
-                f"or had another size (first: {absent[0].name!r}); make a cache of this data"
+            require(
+                made == value or (key == "mirrored" and bool(made)),
+                f"data.latents: {self.path} was made with {key} {made}, but this run needs {value}; make a cache with "
+                "this configuration",
             )
+        held = {(clip.name, clip.size, clip.num_frames) for clip in self.clips.values()}
+        absent = [clip.name for clip in clips if (clip.name, clip.size, clip.num_frames) not in held]
+        require(
+            not absent,
+            f"data.latents: {self.path} was made from other data: {len(absent)} of {len(clips)} clips are missing or "
+            f"had another size (first: {''.join(absent[:1])!r}); make a cache of this data",
+        )
 
     def open(self, clip: Clip) -> StoredClip:
         """Returns the clip. Raises: VideoError if it could not be opened when the cache was made."""
@@ -152,8 +153,7 @@ class LatentCache:
 
     def show(self, opened: StoredClip, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
         """Returns (T, P, C, h, w) in the number format of the cache. Raises: VideoError as decoding would."""
-        obstacle = opened.find_obstacle(indices)
-        if obstacle:
+        if obstacle := opened.find_obstacle(indices):
             raise VideoError(clip.path, obstacle)
         return self.shards.copy(opened.shard, (opened.first + np.asarray(indices), int(mirrored)), repr(clip.name))
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.checks import require
+
 from .readers import VideoError
 
 INDEX = "index.json"
@@ -51,33 +53,23 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def write_shard(file: Path, dtype: str, shape: Sequence[int], rows: Iterable[Tensor], name: str, format: str) -> None:
-    """Writes `rows`, each (n, ...), as one tensor of `shape` (N, ...), piece by piece.
+    """Writes `rows`, each (n, ...), as the tensor `name` of `shape` (N, ...), piece by piece after the header.
 
-    The header is written first, so memory holds one piece at a time. Raises ValueError if the rows are not N.
-
-    Args:
-        name: name of the tensor.
-        format: format of the cache, kept in the metadata of the file.
+    `format`, that of the cache, goes into the metadata. Raises: ValueError if the rows are not N.
     """
     kind, count = NUMBER_FORMATS[dtype], 0
+    size = math.prod(shape) * kind.torch.itemsize
+    entry = {"dtype": kind.name, "shape": list(shape), "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": {"format": format}, name: entry}).encode()
+    header += b" " * (-(len(header) + 8) % 64)  # aligns the tensor
     with file.open("wb") as stream:
-        stream.write(_header(kind, shape, name, format))
+        stream.write(len(header).to_bytes(8, "little") + header)
         for piece in rows:
             stream.write(piece.to("cpu", kind.torch).contiguous().view(torch.uint8).numpy().tobytes())
             count += len(piece)
         stream.flush()
         os.fsync(stream.fileno())
-    if count != shape[0]:
-        raise ValueError(f"{file}: {count} rows were given for a shard of {shape[0]}")
-
-
-def _header(dtype: NumberFormat, shape: Sequence[int], name: str, format: str) -> bytes:
-    """Returns a safetensors header: 8 bytes of length, then JSON padded to align the tensor to 64 bytes."""
-    size = math.prod(shape) * dtype.torch.itemsize
-    entry = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [0, size]}
-    text = json.dumps({"__metadata__": {"format": format}, name: entry}).encode()
-    text += b" " * (-(len(text) + 8) % 64)
-    return len(text).to_bytes(8, "little") + text
+    require(count == shape[0], f"{file}: {count} rows were given for a shard of {shape[0]}")
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
@@ -128,10 +120,7 @@ class ShardReader:
 
 
 def read_index(path: Path, format: str, key: str, tool: str) -> dict[str, Any]:
-    """Returns the index of a finished cache; `key` and `tool`, its setting and its command, are named in errors.
-
-    Raises: FileNotFoundError, ValueError where there is no finished cache of that format.
-    """
+    """Returns the index of a finished cache; `key` and `tool`, its setting and its command, are named in errors."""
     if not path.is_dir():
         raise FileNotFoundError(f"{key}: there is no folder '{path}'; {tool} makes one")
     try:

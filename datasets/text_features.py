@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.checks import require
 from common.storage import find_changes
 
 from . import shards
@@ -53,8 +54,7 @@ def write_table(file: Path, captions: Sequence[str], places: Sequence[Place]) ->
 class TextCache:
     """A finished cache in `path`, opened for reading: `cache(caption)` returns the features (n, D) of its words.
 
-    Attributes:
-        identity: settings that the features depend on, except the captions.
+    `identity` has the settings that the features depend on, except the captions.
 
     Raises: FileNotFoundError, ValueError where it is absent, unfinished or damaged.
     """
@@ -83,18 +83,12 @@ class TextCache:
 
     def check(self, identity: Mapping[str, Any], captions: Sequence[str]) -> None:
         """Raises ValueError unless it holds all of `captions`, made with the settings `identity`."""
-        changes = find_changes(self.identity, identity, list(identity))
-        if changes:
-            raise ValueError(
-                f"text.features: {self.path} was made with other settings ({', '.join(changes)}); make a cache "
-                "with this configuration"
-            )
-        absent = [caption for caption in captions if caption_key(caption) not in self.places]
-        if absent:
-            raise ValueError(
-                f"text.features: {self.path} was made with other captions: {len(absent)} of {len(captions)} captions "
-                f"are missing (first: {absent[0][:60]!r}); make a cache of these"
-            )
+        changes = ", ".join(find_changes(self.identity, identity, list(identity)))
+        made = f"text.features: {self.path} was made with other"
+        require(not changes, f"{made} settings ({changes}); make a cache with this configuration")
+        absent = [caption[:60] for caption in captions if caption_key(caption) not in self.places]
+        missing = f"{len(absent)} of {len(captions)} captions are missing (first: {''.join(absent[:1])!r})"
+        require(not absent, f"{made} captions: {missing}; make a cache of these")
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -6,13 +6,15 @@ Letters: B batch, F frames, N tokens per frame, D width, H heads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common.checks import require
 
 from .embeddings import Rotation, rotate
 
@@ -29,15 +31,9 @@ VIEWS = {
 }
 MAX_HEADS = 65535  # in one call of a fused kernel on CUDA: the limit of a grid of thread blocks
 
-# Fused kernels of torch in order of preference; torch skips those that do not support a call.
-BACKENDS = {
-    "cuda": [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ],
-}
+# Fused kernels of torch on CUDA in order of preference; torch skips those that do not support a call.
+_PREFERRED = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+BACKENDS = {"cuda": [getattr(SDPBackend, name) for name in _PREFERRED]}
 
 
 class Call(NamedTuple):
@@ -70,12 +66,9 @@ class Call(NamedTuple):
 def fused_attention(call: Call) -> Tensor:
     """Computes attention by torch's scaled_dot_product_attention, with backends in the order of `BACKENDS`."""
     q, k, v = call.fold()
-    with _backends(q.device.type):
+    backends = BACKENDS.get(q.device.type)
+    with sdpa_kernel(backends, set_priority=True) if backends else nullcontext():
         return call.unfold(functional.scaled_dot_product_attention(q, k, v, attn_mask=call.mask))
-
-
-def _backends(device: str) -> AbstractContextManager[None]:
-    return sdpa_kernel(BACKENDS[device], set_priority=True) if device in BACKENDS else nullcontext()
 
 
 def plain_attention(call: Call) -> Tensor:
@@ -98,8 +91,7 @@ _kernel: Callable[[Call], Tensor] = fused_attention
 def choose(name: str) -> None:
     """Sets the kernel of all attention in this process: one of `KERNELS`, or "auto", the default, for "fused"."""
     global _kernel
-    if name not in CHOICES:
-        raise ValueError(f"attention must be one of {', '.join(CHOICES)}, got {name!r}")
+    require(name in CHOICES, f"attention must be one of {', '.join(CHOICES)}, got {name!r}")
     _kernel = KERNELS["fused" if name == "auto" else name]
 
 
@@ -113,17 +105,12 @@ def attend(
     mask: Tensor | None = None,
     rotation: Rotation | None = None,
 ) -> Tensor:
-    """Computes multi-head attention along the axis that `view` names.
+    """Computes multi-head attention along the axis that `view`, a key of `VIEWS`, names: `(B, F, N, D)`.
 
     Args:
-        q: queries `(B, F, N, D)`.
-        k, v: keys and values: the same shape, or that of the tokens attended to.
-        view: a key of `VIEWS`.
+        q: queries `(B, F, N, D)`; k, v: keys and values, alike or of the tokens attended to.
         mask: bool (True: attend) or numbers added to the scores; broadcasts over the folded (rows, H, queries, keys).
         rotation: rotates queries and keys by their frame.
-
-    Returns:
-        `(B, F, N, D)`.
     """
     if rotation is not None:
         cos, sin = (each[:, None, None] for each in rotation)  # (F, 1, 1, D/H/2)

@@ -43,8 +43,6 @@ class CodecConfig:
         `taef2_decoder.pth`, or null for pixel space (`latent_channels: 3`, `downsample_factor: 1`).
     scale, shift: latents = (z - shift) * scale.
     chunk_size: frames per call of encoder and decoder.
-
-    Raises: ValueError for a value out of range; the message names its key.
     """
 
     path: str | None = None
@@ -59,13 +57,8 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         check_limits(self, "codec.", LIMITS)
-        require(
-            self.path is not None or not (self.subfolder or self.revision),
-            "codec.subfolder and codec.revision are read only with codec.path: set that too",
-        )
-
-
-# ------------------------------------------------------------------------------------------- kinds
+        read = self.path is not None or not (self.subfolder or self.revision)
+        require(read, "codec.subfolder and codec.revision are read only with codec.path: set that too")
 
 
 class Kind(NamedTuple):
@@ -98,14 +91,8 @@ AUTOENCODERS: dict[str, Kind] = {
 }
 
 
-# ----------------------------------------------------------------------------------------- loading
-
-
 def codec_folder(config: CodecConfig) -> Path:
-    """Returns the folder of the autoencoder: in the folder that `config.path` names, or downloaded from the hub.
-
-    Raises: FileNotFoundError if there is none.
-    """
+    """Returns the autoencoder's folder, downloaded if `config.path` is a hub name. Raises: FileNotFoundError."""
     inside = f"{config.subfolder}/" if config.subfolder else ""
     for suffix in ("safetensors", "bin"):  # downloads only one of them
         names = (CONFIG_FILE, f"{WEIGHTS}*.{suffix}", f"{WEIGHTS}*.json", ENCODER_FILE, DECODER_FILE)
@@ -117,20 +104,20 @@ def codec_folder(config: CodecConfig) -> Path:
 
 
 def _load(config: CodecConfig) -> tuple[Kind, nn.Module]:
-    """Loads the network that `config.path` names, on the CPU; returns its kind and the network.
+    """Returns the kind of autoencoder that `config.path` names and its network, on the CPU.
 
     Raises: FileNotFoundError if there is none, ValueError unless it is an autoencoder and its weights fit exactly.
     """
     if config.path is None:
         return AUTOENCODERS["pixels"], nn.Identity()
-    folder, source = codec_folder(config), f"codec.path={config.path}"
+    folder, source, dtype = codec_folder(config), f"codec.path={config.path}", DTYPES[config.dtype]
     if (folder / ENCODER_FILE).is_file() and (folder / DECODER_FILE).is_file():
-        return AUTOENCODERS["Taef2"], Taef2.from_folder(folder).to(DTYPES[config.dtype])
+        return AUTOENCODERS["Taef2"], Taef2.from_folder(folder).to(dtype)
     if not (folder / CONFIG_FILE).is_file():
         name = "/".join(filter(None, (config.subfolder, CONFIG_FILE)))
         raise FileNotFoundError(f"{source} holds neither {name} nor {ENCODER_FILE} and {DECODER_FILE}")
     try:
-        kind = read_json(folder / CONFIG_FILE).get("_class_name")
+        kind = str(read_json(folder / CONFIG_FILE).get("_class_name"))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     known = [each for each in AUTOENCODERS if each.startswith("Autoencoder")]
@@ -138,22 +125,15 @@ def _load(config: CodecConfig) -> tuple[Kind, nn.Module]:
     import diffusers  # slow to import
 
     try:
-        network, report = getattr(diffusers, str(kind)).from_pretrained(
-            str(folder), torch_dtype=DTYPES[config.dtype], output_loading_info=True
-        )
+        load = getattr(diffusers, kind).from_pretrained
+        network, report = load(str(folder), torch_dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{source} could not be loaded as {kind}: {reason}") from error
     bad = [key for found in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in report[found]]
-    require(
-        not bad,
-        f"{source}: {len(bad)} tensors are missing, unexpected or of another shape than in {kind}, the first is "
-        f"{bad and bad[0]}",
-    )
-    return AUTOENCODERS[str(kind)], network
-
-
-# ------------------------------------------------------------------------------------------- codec
+    wrong = f"{len(bad)} tensors are missing, unexpected or of another shape than in {kind}"
+    require(not bad, f"{source}: {wrong}, the first is {''.join(bad[:1])}")
+    return AUTOENCODERS[kind], network
 
 
 class Posterior(NamedTuple):
@@ -188,17 +168,15 @@ class LatentCodec(nn.Module):
 
     def __init__(self, config: CodecConfig, kind: Kind, network: nn.Module) -> None:
         super().__init__()
-        self.config = config
-        self.kind = kind
-        self.stochastic = kind.stochastic
+        self.config, self.kind, self.stochastic = config, kind, kind.stochastic
         self.network = network.requires_grad_(False).eval()
 
     @classmethod
     def from_config(cls, config: CodecConfig, device: str | torch.device = "cpu") -> LatentCodec:
         """Loads the autoencoder that `config` names onto `device`.
 
-        Raises: FileNotFoundError for a folder or hub name that does not exist; ValueError for weights that do not fit,
-            or if `codec.latent_channels` or `codec.downsample_factor` differ from those of the autoencoder.
+        Raises: FileNotFoundError for a missing folder or hub name; ValueError for weights that do not fit it, or where
+            they contradict `codec.latent_channels` or `codec.downsample_factor`.
         """
         kind, network = _load(config)
         for module in network.to(device=device).modules():
@@ -226,17 +204,15 @@ class LatentCodec(nn.Module):
         shape, factor = tuple(video_shape), self.config.downsample_factor
         require(len(shape) == 5 and shape[2] == 3, f"a video must be (batch, frames, 3, height, width), got {shape}")
         batch, frames, _, height, width = shape
-        require(
-            height % factor == width % factor == 0,
-            f"a video of {height}x{width} pixels is not divisible by codec.downsample_factor={factor}",
-        )
+        wrong = f"a video of {height}x{width} pixels is not divisible by codec.downsample_factor={factor}"
+        require(height % factor == width % factor == 0, wrong)
         return torch.Size((batch, frames, self.config.latent_channels, height // factor, width // factor))
 
     @torch.no_grad()
     def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, F, 3, H, W) in [-1, 1] -> latents (B, F, C, h, w), fp32.
 
-        noise: None for the mean of the encoder's distribution, or unit noise of the latents' shape for a sample.
+        `noise`: None for the mean of the encoder's distribution, or unit noise of the latents' shape for a sample.
 
         Raises: ValueError for another shape, or for `noise` if the encoder is not `stochastic`.
         """
@@ -260,8 +236,7 @@ class LatentCodec(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, F, C, h, w) -> (B, F, 3, H, W) in [-1, 1], fp32, clamped.
 
-        A decoder that mixes frames gets complete clips, even if `codec.chunk_size` is smaller, so that the result does
-        not depend on it.
+        A decoder that mixes frames gets complete clips, whatever `codec.chunk_size` is.
         """
         batch, frames = latents.shape[:2]
         raw = latents.float() / self.config.scale + self.config.shift

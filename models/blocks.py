@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
+from common.checks import require
+
 from .attention import attend
 from .embeddings import Rotation
 
@@ -122,9 +124,8 @@ def conditioner(hidden_size: int, num_outputs: int) -> nn.Sequential:
 class Block(nn.Module):
     """One layer: the residual branches of its plan, then an MLP.
 
-    With `adaln` the condition shifts, scales and gates each branch (DiT's adaLN-zero), and the attention branches of
-    a layer share one modulation. Without, it is a plain pre-norm transformer block, for conditions given as tokens
-    (paper section 3.3.2).
+    With `adaln` the condition shifts, scales and gates each branch (DiT's adaLN-zero); the attention branches share one
+    modulation. Without, it is a plain pre-norm block, for conditions given as tokens (paper section 3.3.2).
     """
 
     def __init__(self, layer: Layer, hidden_size: int, num_heads: int, mlp_ratio: float, *, adaln: bool) -> None:
@@ -154,20 +155,15 @@ class Block(nn.Module):
         return on_clip(lambda clip: self._transform(clip, condition, num_frames, rotation), x, num_frames)
 
     def _transform(self, x: Tensor, condition: Tensor | None, num_frames: int, rotation: Rotation | None) -> Tensor:
-        attention, mlp = self._modulations(condition, num_frames, x.shape[1])
+        attention = mlp = None
+        if self.adaLN_modulation is not None:
+            parts = per_frame(self.adaLN_modulation(condition), num_frames, x.shape[1]).chunk(6, dim=-1)
+            attention, mlp = Modulation(*parts[:3]), Modulation(*parts[3:])
         for branch in self.branches:
             h = _modulate_input(self.norm1(x), attention)
             mixed = [getattr(self, name)(h, num_frames, rotation) for name, _ in branch]
             x = x + _gate_output(sum(mixed[1:], start=mixed[0]), attention)
         return x + _gate_output(self.mlp(_modulate_input(self.norm2(x), mlp)), mlp)
-
-    def _modulations(
-        self, condition: Tensor | None, num_frames: int, total: int
-    ) -> tuple[Modulation | None, Modulation | None]:
-        if self.adaLN_modulation is None:
-            return None, None
-        parts = per_frame(self.adaLN_modulation(condition), num_frames, total).chunk(6, dim=-1)
-        return Modulation(*parts[:3]), Modulation(*parts[3:])
 
 
 class FinalLayer(nn.Module):
@@ -212,16 +208,15 @@ def on_clip(function: Callable[[Tensor], Tensor], x: Tensor, num_frames: int) ->
 
 def require_blocks(indices: Collection[int], depth: int) -> None:
     """Raises ValueError unless `return_hidden_states` names existing blocks."""
-    if not all(0 <= index < depth for index in indices):
-        raise ValueError(f"return_hidden_states must be block indices in [0, {depth}), got {tuple(indices)}")
+    inside = all(0 <= index < depth for index in indices)
+    require(inside, f"return_hidden_states must be block indices in [0, {depth}), got {tuple(indices)}")
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compiles each block in place; checkpoints stay the same.
 
-    For the backward pass a block keeps its inputs, matrix products and attention; norms, modulations, gates and GELU
-    are recomputed, fused with the operations that read them. This setting holds for everything that the process
-    compiles.
+    For the backward pass a block keeps its inputs, matrix products and attention, and recomputes the rest. This setting
+    holds for everything that the process compiles.
     """
     functorch_config.aggressive_recomputation = True
     for block in blocks:

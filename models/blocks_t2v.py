@@ -65,9 +65,7 @@ class Projections(nn.Module):
         super().__init__()
         width, bias = config.width, config.attention_bias
         self.num_heads = config.num_attention_heads
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(width, width, bias=bias)
-        self.to_v = nn.Linear(width, width, bias=bias)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=bias) for _ in range(3))
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(config.dropout))
 
 

@@ -52,11 +52,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class LatteConfig:
-    """The `model` section of a configuration.
-
-    Raises:
-        ValueError: an invalid value; the message names its key.
-    """
+    """The `model` section of a configuration. Raises: ValueError for an invalid value; the message names its key."""
 
     # Latte-{S,B,L,XL}/{2,4,8}, LatteIMG-* for the same network, or custom; conditioned on text: Latte-1, custom-t2v,
     # and custom-t2i, which has no temporal layers
@@ -84,21 +80,15 @@ class LatteConfig:
         check_limits(self.size, "model.", SIZE_LIMITS)
         self._check_size()
         for item in fields(self) if self.is_text else ():
-            value = getattr(self, item.name)
-            require(
-                item.name in TEXT_KEYS or value == item.default,
-                f"model.{item.name}={value} has no meaning with model.name={self.name}: leave it at {item.default}",
-            )
-        tubelet = self.patch_embedding == "tubelet"
-        require(
-            not tubelet or self.tubelet_size >= 2,
-            f"model.tubelet_size must be at least 2, got {self.tubelet_size}; "
-            "use model.patch_embedding uniform for single frames",
+            value, default = getattr(self, item.name), item.default
+            unused = f"model.{item.name}={value} has no meaning with model.name={self.name}: leave it at {default}"
+            require(item.name in TEXT_KEYS or value == default, unused)
+        size, tubelet = self.tubelet_size, self.patch_embedding == "tubelet"
+        single = (
+            f"model.tubelet_size must be at least 2, got {size}; use model.patch_embedding uniform for single frames"
         )
-        require(
-            tubelet or self.tubelet_size == 2,
-            f"model.tubelet_size={self.tubelet_size} is read only with model.patch_embedding=tubelet",
-        )
+        require(size >= 2 or not tubelet, single)
+        require(size == 2 or tubelet, f"model.tubelet_size={size} is read only with model.patch_embedding=tubelet")
 
     @property
     def size(self) -> ModelSize:
@@ -146,31 +136,31 @@ class LatteConfig:
         close = get_close_matches(str(self.name), known, n=1)
         hint = f"; did you mean {close[0]}?" if close else f": one of {', '.join(known)}"
         require(_plain_name(self.name) in known, f"model.name {self.name!r} is unknown{hint}")
-        require(
-            not given,
-            f"model.name {self.name} fixes {', '.join(f'model.{key}' for key in given)}: "
-            "leave them null, or set model.name to custom",
-        )
+        fixed = ", ".join(f"model.{key}" for key in given)
+        require(not given, f"model.name {self.name} fixes {fixed}: leave them null, or set model.name to custom")
 
     def _check_size(self) -> None:
         width, depth, heads, _ = self.size
-        require(width % 4 == 0, f"model.hidden_size must be divisible by 4 (sin-cos positions), got {width}")
-        require(width % heads == 0, f"model.hidden_size ({width}) is not divisible by model.num_heads ({heads})")
-        require(
-            self._has_joint_layers or depth % 2 == 0 or self.name == "custom-t2i",
-            f"model.depth must be even with model.variant {self.variant}, which has as many spatial "
-            f"as temporal layers, got {depth}",
-        )
-        require(
-            self.variant != "parallel" or heads % 2 == 0,
-            f"model.num_heads must be even with model.variant parallel, which gives half to each attention, "
-            f"got {heads}",
-        )
-        require(
-            self.temporal_position != "rope" or self.head_width % 2 == 0,
-            f"model.temporal_position rope rotates pairs of values, so the width of a head must be even, "
-            f"got {self.head_width} (model.hidden_size {width}, model.num_heads {heads})",
-        )
+        for holds, sentence in (
+            (width % 4 == 0, f"model.hidden_size must be divisible by 4 (sin-cos positions), got {width}"),
+            (width % heads == 0, f"model.hidden_size ({width}) is not divisible by model.num_heads ({heads})"),
+            (
+                self._has_joint_layers or depth % 2 == 0 or self.name == "custom-t2i",
+                f"model.depth must be even with model.variant {self.variant}, which has as many spatial as temporal "
+                f"layers, got {depth}",
+            ),
+            (
+                self.variant != "parallel" or heads % 2 == 0,
+                "model.num_heads must be even with model.variant parallel, which gives half to each attention, got "
+                f"{heads}",
+            ),
+            (
+                self.temporal_position != "rope" or self.head_width % 2 == 0,
+                "model.temporal_position rope rotates pairs of values, so the width of a head must be even, got "
+                f"{self.head_width} (model.hidden_size {width}, model.num_heads {heads})",
+            ),
+        ):
+            require(holds, sentence)
 
 
 def _plain_name(name: str) -> str:

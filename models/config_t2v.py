@@ -39,9 +39,6 @@ class LatteT2VConfig:
 
     `sample_size` is the height and width of the latents in training, `video_length` their number of frames; the
     network takes others too. `num_embeds_ada_norm` is stored for diffusers and not read.
-
-    Raises:
-        ValueError: an invalid or unsupported value; the message names its key.
     """
 
     num_attention_heads: int = 16
@@ -64,23 +61,17 @@ class LatteT2VConfig:
 
     def __post_init__(self) -> None:
         check_limits(self, "", LIMITS)
-        require(
-            self.cross_attention_dim == self.width,
-            f"cross_attention_dim must be {self.width}, the network's width (num_attention_heads x "
-            f"attention_head_dim), got {self.cross_attention_dim!r}",
-        )
-        require(self.width % 4 == 0, f"the width must be divisible by 4 (sin-cos positions), got {self.width}")
-        require(
-            self.sample_size % self.patch == 0,
-            f"sample_size ({self.sample_size}) is not divisible by patch_size ({self.patch_size})",
-        )
+        width, size, given = self.width, self.sample_size, self.cross_attention_dim
+        product = f"{width}, the network's width (num_attention_heads x attention_head_dim)"
+        require(given == width, f"cross_attention_dim must be {product}, got {given!r}")
+        require(width % 4 == 0, f"the width must be divisible by 4 (sin-cos positions), got {width}")
+        require(size % self.patch == 0, f"sample_size ({size}) is not divisible by patch_size ({self.patch})")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> LatteT2VConfig:
         """Builds it from the content of a `config.json`, as diffusers or the official code writes it.
 
-        Raises:
-            ValueError: a key that is unknown or whose value the network does not support.
+        Raises: ValueError for a key that is unknown or whose value the network does not support.
         """
         known = [field.name for field in fields(cls)]
         given = {key: value for key, value in config.items() if not key.startswith("_") and key not in UNREAD}

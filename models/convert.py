@@ -61,9 +61,6 @@ ONLY_OURS = {
 ONLY_THEIRS = {"y_embedder": "the network has no labels (model.num_classes is 0)"}
 
 
-# -------------------------------------------------------------------------------------------- files
-
-
 class Ignored:
     """Placeholder for an object that is skipped: accepts any arguments, items and state, and stores nothing."""
 
@@ -81,20 +78,13 @@ class Ignored:
 
 
 def load_pickled(path: Path, ignored: Iterable[str] = ()) -> Any:
-    """Returns the content of a `.pt` file, on the CPU.
+    """Returns the content of a `.pt` file, on the CPU; objects of the classes `ignored` (full names) become `Ignored`.
 
-    Args:
-        ignored: full names of classes whose objects are replaced by `Ignored`; other classes are refused.
-
-    Raises:
-        ValueError: this PyTorch is too old to read the file safely, or the file is broken, compressed, or contains
-            Python objects.
+    Raises: ValueError if this PyTorch is too old to read it safely, or it is broken, compressed, or has other objects.
     """
-    require(
-        TorchVersion(torch.__version__) >= SAFE_SINCE,
-        f"{path} is not read, because with PyTorch {torch.__version__} a .pt file can run code; install "
-        f"PyTorch {SAFE_SINCE} or newer, or use a .safetensors file",
-    )
+    unsafe = f"with PyTorch {torch.__version__} a .pt file can run code"
+    remedy = f"install PyTorch {SAFE_SINCE} or newer, or use a .safetensors file"
+    require(TorchVersion(torch.__version__) >= SAFE_SINCE, f"{path} is not read, because {unsafe}; {remedy}")
     _check_archive(path)
     stand_ins: list[Any] = [(Ignored, name) for name in ignored]
     try:
@@ -104,12 +94,12 @@ def load_pickled(path: Path, ignored: Iterable[str] = ()) -> Any:
         raise
     except Exception as error:  # a broken file can raise anything, OSError included
         objects = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
-        if objects:
-            raise ValueError(
-                f"{path} holds Python objects ({', '.join(objects)}), which are not loaded because that can run any "
-                f"code; {CONVERT if SETTINGS.issuperset(objects) else DISTRUST}"
-            ) from error
-        raise ValueError(f"{path} is not a complete PyTorch checkpoint; copy it again") from error
+        if not objects:
+            raise ValueError(f"{path} is not a complete PyTorch checkpoint; copy it again") from error
+        remedy = CONVERT if SETTINGS.issuperset(objects) else DISTRUST
+        kinds = ", ".join(objects)
+        refusal = f"{path} holds Python objects ({kinds}), which are not loaded because that can run any code; {remedy}"
+        raise ValueError(refusal) from error
 
 
 def _check_archive(path: Path) -> None:
@@ -123,11 +113,9 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{path} is not a complete PyTorch checkpoint; copy it again") from error
     packed = any(record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 for record in records)
     size, unpacked = path.stat().st_size, sum(record.file_size for record in records)
-    require(
-        not packed and unpacked <= size and len(records) <= MAX_RECORDS,
-        f"{path} is refused: its {len(records)} records unpack to {unpacked} bytes from {size}, "
-        "but torch.save writes them unpacked and unencrypted",
-    )
+    plain = not packed and unpacked <= size and len(records) <= MAX_RECORDS
+    found = f"its {len(records)} records unpack to {unpacked} bytes from {size}"
+    require(plain, f"{path} is refused: {found}, but torch.save writes them unpacked and unencrypted")
 
 
 def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str] = ()) -> dict[str, Tensor]:
@@ -137,9 +125,7 @@ def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str
     PixArt's `.pth` files `state_dict_ema` or `state_dict`), else the file itself is the weights. Prefixes that
     DistributedDataParallel and torch.compile add to keys are removed. For `ignored` see `load_pickled`.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is broken, contains other Python objects, or no weights.
+    Raises: FileNotFoundError, ValueError if there is no such file, it is broken, or holds no weights or other objects.
     """
     path = Path(path)
     if not path.is_file():
@@ -150,15 +136,12 @@ def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str
     if kind not in (None, prefer):
         log.warning("%s holds no `%s` weights; using its `%s`", path, prefer, kind)
     weights: Mapping[str, Any] = sets if kind is None else sets[kind]
-    require(
-        bool(weights) and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()),
-        f"{path} holds no network weights: neither `ema`, nor `model`, nor tensors by name",
-    )
+    named = all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items())
+    absent = "neither `ema`, nor `model`, nor tensors by name"
+    require(bool(weights) and named, f"{path} holds no network weights: {absent}")
     bare = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in weights.items()}
-    require(
-        len(bare) == len(weights),
-        f"{path} holds the same weights twice, with and without a wrapper prefix ({', '.join(WRAPPERS)})",
-    )
+    twice = f"the same weights twice, with and without a wrapper prefix ({', '.join(WRAPPERS)})"
+    require(len(bare) == len(weights), f"{path} holds {twice}")
     return bare
 
 
@@ -173,48 +156,31 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def extract_weights(path: Path, hashes: Sequence[str], prefer: str = "ema") -> dict[str, Tensor]:
     """Returns the weights of an official `.pt` file that also holds settings, as tensors that share no memory.
 
-    Args:
-        hashes: SHA-256 of files to trust; any other file is not opened.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, another hash, or other objects than tensors and settings.
+    `hashes`: SHA-256 of files to trust; any other file is not opened. Raises: FileNotFoundError, ValueError.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
-    found = file_sha256(path)
-    require(
-        found in [each.strip().lower() for each in hashes],
-        f"{path} is not opened: its SHA-256 is {found}, but --sha256 allows {', '.join(hashes)}.",
-    )
+    found, trusted = file_sha256(path), [each.strip().lower() for each in hashes]
+    mismatch = f"its SHA-256 is {found}, but --sha256 allows {', '.join(hashes)}."
+    require(found in trusted, f"{path} is not opened: {mismatch}")
     weights = read_state_dict(path, prefer, ignored=SETTINGS)
     return {name: value.contiguous().clone() for name, value in weights.items()}
 
 
-# ------------------------------------------------------------------------ a network and its weights
-
-
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:
-    """Loads all weights or none.
+    """Loads all weights or none, by official key; `source` names their origin in the error.
 
-    Args:
-        model: the network; unchanged if the weights do not fit.
-        state_dict: weights by official key.
-        source: name of their origin, for the error.
-        assign: use these tensors as the network's parameters instead of copying them.
+    With `assign` the tensors become the network's parameters instead of being copied.
 
-    Raises:
-        ValueError: keys are missing, unexpected or of another shape; all of them are listed.
+    Raises: ValueError if keys are missing, unexpected or of another shape; all of them are listed.
     """
     ours = model.state_dict()
-    shared = [key for key in ours if key in state_dict]
+    bad = [key for key in ours if key in state_dict and state_dict[key].shape != ours[key].shape]
+    tables = {key: f", a table {advice}" for key, advice in TABLES.items()}
     kinds = {
         "missing": [(key, "") for key in ours if key not in state_dict],
         "unexpected": [(key, "") for key in state_dict if key not in ours],
-        "misshapen": [
-            (key, _shapes(state_dict[key], ours[key]) + (f", a table {TABLES[key]}" if key in TABLES else ""))
-            for key in shared
-            if state_dict[key].shape != ours[key].shape
-        ],
+        "misshapen": [(key, _shapes(state_dict[key], ours[key]) + tables.get(key, "")) for key in bad],
     }
     problems = [f"{kind} {', '.join(_fold(keys))}" for kind, keys in kinds.items() if keys]
     require(not problems, f"{source} does not fit the network: " + "; ".join(problems))
@@ -238,9 +204,6 @@ def weights_digest(*groups: Mapping[str, Tensor], facts: bytes = b"") -> str:
     return total.hexdigest()
 
 
-# ----------------------------------------------------------------------- starting from an image DiT
-
-
 @dataclass(frozen=True)
 class InitReport:
     """Keys that `init_from_dit` took, and those left in the checkpoint or in the network, with the reason."""
@@ -260,7 +223,7 @@ class InitReport:
 
 
 def is_image_checkpoint(state_dict: Mapping[str, Tensor]) -> bool:
-    """Returns whether these may be weights of an image DiT: with a spatial table of positions and no temporal one."""
+    """Whether these may be weights of an image DiT: with a spatial table of positions and no temporal one."""
     return "pos_embed" in state_dict and "temp_embed" not in state_dict
 
 
@@ -268,36 +231,24 @@ def init_from_dit(model: Latte, state_dict: Mapping[str, Tensor]) -> InitReport:
     """Copies the weights of an image DiT that have the key and shape of one of ours; the others stay as they are.
 
     In variants 1 and 2 a temporal layer takes the DiT layer of the same index, as in the official code. In `parallel`
-    the attention takes DiT's weights with half the number of heads.
-
-    Raises:
-        ValueError: no layer fits, so the weights are not those of a DiT of the network's width.
+    the attention takes DiT's weights with half the number of heads. Raises: ValueError if no layer fits.
     """
     ours = model.state_dict()
     taken = [key for key, value in state_dict.items() if key in ours and ours[key].shape == value.shape]
-    require(
-        any(key.startswith("blocks.") for key in taken),
-        "no layer of the checkpoint fits the network: train.init_from must be an image DiT "
-        f"of width {model.config.size.hidden_size} (model.name {model.config.name})",
-    )
+    wanted = f"an image DiT of width {model.config.size.hidden_size} (model.name {model.config.name})"
+    fits = any(key.startswith("blocks.") for key in taken)
+    require(fits, f"no layer of the checkpoint fits the network: train.init_from must be {wanted}")
 
-    def explain(keys: Iterable[str], reasons: Mapping[str, str], otherwise: str) -> dict[str, str]:
-        return {
-            key: _shapes(state_dict[key], ours[key]) + ("; ours is computed" if key in TABLES else "")
-            if key in ours and key in state_dict
-            else next((why for part, why in reasons.items() if part in key.split(".")), otherwise)
-            for key in keys
-            if key not in kept
-        }
+    def explain(key: str, reasons: Mapping[str, str], otherwise: str) -> str:
+        if key in ours and key in state_dict:
+            return _shapes(state_dict[key], ours[key]) + "; ours is computed" * (key in TABLES)
+        return next((why for part, why in reasons.items() if part in key.split(".")), otherwise)
 
-    kept = set(taken)
-    report = InitReport(
-        taken=taken,
-        left_theirs=explain(state_dict, ONLY_THEIRS, "the network has no such weights"),
-        left_ours=explain(ours, ONLY_OURS, "not in the checkpoint"),
-    )
+    kept, absent = set(taken), "the network has no such weights"
+    theirs = {key: explain(key, ONLY_THEIRS, absent) for key in state_dict if key not in kept}
+    own = {key: explain(key, ONLY_OURS, "not in the checkpoint") for key in ours if key not in kept}
     model.load_state_dict({**ours, **{key: state_dict[key] for key in taken}})
-    return report
+    return InitReport(taken, theirs, own)
 
 
 def _shapes(theirs: Tensor, ours: Tensor) -> str:

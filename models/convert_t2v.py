@@ -63,11 +63,8 @@ IGNORED = {
     r"pos_embed(\.pos_embed)?|temp_pos_embed": "a table of positions; ours is computed",
     r"(caption_projection|y_embedder)\.y_embedding": "the empty caption of training; samplers encode an empty prompt",
 }
-IGNORED_OF_IMAGES = {
-    r"(csize_embedder|ar_embedder)\..*|.*\.(resolution_embedder|aspect_ratio_embedder)\..*": (
-        "the image's size and shape as a condition, which Latte does not have"
-    ),
-}
+_SIZES = r"(csize_embedder|ar_embedder)\..*|.*\.(resolution_embedder|aspect_ratio_embedder)\..*"
+IGNORED_OF_IMAGES = {_SIZES: "the image's size and shape as a condition, which Latte does not have"}
 
 
 def find_network(source: str, revision: str | None, key: str) -> Path:
@@ -98,6 +95,9 @@ def convert_t2v(
 ) -> tuple[LatteT2V, InitReport]:
     """Returns the network in a folder or file, in evaluation mode, and a report on every tensor.
 
+    Weights without temporal blocks are those of an image network: its new temporal blocks start as the identity, and
+    `temporal_position_scale` at 0.
+
     Args:
         source: a folder in diffusers' format (a complete pipeline or its transformer), or a file of weights:
             `.safetensors`, or `.pt`, `.pth` or `.bin`, from which only tensors are unpickled.
@@ -108,21 +108,13 @@ def convert_t2v(
         dtype: of the network; None for that of the file.
         options: of `LatteT2V`.
 
-    Returns:
-        The network and the report. Weights without temporal blocks are those of an image network: its new temporal
-        blocks start as the identity, and `temporal_position_scale` at 0.
-
-    Raises:
-        FileNotFoundError: the folder or file, or a part of it, is missing.
-        ValueError: it is broken or does not fit the network; all differences are listed.
+    Raises: FileNotFoundError, ValueError where a part is missing, broken or does not fit; all differences are listed.
     """
     weights, keys = _read(Path(source), config, variant, prefer)
     table = weights.get("pos_embed")  # in PixArt's own files, which have no config
     weights, left = _translate(weights)
-    require(
-        "caption_projection.linear_1.weight" in weights,
-        f"{source} is not a text-conditioned network: it has no caption_projection",
-    )
+    is_text = "caption_projection.linear_1.weight" in weights
+    require(is_text, f"{source} is not a text-conditioned network: it has no caption_projection")
     if SCALE in keys:
         options.setdefault(SCALE, keys.pop(SCALE))
     name = str(source) if keys else f"{source}, read as Latte-1 because there is no {CONFIG_FILE} next to it,"
@@ -145,11 +137,7 @@ def convert_t2v(
 
 
 def save_t2v(model: LatteT2V, folder: str | Path) -> Path:
-    """Writes the network atomically as a folder that diffusers' class loads; returns the folder.
-
-    Raises:
-        FileExistsError: the folder is not empty.
-    """
+    """Writes the network atomically as a folder that diffusers' class loads. Raises: FileExistsError."""
     folder = require_new(Path(folder))
     config = model.config.to_dict()
     if model.temporal_position_scale != 1:
@@ -165,10 +153,7 @@ def save_t2v(model: LatteT2V, folder: str | Path) -> Path:
 
 
 def require_new(folder: Path) -> Path:
-    """Returns the folder if it is missing or empty.
-
-    Raises: FileExistsError otherwise.
-    """
+    """Returns the folder if it is missing or empty. Raises: FileExistsError otherwise."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty folder: choose another, so that nothing is overwritten")
     return folder
@@ -187,8 +172,7 @@ def to_diffusers(model: LatteT2V) -> nn.Module:
 def compare_with_diffusers(model: LatteT2V, folder: Path) -> float:
     """Returns the largest difference to the outputs of diffusers' class with the weights in `folder`.
 
-    The difference is relative to the largest value, in fp32 on a small random clip. A network that still computes
-    images is compared frame by frame.
+    It is relative to the largest value, in fp32 on a small random clip; of an image network, frame by frame.
     """
     from diffusers import LatteTransformer3DModel
 
@@ -209,10 +193,7 @@ def compare_with_diffusers(model: LatteT2V, folder: Path) -> float:
 def _read(
     source: Path, config: Mapping[str, Any] | None, variant: str | None, prefer: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the weights of `source`, and the content of its config.json, empty if there is none.
-
-    Raises: ValueError if the config describes another kind of network, or weights are not finite.
-    """
+    """Returns the weights of `source`, and the content of its config.json, empty if there is none."""
     folder, files = _find_files(source, variant)
     weights: dict[str, Tensor] = {}
     for file in files:
@@ -227,29 +208,24 @@ def _read(
 
 
 def _find_files(source: Path, variant: str | None) -> tuple[Path, list[Path]]:
-    """Returns the folder of a network's config.json, and its files of weights: the shards of an index, or one file.
-
-    Raises: FileNotFoundError if a part is missing; ValueError for an index that names files outside its folder.
-    """
+    """Returns the folder of a network's config.json, and its files of weights: the shards of an index, or one file."""
     if source.is_file():
         return source.parent, [source]
     if not source.is_dir():
         raise FileNotFoundError(f"there is no folder or file {source}")
     folder = next((each for each in (source / SUBFOLDER, source) if (each / CONFIG_FILE).is_file()), None)
     if folder is None:
+        remedy = "`python -m tools.convert diffusers` writes such a folder from a training run"
         raise FileNotFoundError(
-            f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}; `python -m "
-            "tools.convert diffusers` writes such a folder from a training run"
+            f"{source} holds no network: neither {SUBFOLDER}/{CONFIG_FILE} nor {CONFIG_FILE}; {remedy}"
         )
     part = f".{variant}" if variant else ""
     index = folder / f"{WEIGHTS}.safetensors.index{part}.json"
     if index.is_file():
         listed = read_json(index).get("weight_map")
         shards = list(listed.values()) if isinstance(listed, dict) else []
-        require(
-            bool(shards) and all(isinstance(name, str) and Path(name).name == name for name in shards),
-            f"{index} is not an index of weight files in its folder; copy it again",
-        )
+        inside = all(isinstance(name, str) and Path(name).name == name for name in shards)
+        require(bool(shards) and inside, f"{index} is not an index of weight files in its folder; copy it again")
         return folder, [folder / name for name in sorted(set(shards))]
     names = [f"{WEIGHTS}{part}.safetensors", f"{WEIGHTS}{part}.bin"]
     found = [folder / name for name in names if (folder / name).is_file()]
@@ -260,9 +236,7 @@ def _find_files(source: Path, variant: str | None) -> tuple[Path, list[Path]]:
 
 def _pixart_config(table: Tensor | None) -> LatteT2VConfig:
     """Returns the config of PixArt-alpha's XL network for the image size of its table of positions `(1, N, D)`."""
-    if table is None:
-        return LATTE_1
-    return replace(LATTE_1, sample_size=math.isqrt(table.shape[1]) * LATTE_1.patch)
+    return LATTE_1 if table is None else replace(LATTE_1, sample_size=math.isqrt(table.shape[1]) * LATTE_1.patch)
 
 
 def _translate(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

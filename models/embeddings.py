@@ -52,10 +52,7 @@ class TubeletPatchEmbed(nn.Module):
 
 
 class FrameUpsampler(nn.Module):
-    """Transposed convolution in time after the linear decoder: tubelets back to frames.
-
-    It is initialised to copy each tubelet to its s frames.
-    """
+    """Transposed convolution in time after the linear decoder: tubelets back to frames, at first as copies."""
 
     def __init__(self, channels: int, tubelet_size: int) -> None:
         super().__init__()
@@ -76,24 +73,15 @@ class FrameUpsampler(nn.Module):
         if not num_images:
             return x
         num_frames = x.shape[1] - num_images * self.tubelet_size
-        images = reduce(
-            x[:, num_frames:],
-            "batch (images tubelet) channels height width -> batch images channels height width",
-            "mean",
-            tubelet=self.tubelet_size,
-        )
+        pattern = "batch (images tubelet) channels height width -> batch images channels height width"
+        images = reduce(x[:, num_frames:], pattern, "mean", tubelet=self.tubelet_size)
         return torch.cat([x[:, :num_frames], images], dim=1)
 
 
 def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """`(B, F, N, p*p*C)` of `grid` rows and columns -> `(B, F, C, H, W)`."""
-    return rearrange(
-        x,
-        "batch frames (rows columns) (p q channels) -> batch frames channels (rows p) (columns q)",
-        rows=grid[0],
-        p=patch_size,
-        q=patch_size,
-    )
+    pattern = "batch frames (rows columns) (p q channels) -> batch frames channels (rows p) (columns q)"
+    return rearrange(x, pattern, rows=grid[0], p=patch_size, q=patch_size)
 
 
 class TimestepEmbedder(nn.Module):
@@ -103,11 +91,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(self.num_features, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
+        first, second = nn.Linear(self.num_features, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """`(B, ...)`, integer or fractional -> `(B, ..., D)`."""

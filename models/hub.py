@@ -36,15 +36,12 @@ def find_folder(path: str, revision: str | None, key: str, patterns: Sequence[st
         key: the configuration key of `path`, for errors.
         patterns: files to download from the hub.
 
-    Raises:
-        FileNotFoundError: neither a folder nor a hub name that can be downloaded.
-        ValueError: a revision is given for a folder.
+    Raises: FileNotFoundError if it is neither a folder nor can be downloaded; ValueError for a folder with a revision.
     """
     folder = local_folder(path)
     if folder is not None:
-        require(
-            not revision, f"{key}={path} is a local folder, which has no revision {revision}: leave the revision out"
-        )
+        local = f"{key}={path} is a local folder, which has no revision {revision}: leave the revision out"
+        require(not revision, local)
         return folder
     if Path(path).exists() or not is_hub_name(path):
         raise FileNotFoundError(f"{key}: there is no folder {path}")
@@ -54,9 +51,8 @@ def find_folder(path: str, revision: str | None, key: str, patterns: Sequence[st
     try:
         found = snapshot_download(name, revision=stated or revision, allow_patterns=list(patterns))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{key}={path} is not a local folder and could not be downloaded from the hub ({type(error).__name__})"
-        ) from error
+        reason = f"could not be downloaded from the hub ({type(error).__name__})"
+        raise FileNotFoundError(f"{key}={path} is not a local folder and {reason}") from error
     log.warning("%s: revision %s, commit %s", name, stated or revision or "main", Path(found).name)
     return Path(found)
 
@@ -79,10 +75,7 @@ def require_part(folder: Path, name: str) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Returns the JSON object in `file`.
-
-    Raises: OSError if it cannot be read; ValueError if it is broken or not an object.
-    """
+    """Returns the JSON object in `file`. Raises: OSError, ValueError if it is missing, broken or not an object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -18,26 +18,15 @@ from .hub import find_cached, read_json
 from .taef2 import DECODER_FILE, ENCODER_FILE
 from .text_encoder import PARTS, TextConfig
 
-# ------------------------------------------------------------------------------------------- codec
-
 
 def codec_identity(config: CodecConfig) -> dict[str, Any]:
     """Returns everything that latents depend on except scale and shift, as JSON values.
 
-    `sha256` covers all weights and the autoencoder's own config. It does not depend on the file format, and is None
-    if the weights are not on this machine (hub names are looked up in the local cache only).
-
-    Raises: ValueError if a weight file cannot be read.
+    `sha256` covers all weights and the autoencoder's own config, in any file format; None if they are not on this
+    machine (hub names are looked up in the local cache only). Raises: ValueError if a weight file cannot be read.
     """
-    return {
-        "path": config.path,
-        "subfolder": config.subfolder,
-        "revision": config.revision,
-        "latent_channels": config.latent_channels,
-        "downsample_factor": config.downsample_factor,
-        "dtype": config.dtype,
-        "sha256": _codec_sha256(config),
-    }
+    keys = ("path", "subfolder", "revision", "latent_channels", "downsample_factor", "dtype")
+    return {**{key: getattr(config, key) for key in keys}, "sha256": _codec_sha256(config)}
 
 
 def is_same_codec(made: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -70,15 +59,8 @@ def _codec_sha256(config: CodecConfig) -> str | None:
     return weights_digest(weights, facts=json.dumps(facts, sort_keys=True).encode())
 
 
-# ------------------------------------------------------------------------------------ text encoder
-
-
 def text_identity(config: TextConfig) -> dict[str, Any]:
-    """Returns everything that the features of a caption depend on, as JSON values.
-
-    `sha256` covers all files of the tokenizer and of the encoder. It is None if they are not on this machine (hub
-    names are looked up in the local cache only).
-    """
+    """Returns everything that the features of a caption depend on, as JSON values; `sha256` as above, of all files."""
     return {
         "path": config.path,
         "revision": config.revision,

@@ -35,8 +35,8 @@ from .embeddings import (
 class Route(NamedTuple):
     """A range of blocks that computes only some of the tokens; the others skip it unchanged (TREAD, arXiv 2501.04765).
 
-    The same token positions are kept in all frames of a clip, so that temporal attention sees whole rows. Positional
-    embeddings are added to all tokens; the tokens that `model.injection=tokens` appends are always kept.
+    The same positions are kept in all frames of a clip. Positional embeddings are added to all tokens; the tokens that
+    `model.injection=tokens` appends are always kept.
 
     Attributes:
         start, stop: blocks from `start` to `stop` - 1.
@@ -144,9 +144,6 @@ class Latte(nn.Module):
         Returns:
             `(B, F+I, C, H, W)`, or 2C channels with `learn_sigma`. With `return_hidden_states` a pair of that and
             the tokens `(B, F+I, N, D)` by block, in which F counts tubelets; inside `route` only its K kept tokens.
-
-        Raises:
-            ValueError: shapes that do not fit each other or the network, or a block that does not exist.
         """
         self._check_input(x, timesteps, labels, num_images)
         require_blocks(return_hidden_states, len(self.blocks))
@@ -178,14 +175,11 @@ class Latte(nn.Module):
             condition: see `Block.forward`.
             num_tokens: N.
 
-        Returns:
-            The tokens after the last block, and the hidden states by block.
+        Returns: the tokens after the last block, and the hidden states by block.
         """
         depth = len(self.blocks)
-        require(
-            route is None or 0 <= route.start < route.stop <= depth,
-            f"route must have 0 <= start < stop <= {depth}, got {route and (route.start, route.stop)}",
-        )
+        inside = route is None or 0 <= route.start < route.stop <= depth
+        require(inside, f"route must have 0 <= start < stop <= {depth}, got {route and route[:2]}")
         rotation = self._rotation(num_frames, x)
         num_appended = x.shape[2] - num_tokens
         hidden_states: dict[int, Tensor] = {}
@@ -280,10 +274,8 @@ class Latte(nn.Module):
     def _check_clip(self, num_frames: int, height: int, width: int) -> None:
         span, patch = self.config.frames_per_token, self.patch_size
         require(num_frames >= 1, f"a clip must have at least one frame, got {num_frames}")
-        require(
-            num_frames % span == 0,
-            f"{num_frames} frames are not divisible by model.tubelet_size={span}; change one of the two",
-        )
+        uneven = f"{num_frames} frames are not divisible by model.tubelet_size={span}; change one of the two"
+        require(num_frames % span == 0, uneven)
         require(
             min(height, width) >= patch and height % patch == width % patch == 0,
             f"latents of {height} x {width} are not divisible into patches of {patch} x {patch}; "
@@ -291,28 +283,24 @@ class Latte(nn.Module):
         )
 
     def _check_input(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_images: int) -> None:
+        shape, batch, channels = tuple(x.shape), len(x), self.in_channels
+        fits = x.ndim == 5 and shape[2] == channels
+        require(fits, f"latents must be of shape (B, F+I, {channels}, H, W), got {shape}")
         require(
-            x.ndim == 5 and x.shape[2] == self.in_channels,
-            f"latents must be of shape (B, F+I, {self.in_channels}, H, W), got {tuple(x.shape)}",
-        )
-        require(
-            timesteps.shape in (x.shape[:1], x.shape[:2]),
-            f"timesteps must be of shape ({len(x)},), one per clip, or {tuple(x.shape[:2])}, one per frame, got "
+            timesteps.shape in (shape[:1], shape[:2]),
+            f"timesteps must be of shape ({batch},), one per clip, or {shape[:2]}, one per frame, got "
             f"{tuple(timesteps.shape)}",
         )
         require(num_images >= 0, f"num_images must be at least 0, got {num_images}")
-        self._check_clip(x.shape[1] - num_images, x.shape[3], x.shape[4])
-        classes, shapes = self.config.num_classes, [(len(x),)] * (num_images == 0) + [(len(x), 1 + num_images)]
+        self._check_clip(shape[1] - num_images, *shape[3:])
+        classes, shapes = self.config.num_classes, [(batch,)] * (num_images == 0) + [(batch, 1 + num_images)]
+        if labels is None:
+            needed = f"a network with model.num_classes={classes} needs labels; the null label is {self.null_label}"
+            require(classes == 0, needed)
+            return
+        require(classes > 0, "an unconditional network (model.num_classes=0) takes no labels: pass None")
         require(
-            labels is None or classes > 0,
-            "an unconditional network (model.num_classes=0) takes no labels: pass None",
-        )
-        require(
-            labels is not None or classes == 0,
-            f"a network with model.num_classes={classes} needs labels; the null label is {self.null_label}",
-        )
-        require(
-            labels is None or tuple(labels.shape) in shapes,
-            f"labels must be of shape {' or '.join(map(str, shapes))} for {len(x)} clips with {num_images} images "
-            f"each, got {labels if labels is None else tuple(labels.shape)}",
+            tuple(labels.shape) in shapes,
+            f"labels must be of shape {' or '.join(map(str, shapes))} for {batch} clips with {num_images} images "
+            f"each, got {tuple(labels.shape)}",
         )

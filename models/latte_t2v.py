@@ -87,14 +87,11 @@ class LatteT2V(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | LatteT2VConfig, **changes: Any) -> LatteT2V:
-        """Builds the network from the content of a `config.json`, with random weights.
+        """Builds the network from the content of a `config.json`, with random weights. Raises: ValueError naming a key.
 
         Args:
             config: diffusers' keys, or those of the official LatteT2V or of PixArt if they have the same meaning.
             changes: values that override keys of `config`, or options of this class.
-
-        Raises:
-            ValueError: a key or value that the network does not support.
         """
         options = {key: changes.pop(key) for key in list(changes) if key not in LatteT2VConfig.__dataclass_fields__}
         given = config if isinstance(config, LatteT2VConfig) else LatteT2VConfig.from_dict({**config, **changes})
@@ -139,8 +136,7 @@ class LatteT2V(nn.Module):
         Args:
             hidden_states: noisy latents `(B, C, F+I, H, W)`: a clip, then `num_images` independent images.
             timestep: `(B,)`, integer or fractional; or `(B, F+I)`, one for each frame.
-            encoder_hidden_states: features of the captions `(B, L, C)`; with images `(B, 1+I, L, C)`, the clip's
-                first.
+            encoder_hidden_states: features of the captions `(B, L, C)`; with images `(B, 1+I, L, C)`, the clip's first.
             encoder_attention_mask: `(B, L)`, with images `(B, 1+I, L)`; see `text_mask` for its meaning.
             enable_temporal_attentions: False skips the temporal blocks: every frame is an independent image.
             return_dict: False returns a plain tuple.
@@ -150,9 +146,6 @@ class LatteT2V(nn.Module):
 
         Returns:
             `sample (B, out_channels, F+I, H, W)` and, with `return_hidden_states`, tokens `(B, F+I, N, D)` by block.
-
-        Raises:
-            ValueError: shapes that do not fit each other or the network, or a block that does not exist.
         """
         if timestep is None or encoder_hidden_states is None:  # optional in diffusers' signature
             raise ValueError("timestep and encoder_hidden_states (the features of the captions) must be given")
@@ -215,12 +208,9 @@ class LatteT2V(nn.Module):
         if self.text_mask == "diffusers":
             return Caption(features, _score_mask_per_frame(mask, tokens, length, num_images))
         rows = (batch, length) if num_images == 0 and mask.ndim == 2 else (batch, captions, length)
-        require(
-            tuple(mask.shape) == rows,
-            f"encoder_attention_mask must be of shape {rows}, one row per caption, got {tuple(mask.shape)}",
-        )
-        scores = (1 - mask.to(features.dtype)) * DISCARD
-        scores = scores.view(batch, captions, 1, length)
+        given = tuple(mask.shape)
+        require(given == rows, f"encoder_attention_mask must be of shape {rows}, one row per caption, got {given}")
+        scores = ((1 - mask.to(features.dtype)) * DISCARD).view(batch, captions, 1, length)
         return Caption(features, scores[:, :1], scores[:, 1:].reshape(-1, 1, 1, length) if num_images else None)
 
     def _space_positions(self, grid: tuple[int, int]) -> Tensor:
@@ -255,19 +245,13 @@ class LatteT2V(nn.Module):
     def _check_input(self, latents: Tensor, timesteps: Tensor, features: Tensor, num_images: int) -> None:
         channels, patch, width = self.config.channels[0], self.config.patch, self.config.caption_channels
         batch, shape = len(latents), tuple(latents.shape)
-        require(
-            latents.ndim == 5 and shape[1] == channels,
-            f"latents must be of shape (B, {channels}, F+I, H, W), got {shape}",
-        )
-        frames, *sides = shape[2:]
-        require(
-            0 <= num_images < frames,
-            f"num_images must be in [0, {frames}) for {frames} frames, got {num_images}",
-        )
-        require(
-            min(sides) >= patch and all(side % patch == 0 for side in sides),
-            f"latents of {sides[0]} x {sides[1]} are not divisible into patches of {patch} x {patch}",
-        )
+        fits = latents.ndim == 5 and shape[1] == channels
+        require(fits, f"latents must be of shape (B, {channels}, F+I, H, W), got {shape}")
+        frames, height, side = shape[2:]
+        inside = f"num_images must be in [0, {frames}) for {frames} frames, got {num_images}"
+        require(0 <= num_images < frames, inside)
+        whole = min(height, side) >= patch and height % patch == side % patch == 0
+        require(whole, f"latents of {height} x {side} are not divisible into patches of {patch} x {patch}")
         require(
             tuple(timesteps.shape) in ((batch,), (batch, frames)),
             f"timestep must be of shape ({batch},), one per clip, or ({batch}, {frames}), one per frame, got "

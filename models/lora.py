@@ -64,9 +64,6 @@ class LoraConfig:
         return (self.alpha or self.rank) / self.rank
 
 
-# -------------------------------------------------------------------------------------------- in a network
-
-
 def add_lora(model: nn.Module, config: LoraConfig) -> None:
     """Freezes `model` and adds adapters to its blocks; they have no effect yet, since B is zero and A is random."""
     from peft import inject_adapter_in_model  # optional
@@ -89,9 +86,6 @@ def lora_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state_dict.items() if KEY.fullmatch(key)}
 
 
-# -------------------------------------------------------------------------------------------- as weights
-
-
 class Adapter(NamedTuple):
     """A, B and the factor of their product, by the name of each linear map; `source` names their origin in errors."""
 
@@ -100,33 +94,23 @@ class Adapter(NamedTuple):
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], scale_of: Any, source: str) -> Adapter:
-        """Builds an adapter from keys of a network or of peft's file; `scale_of(rank)` is the factor.
-
-        Raises: ValueError for other keys, or for an A without its B.
-        """
+        """Builds an adapter from keys of a network or of peft's file; `scale_of(rank)` is the factor."""
         halves: dict[str, dict[str, Tensor]] = {}
         for key, value in weights.items():
             match = KEY.fullmatch(key)
             require(match is not None and value.ndim == 2, f"{source} is not a LoRA of linear maps: it holds {key}.")
             halves.setdefault(match[1], {})[match[2]] = value  # type: ignore[index]
-        bad = [
-            name
-            for name, pair in halves.items()
-            if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]
-        ]
-        require(
-            bool(halves) and not bad,
-            f"{source} is not a complete LoRA: {bad[0] + ' lacks a half' if bad else 'it is empty'}.",
-        )
+        require(bool(halves), f"{source} is not a complete LoRA: it is empty.")
+        for name, pair in halves.items():
+            whole = pair.keys() == {"A", "B"} and pair["A"].shape[0] == pair["B"].shape[1]
+            require(whole, f"{source} is not a complete LoRA: {name} lacks a half.")
         return cls({name: (pair["A"], pair["B"], scale_of(len(pair["A"]))) for name, pair in halves.items()}, source)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Adapter:
-        """Reads `adapter_config.json` and `adapter_model.safetensors` from a folder in peft's format, or a hub name.
+        """Reads a folder in peft's format, or a hub name.
 
-        Raises:
-            FileNotFoundError: there is no such folder.
-            ValueError: it is broken, or of a kind that cannot be merged by W + scale * B A.
+        Raises: FileNotFoundError, ValueError if there is none, or it cannot be merged by W + scale * B A.
         """
         folder = find_folder(str(folder), None, "lora", (CONFIG_FILE, WEIGHTS_FILE))
         for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -176,15 +160,11 @@ def save_lora(weights: Mapping[str, Tensor], config: LoraConfig, folder: Path) -
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """Returns peft's settings.
-
-    Raises: ValueError if they are broken or not those of plain LoRA.
-    """
+    """Returns peft's settings. Raises: ValueError if they are broken or not those of plain LoRA."""
     config = read_json(file)
     alpha = config.get("lora_alpha")
-    require(
-        isinstance(alpha, int | float) and math.isfinite(alpha), f"{file}: lora_alpha must be finite, got {alpha!r}"
-    )
+    finite = isinstance(alpha, int | float) and math.isfinite(alpha)
+    require(finite, f"{file}: lora_alpha must be finite, got {alpha!r}")
     for key, allowed in PLAIN.items():
         value = config.get(key, allowed[0])
         require(value in allowed, f"{file}: {key} is {value!r}; only plain LoRA ({key} {allowed[0]!r}) can be merged")

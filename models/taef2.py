@@ -1,8 +1,7 @@
 """TAEF2, a tiny autoencoder distilled from the FLUX.2 VAE (madebyollin/taesd, MIT): 32 channels, f8.
 
-Its files, `taef2_encoder.pth` and `taef2_decoder.pth`, hold the stacks of TAESD (convolutions and residual blocks)
-with twelve more tensors each: blocks at the coarsest resolution have an additional pooled branch. The layers below
-have the indices of the files, so the weights load strictly.
+The layers have the indices of its files, `taef2_encoder.pth` and `taef2_decoder.pth`, so the weights load strictly.
+They are TAESD's, and blocks at the coarsest resolution have an additional pooled branch.
 
 Letters: B images, C latent channels, H W pixels, h w latent pixels (H / 8, W / 8).
 """
@@ -82,10 +81,7 @@ class Taef2(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path) -> Taef2:
-        """Loads both files of `folder` strictly.
-
-        Raises: ValueError naming a file that does not hold these weights.
-        """
+        """Loads both files of `folder` strictly. Raises: ValueError naming a file that does not hold these weights."""
         net = cls()
         for part, name in ((net.encoder, ENCODER_FILE), (net.decoder, DECODER_FILE)):
             try:

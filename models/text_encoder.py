@@ -60,13 +60,9 @@ class TextConfig:
         check_read_only_with(self, "text.", {"revision": "path"})
 
     def folder(self) -> Path:
-        """Returns the folder of the encoder, downloaded if `path` is a hub name.
-
-        Raises: ValueError if `path` is not set, FileNotFoundError if it cannot be found.
-        """
-        if self.path is None:
-            raise ValueError("text.path is not set: set it to the folder or hub name of the text encoder.")
-        return find_folder(self.path, self.revision, "text.path", [f"{part}/*" for part in PARTS])
+        """Returns the folder of the encoder, downloaded if `path` is a hub name. Raises: ValueError, OSError."""
+        require(self.path is not None, "text.path is not set: set it to the folder or hub name of the text encoder.")
+        return find_folder(str(self.path), self.revision, "text.path", [f"{part}/*" for part in PARTS])
 
     def prepare(self, caption: str) -> str:
         """Returns a caption as the encoder takes it: cleaned, or only in lower case."""
@@ -115,11 +111,8 @@ class TextEncoder:
         finally:
             transformers_logging.set_verbosity(verbosity)
         lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
-        require(
-            not lost,
-            f"{folder / 'text_encoder'}: {len(lost)} weights are missing or have another shape than in its "
-            f"config.json, the first is {lost and lost[0]}",
-        )
+        wrong = f"{len(lost)} weights are missing or have another shape than in its config.json"
+        require(not lost, f"{folder / 'text_encoder'}: {wrong}, the first is {''.join(lost[:1])}")
         check_tokenizer(tokenizer, network.config.vocab_size, folder)
         return cls(tokenizer, quantize(network.eval().requires_grad_(False), quantization, device), max_length)
 
@@ -149,11 +142,10 @@ class TextEncoder:
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, folder: Path) -> None:
     """Raises ValueError for a tokenizer without its vocabulary, which would silently make all prompts the same."""
-    sizes = f"{folder}: the tokenizer has {len(tokenizer)} tokens, the text encoder {vocab_size}"
-    require(
-        vocab_size / 2 <= len(tokenizer) <= vocab_size,
-        f"{sizes}: they do not belong together, or the tokenizer's files are incomplete",
-    )
+    count = len(tokenizer)
+    sizes = f"{folder}: the tokenizer has {count} tokens, the text encoder {vocab_size}"
+    apart = "they do not belong together, or the tokenizer's files are incomplete"
+    require(vocab_size / 2 <= count <= vocab_size, f"{sizes}: {apart}")
     first, second = (tokenizer(probe).input_ids for probe in PROBES)
     require(first != second, f"{sizes}, but it encodes different prompts alike; copy the tokenizer again")
 
@@ -166,8 +158,7 @@ def prepare_caption(caption: str, *, clean: bool) -> str:
 def clean_caption(caption: str) -> str:
     """Removes addresses, mark-up, file names, codes and advertising from a caption.
 
-    The rules are those of DeepFloyd IF, used to train PixArt-alpha and Latte, as diffusers implements them for its
-    pipelines. They are applied twice, as there, because one pass may uncover text for the next.
+    The rules are those of DeepFloyd IF, as diffusers implements them for its pipelines; applied twice, as there.
     """
     from diffusers.pipelines.latte.pipeline_latte import LattePipeline
 

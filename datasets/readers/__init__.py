@@ -10,7 +10,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from .arrays import ArrayReader
+from common.checks import require
+
 from .base import (
     ARRAY_SUFFIX,
     HIDDEN,
@@ -24,62 +25,36 @@ from .base import (
     name_file,
 )
 from .decord import DecordReader
-from .images import FrameReader, list_frames
+from .images import ArrayReader, FrameReader, list_frames
 from .pyav import PyAVReader
 
-__all__ = [
-    "ARRAY_SUFFIX",
-    "HIDDEN",
-    "IMAGE_SUFFIXES",
-    "MAX_PIXELS",
-    "READERS",
-    "VIDEO_SUFFIXES",
-    "Reader",
-    "VideoError",
-    "check_installed",
-    "identify_file",
-    "list_frames",
-    "load_package",
-    "open_video",
-]
-
-READERS: dict[str, type[PyAVReader] | type[DecordReader]] = {
-    "auto": PyAVReader,
-    "pyav": PyAVReader,
-    "decord": DecordReader,
-}
-PACKAGES = {PyAVReader: "av", DecordReader: "decord"}
+# data.reader -> backend of video files, its package. `auto` is PyAV, the only backend with the exact number of frames
+# and exact pixels on every sample clip (docs/datasets.md).
+READERS = {"auto": (PyAVReader, "av"), "pyav": (PyAVReader, "av"), "decord": (DecordReader, "decord")}
 
 
 def open_video(path: str | Path, reader: str = "auto", max_pixels: int = MAX_PIXELS) -> Reader:
-    """Opens a video file, a folder of frames, a single image or an array.
+    """Opens a video file by the backend `reader`, a folder of frames, a single image or an array.
 
-    Folders and images are read with PIL, arrays with numpy.
-
-    Args:
-        reader: backend of video files. `auto` is PyAV, the only backend with the exact number of frames and exact
-            pixels on every sample clip (docs/datasets.md).
-        max_pixels: larger frames are refused by their header, before memory is allocated.
-
-    Raises: VideoError where there is no video.
+    Frames above `max_pixels` are refused by their header. Raises: VideoError where there is no video.
     """
-    if reader not in READERS:
-        raise ValueError(f"reader '{reader}' is unknown: use one of {', '.join(READERS)}")
+    require(reader in READERS, f"reader '{reader}' is unknown: use one of {', '.join(READERS)}")
     path = Path(path)
     with name_file(path):  # a stale network file, a parent folder without permission
         pictures = path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
     if pictures:
         return FrameReader(path, max_pixels)
-    backend = ArrayReader if path.suffix.lower() == ARRAY_SUFFIX else READERS[reader]
-    return backend(path, max_pixels)
+    if path.suffix.lower() == ARRAY_SUFFIX:
+        return ArrayReader(path, max_pixels)
+    return READERS[reader][0](path, max_pixels)
 
 
 def check_installed(reader: str) -> None:
     """Raises ValueError if the package of the backend `reader` is not installed or cannot be loaded."""
-    package = PACKAGES[READERS[reader]]
-    if find_spec(package) is None:
-        raise ValueError(
-            f"data.reader={reader} needs the Python package {package!r}, which is not installed: "
-            f"pip install {package}, or choose another reader"
-        )
+    package = READERS[reader][1]
+    require(
+        find_spec(package) is not None,
+        f"data.reader={reader} needs the Python package {package!r}, which is not installed: pip install {package}, "
+        "or choose another reader",
+    )
     load_package(package)

@@ -39,9 +39,8 @@ class VideoError(ValueError):
 class Reader:
     """The interface of all backends; each adds `__len__` and `read_images`.
 
-    `fps` is 0.0 where it is unknown. `damage` is None, or a sentence if frames inside the clip are missing or may be
-    wrong (`read` may set it). `cut_off` is None, or a sentence if the end of the file is missing. In both cases
-    `len()` counts only frames that exist.
+    `fps` is 0.0 where unknown. `damage` is None, or a sentence if frames inside the clip are missing or may be wrong
+    (`read` may set it); `cut_off`, if the end of the file is missing. `len()` counts only frames that exist.
     """
 
     fps = 0.0

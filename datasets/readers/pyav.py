@@ -30,8 +30,7 @@ class FrameIndex:
     """The index of the frames of one file; made once per process and file.
 
     `pts (T,)`: presentation timestamps, ascending; `keys (K,)`: timestamps at which decoding may start. Where
-    timestamps do not identify frames (AVI with B-frames), `timed` is False: `pts` are ordinals, and frames are found
-    by counting from the start.
+    timestamps do not identify frames (AVI with B-frames), `timed` is False: `pts` are ordinals, and frames are counted.
     """
 
     pts: np.ndarray
@@ -82,17 +81,13 @@ class PyAVReader(Reader):
             yield image
             expected += 1
         if expected < len(self):
-            raise self._undecodable(expected)
-
-    def _undecodable(self, index: int) -> VideoError:
-        return VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
+            raise VideoError(self.path, f"frame {expected} of {len(self)} cannot be decoded")
 
     def _read_group(self, targets: list[int], place: int) -> dict[int, np.ndarray]:
         """Returns the images of the frames `targets`, whose last key frame at or before them is number `place`.
 
-        A key frame need not be a clean place to start (open GOP, gradual refresh, parameter sets that are not
-        repeated): where frames come out damaged or not at all, decoding starts again one key frame earlier, and at
-        last at the first packet, whose result is final.
+        A key frame need not be a clean place to start (open GOP, gradual refresh): where frames come out damaged or not
+        at all, decoding starts again one key frame earlier, and at last at the first packet, whose result is final.
         """
         for key in self.index.keys[[at for at in (place, place - 1) if at > 0]].tolist():
             with suppress(_UncleanStart):
@@ -100,15 +95,15 @@ class PyAVReader(Reader):
                 if len(images) == len(targets):
                     return images
         images = dict(self._decode(targets, None))
-        missing = [index for index in targets if index not in images]
-        if missing:
-            raise self._undecodable(missing[0])
+        for index in targets:
+            if index not in images:
+                raise VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
         return images
 
     def _decode(self, targets: Sequence[int], key: int | None) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (index, image) of the `targets`, decoding from the key frame `key` (None: from the first packet).
 
-        Raises: _UncleanStart where `key` is not None and no intact key frame precedes the first target.
+        Raises: _UncleanStart where no intact key frame precedes the first target.
         """
         av = load_package("av")
         reformatter = load_package("av.video.reformatter").VideoReformatter()
@@ -189,8 +184,7 @@ def open_container(source: VideoFile) -> Iterator[tuple[Any, Any]]:
 def _read_packets(container: Any, stream: Any, key: int | None = None) -> Iterator[av.Packet]:
     """Yields the packets of a newly opened file in file order, up to a read error and with the final empty one.
 
-    From the key frame with timestamp `key` on, if given: seeking in containers is inexact, so packets before it are
-    dropped undecoded, and the caller checks the first frame.
+    From the key frame with timestamp `key` on, if given: seeking is inexact, so packets before it are dropped.
     """
     av = load_package("av")
     if key is not None:
@@ -257,9 +251,7 @@ def _check_count(source: VideoFile, frames: int) -> None:
 def _measure_frame_rate(stated: float, times: np.ndarray, time_base: float) -> float:
     """Returns the stated frame rate, or the measured one if they differ by over 5 % (FLV states 1000, TS nothing)."""
     seconds = float(times[-1] - times[0]) * time_base
-    if seconds <= 0:
-        return stated
-    measured = (len(times) - 1) / seconds
+    measured = (len(times) - 1) / seconds if seconds > 0 else stated
     return stated if abs(stated - measured) <= 0.05 * measured else measured
 
 
@@ -298,25 +290,22 @@ def _describe_missing_tail(source: VideoFile, size: int, declared: int, found: i
     """Returns a sentence if the container states more frames or bytes than the file has, else None."""
     if source.format == "mov" and found < declared:
         return f"the file is cut off: {found} of {declared} frames are there"
-    with name_file(source.path, "cannot be read to its end"):
-        stated = _read_stated_size(source.path, source.format)
-    if stated > size:
-        return f"the file is cut off: {size} of {stated} bytes are there"
-    return None
+    with name_file(source.path, "cannot be read to its end"), Path(source.path).open("rb") as file:
+        stated = _read_stated_size(file, source.format)
+    return f"the file is cut off: {size} of {stated} bytes are there" if stated > size else None
 
 
-def _read_stated_size(path: str, format_name: str) -> int:
+def _read_stated_size(file: BinaryIO, format_name: str) -> int:
     """Returns the file size that the header of an AVI or Matroska file states; 0 where it states none."""
-    with Path(path).open("rb") as file:
-        if format_name == "avi":
-            return 8 + int.from_bytes(file.read(8)[4:], "little")
-        if format_name == "matroska":
-            file.seek(4)  # past the identifier of the header
-            file.seek(_read_ebml_size(file), 1)  # past the header, to the segment
-            known = file.read(4) == b"\x18\x53\x80\x67"
-            length = _read_ebml_size(file) if known else 0
-            return file.tell() + length if length else 0
-    return 0
+    if format_name == "avi":
+        return 8 + int.from_bytes(file.read(8)[4:], "little")
+    if format_name != "matroska":
+        return 0
+    file.seek(4)  # past the identifier of the header
+    file.seek(_read_ebml_size(file), 1)  # past the header, to the segment
+    known = file.read(4) == b"\x18\x53\x80\x67"
+    length = _read_ebml_size(file) if known else 0
+    return file.tell() + length if length else 0
 
 
 def _read_ebml_size(file: BinaryIO) -> int:
