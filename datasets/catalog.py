@@ -53,10 +53,6 @@ class Catalog:
     skipped: dict[str, int] = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
 
 def compute_digest(clips: Sequence[Clip], classes: Sequence[str]) -> str:
     """Returns a SHA-256 over names, sizes and classes: equal on two machines exactly if their catalogs are equal."""

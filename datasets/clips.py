@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from .captions import read_captioned_images
 from .catalog import Catalog, Clip, compute_digest
 from .config import DataConfig
 from .labels import read_frame_list
+from .latents import LatentCache
 from .readers import Reader, VideoError, identify_file, open_video
 from .recipes import CAPTIONED, RECIPES
 from .transforms import TRANSFORMS, horizontal_flip, to_signed_range
@@ -47,18 +48,6 @@ class Sample(TypedDict, total=False):
     latents: Tensor
     labels: Tensor
     index: int
-
-
-class FrameSource(Protocol):
-    """Source of the frames of a clip: pixels or latents; `key` is their name in a `Sample`."""
-
-    key: str
-
-    def open(self, clip: Clip) -> Any:
-        """Returns an object with `len()` and `cut_off`, as a Reader. Raises: VideoError for an unusable clip."""
-
-    def show(self, opened: Any, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
-        """Returns these frames, (T, ...), all mirrored or none. Raises: VideoError where one is unusable."""
 
 
 class Pixels:
@@ -97,6 +86,9 @@ class Pixels:
         return to_signed_range(self.transform(frames, self.config.image_size))
 
 
+FrameSource = Pixels | LatentCache  # `key` is the name of the frames in a `Sample`
+
+
 class ClipDataset(Dataset[Sample]):
     """`dataset[epoch, index]`: one clip of video `index`, drawn again in every epoch, and I extra images.
 
@@ -109,37 +101,24 @@ class ClipDataset(Dataset[Sample]):
 
     def __init__(self, config: DataConfig, catalog: Catalog, seed: int, source: FrameSource | None = None) -> None:
         self.config, self.catalog, self.seed = config, catalog, seed
-        self.source = source or Pixels(config)
-        self.transform_name = RECIPES[config.name].transform
-        self.flips = config.mirrors
+        self.source: FrameSource = source or Pixels(config)
+        self.transform_name, self.flips = RECIPES[config.name].transform, config.mirrors
         self.span = window_span(config.num_frames, config.frame_interval)
         self.images: list[Clip] | None = None
         if config.frame_list and config.name == CAPTIONED:
             self.catalog, self.images = read_captioned_images(config, catalog)
         elif config.frame_list:
             self.images = read_frame_list(config, catalog)
+        self.class_names, self.captions = self.catalog.class_names, self.catalog.captions  # one of them by label
+        self.num_classes = len(self.class_names)
         self.skipped: dict[str, str] = {}
         self.cut_off: dict[str, str] = {}
         self.looped: dict[str, str] = {}
-        names = self.catalog.class_names or self.catalog.captions
-        self.digest = compute_digest([*catalog.clips, *(self.images or [])], names)
+        self.digest = compute_digest([*catalog.clips, *(self.images or [])], self.class_names or self.captions)
         self.on_open: Callable[[str], None] | None = None  # called with the path of each video before it is read
 
     def __len__(self) -> int:
         return len(self.catalog.clips)
-
-    @property
-    def class_names(self) -> list[str]:
-        return self.catalog.class_names
-
-    @property
-    def num_classes(self) -> int:
-        return self.catalog.num_classes
-
-    @property
-    def captions(self) -> list[str]:
-        """The captions of clips and images, indexed by label; empty for a set without captions."""
-        return self.catalog.captions
 
     @property
     def latent_settings(self) -> dict[str, object]:

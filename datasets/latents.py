@@ -45,8 +45,7 @@ class StoredClip:
     """One clip of a cache: `name`, `size` and `num_frames` are those of the catalog.
 
     frames: number of its frames, which are rows `first` to `first + frames` of shard `shard`.
-    reason: the reason why it cannot be opened; then it has no frames.
-    cut_off: a sentence if its end is missing.
+    reason: why it cannot be opened; then it has no frames. cut_off: a sentence if its end is missing.
     runs: its frames by kind, in order; they add up to `frames`.
     listed: whether it is an image of `data.frame_list` instead of a clip.
     """
@@ -110,17 +109,13 @@ class LatentCache:
             clips = [StoredClip.from_json(facts) for facts in index["clips"]]
         except (LookupError, TypeError, ValueError):
             raise ValueError(f"data.latents: {path / INDEX} is damaged; make the cache again") from None
+        self.stochastic = self.shape[1] == 2  # holds deviations in addition to means
         self.clips = {clip.name: clip for clip in clips}
         for clip in clips:
             held = counts[clip.shard] if 0 <= clip.shard < len(counts) else 0
             if clip.frames != sum(run.frames for run in clip.runs) or not 0 <= clip.first <= held - clip.frames:
                 raise ValueError(f"data.latents: {path / INDEX} is damaged at {clip.name!r}; make the cache again")
         self.shards = ShardReader(path, dtype, counts, self.shape, TENSOR)
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether it holds deviations in addition to means."""
-        return self.shape[1] == 2
 
     def list_clips(self) -> list[Clip]:
         """Returns its clips, without listed images, as entries of a catalog."""

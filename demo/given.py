@@ -2,10 +2,10 @@
 
     python -m demo.given --ckpt results/demo_condition --out results/demo_given
 
-Draws clips of 32 frames that are not in the training set, gives a network some of their frames and samples the others.
-The tracker of demo/drawn.py measures the distance of the body from the real one and how often colour and motion match
-the label; evaluation/seams.py measures the change of frames where windows meet. Writes a table, and a contact sheet of
-each case: the real clip above the sampled one.
+Draws clips of 32 frames, gives a network some of their frames and samples the others. The tracker of demo/drawn.py
+measures the distance of the body from the real one and how often colour and motion match the label; evaluation/seams.py
+measures the change of frames where windows meet. Writes a table, and a contact sheet of each case: the real clip above
+the sampled one.
 
 Letters: n videos, F frames, H W pixels.
 """
@@ -71,23 +71,18 @@ def draw_real_clips(number: int) -> tuple[np.ndarray, list[int]]:
 def sample_case(generator: Generator, case: Case, clips: np.ndarray, steps: int) -> np.ndarray:
     """Samples the videos of a case, uint8 (n, F, H, W, 3)."""
     pixels = torch.from_numpy(clips[:, list(case.given)]).permute(0, 1, 4, 2, 3) / 127.5 - 1
-    trained = generator.config.data.num_frames
-    return generator.sample(
-        num=len(clips),
-        steps=steps,
-        method="ddim",
-        batch_size=16,
-        num_frames=case.frames,
-        given=GivenFrames(pixels, case.given) if case.given else None,
-        windows=Windows(trained, OVERLAP, case.method) if case.method else None,
-    )
+    window = generator.config.data.num_frames
+    given = GivenFrames(pixels, case.given) if case.given else None
+    windows = Windows(window, OVERLAP, case.method) if case.method else None
+    options = {"steps": steps, "method": "ddim", "batch_size": 16, "num_frames": case.frames}
+    return generator.sample(num=len(clips), given=given, windows=windows, **options)
 
 
 def measure(videos: np.ndarray, clips: np.ndarray, labels: list[int], case: Case, window: int) -> Measured:
     """Measures the videos of a case with the tracker and at the seams.
 
-    `next_error` is the distance of the body's centre from the real one in the first frame that is not given, and
-    `mean_error` over all these frames, both in pixels and the median over videos; None without given frames.
+    `next_error` is the distance of the body's centre from the real one in the first frame that is not given,
+    `mean_error` over all these frames: in pixels, the median over videos; None without given frames.
     """
     named = accuracy(videos.transpose(0, 1, 4, 2, 3), labels)
     found: Measured = {"colour": named["appearance_accuracy"], "motion": named["motion_accuracy"]}

@@ -41,12 +41,9 @@ def main(argv: list[str]) -> None:
     def train(name: str, config: str, *overrides: str) -> list[str]:
         return [python, "train.py", "--config", config, f"train.output_dir={out / name}", *caches, *overrides]
 
-    stages = {
-        "data": [python, "-m", "demo.data"],
-        "text encoder": [python, "-m", "demo.text_encoder"],
-        "latents": [python, "-m", "tools.cache_latents", "--config", VIDEO_CONFIG, "--out", LATENTS],
-        "text features": [python, "-m", "tools.cache_text", "--config", VIDEO_CONFIG, "--out", FEATURES],
-    }
+    stages = {"data": [python, "-m", "demo.data"], "text encoder": [python, "-m", "demo.text_encoder"]}
+    for name, tool, folder in (("latents", "latents", LATENTS), ("text features", "text", FEATURES)):
+        stages[name] = [python, "-m", f"tools.cache_{tool}", "--config", VIDEO_CONFIG, "--out", folder]
     if arguments.inflate:
         stages["training images"] = train("images", IMAGE_CONFIG)
         if not inflated.exists():

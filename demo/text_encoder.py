@@ -2,10 +2,9 @@
 
     python -m demo.text_encoder            # fills data/demo_text, the folder that the demo configs read
 
-A real text encoder has 4.7 billion trained weights; this one has half a million random weights. Its features still
-depend on the words, through the embeddings, and on their positions, through attention; the video network learns their
-meaning. The folder has the layout of a Latte folder: `tokenizer/` and `text_encoder/`. The same seed gives the same
-files; an existing folder is kept.
+Features of random weights still depend on the words and their positions; the video network learns their meaning. The
+folder has the layout of a Latte folder: `tokenizer/` and `text_encoder/`. The same seed gives the same files; an
+existing folder is kept.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python -m demo.data --out data/demo64 --size 64 --clips-per-class 50
     python -m demo.train_codec --data data/demo data/demo64 --out results/codec
 
-First encoder and decoder are trained together on standardised latents with noise of a random strength, so that the
-decoder draws clean pictures from the slightly wrong latents of a diffusion model. Then the statistics of the latents
-are folded into the encoder's last convolution, and the decoder alone is trained on. Clips of group 25 are kept out.
+Encoder and decoder are trained together on standardised latents with noise of a random strength, against the slightly
+wrong latents of a diffusion model. Then the statistics of the latents are folded into the encoder's last convolution,
+and the decoder alone is trained on. Clips of group 25 are held out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.checks import require
 from datasets.readers import open_video
 from demo.drawn import CLASSES, accuracy
 from engine import cli
@@ -49,14 +50,10 @@ def new_network() -> Any:
     """Returns the untrained autoencoder: He initialisation, and residual branches that start at zero."""
     from diffusers import AutoencoderTiny
 
-    network = AutoencoderTiny(
-        latent_channels=LATENT_CHANNELS,
-        act_fn="silu",  # learns faster than relu here, and leaves no unit dead
-        encoder_block_out_channels=(32, 32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32, 32),
-        num_encoder_blocks=(0, 1, 1, 2),  # none at full resolution, which would cost more than all others
-        num_decoder_blocks=(2, 2, 2, 0),
-    )
+    widths = {f"{part}_block_out_channels": (32, 32, 32, 32) for part in ("encoder", "decoder")}
+    # no blocks at full resolution, which would cost more than all others
+    blocks = {"num_encoder_blocks": (0, 1, 1, 2), "num_decoder_blocks": (2, 2, 2, 0)}
+    network = AutoencoderTiny(latent_channels=LATENT_CHANNELS, act_fn="silu", **widths, **blocks)
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -157,8 +154,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--decoder-steps", type=int, default=6000, help="then of the decoder alone (6000)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    if arguments.out.exists():
-        raise ValueError(f"--out {arguments.out} is there already: name a new folder.")
+    require(not arguments.out.exists(), f"--out {arguments.out} is there already: name a new folder.")
     folders = [read_clips(root, held_out=False)[0] for root in arguments.data]
     steps, total = arguments.steps, arguments.steps + arguments.decoder_steps
     torch.manual_seed(arguments.seed)
@@ -168,9 +164,9 @@ def main(argv: list[str]) -> None:
     train_stage(network, folders, range(steps, total), arguments.seed, joint=False)
     network.save_pretrained(arguments.out)
     figures = {str(root): measure(arguments.out, root) for root in arguments.data}
-    report = {"command": "python -m demo.train_codec " + " ".join(argv), "held_out": figures}
-    (arguments.out / "recipe.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=1))
+    report = json.dumps({"command": "python -m demo.train_codec " + " ".join(argv), "held_out": figures}, indent=1)
+    (arguments.out / "recipe.json").write_text(report + "\n", encoding="utf-8")
+    print(report)
 
 
 if __name__ == "__main__":

@@ -60,11 +60,16 @@ def _codec_sha256(config: CodecConfig) -> str | None:
 
 
 def text_identity(config: TextConfig) -> dict[str, Any]:
-    """Returns everything that the features of a caption depend on, as JSON values; `sha256` as above, of all files."""
+    """Returns everything that the features of a caption depend on, as JSON values; `sha256` covers all files."""
+    folder = None if config.path is None else find_cached(config.path, config.revision, f"{PARTS[1]}/{CONFIG_FILE}")
+    digest = hashlib.sha256()
+    files = [file for part in PARTS if folder for file in sorted((folder / part).rglob("*")) if file.is_file()]
+    for file in files:
+        digest.update(f"{file.relative_to(folder or '').as_posix()}\0{file_sha256(file)}\0".encode())
     return {
         "path": config.path,
         "revision": config.revision,
-        "sha256": _text_sha256(config),
+        "sha256": digest.hexdigest() if files else None,  # None: the files are not on this machine
         "dtype": config.dtype,
         "width": config.caption_channels,
         "max_length": config.max_length,
@@ -76,14 +81,3 @@ def select_comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the part of a text identity that a cache must equal: the hash of the files, or without it their name."""
     ignored = ("path", "revision") if identity["sha256"] or identity["path"] is None else ()
     return {key: value for key, value in identity.items() if key not in ignored and not (key == "sha256" and not value)}
-
-
-def _text_sha256(config: TextConfig) -> str | None:
-    folder = None if config.path is None else find_cached(config.path, config.revision, f"{PARTS[1]}/{CONFIG_FILE}")
-    if folder is None:
-        return None
-    digest = hashlib.sha256()
-    files = [file for part in PARTS for file in sorted((folder / part).rglob("*")) if file.is_file()]
-    for file in files:
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file_sha256(file)}\0".encode())
-    return digest.hexdigest() if files else None

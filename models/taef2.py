@@ -52,32 +52,20 @@ class SoftClamp(nn.Module):
         return 3.0 * torch.tanh(z / 3.0)
 
 
-def _blocks(count: int, *, pooled: bool = False) -> list[nn.Module]:
-    return [Block(pooled=pooled) for _ in range(count)]
-
-
-def build_encoder() -> nn.Sequential:
-    """Returns the encoder: RGB in [0, 1] (B, 3, H, W) -> latents (B, 32, h, w)."""
-    layers: list[nn.Module] = [_conv(3, WIDTH), Block()]
-    for pooled in (False, False, True):
-        layers += [_conv(WIDTH, WIDTH, stride=2, bias=False), *_blocks(3, pooled=pooled)]
-    return nn.Sequential(*layers, _conv(WIDTH, LATENT_CHANNELS))
-
-
-def build_decoder() -> nn.Sequential:
-    """Returns the decoder: latents (B, 32, h, w) -> RGB in about [0, 1] (B, 3, H, W)."""
-    layers: list[nn.Module] = [SoftClamp(), _conv(LATENT_CHANNELS, WIDTH), nn.ReLU()]
-    for pooled in (True, False, False):
-        layers += [*_blocks(3, pooled=pooled), nn.Upsample(scale_factor=2), _conv(WIDTH, WIDTH, bias=False)]
-    return nn.Sequential(*layers, Block(), _conv(WIDTH, 3))
-
-
 class Taef2(nn.Module):
     """TAEF2 for RGB in [-1, 1], as all codecs here take it; TAEF2 itself uses [0, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.decoder = build_encoder(), build_decoder()
+        layers: list[nn.Module] = [_conv(3, WIDTH), Block()]
+        for pooled in (False, False, True):
+            layers += [_conv(WIDTH, WIDTH, stride=2, bias=False), *(Block(pooled=pooled) for _ in range(3))]
+        self.encoder = nn.Sequential(*layers, _conv(WIDTH, LATENT_CHANNELS))  # (B, 3, H, W) in [0, 1] -> (B, C, h, w)
+        layers = [SoftClamp(), _conv(LATENT_CHANNELS, WIDTH), nn.ReLU()]
+        for pooled in (True, False, False):
+            layers += [*(Block(pooled=pooled) for _ in range(3)), nn.Upsample(scale_factor=2)]
+            layers += [_conv(WIDTH, WIDTH, bias=False)]
+        self.decoder = nn.Sequential(*layers, Block(), _conv(WIDTH, 3))
 
     @classmethod
     def from_folder(cls, folder: Path) -> Taef2:

@@ -54,7 +54,7 @@ def test_clips_are_found_sorted_and_other_files_counted(
     catalog = build_catalog(config(touch(tmp_path, *files), name))
     assert [(clip.name, clip.num_frames) for clip in catalog.clips] == list(clips.items())
     assert all(Path(clip.path).exists() for clip in catalog.clips)
-    assert (catalog.skipped, catalog.class_names, catalog.num_classes) == (skipped, [], 0)
+    assert (catalog.skipped, catalog.class_names) == (skipped, [])
 
 
 @pytest.mark.parametrize("name", FOUND)

@@ -43,9 +43,6 @@ PIECE_BYTES = 2**26  # size of the decoded frames that a loader worker hands ove
 LEAST_SHARDS = 64  # of a small set, so that a kill loses little and ranks can share the work
 
 
-# ---- loading -----------------------------------------------------------------------------------------
-
-
 class Piece(NamedTuple):
     """Consecutive frames of one clip, which had `length` frames when it was measured."""
 
@@ -136,9 +133,6 @@ def merge_runs(runs: Iterable[FrameRun]) -> list[FrameRun]:
     return [FrameRun(sum(run.frames for run in group), *like) for like, group in groups]
 
 
-# ---- planning ----------------------------------------------------------------------------------------
-
-
 def list_clips(config: Config) -> ClipDataset:
     """Returns the data set of all clips that a window of any length may be drawn from, held-out ones too."""
     require(config.data.latents is None, "data.latents: leave it out, this command makes the cache")
@@ -161,9 +155,6 @@ def place_clips(clips: Iterable[StoredClip], shard_frames: int) -> Iterator[Stor
 def count_frames(plan: Iterable[StoredClip]) -> list[int]:
     """Returns the number of frames of each shard."""
     return [sum(clip.frames for clip in shard) for _, shard in groupby(plan, key=lambda clip: clip.shard)]
-
-
-# ---- encoding ----------------------------------------------------------------------------------------
 
 
 class LatentWriter(CacheWriter):

@@ -154,13 +154,9 @@ class OutputFolder:
 
     def write_text(self, name: str, parts: Iterable[str]) -> None:
         """Writes the text file OUT/name atomically; names that are not UTF-8 keep their bytes."""
-
-        def write(file: Path) -> None:
-            with file.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
-                stream.writelines(parts)
-
+        content = "".join(parts).encode(errors="surrogateescape")
         with explain_write_errors(str(self.out / name), RESUME_ADVICE):
-            write_atomically(self.out / name, write, temporary=self.work / "aside")
+            write_atomically(self.out / name, lambda file: file.write_bytes(content), temporary=self.work / "aside")
 
     def report(self, made: Sequence[Record], **more: Any) -> None:
         """Writes report.json: settings, counts, every file that is not in the result, and `more`; prints a summary."""

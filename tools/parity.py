@@ -125,9 +125,6 @@ class Goldens:
         return found
 
 
-# ---- networks ----------------------------------------------------------------------------------------
-
-
 def empty_network(config: dict[str, Any]) -> Latte:
     """Returns the network of an official configuration, with its initial weights."""
     if config["extras"] not in (1, 2):
@@ -202,9 +199,6 @@ def run_guided(golden: Goldens, network: Network) -> Tensor:
     conditional = guide_denoiser(call, condition, golden.config["cfg_scale"], channels=channels)(x, timesteps)
     rest = network(x, null_timesteps, null_labels)[:, :, channels:]
     return torch.cat([conditional, torch.cat([conditional[:, :, :channels], rest], dim=2)])
-
-
-# ---- diffusion ---------------------------------------------------------------------------------------
 
 
 def process(golden: Goldens, respacing: str = "", learn_sigma: bool = True, **fields: Any) -> GaussianDiffusion:
@@ -290,9 +284,6 @@ def check_loops(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
     for method in ("ddpm", "ddim"):
         for match in golden.matches(rf"loop/{method}(\d+)"):
             yield Quantity(match[0], partial(loop, method, match[1]), network=True)
-
-
-# ---- the rest ----------------------------------------------------------------------------------------
 
 
 def check_transforms(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
