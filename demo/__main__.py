@@ -9,10 +9,10 @@ metrics.json and index.html. A second run continues or reuses existing results.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def write_page(out: Path, metrics: dict[str, Any], shown: int = 24) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the demo."""
-    parser = argparse.ArgumentParser("demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser("python -m demo", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder to write (%(default)s)")
     parser.add_argument("--videos", type=int, default=96, help="videos per kind, at least 64 (%(default)s)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of torchrun (%(default)s)")

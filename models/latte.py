@@ -283,9 +283,10 @@ class Latte(nn.Module):
         )
 
     def _check_input(self, x: Tensor, timesteps: Tensor, labels: Tensor | None, num_images: int) -> None:
-        shape, batch, channels = tuple(x.shape), len(x), self.in_channels
+        shape, channels = tuple(x.shape), self.in_channels
         fits = x.ndim == 5 and shape[2] == channels
         require(fits, f"latents must be of shape (B, F+I, {channels}, H, W), got {shape}")
+        batch = len(x)
         require(
             timesteps.shape in (shape[:1], shape[:2]),
             f"timesteps must be of shape ({batch},), one per clip, or {shape[:2]}, one per frame, got "
