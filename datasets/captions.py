@@ -111,10 +111,7 @@ def find_columns(config: DataConfig, where: str, names: Sequence[str]) -> tuple[
 def read_list(
     path: Path, key: str, config: DataConfig, root: Path, *, images: bool = False
 ) -> tuple[list[Clip], Counter[str]]:
-    """Returns the clips or images of a list, in its order, and the number of skipped lines by reason.
-
-    `key` names the setting in errors. Raises: FileNotFoundError, ValueError with the line number.
-    """
+    """Returns the clips or images of a list, in its order, and the number of skipped lines by reason."""
     clips: list[Clip] = []
     unusable: list[Unusable] = []
     columns = None

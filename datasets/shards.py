@@ -93,10 +93,7 @@ def map_shard(file: Path, dtype: NumberFormat, shape: tuple[int, ...], name: str
 
 
 class ShardReader:
-    """The shards of a finished cache, memory-mapped: shard `i` is one tensor `name` (counts[i], *row_shape).
-
-    Raises: CacheError where a shard is missing, damaged or of another shape.
-    """
+    """The shards of a finished cache, memory-mapped: shard `i` is one tensor `name` (counts[i], *row_shape)."""
 
     def __init__(
         self, folder: Path, dtype: NumberFormat, counts: Sequence[int], row_shape: tuple[int, ...], name: str

@@ -123,10 +123,7 @@ def cover_pixels(shape: str, path: tuple[Array, Array, Array], size: int) -> Arr
 
 
 def draw_clip(label: int, rng: np.random.Generator, *, size: int = 32, frames: int = 20) -> NDArray[np.uint8]:
-    """Draws one anti-aliased clip of class `CLASSES[label]`, (frames, 3, size, size) uint8 RGB.
-
-    With at least 16 pixels and 16 to 32 frames the body moves visibly in every window of 16 consecutive frames.
-    """
+    """Draws an anti-aliased clip of class `CLASSES[label]`, (frames, 3, size, size) uint8; 16 frames show the motion."""
     kind = CLASSES[label]
     colour = PALETTE[COLOURS.index(kind.colour)][:, None, None]
     ground = rng.uniform(0.08, 0.35) if rng.uniform() < 0.5 else rng.uniform(0.65, 0.92)  # dark or light
@@ -180,10 +177,7 @@ def find_body_colour(chroma: Array) -> Array | None:
 
 
 def measure_body(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
-    """Returns centre x, y and radius of the body, and its presence, each (T,), to a fraction of a pixel.
-
-    A pixel's chroma is the body's times the covered part, so its projection on the body's colour is the coverage.
-    """
+    """Returns centre x, y and radius of the body, and its presence, each (T,), from the coverage of the pixels."""
     cover = np.einsum("tchw,c->thw", chroma, colour) / float(colour @ colour)
     cover = np.where(cover > 0.3, cover.clip(0.0, 1.0), 0.0)
     height, width = cover.shape[1:]
@@ -198,10 +192,7 @@ def measure_body(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDA
 
 
 def fit_line(values: Array, times: Array) -> tuple[float, float]:
-    """Returns the change along a line over all times, and the root mean square deviation from it.
-
-    The slope is that of Theil and Sen: the median over all pairs of frames.
-    """
+    """Returns the change along a line (Theil and Sen's) over all times, and the root mean square deviation from it."""
     first, second = np.triu_indices(len(times), k=1)
     slope = float(np.median((values[second] - values[first]) / (times[second] - times[first])))
     rest = values - slope * times

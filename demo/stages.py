@@ -39,10 +39,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_samples(folder: Path, label_of: Callable[[dict[str, Any]], int]) -> dict[str, float]:
-    """Returns the tracker's accuracies on the mp4s of a folder of samples, and `videos`, their number.
-
-    `label_of` returns the true label of a video from its entry.
-    """
+    """Returns the tracker's accuracies on the mp4s of a folder, and their number; `label_of` reads an entry."""
     videos = read_samples(folder)
     readers = [open_video(folder / video["file"]) for video in videos]
     found = accuracy([reader.read(range(len(reader))) for reader in readers], [label_of(video) for video in videos])

@@ -35,10 +35,7 @@ LETTER = -20.0  # log-probability of a letter: below that of any word
 
 
 def train_tokenizer() -> T5Tokenizer:
-    """Returns a unigram tokenizer as T5's: the captions' words by frequency, and letters for other words.
-
-    The captions are those of every colour, shape and motion, not only of the eight classes of the set.
-    """
+    """Returns a unigram tokenizer as T5's: words of all possible captions by frequency, and letters for other words."""
     from transformers import T5Tokenizer
 
     kinds = (DemoClass(*each) for each in product(COLOURS, SHAPES, sorted(MOTIONS)))

@@ -104,10 +104,7 @@ def codec_folder(config: CodecConfig) -> Path:
 
 
 def _load(config: CodecConfig) -> tuple[Kind, nn.Module]:
-    """Returns the kind of autoencoder that `config.path` names and its network, on the CPU.
-
-    Raises: FileNotFoundError if there is none, ValueError unless it is an autoencoder and its weights fit exactly.
-    """
+    """Returns the kind of autoencoder that `config.path` names and its network. Raises: OSError, ValueError."""
     if config.path is None:
         return AUTOENCODERS["pixels"], nn.Identity()
     folder, source, dtype = codec_folder(config), f"codec.path={config.path}", DTYPES[config.dtype]

@@ -68,10 +68,7 @@ IGNORED_OF_IMAGES = {_SIZES: "the image's size and shape as a condition, which L
 
 
 def find_network(source: str, revision: str | None, key: str) -> Path:
-    """Returns the folder or file `source`, or the downloaded folder of a hub name, whose commit is logged.
-
-    Raises: FileNotFoundError, naming `key`, if it is none of these.
-    """
+    """Returns the folder or file `source`, or a hub name's downloaded folder; FileNotFoundError names `key`."""
     if Path(source).exists():
         return Path(source)
     return find_folder(source, revision, key, [f"{SUBFOLDER}/*", CONFIG_FILE, f"{WEIGHTS}*"])

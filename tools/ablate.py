@@ -63,10 +63,7 @@ class Budget(NamedTuple):
 
 
 def read_comparison(path: Path) -> Comparison:
-    """Returns the comparison in a YAML file: `title`, and `arms`, each with the dotted keys in which it differs.
-
-    Raises: FileNotFoundError, ValueError: one sentence that names the file.
-    """
+    """Returns the comparison in a YAML file. Raises: FileNotFoundError, ValueError, which name the file."""
     found = read_yaml(path)
     good = isinstance(found, dict) and set(found) == {"title", "arms"} and isinstance(found["arms"], dict)
     good = good and all(isinstance(keys, dict) for keys in found["arms"].values())

@@ -56,10 +56,9 @@ LoadedPiece = tuple[int, Tensor, list[FrameRun]]  # number of the clip; frames (
 
 @dataclass(frozen=True)
 class Loader:
-    """Measures clips and decodes pieces, in loader workers.
+    """Measures clips and decodes pieces, in loader workers; the last `listed` clips are images of data.frame_list.
 
-    listed: number of images of data.frame_list, at the end of `clips`.
-    views: 2 where frames are also mirrored, else 1.
+    `views` is 2 where frames are also mirrored, else 1.
     """
 
     clips: list[Clip]
@@ -70,10 +69,7 @@ class Loader:
     crumbs: Breadcrumbs
 
     def load(self, items: Sequence[Any], function: Callable[[Any], Any]) -> Iterator[Any]:
-        """Yields `function(item)`, computed by the workers, in order.
-
-        Raises: TrainingAborted, naming the file, where a worker died.
-        """
+        """Yields `function(item)`, computed by the workers, in order. Raises: TrainingAborted, naming a worker's file."""
         self.crumbs.clear()
         loader = worker_loader(cast(Any, items), self.workers, 2, batch_size=None, collate_fn=function)
         try:
@@ -222,10 +218,7 @@ class LatentWriter(CacheWriter):
         return plan
 
     def measure_clips(self) -> list[StoredClip]:
-        """Returns every clip with its length, each rank measuring a share; collective.
-
-        Raises: VideoError where no clip is usable or, with data.strict, where any clip is not.
-        """
+        """Returns every clip with its length, each rank measuring a share. Raises: VideoError if none is usable."""
         clips, rank, size = self.loader.clips, self.world.rank, self.world.size
         share, found = range(rank, len(clips), size), []
         with self.progress("measuring", "clip", len(share)) as bar:
@@ -273,9 +266,7 @@ class LatentWriter(CacheWriter):
         """Yields the latents (T, V, P, C, h, w) of each piece, in the cache's number format.
 
         Adds to `record` the runs of each clip, the largest rounding error, and the sums of squares of the exact values
-        and of the errors.
-
-        Raises: ValueError where they are not finite; VideoError, with data.strict, at a frame that cannot be used.
+        and of the errors. Raises: ValueError where they are not finite; VideoError, with data.strict, at a bad frame.
         """
         known, errors = record["runs"], record["errors"]
         for clip, frames, runs in pieces:

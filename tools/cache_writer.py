@@ -44,11 +44,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 
 class CacheWriter(ABC):
-    """The folder `out` of one cache, written by all ranks of `world`.
-
-    Args:
-        identity: settings that the content depends on; a cache is only continued with the same ones.
-    """
+    """The folder `out` of one cache, written by all ranks of `world`; continued only with the same `identity`."""
 
     layout: ClassVar[tuple[str, str]]  # name of the tensor in a shard, format of the cache
 
@@ -68,10 +64,7 @@ class CacheWriter(ABC):
         """Writes the index once all shards are done; returns a summary for the user. Runs on rank 0."""
 
     def write(self) -> None:
-        """Makes or continues the cache; collective.
-
-        Raises: ValueError, OSError where `out` holds something else or is too small, or the data is unusable.
-        """
+        """Makes or continues the cache; collective. Raises: ValueError, OSError for a bad folder or bad data."""
         lock = storage.FolderLock(self.out, "--out")
         on_main(lambda: self._take_folder(lock))
         try:

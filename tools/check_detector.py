@@ -93,10 +93,7 @@ def measure_constants(detector: Detector, frames: int) -> float:
 
 
 def measure_noise(detector: Detector, frames: int) -> float:
-    """Returns the Frechet distance (divisor n-1) between 128 clips of uniform noise [0, 1] of two seeds.
-
-    As in its source, I3D takes 224 x 224 pixels, neither rescaled nor resized.
-    """
+    """Returns the Frechet distance (divisor n-1) between 128 clips of uniform noise of two seeds, as in its source."""
     real, fake = Moments(detector.dims), Moments(detector.dims)
     for seed, moments in ((2, real), (1, fake)):
         for clips in draw_noise(seed, frames):

@@ -87,10 +87,10 @@ def plan_tasks(clips: Sequence[Clip], names: Sequence[str], form: Form) -> list[
 
 
 def output_names(names: Sequence[str], form: Form) -> list[str]:
-    """Returns distinct names for clips called `names` ('/' between folders), in the same folders.
+    """Returns distinct names for clips called `names` ('/' between folders), in the same folders; links keep theirs.
 
     The extension goes: `a/x.avi` -> `a/x` (frames) or `a/x.mp4`. Where that is another clip's name, or a folder on
-    the way to one, the extension stays, and as often as needed a `_` is added. Links keep the full name.
+    the way to one, the extension stays, and as often as needed a `_` is added.
     """
     suffix = SUFFIXES["video"] if form.format == "video" else ""
     paths = [PurePosixPath(name) for name in names]
@@ -109,10 +109,7 @@ def output_names(names: Sequence[str], form: Form) -> list[str]:
 
 
 def convert(task: Task, staged: Path, form: Form) -> Record:
-    """Writes one clip at `staged`; returns its record, which gives the reason if the clip cannot be read.
-
-    Raises: OSError where it cannot be written.
-    """
+    """Writes one clip at `staged`; returns its record, with the reason if it cannot be read. Raises: OSError."""
     av = load_package("av")
     try:
         return _convert(task, staged, form)

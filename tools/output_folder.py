@@ -38,10 +38,7 @@ SHOWN = 10  # entries of each list that the summary prints; report.json holds al
 class OutputFolder:
     """The locked folder OUT, its journal and its report. Use as a context manager.
 
-    Args:
-        tool: the name of the program, as it stands in the marker of OUT.
-        settings: everything else that the result depends on, JSON.
-
+    `tool`, the name of the program, and `settings`, everything else that the result depends on, stand in its marker.
     Raises: ValueError, OSError if OUT overlaps SOURCE, holds other files or a result of other settings, or is in use.
     """
 
@@ -92,10 +89,7 @@ class OutputFolder:
         self.skipped.append({"name": clip.name, "skipped": reason})
 
     def make(self, tasks: Sequence[Task], workers: int) -> list[Record]:
-        """Makes the missing clips; returns the records of all that were made, in the order of `tasks`.
-
-        Raises: ValueError, with the first reasons, if there is none.
-        """
+        """Makes the missing clips; returns the records of all, in the order of `tasks`. Raises: ValueError for none."""
         done = self._resume(tasks)
         missing = [task for task in tasks if task.out not in done]
         with progress_bar(len(tasks), "clip", initial=len(done)) as bar:

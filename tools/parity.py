@@ -185,10 +185,7 @@ def run_forward(golden: Goldens, network: Network) -> Tensor:
 
 
 def run_guided(golden: Goldens, network: Network) -> Tensor:
-    """Returns the guided output as the official network method does.
-
-    Both halves of the batch hold the guided noise, and each its own remaining channels.
-    """
+    """Returns the guided output as the official network method: guided noise and own channels in both halves."""
     channels, null_label = golden.config["in_channels"], golden.config["num_classes"]
     x, _ = golden["cfg_x"].chunk(2)  # the official code ignores the second half
     (timesteps, null_timesteps), (labels, null_labels) = golden["cfg_t"].chunk(2), golden["cfg_y"].chunk(2)

@@ -94,10 +94,7 @@ def place_clips(clips: Sequence[Clip], arguments: argparse.Namespace) -> list[Pl
 
 
 def split_folders(clips: Sequence[Clip], dataset: str) -> tuple[list[str], list[str]]:
-    """Returns the split of each clip by its folders, and its name below it; "" for all if a clip lies in none.
-
-    Of a clip of UCF101 only class folder and file name count.
-    """
+    """Returns the split of each clip by its folders, and its name below it; "" for all if a clip lies in none."""
     names = [clip.name for clip in clips]
     if dataset == "ucf101":
         return [""] * len(clips), ["/".join(name.split("/")[-2:]) for name in names]
@@ -110,10 +107,7 @@ def split_folders(clips: Sequence[Clip], dataset: str) -> tuple[list[str], list[
 
 
 def match_groups(names: Sequence[str], pattern: str) -> list[str]:
-    """Returns the text that the groups of `pattern` match in each name, or the whole name.
-
-    Raises: ValueError after a time limit, because some patterns never end.
-    """
+    """Returns the text that the groups of `pattern` match in each name, or the whole name; some patterns never end."""
     seconds = GROUP_SECONDS + len(names) / 1000
 
     def stop(*_: object) -> None:
@@ -237,10 +231,7 @@ def write_results(folder: OutputFolder, index: Sequence[Record], classes: list[s
 
 
 def list_frames(entries: Mapping[str, Record], form: Form, classes: list[str]) -> Iterator[str]:
-    """Yields the lines of a frame list for datasets.labels.read_frame_list: `path class`, the path below the split.
-
-    A class name with a space is listed as its number.
-    """
+    """Yields the lines of a frame list: `path class`, the path below the split, a class with a space as its number."""
     for folder, entry in entries.items():
         name, end = entry["class"], ""
         if name in classes:
@@ -256,10 +247,7 @@ def list_frames(entries: Mapping[str, Record], form: Form, classes: list[str]) -
 
 
 def find_label_rule(folder: Path, own: Mapping[str, str | None], dataset: str) -> str:
-    """Reads the clips of a split as training does; returns the data.labels that finds their classes.
-
-    Raises: ValueError unless the clips are those of `own`, path -> class.
-    """
+    """Reads a split as training does; returns the data.labels that gives the classes `own` (path -> class)."""
     rules = ["none"] if set(own.values()) == {None} else ["class_folders", "file_name"]
     for labels in rules if dataset == "folder" else ["auto", *rules]:  # `auto` where a config leaves it at that
         config = DataConfig(name=dataset, path=str(folder), num_frames=1, frame_interval=1, labels=labels)

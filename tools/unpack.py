@@ -21,10 +21,7 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpacks `archive` into the new folder `folder`, whole or not at all; returns it. An unpacked one is kept.
-
-    Raises: VideoError, OSError, ValueError where the archive is damaged or suspicious, or `folder` is older than it.
-    """
+    """Unpacks `archive` into the new folder `folder`, whole or not at all; returns it. An unpacked one is kept."""
     if folder.is_dir():
         if folder.stat().st_mtime < archive.stat().st_mtime:
             raise ValueError(f"'{folder}' was unpacked before '{archive}' was last changed: remove it, then repeat")

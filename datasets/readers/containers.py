@@ -29,12 +29,7 @@ REFUSED: tuple[tuple[bytes, str], ...] = (
 
 
 def detect_container(path: str | Path) -> str:
-    """Returns FFmpeg's name of the container, from the first bytes.
-
-    The file name is ignored: a playlist named clip.mp4 is refused before any library reads it.
-
-    Raises: VideoError for anything that is not a video.
-    """
+    """Returns FFmpeg's name of the container, from the first bytes; a playlist named clip.mp4 is thus refused."""
     with name_file(path), Path(path).open("rb") as file:
         head = file.read(256)
     if not head:

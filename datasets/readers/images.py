@@ -49,10 +49,7 @@ def list_frames(folder: Path) -> list[Path]:
 
 
 class ArrayReader(Reader):
-    """Reader of a `.npy` file with one uint8 array (T, H, W, 3), the lossless form of samples; no frame rate.
-
-    The file is memory-mapped, so only the requested frames are read; objects in it are never unpickled.
-    """
+    """Reader of a `.npy` file with one uint8 array (T, H, W, 3), memory-mapped; objects in it are never unpickled."""
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(path)
