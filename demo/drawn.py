@@ -123,7 +123,7 @@ def cover_pixels(shape: str, path: tuple[Array, Array, Array], size: int) -> Arr
 
 
 def draw_clip(label: int, rng: np.random.Generator, *, size: int = 32, frames: int = 20) -> NDArray[np.uint8]:
-    """Draws an anti-aliased clip of class `CLASSES[label]`, (frames, 3, size, size) uint8; 16 frames show the motion."""
+    """Draws an anti-aliased clip of class `CLASSES[label]`, (frames, 3, size, size) uint8."""
     kind = CLASSES[label]
     colour = PALETTE[COLOURS.index(kind.colour)][:, None, None]
     ground = rng.uniform(0.08, 0.35) if rng.uniform() < 0.5 else rng.uniform(0.65, 0.92)  # dark or light

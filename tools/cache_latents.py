@@ -69,7 +69,7 @@ class Loader:
     crumbs: Breadcrumbs
 
     def load(self, items: Sequence[Any], function: Callable[[Any], Any]) -> Iterator[Any]:
-        """Yields `function(item)`, computed by the workers, in order. Raises: TrainingAborted, naming a worker's file."""
+        """Yields `function(item)`, computed by the workers, in order. Raises: TrainingAborted."""
         self.crumbs.clear()
         loader = worker_loader(cast(Any, items), self.workers, 2, batch_size=None, collate_fn=function)
         try:
