@@ -82,8 +82,15 @@ def run_checks(detector: Detector, long: bool) -> Iterator[Check]:
         gap = (features.sum(1) - 1).abs().max().item()
         yield "probabilities", gap <= SUM and features.min().item() >= 0, f"sum to 1 within {gap:.1e}"
     for golden in PUBLISHED.get(detector.name, ()):
+        name = f"{golden.name} T={golden.frames}"
         if long or not golden.minutes:
-            yield check_published(detector, golden)
+            try:
+                value = golden.measure(detector, golden.frames)
+            except ValueError as error:
+                yield name, False, str(error)
+            else:
+                seen = f"{value:.4f}, published {golden.value:.4f} +- {golden.tolerance:g}"
+                yield name, abs(value - golden.value) <= golden.tolerance, seen
 
 
 def measure_constants(detector: Detector, frames: int) -> float:
@@ -130,17 +137,6 @@ PUBLISHED = {  # by detector
         Golden("noise of two seeds", measure_noise, 16, 10.138084767, 0.05, minutes=True),
     )
 }
-
-
-def check_published(detector: Detector, golden: Golden) -> Check:
-    """Compares a published value with ours."""
-    name = f"{golden.name} T={golden.frames}"
-    try:
-        value = golden.measure(detector, golden.frames)
-    except ValueError as error:
-        return name, False, str(error)
-    seen = f"{value:.4f}, published {golden.value:.4f} +- {golden.tolerance:g}"
-    return name, abs(value - golden.value) <= golden.tolerance, seen
 
 
 if __name__ == "__main__":

@@ -28,25 +28,11 @@ from models.latte import Latte, LatteConfig
 
 # values that the official constructors assume where a configuration is silent
 OFFICIAL_DEFAULTS: dict[str, Any] = {
-    "input_size": 32,
-    "patch_size": 2,
-    "in_channels": 4,
-    "hidden_size": 1152,
-    "depth": 28,
-    "num_heads": 16,
-    "mlp_ratio": 4.0,
-    "num_frames": 16,
-    "class_dropout_prob": 0.1,
-    "num_classes": 1000,
-    "learn_sigma": True,
-    "extras": 1,
-    "use_image_num": 0,
-    "cfg_scale": 7.0,
-    "lr": 1e-4,
-    "clip_max_norm": 0.1,
-    "ema_decay": 0.9999,
-    "note": "",
-}
+    "input_size": 32, "patch_size": 2, "in_channels": 4, "num_frames": 16, "use_image_num": 0,
+    "hidden_size": 1152, "depth": 28, "num_heads": 16, "mlp_ratio": 4.0, "learn_sigma": True,
+    "extras": 1, "num_classes": 1000, "class_dropout_prob": 0.1, "cfg_scale": 7.0,
+    "lr": 1e-4, "clip_max_norm": 0.1, "ema_decay": 0.9999, "note": "",
+}  # fmt: skip
 # golden loss kind -> fields of DiffusionConfig, and whether sigma is learned
 KINDS: dict[str, tuple[dict[str, str], bool]] = {
     "default": ({}, True),
