@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def sample_case(generator: Generator, case: Case, clips: np.ndarray, steps: int)
     window = generator.config.data.num_frames
     given = GivenFrames(pixels, case.given) if case.given else None
     windows = Windows(window, OVERLAP, case.method) if case.method else None
-    options = {"steps": steps, "method": "ddim", "batch_size": 16, "num_frames": case.frames}
+    options: dict[str, Any] = {"steps": steps, "method": "ddim", "batch_size": 16, "num_frames": case.frames}
     return generator.sample(num=len(clips), given=given, windows=windows, **options)
 
 

@@ -21,9 +21,12 @@ LIMITS = {
 }
 
 # Keys in files of related classes (the official LatteT2V, PixArt) -> values at which they have no effect.
-_OFF = ("double_self_attention", "only_cross_attention", "upcast_attention", "use_linear_projection")
-_OFF += ("num_vector_embeds", "use_additional_conditions")
-NEUTRAL: dict[str, tuple[Any, ...]] = {"attention_type": ("default", None), **dict.fromkeys(_OFF, (False, None))}
+_OFF = "double_self_attention only_cross_attention upcast_attention use_linear_projection num_vector_embeds"
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_type": ("default", None),
+    **dict.fromkeys(_OFF.split(), (False, None)),
+}
+NEUTRAL["use_additional_conditions"] = (False, None)
 UNREAD = ("norm_num_groups",)  # written by those classes, but read for other kinds of input only
 
 
