@@ -21,12 +21,15 @@ LIMITS = {
 }
 
 # Keys in files of related classes (the official LatteT2V, PixArt) -> values at which they have no effect.
-_OFF = "double_self_attention only_cross_attention upcast_attention use_linear_projection num_vector_embeds"
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_type": ("default", None),
-    **dict.fromkeys(_OFF.split(), (False, None)),
+    "double_self_attention": (False, None),
+    "only_cross_attention": (False, None),
+    "upcast_attention": (False, None),
+    "use_linear_projection": (False, None),
+    "num_vector_embeds": (None, False),
+    "use_additional_conditions": (False, None),
 }
-NEUTRAL["use_additional_conditions"] = (False, None)
 UNREAD = ("norm_num_groups",)  # written by those classes, but read for other kinds of input only
 
 
