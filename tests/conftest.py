@@ -132,3 +132,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(frame_folders: Path, tmp_path: Path) -> list[str]:
     """Overrides that make a run of the tiny network on the frame folders, writing into tmp_path/run."""
     return [*TINY, f"data.path={frame_folders}", f"train.output_dir={tmp_path / 'run'}"]
+
+
+@pytest.fixture(scope="session")
+def finished(frame_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run of three steps, with a checkpoint of each. Copy it to change it."""
+    from tests.fault_support import run
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    every = ["train.max_steps=3", "train.checkpoint_every=1", "train.keep_last=0"]
+    run([*TINY, *every, f"data.path={frame_folders}", f"train.output_dir={folder}"])
+    return folder

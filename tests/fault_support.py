@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -29,10 +33,11 @@ if __name__ == "__main__":
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 from engine import checkpoint as ckpt
-from engine import start
+from engine import cli, start
 from engine.config import load_config
 from engine.distributed import World
 from engine.signals import STOPPING
@@ -41,11 +46,14 @@ from engine.trainer import Trainer
 # ---- injection -------------------------------------------------------------------------------------
 
 
+def _change_gradient(parameter: torch.nn.Parameter, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Changes the next gradient of one parameter."""
+    hook = parameter.register_hook(lambda gradient: (hook.remove(), change(gradient))[1])
+
+
 def _non_finite_gradient(trainer: Trainer) -> None:
     """An infinite gradient with a finite loss, in this step only."""
-    hook = next(trainer.state.model.parameters()).register_hook(
-        lambda gradient: (hook.remove(), gradient + torch.inf)[1]
-    )
+    _change_gradient(next(trainer.state.model.parameters()), lambda gradient: gradient + torch.inf)
 
 
 def _spoil_next_loss(trainer: Trainer, *fields: str) -> None:
@@ -64,8 +72,7 @@ def _spoil_next_loss(trainer: Trainer, *fields: str) -> None:
 
 def _large_gradient(trainer: Trainer) -> None:
     for parameter in trainer.state.model.parameters():
-        hooks: list[Any] = []
-        hooks.append(parameter.register_hook(lambda g, hooks=hooks: (hooks[0].remove(), g * 1000)[1]))
+        _change_gradient(parameter, lambda gradient: gradient * 1000)
 
 
 def _one_ulp(trainer: Trainer) -> None:
@@ -78,11 +85,10 @@ def _raise(trainer: Trainer) -> None:
     raise ValueError("injected fault")
 
 
-def _kill_loader_worker(trainer: Trainer, number: signal.Signals = signal.SIGKILL) -> None:
+def _kill_loader_worker(trainer: Trainer) -> None:
     workers = [p for p in psutil.Process().children(recursive=True) if "multiprocessing" in " ".join(p.cmdline())]
-    loaders = [p for p in workers if p.ppid() != os.getpid()]  # the children of the fork server
-    for worker in loaders:
-        worker.send_signal(number)
+    for worker in [p for p in workers if p.ppid() != os.getpid()]:  # the children of the fork server
+        worker.kill()
 
 
 def _full_disk(trainer: Trainer) -> None:
@@ -99,10 +105,14 @@ def _full_disk(trainer: Trainer) -> None:
     ckpt.save_file = full
 
 
-SIGNALS = {name: signal.Signals[f"SIG{name.upper()}"] for name in ("kill", "stop", "term", "int", "usr1")}
+def _send(name: str, process: Callable[[], int]) -> Callable[[Trainer], None]:
+    return lambda trainer: os.kill(process(), signal.Signals[f"SIG{name.upper()}"])
+
+
+SIGNALS = ("kill", "stop", "term", "int", "usr1")
 FAULTS: dict[str, Callable[[Trainer], None]] = {
-    **{name: lambda trainer, number=number: os.kill(os.getpid(), number) for name, number in SIGNALS.items()},  # type: ignore[misc]
-    **{f"{name}parent": lambda trainer, n=number: os.kill(os.getppid(), n) for name, number in SIGNALS.items()},  # type: ignore[misc]
+    **{name: _send(name, os.getpid) for name in SIGNALS},
+    **{f"{name}parent": _send(name, os.getppid) for name in SIGNALS},
     "disk": _full_disk,
     "raise": _raise,
     "nan": lambda trainer: _spoil_next_loss(trainer, "loss", "per_clip"),
@@ -111,7 +121,6 @@ FAULTS: dict[str, Callable[[Trainer], None]] = {
     "spike": _large_gradient,
     "ulp": _one_ulp,
     "loader": _kill_loader_worker,
-    "sleep": lambda trainer: time.sleep(0.3),
 }
 
 
@@ -119,39 +128,24 @@ FAULTS: dict[str, Callable[[Trainer], None]] = {
 TRACE: list[tuple[list[str], float]] = []
 
 
-def parse(text: str) -> list[tuple[str, int, int]]:
-    """`kind@rank:step,...` -> [(kind, rank, step)]; step -1 is every step."""
-    parts = [part.replace(":", "@").split("@") for part in text.split(",") if part]
-    return [(kind, int(rank), int(step)) for kind, rank, step in parts]
-
-
-def _happened_before() -> bool:
-    """With LATTE_FAULT_ONCE=FILE a fault comes once, however often the run is started again."""
-    file = os.environ.get("LATTE_FAULT_ONCE")
-    if not file:
-        return False
-    try:
-        Path(file).touch(exist_ok=False)
-    except FileExistsError:
-        return True
-    return False
-
-
 def arm(text: str | None = None) -> None:
-    """Have every Trainer of this process fail as `text` (by default LATTE_FAULT) says."""
-    faults = parse(text if text is not None else os.environ.get("LATTE_FAULT", ""))
+    """Have every Trainer of this process fail as `text` (by default LATTE_FAULT) says.
+
+    With LATTE_FAULT_ONCE=FILE a fault comes once, however often the run is started again.
+    """
+    text = os.environ.get("LATTE_FAULT", "") if text is None else text
+    faults = [part.replace(":", "@").split("@") for part in text.split(",") if part]  # [kind, rank, step]
+    once = Path(os.environ.get("LATTE_FAULT_ONCE", os.devnull))
     honest = Trainer.launch_step
 
     def faulty(self: Trainer, micro_batches: Any) -> Any:
         self.run.batch_files = self.run.files_of(micro_batches)
-        for fault in list(faults):
-            kind, rank, step = fault
-            if rank == self.world.rank and step in (-1, self.state.step + (self.in_flight is not None)):
-                if step != -1:
-                    faults.remove(fault)
-                if not _happened_before():
-                    FAULTS[kind](self)
-                break  # one fault a step
+        place = [str(self.world.rank), str(self.state.step + (self.in_flight is not None))]
+        if fault := next((fault for fault in faults if fault[1:] == place), None):
+            faults.remove(fault)
+            if str(once) == os.devnull or not once.exists():
+                once.touch()
+                FAULTS[fault[0]](self)
         parts, stop = honest(self, micro_batches)
         TRACE.append((self.run.batch_files, float(parts["loss"])))
         return parts, stop
@@ -197,7 +191,6 @@ class BadWorker:
 
 WORKER_FAULTS: dict[str, Callable[[], None]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "segv": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "hang": lambda: time.sleep(600),
 }
 
@@ -226,78 +219,119 @@ def restore(trainer: Trainer) -> list[str]:
     return start.restore(trainer.run, trainer.state, trainer.override, trainer.allow_inexact_resume)
 
 
-class Torchrun:
-    """torchrun on `ranks` gloo ranks in the background. As a context it leaves no process behind."""
+class Job:
+    """A command in the background, on the CPU, in a process group of its own. As a context it leaves no process."""
 
-    def __init__(
-        self,
-        overrides: list[str],
-        fault: str = "",
-        flags: tuple[str, ...] = (),
-        once: Path | None = None,
-        *,
-        ranks: int = 2,
-        script: str = "tests/fault_support.py",
-    ) -> None:
-        launcher = [sys.executable, "-m", "engine.elastic", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [*launcher, "--shutdown-timeout=5", *flags, script, *overrides]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "LATTE_FAULT": fault, "CUDA_VISIBLE_DEVICES": ""}
-        if once is not None:
-            environment["LATTE_FAULT_ONCE"] = str(once)
+    def __init__(self, command: Sequence[str | Path], cwd: Path = ROOT, **environment: str) -> None:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC_"))}
+        on_cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MAX_RESTARTS": "0"}
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as the job
         self.started = time.monotonic()
+        everything = clean | on_cpu | environment
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=cwd, env=everything, stdout=self.log, stderr=subprocess.STDOUT, process_group=0
         )
 
-    def __enter__(self) -> Torchrun:
+    def __enter__(self) -> Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with cleaned_up(self.process):
-            pass
+        members = self.family()
+        for each in members:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(members, timeout=10)
+        self.process.wait(10)
+
+    @property
+    def output(self) -> str:
+        return os.pread(self.log.fileno(), 10**7, 0).decode()
 
     def family(self) -> list[psutil.Process]:
-        return family(self.process)
+        """Returns the process and everything below it that still lives."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.process.pid)
+            return [parent, *parent.children(recursive=True)]
+        return []
 
     def wait(self, timeout: float = 90.0) -> tuple[int, str]:
         """(exit code, output)."""
-        output, _ = self.process.communicate(timeout=timeout)
-        return self.process.returncode, output
+        return self.process.wait(timeout), self.output
+
+    def wait_until(self, condition: Callable[[], Any], seconds: float = 180.0) -> None:
+        """Returns once `condition()` holds; fails with the end of the output if the process ends before."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output[-3000:]
+            time.sleep(0.02)
+
+    def wait_for_step(self, folder: Path, step: int) -> None:
+        """Returns once the run has logged `step`."""
+
+        def reached() -> bool:
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                return any(row["step"] >= step for row in rows(folder))
+            return False
+
+        self.wait_until(reached)
 
 
-def family(process: subprocess.Popen) -> list[psutil.Process]:
-    """Returns `process` and everything below it that still lives."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)
-        return [parent, *parent.children(recursive=True)]
-    return []
+def torchrun(
+    arguments: list[str],
+    fault: str = "",
+    flags: tuple[str, ...] = (),
+    once: Path | None = None,
+    *,
+    ranks: int = 2,
+    script: str = "tests/fault_support.py",
+) -> Job:
+    """Starts torchrun on `ranks` gloo ranks."""
+    launcher = [sys.executable, "-m", "engine.elastic", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {"LATTE_FAULT": fault} | ({"LATTE_FAULT_ONCE": str(once)} if once else {})
+    return Job([*launcher, "--shutdown-timeout=5", *flags, script, *arguments], **environment)
 
 
-@contextlib.contextmanager
-def cleaned_up(*processes: subprocess.Popen) -> Iterator[None]:
-    """Leaves nothing of `processes` behind, however the block ends."""
-    try:
-        yield
-    finally:
-        for process in processes:
-            members = family(process)
-            for each in members:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-            psutil.wait_procs(members, timeout=10)
-            process.wait(10)
+def call(main: Callable[[list[str]], int | None], *arguments: str) -> tuple[int, str]:
+    """Returns exit code and standard error of a command line, run in this process."""
+    error, code = io.StringIO(), None
+    with patch.object(sys, "argv", ["program", *arguments]), contextlib.redirect_stderr(error):
+        try:
+            cli.run(main)
+        except SystemExit as end:
+            code = end.code
+    return int(str(code or 0)), error.getvalue()
 
 
-def wait_for_step(process: subprocess.Popen, folder: Path, step: int, log: Path | None = None) -> None:
-    """Returns once the run of `process` has logged `step`; fails with the end of its output if it ends before."""
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            if any(row["step"] >= step for row in rows(folder)):
-                return
-        assert process.poll() is None, (log.read_text() if log else str(process.communicate()))[-3000:]
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached in 180 s")
+TIMING = {"videos_per_second", "seconds_per_step", "data_wait_share", "memory_gib", "seconds"}
+
+
+def logged(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    """The rows of a run's log, or of these kinds of rows, without what is about time."""
+    found = [row for row in rows(folder) if not kinds or row["kind"] in kinds]
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in found]
+
+
+def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether both hold the same names and bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Weights, average and moments are equal in every bit."""
+    assert [kind for kind in ("model", "ema", "optim") if not same_tensors(a[kind], b[kind])] == []
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """Returns copies of weights, average and moments."""
+    saved = trainer.state_dict().groups
+    return {kind: {key: value.clone() for key, value in saved[kind].items()} for kind in ("model", "ema", "optim")}
+
+
+def newest(run: Path) -> Path:
+    """Returns the newest checkpoint of a run, which verifies."""
+    found, complaints = ckpt.newest_verified(run / "checkpoints")
+    assert found is not None and not complaints
+    return found
 
 
 def seal(folder: Path) -> None:
@@ -339,15 +373,10 @@ def begin_rank() -> None:
 
 def _rank_main(rank: int, size: int, rendezvous: str, function: Callable[..., Any], arguments: tuple, out: Any) -> None:
     """One rank: join, call `function(world, *arguments)`, send what it returns or raised."""
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
     begin_rank()
+    place, timeout = f"file://{rendezvous}", timedelta(seconds=20)
     try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=20)
-        )
+        dist.init_process_group("gloo", init_method=place, rank=rank, world_size=size, timeout=timeout)
         result = function(World(rank, size), *arguments)
         # tensors would travel as shared memory, which goes with this process
         plain = tree_map(lambda leaf: leaf.numpy() if isinstance(leaf, torch.Tensor) else leaf, result)
@@ -365,16 +394,12 @@ def rank_context() -> ForkServerContext:
     return context
 
 
-def run_ranks(
-    size: int, rendezvous: Path, function: Callable[..., Any], *arguments: Any
-) -> list[tuple[Any, str | None]]:
+def run_ranks(size: int, rendezvous: Path, function: Callable, *arguments: Any) -> list[tuple[Any, str | None]]:
     """`function(world, *arguments)` on `size` gloo ranks, forked from a warm server: (result, error) of each."""
     context = rank_context()
     out = context.Queue()
-    ranks = [
-        context.Process(target=_rank_main, args=(rank, size, str(rendezvous), function, arguments, out))
-        for rank in range(size)
-    ]
+    common = (size, str(rendezvous), function, arguments, out)
+    ranks = [context.Process(target=_rank_main, args=(rank, *common)) for rank in range(size)]
     for process in ranks:
         process.start()
     try:
@@ -384,7 +409,8 @@ def run_ranks(
             process.join(5)
             if process.is_alive():
                 process.kill()
-    return [(tree_map(_as_tensor, result), error) for _, result, error in found]
+    as_tensor = lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf  # noqa: E731
+    return [(tree_map(as_tensor, result), error) for _, result, error in found]
 
 
 def on_two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -394,32 +420,24 @@ def on_two_ranks(folder: Path, function: Callable[..., Any], *arguments: Any) ->
     return [result for result, _ in found]
 
 
-def _as_tensor(leaf: Any) -> Any:
-    return torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
-
-
-def fit_rank(
-    world: World, overrides: list[str], fault: str = "", options: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def fit_rank(world: World, overrides: list[str], fault: str = "") -> dict[str, Any]:
     """Trains as one rank of `run_ranks`; returns counters and tensors that it ended with."""
     with armed(fault):
-        trainer = run(overrides, world, **(options or {}))
+        trainer = run(overrides, world)
         trace = list(TRACE)
-    saved = trainer.state_dict()
-    return {
-        "step": trainer.state.step,
-        "samples_seen": trainer.state.samples_seen,
-        "skipped": trainer.state.guard.skipped,
-        "trace": trace,
-        "model": saved.model,
-        "ema": saved.ema,
-        "optim": saved.optim,
-    }
+    state = trainer.state
+    counters = {"step": state.step, "samples_seen": state.samples_seen, "skipped": state.guard.skipped}
+    return {**counters, "trace": trace, **state_of(trainer)}
+
+
+def main_rank(world: World, main: Callable[[list[str]], int], arguments: list[list[str]]) -> int:
+    """A command line as one rank of `run_ranks`, with the arguments of that rank."""
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.rank))
+    return main(arguments[world.rank])
 
 
 if __name__ == "__main__":
     import train
-    from engine import cli
 
     arm()
     cli.run(train.main)

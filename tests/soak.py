@@ -28,7 +28,7 @@ import torch
 from engine import checkpoint as ckpt
 from engine.stream import Breadcrumbs
 from tests.conftest import TINY, draw_frame_folders
-from tests.fault_support import TAG, Torchrun, with_tag
+from tests.fault_support import TAG, torchrun, with_tag
 
 # what may hit a session, and how often: SIGKILL of a rank or of torchrun, signals, a full disk, a loader worker
 KINDS = ("kill", "kill", "killparent", "term", "int", "usr1", "termparent", "intparent", "usr1parent", "disk", "loader")
@@ -43,7 +43,7 @@ def last_step(run: Path) -> int:
 
 def session(overrides: list[str], fault: str) -> int:
     """One torchrun, faulty as told; its exit code."""
-    with Torchrun(overrides, fault, SIGNALS) as job:
+    with torchrun(overrides, fault, SIGNALS) as job:
         code, output = job.wait(timeout=120 if fault else 3600)
     if not fault and code:
         sys.exit(f"the undisturbed session failed:\n{output[-3000:]}")

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from diffusion import DiffusionConfig, LossAwareTimestepSampler, build_timestep_sampler
+from engine.distributed import World
+from tests.fault_support import on_two_ranks
 
 DRAWS = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000  # even, so histograms are exact to 1e-5
 
@@ -56,9 +57,6 @@ def test_flow_timesteps_are_the_same_unrounded_and_extreme_draws_stay_in_range(n
         least, greatest = draw(extremes)[0].tolist()
         assert least == 0
         assert 995 < greatest <= most
-
-
-# ---- loss aware --------------------------------------------------------------------------------
 
 
 def loss_aware(steps: int = 5, history: int = 10) -> LossAwareTimestepSampler:
@@ -130,25 +128,16 @@ def test_loss_aware_state_continues_and_ignores_losses_that_are_not_finite() -> 
         loss_aware(6).load_state_dict(first.state_dict())
 
 
-def two_rank_worker(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def update_on_rank(world: World) -> dict[str, Tensor]:
     sampler = loss_aware(5, history=3)
-    sampler.update(torch.tensor([0, 1, 2]) + rank, torch.tensor([1.0, 2.0, 3.0]) + 10 * rank)
-    torch.save(sampler.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    sampler.update(torch.tensor([0, 1, 2]) + world.rank, torch.tensor([1.0, 2.0, 3.0]) + 10 * world.rank)
+    return sampler.state_dict()
 
 
 @pytest.mark.dist
 def test_loss_aware_ranks_share_one_history(tmp_path: Path) -> None:
-    context = mp.get_context("fork")  # threads are idle here, and a spawn would import torch twice
-    workers = [context.Process(target=two_rank_worker, args=(rank, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     single = loss_aware(5, history=3)
     single.update(torch.tensor([0, 1, 2, 1, 2, 3]), torch.tensor([1.0, 2.0, 3.0, 11.0, 12.0, 13.0]))
-    for state in states:
+    for state in on_two_ranks(tmp_path, update_on_rank):
         assert torch.equal(state["losses"], single.state_dict()["losses"])
         assert torch.equal(state["counts"], single.state_dict()["counts"])

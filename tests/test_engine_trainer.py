@@ -1,4 +1,4 @@
-"""The loop: files of a run, joint training, every kind of run, initial weights."""
+"""The loop: files of a run, joint training, every kind of run, initial weights; which folder is a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, read_config
 from engine.config import OptimConfig, load_config
 from engine.optim import learning_rate_at
-from tests.fault_support import make, restore, rows, run
-from tests.test_faults_exactness import same_tensors
+from engine.weights import export_weights, load_model_weights
+from tests.fault_support import make, newest, restore, rows, run, same_tensors
 
 
 def test_files_and_rows_of_a_run(tiny: list[str], tmp_path: Path) -> None:
@@ -36,13 +37,10 @@ def test_joint_training_logs_image_and_video_loss_apart(tiny: list[str], tmp_pat
 @pytest.mark.parametrize(
     "extra",
     [
-        ["model.variant=late_fusion", "model.temporal_position=rope"],
+        ["model.variant=late_fusion", "model.temporal_position=rope", "diffusion.timestep_density=linear"],
         ["model.variant=sequential", "model.patch_embedding=tubelet", "data.num_images=2"],
-        ["model.variant=parallel", "model.injection=tokens"],
-        ["model.num_classes=0", "model.learn_sigma=false"],
-        ["diffusion.prediction=flow", "model.learn_sigma=false", "diffusion.timestep_density=logit_normal"],
+        ["diffusion.prediction=flow", "model.learn_sigma=false", "model.num_classes=0", "model.injection=tokens"],
         ["diffusion.prediction=velocity", "train.precision=bf16", "model.gradient_checkpointing=true"],
-        ["diffusion.prediction=x_start", "diffusion.timestep_density=linear", "optim.schedule=cosine"],
     ],
     ids=lambda extra: extra[0].partition(".")[2],
 )
@@ -77,3 +75,19 @@ def test_learning_rate_schedules() -> None:
     assert learning_rate_at(0, cosine, 10) == 1.0
     assert learning_rate_at(5, cosine, 10) == pytest.approx(0.6)
     assert learning_rate_at(10, cosine, 10) == pytest.approx(0.2)
+
+
+def test_other_folders_are_named_and_an_export_holds_one_set_of_weights(finished: Path, tmp_path: Path) -> None:
+    for place, sentence in ((tmp_path / "nothing", "does not exist"), (tmp_path, "holds no checkpoint")):
+        with pytest.raises(CheckpointError, match=sentence):
+            find_checkpoint(place)
+    (tmp_path / "manifest.json").write_text('{"format": "other"}')
+    with pytest.raises(CheckpointError, match="format 'other'"):
+        find_checkpoint(tmp_path)
+    saved = load_checkpoint(newest(finished))
+    target = export_weights(finished, tmp_path / "export")
+    assert same_tensors(load_model_weights(target, "ema"), saved.ema)
+    assert same_tensors(load_model_weights(finished, "raw"), saved.model)
+    with pytest.raises(CheckpointError, match="'raw' weights"):
+        load_model_weights(target, "raw")
+    assert read_config(target) == read_config(newest(finished))

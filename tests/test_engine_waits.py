@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine import objective
-from engine.config import load_config
 from engine.distributed import World
 from engine.errors import TrainingAborted
 from engine.guard import InFlight
 from engine.optim import clip_gradients
 from engine.run import collect_on_request
 from engine.trainer import Trainer
-from tests.fault_support import armed, make, rows, run
+from tests.fault_support import armed, logged, make, rows, run, same_tensors
 from tests.latent_support import cache, save_codec
-from tests.test_faults_exactness import logged, same_tensors
 
 META = torch.device("meta")
 QUIET = ["train.log_every=100", "train.max_steps=100"]  # steps that are due nothing
@@ -117,8 +114,7 @@ def test_no_step_waits(tiny: list[str], tmp_path: Path, on_meta: None, read: lis
 
 
 def test_a_step_that_is_due_something_is_counted_at_once(tiny: list[str], on_meta: None, read: list[InFlight]) -> None:
-    config = load_config(None, [*tiny, "train.log_every=3", "train.max_steps=5", "optim.fused=true"])
-    run = Trainer(config, World(device=META))
+    run = make([*tiny, "train.log_every=3", "train.max_steps=5", "optim.fused=true"], World(device=META))
     batches, counted = run.run.batches(0), []
     for _ in range(5):
         with Crossings():
@@ -130,12 +126,11 @@ def test_a_step_that_is_due_something_is_counted_at_once(tiny: list[str], on_met
 @pytest.mark.parametrize(
     ("fault", "extra"),
     [
-        ("nan@0:3", ["diffusion.timestep_sampler=loss_aware", "optim.schedule=cosine", "train.ema_warmup=true"]),
+        ("nan@0:3,spike@0:22", ["optim.schedule=cosine", "train.ema_warmup=true", "optim.clip_start_step=6"]),
         ("inf@0:5,nan@0:11", ["train.grad_accum_steps=2", "train.batch_size=1", "optim.fused=true"]),
-        ("spike@0:22", ["optim.spike_factor=10", "optim.clip_start_step=6", "optim.max_grad_norm=1e-3"]),
-        ("spike@0:22", ["optim.spike_factor=10", "optim.spike_policy=clip", "optim.max_grad_norm=1e9"]),
+        ("spike@0:22", ["optim.spike_policy=clip", "optim.max_grad_norm=1e9", "diffusion.timestep_sampler=loss_aware"]),
     ],
-    ids=["schedules", "fused", "spike", "clipped"],
+    ids=["schedules", "fused", "clipped"],
 )
 def test_reading_late_changes_nothing(tiny: list[str], tmp_path: Path, fault: str, extra: list[str]) -> None:
     """Skipped steps and all: every weight, average, moment and row of the log is that of a run that waits."""
@@ -146,6 +141,7 @@ def test_reading_late_changes_nothing(tiny: list[str], tmp_path: Path, fault: st
 def finished(overrides: list[str], folder: Path, fault: str, ahead: str) -> tuple[Trainer, list[dict[str, Any]]]:
     """A run of 25 steps with that fault in it, and its log."""
     common = ["train.log_every=8", "train.max_steps=25", "optim.warmup_steps=4", "train.checkpoint_every=9"]
+    common.append("optim.spike_factor=10")
     with armed(fault):
         done = run([*overrides, *common, f"train.run_ahead={ahead}", f"train.output_dir={folder}"])
     assert done.state.guard.skipped + done.state.guard.spikes and done.state.step == 25
@@ -201,14 +197,13 @@ def test_fused_is_the_plain_optimiser(tiny: list[str], tmp_path: Path) -> None:
     """float64: one kernel rounds otherwise than eight."""
     common = [*tiny, "train.precision=fp64", "train.max_steps=6", "optim.weight_decay=0.1"]
     weights = []
-    for fused in ("true", "false", "null"):
+    for fused in ("true", "false"):
         with armed("nan@0:2"):
             made = run([*common, f"optim.fused={fused}", f"train.output_dir={tmp_path / fused}"])
         assert made.state.guard.skipped == 1
         weights.append(made.state.model.state_dict())
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=0, atol=1e-13)
-        assert torch.equal(weights[1][name], weights[2][name])  # there is no GPU here
 
 
 @pytest.mark.parametrize("limit", [0.1, 3.0, 1e6, float("inf")])
@@ -227,17 +222,10 @@ def test_clipping_on_the_device_is_torchs(limit: float, dtype: torch.dtype) -> N
         assert torch.equal(one, parameter.grad)
 
 
-@pytest.fixture
-def as_it_was() -> Iterator[None]:
-    yield
-    gc.set_debug(0)
-    gc.garbage.clear()
-    gc.unfreeze()
-    gc.enable()
-
-
-def test_steps_leave_no_garbage(tiny: list[str], as_it_was: None) -> None:
+def test_steps_leave_no_garbage(tiny: list[str], request: pytest.FixtureRequest) -> None:
     """So that collecting it at rows of the log only holds nothing on the device."""
+    for undo in (gc.enable, gc.unfreeze, gc.garbage.clear, lambda: gc.set_debug(0)):
+        request.addfinalizer(undo)
     run = make([*tiny, *QUIET])
     batches = run.run.batches(0)
     for _ in range(2):

@@ -14,8 +14,7 @@ from engine.errors import TrainingAborted
 from engine.guard import StepGuard, fingerprint
 from engine.optim import gradient_norm
 from engine.trainer import Trainer
-from tests.fault_support import armed, fit_rank, on_two_ranks, rows, run, run_ranks
-from tests.test_faults_exactness import assert_same, same_tensors, state_of
+from tests.fault_support import armed, assert_same, fit_rank, on_two_ranks, rows, run, run_ranks, same_tensors, state_of
 
 STEPS = ["train.max_steps=6", "train.checkpoint_every=3"]
 

@@ -1,4 +1,4 @@
-"""Faults H1, H4, H6: stop signals as users and schedulers send them, to runs with loader workers."""
+"""Faults A4, A5, H1, H2, H4, H6, H8: stop signals and launches, as users and schedulers send and make them."""
 
 from __future__ import annotations
 
@@ -8,32 +8,42 @@ import random
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
+import train
 from engine import checkpoint as ckpt
 from engine import elastic
-from engine.distributed import launch_variables
+from engine.distributed import init_world, launch_variables
 from tests.conftest import TINY
-from tests.fault_support import ROOT, TAG, all_gone, cleaned_up, family, rows, wait_for_step, with_tag
+from tests.fault_support import (
+    TAG,
+    Job,
+    all_gone,
+    fit_rank,
+    logged,
+    main_rank,
+    newest,
+    run_ranks,
+    same_tensors,
+    with_tag,
+)
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 BIN = Path(sys.executable).parent
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
+ELASTIC = [sys.executable, "-m", "engine.elastic", "--nproc_per_node=1"]
 # in place of Slurm's commands, which are not here: srun starts one task on this machine
 STAND_INS = {"srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"\n', "scontrol": "exit 0\n"}
-STEPS = 300  # of the undisturbed run, to which an interrupted one is compared
 
-# command before the script's own arguments, and its number of ranks
+# command before the config file, and its number of ranks
 LAUNCHERS: dict[str, tuple[list[str], int]] = {
     "torchrun": ([*TORCHRUN, HANDLED, "train.py", "--config"], 2),
     "launch.sh": (["bash", "train_scripts/launch.sh", "train.py"], 2),
@@ -43,185 +53,117 @@ LAUNCHERS: dict[str, tuple[list[str], int]] = {
 }
 
 
-def start(command: list[str], overrides: list[str], log: Path) -> subprocess.Popen:
-    """Starts `command` on a config file and `overrides` in a process group of its own, on the CPU."""
-    config = log.with_suffix(".yaml")
-    config.write_text("train: {log_every: 1}\n")
-    (tools := log.parent / "bin").mkdir(exist_ok=True)
+def start(command: list[str], overrides: list[str], folder: Path, **environment: str) -> Job:
+    """Starts `command` on a config file and `overrides`."""
+    (folder / "config.yaml").write_text("train: {log_every: 1}\n")
+    (tools := folder / "bin").mkdir(exist_ok=True)
     for name, text in STAND_INS.items():
         (tools / name).write_text(f"#!/bin/bash\n{text}")
         (tools / name).chmod(0o755)
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC_"))}
-    environment = {**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GPUS": "2", "MAX_RESTARTS": "0"}
-    environment |= {"PATH": f"{tools}:{BIN}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    with log.open("w") as stream:
-        return subprocess.Popen(
-            [*command, str(config), *overrides],
-            cwd=ROOT,
-            env=environment,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
+    path = f"{tools}:{BIN}:{os.environ['PATH']}"
+    return Job([*command, folder / "config.yaml", *overrides], PATH=path, GPUS="2", SLURM_JOB_ID="7", **environment)
 
 
-def send(process: subprocess.Popen, number: signal.Signals, *, to_group: bool) -> None:
-    """Sends the signal to the launcher alone, or to its process group as a terminal's Ctrl-C does."""
-    os.killpg(process.pid, number) if to_group else process.send_signal(number)
+def settings(frame_folders: Path, folder: Path) -> list[str]:
+    """Overrides of the tiny run into `folder`, with loader workers as by default."""
+    keys = [f"data.path={frame_folders}", "data.num_workers=4", f"train.output_dir={folder}"]
+    return [*TINY, *keys, "train.checkpoint_every=1000", "train.log_every=1"]
 
 
-def newest(run: Path) -> ckpt.Checkpoint:
-    found, complaints = ckpt.newest_verified(run / "checkpoints")
-    assert found is not None and not complaints
-    return ckpt.load_checkpoint(found)
+def train_here(ranks: int, overrides: list[str], folder: Path) -> None:
+    """Trains in processes of this test, without loader workers, which change no bit."""
+    ended = run_ranks(ranks, folder / uuid.uuid4().hex, fit_rank, [*overrides, "data.num_workers=0"])
+    assert [error for _, error in ended] == [None] * ranks
 
 
-@pytest.fixture(scope="session")
-def undisturbed(frame_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Returns the folder of a run of STEPS steps on that number of ranks, made once."""
-    made: dict[int, Path] = {}
-
-    def run(ranks: int) -> Path:
-        if ranks not in made:
-            folder = tmp_path_factory.mktemp(f"undisturbed{ranks}")
-            common = [*TINY, *data(frame_folders), f"train.output_dir={folder / 'run'}", f"train.max_steps={STEPS}"]
-            command = LAUNCHERS["torchrun" if ranks == 2 else "python"][0]
-            process = start(command, common, folder / "log")
-            with cleaned_up(process):
-                assert process.wait(300) == 0, (folder / "log").read_text()[-3000:]
-            made[ranks] = folder / "run"
-        return made[ranks]
-
-    return run
-
-
-def data(frame_folders: Path) -> list[str]:
-    return [f"data.path={frame_folders}", "data.num_workers=4", "train.checkpoint_every=1000", "train.log_every=1"]
-
-
-def differences(one: ckpt.Checkpoint, other: ckpt.Checkpoint) -> list[str]:
-    """Returns the names of the tensors in which two checkpoints differ."""
-    pairs = [(getattr(one, kind), getattr(other, kind)) for kind in ("model", "ema", "optim", "rng")]
-    return [
-        name
-        for left, right in pairs
-        for name in left.keys() | right.keys()
-        if name not in left or name not in right or not torch.equal(left[name], right[name])
-    ]
-
-
-def stop_and_continue(
-    launcher: str, number: signal.Signals, frame_folders: Path, work: Path, undisturbed: Callable[[int], Path]
-) -> None:
+@pytest.fixture
+def stop_and_continue(frame_folders: Path, tmp_path: Path) -> Callable[..., None]:
     """Stops a run by a signal at a random step, continues it, and compares it with one that nothing disturbed."""
-    command, ranks = LAUNCHERS[launcher]
-    reference, run = undisturbed(ranks), work / "run"
-    common = [*TINY, *data(frame_folders), f"train.output_dir={run}"]
-    first = start(command, [*common, "train.max_steps=2000"], work / "first.log")
-    with cleaned_up(first):
-        wait_for_step(first, run, random.SystemRandom().randint(3, 60), work / "first.log")
-        members = family(first)
-        send(first, number, to_group=ranks == 1)
-        code = first.wait(60)
-        output = (work / "first.log").read_text()
-        assert all_gone(members, 10), output[-3000:]
-    marker = run / "PREEMPTED"
-    assert marker.exists(), f"exit code {code}: {output[-3000:]}"
-    stopped = json.loads(marker.read_text())["step"]
-    assert newest(run).step == stopped < STEPS, output[-3000:]
-    if launcher in ("launch.sh", "python"):  # torchrun itself ends in a traceback and with 1
-        assert code == (130 if number == signal.SIGINT else 75)
-        assert f"stopped by {number.name}" in output.strip().splitlines()[-1], output[-3000:]
 
-    second = start(command, [*common, f"train.max_steps={STEPS}"], work / "second.log")
-    with cleaned_up(second):
-        assert second.wait(300) == 0, (work / "second.log").read_text()[-3000:]
-    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(reference)]
-    assert not differences(newest(run), newest(reference))
+    def check(launcher: str, number: signal.Signals, *, relaunched: bool) -> None:
+        command, ranks = LAUNCHERS[launcher]
+        folder, whole = tmp_path / "run", tmp_path / "whole"
+        common = settings(frame_folders, folder)
+        with start(command, [*common, "train.max_steps=2000"], tmp_path) as job:
+            job.wait_for_step(folder, random.SystemRandom().randint(3, 30))
+            members = job.family()
+            # to the launcher alone, or to its process group as a terminal's Ctrl-C does
+            os.killpg(job.process.pid, number) if ranks == 1 else job.process.send_signal(number)
+            code, output = job.wait(60)
+            assert all_gone(members, 10), output[-3000:]
+        assert (folder / "PREEMPTED").exists(), f"exit code {code}: {output[-3000:]}"
+        stopped = json.loads((folder / "PREEMPTED").read_text())["step"]
+        assert newest(folder).name == f"step-{stopped:07d}", output[-3000:]
+        if launcher in ("launch.sh", "python"):  # torchrun itself ends in a traceback and with 1
+            assert code == (130 if number == signal.SIGINT else 75)
+            assert f"stopped by {number.name}" in output.strip().splitlines()[-1], output[-3000:]
+
+        more = f"train.max_steps={stopped + 20}"
+        if relaunched:
+            with start(command, [*common, more], tmp_path) as job:
+                assert job.wait(300)[0] == 0, job.output[-3000:]
+        else:
+            train_here(ranks, [*common, more], tmp_path)
+        train_here(ranks, [*settings(frame_folders, whole), more], tmp_path)
+        assert logged(folder) == logged(whole)
+        one, other = (ckpt.load_checkpoint(newest(each)).groups for each in (folder, whole))
+        assert [kind for kind in other if not same_tensors(one[kind], other[kind])] == []
+
+    return check
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "python"])
-def test_H1_sigterm_saves_with_loader_workers(
-    launcher: str, frame_folders: Path, tmp_path: Path, undisturbed: Callable[[int], Path]
+@pytest.mark.parametrize(("launcher", "number"), [("torchrun", signal.SIGTERM), ("python", signal.SIGINT)])
+def test_A4_H1_a_signal_saves_with_loader_workers(
+    stop_and_continue: Callable[..., None], launcher: str, number: signal.Signals
 ) -> None:
-    stop_and_continue(launcher, signal.SIGTERM, frame_folders, tmp_path, undisturbed)
+    stop_and_continue(launcher, number, relaunched=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_H1_every_signal_under_every_launcher(
-    launcher: str, number: signal.Signals, frame_folders: Path, tmp_path: Path, undisturbed: Callable[[int], Path]
+def test_A4_A5_H1_every_signal_under_every_launcher(
+    stop_and_continue: Callable[..., None], launcher: str, number: signal.Signals
 ) -> None:
     if (launcher, number) == ("slurm", signal.SIGINT):
         pytest.skip("Slurm sends SIGTERM and the signal of --signal, here SIGUSR1")
-    stop_and_continue(launcher, number, frame_folders, tmp_path, undisturbed)
+    stop_and_continue(launcher, number, relaunched=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(10))
-def test_H4_no_orphans_of_a_rank_killed_during_its_start(
-    attempt: int, frame_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_H4_no_orphans_of_a_rank_killed_during_its_start(attempt: int, frame_folders: Path, tmp_path: Path) -> None:
     """The moments are spread over the imports of the rank, of its fork server and of its workers."""
     tag = str(tmp_path)
-    monkeypatch.setenv(TAG, tag)
-    process = start(
-        LAUNCHERS["python"][0],
-        [*TINY, *data(frame_folders), f"train.output_dir={tmp_path / 'run'}", "train.max_steps=100000"],
-        tmp_path / "log",
-    )
-    with cleaned_up(process):
-        deadline = time.monotonic() + 60
-        while not [each for each in with_tag(tag) if "forkserver" in " ".join(each.cmdline())]:
-            assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.005)
+    overrides = [*settings(frame_folders, tmp_path / "run"), "train.max_steps=100000"]
+    with start(LAUNCHERS["python"][0], overrides, tmp_path, **{TAG: tag}) as job:
+        job.wait_until(lambda: [each for each in with_tag(tag) if "forkserver" in " ".join(each.cmdline())], 60)
         time.sleep(0.5 * attempt)
-        process.kill()
-        process.wait(10)
+        job.process.kill()
+        job.process.wait(10)
         deadline = time.monotonic() + 15
         while left := with_tag(tag):
             assert time.monotonic() < deadline, [each.cmdline() for each in left]
             time.sleep(0.1)
 
 
-# ---- launches --------------------------------------------------------------------------------------
-
-RANK_OF = """
-import os, sys
-sys.path[0] = os.getcwd()
-import train
-from engine import cli
-if os.environ["RANK"] == "1":
-    sys.argv += os.environ["ONLY_RANK_1"].split()
-cli.run(train.main)
-"""
-
-
 @pytest.mark.parametrize(
-    "only",
+    ("only", "keys"),
     [
-        pytest.param("optim.learning_rate=2e-3 train.max_steps=7", id="two keys"),
-        pytest.param("model.depth=4", id="network", marks=pytest.mark.slow),
-        pytest.param("--override data_digest", id="flag", marks=pytest.mark.slow),
+        (["optim.learning_rate=2e-3", "train.max_steps=7"], ["optim.learning_rate", "train.max_steps"]),
+        (["model.depth=4"], ["model.depth"]),
+        (["--override", "data_digest"], ["override"]),
     ],
 )
 def test_H2_ranks_with_different_configurations(
-    only: str, frame_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    only: list[str], keys: list[str], frame_folders: Path, tmp_path: Path
 ) -> None:
     """Every differing key is named, nothing is written, and every rank ends."""
-    (tmp_path / "script.py").write_text(RANK_OF)
-    monkeypatch.setenv("ONLY_RANK_1", only)
-    overrides = [*TINY, *data(frame_folders), f"train.output_dir={tmp_path / 'run'}", "train.max_steps=4"]
-    process = start([*TORCHRUN, str(tmp_path / "script.py"), "--config"], overrides, tmp_path / "log")
-    with cleaned_up(process):
-        started = time.monotonic()
-        assert process.wait(60) == 1
-        assert time.monotonic() - started < 60
-    output = (tmp_path / "log").read_text()
-    assert "rank 1 was started with another configuration than rank 0" in output
-    for key in [word.partition("=")[0].strip("-") for word in only.split() if "=" in word or word.startswith("--")]:
-        assert f"{key} " in output.partition("another configuration")[2], output
+    common = [*settings(frame_folders, tmp_path / "run"), "train.max_steps=4"]
+    for _, error in run_ranks(2, tmp_path / "rendezvous", main_rank, train.main, [common, [*common, *only]]):
+        assert error is not None
+        said = error.partition("rank 1 was started with another configuration than rank 0")[2]
+        assert all(f"{key} " in said for key in keys), error
     assert not (tmp_path / "run").exists()
 
 
@@ -239,38 +181,29 @@ def test_H8_launch_variables_that_do_not_belong_together(variables: dict[str, st
         launch_variables(variables)
 
 
-def test_H8_master_port_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_H8_master_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, str(value))
-        process = start(LAUNCHERS["python"][0], [*TINY, f"data.path={tmp_path}"], tmp_path / "log")
-        with cleaned_up(process):
-            assert process.wait(60) == 2
-    (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error")]
-    assert f"MASTER_ADDR:MASTER_PORT=127.0.0.1:{port}" in line and "set another MASTER_PORT" in line
-    assert "Traceback" not in (tmp_path / "log").read_text()
+        with pytest.raises(OSError, match=f"MASTER_ADDR:MASTER_PORT=127.0.0.1:{port}.*set another MASTER_PORT"):
+            init_world("cpu")
 
 
 def test_H8_the_port_of_a_launch_is_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        flags = ["--nnodes=1", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-        flags += ["--rdzv-conf=is_host=true"]
-        process = start([sys.executable, "-m", "engine.elastic", *flags, "train.py", "--config"], [], tmp_path / "log")
-        with cleaned_up(process):
-            assert process.wait(60) == 2
-    assert (tmp_path / "log").read_text().strip().splitlines()[-1].startswith("error: the launch failed")
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{server.getsockname()[1]}"
+        flags = ["--nnodes=1", "--rdzv-backend=c10d", endpoint, "--rdzv-conf=is_host=true"]
+        with start([*ELASTIC, *flags, "train.py", "--config"], [], tmp_path) as job:
+            code, output = job.wait()
+    assert code == 2 and output.strip().splitlines()[-1].startswith("error: the launch failed")
 
 
 def test_H6_a_mistake_ends_a_launch_with_a_sentence(tmp_path: Path) -> None:
-    flags = ["--standalone", "--nproc_per_node=1", "train.py", "--config"]
-    process = start([sys.executable, "-m", "engine.elastic", *flags], ["learnig_rate=1"], tmp_path / "log")
-    with cleaned_up(process):
-        assert process.wait(60) == 2
-    output = (tmp_path / "log").read_text()
+    with start([*ELASTIC, "--standalone", "train.py", "--config"], ["learnig_rate=1"], tmp_path) as job:
+        code, output = job.wait()
+    assert code == 2 and "unknown key" in output and "Traceback" not in output
     assert output.strip().splitlines()[-1] == "error: rank 0 ended with exit code 2 (its message is above)"
-    assert "unknown key" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize(

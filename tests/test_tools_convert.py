@@ -143,7 +143,7 @@ CONVERTED = {
 
 
 @pytest.mark.parametrize("kind", CONVERTED)
-def test_official_configs_are_translated(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_G3_official_configs_are_translated(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     text, expected = CONVERTED[kind]
     config = convert_text(tmp_path, text).to_dict()
     for section, values in expected.items():
@@ -183,7 +183,7 @@ def test_unknown_keys_are_reported_and_left_out(tmp_path: Path, capsys: pytest.C
         (None, r"official\.yaml does not exist"),
     ],
 )
-def test_refused_configs(tmp_path: Path, text: str | None, sentence: str) -> None:
+def test_G3_refused_configs(tmp_path: Path, text: str | None, sentence: str) -> None:
     file = tmp_path / "official.yaml"
     if text is not None:
         file.write_text(text)
