@@ -152,10 +152,10 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder} is not a checkpoint of this project: it has no readable {MANIFEST}.") from None
     if kind != FORMAT:
         raise CheckpointError(f"{folder} is of format {kind!r}; this version reads {FORMAT!r}.")
-    _check_step(manifest, folder / MANIFEST)
     unlisted = [file.name for file in sorted(folder.glob("*.safetensors")) if file.name not in files]
     if unlisted:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not list {', '.join(unlisted)}.")
+    _check_step(manifest, folder / MANIFEST)
     for name, (size, digest) in files.items():
         file = folder / name
         if not file.is_file():

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from common.text import printable
 
+from . import launchers
 from .errors import INTERRUPTED_EXIT, MISTAKE_EXIT, TrainingAborted
 from .signals import die_with_parent
 
@@ -49,6 +50,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
+        launchers.adopt_launcher(os.environ)
         code = main(sys.argv[1:])
     except (ValueError, OSError, ModuleNotFoundError, TrainingAborted) as error:
         if os.environ.get("LATTE_TRACEBACK"):
@@ -70,11 +72,11 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def leave(code: int) -> int:
-    """Returns `code`; in a worker of torchrun, exits with it at once, without finalizing the interpreter.
+    """Returns `code`; in one of several processes, exits with it at once, without finalizing the interpreter.
 
     Otherwise the interpreter may wait for the thread of a gloo process group, which waits for the interpreter's lock.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,9 +1,10 @@
-"""Ranks, collectives and shards. Without torchrun there is one rank; NCCL on CUDA, gloo on the CPU."""
+"""Ranks, collectives and shards. Without a launcher there is one rank; NCCL on CUDA, gloo on the CPU."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,8 +17,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from common.checks import require
 
+from .launchers import read_place
+
 CPU = torch.device("cpu")
 T = TypeVar("T")
+MEET_S = 30.0  # for ranks that no torchrun starts together; an address that does not answer takes twice as long
 START_TIMEOUT_S = 600.0  # until the first step: ranks import, read data lists and compile at their own pace
 
 
@@ -35,50 +39,65 @@ class World:
 
 
 def init_world(device: str | None = None, timeout_s: float = 1800.0, backend: str | None = None) -> World:
-    """Joins the process group that torchrun announces, if there are several processes; returns this one's place.
+    """Joins the process group that the launcher announces, if there are several processes; returns this one's place.
 
     Args:
         device: "cpu", "cuda", or None for CUDA if available.
         timeout_s: of a collective; at least START_TIMEOUT_S until `set_timeout`.
         backend: None for NCCL on CUDA, gloo on the CPU.
+
+    Raises: OSError where the other processes are not met; ValueError where the launcher's variables are wrong.
     """
-    rank, size, local_rank = launch_variables(os.environ)
+    rank, size, local_rank = read_place(os.environ)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    target = torch.device(kind)
     if kind == "cuda":
+        target = torch.device(kind, select_gpu(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(target)
     if size == 1:
         return World(device=target)
     if not dist.is_initialized():
         backend = backend or ("nccl" if kind == "cuda" else "gloo")
         timeout = timedelta(seconds=max(timeout_s, START_TIMEOUT_S))
-        try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        except dist.DistError as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise OSError(
-                f"rank {rank} of {size} cannot meet the others at MASTER_ADDR:MASTER_PORT={where}: "
-                f"{str(error).splitlines()[0]} If the port is in use, set another MASTER_PORT for all ranks."
-            ) from None
-        # torchrun's store outlives a restart: without a name of its own, a start may find the addresses of the last
-        attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=meet(rank, size, timeout), rank=rank, world_size=size, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), target)
 
 
-def launch_variables(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Returns (RANK, WORLD_SIZE, LOCAL_RANK) of the launcher, by default those of a single process; or ValueError."""
-    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    texts = {name: environment.get(name, default) for name, default in names.items()}
-    wrong = [f"{name}={text!r}" for name, text in texts.items() if not (text.isascii() and text.isdigit())]
-    require(not wrong, f"{', '.join(wrong)}: must be a number; the launcher (torchrun) sets it, so unset it otherwise.")
-    rank, size, local_rank = (int(text) for text in texts.values())
+def select_gpu(local_rank: int, count: int) -> int:
+    """Returns the index of this process's GPU: `local_rank`, or 0 where srun shows each task a GPU of its own."""
+    if count == 1 and not has_agent():
+        return 0
     require(
-        rank < size and local_rank < size,
-        f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local_rank} do not belong together: ranks go from 0 to "
-        "WORLD_SIZE - 1. The launcher (torchrun) sets them; unset them to train with one process.",
+        local_rank < count,
+        f"LOCAL_RANK={local_rank}, but this process sees {count} GPU(s): start one process for each GPU.",
     )
-    return rank, size, local_rank
+    return local_rank
+
+
+def has_agent() -> bool:
+    """Returns whether torchrun started this process; it also watches over all of them."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """Returns the store of a process group. Without torchrun, every rank has to come within MEET_S."""
+    where = f"MASTER_ADDR:MASTER_PORT={os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    remedy = f"Start all {size} with the same command; if the port is in use, set another MASTER_PORT for all ranks."
+    patience = timeout if has_agent() else timedelta(seconds=MEET_S)
+    try:
+        if not has_agent():
+            socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)  # torch would try for minutes
+        found, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        # torchrun's store outlives a restart: without a name of its own, a start may find the addresses of the last
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+        if not has_agent():
+            store.set(f"rank{rank}", "")
+            store.wait([f"rank{each}" for each in range(size)], patience)
+    except (dist.DistError, socket.gaierror) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise OSError(f"rank {rank} of {size} cannot meet the others at {where}: {reason}. {remedy}") from None
+    found.set_timeout(timeout)
+    return store
 
 
 def set_timeout(timeout_s: float) -> None:

@@ -262,7 +262,7 @@ def bare_machine(folder: Path, absent: list[str]) -> dict[str, str]:
 
 
 def test_G10_help(tmp_path: Path) -> None:
-    """Of every command, soon, on a machine with little installed."""
+    """Every command prints its help in seconds, on a machine with few packages."""
     assert len(COMMANDS) > 20
     with Job([sys.executable, "-c", EVERY_HELP, json.dumps(COMMANDS)], **bare_machine(tmp_path, NOT_FOR_HELP)) as job:
         code, output = job.wait(280)

@@ -19,7 +19,8 @@ import pytest
 import train
 from engine import checkpoint as ckpt
 from engine import elastic
-from engine.distributed import init_world, launch_variables
+from engine.distributed import init_world
+from engine.launchers import read_place
 from tests.conftest import TINY
 from tests.fault_support import (
     TAG,
@@ -178,7 +179,7 @@ def test_H2_ranks_with_different_configurations(
 )
 def test_H8_launch_variables_that_do_not_belong_together(variables: dict[str, str], said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
-        launch_variables(variables)
+        read_place(variables)
 
 
 def test_H8_master_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
