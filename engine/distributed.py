@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -21,7 +22,7 @@ from .launchers import read_place
 
 CPU = torch.device("cpu")
 T = TypeVar("T")
-MEET_S = 30.0  # for ranks that no torchrun starts together; an address that does not answer takes twice as long
+MEET_S = 30.0  # for ranks that no torchrun starts together
 START_TIMEOUT_S = 600.0  # until the first step: ranks import, read data lists and compile at their own pace
 
 
@@ -87,14 +88,15 @@ def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
     try:
         if not has_agent():
             socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)  # torch would try for minutes
-        found, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        joining = ThreadPoolExecutor(1).submit(next, dist.rendezvous("env://", timeout=patience))
+        found, _, _ = joining.result(None if has_agent() else 1.5 * MEET_S)  # a foreign server may never answer
         # torchrun's store outlives a restart: without a name of its own, a start may find the addresses of the last
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
         if not has_agent():
             store.set(f"rank{rank}", "")
             store.wait([f"rank{each}" for each in range(size)], patience)
-    except (dist.DistError, socket.gaierror) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except (dist.DistError, socket.gaierror, TimeoutError) as error:
+        reason = (str(error) or "no answer").splitlines()[0].rstrip(".")
         raise OSError(f"rank {rank} of {size} cannot meet the others at {where}: {reason}. {remedy}") from None
     found.set_timeout(timeout)
     return store

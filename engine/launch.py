@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from common.checks import require
 
@@ -14,7 +18,11 @@ from .callbacks import Callback
 from .cli import config_parser, leave
 from .config import Config, load_config
 from .distributed import close_world, init_world, require_same
+from .launchers import read_place
 from .trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that the launcher hands to the ranks
 
 
 def train(
@@ -44,6 +52,8 @@ def train(
     parser.add_argument(
         "--allow-inexact-resume", action="store_true", help="continue a checkpoint that lacks generator states"
     )
+    if loop:
+        parser.add_argument("--devices", type=int, metavar="N", help="processes to start; by default one for each GPU")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     num_images = config.data.num_images
@@ -59,6 +69,8 @@ def train(
         sys.stdout.write(json.dumps(describe(config), indent=2) + "\n")
         return 0
 
+    if loop:
+        start_devices(arguments.devices)
     world = init_world(timeout_s=config.train.timeout_s)
     flags: dict[str, Any] = {
         "override": sorted(arguments.override),
@@ -70,3 +82,26 @@ def train(
     reached = trainer.fit(loop)
     close_world()  # after a clean end only
     return leave(0 if reached else trainer.run.signals.exit_code)
+
+
+def start_devices(count: int | None) -> None:
+    """Starts this command again on `count` processes, by default one for each GPU; returns if one is enough.
+
+    Also returns in a process that a launcher started.
+
+    Raises: ValueError unless `count` is at least 1 and agrees with the launcher.
+    """
+    _, size, _ = read_place(os.environ)
+    is_launched = "RANK" in os.environ
+    require(count is None or count >= 1, f"--devices must be at least 1, got {count}.")
+    require(
+        not is_launched or count in (None, size),
+        f"--devices {count}, but the launcher started {size} process(es): leave it out.",
+    )
+    count = count or torch.cuda.device_count()
+    if is_launched or count <= 1:
+        return
+    elastic = ["-m", "engine.elastic", "--standalone", f"--nproc_per_node={count}", f"--signals-to-handle={SIGNALS}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *elastic, *sys.argv], environment)
