@@ -59,10 +59,10 @@ class StubC3D(nn.Module):
 class StubInception(nn.Module):
     """2048 features, or probabilities of 1008 classes with or without the output's bias."""
 
-    def __init__(self) -> None:
+    def __init__(self, dims: int = 2048, classes: int = 1008) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 2048, 4, stride=4)
-        self.output = nn.Linear(2048, 1008)
+        self.conv = nn.Conv2d(3, dims, 4, stride=4)
+        self.output = nn.Linear(dims, classes)
 
     def forward(
         self, img: Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False

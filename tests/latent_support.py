@@ -26,20 +26,30 @@ def cache(overrides: list[str], out: Path, dtype: str = "fp32", world: World | N
     return out
 
 
-def save_codec(folder: Path, class_name: str, seed: int = 0) -> list[str]:
-    """A random autoencoder of 5 channels with 2-fold down-sampling, and the overrides that name it."""
+def tiny_codec(class_name: str, seed: int = 0) -> Any:
+    """A random autoencoder of 5 channels with 2-fold down-sampling, its latents far from zero mean and unit scale."""
     import diffusers
 
     torch.manual_seed(seed)
+    down, blocks = ("DownEncoderBlock2D",) * 2, {"block_out_channels": (8, 8), "layers_per_block": 1}
     if class_name == "AutoencoderKL":
-        blocks = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-        down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
-        codec = diffusers.AutoencoderKL(latent_channels=5, down_block_types=down, up_block_types=up, **blocks)
-    else:
-        sizes = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
-        counts = {f"num_{part}_blocks": (1, 1) for part in ("encoder", "decoder")}
-        codec = diffusers.AutoencoderTiny(latent_channels=5, **sizes, **counts)
-    codec.save_pretrained(folder)
+        blocks |= {"down_block_types": down, "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}
+        return diffusers.AutoencoderKL(latent_channels=5, **blocks).eval()
+    if class_name == "AutoencoderKLTemporalDecoder":  # its group norms have 32 groups
+        blocks |= {"block_out_channels": (32, 32), "down_block_types": down}
+        model = diffusers.AutoencoderKLTemporalDecoder(latent_channels=5, **blocks).eval()
+        for name, parameter in model.decoder.named_parameters():  # a new one hardly mixes frames
+            if "time_conv_out" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model
+    sizes = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+    counts = {f"num_{part}_blocks": (1, 1) for part in ("encoder", "decoder")}
+    return diffusers.AutoencoderTiny(latent_channels=5, **sizes, **counts).eval()
+
+
+def save_codec(folder: Path, class_name: str, seed: int = 0) -> list[str]:
+    """Saves an autoencoder; returns the overrides that name it."""
+    tiny_codec(class_name, seed).save_pretrained(folder)
     return [f"codec.path={folder}", "codec.latent_channels=5", "codec.downsample_factor=2", "codec.scale=0.7"]
 
 

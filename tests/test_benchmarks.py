@@ -21,7 +21,6 @@ from benchmarks.report import Table
 from benchmarks.timing import VALUES, Case, Timer
 from benchmarks.workload import Workload
 from diffusion import sample
-from models import LatteConfig
 from tools.parity import Goldens, empty_network
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -32,7 +31,6 @@ def load(name: str) -> Goldens:
 
 
 def reference(golden: Goldens) -> ReferenceLatte:
-    """The reference with the golden's weights."""
     ours = empty_network(golden.config)
     ours.load_state_dict(golden.group("state/"))
     return ReferenceLatte.like(ours)
@@ -77,31 +75,6 @@ def test_the_reference_loop_is_the_official_one(method: str) -> None:
     found = sample(ReferenceDiffusion(1000, "10"), model, golden["loop/z"], method=method)
     close(found, golden[f"loop/{method}10"])
 
-
-def test_our_network_equals_the_reference() -> None:
-    """Same weights and inputs, output and gradients, labels per image as well."""
-    golden = load("latte_img_class")
-    ours = empty_network(golden.config)
-    ours.load_state_dict(golden.group("state/"))
-    plain = ReferenceLatte.like(ours)
-    labels = torch.cat([golden["y"][:, None], golden["y_image"]], 1)
-    first, second = (
-        model(golden["x"], golden["t"], labels, num_images=golden.config["use_image_num"]) for model in (ours, plain)
-    )
-    close(first, second, 1e-6)
-    first.square().mean().backward()
-    second.square().mean().backward()
-    theirs = dict(plain.named_parameters())
-    for name, parameter in ours.named_parameters():
-        close(parameter.grad, theirs[name].grad, 1e-6)
-
-
-def test_the_reference_refuses_what_the_official_code_lacks() -> None:
-    with pytest.raises(ValueError, match="interleaved"):
-        ReferenceLatte(LatteConfig(name="Latte-S/8", variant="parallel"))
-
-
-# ---- the commands ------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = ["diffusers", "omegaconf", "decord", "av", "imageio", "tensorboard", "matplotlib", "peft", "pyarrow"]
@@ -173,7 +146,6 @@ def test_every_case_is_compared_with_the_first(at_once: bool) -> None:
 
 
 def test_the_shipped_figures_of_quality_are_read(tmp_path: Path) -> None:
-    """No row is sampled again, and the page has all of them."""
     shipped = ROOT / "docs" / "benchmarks"
     shutil.copy(shipped / "sampling.json", tmp_path)
     main(["quality", "--device", "cpu", "--out", str(tmp_path)])

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from datasets.catalog import Clip
 from datasets.readers import VideoError
@@ -25,7 +24,7 @@ from evaluation import extract, measure, sources
 from evaluation.detectors import DETECTORS, load_detector
 from evaluation.distances import frechet_distance, frechet_from_moments, inception_score, kernel_distance
 from sample.video_io import write_mp4
-from tests.detector_stubs import write_network, write_stub
+from tests.detector_stubs import StubInception, write_network, write_stub
 from tools import calc_metrics_for_dataset as command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,28 +48,14 @@ def arrays(folder: Path, seeds: range, frames: Callable[[int], int] = lambda num
     return folder
 
 
-class NarrowInception(nn.Module):
-    """Inception's signature with 48 features: matrices of 2048 x 2048 would take a minute per value here."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 48, 4, stride=4)
-        self.output = nn.Linear(48, 24)
-
-    def forward(
-        self, img: torch.Tensor, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False
-    ) -> torch.Tensor:
-        features = torch.relu(self.conv(img.float() / 128 - 1)).mean([2, 3])
-        return features if return_features else self.output(features).softmax(1)
-
-
 @pytest.fixture(scope="module")
 def detectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("detectors")
     for name in ("i3d", "c3d"):
         write_stub(name, folder)
     torch.manual_seed(0)
-    write_network(NarrowInception(), folder / "inception.pt")
+    # with its 2048 features a value would take a minute
+    write_network(StubInception(48, 24), folder / "inception.pt")
     return folder
 
 

@@ -11,33 +11,10 @@ import torch
 from torch import Tensor
 
 from models.autoencoder import CodecConfig, LatentCodec
+from tests.latent_support import tiny_codec
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-CHANNELS = 5  # of the tiny models' latents: nothing may assume 4
-BLOCKS = {"block_out_channels": (8, 8), "layers_per_block": 1, "latent_channels": CHANNELS}
-TINY_BLOCKS = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
-TINY_BLOCKS |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1), "latent_channels": CHANNELS}
-
-
-def build(class_name: str) -> Any:
-    """A random model of that class with 2-fold down-sampling, its latents far from zero mean and unit scale."""
-    import diffusers
-
-    torch.manual_seed(0)
-    down = ("DownEncoderBlock2D",) * 2
-    if class_name == "AutoencoderKL":
-        up = ("UpDecoderBlock2D",) * 2
-        return diffusers.AutoencoderKL(**BLOCKS, down_block_types=down, up_block_types=up, norm_num_groups=4).eval()
-    if class_name == "AutoencoderKLTemporalDecoder":  # its group norms have 32 groups
-        blocks = {**BLOCKS, "block_out_channels": (32, 32)}
-        model = diffusers.AutoencoderKLTemporalDecoder(**blocks, down_block_types=down).eval()
-        for name, parameter in model.decoder.named_parameters():  # a new one hardly mixes frames
-            if "time_conv_out" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
-        return model
-    return diffusers.AutoencoderTiny(**TINY_BLOCKS).eval()
 
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLTemporalDecoder")
@@ -46,17 +23,14 @@ CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLTemporalDecoder")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
     """Each class: the model, and the folder that `save_pretrained` made of it."""
-    models = {}
-    for class_name in CLASSES:
-        folder = tmp_path_factory.mktemp(class_name)
-        model = build(class_name)
+    models = {name: (tiny_codec(name), tmp_path_factory.mktemp(name)) for name in CLASSES}
+    for model, folder in models.values():
         model.save_pretrained(folder)
-        models[class_name] = (model, folder)
     return models
 
 
 def config(folder: Path, **changes: Any) -> CodecConfig:
-    values = {"path": str(folder), "latent_channels": CHANNELS, "downsample_factor": 2, "scale": 0.7, "shift": 0.2}
+    values = {"path": str(folder), "latent_channels": 5, "downsample_factor": 2, "scale": 0.7, "shift": 0.2}
     return CodecConfig(**(values | changes))
 
 
@@ -74,7 +48,7 @@ def test_encode_and_decode_are_those_of_diffusers(saved: dict[str, tuple[Any, Pa
     tiny = class_name == "AutoencoderTiny"
     raw = encoded.latents if tiny else encoded.latent_dist.mode()
     latents = codec.encode(video)
-    torch.testing.assert_close(latents, ((raw - 0.2) * 0.7).view(2, 3, CHANNELS, 8, 8), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(latents, ((raw - 0.2) * 0.7).view(2, 3, 5, 8, 8), rtol=1e-5, atol=1e-5)
     assert codec.latent_shape(video.shape) == latents.shape
     extra = {"num_frames": 3} if class_name == "AutoencoderKLTemporalDecoder" else {}
     pictures = model.decode(raw, **extra).sample.view(video.shape)
@@ -127,7 +101,7 @@ def test_frozen_clamped_and_low_precision_stays_inside(saved: dict[str, tuple[An
     assert not low.decode(latents.requires_grad_()).requires_grad
     torch.testing.assert_close(latents.detach(), exact.encode(video), rtol=0.1, atol=0.02)
     assert not torch.equal(latents, exact.encode(video))
-    assert exact.decode(1e4 * torch.randn(1, 2, CHANNELS, 8, 8)).abs().max() == 1
+    assert exact.decode(1e4 * torch.randn(1, 2, 5, 8, 8)).abs().max() == 1
 
 
 def test_scale_comes_from_the_config_alone_also_in_a_subfolder(

@@ -74,14 +74,6 @@ def test_a_loss_on_hidden_states_trains_the_blocks_before_them_only(name: str) -
     assert reached == [True, True, False, False]
 
 
-def test_hidden_states_survive_compiled_blocks() -> None:
-    model, arguments = network(), batch()
-    expected = model(**arguments, return_hidden_states=(2,))[1][2]
-    for block in model.blocks:
-        block.compile(dynamic=False, backend="eager")
-    torch.testing.assert_close(model(**arguments, return_hidden_states=(2,))[1][2], expected, **CLOSE)
-
-
 @torch.no_grad()
 def test_hidden_states_of_the_text_conditioned_network() -> None:
     model = ours_of(theirs())

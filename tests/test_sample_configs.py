@@ -74,20 +74,16 @@ def test_ucf101_classes_are_numbered_as_folders_are_sorted() -> None:
     assert UCF101_CLASSES.index("HammerThrow") == 34  # by code point: before Hammering
 
 
-def test_every_official_script_is_there() -> None:
+def test_every_official_script_is_there_parses_and_names_what_exists() -> None:
     names = {script.relative_to(ROOT).as_posix() for script in SCRIPTS}
     assert {f"sample/{name}{kind}.sh" for name in (*SETS, "demo") for kind in ("", "_ddp")} <= names
     assert {f"train_scripts/{name}{kind}.sh" for name in SETS for kind in ("_train", "_img_train")} <= names
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_shell_script_parses_and_names_what_exists(script: Path) -> None:
-    checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stderr
-    assert script.stat().st_mode & 0o111
-    for path in re.findall(r"(?:configs/[\w/]+\.yaml|[\w/]+\.py)\b", script.read_text()):
-        # sample.py in a comment is the script in the same folder
-        assert (ROOT / path).exists() or (script.parent / path).exists(), path
+    for script in SCRIPTS:
+        checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+        assert checked.returncode == 0 and script.stat().st_mode & 0o111, checked.stderr
+        for path in re.findall(r"(?:configs/[\w/]+\.yaml|[\w/]+\.py)\b", script.read_text()):
+            # sample.py in a comment is the script in the same folder
+            assert (ROOT / path).exists() or (script.parent / path).exists(), path
 
 
 @pytest.fixture
@@ -103,7 +99,6 @@ def project(tmp_path: Path) -> Path:
 
 
 def called(project: Path, script: str, argument: str, **environment: str) -> str:
-    """The arguments that a script's python gets."""
     search = {"PATH": f"{project.parent}:/usr/bin:/bin"}
     command = ["bash", str(project / script), argument]
     return subprocess.run(command, env=search | environment, capture_output=True, text=True).stdout

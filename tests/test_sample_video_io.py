@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from sample.video_io import MARGIN, contact_sheet, slug, write_contact_sheet, write_gif, write_lossless, write_mp4
+from sample.video_io import MARGIN, contact_sheet, write_contact_sheet, write_gif, write_lossless, write_mp4
 
 
 def smooth_videos(count: int, frames: int, height: int, width: int) -> np.ndarray:
@@ -39,12 +39,12 @@ def test_mp4_round_trip(tmp_path: Path, height: int, width: int) -> None:
 
 def test_same_frames_same_bytes(tmp_path: Path) -> None:
     videos = smooth_videos(3, 6, 24, 32)
-    for name, write in {
-        "a.gif": lambda path: write_gif(path, videos),
-        "a.png": lambda path: write_contact_sheet(path, videos, ["x", "y", "z"]),
-    }.items():
-        first = write(tmp_path / "one" / name).read_bytes()
-        assert write(tmp_path / "two" / name).read_bytes() == first, name
+    for write in (
+        lambda path: write_gif(path, videos),
+        lambda path: write_contact_sheet(path, videos, ["x", "y", "z"]),
+    ):
+        first, second = (write(tmp_path / name).read_bytes() for name in ("one.gif", "two.gif"))
+        assert first == second
 
 
 def test_same_bytes_whatever_lies_in_memory() -> None:
@@ -113,12 +113,9 @@ def test_contact_sheet_has_a_row_per_video_and_a_column_per_frame() -> None:
     np.testing.assert_array_equal(captioned[:, gutter:], sheet)
     ink = [(captioned[rows, :gutter] < 128).any(axis=(0, 2)).nonzero()[0] for rows in (slice(0, 44), slice(44, 88))]
     assert 0 < ink[0].max() < ink[1].max() < gutter  # a caption in each row, the second one longer
-
-
-def test_contact_sheet_of_long_and_tiny_videos() -> None:
-    sheet = contact_sheet(smooth_videos(1, 40, 32, 32), max_frames=4)
-    assert sheet.shape == (64 + 2 * MARGIN, MARGIN + 4 * (64 + MARGIN), 3)  # enlarged to 64 pixels
-    blues = [int(sheet[MARGIN, MARGIN + i * (64 + MARGIN), 2]) for i in range(4)]
+    long = contact_sheet(smooth_videos(1, 40, 32, 32), max_frames=4)
+    assert long.shape == (64 + 2 * MARGIN, MARGIN + 4 * (64 + MARGIN), 3)  # enlarged to 64 pixels
+    blues = [int(long[MARGIN, MARGIN + i * (64 + MARGIN), 2]) for i in range(4)]
     assert blues == [(50 + 10 * f) % 256 for f in (0, 13, 26, 39)]  # first to last
 
 
@@ -132,21 +129,6 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_mp4(tmp_path / "a.mp4", smooth_videos(1, 2, 8, 8)[0])
-    before = path.read_bytes()
-
-    def fail(file: str, *arguments: object, **options: object) -> None:
-        Path(file).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(av, "open", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_mp4(path, smooth_videos(1, 2, 16, 16)[0])
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     honest = Path.replace
@@ -154,18 +136,3 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Path, "replace", lambda self, target: calls.append("rename") or honest(self, target))
     write_lossless(tmp_path / "a.npy", smooth_videos(1, 2, 8, 8)[0])
     assert calls == ["sync", "rename"]
-
-
-@pytest.mark.parametrize(
-    ("name", "safe"),
-    [
-        ("HorseRiding", "HorseRiding"),
-        ("../../etc/passwd", "etc_passwd"),
-        ("a b/c:d", "a_b_c_d"),
-        (".hidden", "hidden"),
-        ("日本", "unnamed"),
-        ("x" * 300, "x" * 80),
-    ],
-)
-def test_slug(name: str, safe: str) -> None:
-    assert slug(name) == safe

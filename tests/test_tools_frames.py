@@ -58,7 +58,6 @@ def convert(source: Path, target: Path, *flags: str) -> dict:
 
 
 def clips_of(target: Path) -> dict[str, int]:
-    """Folder -> number of frames."""
     frames = (path for path in target.rglob("*") if path.suffix in (".png", ".jpg"))
     found = [path.parent.relative_to(target).as_posix() for path in frames]
     return {name: found.count(name) for name in sorted(set(found))}
@@ -113,16 +112,16 @@ def test_only_the_extension_that_is_asked_for_and_plain_names(tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------ pixels
 
 
-@pytest.mark.parametrize("quality", [10, 50, 100])
-def test_jpeg_quality_is_the_one_asked_for(tmp_path: Path, quality: int) -> None:
+def test_jpeg_quality_is_the_one_asked_for(tmp_path: Path) -> None:
     """The quantisation tables are those that Pillow writes by itself; the official tool's flag had no effect."""
     make_video(tmp_path / "in" / "a.mp4")
-    convert(tmp_path / "in", tmp_path / "out", "--format", "jpeg", "--quality", str(quality))
-    stream = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(stream, "JPEG", quality=quality)
-    with Image.open(tmp_path / "out" / "a" / "000000.jpg") as written, Image.open(stream) as plain:
-        assert written.quantization == plain.quantization  # type: ignore[attr-defined]
-        assert written.layer == [(1, 1, 1, 0), (2, 1, 1, 1), (3, 1, 1, 1)]  # type: ignore[attr-defined]  # 4:4:4
+    for quality in (10, 100):
+        out, stream = tmp_path / str(quality), io.BytesIO()
+        convert(tmp_path / "in", out, "--format", "jpeg", "--quality", str(quality))
+        Image.new("RGB", (8, 8)).save(stream, "JPEG", quality=quality)
+        with Image.open(out / "a" / "000000.jpg") as written, Image.open(stream) as plain:
+            assert written.quantization == plain.quantization  # type: ignore[attr-defined]
+            assert written.layer == [(1, 1, 1, 0), (2, 1, 1, 1), (3, 1, 1, 1)]  # type: ignore[attr-defined]  # 4:4:4
 
 
 @pytest.mark.parametrize("shape", [(30, 52), (53, 30), (16, 16)])
@@ -325,44 +324,38 @@ def test_other_settings_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
             convert(source, target, "--target_size", "8")
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--target_size", "0"], "size must be in"),
+def test_bad_values_are_sentences(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(b"")
+    for flags, sentence in (
         (["--force_fps", "-1"], "fps must be in"),
         (["--num_workers", "0"], "--num_workers must be at least 1"),
         (["--target_size", "8"], r"none of the 1 clips in .* can be used \(a\.mp4: the file is empty\)"),
-    ],
-)
-def test_bad_values_are_sentences(tmp_path: Path, flags: list[str], sentence: str) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.mp4").write_bytes(b"")
-    with pytest.raises(ValueError, match=sentence):
-        convert(tmp_path / "in", tmp_path / "out", *flags)
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            convert(tmp_path / "in", tmp_path / "out", *flags)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         convert(tmp_path / "gone", tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["png", "video"])
-def test_a_full_disk_is_a_sentence_and_nothing_is_lost(tmp_path: Path, kind: str) -> None:
+def test_a_full_disk_is_a_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk; the small clip is made before the large one fails."""
     source, target = tmp_path / "in", tmp_path / "out"
     make_video(source / "a.mp4", 2)
     write_video(source / "b.mp4", noise(4, 300, 300), 8)
-    command = ["folder", str(source), str(target), "--format", kind, "--workers", "1", "--test_share", "0"]
+    command = ["folder", str(source), str(target), "--format", "png", "--workers", "1", "--test_share", "0"]
 
     def work() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        sentence = r"out/train/b(\.mp4)? cannot be written \(.+\): make room there, then repeat the command"
+        sentence = r"out/train/b cannot be written \(.+\): make room there, then repeat the command"
         with pytest.raises(OSError, match=sentence):
             prepare_dataset.main(command)
 
     assert in_a_child(work) == 0
-    made = sorted(path.name.removesuffix(".mp4") for path in (target / "train").iterdir())
-    assert made == ["a"] and list((target / WORK / "staged").iterdir()) == []
+    assert clips_of(target) == {"train/a": 2} and list((target / WORK / "staged").iterdir()) == []
     prepare_dataset.main(command)
-    assert len(list((target / "train").iterdir())) == 2
+    assert clips_of(target) == {"train/a": 2, "train/b": 4}
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -381,7 +374,7 @@ def test_workers_change_nothing_and_kill_9_loses_nothing(tmp_path: Path) -> None
     for number in range(24):
         clip = source / f"{number % 3}" / f"{number}.mp4"
         clip.parent.mkdir(parents=True, exist_ok=True)
-        write_video(clip, noise(6 if number else 90, 120, 160), 8)  # the first ends long after the second
+        write_video(clip, noise(6 if number else 60, 80, 100), 8)  # the first ends long after the second
     convert(source, tmp_path / "one")
     tool = [sys.executable, "-m", "tools.convert_videos_to_frames"]
     command = [*tool, "-s", str(source), "-t", str(target), "--num_workers", "2"]
@@ -410,10 +403,8 @@ def test_workers_change_nothing_and_kill_9_loses_nothing(tmp_path: Path) -> None
     "name",
     [
         "action/vision__SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi",  # its timestamps name no frames
-        "action/mmaction2__part_0.mp4",
         "odd/torchcodec__nasa_13013_rotated.mp4",
         "odd/torchcodec__test_non_zero_start.mp4",
-        "odd/ExoPlayer__sample.flv",
     ],
 )
 def test_every_frame_is_what_read_gives(name: str) -> None:

@@ -53,17 +53,10 @@ def test_a_file_that_is_no_archive_is_named(tmp_path: Path, content: bytes) -> N
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("members", "sentence"),
-    [
-        ({"good": b"g" * 100, "bad": b"b" * 100}, r"set\.zip/bad: cannot be unpacked: the archive is damaged"),
-        ({"a": b"x", "a/b": b"y"}, "its entry 'a/b' is there twice"),
-    ],
-)
-def test_a_bad_member_is_named_and_nothing_is_left(tmp_path: Path, members: dict[str, bytes], sentence: str) -> None:
-    archive = pack(tmp_path / "set.zip", members, zipfile.ZIP_STORED)
+def test_a_bad_member_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    archive = pack(tmp_path / "set.zip", {"good": b"g" * 100, "bad": b"b" * 100}, zipfile.ZIP_STORED)
     archive.write_bytes(archive.read_bytes().replace(b"b" * 100, b"b" * 99 + b"c"))
-    with pytest.raises(VideoError, match=sentence):
+    with pytest.raises(VideoError, match=r"set\.zip/bad: cannot be unpacked: the archive is damaged"):
         unpack(archive, tmp_path / "out")
     assert [each.name for each in tmp_path.iterdir()] == ["set.zip"]
 
