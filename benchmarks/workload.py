@@ -1,8 +1,7 @@
-"""Workloads: a network, a batch and what is done with them, by the project's own code or by the reference.
+"""Workloads: a network, a batch and what to run on them, with the project's code or the reference's.
 
-Nothing is downloaded: latents are random, in a latent cache of
-the project's own format, so that the timed step is the trainer's whole step with its data loading. Only torch, numpy,
-einops, timm and safetensors are needed.
+Nothing is downloaded: random latents are written to a latent cache in the project's format, so that the trainer's
+whole step is timed, data loading included. Needs only torch, numpy, einops, timm and safetensors.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from models.latte import Latte
 from .reference import ReferenceLatte, ReferenceTraining
 from .timing import Call, Case, Timer
 
-PIXELS = 8  # a side of a latent pixel
+PIXELS = 8  # per latent pixel side
 TINY = {"model.name": "custom", "model.hidden_size": 32, "model.depth": 2, "model.num_heads": 2, "model.patch_size": 2}
-# changes of a workload: fields, and configuration keys as section.key
+# changes to a workload: its fields, or config keys as section.key
 Changes = Mapping[str, Any]
 REFERENCE: Changes = {"reference": True}
-# `recomputing` runs each block again in the backward pass, so it concerns the step only
+# `recomputing` reruns each block in the backward pass, so only training steps differ
 MODES: dict[str, Changes] = {
     "eager": {},
     "compiled": {"train.compile": True},
@@ -50,7 +49,7 @@ MODES: dict[str, Changes] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """A network, a batch of clips, `batch` x `frames` (+ `images`) x 4 x `latent` x `latent`, and its use."""
+    """A network, latents of `batch` x `frames` (+ `images`) x 4 x `latent` x `latent`, and what to run."""
 
     size: str = "Latte-S/2"  # a `model.name`, or `tiny` for a smoke test
     batch: int = 2
@@ -59,7 +58,7 @@ class Workload:
     images: int = 0
     classes: int = 0
     part: str = "step"  # or forward
-    reference: bool = False  # by the reference instead of the project's code
+    reference: bool = False  # the reference instead of the project's code
     keys: Changes = field(default_factory=dict)  # further configuration keys: {"train.precision": "bf16"}
 
     def but(self, *several: Changes) -> Workload:
@@ -69,7 +68,7 @@ class Workload:
         return replace(self, **changes, keys={**self.keys, **keys})
 
     def config(self, folder: Path = Path()) -> Config:
-        """Returns the configuration of a run in `folder` that trains it from the latent cache there."""
+        """Returns the config of a training run in `folder` that reads the latent cache there."""
         values = {
             **(TINY if self.size == "tiny" else {"model.name": self.size}),
             "model.num_classes": self.classes,
@@ -124,7 +123,7 @@ class Workload:
         return model, plain
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """Returns the context of the workload's precision."""
+        """Returns autocast for the workload's precision."""
         dtype = PRECISIONS[self.precision].autocast
         return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
@@ -134,7 +133,7 @@ class Workload:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Replaces weights that are initialised to zero: arithmetic on zeros is faster than on other numbers."""
+    """Randomises zero-initialised weights: arithmetic on zeros is faster than on other numbers."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
@@ -158,12 +157,12 @@ class Ours:
 
     def step(self) -> None:
         """Runs the trainer's step: loading, forward, backward, gradient norm, AdamW, EMA."""
-        attention.choose(self.trainer.config.train.attention)  # set for the whole process
+        attention.choose(self.trainer.config.train.attention)  # a process-wide setting
         self.trainer.launch_step(next(self.batches))
 
 
 def write_latents(config: Config, batch: int) -> None:
-    """Writes the latent cache of `config` with random values, a few clips more than a batch."""
+    """Writes the latent cache of `config` with random values, a few more clips than a batch."""
     data, out, classes = config.data, Path(str(config.data.latents)), max(1, config.model.num_classes)
     count, frames = batch + max(2, data.num_images), data.num_frames
     shape = (1, 2, config.codec.latent_channels, config.latent_size, config.latent_size)
@@ -191,7 +190,7 @@ def write_latents(config: Config, batch: int) -> None:
 
 
 def step_of(workload: Workload, device: torch.device) -> Call:
-    """Returns a training step; the reference has its latents in memory."""
+    """Returns a training step; the reference keeps latents in memory."""
     if not workload.reference:
         return Ours(workload, device).step
     plain = workload.networks(device)[1].train()
@@ -215,7 +214,7 @@ def forward_of(workload: Workload, device: torch.device) -> Call:
 
 
 def make_case(workload: Workload, device: torch.device, repeats: int = 1) -> Case:
-    """Returns the workload, ready to be timed, `repeats` times in each call."""
+    """Returns a case to time: the workload, run `repeats` times per call."""
     call = (step_of if workload.part == "step" else forward_of)(workload, device)
     tokens = workload.batch * (workload.frames + workload.images) * (workload.latent // 2) ** 2  # of 2 x 2 patches
     flop = workload.flop() * (3 if workload.part == "step" else 1)
@@ -223,9 +222,9 @@ def make_case(workload: Workload, device: torch.device, repeats: int = 1) -> Cas
 
 
 def read_problem(arguments: argparse.Namespace) -> tuple[Workload, Timer]:
-    """Returns the workload and the timer of a command line.
+    """Returns the workload and timer chosen by the flags.
 
-    Raises: ValueError for flags out of range, or that contradict each other.
+    Raises: ValueError for flags that are out of range or contradictory.
     """
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     if given.get("device") == "cuda" and not torch.cuda.is_available():
@@ -240,6 +239,6 @@ def read_problem(arguments: argparse.Namespace) -> tuple[Workload, Timer]:
     sizes = {name: given[name] for name in ("size", "batch", "frames", "latent") if name in given}
     if given.get("quick"):
         if sizes:
-            raise ValueError(f"--quick has tiny sizes of its own: omit --{next(iter(sizes))}.")
+            raise ValueError(f"--quick sets its own tiny sizes: omit --{next(iter(sizes))}.")
         return Workload("tiny", batch=1, frames=2, latent=8), timer
     return Workload(**{"size": "Latte-XL/2" if timer.on_cuda else "Latte-S/2", **sizes}), timer

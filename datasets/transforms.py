@@ -1,4 +1,4 @@
-"""Transforms of the pixels of a clip; all frames are transformed alike.
+"""Pixel transforms of a clip; all frames are transformed alike.
 
 Letters: T frames, C channels, H height, W width.
 """
@@ -25,7 +25,7 @@ def to_signed_range(clip: Tensor) -> Tensor:
 
 
 def horizontal_flip(clip: Tensor) -> Tensor:
-    """Mirrors all frames left to right, (T, C, H, W)."""
+    """Mirrors all frames (T, C, H, W) left to right."""
     return clip.flip(-1)
 
 
@@ -41,16 +41,16 @@ def center_crop_then_resize(clip: Tensor, size: int) -> Tensor:
 
 
 def center_crop(clip: Tensor, size: int) -> Tensor:
-    """Crops the centred square of side `size`. Half pixels are rounded to even, as in the official code."""
+    """Crops a centred square of side `size`. Half-pixel offsets round to even, as in the official code."""
     height, width = clip.shape[-2:]
     top, left = round((height - size) / 2), round((width - size) / 2)
     return clip[..., top : top + size, left : left + size]  # (T, C, size, size)
 
 
 def _resize_short_side(clip: Tensor, size: int) -> Tensor:
-    """Resizes bilinearly, without antialiasing, by the exact factor; the long side is rounded down."""
+    """Resizes bilinearly by exactly size / short side, not antialiased; rounds the long side down."""
     short = min(clip.shape[-2:])
-    if short == size:  # interpolation would return the same pixels, and takes longer than decoding
+    if short == size:  # interpolation changes nothing, yet takes longer than decoding
         return clip
     factor = size / short
     if math.floor(short * factor) < size:  # rounding made the product slightly too small

@@ -1,9 +1,9 @@
-"""`make demo`: the main job on the demo set, end to end, and a page that shows it.
+"""`make demo`: trains and samples on the demo set, and writes a page of results.
 
     python -m demo [--out results/demo] [--videos 96] [--processes 2]
 
-Draws the data, trains a small class-conditional Latte from scratch through torchrun, samples it and the shipped
-weights, measures the samples with the tracker of demo/drawn.py, and writes mp4s, contact sheets, loss curve,
+Draws the data, trains a small class-conditional Latte from scratch with torchrun, samples it and the shipped
+weights, scores the samples with the tracker in demo/drawn.py, and writes mp4s, contact sheets, a loss curve,
 metrics.json and index.html. A second run continues or reuses existing results.
 """
 
@@ -30,12 +30,12 @@ from .stages import ROOT, measure_samples, plot_losses, read_samples, run_stage
 
 SAMPLE_CONFIG = "configs/demo/demo_sample.yaml"
 TRAIN_CONFIG = "configs/demo/demo_train.yaml"
-FIGURES = ("appearance_accuracy", "motion_accuracy", "num_videos")  # of each kind of video in metrics.json
+FIGURES = ("appearance_accuracy", "motion_accuracy", "num_videos")  # per kind of video in metrics.json
 TITLES = {"pretrained": "Shipped weights", "trained": "Trained from scratch in this run", "real": "Real clips"}
 
 
 def write_real_clips(folder: Path, number: int) -> None:
-    """Writes the first 16 frames of clips of all classes in turn, in the layout of sample.py."""
+    """Writes the first 16 frames of clips, cycling through classes, in sample.py's layout."""
     clips = build_dataset(load_config(ROOT / TRAIN_CONFIG).data, seed=0)
     by_class: dict[int, list[int]] = {label: [] for label in range(clips.num_classes)}
     for index, clip in enumerate(clips.catalog.clips):
@@ -54,7 +54,7 @@ def write_real_clips(folder: Path, number: int) -> None:
 
 
 def measure(out: Path) -> dict[str, Any]:
-    """Returns the tracker's accuracies on the mp4s in each folder, and the first and last training loss; plots it."""
+    """Returns the tracker's accuracies per folder of mp4s and the first and last training loss; plots the loss."""
     metrics: dict[str, Any] = {}
     for kind in TITLES:
         found = measure_samples(out / kind, lambda video: video["label"])
@@ -80,9 +80,9 @@ PAGE = """<!doctype html>
   img {{ max-width: 100%; }} img.sheet {{ image-rendering: pixelated; }}
 </style>
 <h1>Latte demo</h1>
-<p>Eight classes, each a colour, a shape and a motion, drawn by the repository; 16 frames of 32 &times; 32 pixels.
-A tracker that sees pixels only names colour and motion of every video; the table counts how often it names what
-the label asked for.</p>
+<p>Eight classes, each a colour, a shape and a motion, drawn by this repository; 16 frames of 32 &times; 32 pixels.
+A tracker that sees only pixels names the colour and motion of every video; the table shows how often they match
+the label.</p>
 <table><tr><th></th><th>videos</th><th>colour right</th><th>motion right</th></tr>
 {rows}</table>
 {sections}
@@ -94,7 +94,7 @@ the label asked for.</p>
 
 
 def write_page(out: Path, metrics: dict[str, Any], shown: int = 24) -> None:
-    """Writes index.html, which plays the videos of the same folder."""
+    """Writes index.html, which plays the videos under `out`."""
     rows, sections = "", ""
     for kind, title in TITLES.items():
         colour, motion, number = (metrics[f"{name}_{kind}"] for name in FIGURES)
@@ -112,12 +112,12 @@ def write_page(out: Path, metrics: dict[str, Any], shown: int = 24) -> None:
 def main(argv: list[str]) -> None:
     """Runs the demo."""
     parser = ArgumentParser("python -m demo", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/demo"), help="folder to write (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("results/demo"), help="output folder (%(default)s)")
     parser.add_argument("--videos", type=int, default=96, help="videos per kind, at least 64 (%(default)s)")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="of torchrun (%(default)s)")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="in torchrun (%(default)s)")
     arguments = parser.parse_args(argv)
     out, videos, processes = arguments.out, arguments.videos, arguments.processes
-    require(videos >= 64, f"--videos must be at least 64, to distinguish 95 % from 90 %, got {videos}.")
+    require(videos >= 64, f"--videos must be at least 64 to tell 95 % from 90 %, got {videos}.")
 
     python = sys.executable
     launcher = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -127,8 +127,8 @@ def main(argv: list[str]) -> None:
     stages = {
         "data": [python, "-m", "demo.data"],
         "training": [*launcher, "train.py", "--config", TRAIN_CONFIG, *settings],
-        "sampling the trained": [*sampler, str(out / "trained"), "--ckpt", str(out / "train")],
-        "sampling the pretrained": [*sampler, str(out / "pretrained"), "--config", SAMPLE_CONFIG],
+        "sampling (trained)": [*sampler, str(out / "trained"), "--ckpt", str(out / "train")],
+        "sampling (pretrained)": [*sampler, str(out / "pretrained"), "--config", SAMPLE_CONFIG],
     }
     seconds = {name: run_stage(name, command) for name, command in stages.items()}
     write_real_clips(out / "real", videos)

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-MAX_BETA = 0.999  # of the cosine schedule: avoids a singularity at t = T - 1
+MAX_BETA = 0.999  # cosine schedule: avoids a singularity at t = T - 1
 
 
 def linear_betas(num_steps: int) -> Tensor:
-    """Returns (T,) betas from 1e-4 to 0.02 for 1000 steps, scaled for other T to reach the same final noise.
+    """Returns (T,) betas: 1e-4 to 0.02 for T = 1000, rescaled for other T to reach the same final noise.
 
-    Ho et al. 2020, section 4. Raises ValueError for 20 steps or fewer, for which no such schedule exists.
+    Ho et al. 2020, section 4. Raises ValueError for T <= 20, where the last beta would be 1 or more.
     """
     scale = 1000 / num_steps
     if scale * 0.02 >= 1:
@@ -43,12 +43,12 @@ BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 def respace_timesteps(num_steps: int, respacing: str) -> list[int]:
-    """Returns the timesteps that a shortened process of `num_steps` keeps, ascending.
+    """Returns the timesteps, of `num_steps`, that `respacing` keeps, ascending.
 
     Args:
-        respacing: "" keeps all; "250" keeps 250 evenly spaced ones, ends included; "10,15,20" keeps these numbers in
-            three equal sections; "ddim50" keeps every k-th from 0, with the integer k that gives 50. Raises ValueError
-            for another string, or too few steps for it.
+        respacing: "" keeps all; "250" keeps 250 evenly spaced ones, ends included; "10,15,20" keeps so many in each
+            of three equal sections; "ddim50" keeps every k-th from 0, for an integer k that gives 50. Raises
+            ValueError for any other string, or too few steps.
     """
     respacing = respacing.strip()
     if not respacing:
@@ -73,7 +73,7 @@ def respace_timesteps(num_steps: int, respacing: str) -> list[int]:
 def _count(text: str, respacing: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError(
-            f"Respacing {respacing!r} is invalid: give a number of steps ('250'), numbers by section "
+            f"Respacing {respacing!r} is invalid: give a number of steps ('250'), one per section "
             "('10,15,20'), or 'ddim50'."
         )
     return int(text)
@@ -84,23 +84,23 @@ def _strided(num_steps: int, count: int) -> list[int]:
         if len(kept := range(0, num_steps, stride)) == count:
             return list(kept)
     raise ValueError(
-        f"Respacing 'ddim{count}' is impossible: no integer stride takes {count} of {num_steps} steps; "
-        f"use a number such as a divisor of {num_steps}, or plain '{count}'."
+        f"Respacing 'ddim{count}' is impossible: no integer stride keeps {count} of {num_steps} steps; "
+        f"use e.g. a divisor of {num_steps}, or plain '{count}'."
     )
 
 
 def _spread(size: int, count: int) -> list[int]:
-    """Returns `count` evenly spaced integers from 0 to `size` - 1, ends included (only 0 if `count` is 1)."""
+    """Returns `count` evenly spaced integers from 0 to `size` - 1, ends included ([0] if `count` is 1)."""
     stride = (size - 1) / (count - 1) if count > 1 else 1.0
     position, spread = 0.0, []
     for _ in range(count):
         spread.append(round(position))
-        position += stride  # a running sum rounds as the official code does
+        position += stride  # a running sum, to round like the official code
     return spread
 
 
 def respace_betas(betas: Tensor, kept: list[int]) -> Tensor:
-    """Returns betas (len(kept),) of the process that visits only the `kept` steps of one with `betas` (T,)."""
+    """Returns (len(kept),) betas of the process with `betas` (T,) reduced to its `kept` steps."""
     alphas_cumprod = torch.cumprod(1 - betas, 0)[kept]
     return 1 - alphas_cumprod / functional.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
 
@@ -108,13 +108,13 @@ def respace_betas(betas: Tensor, kept: list[int]) -> Tensor:
 def gaussian_tables(betas: Tensor) -> dict[str, Tensor]:
     """Returns all tables computed from `betas` (T,): name -> (T,) float64.
 
-    Posterior q(x_{t-1} | x_t, x_0): Ho et al. 2020, eq. 6 and 7. Its variance is 0 at t = 0, so its logarithm has the
-    value of t = 1 there ("clipped").
+    Posterior q(x_{t-1} | x_t, x_0): Ho et al. 2020, eq. 6 and 7. Its variance is 0 at t = 0, so its logarithm there
+    is that of t = 1 ("clipped").
     """
     alphas_cumprod = torch.cumprod(1 - betas, 0)
     previous = functional.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
     posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
-    # a process of one step has no value at t = 1
+    # with a single step there is no t = 1
     first = posterior_variance[1:2] if len(betas) > 1 else betas
     positive_variance = torch.cat([first, posterior_variance[1:]])
     large_variance = torch.cat([positive_variance[:1], betas[1:]])

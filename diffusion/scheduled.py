@@ -1,8 +1,8 @@
-"""Solvers that diffusers computes, which is imported only if one of them is used.
+"""Solvers run by diffusers, which is imported only when one is used.
 
-MULTISTEP_SOLVERS receive the clean clip that our process predicts and the noise levels of our timesteps, so that they
-visit the same ones as our own methods. SCHEDULERS are the ten of the official text-to-video script: they choose
-timesteps of their own, and equal diffusers' pipelines.
+MULTISTEP_SOLVERS get our process's predicted clean clip and noise levels, so they visit the same timesteps as our own
+methods. SCHEDULERS are the ten of the official text-to-video script: they choose their own timesteps and give the same
+results as diffusers' pipelines.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 ORDER = 2
-FLOW_EDGE = 1e-6  # distance from time 1 at which the log of the signal is still finite; the value of diffusers
+FLOW_EDGE = 1e-6  # keeps times below 1, where the log of the signal is infinite; diffusers' value
 
-# name -> class of diffusers, and the arguments that make it DPM-Solver++ (Lu et al. 2022) or UniPC (Zhao et al. 2023)
+# name -> diffusers class and its arguments for DPM-Solver++ (Lu et al. 2022) or UniPC (Zhao et al. 2023)
 MULTISTEP_SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm_solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "sde_dpm_solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-# official name -> class of diffusers, and what it needs in addition to the noise schedule
+# official name -> diffusers class and its arguments beyond the noise schedule
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {"clip_sample": False}),
     "EulerDiscrete": ("EulerDiscreteScheduler", {}),
@@ -35,15 +35,15 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DEISMultistep": ("DEISMultistepScheduler", {}),
     "KDPM2AncestralDiscrete": ("KDPM2AncestralDiscreteScheduler", {}),
 }
-LATTE_NOISE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # where the settings say nothing
-FIXED_VARIANCE = "fixed_large"  # of DDPM with a network without a learned variance
+LATTE_NOISE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # defaults for absent settings
+FIXED_VARIANCE = "fixed_large"  # for DDPM if the network learns no variance
 
 
 def build_multistep_solver(name: str, noise_levels: Sequence[float], *, flow: bool) -> Any:
-    """Returns the scheduler of one walk, which stores the predicted clean clips of its last steps.
+    """Returns a scheduler for one sampling run; it stores the clean clips of its last steps.
 
     Args:
-        noise_levels: T + 1 levels ascending from 0, where sampling ends: times of a `flow`, or noise-to-signal ratios.
+        noise_levels: T + 1, ascending from 0 (the end of sampling): times if `flow`, else noise-to-signal ratios.
     """
     import diffusers  # slow to import
 
@@ -55,7 +55,7 @@ def build_multistep_solver(name: str, noise_levels: Sequence[float], *, flow: bo
     levels = torch.tensor(noise_levels[::-1], dtype=torch.float64)
     scheduler.sigmas = (levels.clamp(max=1 - FLOW_EDGE) if flow else levels).float()
     scheduler.timesteps = torch.arange(steps).flip(0)
-    scheduler.set_begin_index(0)  # otherwise it looks the index up on the device
+    scheduler.set_begin_index(0)  # avoids an index lookup on the device
     return scheduler
 
 
@@ -63,10 +63,9 @@ class ScheduledDiffusion:
     """A noise schedule in diffusers' terms.
 
     Args:
-        settings: content of a `scheduler_config.json`; what a scheduler does not know is left out.
+        settings: content of a `scheduler_config.json`; keys unknown to a scheduler are dropped.
         num_steps: sampling steps. Raises ValueError if there are more than the noise schedule has.
-        variance_type: diffusers' name of the learned variance that DDPM uses; None for a network without one. The
-            other samplers have no use for a variance.
+        variance_type: diffusers' name for the learned variance, which only DDPM uses; None if none is learned.
     """
 
     def __init__(self, settings: Mapping[str, Any], num_steps: int, variance_type: str | None = None) -> None:
@@ -78,7 +77,7 @@ class ScheduledDiffusion:
             raise ValueError(f"num_sampling_steps={num_steps} is more than the {most} steps of the noise schedule")
 
     def build_scheduler(self, name: str) -> Any:
-        """Returns the scheduler of diffusers with that official name."""
+        """Returns diffusers' scheduler for the official `name`."""
         import diffusers  # slow to import
 
         class_name, arguments = SCHEDULERS[name]

@@ -1,8 +1,8 @@
-"""The training loop and its step. Progress is optimizer steps and samples seen.
+"""The training loop. Progress is counted in optimizer steps and samples seen.
 
-In every step the ranks agree (one collective) on whether the gradient is finite, whether a signal asks to stop, and
-whether a checkpoint failed to be written; so they always take the same branch. The device acts on the first by itself.
-The host reads all of it when the next step is queued (`train.run_ahead`), so that no step waits for the device.
+One collective per step tells all ranks whether the gradient is finite, a signal asks to stop, or a checkpoint write
+failed, so they always take the same branch. The device acts on the first fact itself. The host reads all three while it
+queues the next step (`train.run_ahead`), so that no step waits for the device.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from .weights import ramp_temporal_positions
 
 
 class Trainer:
-    """One process's part of a training.
+    """One process's part of training.
 
     Args:
-        override: keys whose change since the checkpoint is accepted (`optim.learning_rate`, `data_digest`, ...).
-        allow_inexact_resume: continue without generator states that a checkpoint should hold.
-        callbacks: read-only, in addition to the validation that the config may ask for.
+        override: keys that may differ from the checkpoint (`optim.learning_rate`, `data_digest`, ...).
+        allow_inexact_resume: resume even if the checkpoint lacks RNG states.
+        callbacks: read-only; run after the config's validation, if there is any.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class Trainer:
     def fit(self, loop: Callable[[Trainer], int] | None = None) -> bool:
         """Trains from the newest checkpoint, or from the start; returns whether `train.max_steps` was reached.
 
-        False: a signal stopped the run, with everything saved.
+        False: a signal stopped the run; everything is saved.
 
         Args:
-            loop: calls `train_step` in place of `Trainer.loop`; returns the stop signal, or 0.
+            loop: replaces `Trainer.loop`; calls `train_step`, returns the stop signal or 0.
         """
         run, state = self.run, self.state
         with run.open(state):
             found = {"clips": len(run.clips), "list": run.clips.digest[:12]}
-            remedy = f"every machine must hold the same files under {self.config.data.path}"
-            require_same(found, "finds other clips", remedy)
+            remedy = f"every machine needs the same files under {self.config.data.path}"
+            require_same(found, "has different clips", remedy)
             notes = start.restore(run, state, self.override, self.allow_inexact_resume)
             ramp_temporal_positions(self.config, state.step, state.model, state.ema.model)
             run.start_log(state.step, [*notes, *start.describe(run, state)])
@@ -100,7 +100,7 @@ class Trainer:
         return not stop
 
     def prepare(self) -> None:
-        """Compiles the network if asked to, and wraps it to exchange gradients."""
+        """Compiles the network if configured; wraps replicas in DDP."""
         if self.config.train.compile:
             compile_blocks(self.state.model.blocks)
         if self.run.has_replicas:
@@ -129,12 +129,12 @@ class Trainer:
     def train_step(self, micro_batches: MicroBatches) -> int:
         """Runs one step, then any logging, drift check, checkpoint or callback that is due; returns the stop signal.
 
-        The step itself is queued on the device; with `train.run_ahead` it is counted in the next call.
+        The step is only queued on the device; with `train.run_ahead` the next call counts it.
         """
         run, state, train = self.run, self.state, self.config.train
         before = state.step
         _, stop = self.launch_step(micro_batches)
-        if not self._is_under_way:  # from here on no rank has to compile or connect
+        if not self._is_under_way:  # start-up (compile, connect) is over
             stop = self.settle() or stop
             set_timeout(train.timeout_s)
             self._is_under_way = True
@@ -146,26 +146,26 @@ class Trainer:
                 check_replicas(state.model.state_dict(), state.step)
             if state.step % train.checkpoint_every == 0 or state.step == train.max_steps:
                 run.save(state)
-            # after a stop signal they are made up for at the next start
+            # callbacks skipped by a stop signal run at the next start
             stop = stop or self.callbacks.at_step(run, state, self.objective)
         run.watch.tick()
         return stop
 
     def launch_step(self, micro_batches: MicroBatches) -> tuple[dict[str, Tensor], int]:
-        """Queues one optimizer step, and counts the one before.
+        """Queues one optimizer step; counts the previous one.
 
         Returns device scalars of the step (loss, grad_norm, ...), and the stop signal, or 0.
         """
         self.run.batch_files = self.run.files_of(micro_batches)
         parts, losses = self._backward(micro_batches)
-        stop = self.settle()  # the device has this step to work on meanwhile
+        stop = self.settle()  # meanwhile the device works on this step
         self.in_flight = self._update(parts, losses)
         if stop or not self.config.train.run_ahead or self._is_due(self.state.step + 1):
             stop = self.settle() or stop
         return parts, stop
 
     def settle(self) -> int:
-        """Reads the step in flight, if there is one, and counts it; returns the stop signal, or 0. Collective."""
+        """Reads the results of any step in flight and counts it; returns the stop signal, or 0. Collective."""
         if self.in_flight is None:
             return 0
         step, self.in_flight = self.in_flight, None
@@ -179,14 +179,14 @@ class Trainer:
             run.report_skip(state, refused, step)
             state.guard.check_streak()
         else:
-            state.ema.update(state.model)  # no later step has changed it yet
+            state.ema.update(state.model)  # not yet changed by a later step
             run.meter.add(step.parts)
             state.step += 1
             ramp_temporal_positions(self.config, state.step, state.model, state.ema.model)
         return signal
 
     def _backward(self, micro_batches: MicroBatches) -> tuple[dict[str, Tensor], list[StepLoss]]:
-        """Queues the gradient of the mean loss; returns scalars to log and the detached loss of each micro-batch."""
+        """Queues the mean loss's backward pass; returns scalars to log and each micro-batch's detached loss."""
         self.state.optimizer.zero_grad(set_to_none=True)
         count = len(micro_batches)
         parts: dict[str, Tensor] = {}
@@ -204,7 +204,7 @@ class Trainer:
         return parts, losses
 
     def _update(self, parts: dict[str, Tensor], losses: list[StepLoss]) -> InFlight:
-        """Queues the optimizer's step, which the device leaves out where the guard's bounds are exceeded."""
+        """Queues the optimizer step, which the device skips if the guard rejects the gradient."""
         run, state, norm = self.run, self.state, parts["grad_norm"]
         findings = gather_findings(parts["loss"], norm, run.signals.received, run.writer.failure is not None)
         bounds = state.guard.bounds(state.step)
@@ -221,7 +221,7 @@ class Trainer:
         return InFlight(skip, findings, bounds, losses, parts, run.batch_files)
 
     def _is_due(self, step: int) -> bool:
-        """Returns whether anything is due at `step`, for which the step must be counted first."""
+        """Returns whether something is due at `step` that needs it counted first."""
         train = self.config.train
         if self.config.model.is_text and step <= train.temporal_ramp_steps:  # the next forward depends on `step`
             return True
@@ -230,6 +230,6 @@ class Trainer:
         return step == train.max_steps or any(number and step % number == 0 for number in every)
 
     def state_dict(self) -> Checkpoint:
-        """Returns the checkpoint of this moment, the step in flight included. Collective."""
+        """Returns the current checkpoint, including any step in flight. Collective."""
         self.settle()
         return self.state.state_dict(self.run.facts, copy=self.config.train.async_checkpoint)

@@ -1,4 +1,4 @@
-"""Network weights from files: of checkpoints and runs, to start a training, as base of adapters, and for exports."""
+"""Network weights in files: of checkpoints and runs, to start training, as a base for adapters, and exports."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from .distributed import shards_like
 from .optim import EMA
 
 SIZES_OF_TRAINING = ("sample_size", "video_length")  # may differ: positions are computed
-UNREAD = ("num_embeds_ada_norm", "dropout")  # by any network; for training alone
+UNREAD = ("num_embeds_ada_norm", "dropout")  # unread by networks; training only
 
 
 def load_model_weights(path: str | Path, weights: str = "ema") -> dict[str, Tensor]:
-    """Loads the network of a checkpoint folder or run of ours, or of an official file: its "ema" or "raw" weights."""
+    """Loads the "ema" or "raw" weights of one of our checkpoint folders or runs, or of an official file."""
     if Path(path).is_file():
         return read_state_dict(path, prefer="ema" if weights == "ema" else "model")
     return load_checkpoint_weights(find_checkpoint(Path(path)), weights)
 
 
 def load_checkpoint_weights(folder: Path, weights: str) -> dict[str, Tensor]:
-    """Loads `ema` or `raw` weights of a verified checkpoint folder; adapters are merged into their base weights."""
+    """Loads `ema` or `raw` weights of an already verified checkpoint folder, adapters merged into their base."""
     file = weights_file(folder, weights)
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no {weights!r} weights ({file.name} is absent); use the other kind.")
@@ -56,28 +56,28 @@ def load_checkpoint_weights(folder: Path, weights: str) -> dict[str, Tensor]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}, which cannot be loaded: {error}") from None
     if digest != read_state(folder).get("lora_base", ""):
-        raise CheckpointError(f"{source}, but those are other weights than in training: restore the original ones.")
+        raise CheckpointError(f"{source}, whose weights have changed since training: restore the original ones.")
     whole = dict(model.state_dict())
     Adapter.from_weights(own, lambda rank: config.lora.scale, str(folder)).merge_into(whole)
     return whole
 
 
-# ---- the start of a training -----------------------------------------------------------------------
+# ---- the start of training -------------------------------------------------------------------------
 
 
 def initialise(model: Latte | LatteT2V, ema: EMA, config: Config, lora_base: str | None) -> list[str]:
-    """Loads `train.init_from`, if it is set, into the network and its average; returns lines for the log."""
+    """Loads `train.init_from`, if set, into the network and its EMA; returns lines for the log."""
     source = config.train.init_from
     if source is None:
         return []
     if lora_base is not None:
-        return [f"adapters on base weights {source} ({lora_base[:12]}), which stay as they are"]
+        return [f"adapters on base weights {source} ({lora_base[:12]}), which stay frozen"]
     if isinstance(model, LatteT2V):
         notes = _load_text(model, source, config)
     else:
         weights = load_model_weights(source)
         placed = shards_like(weights, model.state_dict())
-        if Path(source).is_file() and is_image_checkpoint(weights):  # folders are ours; with rope they lack a table
+        if Path(source).is_file() and is_image_checkpoint(weights):  # ours with rope lack `temp_embed` too
             notes = str(init_from_dit(model, placed)).splitlines()
         else:
             load_weights(model, placed, source)
@@ -87,9 +87,9 @@ def initialise(model: Latte | LatteT2V, ema: EMA, config: Config, lora_base: str
 
 
 def _load_text(model: LatteT2V, source: str, config: Config) -> list[str]:
-    """Loads a text network; of an image network, temporal blocks start as the identity. Returns lines for the log.
+    """Loads a text network; from an image network, temporal blocks start as the identity. Returns log lines.
 
-    `source` is a checkpoint or run folder of ours, a folder in diffusers' format, or a file of weights.
+    `source`: one of our checkpoint or run folders, a diffusers-format folder, or a weights file.
     """
     weights, notes = _read_text_weights(model, source)
     own = model.state_dict()
@@ -103,18 +103,18 @@ def _load_text(model: LatteT2V, source: str, config: Config) -> list[str]:
     )
     require(
         ramp == 0 or from_images,
-        f"train.temporal_ramp_steps={ramp} is for a video network that starts from an image network, which "
-        f"train.init_from={source} is not: set it to 0.",
+        f"train.temporal_ramp_steps={ramp} is for a video network that starts from an image network; "
+        f"train.init_from={source} is not one: set it to 0.",
     )
     load_weights(model, {**(temporal if from_images else {}), **shards_like(weights, own)}, source)
     if from_images:
         model.start_as_image_network()
-        notes.append(f"temporal blocks start as the identity; positions in time grow from 0 to 1 in {ramp} steps")
+        notes.append(f"temporal blocks start as the identity; temporal positions fade in over {ramp} steps")
     return [f"initial weights: {source}", *notes]
 
 
 def _read_text_weights(model: LatteT2V, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns weights by our names, and the lines of the report of a conversion."""
+    """Returns weights under our names, and the conversion report's lines."""
     path = find_network(source, None, "train.init_from")
     if path.is_dir() and not any((path / each / CONFIG_FILE).is_file() for each in ("", SUBFOLDER)):
         return load_model_weights(path), []
@@ -128,25 +128,25 @@ def _read_text_weights(model: LatteT2V, source: str) -> tuple[dict[str, Tensor],
         + ", ".join(f"{key} {theirs[key]} there and {ours[key]} here" for key in differing),
     )
     weights = dict(loaded.state_dict())
-    if loaded.temporal_position_scale == 0:  # an image network's, which `convert_t2v` gave temporal blocks
+    if loaded.temporal_position_scale == 0:  # `convert_t2v` added temporal blocks to an image network
         weights = {key: value for key, value in weights.items() if not key.startswith(TEMPORAL)}
     return weights, str(report).splitlines()
 
 
 def temporal_position_scale(config: Config, step: int) -> float:
-    """Returns the factor of temporal positions at `step`: 1, but from 0 to 1 in a network that starts from images."""
+    """Returns the scale of temporal positions at `step`: 1, or rising from 0 after a start from an image network."""
     ramp = config.train.temporal_ramp_steps
     return min(1.0, step / ramp) if ramp else 1.0
 
 
 def ramp_temporal_positions(config: Config, step: int, *models: nn.Module) -> None:
-    """Sets that factor in text networks; others have none."""
+    """Sets that scale in text networks; others have none."""
     for model in models if config.model.is_text else ():
         model.temporal_position_scale = temporal_position_scale(config, step)  # type: ignore[assignment]
 
 
 def load_base(model: nn.Module, config: Config) -> str:
-    """Loads the base weights of a LoRA run, `train.init_from`, all of them, into `model`; returns their SHA-256."""
+    """Loads all base weights of a LoRA run (`train.init_from`) into `model`; returns their SHA-256."""
     source = str(config.train.init_from)
     if isinstance(model, LatteT2V):
         _load_text(model, source, config)
@@ -159,19 +159,19 @@ def load_base(model: nn.Module, config: Config) -> str:
 
 
 def export_weights(source: Path, target: Path, weights: str = "ema") -> Path:
-    """Copies one set of weights of checkpoint `source` with its config, which is all that sampling needs.
+    """Copies one set of weights and the config of checkpoint `source`: all that sampling needs.
 
-    Adapters are merged into their base weights, so that the copy stands alone.
+    Adapters are merged into their base weights, so the copy is self-contained.
     """
     folder = find_checkpoint(source)
     taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
     require(
         not taken or ((target / MANIFEST).is_file() and not (target / "optim.safetensors").exists()),
-        f"{target} exists and is no export of weights; name a new folder.",
+        f"{target} exists and is not a weights export; name a new folder.",
     )
     config = replace(read_config(folder), lora=LoraConfig())
     state = read_state(folder)
-    for key in ("guard", "lora_base"):  # of the training alone
+    for key in ("guard", "lora_base"):  # for training only
         state.pop(key, None)
     file = weights_file(folder, weights).stem
     return write_folder(target, {file: load_checkpoint_weights(folder, weights)}, state, config)

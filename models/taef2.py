@@ -1,7 +1,7 @@
-"""TAEF2, a tiny autoencoder distilled from the FLUX.2 VAE (madebyollin/taesd, MIT): 32 channels, f8.
+"""TAEF2, a tiny autoencoder distilled from FLUX.2's (madebyollin/taesd, MIT): 32 latent channels.
 
-The layers have the indices of its files, `taef2_encoder.pth` and `taef2_decoder.pth`, so the weights load strictly.
-They are TAESD's, and blocks at the coarsest resolution have an additional pooled branch.
+Layer indices match its files, `taef2_encoder.pth` and `taef2_decoder.pth`, so the weights load strictly. The layers
+are TAESD's, but blocks at the coarsest resolution have an extra `pool` branch.
 
 Letters: B images, C latent channels, H W pixels, h w latent pixels (H / 8, W / 8).
 """
@@ -25,7 +25,7 @@ def _conv(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool = 
 
 
 class Block(nn.Module):
-    """relu(x + conv(x)), three 3x3 convolutions; with `pooled`, x + pool(x) comes first."""
+    """relu(x + conv(x)), conv: three 3x3 convolutions; if `pooled`, first x + pool(x)."""
 
     def __init__(self, *, pooled: bool = False) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class SoftClamp(nn.Module):
 
 
 class Taef2(nn.Module):
-    """TAEF2 for RGB in [-1, 1], as all codecs here take it; TAEF2 itself uses [0, 1]."""
+    """TAEF2 for RGB in [-1, 1], like all codecs here; TAEF2 itself uses [0, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Taef2(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path) -> Taef2:
-        """Loads both files of `folder` strictly. Raises: ValueError naming a file that does not hold these weights."""
+        """Loads both files in `folder` strictly. Raises: ValueError naming a file without these weights."""
         net = cls()
         for part, name in ((net.encoder, ENCODER_FILE), (net.decoder, DECODER_FILE)):
             try:

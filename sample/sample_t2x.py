@@ -1,13 +1,13 @@
-"""Sample videos or images from text with a Latte text-to-video model, a folder in diffusers' format or a hub name.
+"""Sample videos or images from text with a Latte text-to-video model: a diffusers-format folder or a hub name.
 
     python sample/sample_t2x.py --config configs/t2x/t2v_sample.yaml --prompt "a dog in astronaut suit"
     python sample/sample_t2x.py --config configs/t2x/t2i_sample.yaml --prompt_file prompts.txt --seed 3
-    python sample/sample_t2x.py --ckpt results/t2v --prompt "a cat"     # a run or checkpoint of train.py
+    python sample/sample_t2x.py --ckpt results/t2v --prompt "a cat"     # train.py's run or checkpoint
 
-Flags override the file; prompts on the command line replace the file's. First all prompts are encoded and the
-text encoder is freed; then each prompt is sampled, decoded and written.
+Flags override the YAML file; command-line prompts replace its prompts. All prompts are encoded and the text encoder
+is freed before the first video is sampled, decoded and written.
 
-Writes into --save_img_path: 0000_<prompt>.mp4 (one frame: .png), samples.png (one row per video) and samples.json.
+Writes to --save_img_path: 0000_<prompt>.mp4 (1 frame: .png), samples.png (one row per video) and samples.json.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from sample.t2x_config import T2XConfig, load_t2x_config
 from sample.text_to_video import TextModel, build_generator, build_schedule, open_folder, open_run
 from sample.video_io import slug, write_contact_sheet
 
-PROMPTS: dict[str, Any] = {"text_prompt": [], "prompt_file": None}  # where one is given, both are
+PROMPTS: dict[str, Any] = {"text_prompt": [], "prompt_file": None}  # setting one resets the other
 FLAGS = {  # key of T2XConfig -> metavar and help of its flag
     "prompt_file": "FILE one prompt a line",
     "negative_prompt": "TEXT what to guide away from",
     "pretrained_model_path": "PATH folder or hub name",
-    "revision": "NAME of a hub name",
-    "ckpt": "PATH a run or checkpoint of a training, with sizes and sampler of its config",
-    "transformer": "PATH other weights of the network: a folder or file",
+    "revision": "NAME hub revision",
+    "ckpt": "PATH a training run or checkpoint; its config sets sizes and sampler",
+    "transformer": "PATH replacement network weights: folder or file",
     "save_img_path": "DIR folder to write into",
-    "video_length": "N frames; 1 makes images",
+    "video_length": "N frames; 1 for images",
     "image_size": "H,W height and width in pixels",
     "num_videos_per_prompt": "N",
     "sample_method": "NAME DDIM, DDPM, EulerDiscrete, ...; a wrong name lists all ten",
@@ -65,15 +65,15 @@ FLAGS = {  # key of T2XConfig -> metavar and help of its flag
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser; flags that are absent stay out of its result."""
+    """Returns the parser; absent flags are left out of its result."""
     parser = command.build_parser(__doc__, "[--prompt TEXT ...] [flags]", T2XConfig, FLAGS, "YAML file")
-    repeated = "instead of text_prompt; may be repeated"
+    repeated = "replaces text_prompt; repeatable"
     parser.add_argument("--prompt", dest="text_prompt", action="append", metavar="TEXT", help=repeated)
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Samples as the command line says; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     arguments = vars(build_parser().parse_args(argv))
     yaml, device = arguments.pop("config"), usable_device(arguments.pop("device"))
     if PROMPTS.keys() & arguments.keys():
@@ -98,12 +98,12 @@ def main(argv: list[str]) -> int:
         print(f"peak memory: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB, on Linux
-        print(f"peak memory: {peak:.2f} GiB of the process")
+        print(f"peak memory: {peak:.2f} GiB (process)")
     return 0
 
 
 def check_settings(config: T2XConfig, model: TextModel) -> dict[str, Any]:
-    """Returns the settings of the Generator, checked as far as that needs no weights. Raises: ValueError, OSError."""
+    """Returns the Generator's settings, after every check that needs no weights. Raises: ValueError, OSError."""
     settings, frames = config.settings(), config.video_length
     build_schedule(config, model)
     places = settings["given"].places if settings["given"] else ()
@@ -114,7 +114,7 @@ def check_settings(config: T2XConfig, model: TextModel) -> dict[str, Any]:
 
 
 def encode_all(config: T2XConfig, model: TextModel, prompts: list[str], device: torch.device) -> list[Prompt]:
-    """Returns the features of all prompts; the text encoder, by far the largest network, lives no longer than this."""
+    """Returns all prompts' features; the text encoder, by far the largest network, is freed before returning."""
     say("loading the text encoder")
     dtype, kind = DTYPES[config.precision], config.quantize_text_encoder
     encoder = TextEncoder.from_folder(model.text_folder, dtype, device, kind, max_length=model.max_length)
@@ -122,7 +122,7 @@ def encode_all(config: T2XConfig, model: TextModel, prompts: list[str], device: 
     negative = config.negative_prompt if config.guidance_scale > 1 else None
     encoded = [encoder.encode(prompt, negative, clean=config.clean_caption) for prompt in prompts]
     del encoder
-    gc.collect()  # transformers' networks refer to themselves
+    gc.collect()  # its network contains reference cycles
     return encoded
 
 
@@ -134,7 +134,7 @@ def sample_all(
     device: torch.device,
     settings: dict[str, Any],
 ) -> int:
-    """Samples, decodes and writes each video as it comes, then the overview; returns their number."""
+    """Samples, decodes and writes each video in turn, then the overview files; returns the count."""
     generator = build_generator(config, model, encoded, device, say)
     folder = Path(config.save_img_path)
     labels = [number for number in range(len(prompts)) for _ in range(config.num_videos_per_prompt)]

@@ -111,7 +111,7 @@ def test_the_gpu_bench_runs_where_little_is_installed(tmp_path: Path) -> None:
     [
         (["train", "--batch", "0"], "--batch must be at least 1"),
         (["train", "--size", "Latte-M/2"], "Latte-M/2"),
-        (["train", "--quick", "--size", "Latte-S/2"], "--quick has tiny sizes of its own: omit --size"),
+        (["train", "--quick", "--size", "Latte-S/2"], "--quick sets its own tiny sizes: omit --size"),
     ],
 )
 def test_mistakes_are_sentences(words: list[str], sentence: str, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_A12_ranks_that_see_other_data(tiny: list[str], frame_folders: Path, tmp
     (other / "falls" / "clip0" / "006.png").unlink()
     overrides = [[*tiny, *TWELVE, f"data.max_clips={clips}"], [*tiny, *TWELVE, f"data.path={other}"]]
     for _, error in run_ranks(2, tmp_path / "rendezvous", fit_with, overrides):
-        assert error is not None and "rank 1 finds other clips than rank 0" in error
+        assert error is not None and "rank 1 has different clips than rank 0" in error
         assert ("clips 6, not 5" in error) == (clips == 5)
 
 

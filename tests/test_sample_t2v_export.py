@@ -234,7 +234,7 @@ def test_a_video_network_is_a_start_too(base: list[str], tmp_path: Path) -> None
             torch.equal(value, run.state.model.state_dict()[key]) for key, value in random_weights(config, 0).items()
         )
     for overrides, sentence in [
-        (["train.temporal_ramp_steps=4"], "is for a video network that starts from an image network, which"),
+        (["train.temporal_ramp_steps=4"], "is for a video network that starts from an image network; train"),
         (["model.hidden_size=32"], "is another network: attention_head_dim 8 there and 16 here"),
     ]:
         run = Trainer(load_config(None, [*base, f"train.init_from={tmp_path / 'latte'}", *overrides]), World())

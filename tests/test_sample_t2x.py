@@ -262,7 +262,7 @@ def test_videos_of_several_prompts(latte: Path, tmp_path: Path, capsys: pytest.C
     written = json.loads((tmp_path / "samples.json").read_text())
     assert [video["index"] for video in written["videos"]] == [0, 1, 2, 3] and written["sample"]["seed"] == 0
     out, said = capsys.readouterr()
-    assert "4 videos in" in out and "GiB of the process" in out
+    assert "4 videos in" in out and "GiB (process)" in out
     words = ["opening", "loading the text encoder", "encoding 2 prompt(s)", "loading the network",
              "loading the decoder", "sampling", "decoding", "8/8"]  # fmt: skip
     places = [said.find(each) for each in words]
