@@ -16,7 +16,7 @@ from .config import DataConfig
 from .labels import find_class_names, relabel
 from .latents import LatentCache
 from .readers import check_installed
-from .recipes import CAPTIONED, FRAMES, RECIPES, VIDEOS
+from .recipes import CAPTIONED, FRAMES, RECIPES, SPLIT_FOLDERS, VIDEOS
 
 
 def build_dataset(config: DataConfig, *, seed: int, held_out: bool = False) -> ClipDataset:
@@ -71,6 +71,11 @@ def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
     root = find_root(config.path, "data.path")
     if config.name == CAPTIONED:
         return _make_catalog(str(root), *read_captioned_clips(config, root), config, held_out)
+    splits = sorted(path for path in root.iterdir() if path.name in SPLIT_FOLDERS and path.is_dir())
+    require(
+        len({SPLIT_FOLDERS[path.name] for path in splits}) < 2,
+        f"data.path: '{config.path}' holds the splits of a data set: name one, {' or '.join(map(str, splits))}",
+    )
     for kinds in (RECIPES[config.name].clips, (VIDEOS, FRAMES)):  # the second: a set in another form than its own
         skipped: Counter[str] = Counter()
         clips = list(find_clips(root, kinds, lambda reason, path, into=skipped: into.update([reason])))  # type: ignore[misc]

@@ -24,7 +24,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "ffs": Recipe((VIDEOS,), "none", "resize_then_center_crop", True),
-    "sky": Recipe((FRAMES,), "none", "center_crop_then_resize", True),
+    "sky": Recipe((FRAMES,), "none", "center_crop_then_resize", False),
     "taichi": Recipe((FRAMES,), "none", "resize_then_center_crop", True),
     "ucf101": Recipe((VIDEOS,), "class_folders", "resize_then_center_crop", True),
     "folder": Recipe((VIDEOS, FRAMES), "auto", "resize_then_center_crop", False),
@@ -34,3 +34,9 @@ RECIPES: dict[str, Recipe] = {
     CAPTIONED: Recipe((VIDEOS, FRAMES), CAPTIONED, "resize_then_center_crop", False),
 }
 LABEL_CHOICES = ("auto", "class_folders", "file_name", "none")  # of `data.labels`; see labels.LABEL_RULES
+# folders that say which split their clips belong to, in any of the data sets
+SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training", "sky_train"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "sky_val"), "val"),
+    **dict.fromkeys(("test", "testing", "sky_test"), "test"),
+}

@@ -36,18 +36,12 @@ from datasets.build import build_catalog, is_held_out
 from datasets.catalog import Clip
 from datasets.config import DataConfig
 from datasets.labels import find_class_names
-from datasets.recipes import FRAMES, LABEL_CHOICES, RECIPES, VIDEOS
+from datasets.recipes import FRAMES, LABEL_CHOICES, RECIPES, SPLIT_FOLDERS, VIDEOS
 from engine import cli
 from tools.frames import FORMATS, Form, Record, frame_names, plan_tasks
 from tools.output_folder import OutputFolder
 from tools.unpack import unpack
 
-# Folders that say which split their clips belong to, in any of the data sets.
-SPLIT_FOLDERS = {
-    **dict.fromkeys(("train", "training", "sky_train"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "sky_val"), "val"),
-    **dict.fromkeys(("test", "testing", "sky_test"), "test"),
-}
 # Its groups match, in the name of a clip, what the clips of one source video share.
 SOURCE_VIDEOS = {
     "ffs": r"(?:^|/)([\w-]{11})_\d+(?:[_.]|$)",
