@@ -294,6 +294,6 @@ def test_held_out_clips_that_do_not_fit(
 def test_a_folder_of_splits_is_refused(tmp_path: Path, name: str) -> None:
     """Else test clips are trained on, and the classes of UCF101 are `test` and `train`."""
     touch(tmp_path, "train/A/1.mp4", "train/B/2.mp4", "test/A/3.mp4", *frames("train/A/c1", 7))
-    with pytest.raises(ValueError, match="name one, .*/test or .*/train"):
+    with pytest.raises(ValueError, match=r"name one, .*/test or .*/train"):
         build_catalog(config(tmp_path, name))
     assert all("train" not in clip.name for clip in build_catalog(config(tmp_path / "train", name)).clips)
