@@ -4,7 +4,7 @@
     python train.py --config configs/demo/demo_train.yaml train.max_steps=100    # one process
     python train.py --config configs/ffs/ffs_train.yaml --dry-run                # config, parameters, cost
 
-Run the same command again to continue an interrupted run.
+Repeat the command to resume an interrupted run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sample.preview import Preview
 
 
 def callbacks(config: Config) -> list[Callback]:
-    """Returns the callbacks of a run, in addition to its validation."""
+    """Returns a run's callbacks, other than validation."""
     return [Preview(config), Metric(config)]
 
 

@@ -1,8 +1,8 @@
-"""Train Latte under Lightning's loop: the twin of train.py, with the same configs, numbers and checkpoints.
+"""Train Latte with Lightning's loop; configs, results and checkpoints are those of train.py.
 
     torchrun --nproc_per_node=8 train_pl.py --config configs/ffs/ffs_train.yaml data.path=data/ffs
 
-Either script continues the runs of the other. Needs the extra `lightning` (`make setup` installs it).
+Each script can resume the other's runs. Needs the extra `lightning` (`make setup` installs it).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from train import callbacks
 
 
 def loop(trainer: Trainer) -> int:
-    """Trains under Lightning, which is slow to import; returns the stop signal, or 0."""
+    """Trains with Lightning (slow to import); returns the stop signal, or 0."""
     from engine import lightning
 
     return lightning.loop(trainer)

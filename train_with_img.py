@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 train_with_img.py --config configs/ffs/ffs_img_train.yaml data.path=data/ffs
 
-Run the same command again to continue an interrupted run.
+Repeat the command to resume an interrupted run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Train Latte on clips and single images together under Lightning's loop: the twin of train_with_img.py.
+"""Train Latte on clips and single images together with Lightning's loop, like train_with_img.py.
 
     torchrun --nproc_per_node=8 train_with_img_pl.py --config configs/ffs/ffs_img_train.yaml data.path=data/ffs
 
-Either script continues the runs of the other. Needs the extra `lightning` (`make setup` installs it).
+Each script can resume the other's runs. Needs the extra `lightning` (`make setup` installs it).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Helpers that every other folder may use: checks, files that survive a kill, console output. Imports none of ours."""
+"""Helpers for all other packages, none of which it imports: checks, crash-safe files, console output."""

@@ -1,4 +1,4 @@
-"""Checks of values that a user has set: `require`, and tables of limits of single keys.
+"""Checks of user settings: `require`, and tables of limits for single keys.
 
 A table of limits maps a key, or several separated by spaces, to a `Limit`:
 
@@ -33,35 +33,35 @@ FOLDER = Limit("the path of a folder", bool)
 
 
 def at_least(least: int) -> Limit:
-    """Returns the limit of a whole number."""
+    """Returns a lower limit for a whole number."""
     return Limit(f"at least {least}", lambda value: value >= least)
 
 
 def from_to(least: int, most: int) -> Limit:
-    """Returns the limit of a whole number with a largest value."""
+    """Returns limits for a whole number, both included."""
     return Limit(f"at least {least} and at most {most:,}", lambda value: least <= value <= most)
 
 
 def within(low: float, high: float, brackets: str = "[]") -> Limit:
-    """Returns the limit of a number in an interval; brackets "[)" exclude its upper end."""
+    """Returns limits for a number; brackets "[)" exclude the upper end."""
     excluded = [end for end, bracket in zip((low, high), brackets) if bracket in "()"]
     must = f"in {brackets[0]}{low}, {high}{brackets[1]}"
     return Limit(must, lambda value: low <= value <= high and value not in excluded)
 
 
 def one_of(choices: Iterable[str]) -> Limit:
-    """Returns the limit of a word."""
+    """Returns a limit to a set of words."""
     known = tuple(choices)
     return Limit(f"one of {', '.join(known)}", lambda value: value in known)
 
 
 def optional(limit: Limit) -> Limit:
-    """Returns `limit`, or null."""
+    """Returns `limit` extended by null."""
     return Limit(f"{limit.must}, or null", lambda value: value is None or limit.holds(value))
 
 
 def check_limits(section: Any, prefix: str, limits: Mapping[str, Limit]) -> None:
-    """Raises ValueError, one sentence, for the first key of `section` beyond its limit; `prefix` is "train."."""
+    """Raises ValueError for the first key of `section` outside its limit; `prefix`: e.g. "train."."""
     for keys, limit in limits.items():
         for key in keys.split():
             value = getattr(section, key)
@@ -69,11 +69,11 @@ def check_limits(section: Any, prefix: str, limits: Mapping[str, Limit]) -> None
 
 
 def check_read_only_with(section: Any, prefix: str, owners: Mapping[str, str]) -> None:
-    """Raises ValueError for a key that is set while nothing reads it.
+    """Raises ValueError for a key that is set but not read.
 
     Args:
-        owners: key, or several separated by spaces -> the key that they need, which must differ from its default; or
-            `key=value`, its needed value.
+        owners: key(s), separated by spaces -> the key they depend on, which must differ from its default; or
+            `key=value`, the value it must have.
     """
     defaults = {item.name: item.default for item in fields(section)}
     for keys, owner in owners.items():

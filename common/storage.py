@@ -1,4 +1,4 @@
-"""Files and folders that survive a kill: atomic writes, folder locks, comparing settings, removing unfinished files.
+"""Crash-safe files and folders: atomic writes, folder locks, comparison of settings, removal of leftovers.
 
 Checkpoints, run folders, sampling jobs, caches and prepared data sets are all written with these functions.
 """
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object], temporary: Path | None = None) -> Path:
-    """Writes a file completely or not at all: fills a temporary file, syncs it and renames it to `path`, its result.
+    """Writes a file completely or not at all: fills a temporary file, syncs it, renames it; returns `path`.
 
     Args:
-        write: receives the name of the temporary file and fills it.
-        temporary: its name, on the same file system; by default a hidden name next to `path` with the same suffix.
+        write: fills the temporary file, whose path it receives.
+        temporary: its path, on the same file system; by default a hidden name next to `path` with the same suffix.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if temporary is None:
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # writers read the format off the suffix
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # writers infer the format from it
     try:
         write(temporary)
         sync(temporary)
@@ -51,13 +51,13 @@ def write_json(path: Path, content: Any, indent: int | None = None, temporary: P
 
 
 def write_synced(file: Path, content: bytes) -> None:
-    """Writes `content` and waits until it is on the disk."""
+    """Writes `content` and waits until it is on disk."""
     file.write_bytes(content)
     sync(file)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,7 +77,7 @@ def file_sha256(file: Path) -> str:
 def write_folder_atomically(folder: Path, write: Callable[[Path], object]) -> Path:
     """Writes a folder completely or not at all: `write` fills a hidden folder, which is renamed to `folder`.
 
-    `folder` must not exist, or be empty. A hidden folder that a killed process left is deleted.
+    `folder` must be absent or empty. A hidden folder left by a killed process is deleted.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.new")
@@ -94,11 +94,11 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], object]) -> Pa
 def make_once(
     folder: Path, settings: Mapping[str, Any], make: Callable[[Path], object], *, replace: bool = False
 ) -> bool:
-    """Fills `folder` with `make`, atomically, unless it holds the result of the same settings.
+    """Fills `folder` atomically with `make`, unless it already holds the result of these settings.
 
     Args:
-        settings: everything that the result depends on, JSON; recorded in `folder`/.complete.json.
-        replace: whether the result of other settings is replaced; by default it is an error.
+        settings: everything the result depends on, as JSON; recorded in `folder`/.complete.json.
+        replace: whether to replace the result of other settings instead of raising.
 
     Returns whether `make` was called. Raises ValueError if `folder` holds anything else.
     """
@@ -123,17 +123,17 @@ def make_once(
 
 
 def require_same_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ValueError, with the differences, if `folder` was made with other settings."""
+    """Raises ValueError, listing the differences, if `folder` was made with other settings."""
     if changes := find_changes(before, now):
         raise ValueError(
-            f"{folder} was made with other settings ({', '.join(changes)}): repeat them, or name another folder."
+            f"{folder} was made with other settings ({', '.join(changes)}): use the same, or name another folder."
         )
 
 
 class FolderLock:
     """A lock file that lets one process at a time write into a folder; the kernel releases it when the process dies.
 
-    `key` is the setting that names the folder, for the error; `file` is by default `.lock` in the folder.
+    `key`: the setting that names the folder, for error messages; `file`: by default `.lock` in it.
     """
 
     def __init__(self, folder: Path, key: str, file: Path | None = None) -> None:
@@ -159,7 +159,7 @@ class FolderLock:
             is_current = os.path.samestat(os.fstat(lock.fileno()), self.file.stat())
         except FileNotFoundError:
             is_current = False
-        if not is_current:  # its last owner deleted it in the meantime
+        if not is_current:  # its last owner has just deleted it
             lock.close()
             self.take()
             return
@@ -177,15 +177,15 @@ class FolderLock:
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any], keys: Collection[str] | None = None) -> list[str]:
-    """Returns `key: old -> new` for every setting (of `keys`, in this order) that differs."""
+    """Returns `key: old -> new` for each differing setting (of `keys`, in their order)."""
     compared = sorted({*before, *now}) if keys is None else keys
     return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in compared if before.get(key) != now.get(key)]
 
 
 def remove_unfinished(folder: Path, names: re.Pattern[str]) -> list[str]:
-    """Deletes files and folders, no links, whose whole name matches `names`: what a killed process left in `folder`.
+    """Deletes what a killed process left in `folder`: files and folders, no links, whose whole name matches `names`.
 
-    Returns the names. An entry that cannot be deleted is reported as a warning.
+    Returns these names; logs a warning for an entry that cannot be deleted.
     """
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     unfinished = [entry for entry in entries if names.fullmatch(entry.name) and not entry.is_symlink()]
@@ -198,16 +198,16 @@ def remove_unfinished(folder: Path, names: re.Pattern[str]) -> list[str]:
 
 
 def free_bytes(folder: Path) -> int:
-    """Returns the bytes that can still be written to the file system of `folder`, which need not exist yet."""
+    """Returns the free bytes on the file system of `folder`, which need not exist yet."""
     return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
 @contextlib.contextmanager
 def explain_write_errors(place: str, advice: str = "") -> Iterator[None]:
-    """Turns errors of the operating system into one sentence: `place` cannot be written, the reason, the advice."""
+    """Turns an OSError into one sentence: `place` cannot be written, the reason, `advice`."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # already a sentence of ours
+        if error.errno is None:  # already our own message
             raise
         raise OSError(f"{place} cannot be written: {error.strerror or error}{advice}") from error

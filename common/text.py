@@ -1,13 +1,13 @@
-"""Text for people: file names and captions made safe to print, numbers of bytes. Imports nothing slow."""
+"""Text formatting: strings safe to print, byte counts. Imports nothing slow."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Returns `text` on one line, with control characters (line breaks, escape sequences) as Python writes them."""
+    """Returns `text` on one line, with control characters (line breaks, escape sequences) escaped as in Python."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def gigabytes(count: float) -> str:
-    """Returns a number of bytes as text in GB."""
+    """Formats a byte count in GB."""
     return f"{count / 1e9:.3f} GB"
