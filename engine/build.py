@@ -20,7 +20,7 @@ from .memory import check_network_fits
 
 
 class Precision(NamedTuple):
-    """Number formats of a training: of weights, latents, noise and loss; and of the network, if it is another."""
+    """Number formats: `dtype` of weights, latents, noise and loss; `autocast` of the network, if different."""
 
     dtype: torch.dtype
     autocast: torch.dtype | None = None
@@ -35,7 +35,7 @@ PRECISIONS = {  # by train.precision
 
 
 def build_model(config: Config, device: torch.device | str = "cpu") -> Latte | LatteT2V:
-    """Returns the network for the latents that `config` describes, with its initial weights, if it fits on `device`."""
+    """Returns the network of `config` with initial weights. Raises: ValueError if it cannot fit on `device`."""
     check_network_fits(config, device)
     with torch.device(device):
         if config.model.is_text:
@@ -46,7 +46,7 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> Latte | L
 
 
 def forward_inputs(config: Config, batch: int, device: torch.device | str, *, images: bool = True) -> dict[str, Any]:
-    """Returns empty arguments of a training step's `forward`, by name, to count or measure a network with."""
+    """Returns dummy keyword arguments of a training step's `forward`, to count or profile a network."""
     num_images = config.data.num_images if images else 0
     frames, size, channels = config.data.num_frames + num_images, config.latent_size, config.codec.latent_channels
     timesteps, text = torch.zeros(batch, device=device), config.text
@@ -69,9 +69,9 @@ def forward_inputs(config: Config, batch: int, device: torch.device | str, *, im
 
 
 def put_adapters(model: Latte | LatteT2V, config: Config) -> Latte | LatteT2V:
-    """Freezes `model` and adds the adapters of `config.lora`, which do not change its output yet."""
+    """Freezes `model` and adds the adapters of `config.lora`, which leave its output unchanged at first."""
     add_lora(model, config.lora)
-    if config.train.precision == "bf16":  # as autocast casts them in each call
+    if config.train.precision == "bf16":  # else autocast casts them in each call
         hold_frozen_linear_maps_in(model, torch.bfloat16)
     return model
 
@@ -82,7 +82,7 @@ def build_process(config: Config, respacing: str = "") -> GaussianDiffusion | Re
 
 
 def build_codec(config: Config, clips: ClipDataset, device: torch.device | str = "cpu") -> LatentCodec | StoredCodec:
-    """Returns the codec that encodes `clips`, or a stand-in for clips from a latent cache, which it must have made."""
+    """Returns the codec for `clips`; for a latent cache, which it must have made, a stand-in. Raises: ValueError."""
     if not isinstance(clips.source, LatentCache):
         return LatentCodec.from_config(config.codec, device)
     made, now = clips.source.codec, codec_identity(config.codec)
@@ -90,7 +90,7 @@ def build_codec(config: Config, clips: ClipDataset, device: torch.device | str =
         differing = [f"{key} {made.get(key)} -> {now[key]}" for key in now if made.get(key) != now[key]]
         raise ValueError(
             f"data.latents: {clips.source.path} was made by another codec than codec.path={config.codec.path} "
-            f"({', '.join(differing)}); make a cache with this one, or set codec.path to that one."
+            f"({', '.join(differing)}); make a cache with this codec, or set codec.path to the other."
         )
     return StoredCodec(config.codec, clips.source.stochastic)
 

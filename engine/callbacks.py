@@ -1,7 +1,7 @@
 """Read-only training callbacks: schedule, ranks, failure handling.
 
-A callback works on all ranks together and in small pieces, between which the ranks agree to continue: a stop signal
-ends it in time, and a failure on one rank ends it on all, with a warning, and training continues.
+All ranks run a callback together, in small pieces between which they agree to continue: a stop signal ends it
+promptly; a failure on one rank ends it on all with a warning, and training continues.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 
 class Observation(NamedTuple):
-    """The numbers of a callback's row in the log, and the line for people."""
+    """The numbers of a callback's row in metrics.jsonl, and a line to print."""
 
     values: dict[str, Any]
     line: str
 
 
 class Callback(Protocol):
-    """Called after the steps that are multiples of `every`, at step 0 and at the last; rows of the log are its `kind`.
+    """Called at step 0, at multiples of `every` and at the last step; its log rows have its `kind`.
 
     Neither method may change the network or draw from a global generator.
     """
@@ -38,10 +38,10 @@ class Callback(Protocol):
     every: int
 
     def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
-        """Runs before the first step of every start: raises on a user's mistake; returns lines for the log."""
+        """Runs before the first step of every start; returns lines to log. Raises on user errors."""
 
     def observe(self, run: Run, state: TrainState, objective: Objective) -> Observation:
-        """Returns the observation at `state.step`; called on all ranks, rank 0's answer counts."""
+        """Returns the observation at `state.step`; called on all ranks; rank 0's result is logged."""
 
 
 class Interrupted(Exception):
@@ -49,7 +49,7 @@ class Interrupted(Exception):
 
 
 class Failed(Exception):
-    """Something went wrong on a rank; raised on all of them, with the message of the first that failed."""
+    """A rank failed; raised on all ranks, with the message of the first that failed."""
 
 
 class Callbacks:
@@ -59,9 +59,9 @@ class Callbacks:
         self.all = [callback for callback in callbacks if callback.every]
 
     def at_start(self, run: Run, state: TrainState, objective: Objective) -> int:
-        """Prepares all, and calls those that are due at this step and not in the log; returns the stop signal, or 0.
+        """Prepares all, then calls those due at this step and not yet logged; returns the stop signal, or 0.
 
-        So a run that was stopped within a callback makes up for it, and step 0 is observed too.
+        So step 0 is observed, and a callback that a stop signal cut short runs again.
         """
         try:
             for callback in self.all:
@@ -77,7 +77,7 @@ class Callbacks:
         return self.at_step(run, state, objective, skipped=held)
 
     def at_step(self, run: Run, state: TrainState, objective: Objective, skipped: Collection[str] = ()) -> int:
-        """Calls those that are due, but for kinds that are `skipped`; returns the stop signal, or 0."""
+        """Calls those due, except the `skipped` kinds; returns the stop signal, or 0."""
         last = run.config.train.max_steps
         for callback in self.all:
             if callback.kind in skipped or (state.step % callback.every and state.step < last):
@@ -89,9 +89,9 @@ class Callbacks:
             except Interrupted as stop:
                 return int(stop.args[0])
             except Failed as failure:
-                run.log.say(f"warning: step {state.step}, {callback.kind}: {failure}; the training continues")
+                run.log.say(f"warning: step {state.step}, {callback.kind}: {failure}; training continues")
                 run.folder.event("callback_failed", state.step, callback=callback.kind, error=str(failure))
-                if run.world.device.type == "cuda":  # its share of the memory may be what it ran out of
+                if run.world.device.type == "cuda":  # the failure may have been out of memory
                     torch.cuda.empty_cache()
                 continue
             seconds = time.perf_counter() - started
@@ -102,9 +102,9 @@ class Callbacks:
 
 @contextlib.contextmanager
 def preserve_training(run: Run, state: TrainState) -> Iterator[None]:
-    """Restores mode, generators, clock, compiled blocks and sharded weights of the training at its end."""
+    """On exit, restores train mode, RNG states, step clock, compilation and sharded weights."""
     training = state.model.training
-    # other shapes would be compiled too, and could move the training to these
+    # other shapes would be compiled too, and training could switch to that code
     eager = torch.compiler.set_stance("force_eager") if run.config.train.compile else contextlib.nullcontext()
     devices = [run.world.device] if run.world.device.type == "cuda" else []
     with eager, torch.no_grad(), torch.random.fork_rng(devices), run.meter.paused():
@@ -121,10 +121,10 @@ def preserve_training(run: Run, state: TrainState) -> Iterator[None]:
 
 
 def agree(run: Run, failure: str | None = None) -> None:
-    """Tells the hang watch that the run lives, and lets the ranks agree to continue.
+    """Resets the hang watch's countdown, and lets the ranks agree to continue.
 
-    Called between two pieces of a callback's work, on every rank equally often, with the failure of this rank, if
-    there was one. Raises Interrupted or Failed, on all ranks.
+    Called between pieces of a callback's work, equally often on every rank, with this rank's failure, if any.
+    Raises Interrupted or Failed, on all ranks.
     """
     run.watch.tick()
     flags = torch.tensor([run.signals.received, failure is not None], dtype=torch.float32, device=run.world.device)
@@ -136,9 +136,9 @@ def agree(run: Run, failure: str | None = None) -> None:
 
 
 def attempt(run: Run, action: Callable[[], T], *, fatal: bool = False) -> T:
-    """Returns `action()` after all ranks have agreed to continue, so all ranks must call it.
+    """Returns `action()` after all ranks, which must all call this, agree to continue.
 
-    An error is `fatal` where other ranks wait within `action` for this one.
+    `fatal`: raise its errors at once, because other ranks wait inside `action` for this one.
     """
     failure = None
     try:
@@ -154,10 +154,10 @@ def attempt(run: Run, action: Callable[[], T], *, fatal: bool = False) -> T:
 
 
 def distribute(run: Run, count: int, work: Callable[[int], T]) -> list[T]:
-    """Calls `work` for the numbers below `count`, in turn by rank; returns all results in order, on every rank.
+    """Calls `work` for 0 .. count-1, dealt to the ranks in turn; returns all results in order, on every rank.
 
-    In the last round, ranks without a number of their own repeat the last one: a sharded network needs all ranks, and
-    so does an `agree` within `work`.
+    In the last round, ranks without a number repeat the last one: a sharded network needs all ranks, and so does
+    `agree` inside `work`.
     """
     results: dict[int, T] = {}
     for first in range(0, count, run.world.size):

@@ -1,18 +1,18 @@
 """Checkpoints: folders of safetensors and JSON, hashed, written under a temporary name and renamed. No pickle.
 
     step-0000012/
-        model.safetensors   weights after the step; of a run with `lora.rank` the adapters alone
-        ema.safetensors     their running average
+        model.safetensors   weights after the step; with `lora.rank`, only the adapters
+        ema.safetensors     EMA of the weights
         optim.safetensors   AdamW moments, as `<moment>/<parameter>`
         rng.safetensors     generator states of every rank, and the timestep sampler's history
-        state.json          step, samples_seen and everything else that is a number or a name
+        state.json          step, samples_seen and all other numbers and names
         config.yaml         the whole configuration
         manifest.json       sizes and SHA-256 of the above; written last
 
-The file `latest` names the newest. `NAME.tmp-01234567` is being written or deleted, and is cleared at the next
-start; `NAME.damaged-01234567` gave way to an older one when a run was continued.
+The file `latest` names the newest. `NAME.tmp-01234567` is being written or deleted, and is removed at the next
+start; `NAME.damaged-01234567` was set aside when a run resumed from an older one.
 
-A folder with fewer of the weight files (an export) is the same format: see `engine.weights.export_weights`.
+An export has the same format, with fewer weight files: see `engine.weights.export_weights`.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ log = logging.getLogger(__name__)
 FORMAT = "latte-checkpoint-1"
 MANIFEST = "manifest.json"
 STEP_NAME = re.compile(r"step-(\d{7,})")
-GROUPS = ("model", "ema", "optim", "rng")  # of tensors, each in a file of its own
+GROUPS = ("model", "ema", "optim", "rng")  # groups of tensors, one file each
 UNFINISHED_NAME = re.compile(r"(step-\d{7,}|latest)\.tmp-[0-9a-f]{8}")  # see `_aside`
 
 
 @dataclass
 class Checkpoint:
-    """The complete state of a training run, to continue it exactly. Tensors are on the CPU."""
+    """The complete state of a training run, for an exact resume. Tensors are on the CPU."""
 
     step: int
     samples_seen: int
@@ -64,7 +64,7 @@ class Checkpoint:
 
     @property
     def groups(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors by the names of their files."""
+        """Tensors by group."""
         return {name: getattr(self, name) for name in GROUPS}
 
     @property
@@ -74,7 +74,7 @@ class Checkpoint:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is absent, damaged or of another kind; the message names the file."""
+    """A checkpoint is missing, damaged or in another format; the message names the file."""
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -87,12 +87,12 @@ def save_checkpoint(
 ) -> Path:
     """Writes and verifies `checkpoint` as `root/step-...`, points `root/latest` to it, prunes older ones.
 
-    Nothing under the final name is ever incomplete: files are written and synced in a temporary folder
-    next to it, renamed, and read back before any older checkpoint goes.
+    A folder with its final name is always complete: files are written and synced in a temporary folder next to it,
+    which is renamed, then read back before any older checkpoint is deleted.
 
     Args:
         keep_last: newest checkpoints kept, in addition to those of `keep_every`; 0 keeps all.
-        keep_every: checkpoints whose step is a multiple of it are never pruned; 0: none of them.
+        keep_every: checkpoints at multiples of this step are never pruned; 0: off.
     """
     for name, group in checkpoint.groups.items():
         bad = [key for key, value in group.items() if value.is_floating_point() and not value.isfinite().all()]
@@ -110,7 +110,7 @@ def save_checkpoint(
 
 
 def write_folder(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: Config) -> Path:
-    """Writes a folder of this format, completely or not at all; returns `final`."""
+    """Writes a folder in this format, completely or not at all; returns `final`."""
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(final)
     aside.mkdir()
@@ -172,7 +172,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
-    """Returns the newest checkpoint under `root` that verifies, and a sentence for each newer one that does not."""
+    """Returns the newest checkpoint under `root` that passes `verify`, and the error of each newer one."""
     complaints: list[str] = []
     for folder in reversed(list_checkpoints(root)):
         try:
@@ -184,9 +184,9 @@ def newest_verified(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def recover_newest(root: Path) -> tuple[Path | None, list[str]]:
-    """Deletes what a killed writer left under `root`; returns the newest checkpoint that verifies, and complaints.
+    """Deletes what a killed writer left under `root`; returns the same as `newest_verified`.
 
-    Newer ones, which are damaged, are set aside under another name, so that they do not count among those kept.
+    Newer, damaged ones are set aside under another name, so that they do not count towards `keep_last`.
     """
     storage.remove_unfinished(root, UNFINISHED_NAME)
     folder, complaints = newest_verified(root)
@@ -199,7 +199,7 @@ def recover_newest(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def newest_hashes(root: Path) -> dict[str, Any]:
-    """Returns name and file hashes of the newest checkpoint under `root`; nothing, if there is none."""
+    """Returns name and file hashes of the newest checkpoint under `root`; {} if there is none."""
     for folder in list_checkpoints(root)[-1:]:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         return {"checkpoint": folder.name, "sha256": {name: facts["sha256"] for name, facts in files.items()}}
@@ -211,7 +211,7 @@ def find_checkpoint(path: Path) -> Path:
     if (path / ".metadata").exists():
         raise CheckpointError(
             f"{path} is a torch.distributed.checkpoint folder, which is not opened: its .metadata is a pickle and can "
-            "run any code. Name a checkpoint folder of ours, a .safetensors file or a .pt file."
+            "run any code. Name a step-... folder, a .safetensors file or a .pt file."
         )
     if (path / MANIFEST).is_file() or (STEP_NAME.fullmatch(path.name) and path.is_dir()):
         verify(path)
@@ -251,7 +251,7 @@ def weights_file(folder: Path, weights: str) -> Path:
 
 
 def _prune(newest: Path, keep_last: int, keep_every: int) -> None:
-    """Deletes all but `newest`, the `keep_last - 1` before it and every `keep_every`-th.
+    """Deletes all but `newest`, the `keep_last - 1` before it and those at multiples of `keep_every`.
 
     A folder is renamed first, so that a kill leaves no partial checkpoint under a final name.
     """
@@ -276,8 +276,8 @@ def space_warning(root: Path, needed: int) -> str | None:
 class CheckpointWriter:
     """Rank 0's writer of a run's checkpoints; with `train.async_checkpoint` it writes in a background thread.
 
-    A failed write is kept in `failure`, as a sentence, until the run asks for it; the last good checkpoint and
-    `latest` stay as they are.
+    `failure` keeps the message of a failed write until the run reads it; the last good checkpoint and `latest` stay
+    unchanged.
     """
 
     def __init__(self, root: Path, config: Config) -> None:
@@ -287,7 +287,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Writes `checkpoint`, whose tensors must not change any more; waits for the previous write."""
+        """Waits for the previous write, then writes `checkpoint`, whose tensors must no longer change."""
         self.wait()
         if self.config.train.async_checkpoint:
             self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint writer")
@@ -296,7 +296,7 @@ class CheckpointWriter:
             self._write(checkpoint)
 
     def wait(self) -> None:
-        """Waits until nothing is being written."""
+        """Waits for a write in the background."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -310,7 +310,7 @@ class CheckpointWriter:
             save_checkpoint(checkpoint, self.config, self.root, train.keep_last, train.keep_every)
         except CheckpointError as error:  # not caused by a full disk
             self.failure = str(error)
-        except Exception as error:  # safetensors and torch raise their own kinds on a full disk
+        except Exception as error:  # safetensors and torch raise their own types on a full disk
             try:
                 free = gigabytes(free_bytes(self.root))
             except OSError as unknown:
@@ -322,14 +322,14 @@ class CheckpointWriter:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Returns the content of a checkpoint's state.json; CheckpointError if its step or class names are none."""
+    """Returns the content of a checkpoint's state.json; CheckpointError if its step or class names are invalid."""
     file = folder / "state.json"
     try:
         state = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
         raise CheckpointError(f"{file} is missing or not JSON.") from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{file} holds no names and values.")
+        raise CheckpointError(f"{file} is not a JSON object.")
     _check_step(state, file)
     names = state.get("class_names") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -352,7 +352,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def content_sha256(module: nn.Module) -> str:
-    """Returns the SHA-256 over names and values of a module's tensors, independent of the file they came from."""
+    """Returns the SHA-256 of a module's tensor names and values, whichever file they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

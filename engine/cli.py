@@ -1,4 +1,4 @@
-"""Shared by all command lines of the repository: arguments, exit codes, and errors as one sentence."""
+"""Shared by all command lines: arguments, exit codes, errors as one sentence."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from . import launchers
 from .errors import INTERRUPTED_EXIT, MISTAKE_EXIT, TrainingAborted
 from .signals import die_with_parent
 
-NOISY = ("bitsandbytes", "diffusers.quantizers")  # remarks of optional packages about each other and other machines
+NOISY = ("bitsandbytes", "diffusers.quantizers")  # loggers of optional packages whose warnings do not concern the user
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def report_early(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ends a program that fails while it is still importing: Ctrl-C and missing packages get one line."""
+    """Reports an error during imports, as `sys.excepthook`: one line for Ctrl-C and missing packages."""
     if not isinstance(error, KeyboardInterrupt | ModuleNotFoundError):
         sys.__excepthook__(kind, error, trace)
         return
@@ -37,13 +37,13 @@ def report_early(kind: type[BaseException], error: BaseException, trace: Traceba
     os._exit(INTERRUPTED_EXIT if interrupted else MISTAKE_EXIT)
 
 
-if "TORCHELASTIC_RUN_ID" in os.environ:  # every script imports this module before the slow ones
+if "TORCHELASTIC_RUN_ID" in os.environ:  # here: scripts import this module before the slow ones
     die_with_parent()
 sys.excepthook = report_early
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Calls `main(argv)` and exits with its code; a user's mistake ends in one sentence and exit code 2.
+    """Calls `main(argv)` and exits with its code; a user error prints one sentence and exits with code 2.
 
     LATTE_TRACEBACK=1 prints the traceback too.
     """
@@ -57,7 +57,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
-        if rank != "0":  # an error of all ranks is printed once: torchrun stops the others when rank 0 ends
+        if rank != "0":  # prints an error of all ranks once: torchrun stops the others when rank 0 exits
             time.sleep(2)
         sys.stdout.flush()
         sys.stderr.write(f"error{where}: {printable(_sentence(error))}\n")
@@ -72,9 +72,9 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def leave(code: int) -> int:
-    """Returns `code`; in one of several processes, exits with it at once, without finalizing the interpreter.
+    """Returns `code`; in a run of several processes, exits with it without finalizing the interpreter.
 
-    Otherwise the interpreter may wait for the thread of a gloo process group, which waits for the interpreter's lock.
+    Finalizing may deadlock: it waits for a gloo thread, which waits for the interpreter lock (GIL).
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         atexit._run_exitfuncs()
@@ -101,6 +101,6 @@ def config_parser(description: str, usage: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; without one the defaults are used")
+    parser.add_argument("--config", metavar="FILE", help="YAML file; default: all default values")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, e.g. optim.learning_rate=2e-4")
     return parser

@@ -1,9 +1,9 @@
 """Conditions of a network: class labels, captions or none, behind one protocol.
 
-`Conditions` belong to a run: they turn the labels of a batch into a `Condition` on the device, which training, guidance
-and sampling use. The label of a clip with a caption is the number of its caption. The features of a caption depend on
-it alone: it is encoded by itself, and cut or padded to `text.max_length`. Dropping a caption is PixArt-alpha's: its
-features become those of the empty prompt, padding included, and its mask stays.
+A run's `Conditions` turn a batch's labels into a `Condition` on the device, for training, guidance and sampling. With
+captions, a clip's label is the number of its caption. Each caption is encoded on its own and cut or padded to
+`text.max_length`, so its features depend on it alone. A dropped caption, as in PixArt-alpha, gets the features of the
+empty prompt, padding included, and keeps its mask.
 
 Letters: B clips, F frames, I images, L words, D width of the features.
 """
@@ -30,19 +30,19 @@ from models.text_encoder import TextConfig, TextEncoder
 from .config import Config
 from .distributed import on_main
 
-EMPTY = ""  # the caption of classifier-free guidance
-REMEMBERED = 256  # captions whose features are not computed again
-Features = Callable[[str], Tensor]  # caption -> (n, D) of its n words; of the empty one all L rows
+EMPTY = ""  # the null caption
+REMEMBERED = 256  # number of captions whose features are cached
+Features = Callable[[str], Tensor]  # caption -> (n, D) for its n words; for the empty one, all L rows
 
 
 class Condition(Protocol):
-    """The conditions of one batch: of each clip and of its images."""
+    """The conditions of one batch: of its clips and images."""
 
     def drop(self, uniform: Tensor, rate: float) -> Condition:
         """Replaces conditions by the null where `uniform` (B, 1+I), in [0, 1), is below `rate`."""
 
     def null(self) -> Condition:
-        """Returns the batch without its conditions. Raises: ValueError if the network was trained without a null."""
+        """Returns the batch with all conditions null. Raises: ValueError if the network was trained without a null."""
 
     def join(self, other: Any) -> Condition:
         """Returns this batch followed by another one of its kind."""
@@ -56,8 +56,8 @@ class Conditions(Protocol):
 
     Attributes:
         count: number of different conditions; 0 for an unconditional network.
-        names: their names in order, where known; a sequence or None.
-        dropout: probability that training replaces one by the null.
+        names: their names in order; None if unknown.
+        dropout: probability that training replaces a condition by the null.
     """
 
     names: Any
@@ -67,7 +67,7 @@ class Conditions(Protocol):
     def count(self) -> int: ...
 
     def batch(self, labels: Tensor) -> Condition:
-        """Returns the conditions of `labels` (B, 1+I), which are on the CPU; waits for no device."""
+        """Returns the conditions of CPU `labels` (B, 1+I), without waiting for the device."""
 
 
 # ---- classes, and none ------------------------------------------------------------------------------
@@ -75,10 +75,10 @@ class Conditions(Protocol):
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """Class labels `values` (B,) or (B, 1+I), None of an unconditional network.
+    """Class labels `values` (B,) or (B, 1+I); None for an unconditional network.
 
     Attributes:
-        null_label: the network's label of no class; None where it was trained without.
+        null_label: stands for "no class"; None if the network was trained without.
     """
 
     values: Tensor | None
@@ -105,13 +105,13 @@ class ClassLabels:
         return replace(self, values=torch.cat([self.values, other.values]))
 
     def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
-        images = {"num_images": num_images} if num_images else {}  # networks without joint training need not take it
+        images = {"num_images": num_images} if num_images else {}  # networks without joint training need not accept it
         return network(x, timesteps, self.values, **images)
 
 
 @dataclass
 class ClassConditions:
-    """The classes of a network, or none of an unconditional one."""
+    """The classes of a network; none if it is unconditional."""
 
     count: int
     null_label: int | None
@@ -142,7 +142,7 @@ class TextFeatures:
     Attributes:
         features: (B, 1+I, L, D) of the captions.
         mask: (B, 1+I, L), 1 for words and 0 for padding; None: all are words.
-        null_features: of no caption, to broadcast over `features`; None where the network was trained without.
+        null_features: the empty caption's, broadcastable to `features`; None if the network was trained without.
     """
 
     features: Tensor
@@ -174,7 +174,7 @@ class TextFeatures:
 
 
 class EncodedFeatures:
-    """Features of captions, computed by the text encoder when they are asked for."""
+    """Caption features, computed by the text encoder on demand."""
 
     def __init__(self, config: TextConfig, device: torch.device) -> None:
         self.config = config
@@ -198,7 +198,7 @@ class EncodedFeatures:
 
 
 class Captions:
-    """All captions that a run may need, by number, and the function that returns their features."""
+    """All captions of a run, by number, and the function that returns their features."""
 
     def __init__(self, config: TextConfig, texts: Sequence[str], features: Features, device: torch.device) -> None:
         self.config = config
@@ -233,8 +233,8 @@ class Captions:
 
 
 def all_captions(config: Config, clips: ClipDataset, held_out: ClipDataset | None = None) -> list[str]:
-    """Returns every caption that a run may need, by number: of its clips, of the held-out ones, and of its samples."""
-    texts = held_out.captions if held_out is not None else clips.captions  # which begin with those of `clips`
+    """Returns every caption of a run, by number: its clips', the held-out clips' and its samples'."""
+    texts = held_out.captions if held_out is not None else clips.captions  # begins with those of `clips`
     known = set(texts)
     return [*texts, *dict.fromkeys(label for label in config.sample.labels or [] if label not in known)]
 
@@ -242,7 +242,7 @@ def all_captions(config: Config, clips: ClipDataset, held_out: ClipDataset | Non
 def build_conditions(
     config: Config, clips: ClipDataset, held_out: ClipDataset | None, device: torch.device
 ) -> Conditions:
-    """Returns the conditions of a run. Collective for a text network, whose encoder or cache must fit (ValueError)."""
+    """Returns a run's conditions. Collective for text. Raises: ValueError if its text encoder or cache does not match."""
     if not config.model.is_text:
         return class_conditions(config.model, device, clips.class_names)
     texts = all_captions(config, clips, held_out)

@@ -22,8 +22,8 @@ from .launchers import read_place
 
 CPU = torch.device("cpu")
 T = TypeVar("T")
-MEET_S = 30.0  # for ranks that no torchrun starts together
-START_TIMEOUT_S = 600.0  # until the first step: ranks import, read data lists and compile at their own pace
+MEET_S = 30.0  # for ranks to join, if started without torchrun
+START_TIMEOUT_S = 600.0  # until the first step: ranks import, read data lists and compile at different speeds
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class World:
 
 
 def init_world(device: str | None = None, timeout_s: float = 1800.0, backend: str | None = None) -> World:
-    """Joins the process group that the launcher announces, if there are several processes; returns this one's place.
+    """Joins the launcher's process group, if there are several processes; returns this one's place.
 
     Args:
         device: "cpu", "cuda", or None for CUDA if available.
-        timeout_s: of a collective; at least START_TIMEOUT_S until `set_timeout`.
+        timeout_s: of each collective; at least START_TIMEOUT_S until `set_timeout`.
         backend: None for NCCL on CUDA, gloo on the CPU.
 
-    Raises: OSError where the other processes are not met; ValueError where the launcher's variables are wrong.
+    Raises: OSError if the other processes do not join; ValueError if the launcher's variables are wrong.
     """
     rank, size, local_rank = read_place(os.environ)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +65,7 @@ def init_world(device: str | None = None, timeout_s: float = 1800.0, backend: st
 
 
 def select_gpu(local_rank: int, count: int) -> int:
-    """Returns the index of this process's GPU: `local_rank`, or 0 where srun shows each task a GPU of its own."""
+    """Returns the index of this process's GPU: `local_rank`, or 0 where each task sees only its own GPU (srun)."""
     if count == 1 and not has_agent():
         return 0
     require(
@@ -76,21 +76,21 @@ def select_gpu(local_rank: int, count: int) -> int:
 
 
 def has_agent() -> bool:
-    """Returns whether torchrun started this process; it also watches over all of them."""
+    """Returns whether torchrun started and supervises this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """Returns the store of a process group. Without torchrun, every rank has to come within MEET_S."""
+    """Returns the process group's store. Without torchrun, every rank must join within MEET_S."""
     where = f"MASTER_ADDR:MASTER_PORT={os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     remedy = f"Start all {size} with the same command; if the port is in use, set another MASTER_PORT for all ranks."
     patience = timeout if has_agent() else timedelta(seconds=MEET_S)
     try:
         if not has_agent():
-            socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)  # torch would try for minutes
+            socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)  # torch would retry for minutes
         joining = ThreadPoolExecutor(1).submit(next, dist.rendezvous("env://", timeout=patience))
-        found, _, _ = joining.result(None if has_agent() else 1.5 * MEET_S)  # a foreign server may never answer
-        # torchrun's store outlives a restart: without a name of its own, a start may find the addresses of the last
+        found, _, _ = joining.result(None if has_agent() else 1.5 * MEET_S)  # a foreign server may not
+        # torchrun's store outlives restarts: without its own prefix, a restart may find old addresses
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
         if not has_agent():
             store.set(f"rank{rank}", "")
@@ -109,7 +109,7 @@ def set_timeout(timeout_s: float) -> None:
 
 
 def close_world() -> None:
-    """Leaves the process group, after a clean end only: a rank that failed must not wait for the others."""
+    """Leaves the process group. Not after an error: a rank that failed must not wait for the others."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -170,11 +170,11 @@ def broadcast_object(value: Any) -> Any:
 
 
 def shard(model: nn.Module, world: World, compute_dtype: torch.dtype | None = None) -> None:
-    """Shards the parameters of `model`, which has `blocks`, over all ranks in place: FSDP2, block by block.
+    """Shards the parameters of `model` over all ranks in place: FSDP2, by block of `model.blocks`.
 
     Args:
-        compute_dtype: of the gathered parameters; bf16 halves the traffic. Parameters are kept, and gradients
-            summed, in their own dtype. Inputs are not cast: timesteps need their precision.
+        compute_dtype: of the gathered parameters; bf16 halves the traffic. Parameters are stored and
+            gradients summed in their own dtype. Inputs are not cast: timesteps need their precision.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, with all of sympy
 
@@ -188,9 +188,9 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype | None = No
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees the parameters gathered by forwards without a backward, which the outermost group keeps otherwise.
+    """Frees parameters gathered by forward passes without a backward pass, which the root group would keep.
 
-    Also clears the recorded order of these forwards, by which the next backward would prefetch (private to torch 2.11).
+    Also clears the recorded order of these passes, by which the next backward would prefetch (private in torch 2.11).
     """
     state = model._get_fsdp_state()  # type: ignore[operator]
     if state._is_root is None:  # no forward has run yet
@@ -208,14 +208,14 @@ def is_shard(value: Tensor) -> bool:
 
 
 def gather_shards(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[str, Tensor]:
-    """Returns each tensor (a `copy` of one that is there already) on the CPU, with its shards gathered. Collective."""
+    """Returns each tensor on the CPU, shards gathered; `copy`: copies CPU tensors too. Collective."""
     return {name: reduce_shards(value).detach().to(CPU, copy=copy) for name, value in tensors.items()}
 
 
 def shards_like(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `weights` on the devices of `own`, and sharded if these are.
+    """Returns `weights` on the devices of `own` and sharded alike.
 
-    Those of another name or shape stay as they are, for the loader to refuse.
+    Those with another name or shape stay unchanged, for the loader to refuse.
     """
     placed = dict(weights)
     for name, value in weights.items():
@@ -245,5 +245,5 @@ def local_shard(value: Tensor) -> Tensor:
 
 
 def reduce_shards(value: Tensor) -> Tensor:
-    """Returns `value`, reduced over shards if there are any, the same on every rank."""
+    """Returns the full `value` on every rank, gathered or reduced over its shards, if any."""
     return value.full_tensor() if is_shard(value) else value  # type: ignore[attr-defined]

@@ -1,15 +1,14 @@
-"""torchrun, with longer time to save, no restarts that are bound to fail, and a sentence at the end.
+"""torchrun with more time to save, no restarts that are bound to fail, and a final line that says how the run ended.
 
     python -m engine.elastic --standalone --nproc_per_node=8 --shutdown-timeout=240 train.py --config FILE
 
-Flags are torchrun's, and `--shutdown-timeout`.
+Takes torchrun's flags and `--shutdown-timeout`.
 
 - Workers that are asked to stop have `--shutdown-timeout` seconds to write their checkpoint before they are killed.
-  torch 2.11 always gives them 30, which a large network on a slow disk exceeds; later versions have this very flag.
-- A worker whose exit code says that it would end the same way again ends the run: `--max-restarts` is for crashes.
-- The last line says how the run ended, where torchrun prints a traceback of its own. Exit code: 75 if a signal stopped
-  the run and every worker saved, 130 after Ctrl-C, 143 or 138 if a signal stopped workers that did not save; else that
-  of the worker that failed first.
+  torch 2.11 always gives them 30, which a large network on a slow disk exceeds; later versions have this flag.
+- A worker whose exit code means that a restart would fail too ends the run: `--max-restarts` is for crashes.
+- The last line replaces torchrun's own traceback. Exit code: 75 if a signal stopped the run and every worker saved, 130
+  after Ctrl-C, 143 or 138 if a signal stopped workers that did not save; else that of the worker that failed first.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ FINAL_EXITS = (MISTAKE_EXIT, TrainingAborted.exit_code, PREEMPTED_EXIT, INTERRUP
 
 
 class Agent(LocalElasticAgent):
-    """Starts, watches and restarts the workers of this node; `exit_codes` of the last ones that it stopped."""
+    """Starts, watches and restarts this node's workers; `exit_codes`: of those it stopped last."""
 
     exit_codes: tuple[int, ...] = ()
 
@@ -51,7 +50,7 @@ class Agent(LocalElasticAgent):
 
 
 def describe_stop(number: signal.Signals, codes: tuple[int, ...]) -> tuple[int, str]:
-    """Returns exit code and last line of a launch that signal `number` stopped, its workers ending with `codes`."""
+    """Returns exit code and last line of a launch stopped by signal `number`; `codes`: the workers' exit codes."""
     saved = bool(codes) and all(code in SAVED_EXITS for code in codes)
     line = "every process has saved; run the same command to continue"
     if not saved:
@@ -75,7 +74,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shutdown-timeout", type=int, default=30)
     own, torchrun = parser.parse_known_args(argv)
     close = PContext.close
-    # the agent gives no timeout in torch 2.11, and its own in later versions
+    # torch 2.11's agent passes no timeout; later versions pass their own
     PContext.close = lambda context, sig=None, _=None: close(context, sig, own.shutdown_timeout)  # type: ignore
     api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:

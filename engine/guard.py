@@ -1,7 +1,7 @@
 """Checks whether a step's gradient may be applied, and whether all replicas still hold the same weights.
 
-The device judges a step by itself, so that it never idles while the host waits for a number: the numbers of a step are
-sent to the host as soon as they are computed, and read only when the next step has been queued behind them.
+The device judges each step itself, so it never idles while the host waits for a result: a step's results are copied to
+the host as soon as they are computed, and read only after the next step has been queued.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .objective import StepLoss
 
 
 class Bounds(NamedTuple):
-    """Limits for the gradient norm of one step, known before the gradient is."""
+    """Limits for the gradient norm of one step, set before the gradient is computed."""
 
     limit: float = math.inf  # norm that the gradient is clipped to
     median: float = math.nan  # of the last applied norms
     spike: float = math.inf  # a norm above it is a spike
-    clip_spikes: bool = False  # to the median, instead of skipping the step
+    clip_spikes: bool = False  # clip spikes to the median instead of skipping the step
 
     def judge(self, bad: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns, as scalars on the device, whether to skip the step, and the norm to clip to.
+        """Returns device scalars: whether to skip the step, and the norm to clip to.
 
-        `bad`: anything is not finite, on any rank; `norm`: of the whole gradient, in float64 like the host's numbers.
+        `bad`: anything is non-finite, on any rank; `norm`: of the whole gradient, in float64 as on the host.
         """
         spike, limit = norm > self.spike, torch.full_like(norm, self.limit)
         if self.clip_spikes:
@@ -42,13 +42,13 @@ class Bounds(NamedTuple):
 
 
 class StepGuard:
-    """Skips steps that are not finite, and clips or skips spikes, the same on every rank.
+    """Skips non-finite steps, and clips or skips spikes, identically on every rank.
 
     A spike is a gradient norm above `optim.spike_factor` x the median of the last `WINDOW` applied norms. The device
     decides by `bounds`; `record` counts its decision. The state is part of the checkpoint.
     """
 
-    WINDOW = 100  # applied norms that the median is taken of
+    WINDOW = 100  # number of applied norms in the median
     MINIMUM = 20  # with fewer applied norms nothing counts as a spike
     COUNTERS = ("skipped", "in_a_row", "spikes")
 
@@ -86,15 +86,15 @@ class StepGuard:
         if self.in_a_row >= self.config.max_skips:
             raise TrainingAborted(
                 f"{self.in_a_row} steps in a row were skipped (optim.max_skips): the run has diverged or its data are "
-                "broken. events.jsonl names the files; continue the last checkpoint with a lower optim.learning_rate."
+                "broken. events.jsonl names the files; resume the last checkpoint with a lower optim.learning_rate."
             )
 
     def state_dict(self) -> dict[str, object]:
-        """Returns the state, JSON-able."""
+        """Returns the state as JSON values."""
         return {"norms": list(self.norms), **{name: getattr(self, name) for name in self.COUNTERS}}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Continues from `state_dict()`."""
+        """Restores a `state_dict()`."""
         self.norms = deque(state["norms"], maxlen=self.WINDOW)  # type: ignore[call-overload]
         for name in self.COUNTERS:
             setattr(self, name, state[name])
@@ -104,10 +104,10 @@ class StepGuard:
 
 
 def gather_findings(loss: Tensor, norm: Tensor, signal: int, failed: bool) -> Tensor:
-    """Returns facts of one step over all ranks, float64 (4,) on the device: one collective, without waiting for it.
+    """Returns findings on one step over all ranks, float64 (4,) on the device: one collective, not waited for.
 
-    They are: a loss or a gradient is not finite; the gradient's norm, or 0 for NaN; the signal that asks to stop, or 0;
-    a checkpoint could not be written.
+    In order: a loss or gradient is non-finite; the gradient norm, or 0 for NaN; the stop signal, or 0; a checkpoint
+    write failed.
     """
     bad = ~(loss.isfinite() & norm.isfinite())
     own = [bad.double(), norm.double().nan_to_num(0.0)]
@@ -117,11 +117,11 @@ def gather_findings(loss: Tensor, norm: Tensor, signal: int, failed: bool) -> Te
 
 @dataclass(eq=False)
 class InFlight:
-    """A step that is queued on the device, and whose numbers the host has not read yet."""
+    """A step queued on the device, whose results the host has not read yet."""
 
-    skip: Tensor  # scalar on the device: the update is left out
+    skip: Tensor  # device scalar: the update is skipped
     findings: Tensor  # of `gather_findings`
-    bounds: Bounds  # that the gradient was judged by
+    bounds: Bounds  # by which the gradient is judged
     losses: list[StepLoss]  # of the micro-batches
     parts: dict[str, Tensor]  # scalars on the device, for the log
     files: list[str]  # the clips of this rank
@@ -134,7 +134,7 @@ class InFlight:
             self._arrived.record()
 
     def outcome(self) -> tuple[bool, bool, float, int, bool]:
-        """Returns whether the step was skipped, then the findings; waits for nothing queued after the step."""
+        """Returns whether the step was skipped, then the findings; does not wait for later work on the device."""
         if self._arrived is not None:
             self._arrived.synchronize()
         skipped, bad, norm, signal, failed = self._numbers.tolist()
@@ -146,7 +146,7 @@ class InFlight:
 
 @torch.no_grad()
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Returns a sum over the bits of each tensor, which one changed bit changes."""
+    """Returns a checksum of each tensor, which one flipped bit changes."""
     sums = [value.contiguous().view(torch.uint8).view(-1) for value in tensors.values()]
     words = [bits.view(torch.int32) if bits.numel() % 4 == 0 else bits for bits in sums]
     return dict(zip(tensors, torch.stack([word.sum(dtype=torch.int64) for word in words]).tolist(), strict=True))
@@ -161,5 +161,5 @@ def check_replicas(tensors: Mapping[str, Tensor], step: int) -> None:
             raise TrainingAborted(
                 f"the replicas have drifted apart at step {step}: rank {rank} differs from rank 0 in {changed[0]}"
                 f"{f' and {len(changed) - 1} more' if len(changed) > 1 else ''}. A device or its memory may be faulty; "
-                "continue the last checkpoint elsewhere."
+                "resume the last checkpoint on other hardware."
             )

@@ -1,8 +1,8 @@
 """Keys of the official YAML files (Vchitect/Latte, configs/) and their translation to ours; removed keys and flags.
 
-`engine.config` answers an official key with its new name; `tools.convert config` translates a whole file. Every key of
-the official configs of the four data sets is either in RENAMED or in DROPPED. Imports nothing slow, so that `--help`
-stays quick.
+`engine.config` refuses an official key with a hint at its new name; `tools.convert config` translates a whole file.
+Every key of the official configs for the four data sets is in RENAMED or DROPPED. Imports nothing slow, so `--help`
+is fast.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ DROPPED: dict[str, str] = {
     "num_sample": "no program for these data sets read it; sample.num_videos is the number of videos.",
 }
 
-# official key -> its value in our terms; other keys keep their value
+# official key -> conversion of its value; other values stay the same
 VALUES: dict[str, Callable[[Any], Any]] = {
     "dataset": lambda name: str(name).removesuffix("_img"),
     "sample_method": lambda method: str(method).lower(),
@@ -83,7 +83,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "sample_names": lambda names: [str(name) for name in (names if isinstance(names, list) else [names])],
 }
 
-# official key -> a remark in the report of a translation
+# official key -> remark in the translation report
 REMARKS: dict[str, str] = {
     "pretrained_model_path": "the codec is its subfolder vae; text-to-video parts are not read.",
     "mixed_precision": "the official switch had no effect: it trained in tf32.",
@@ -93,19 +93,19 @@ REMARKS: dict[str, str] = {
 
 # official keys that have a counterpart but are not carried over -> the reason
 OMITTED: dict[str, str] = {
-    "frame_data_txt": "images are drawn from the videos; for those of a list, put them below data.path and "
-    "set data.frame_list.",
+    "frame_data_txt": "images are drawn from the videos; to use listed ones, put them below data.path and set "
+    "data.frame_list.",
 }
 
 UNCONDITIONAL, TEXT = 1, 78  # values of the official key `extras`
 
 
 def translate_config(official: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Returns the sections of our config, and a line for each official key on what became of it."""
+    """Returns the sections of our config, and a report line for each official key."""
     if official.get("extras") == TEXT or str(official.get("model", "")).startswith("LatteT2V"):
         raise ValueError(
             "this is a text-to-video config (model LatteT2V), and only those of ffs, sky, taichi and ucf101 are "
-            "translated: pass it to sample/sample_t2x.py, which reads its keys and names the replaced ones."
+            "translated: pass it to sample/sample_t2x.py, which reads its keys and reports those replaced."
         )
     sections: dict[str, dict[str, Any]] = {}
     report = []
@@ -146,8 +146,8 @@ def drop_removed(values: Mapping[str, Any], source: str, *, saved: bool = False)
     """Returns nested configuration values without the keys and values of `REMOVED`; ValueError if one is used.
 
     Args:
-        saved: `values` were written by a run, which may be older than this code: what it set is left out. In any case
-            a removed key that is off (null, 0 or false) is left out.
+        saved: `values` were written by a run, perhaps of an older version: removed keys are ignored. A removed key
+            that is off (null, 0 or false) is always ignored.
     """
     kept = {section: dict(keys) if isinstance(keys, Mapping) else keys for section, keys in values.items()}
     for section, keys in values.items():
@@ -162,7 +162,7 @@ def drop_removed(values: Mapping[str, Any], source: str, *, saved: bool = False)
 
 
 def refuse_removed_flags(argv: Sequence[str]) -> None:
-    """Raises ValueError, one sentence, for a flag of `REMOVED`."""
+    """Raises ValueError for a flag in `REMOVED`."""
     for word in argv:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag in REMOVED:

@@ -22,7 +22,7 @@ from .launchers import read_place
 from .trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that the launcher hands to the ranks
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # forwarded by the launcher to the ranks
 
 
 def train(
@@ -33,12 +33,12 @@ def train(
     *,
     images: bool = False,
 ) -> int:
-    """Trains as the command line says; returns the exit code.
+    """Runs a training command line; returns the exit code.
 
     Args:
-        callbacks: makes the callbacks of a run.
-        loop: calls `Trainer.train_step` in place of `Trainer.loop`.
-        images: whether the script is for joint image-video training, which has scripts of its own, as officially.
+        callbacks: returns a run's callbacks.
+        loop: replaces `Trainer.loop`; calls `Trainer.train_step`.
+        images: whether the script is one of those for joint image-video training, separate as in the official code.
     """
     parser = config_parser(description, "%(prog)s --config FILE [--dry-run] [key=value ...]")
     parser.add_argument("--dry-run", action="store_true", help="print config, parameters and cost as JSON, and exit")
@@ -47,13 +47,13 @@ def train(
         action="append",
         default=[],
         metavar="KEY",
-        help="continue a checkpoint although KEY (optim.learning_rate, data_digest, ...) has changed; repeatable",
+        help="resume although KEY (optim.learning_rate, data_digest, ...) has changed; repeatable",
     )
     parser.add_argument(
-        "--allow-inexact-resume", action="store_true", help="continue a checkpoint that lacks generator states"
+        "--allow-inexact-resume", action="store_true", help="resume although the checkpoint lacks RNG states"
     )
     if loop:
-        parser.add_argument("--devices", type=int, metavar="N", help="processes to start; by default one for each GPU")
+        parser.add_argument("--devices", type=int, metavar="N", help="processes to start; default: one per GPU")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     num_images = config.data.num_images
@@ -80,12 +80,12 @@ def train(
     require_same(config.to_flat_dict() | flags, "was started with another configuration", remedy)
     trainer = Trainer(config, world, callbacks=callbacks(config), **flags)
     reached = trainer.fit(loop)
-    close_world()  # after a clean end only
+    close_world()
     return leave(0 if reached else trainer.run.signals.exit_code)
 
 
 def start_devices(count: int | None) -> None:
-    """Starts this command again on `count` processes, by default one for each GPU; returns if one is enough.
+    """Restarts this command with `count` processes, by default one per GPU; returns if one is enough.
 
     Also returns in a process that a launcher started.
 

@@ -1,4 +1,4 @@
-"""Places of processes: torchrun's variables, and those of srun and mpirun translated to them."""
+"""Ranks from the environment: torchrun's variables, or srun's and mpirun's translated to them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, MutableMapping
 from common.checks import require
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-# of launchers that start one process per task: the variables that hold these
+# launchers that start one process per task -> their variables for NAMES
 FOREIGN = {
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -18,11 +18,11 @@ LOCALHOST = "127.0.0.1"
 
 
 def adopt_launcher(environment: MutableMapping[str, str]) -> None:
-    """Sets torchrun's variables from those of srun or mpirun, where torchrun's are absent and several tasks are named.
+    """Sets torchrun's variables from srun's or mpirun's, if they are unset and there are several tasks.
 
-    MASTER_ADDR is the first node of the job, MASTER_PORT follows from its id; both are kept where they are set.
+    If unset, MASTER_ADDR becomes the job's first node and MASTER_PORT is derived from the job id.
 
-    Raises: ValueError where an address is needed and none can be found.
+    Raises: ValueError if an address is needed and none can be found.
     """
     if any(name in environment for name in NAMES):
         return
@@ -40,10 +40,10 @@ def adopt_launcher(environment: MutableMapping[str, str]) -> None:
 
 
 def _find_address(launcher: str, environment: Mapping[str, str]) -> str:
-    """Returns the first node of a Slurm job of several nodes, else this machine."""
+    """Returns the first node of a multi-node Slurm job, else this machine."""
     if launcher == "srun":
         nodes = next((environment[name] for name in NODES if environment.get(name)), "")
-        # as node[03-05,09],other: the first of each bracket, then the first name
+        # e.g. node[03-05,09],other: take the first of each bracket, then the first name
         first = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).partition(",")[0]
         return LOCALHOST if environment.get("SLURM_NNODES") == "1" else first or LOCALHOST
     size = environment["WORLD_SIZE"]
@@ -55,7 +55,7 @@ def _find_address(launcher: str, environment: Mapping[str, str]) -> str:
 
 
 def read_place(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Returns (RANK, WORLD_SIZE, LOCAL_RANK) of the launcher, by default those of a single process; or ValueError."""
+    """Returns the launcher's (RANK, WORLD_SIZE, LOCAL_RANK), by default (0, 1, 0). Raises: ValueError."""
     texts = {name: environment.get(name, alone) for name, alone in zip(NAMES, "010", strict=True)}
     wrong = [f"{name}={text!r}" for name, text in texts.items() if not (text.isascii() and text.isdigit())]
     require(

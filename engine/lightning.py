@@ -1,8 +1,8 @@
-"""The same training under Lightning's loop: its hooks, callbacks and profilers around our step.
+"""The same training with Lightning's loop: its hooks, callbacks and profilers around our step.
 
-Model, objective, average, optimizer, log and checkpoints are the Trainer's own, so that both loops give the same
-numbers and continue each other's runs. Lightning runs in each process by itself; torchrun starts the processes, and
-the Trainer joins them.
+Model, objective, EMA, optimizer, log and checkpoints are the Trainer's own, so both loops give the same results and
+resume each other's runs. Each process runs its own single-device Lightning; torchrun starts the processes, and the
+Trainer connects them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LatteModule(LightningModule):
         return self.latte.state.optimizer
 
     def transfer_batch_to_device(self, batch: MicroBatches, device: Any, dataloader_idx: int) -> MicroBatches:
-        """Returns the batch as it is: the objective moves what it needs."""
+        """Returns the batch unchanged: the objective moves what it needs."""
         return batch
 
     def training_step(self, batch: MicroBatches, batch_idx: int) -> None:
@@ -46,7 +46,7 @@ class LatteModule(LightningModule):
 
 
 class Loop(LightningTrainer):
-    """Lightning's loop, with stop signals left to the run: Lightning's own SIGTERM handler saves nothing."""
+    """Lightning's loop, with stop signals left to `Run`: Lightning's own SIGTERM handler saves nothing."""
 
     @property
     def received_sigterm(self) -> bool:
@@ -64,7 +64,7 @@ class Steps(IterableDataset):
 
 
 def loop(latte: Trainer, callbacks: Sequence[Callback] = ()) -> int:
-    """Runs `Trainer.loop` under Lightning; returns the signal that stopped it early, or 0."""
+    """Trains with Lightning in place of `Trainer.loop`; returns the signal that stopped it early, or 0."""
     os.environ.setdefault("PYTORCH_LIGHTNING_DISABLE_TIPS", "1")
     device = latte.world.device
     lightning = Loop(
@@ -81,6 +81,6 @@ def loop(latte: Trainer, callbacks: Sequence[Callback] = ()) -> int:
     )
     module = LatteModule(latte)
     if latte.state.step < latte.config.train.max_steps:
-        steps = DataLoader(Steps(latte), batch_size=None, generator=torch.Generator())  # leaves the global one alone
+        steps = DataLoader(Steps(latte), batch_size=None, generator=torch.Generator())  # not the global one
         lightning.fit(module, steps)
     return module.stop

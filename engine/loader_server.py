@@ -1,7 +1,7 @@
-"""Imports for the fork server of the data loaders, which preloads this module; nothing else imports it.
+"""Preloaded by the data loaders' fork server; nothing else imports it.
 
-Ties the server to the training process before the slow imports, then imports once what every loader worker needs.
-Each worker holds a pipe of the server open, so both would outlive a killed training process otherwise.
+Ties the server to the training process, then makes the slow imports that every loader worker needs. Untied, server and
+workers would outlive a killed training process, because each worker holds a pipe of the server open.
 """
 
 import os

@@ -1,7 +1,6 @@
-"""Refuses sizes that cannot fit before anything is allocated.
+"""Refuses sizes that cannot fit in memory, before anything is allocated.
 
-It counts a lower bound of a run's memory by plain arithmetic, so that nothing that would fit is refused; tools.plan
-counts all of it.
+It compares a lower bound of a run's memory, so nothing that would fit is refused; tools.plan counts all of it.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ GIB = 2**30
 STATE_BYTES = {"weights": 4, "gradients": 4, "Adam moments": 8, "average (EMA)": 4}  # bytes per parameter, all in fp32
 FROZEN_BYTES = {"bf16": 2}  # bytes per base weight of a LoRA run; 4 in other precisions
 TABLE_BYTES = 8 + 4  # bytes per number of the position tables while they are computed: float64, then float32
-LARGEST = 2**50  # bytes of networks that are only counted: beyond it, numbers of bytes overflow
-LARGEST_ATTENTION = 2**56  # scores of spatial attention in a clip: beyond it, numbers of bytes overflow
-LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+LARGEST = 2**50  # bytes allowed on the meta device: beyond it, byte counts overflow
+LARGEST_ATTENTION = 2**56  # spatial attention scores per clip: beyond it, byte counts overflow
+LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # container limits
 
 
 def check_network_fits(config: Config, device: torch.device | str) -> None:
     """Refuses a network that does not fit on `device` together with the tokens of one clip.
 
-    On the meta device only the position tables of text networks take memory; they are computed on the CPU. Raises
-    ValueError, a sentence with the keys, the memory needed and the memory available.
+    On the meta device, only the position tables of text networks take memory: they are computed on the CPU. Raises
+    ValueError with the keys to lower, the memory needed and the memory available.
     """
     device = torch.device(device)
     parameters, positions, tokens = count_least(config)
@@ -41,21 +40,21 @@ def check_network_fits(config: Config, device: torch.device | str) -> None:
     side = config.latent_size // config.model.size.patch_size
     require(
         config.data.num_frames * config.model.size.num_heads * side**4 <= LARGEST_ATTENTION,
-        f"data.image_size={config.data.image_size} makes {side**2:,} tokens a frame, too many for attention among "
-        "them: lower it.",
+        f"data.image_size={config.data.image_size} makes {side**2:,} tokens per frame, too many for spatial "
+        "attention: lower it.",
     )
 
 
 def check_training_fits(config: Config, device: torch.device | str, ranks: int = 1) -> None:
     """Refuses a training whose weights, optimizer states and layer inputs do not fit on `device`.
 
-    Raises ValueError as above, or for more loader processes than the cores of this machine can serve.
+    Raises ValueError as above, or for more loader processes than this machine's cores can serve.
     """
     train, workers = config.train, config.data.num_workers
     most = 8 * (os.cpu_count() or 1) + 8
     require(
         workers <= most,
-        f"data.num_workers={workers} is more than the {most} loader processes (8 a core, and 8) that this machine "
+        f"data.num_workers={workers} is more than the {most} loader processes (8 per core + 8) that this machine "
         "can serve: lower it.",
     )
     parameters, positions, tokens = count_least(config)
@@ -69,7 +68,7 @@ def check_training_fits(config: Config, device: torch.device | str, ranks: int =
 def _require_room(
     config: Config, what: str, parts: tuple[int, int, int], device: torch.device | None, batch: str = ""
 ) -> None:
-    """Refuses more bytes of (parameters, position tables, tokens) than `device` has; None: than any machine has."""
+    """Refuses (parameters, position tables, tokens), in bytes, that exceed the memory of `device`; None: LARGEST."""
     model, data = config.model, config.data
     needed, available = sum(parts), find_memory(device) if device else LARGEST
     size = f"model.name={model.name} ({', '.join(f'{key}={value}' for key, value in zip(SIZE_KEYS, model.size))})"
@@ -87,9 +86,9 @@ def _require_room(
 
 
 def count_least(config: Config) -> tuple[int, int, int]:
-    """Returns the least number of parameters, of entries of the position tables, and of numbers in a clip's tokens.
+    """Returns lower bounds: parameters, position table entries, numbers in a clip's tokens.
 
-    The parameters are those of attention and MLP in each block, and of the label table.
+    Counts the parameters of attention and MLP in each block, and of the label table.
     """
     model, data = config.model, config.data
     width, depth, _, patch = model.size
@@ -103,7 +102,7 @@ def count_least(config: Config) -> tuple[int, int, int]:
 
 
 def find_memory(device: torch.device) -> int:
-    """Returns the bytes of memory of a GPU, or of this machine (of its container, if that is less)."""
+    """Returns the bytes of memory of a GPU, or of this machine (its container's limit, if lower)."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

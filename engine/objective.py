@@ -1,6 +1,6 @@
-"""From a batch of clips to a loss: the one place that joins codec, diffusion and network.
+"""The loss of a batch of clips: the one place that joins codec, diffusion and network.
 
-Letters: B clips, F frames, I images, C latent channels, H W pixels, h w latent pixels.
+Letters: B clips, F frames, I images, C latent channels, H W pixels, h w latent pixels; P is 1 (mean) or 2 (mean, std).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .config import Config
 
 @dataclass(frozen=True)
 class Draws:
-    """Everything random in one micro-batch: functions of (seed, position) alone."""
+    """Everything random in one micro-batch: depends on (seed, position) alone."""
 
-    uniform: Tensor  # (B,) in [0, 1): the timestep, before the density
+    uniform: Tensor  # (B,) in [0, 1): for the timestep, before the density is applied
     label_uniform: Tensor  # (B, 1+I) in [0, 1): label dropout
     noise: Tensor  # (B, F+I, C, h, w)
     codec_noise: Tensor | None  # like noise: the codec's posterior sample
-    given: Tensor | None = None  # (B, F) bool: given frames, if there ever are any
+    given: Tensor | None = None  # (B, F) bool: given frames; None if there never are any
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StepLoss:
 
 
 def sample_generator(seed: int, position: int, device: torch.device) -> torch.Generator:
-    """Returns the generator of the sample at `position`: same draws on every rank, after every resume."""
+    """Returns the generator of the sample at `position`: the same draws on every rank and after every resume."""
     state = np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
@@ -53,8 +53,8 @@ def sample_generator(seed: int, position: int, device: torch.device) -> torch.Ge
 class Objective:
     """`objective(model, batch) -> StepLoss`.
 
-    `codec` turns video (B, F+I, 3, H, W) into latents (B, F+I, C, h, w), or stands in for cached posteriors, which come
-    in the batch.
+    `codec` turns video (B, F+I, 3, H, W) into latents (B, F+I, C, h, w), or is a stand-in if batches hold cached
+    posteriors.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Objective:
         self.num_images = config.data.num_images  # I, trailing frames that are single images (joint training)
         self.seed = config.train.seed
         self.precision = PRECISIONS[config.train.precision]
-        self.given = config.condition  # frames of a clip that are given
+        self.given = config.condition  # which frames are given
         self.tubelet_size = config.model.frames_per_token  # frames that are given together
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepLoss:
@@ -80,7 +80,7 @@ class Objective:
         posterior = self.posterior(batch)
         draws = self.draw(batch["position"].tolist(), posterior.mean.shape, batch["labels"].shape[1])
         latents = posterior.latents(self.codec.config, draws.codec_noise).to(self.precision.dtype)
-        latents = latents.contiguous()  # gradients are summed in the order of the layout, which a codec may change
+        latents = latents.contiguous()  # a codec may change the layout, and gradients are summed in its order
         return self.loss(model, latents, condition, draws)
 
     def posterior(self, batch: Mapping[str, Tensor]) -> Posterior:
@@ -91,7 +91,7 @@ class Objective:
         return Posterior(mean, std[0] if std else None)
 
     def loss(self, model: nn.Module, latents: Tensor, condition: Condition, draws: Draws) -> StepLoss:
-        """Returns the loss of latents (B, F+I, C, h, w) under a condition and draws."""
+        """Returns the loss of latents (B, F+I, C, h, w) for a condition and draws."""
         timesteps, weights = self.timestep_sampler.timesteps_from_uniform(draws.uniform)
         condition = condition.drop(draws.label_uniform, self.conditions.dropout)
         terms = self.terms(model, latents, condition, timesteps, draws.noise, draws.given)
@@ -108,7 +108,7 @@ class Objective:
     ) -> LossTerms:
         """Returns the loss terms of latents (B, F+I, C, h, w) at timesteps (B,) or (B, F+I), with noise like them.
 
-        Frames that are `given` (B, F) stay clean; the terms are over the others.
+        Frames that are `given` (B, F) stay clean; the terms cover the others.
         """
         autocast = self.precision.autocast
 

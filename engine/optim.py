@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule, gradient clipping and the weights' running average (EMA), by optimizer step."""
+"""Optimizer, learning-rate schedule, gradient clipping and EMA of the weights, per optimizer step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def step_unless(skip: Tensor, optimizer: torch.optim.AdamW) -> None:
     """Runs the optimizer's step, unless `skip` (a scalar on the device) is true.
 
-    The fused kernel reads `skip` itself, as it does a gradient scaler's `found_inf`; the plain one makes the host wait.
+    The fused kernel reads `skip` as a gradient scaler's `found_inf`; the plain one makes the host wait.
     """
     if optimizer.defaults["fused"]:
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
@@ -56,7 +56,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def clip_gradients(gradients: list[Tensor], norm: Tensor, limit: Tensor) -> None:
-    """Scales `gradients` of total `norm` down to `limit` in place: torch's rule, with the limit on the device too."""
+    """Scales `gradients` of total `norm` down to `limit` in place: torch's rule, but with `limit` on the device."""
     scale = (norm + 1e-6).reciprocal() * limit.to(norm.dtype)
     torch._foreach_mul_(gradients, scale.clamp(max=1.0))
 
@@ -64,11 +64,11 @@ def clip_gradients(gradients: list[Tensor], norm: Tensor, limit: Tensor) -> None
 class EMA:
     """`average <- decay * average + (1 - decay) * parameter`, once per optimizer step.
 
-    Only trainable parameters are averaged. Buffers (position tables) are constant and stay as copied; frozen
-    parameters are the network's own, shared.
+    Only trainable parameters are averaged. Buffers (position tables) are copies and constant; frozen parameters are
+    shared with the network.
 
-    The initial average is the current weights. `decay` is in [0, 1), with `warmup` min(decay, (1 + n) / (10 + n)) at
-    update n.
+    It starts at the current weights. `decay` is in [0, 1); with `warmup`, update n uses
+    min(decay, (1 + n) / (10 + n)).
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, warmup: bool = False) -> None:
@@ -80,7 +80,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Averages in the parameters after one optimizer step."""
+        """Updates the average with the parameters, after an optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         # lerp in fp32: 1 - decay = 1e-4 would be lost in half precision
         pairs = [each for each in zip(self.model.parameters(), model.parameters()) if each[1].requires_grad]
@@ -93,6 +93,6 @@ class EMA:
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor], updates: int = 0) -> None:
-        """Continues from averaged weights after `updates` optimizer steps."""
+        """Restores averaged weights and their number of `updates`."""
         self.model.load_state_dict(state)
         self.updates = updates

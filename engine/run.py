@@ -1,4 +1,4 @@
-"""A run: processes, data, folder, log, signals and checkpoints of a training. Callbacks and resume receive it."""
+"""A training run: processes, data, folder, log, signals, checkpoints. Passed to callbacks and resume."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Run:
         self.meter = Meter()
         self.crumbs = Breadcrumbs(self.folder.path, world.rank)
         self.watch = HangWatch(self.folder.path / "errors" / f"rank{world.rank}.stacks.txt", train.hang_timeout_s)
-        self.is_sharded = train.parallel == "fsdp" and world.size > 1  # weights, moments, average: over the ranks
-        self.has_replicas = world.size > 1 and not self.is_sharded  # several ranks hold a copy of the network each
+        self.is_sharded = train.parallel == "fsdp" and world.size > 1  # weights, moments and EMA, over the ranks
+        self.has_replicas = world.size > 1 and not self.is_sharded  # each rank holds a copy of the network
         self.global_batch_size = train.batch_size * train.grad_accum_steps * world.size
-        self.batch_files: list[str] = []  # clips of the step that was launched last, for failure reports
+        self.batch_files: list[str] = []  # clips of the last launched step, for failure reports
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts of the run and its data that a checkpoint records."""
+        """Facts about the run and its data that a checkpoint records."""
         return {
             "global_batch_size": self.global_batch_size,
             "world_size": self.world.size,
@@ -63,7 +63,7 @@ class Run:
 
     @contextlib.contextmanager
     def open(self, state: TrainState) -> Iterator[None]:
-        """Holds the run folder and the stop signals; reports an error of this rank in the folder. Collective."""
+        """Locks the run folder and catches stop signals; writes this rank's error to the folder. Collective."""
         on_main(self.folder.open)
         try:
             with self.signals:
@@ -89,7 +89,7 @@ class Run:
             self.log.say(note)
 
     def finish(self, state: TrainState, stop: int) -> None:
-        """Saves what a stop signal interrupted, and leaves the marker PREEMPTED or COMPLETED. Collective."""
+        """Saves after a stop signal, and writes the marker PREEMPTED or COMPLETED. Collective."""
         train = self.config.train
         self.watch.stop()
         if stop and state.step and state.step % train.checkpoint_every and state.step < train.max_steps:
@@ -110,7 +110,7 @@ class Run:
     # ---- data ----------------------------------------------------------------------------------
 
     def batches(self, samples_seen: int) -> Iterator[MicroBatches]:
-        """Yields the micro-batches of each optimizer step after `samples_seen` clips, without end."""
+        """Yields the micro-batches of each optimizer step after `samples_seen` clips, endlessly."""
         data, train = self.config.data, self.config.train
         if data.num_workers:
             self.crumbs.clear()
@@ -139,12 +139,12 @@ class Run:
     # ---- reports -------------------------------------------------------------------------------
 
     def save(self, state: TrainState) -> None:
-        """Has rank 0 write a checkpoint; every rank learns of the outcome and takes the same branch. Collective."""
+        """Writes a checkpoint on rank 0; every rank learns whether that failed. Collective."""
         asynchronous = self.config.train.async_checkpoint
-        saved = state.state_dict(self.facts, copy=asynchronous)  # training goes on in these very tensors
+        saved = state.state_dict(self.facts, copy=asynchronous)  # training keeps changing these tensors
         if self.world.is_main:
             self.writer.save(saved)
-        if not asynchronous:  # else a later step learns of it
+        if not asynchronous:  # else a later step checks it
             self.raise_failed_write()
 
     def raise_failed_write(self) -> None:
@@ -182,10 +182,9 @@ class Run:
 
 @contextlib.contextmanager
 def collect_on_request() -> Iterator[None]:
-    """While entered, garbage is collected by calls of `gc.collect` only, and of objects made since entering only.
+    """While entered, only calls of `gc.collect` collect garbage, and only objects made since entering.
 
-    An automatic full collection in the middle of a step visits every object of every imported module; meanwhile no
-    kernel is queued.
+    An automatic full collection visits every object of every imported module; until it ends, no kernel is queued.
     """
     enabled = gc.isenabled()
     gc.collect()

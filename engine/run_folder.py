@@ -1,8 +1,8 @@
-"""The folder of a run: lock, events, end markers, errors, stacks of a hang, the log, and the meter of its rows.
+"""The run folder: lock, events, end markers, errors, stacks of hung steps, the log, and the meter for it.
 
 .lock            locked while a run writes here; names its host and process
-events.jsonl     starts, resumes, skipped steps, spikes, stops: one object a line
-metrics.jsonl    numbers of the training and of each callback; also in tensorboard/
+events.jsonl     starts, resumes, skipped steps, spikes, stops: one object per line
+metrics.jsonl    numbers of training and of each callback; also in tensorboard/
 errors/rank1.json  the error that ended rank 1: step, batch, error, traceback
 errors/rank1.stacks.txt  the stack of each thread of rank 1 when a step hung
 PREEMPTED        a signal stopped the run at this step; start it again to continue
@@ -51,7 +51,7 @@ class RunFolder:
         self.lock = FolderLock(path, "train.output_dir")
 
     def open(self) -> None:
-        """Locks the folder and deletes the markers and errors of the last session; OSError if it cannot be written."""
+        """Locks the folder and deletes the markers and errors of the previous session; OSError if not writable."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.take()
@@ -60,7 +60,7 @@ class RunFolder:
                 pass
         except OSError as error:
             self.lock.release()
-            if error.errno is None:  # a sentence of ours
+            if error.errno is None:  # our own message
                 raise
             files = [place for place in (self.checkpoints, self.path, *self.path.parents) if place.is_file()]
             reason = f"{files[0]} is a file; name a folder" if files else error.strerror or str(error)
@@ -87,7 +87,7 @@ class RunFolder:
             write_json(self.path / marker, content, indent=2, temporary=self.path / f".{marker}.tmp")
 
     def report_failure(self, rank: int, step: int, error: BaseException, **facts: Any) -> None:
-        """Writes the error that ended this rank into a file of its own."""
+        """Writes the error that ended this rank to errors/."""
         report = {
             "rank": rank,
             "host": socket.gethostname(),
@@ -103,16 +103,16 @@ class RunFolder:
 
 
 def recreate_checkpoints(checkpoints: Path) -> None:
-    """Creates the checkpoint and run folders again if somebody deleted them during the run, with a warning."""
+    """Recreates the checkpoint and run folders if they were deleted during the run, with a warning."""
     if checkpoints.is_dir():
         return
     gone = checkpoints if checkpoints.parent.is_dir() else checkpoints.parent
     checkpoints.mkdir(parents=True, exist_ok=True)
-    log.warning("%s was deleted during the run: it was created again, and its content is lost", gone)
+    log.warning("%s was deleted during the run: recreated, but its content is lost", gone)
 
 
 class HangWatch:
-    """Writes the stack of every thread of this process into `file` when no step ended for `seconds` (0: never)."""
+    """Writes the stacks of all threads to `file` if no step ends within `seconds` (0: never)."""
 
     def __init__(self, file: Path, seconds: float) -> None:
         self.seconds = seconds
@@ -120,7 +120,7 @@ class HangWatch:
         self._file = file
 
     def tick(self) -> None:
-        """Restarts the countdown, after a step."""
+        """Restarts the countdown after a step."""
         if not self.seconds:
             return
         if self._stream is None:
@@ -138,7 +138,7 @@ class HangWatch:
         self._stream = None
         if empty:
             self._file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # other ranks have theirs there
+            with contextlib.suppress(OSError):  # other ranks may have files there
                 self._file.parent.rmdir()
 
 
@@ -155,8 +155,8 @@ class NullLogger:
 class RunLogger:
     """The log of one run in `folder`.
 
-    metrics.jsonl holds one object a line, of `kind` `train` or that of a callback. A resume at step s drops the lines
-    after s, which the continued run writes again. In TensorBoard a number is called `<kind>/<name>`.
+    metrics.jsonl holds one object per line, its `kind` `train` or a callback's. A resume at step s drops the lines
+    after s, which will be written again. TensorBoard tags are `<kind>/<name>`.
     """
 
     def __init__(self, folder: Path, *, start: int, total: int) -> None:
@@ -171,7 +171,7 @@ class RunLogger:
         self._folder.mkdir(parents=True, exist_ok=True)
         file, kept = self._folder / "metrics.jsonl", []
         for line in file.read_text().splitlines() if start and file.is_file() else []:
-            with contextlib.suppress(ValueError, KeyError):  # a row that a kill cut
+            with contextlib.suppress(ValueError, KeyError):  # a row cut short by a kill
                 kept += [f"{line}\n"] if json.loads(line)["step"] <= start else []
         file.write_text("".join(kept))
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1 if start else None)
@@ -182,7 +182,7 @@ class RunLogger:
         if not gone:
             return
         if self._folder.is_dir():
-            self.say(f"warning: {' and '.join(gone)} of {self._folder} was deleted during the run and is started again")
+            self.say(f"warning: {' and '.join(gone)} of {self._folder} was deleted during the run and is recreated")
         else:
             recreate_checkpoints(self._folder / "checkpoints")
         (self._folder / "tensorboard").mkdir(exist_ok=True)  # for rows that its writer still buffers
@@ -221,7 +221,7 @@ class RunLogger:
         self._board.add_image(tag, pixels, step, dataformats="HWC")
 
     def holds(self, step: int, kind: str) -> bool:
-        """Returns whether there is a row of that kind at `step`."""
+        """Returns whether there is a row of `kind` at `step`."""
         self._open_again()
         return any(row["step"] == step for row in read_rows(self._folder / "metrics.jsonl", kind))
 
@@ -233,7 +233,7 @@ class RunLogger:
 
 
 def read_rows(file: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Returns the rows of that kind in a metrics.jsonl, in order; rows without a kind are of `train`."""
+    """Returns the rows of `kind` in a metrics.jsonl, in order; rows without one count as `train`."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [row for row in rows if row.get("kind", "train") == kind]
 
@@ -242,7 +242,7 @@ def read_rows(file: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 
 class Meter:
-    """Averages device scalars and measures time over steps, without waiting for the device until `means`."""
+    """Averages device scalars and measures time over steps, without waiting for the device."""
 
     def __init__(self) -> None:
         self.clear()
@@ -269,7 +269,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time spent inside out of the time per step."""
+        """Excludes the time spent inside from the time per step."""
         start = time.perf_counter()
         try:
             yield
@@ -277,7 +277,7 @@ class Meter:
             self._started += time.perf_counter() - start
 
     def means(self) -> tuple[dict[str, Tensor], float, float]:
-        """Returns the mean of each value, seconds per step, and the share of them spent waiting for data."""
+        """Returns the mean of each value, seconds per step, and the share of time spent waiting for data."""
         means = {name: total / self._steps for name, total in self._sums.items()}
         passed = time.perf_counter() - self._started
         return means, passed / self._steps, self._waited / passed

@@ -1,4 +1,4 @@
-"""Stop signals: a flag that is read at the next step boundary, and helper processes that do not receive them.
+"""Stop signals: a flag, read at the next step boundary, and child processes that do not receive them.
 
 A pre-empted job gets SIGTERM or SIGUSR1 some time before it is killed; Ctrl-C sends SIGINT. torchrun passes SIGTERM
 and SIGINT on to the process group of each rank, and SIGUSR1 if started with `--signals-to-handle`
@@ -25,7 +25,7 @@ LOADER_PARENT = "LATTE_LOADER_PARENT"  # environment variable: process id of the
 
 
 class StopSignals:
-    """While entered, records the last of the stop signals `numbers` of this process in `received` (0: none)."""
+    """While entered, stores the last received of the signals `numbers` in `received` (0: none)."""
 
     def __init__(self, numbers: Sequence[signal.Signals] = STOPPING) -> None:
         self.numbers = numbers
@@ -48,16 +48,16 @@ class StopSignals:
         return INTERRUPTED_EXIT if self.received == signal.SIGINT else PREEMPTED_EXIT
 
     def remember(self, number: int, frame: FrameType | None) -> None:
-        """Sets a flag, and nothing else: the signal handler."""
+        """Signal handler: only sets a flag."""
         self.received = number
 
 
 @contextlib.contextmanager
 def block_in_children() -> Iterator[None]:
-    """Starts child processes with the stop signals blocked for good; this process receives them afterwards.
+    """While entered, new child processes have the stop signals blocked for good; this process receives them on exit.
 
-    torchrun and schedulers signal whole process groups. A blocked mask survives exec and fork, while an ignored
-    signal does not survive torch, whose loader workers install a SIGTERM handler of their own.
+    torchrun and schedulers signal whole process groups. A signal mask survives exec and fork; ignored
+    signals do not survive torch, whose loader workers install their own SIGTERM handler.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
@@ -69,7 +69,7 @@ def block_in_children() -> Iterator[None]:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Has the kernel kill this process when its parent (a process id, if known) dies, or if it is dead. Linux only."""
+    """Has the kernel kill this process when its parent (a process id, if known) dies or is dead already. Linux only."""
     if sys.platform != "linux":
         return
     parent = parent or os.getppid()

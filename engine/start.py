@@ -1,6 +1,6 @@
 """The start of a run: checks of its data, the newest checkpoint or initial weights, and the first lines of the log.
 
-Only the same experiment may continue a checkpoint, unless the command line says otherwise.
+Only the same experiment may resume a checkpoint, unless --override allows the change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .run import Run
 from .state import TrainState
 from .weights import initialise
 
-# keys that may change between a checkpoint and its continuation; everything else is the experiment itself
+# keys that may change when a run resumes; all others define the experiment
 FREE_ON_RESUME = {
     "sample": "*",
     "monitor": "*",
@@ -41,7 +41,7 @@ STATE_KEYS = ("ema_updates", "guard", "global_batch_size", "world_size", "data_d
 
 
 def check_clips(config: Config, clips: ClipDataset, world_size: int) -> None:
-    """Raises ValueError unless the clips have the network's classes and fill a global batch, each clip once."""
+    """Raises ValueError unless the clips have the network's classes and number at least a global batch."""
     train, classes = config.train, config.model.num_classes
     if classes:
         require(
@@ -69,11 +69,11 @@ def check_clips(config: Config, clips: ClipDataset, world_size: int) -> None:
 
 
 def restore(run: Run, state: TrainState, override: Collection[str] = (), allow_inexact: bool = False) -> list[str]:
-    """Continues a checkpoint or loads initial weights, as the config says; returns lines for the log. Collective.
+    """Resumes a checkpoint or loads initial weights, as configured; returns lines to log. Collective.
 
     Args:
-        override: keys whose change since the checkpoint is accepted.
-        allow_inexact: generator states may be missing.
+        override: keys that may differ from the checkpoint.
+        allow_inexact: RNG states may be missing.
     """
     root, source = run.folder.checkpoints, run.config.train.resume
     folder, complaints = None, list[str]()
@@ -86,7 +86,7 @@ def restore(run: Run, state: TrainState, override: Collection[str] = (), allow_i
         )
     else:
         folder, complaints = on_main(lambda: ckpt.recover_newest(root))
-        if folder is None and source != "auto":  # where the run has nothing of its own yet
+        if folder is None and source != "auto":  # the run has no checkpoint of its own yet
             folder = on_main(lambda: ckpt.find_checkpoint(Path(source)))
     if folder is None:
         require(not complaints, f"{' '.join(complaints)} No other checkpoint is left under {root}.")
@@ -95,7 +95,7 @@ def restore(run: Run, state: TrainState, override: Collection[str] = (), allow_i
 
 
 def resume(run: Run, state: TrainState, folder: Path, override: Collection[str], allow_inexact: bool) -> list[str]:
-    """Continues the checkpoint in `folder`; returns lines for the log."""
+    """Resumes the checkpoint in `folder`; returns lines to log."""
     saved = ckpt.load_checkpoint(folder)
     changes = find_differences(run, state, folder, saved)
     refused = [change for change in changes if change.partition(":")[0] not in override]
@@ -124,13 +124,13 @@ def find_differences(run: Run, state: TrainState, folder: Path, saved: ckpt.Chec
     facts = {"global_batch_size": run.global_batch_size, "data_digest": run.clips.digest, "lora_base": state.lora_base}
     changes = find_changes(before, after, compared) + find_changes(saved.state, facts, list(facts))
     old, now = set(saved.state["class_names"]), set(run.clips.class_names)
-    if old != now:  # another folder would move the labels of those after it
+    if old != now:  # a new class folder shifts the labels after it
         changes.append(f"class_names: {sorted(old - now)} -> {sorted(now - old)}")
     return changes
 
 
 def check_generators(folder: Path, saved: ckpt.Checkpoint, world_size: int, allow_inexact: bool) -> list[str]:
-    """Returns lines for the log. Raises: ValueError where generator states are missing, unless `allow_inexact`."""
+    """Returns lines to log. Raises: ValueError if RNG states are missing, unless `allow_inexact`."""
     before = saved.state["world_size"]
     missing = [f"cpu/{rank}" for rank in range(before) if f"cpu/{rank}" not in saved.rng]
     require(
@@ -144,7 +144,7 @@ def check_generators(folder: Path, saved: ckpt.Checkpoint, world_size: int, allo
     if before != world_size:
         notes.append(
             f"warning: saved by {before} process(es), continued on {world_size}: the same samples and noise at every "
-            "step, added up in another order"
+            "step, summed in another order"
         )
     return notes
 
@@ -165,6 +165,6 @@ def describe(run: Run, state: TrainState) -> list[str]:
     facts["digest"] = str(facts["digest"])[:12]
     lines.append("data: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
     weights = state.trained_weights(state.model).values()
-    needed = 4 * sum(value.nbytes for value in weights)  # weights, average and two moments
+    needed = 4 * sum(value.nbytes for value in weights)  # weights, EMA and two moments
     warning = ckpt.space_warning(run.folder.checkpoints, needed)
     return [*([f"warning: {warning}"] if warning else []), *lines]

@@ -1,4 +1,4 @@
-"""The training state: what changes from step to step, and how a checkpoint holds it."""
+"""The training state: everything that changes from step to step, to and from checkpoints."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .weights import load_base
 
 @dataclass
 class TrainState:
-    """Network, average, optimizer, timestep sampler, guard and counters.
+    """Network, EMA, optimizer, timestep sampler, guard and counters.
 
     Attributes:
         lora_base: SHA-256 of the base weights of a LoRA run; None: the whole network is trained.
         step: optimizer steps.
-        samples_seen: clips, those of skipped steps included.
+        samples_seen: clips, including those of skipped steps.
     """
 
     model: Latte | LatteT2V
@@ -43,13 +43,13 @@ class TrainState:
     samples_seen: int = 0
 
     def trained_weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """Returns what a checkpoint holds of a network: all of it, or the adapters."""
+        """Returns the weights that a checkpoint holds: all, or only the adapters."""
         return model.state_dict() if self.lora_base is None else lora_weights(model.state_dict())
 
     def state_dict(self, facts: dict[str, Any], *, copy: bool = False) -> Checkpoint:
-        """Returns everything that a continuation needs, on the CPU, independent of the number of ranks. Collective.
+        """Returns everything needed to resume, on the CPU, independent of the number of ranks. Collective.
 
-        `facts`: of the run and its data (`Run.facts`); `copy`: so that training may go on in tensors of the CPU.
+        `facts`: `Run.facts`; `copy`: copies CPU tensors too, so that training may change them.
         """
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         moments = self.optimizer.state_dict()["state"]
@@ -69,7 +69,7 @@ class TrainState:
         )
 
     def load_state_dict(self, saved: Checkpoint, rank: int = 0) -> None:
-        """Continues exactly where `saved` stood. Raises: KeyError for a missing entry, ValueError for wrong weights."""
+        """Restores `saved` exactly. Raises: KeyError for a missing entry, ValueError for wrong weights."""
         load_trained(self.model, saved.model, "the checkpoint's model")
         load_trained(self.ema.model, saved.ema, "the checkpoint's running average")
         self.ema.updates = saved.state["ema_updates"]
@@ -90,16 +90,16 @@ class TrainState:
 
 
 def load_trained(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Loads the weights of a checkpoint, the whole network's or its adapters', into a network that may be sharded."""
+    """Loads a checkpoint's weights, all or only adapters, into a network that may be sharded."""
     own = model.state_dict()
     adapters = lora_weights(own)
-    if adapters:  # the base weights are there already
+    if adapters:  # the base weights are already loaded
         weights = {key: own[key] for key in own.keys() - adapters.keys()} | weights
     load_weights(cast(Latte, model), shards_like(weights, own), source)
 
 
 def build_state(config: Config, world: World) -> TrainState:
-    """Returns the state before the first step, drawn with `train.seed`: the same on every rank."""
+    """Returns the initial state, drawn with `train.seed`: the same on every rank."""
     precision = PRECISIONS[config.train.precision]
     torch.manual_seed(config.train.seed)
     model = build_model(config)

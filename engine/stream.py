@@ -63,7 +63,7 @@ class ClipStream(Dataset):
 
 
 def collate(items: list[dict[str, Any] | VideoError]) -> dict[str, torch.Tensor] | VideoError:
-    """Returns a micro-batch, or the first error as a value: if raised, torch would turn it into a text."""
+    """Returns a micro-batch, or the first error as a value: torch would turn a raised one into text."""
     return next((item for item in items if isinstance(item, VideoError)), None) or default_collate(items)
 
 
@@ -72,10 +72,10 @@ POLL_S = 5.0
 
 
 def position_batches(samples_seen: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
-    """Yields the positions of each micro-batch of one rank, from `samples_seen` on, without end.
+    """Yields the positions of each micro-batch of one rank, from `samples_seen` on, endlessly.
 
     Of a global batch of G = batch_size x world_size x grad_accum_steps positions, micro-step j of rank r
-    takes the block j * world_size + r: more ranks or more micro-steps of the same G see the same clips.
+    takes block j * world_size + r, so the same G has the same clips however it is split.
     """
     for start in count(samples_seen + rank * batch_size, batch_size * world_size):
         yield list(range(start, start + batch_size))
@@ -84,7 +84,7 @@ def position_batches(samples_seen: int, batch_size: int, rank: int, world_size: 
 def load_micro_batches(
     stream: ClipStream, batches: Iterator[list[int]], num_workers: int, pin_memory: bool, timeout_s: float
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields micro-batches {"video", "labels", "index", "position", "replaced"} without end.
+    """Yields micro-batches {"video", "labels", "index", "position", "replaced"} endlessly.
 
     Raises VideoError if a clip ends the run (see ClipDataset); RuntimeError as `loaded_items`.
     """
@@ -99,7 +99,7 @@ def load_micro_batches(
 
 
 class Breadcrumbs:
-    """Records the file that each loader worker of this rank opened last: a worker calls it with a path before that."""
+    """Records the file that each loader worker of this rank opened last; workers call it before opening."""
 
     def __init__(self, run: Path, rank: int) -> None:
         name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
@@ -114,16 +114,16 @@ class Breadcrumbs:
         (self.folder / str(os.getpid())).write_bytes(os.fsencode(path))
 
     def read(self, pids: list[int] | None = None) -> list[str]:
-        """Returns the files that the workers of these process ids (None: all) read last."""
+        """Returns the files that the workers `pids` (None: all) read last."""
         if not self.folder.is_dir():
             return []
         files = [file for file in self.folder.iterdir() if pids is None or int(file.name) in pids]
         return sorted({os.fsdecode(file.read_bytes()) for file in files})
 
     def explain(self, error: RuntimeError) -> str | None:
-        """Returns a sentence on a loader worker that died or hung; None for any other error."""
+        """Returns a sentence about a loader worker that died or hung; None for any other error."""
         text = str(error)
-        if text.startswith("Caught ") or not re.search("DataLoader (worker|timed out)", text):  # of a living worker
+        if text.startswith("Caught ") or not re.search("DataLoader (worker|timed out)", text):  # worker is alive
             return None
         dead = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
         files = self.read([int(pid) for pid in dead[1].split(",")] if dead else None) or self.read()
@@ -136,7 +136,7 @@ def prepare_worker(worker_id: int) -> None:
     """Ties a loader worker to its fork server, and through it to the training process; runs first in each worker."""
     die_with_parent()
     trainer = multiprocessing.parent_process()
-    if trainer is not None and not trainer.is_alive():  # the server may have died with it before the call above
+    if trainer is not None and not trainer.is_alive():  # both may have died before the call above
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -149,14 +149,14 @@ class _WorkerProcess(ForkServerProcess):
 
 
 class WorkerContext(ForkServerContext):
-    """The forkserver start method, with workers that a DataLoader can end although they block SIGTERM."""
+    """The forkserver start method, with workers that a DataLoader can terminate although they block SIGTERM."""
 
     Process = _WorkerProcess
 
 
 def worker_loader(dataset: Dataset, num_workers: int, prefetch_factor: int = 4, **settings: Any) -> DataLoader:
-    """Returns a DataLoader whose workers end with this process, and whose death `loaded_items` detects."""
-    if num_workers:  # without an explicit context a loader in a threaded parent may fork into a held lock
+    """Returns a DataLoader whose workers end with this process; `loaded_items` detects their death."""
+    if num_workers:  # the default context may fork while another thread holds a lock
         settings |= {"multiprocessing_context": WorkerContext(), "worker_init_fn": prepare_worker}
         settings |= {"prefetch_factor": prefetch_factor, "timeout": POLL_S}
     # the loader's own seed draw must not touch the global generator
@@ -164,7 +164,7 @@ def worker_loader(dataset: Dataset, num_workers: int, prefetch_factor: int = 4, 
 
 
 def loaded_items(loader: DataLoader, timeout_s: float) -> Iterator[Any]:
-    """Yields the items of `loader`; RuntimeError of torch if a worker died or returned nothing for `timeout_s`."""
+    """Yields the items of `loader`; torch's RuntimeError if a worker died or returned nothing for `timeout_s`."""
     loader.timeout = min(loader.timeout, timeout_s)
     multiprocessing.set_forkserver_preload(["engine.loader_server"])
     os.environ[LOADER_PARENT] = str(os.getpid())
@@ -179,7 +179,7 @@ def loaded_items(loader: DataLoader, timeout_s: float) -> Iterator[Any]:
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
-            if time.monotonic() + loader.timeout > deadline:  # torch names its own, shorter timeout
+            if time.monotonic() + loader.timeout > deadline:  # torch's message names a shorter timeout
                 raise RuntimeError(f"DataLoader timed out after {timeout_s:g} seconds") from error
             continue
         yield item

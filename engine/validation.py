@@ -1,7 +1,7 @@
-"""The loss on held-out clips, at fixed noise and timesteps, by part of the timesteps.
+"""The loss on held-out clips, at fixed noise and timesteps, per range of timesteps.
 
-Every clip is noised once in each of K equal parts (buckets) of the process, from data (0) to noise (1), regardless of
-the density that training draws its timesteps from. EMA and raw weights see the same noise and timesteps.
+Every clip is noised once in each of K equal parts (buckets) of the process, from data (0) to noise (1), whatever
+the density of training timesteps. EMA and raw weights see the same noise and timesteps.
 
 Letters: B is one clip's K noised copies; F frames, I images, C latent channels, h w latent pixels.
 """
@@ -24,13 +24,13 @@ from .objective import Objective, sample_generator
 from .run import Run
 from .state import TrainState
 
-FIRST_POSITION = 2**48  # beyond every position of a training, so that no generator is used twice
+FIRST_POSITION = 2**48  # beyond every training position, so that no generator is used twice
 
 
 class Validation:
-    """The callback `val`: its losses are a function of the weights, the clips and the seed alone.
+    """The callback `val`: its losses depend only on the weights, the clips and the seed.
 
-    One clip is one batch, so neither `train.batch_size` nor the number of ranks changes a bit of them (on the same
+    Each clip is its own batch, so neither `train.batch_size` nor the number of ranks changes their bits (on the same
     machine, with the same number of threads). Each rank encodes its clips once, at the start. The held-out clips must
     have the classes of the training clips, `clips`.
     """
@@ -47,9 +47,9 @@ class Validation:
         self.latents: dict[int, tuple[Tensor, Tensor]] = {}
 
     def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
-        """Reads and encodes the clips. Raises: ValueError where one cannot be read."""
+        """Reads and encodes the clips. Raises: ValueError if one cannot be read."""
         found = {"list": self.clips.digest[:12]}
-        require_same(found, "finds other held-out clips", "every machine must hold the same files")
+        require_same(found, "has different held-out clips", "every machine needs the same files")
 
         def encode(number: int) -> None:
             self.latents[number] = self._encode(objective, number)
@@ -74,7 +74,7 @@ class Validation:
         return Observation(values, ", ".join(f"{name} loss {means[f'{name}/loss']:.4f}" for name in networks))
 
     def _encode(self, objective: Objective, number: int) -> tuple[Tensor, Tensor]:
-        """Returns latents (F+I, C, h, w) and labels (1+I,) of the clip at that place of `indices`, on the CPU."""
+        """Returns latents (F+I, C, h, w) and labels (1+I,) of clip `indices[number]`, on the CPU."""
         item = self.clips[0, self.indices[number]]
         codec, frames = objective.codec, cast(Tensor, item[self.clips.source.key])  # type: ignore[literal-required]
         posterior = objective.posterior({self.clips.source.key: frames[None]})
@@ -107,16 +107,16 @@ class Validation:
         return means | dict(zip(names, terms.loss.tolist(), strict=True))
 
     def timesteps(self, uniform: Tensor) -> Tensor:
-        """Returns timesteps (K,) of the kind that the network is trained on, from `uniform` (K,), one per bucket."""
+        """Returns timesteps (K,) in the form the network is trained on, from `uniform` (K,), one per bucket."""
         share = (torch.arange(self.buckets) + uniform) / self.buckets
         times = share * self.config.diffusion.num_steps
         return times.float() if self.config.diffusion.prediction == "flow" else times.long()
 
     def _generator(self, number: int, purpose: int) -> torch.Generator:
-        """Returns the generator of a clip's encoding (0) or noising (1); on the CPU, for the same noise on a GPU."""
+        """Returns the generator for a clip's encoding (0) or noising (1); on the CPU: the same noise on any device."""
         return sample_generator(self.config.train.seed, FIRST_POSITION + 2 * self.indices[number] + purpose, CPU)
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Returns `count` indices below `total`, evenly spaced; all, if there are no more."""
+    """Returns `count` indices below `total`, evenly spaced; all, if `total` is smaller."""
     return [place * total // count for place in range(count)] if count < total else list(range(total))

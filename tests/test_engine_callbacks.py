@@ -258,7 +258,7 @@ def test_the_training_continues_after_failures(
     assert {(row["step"], row["callback"]) for row in events} == due and len(events) == 6
     assert all(row["error"] == said[row["callback"]] for row in events)
     lines = capsys.readouterr().err.splitlines()
-    assert all(f"warning: step 4, {kind}: {said[kind]}; the training continues" in lines for kind in said)
+    assert all(f"warning: step 4, {kind}: {said[kind]}; training continues" in lines for kind in said)
     assert not [file for file in (tmp_path / "run" / "previews").rglob("*") if file.is_file()]
 
 

@@ -323,8 +323,8 @@ def test_H3_text_to_video_that_is_not_finite(tmp_path: Path, fault: str, monkeyp
 
 
 STATES = {
-    "[]": "holds no names and values",
-    "null": "holds no names and values",
+    "[]": "is not a JSON object",
+    "null": "is not a JSON object",
     "half": "is missing or not JSON",
     "{}": "step must be a whole number from 0, not None",
     '{"step": -1}': "step must be a whole number from 0, not -1",

@@ -19,8 +19,8 @@ from ..keys import DROPPED, RENAMED, drop_removed
 from .rules import Config
 
 MAX_YAML_CHARACTERS = 65_536  # a config with every key takes 4,000
-MAX_YAML_EVENTS = 10_000  # of the parser: two for each section and list, one for each key and value
-MAX_YAML_DEPTH = 8  # file, section, list: 3
+MAX_YAML_EVENTS = 10_000  # parser events: two per section or list, one per key or value
+MAX_YAML_DEPTH = 8  # ours need 3: file, section, list
 # Numbers that YAML 1.1 reads in base 8 or 60: 010 is 8, 1:30 is 90, 1:30.5 is 90.5.
 ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+|[0-9][0-9_]*(:[0-5]?[0-9])+\.[0-9_]*)")
 
@@ -35,9 +35,9 @@ def load_config(
     """Merges defaults, the nested values `base`, the YAML file at `path` and `key=value` overrides, and checks them.
 
     Args:
-        saved: the YAML or `base` was written by a run, perhaps of an older version: keys removed since are left out.
+        saved: the YAML or `base` was written by a run, perhaps of an older version: removed keys are ignored.
     """
-    from omegaconf import OmegaConf  # not at the top: benchmarks of the GPU run on machines without it
+    from omegaconf import OmegaConf  # not at the top: GPU benchmarks run on machines without it
     from omegaconf.errors import OmegaConfBaseException
 
     layers: list[tuple[str, Any]] = [("the base configuration", base or {})]
@@ -54,8 +54,8 @@ def load_config(
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None) or "a key"
             raise ValueError(f"{source}: {key}: {one_line(error)}") from None
-        except TypeError:  # OmegaConf's own, for a mapping where a list belongs
-            raise ValueError(f"{source}: a value is of the wrong kind (a mapping where a list belongs?).") from None
+        except TypeError:  # raised by OmegaConf for a mapping in place of a list
+            raise ValueError(f"{source}: a value has the wrong type (a mapping in place of a list?).") from None
     try:
         return typing.cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
@@ -77,7 +77,7 @@ def _read_override(override: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Returns the values of a YAML file, plain and unresolved."""
+    """Returns the plain values of a YAML file, interpolations unresolved."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -94,16 +94,16 @@ def read_yaml(path: Path) -> Any:
 
 
 def _check_yaml(text: str, source: str) -> None:
-    """Refuses YAML that only an attack or an accident writes: deep nesting, aliases that expand without bound.
+    """Refuses YAML that no honest config contains: deep nesting, aliases that expand without bound.
 
-    It reads the parser's events, before anything is built from them.
+    Checks the parser's events, before anything is built from them.
     """
     require(len(text) <= MAX_YAML_CHARACTERS, f"{source} is too long for a config ({MAX_YAML_CHARACTERS} characters).")
     depth = 0
     for number, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
         require(number < MAX_YAML_EVENTS, f"{source} holds too many values for a config.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        require(depth <= MAX_YAML_DEPTH, f"{source} nests more than {MAX_YAML_DEPTH} levels deep; sections have keys.")
+        require(depth <= MAX_YAML_DEPTH, f"{source} nests more than {MAX_YAML_DEPTH} levels deep; use section.key.")
         require(not isinstance(event, yaml.AliasEvent), f"{source} uses a YAML alias (*name): write the value itself.")
         tag = getattr(event, "tag", None)
         require(tag is None, f"{source} uses a YAML tag ({tag}): write the plain value.")
@@ -121,7 +121,7 @@ def one_line(error: Exception) -> str:
 
 
 def _check_keys(values: Mapping[str, Any], owner: type, source: str, prefix: str = "") -> None:
-    """Refuses keys that `owner` lacks, with a hint, and values of a kind that YAML or OmegaConf would alter."""
+    """Refuses keys unknown to `owner`, with a hint, and values that YAML or OmegaConf would alter."""
     known = {item.name: item for item in fields(owner)}
     hints = typing.get_type_hints(owner)
     for key, value in values.items():
@@ -145,9 +145,9 @@ def _check_keys(values: Mapping[str, Any], owner: type, source: str, prefix: str
 
 
 def _hint(key: str, name: str) -> str:
-    """Returns the new name of an official key, the reason why it has none, or the nearest key of ours."""
+    """Returns an official key's new name, why it has none, or our nearest key."""
     if key in RENAMED:
-        return f" It is called {RENAMED[key]} here (tools.convert_config turns a whole official file)."
+        return f" It is called {RENAMED[key]} here (`python -m tools.convert config` translates whole files)."
     if key in DROPPED:
         return f" It has no counterpart: {DROPPED[key]}"
     known = all_keys()

@@ -1,4 +1,4 @@
-"""The whole configuration, and the table of combinations of its sections that are refused."""
+"""The whole configuration, and a table of the combinations that it refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .sections import FLOW_METHODS, GAUSSIAN_METHODS, MonitorConfig, OptimConfig
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on. Each section stands with its owner."""
+    """Everything a run depends on. Each section is defined by the package that reads it."""
 
     model: LatteConfig = field(default_factory=LatteConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -63,14 +63,14 @@ class Config:
 
     @property
     def has_null(self) -> bool:
-        """Whether the network was trained with its null label or the empty caption, as guidance needs."""
+        """Whether the network was trained with its null label or the empty caption, which guidance needs."""
         dropout = self.text.caption_dropout if self.model.is_text else self.model.label_dropout
         return self.is_conditional and dropout > 0
 
     def text_network(self) -> LatteT2VConfig:
-        """Returns size and kind of the text network: Latte-1's, or of that kind in another size.
+        """Returns the text network's config: Latte-1, or the same architecture in another size.
 
-        Latte-1 keeps the clip size of its original training, whatever it is trained on now: positions are computed.
+        Latte-1 keeps its original clip size, whatever it is trained on now: positions are computed.
         """
         size, channels, width = self.model.size, self.codec.latent_channels, self.text.caption_channels
         is_latte_1 = self.model.name == "Latte-1"
@@ -102,13 +102,13 @@ class Config:
         return {f"{name}.{key}": value for name, keys in self.to_dict().items() for key, value in keys.items()}
 
     def to_yaml(self) -> str:
-        """Returns every key, resolved; `load_config` reads it back to an equal Config."""
-        from omegaconf import OmegaConf  # as in `loading`
+        """Returns all keys as YAML, which `load_config` turns back into an equal Config."""
+        from omegaconf import OmegaConf  # see `loading`
 
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
 
 
-# the sentence of a refusal, formatted with the configuration as `c` -> whether it is due
+# error message, formatted with the config as `c` -> whether to raise it
 RULES: dict[str, Callable[[Config], object]] = {
     # sizes
     "data.image_size={c.data.image_size} must be a multiple of {c.pixels_per_token} "
@@ -191,7 +191,7 @@ RULES: dict[str, Callable[[Config], object]] = {
         c.monitor.metric_every > 0 and not (c.monitor.metric_detector and c.monitor.metric_detector_path)
     ),
     **{
-        f"monitor.{key}: train.precision=fp64 is for proofs of equality and cannot be sampled from: use fp32, tf32 "
+        f"monitor.{key}: train.precision=fp64 is for exact comparisons and cannot be sampled from: use fp32, tf32 "
         "or bf16.": lambda c, key=key: getattr(c.monitor, key) > 0 and c.train.precision == "fp64"  # type: ignore[misc]
         for key in ("sample_every", "metric_every")
     },

@@ -1,6 +1,6 @@
 """The sections `optim`, `train`, `sample` and `monitor`, with the limits of their keys.
 
-The other sections stand with their owners, in models/, diffusion/ and datasets/.
+The other sections are defined where they are read, in models/, diffusion/ and datasets/.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ class OptimConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     schedule: str = "constant"  # constant | cosine (to min_learning_rate at train.max_steps)
-    warmup_steps: int = 0  # linear from learning_rate / warmup_steps, under either schedule
-    min_learning_rate: float = 0.0  # the end of schedule=cosine
+    warmup_steps: int = 0  # linear from learning_rate / warmup_steps, with either schedule
+    min_learning_rate: float = 0.0  # final value of schedule=cosine
     max_grad_norm: float = 0.1  # of the whole gradient, after accumulation
-    clip_start_step: int = 20_000  # before it the norm is measured and not clipped
-    spike_factor: float = 0.0  # a norm above this x the running median is a spike; 0: none is
+    clip_start_step: int = 20_000  # before it, the norm is only measured
+    spike_factor: float = 0.0  # a norm above this x the running median is a spike; 0: off
     spike_policy: str = "skip"  # skip | clip (to the median)
     max_skips: int = 20  # skipped steps in a row (spikes, non-finite) that end the run
-    fused: bool | None = None  # AdamW as one kernel: true, false (the plain one), null: on CUDA
+    fused: bool | None = None  # fused AdamW kernel; null: on CUDA only
 
     def __post_init__(self) -> None:
         check_limits(self, "optim.", OPTIM_LIMITS)
         require(
             self.min_learning_rate <= (self.learning_rate if self.schedule == "cosine" else 0),
-            f"optim.min_learning_rate={self.min_learning_rate} is the end of optim.schedule=cosine: set that "
-            "schedule, and a value up to optim.learning_rate.",
+            f"optim.min_learning_rate={self.min_learning_rate} is the final value of optim.schedule=cosine: "
+            "set that schedule, and a value up to optim.learning_rate.",
         )
 
 
@@ -100,20 +100,20 @@ class TrainConfig:
     log_every: int = 100
     checkpoint_every: int = 10_000  # and always at max_steps
     keep_last: int = 2  # newest checkpoints kept; 0 keeps all
-    keep_every: int = 0  # also keeps those at multiples of this step; 0: none
+    keep_every: int = 0  # also keeps those at multiples of this step; 0: off
     async_checkpoint: bool = False  # write them in a background thread while training continues
-    resume: str = "auto"  # auto: the newest checkpoint in output_dir; never; or one to start from where it has none
+    resume: str = "auto"  # auto: newest checkpoint in output_dir | never | a checkpoint to start from if there is none
     init_from: str | None = None  # weights only: our checkpoint, an official .pt, or an image DiT's
-    temporal_ramp_steps: int = 0  # text network that starts from an image network: positions in time grow from 0 to 1
+    temporal_ramp_steps: int = 0  # text network from an image network: steps over which temporal positions fade in
     seed: int = 0
-    precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (to prove equalities)
+    precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (for exact comparisons)
     compile: bool = False  # torch.compile each block in place
-    run_ahead: bool = True  # queue the next step before a step's numbers are read; false: wait for each
+    run_ahead: bool = True  # queue the next step before reading a step's results; false: wait for each
     attention: str = "auto"  # auto | fused | plain (the reference): docs/attention.md
-    parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and average sharded over the ranks)
-    drift_check_every: int = 1000  # steps between comparisons of the ranks' weights, bit for bit; 0: never
-    timeout_s: float = 1800.0  # a collective that takes longer ends the run; until the first step at least 600
-    hang_timeout_s: float = 900.0  # a step that takes longer has its stacks written to errors/; 0: never
+    parallel: str = "ddp"  # ddp | fsdp (weights, gradients, moments and EMA sharded over the ranks)
+    drift_check_every: int = 1000  # steps between bitwise comparisons of the ranks' weights; 0: never
+    timeout_s: float = 1800.0  # a collective that takes longer ends the run; at least 600 until the first step
+    hang_timeout_s: float = 900.0  # if a step takes longer, stacks are written to errors/; 0: never
 
     def __post_init__(self) -> None:
         check_limits(self, "train.", TRAIN_LIMITS)
@@ -127,7 +127,7 @@ SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
 LABEL_RULES = ("balanced", "random")
 
 
-FRAME_LIMITS = {"given_frames": at_least(1), "window": optional(at_least(2))}  # of `sample` and configs/t2x
+FRAME_LIMITS = {"given_frames": at_least(1), "window": optional(at_least(2))}  # shared by `sample` and configs/t2x
 SAMPLE_LIMITS = {
     "num_videos steps batch_size fps": at_least(1),
     "save_video_path": FOLDER,
@@ -153,7 +153,7 @@ SAMPLE_OWNERS = {"eta": "method=ddim", "guidance_interval": "guidance_scale", "l
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """The `sample` section: settings of sample/sample.py that its flags do not override."""
+    """The `sample` section: settings of sample/sample.py, which its flags override."""
 
     ckpt: str | None = None  # our checkpoint or run folder, or an official .pt
     save_video_path: str = "results/samples"
@@ -167,24 +167,24 @@ class SampleConfig:
     method: str = "auto"
     eta: float = 0.0  # DDIM only: 0 deterministic, 1 as noisy as DDPM
     guidance_scale: float = 1.0  # 1: no guidance
-    guidance_interval: list[float] | None = None  # guide only noise levels from the first to the second, 0 to 1
-    batched_guidance: bool = True  # conditional and unconditional in one call; false: one by one, in half the memory
+    guidance_interval: list[float] | None = None  # guide only at noise levels in [first, second], 0 to 1
+    batched_guidance: bool = True  # conditional and unconditional in one call; false: one by one, half the memory
     weights: str = "ema"  # ema | raw
     lora: str | None = None  # adapters to merge into the network: a folder in peft's format
     lora_scale: float = 1.0  # factor of the merged adapters
     precision: str = "fp32"  # fp32 | bf16 | fp16
-    cast_weights: bool = False  # the weights themselves in `precision`, in half the memory
+    cast_weights: bool = False  # also cast the weights to `precision`: half the memory
     compile: bool = False  # torch.compile the network; on CUDA with CUDA graphs
-    overlap_decode: bool = True  # on CUDA, decode a batch while the next is sampled
+    overlap_decode: bool = True  # on CUDA, decode a batch while the next is being sampled
     batch_size: int = 4
     fps: int = 8
-    first_frame: list[str] | None = None  # images that the videos begin with, in turn by index
-    last_frame: list[str] | None = None  # images that they end with, in turn
-    given: list[str] | None = None  # videos that they continue, in turn
+    first_frame: list[str] | None = None  # images that videos start with, assigned in turn by index
+    last_frame: list[str] | None = None  # images that videos end with, in turn
+    given: list[str] | None = None  # videos to continue, in turn
     given_frames: int = 1  # number of last frames of `given` to continue from
     window: int | None = None  # videos of more frames are sampled in windows of this length; null: all frames at once
-    overlap: int | None = None  # frames that a window shares with the next; null: a quarter of the window
-    # autoregressive (networks trained with given frames) | fused; auto: the first that fits
+    overlap: int | None = None  # frames shared by successive windows; null: a quarter of the window
+    # autoregressive (networks trained with given frames) | fused; auto: the first that is possible
     window_method: str = "auto"
 
     def __post_init__(self) -> None:
@@ -203,7 +203,7 @@ def window_overlap(wanted: Any) -> int:
 
 
 def check_frame_keys(wanted: Any, prefix: str) -> None:
-    """Checks the keys for given frames and windows, which `sample` and configs/t2x have in common."""
+    """Checks the keys for given frames and windows, shared by `sample` and configs/t2x."""
     require(
         not (wanted.first_frame and wanted.given),
         f"{prefix}first_frame and {prefix}given both say how the videos begin: set one of them.",
@@ -235,19 +235,19 @@ MONITOR_OWNERS = {
 class MonitorConfig:
     """The `monitor` section: callbacks at step 0, every n steps (0: never) and at the last step.
 
-    They do not change the training, so all of it may be changed when a run is continued.
+    They do not affect training, so every key may change when a run resumes.
     """
 
-    val_every: int = 0  # the loss on held-out clips (data.val_path or data.val_share)
-    val_clips: int = 64  # at most this number of them
+    val_every: int = 0  # loss on held-out clips (data.val_path or data.val_share)
+    val_clips: int = 64  # maximum number of these clips
     val_buckets: int = 10  # equal parts of the timesteps; each clip is noised once in each
-    sample_every: int = 0  # samples of average and raw weights, as the `sample` section says
-    sample_videos: int = 4  # number of samples of each
-    metric_every: int = 0  # the Frechet distance of samples of the average to held-out clips
-    metric_videos: int = 256  # number of samples, and most clips
+    sample_every: int = 0  # samples from EMA and raw weights, with the settings of `sample`
+    sample_videos: int = 4  # number of samples from each
+    metric_every: int = 0  # Frechet distance between samples from EMA weights and held-out clips
+    metric_videos: int = 256  # number of samples, and maximum number of clips
     metric_detector: str | None = None  # its name: i3d, mobilenet_v2_clip, ... (docs/monitoring.md)
     metric_detector_path: str | None = None  # its file
-    metric_detector_sha256: str | None = None  # SHA-256 that the file must have; null: any, which is logged
+    metric_detector_sha256: str | None = None  # required SHA-256 of the file; null: any (it is logged)
 
     def __post_init__(self) -> None:
         check_limits(self, "monitor.", MONITOR_LIMITS)
