@@ -1,1 +1,1 @@
-"""Sampling: `generate.Generator`, the command sample/sample.py and the writers of videos."""
+"""Sampling: `generate.Generator`, the command sample/sample.py and video writers."""

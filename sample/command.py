@@ -1,4 +1,4 @@
-"""Flags, checks, progress and the writing of videos, which the sampling commands share."""
+"""Flags, checks, progress and video writing shared by the sampling commands."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .generate import Progress
 from .video_io import write_mp4
 
 SHOWN = 16  # videos in the GIF and on the contact sheet
-MAX_VIDEOS = 1_000_000  # of one command; names of six digits sort as numbers do
-LOG_INTERVAL_S = 10.0  # between two lines of progress in a log file
-KINDS: dict[Any, dict[str, Any]] = {  # type of a key -> how argparse reads its flag
+MAX_VIDEOS = 1_000_000  # per command; six-digit names sort numerically
+LOG_INTERVAL_S = 10.0  # between progress lines in a log file
+KINDS: dict[Any, dict[str, Any]] = {  # type of a key -> argparse options of its flag
     int: {"type": int},
     int | None: {"type": int},
     float: {"type": float},
@@ -35,21 +35,21 @@ KINDS: dict[Any, dict[str, Any]] = {  # type of a key -> how argparse reads its 
     list[str]: {"action": "append"},
     list[str] | None: {"action": "append"},
 }
-# key of the configuration -> metavar and help of its flag
+# config key -> metavar and help of its flag
 SHARED_FLAGS = {
     "seed": "N",
-    "eta": "X of DDIM: 0 deterministic, 1 as noisy as DDPM",
-    "guidance_scale": "X 1 is no guidance",
-    "lora": "DIR adapters to merge into the network, in peft's format",
-    "lora_scale": "X their weight (1)",
+    "eta": "X noise of DDIM: 0 deterministic, 1 as much as DDPM",
+    "guidance_scale": "X 1: no guidance",
+    "lora": "DIR peft-format adapters to merge into the network",
+    "lora_scale": "X scale of the adapters (default 1)",
     "precision": "KIND fp32, bf16 or fp16",
-    "fps": "N frames per second of the files",
-    "first_frame": "IMAGE begin with it; several are taken in turn by index",
-    "last_frame": "IMAGE end with it; several in turn",
-    "given": "VIDEO continue it from its end; several in turn",
-    "given_frames": "N number of its last frames to use (1)",
+    "fps": "N frames per second of the written videos",
+    "first_frame": "IMAGE first frame of the video; repeat to use several in turn",
+    "last_frame": "IMAGE last frame of the video; repeat to use several in turn",
+    "given": "VIDEO video to continue; repeat to use several in turn",
+    "given_frames": "N number of last frames of --given to use (default 1)",
     "window": "N sample longer videos in windows of N frames",
-    "overlap": "N frames that a window shares with the next (a quarter of it)",
+    "overlap": "N frames that consecutive windows share (default: a quarter of a window)",
     "window_method": "NAME autoregressive (networks trained with given frames) or fused",
 }
 
@@ -57,9 +57,9 @@ SHARED_FLAGS = {
 def build_parser(
     description: str | None, usage: str, section: type, flags: Mapping[str, str], config_help: str
 ) -> argparse.ArgumentParser:
-    """Returns a parser of `--config`, `--device` and a flag for each key of `section` in `flags` and `SHARED_FLAGS`.
+    """Returns a parser with `--config`, `--device` and a flag for each `section` key in `flags` and `SHARED_FLAGS`.
 
-    Flags that are absent stay out of its result.
+    Flags not given are absent from its result.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -76,13 +76,13 @@ def build_parser(
             options = {**options, "metavar": tuple(metavar.split(",")) if "nargs" in options else metavar}
         parser.add_argument(f"--{key}", **options, help=help_text or None)
     parser.add_argument(
-        "--device", default=None, metavar="NAME", help="cpu, cuda, cuda:1, ...; by default CUDA where there is one"
+        "--device", default=None, metavar="NAME", help="cpu, cuda, cuda:1, ...; default: CUDA if available"
     )
     return parser
 
 
 def make_writable(folder: Path, flag: str = "--save_video_path") -> None:
-    """Makes `folder` and checks that files can be made in it."""
+    """Creates `folder` and checks that it is writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -92,12 +92,12 @@ def make_writable(folder: Path, flag: str = "--save_video_path") -> None:
 
 
 def is_main() -> bool:
-    """Returns whether this is the first process, or the only one."""
+    """Returns whether this is rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
-    """Prints a line on what the command is doing, on the first rank."""
+    """Prints a status line to stderr, on rank 0 only."""
     if is_main():
         print(text, file=sys.stderr, flush=True)
 
@@ -106,9 +106,9 @@ def say(text: str) -> None:
 def show_steps(
     num_batches: int, count: Callable[[], str] = lambda: "", check: Callable[[], None] = lambda: None
 ) -> Iterator[Progress]:
-    """Gives a callback of `Generator.batches` that shows a bar of the sampler's steps, or lines in a log file.
+    """Yields a `Generator.batches` callback that shows sampler steps: a progress bar, or lines in a log file.
 
-    `count` returns words to show after each batch; `check` is called after each step.
+    `count` returns text to show after each batch; `check` is called after each step.
     """
     interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_S
     options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": interval}
@@ -129,9 +129,9 @@ def show_steps(
 def write_videos(
     batches: Iterable[Batch], name: Callable[[int], str], facts: Callable[[int], dict[str, Any]], folder: Path, fps: int
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Writes each video as it comes; returns the `videos` of samples.json and the first `SHOWN` (n, F, H, W, 3).
+    """Writes each video as it is sampled; returns `videos` for samples.json and the first `SHOWN` (n, F, H, W, 3).
 
-    `name` maps an index to the name of the file (an mp4, or for one frame a png), `facts` to entries in samples.json.
+    `name` maps an index to a file name (.mp4, or .png for one frame), `facts` to further samples.json entries.
     """
     shown: list[np.ndarray] = []
     files: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Latents to frames: checked, as uint8, and each batch decoded while the next one is sampled."""
+"""Decodes latents to uint8 frames and checks them; one batch can decode while the next is sampled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Batch = tuple[list[int], np.ndarray]  # indices of videos, and these as uint8 (B, F, H, W, 3)
+Batch = tuple[list[int], np.ndarray]  # video indices, and videos as uint8 (B, F, H, W, 3)
 
 
 def decode_batches(
@@ -19,11 +19,11 @@ def decode_batches(
     *,
     ahead: bool,
 ) -> Iterator[Batch]:
-    """Yields the indices and frames of `batches` of indices and latents (B, F, C, h, w), in order.
+    """Yields (indices, decoded frames) for each (indices, latents (B, F, C, h, w)) of `batches`, in order.
 
     Args:
-        ahead: decode in a thread, and on CUDA in a stream of its own, while the next batch is sampled. It changes no
-            bit of the videos, and gains nothing where the same cores sample and decode (on a CPU).
+        ahead: decode in a thread, on CUDA in a separate stream, while the next batch is sampled. The videos stay
+            bit-identical. No faster on a CPU, where the same cores sample and decode.
     """
     if not ahead:
         yield from ((indices, decode(indices, latents)) for indices, latents in batches)
@@ -50,17 +50,17 @@ def decode_batches(
 
 
 def require_finite_videos(indices: Sequence[int], latents: Tensor, video: Tensor) -> None:
-    """Raises ValueError that names the first of the videos `indices` whose `latents` or pixels are not finite."""
+    """Raises ValueError naming the first of the videos `indices` with latents or pixels that are not finite."""
     finite = latents.isfinite().flatten(1).all(1) & video.isfinite().flatten(1).all(1)
     for index, good in zip(indices, finite.tolist(), strict=True):
         if not good:
             raise ValueError(
-                f"video {index} holds NaN or infinity and is not written: use a smaller guidance_scale, fp32 as "
-                "precision or another checkpoint."
+                f"video {index} holds NaN or infinity and is not written: use a smaller guidance_scale, "
+                "precision=fp32 or another checkpoint."
             )
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
-    """Converts (B, F, 3, H, W) in [-1, 1] to uint8 (B, F, H, W, 3), rounded to the nearest."""
+    """Converts (B, F, 3, H, W) in [-1, 1] to uint8 (B, F, H, W, 3), rounded to nearest."""
     levels = (video.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()

@@ -1,9 +1,9 @@
 #!/bin/bash
-# Sample FaceForensics from a checkpoint: an official .pt, or a checkpoint or run folder of ours.
+# Sample FaceForensics from a checkpoint: an official .pt, or one of our checkpoint or run folders.
 #   CKPT=path/to/checkpoint OUT=folder bash sample/ffs.sh [further flags of sample.py]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PATH="$PWD/.venv/bin:$PATH" # of `make setup`, if it exists
+PATH="$PWD/.venv/bin:$PATH" # from `make setup`, if it exists
 
 python sample/sample.py \
     --config configs/ffs/ffs_sample.yaml \

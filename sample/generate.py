@@ -1,9 +1,9 @@
-"""Videos from a network: noise -> sampler(guided denoiser) -> codec -> uint8.
+"""Samples videos: noise -> sampler(guided denoiser) -> codec -> uint8.
 
-A video is a function of (seed, index): its initial noise and the noise of every step come from its own
-generator on the CPU, so neither the batch size nor the device nor the number of processes changes the draw.
+A video is a function of (seed, index): its own CPU generator draws its initial noise and that of every step, so
+the noise does not depend on batch size, device or number of processes.
 
-Letters: B videos of a batch, n videos in all, F frames, C latent channels, h w latent pixels, H W pixels.
+Letters: B videos per batch, n videos in total, F frames, C latent channels, h w latent pixels, H W pixels.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from .labels import choose_labels
 from .network import GuidedEvaluations, Network
 from .source import Source
 
-Progress = Callable[[int, int], None]  # (sampler steps done, sampler steps in all)
+Progress = Callable[[int, int], None]  # (sampler steps done, total)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a job, whichever videos it samples; most are keys of the `sample` section (`SampleConfig`)."""
+    """Settings shared by all videos of a job; most are keys of the `sample` section (`SampleConfig`)."""
 
     labels: Sequence[int | str] | None = None
     label_rule: str = "balanced"
     seed: int = 0
     steps: int = 250
-    method: str = "auto"  # with a schedule of diffusers one of its ten samplers
+    method: str = "auto"  # with a diffusers schedule, one of its ten samplers
     eta: float = 0.0
     guidance_scale: float = 1.0
     guidance_interval: Sequence[float] | None = None
     batched_guidance: bool = True
     batch_size: int = 4
-    num_frames: int | None = None  # this and the next: None is as the network was trained
+    num_frames: int | None = None  # None, here and below: as in training
     image_size: int | Sequence[int] | None = None  # one number or (height, width)
     overlap_decode: bool = True
     given: GivenFrames | None = None  # for networks trained with given frames
@@ -63,9 +63,9 @@ class Settings:
 
 
 def sampler_settings(config: Config) -> dict[str, Any]:
-    """Returns the `Settings` that `config` determines, by name; given frames are read.
+    """Returns the `Settings` that `config` determines, by name; reads given frames.
 
-    The method of the windows is by default one that the network supports.
+    The default window method is one that the network supports.
     """
     wanted, windows = config.sample, None
     if wanted.window is not None:
@@ -82,7 +82,7 @@ def sampler_settings(config: Config) -> dict[str, Any]:
 
 
 def plan_sampling(config: Config, wanted: Settings) -> Plan:
-    """Returns size, known frames and windows of the videos; needs no weights.
+    """Returns the size, known frames and windows of the videos; needs no weights.
 
     Raises: ValueError if the network or codec of `config` does not support them.
     """
@@ -100,14 +100,14 @@ class Generator:
     """A network with its codec, ready to sample.
 
     Args:
-        config: the configuration the network was trained with.
-        conditions: classes or captions that labels are numbers of.
-        schedule: number of steps -> noise schedule of diffusers, with which everything is as in its pipelines: the
-            latents have the dtype of the weights, the variance is guided too. None: the diffusion of `config`, in fp32.
-        network: how the network is called: `precision`, `cast_weights` and `compiled`, as for `Network`. The codec
-            has its own precision, `codec.dtype`.
-        check_videos: raise ValueError for a video that is not finite. Off for previews, which end no training.
-        offload: keep network and codec on the CPU while the other one runs.
+        config: the training configuration of the network.
+        conditions: the classes or captions that labels index.
+        schedule: number of steps -> diffusers noise schedule. Sampling then matches diffusers' pipelines: latents in
+            the dtype of the weights, guidance of the variance too. None: the diffusion of `config`, in fp32.
+        network: `precision`, `cast_weights` and `compiled`, as for `Network`. The precision of the codec is
+            `codec.dtype`.
+        check_videos: raise ValueError for a video that is not finite. Off for previews, which must not stop training.
+        offload: keep only the one in use, network or codec, on the device.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Generator:
         self.model = self.network.model
         self.codec, self.config, self.conditions, self.schedule = codec, config, conditions, schedule
         self.check_videos, self.offload = check_videos, offload
-        self.dtype = cast(torch.dtype, self.model.dtype) if schedule else torch.float32  # of latents
+        self.dtype = cast(torch.dtype, self.model.dtype) if schedule else torch.float32  # of the latents
 
     @classmethod
     def from_checkpoint(
@@ -141,14 +141,14 @@ class Generator:
         say: Callable[[str], object] = lambda text: None,
         **network: Any,
     ) -> Generator:
-        """Loads a checkpoint or run folder of ours, or an official .pt file.
+        """Loads one of our checkpoint or run folders, or an official .pt file.
 
         Args:
-            config: needed for an official file; None takes the one in our checkpoint. Its clip size does not count
-                where the checkpoint or its position tables state that of the training.
+            config: required for an official file; None uses the one in our checkpoint. The trained clip size, if
+                the checkpoint or its position tables contain it, replaces that of `config`.
             weights: "ema" or "raw".
-            device: None is CUDA where there is one.
-            say: called with a line on what is loaded.
+            device: None is CUDA if available.
+            say: called with a line for each part being loaded.
             network: as for `Generator`.
         """
         source = path if isinstance(path, Source) else Source.open(path)
@@ -183,13 +183,13 @@ class Generator:
 
         Args:
             labels: as for `choose_labels`.
-            num: videos 0 to num - 1; `indices` picks others, e.g. one process's share.
+            num: samples videos 0 to num - 1, unless `indices` are given, e.g. one process's share.
             callback: called after each step of the sampler.
             settings: fields of `Settings`.
 
-        Yields: (indices, videos): videos are uint8 (B, F, H, W, 3).
+        Yields: (indices, videos), videos as uint8 (B, F, H, W, 3).
 
-        Raises: ValueError: settings that the network or its diffusion does not support.
+        Raises: ValueError if the network or its diffusion does not support the settings.
         """
         wanted = Settings(labels, **settings)
         label_of = choose_labels(self.conditions, labels, wanted.label_rule, wanted.seed)
@@ -220,7 +220,7 @@ class Generator:
         noise: VideoNoise,
         callbacks: Iterator[Callback | None],
     ) -> Callable[[Given | None, int], Tensor]:
-        """Returns a function (known frames, number of frames) -> latents (B, frames, C, h, w) of one batch."""
+        """Returns a function (known frames, number of frames) -> latents (B, frames, C, h, w) for one batch."""
 
         def sample_pass(given: Given | None, frames: int) -> Tensor:
             guided = GuidedEvaluations(self.list_guided(process, wanted))
@@ -239,7 +239,7 @@ class Generator:
         return sample_pass
 
     def build_process(self, steps: int) -> Process | ScheduledDiffusion:
-        """Returns the diffusion that takes that number of steps."""
+        """Returns the diffusion respaced to `steps`."""
         if self.schedule is not None:
             return self.schedule(steps)
         return build_process(self.config, respacing=str(steps)).to(self.device)
@@ -250,10 +250,10 @@ class Generator:
         return default if method == "auto" else method
 
     def list_guided(self, process: Process | ScheduledDiffusion, wanted: Settings) -> list[bool] | None:
-        """Returns for each evaluation whether its noise level is in the interval of guidance; None for no interval."""
+        """Returns for each evaluation whether its noise level is in `guidance_interval`; None without an interval."""
         if wanted.guidance_interval is None:
             return None
-        require(not isinstance(process, ScheduledDiffusion), "diffusers' samplers support no guidance_interval.")
+        require(not isinstance(process, ScheduledDiffusion), "diffusers' samplers do not support guidance_interval.")
         low, high = wanted.guidance_interval
         times = list_evaluations(cast(Process, process), self.resolve_method(wanted.method))
         return [low <= time / self.config.diffusion.num_steps <= high for time in times]
@@ -270,7 +270,7 @@ class Generator:
         )
 
     def encode(self, given: GivenFrames | None) -> Tensor | None:
-        """Returns the latents (V, k, C, h, w) of known frames."""
+        """Encodes given frames to latents (V, k, C, h, w)."""
         if given is None:
             return None
         with self._on_device(self.codec):
@@ -278,7 +278,7 @@ class Generator:
 
     @torch.no_grad()
     def decode(self, indices: Sequence[int], latents: Tensor) -> np.ndarray:
-        """Returns the videos `indices`, uint8 (B, F, H, W, 3), of latents (B, F, C, h, w)."""
+        """Decodes latents (B, F, C, h, w) of the videos `indices` to uint8 (B, F, H, W, 3)."""
         with self._on_device(self.codec):
             video = self.codec.decode(latents)
         if self.check_videos:
@@ -287,7 +287,7 @@ class Generator:
 
     @contextmanager
     def _on_device(self, network: nn.Module) -> Iterator[None]:
-        """Has `network` on the device; with `offload` only for the block."""
+        """Moves `network` to the device for the duration of the block, if `offload` is set."""
         if not self.offload:
             yield
             return
@@ -301,7 +301,7 @@ class Generator:
 
 
 class VideoNoise:
-    """Unit noise of a batch of videos, each from its own generator seeded with (seed, index)."""
+    """Unit noise for a batch of videos, each with its own generator seeded by (seed, index)."""
 
     def __init__(
         self, seed: int, indices: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32
@@ -310,25 +310,25 @@ class VideoNoise:
         self.device, self.dtype = device, dtype
 
     def draw(self, shape: Sequence[int], *, channels_first: bool = False) -> Tensor:
-        """Draws the next noise (B, *shape); of shape (F, C, h, w) in the order (C, F, h, w) if `channels_first`."""
+        """Draws the next noise (B, *shape); if `channels_first`, fills shape (F, C, h, w) in the order (C, F, h, w)."""
         order = (shape[1], shape[0], *shape[2:]) if channels_first else shape
         noise = torch.stack([torch.randn(*order, generator=each) for each in self.generators])
         noise = noise.to(self.device, self.dtype)
         return noise.transpose(1, 2) if channels_first else noise
 
     def like(self, x: Tensor) -> Tensor:
-        """Draws the next noise in the shape of x (B, ...)."""
+        """Draws the next noise, with the shape of x (B, ...)."""
         return self.draw(x.shape[1:])
 
 
 def count_passes(callback: Progress | None, num_passes: int) -> Iterator[Callback | None]:
-    """Yields the sampler's callback of each pass, which calls `callback` with the steps of all passes."""
+    """Yields a sampler callback for each pass, which calls `callback` with step counts over all passes."""
     for number in itertools.count():
         yield callback and (lambda done, total, *_, n=number: callback(n * total + done, num_passes * total))
 
 
 def usable_device(name: torch.device | str | None) -> torch.device:
-    """Returns the device of that name, by default CUDA if available. Raises: ValueError if the machine lacks it."""
+    """Returns the named device, by default CUDA if available. Raises: ValueError if the machine lacks it."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         known = device.type == "cuda" and 0 <= (device.index or 0) < torch.cuda.device_count()

@@ -1,6 +1,6 @@
-"""Videos with known frames, or longer than a window: from files to passes of the sampler.
+"""Given frames and windows: reads the frames, and plans and runs the sampler passes.
 
-Letters: V given sets of frames, k frames each, B videos of a batch, F frames, C latent channels, h w latent pixels,
+Letters: V sets of given frames, k frames each, B videos per batch, F frames, C latent channels, h w latent pixels,
 H W pixels.
 """
 
@@ -23,15 +23,15 @@ from diffusion.windows import fuse_windows, slide_windows, window_starts
 
 @dataclass(frozen=True)
 class GivenFrames:
-    """Known frames: video i shows set i modulo V."""
+    """Known frames; video i uses set i modulo V."""
 
     pixels: Tensor  # (V, k, 3, H, W) in [-1, 1]
-    places: tuple[int, ...]  # k places in the video, ascending
+    places: tuple[int, ...]  # k frame indices in the video, ascending
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Frames per window, frames shared with the next window, and a method of `diffusion.windows`."""
+    """Frames per window, frames shared with the next window, and a `diffusion.windows` method."""
 
     size: int
     overlap: int
@@ -39,20 +39,20 @@ class Windows:
 
 
 def read_given(wanted: Any, data: DataConfig, prefix: str = "sample.") -> GivenFrames | None:
-    """Reads `first_frame`, `given` and `last_frame`, resized and cropped as training clips are.
+    """Reads `first_frame`, `given` and `last_frame`, resized and cropped like training clips.
 
     Args:
-        wanted: has these keys; `prefix` precedes them in errors.
-        data: length and size of the videos, and how clips are read.
+        wanted: has these keys as attributes; errors put `prefix` before them.
+        data: length and size of the videos, and clip-reading settings.
 
-    Raises: ValueError: a file that cannot be read or has too few frames, in one sentence that names it.
+    Raises: ValueError, naming the file, if it cannot be read or has too few frames.
     """
     first = [_read_frames(path, f"{prefix}first_frame", data) for path in wanted.first_frame or []]
     videos = [_read_frames(path, f"{prefix}given", data, wanted.given_frames) for path in wanted.given or []]
     begin, end = first or videos, [_read_frames(path, f"{prefix}last_frame", data) for path in wanted.last_frame or []]
     require(
         not (begin and end) or len(begin) == len(end),
-        f"{prefix}last_frame names {len(end)} files, but {len(begin)} say how the videos begin: name as many.",
+        f"{prefix}last_frame names {len(end)} files, but first_frame or given names {len(begin)}: name as many.",
     )
     if not (begin or end):
         return None
@@ -77,14 +77,14 @@ def _read_frames(path: str, key: str, data: DataConfig, count: int | None = None
 
 @dataclass(frozen=True)
 class Plan:
-    """Known frames and windows of the videos of a job, and the resulting passes of the sampler."""
+    """Known frames and windows of a job's videos, and the resulting sampler passes."""
 
-    shape: tuple[int, int, int, int]  # (F, C, h, w) of a video's latents
-    places: tuple[int, ...] = ()  # known frames of each video
+    shape: tuple[int, int, int, int]  # (F, C, h, w) of the latents of one video
+    places: tuple[int, ...] = ()  # indices of the known frames of each video
     windows: Windows | None = None  # None: one pass over all frames
 
     def list_known(self) -> list[set[int]]:
-        """Returns the frames of each window that are known when it is sampled, counted from its first."""
+        """Returns for each window the frames known when it is sampled, as indices within the window."""
         frames, windows = self.shape[0], self.windows
         if windows is None or frames <= windows.size:
             return [set(self.places)]
@@ -95,26 +95,26 @@ class Plan:
 
     @property
     def num_passes(self) -> int:
-        """Number of passes of the sampler for each batch."""
+        """Number of sampler passes per batch."""
         slides = self.windows is not None and self.windows.method == "autoregressive"
         return len(self.list_known()) if slides else 1
 
     def check(self, condition: ConditionConfig, span: int) -> None:
-        """Raises ValueError if a network trained with `condition` does not support the known frames of a window."""
+        """Raises ValueError if a network trained with `condition` does not support the known frames of any window."""
         size = min(self.shape[0], self.windows.size) if self.windows else self.shape[0]
         for places in self.list_known():
             condition.check_given(places, size, span)
 
     def denoiser(self, denoiser: Denoiser) -> Denoiser:
-        """Returns `denoiser`, or the mean of its windows."""
+        """Returns `denoiser`; for fused windows, one that averages it over the windows."""
         if self.windows is None or self.windows.method == "autoregressive":
             return denoiser
         return fuse_windows(denoiser, self.windows.size, self.windows.overlap)
 
     def sample(self, sample_pass: Callable[[Given | None, int], Tensor], known: Tensor) -> Tensor:
-        """Returns latents (B, F, C, h, w), given those of `known` (B, F, C, h, w) at `places`.
+        """Returns latents (B, F, C, h, w), of which those at `places` are taken from `known` (B, F, C, h, w).
 
-        `sample_pass` maps known frames and a number of frames to latents (B, frames, C, h, w).
+        `sample_pass` maps (known frames, number of frames) to latents (B, frames, C, h, w).
         """
 
         def sample_window(latents: Tensor, is_known: list[bool]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Labels of videos: class numbers by name, and the label of each index."""
+"""Maps class names to numbers, and video indices to labels."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from common.checks import require
 from engine.conditions import Conditions
 from engine.config import LABEL_RULES
 
-# In the order of their labels: folder names sorted by code point, as the official data set numbers them.
+# In label order: folder names sorted by code point, as in the official data set.
 UCF101_CLASSES = Path(__file__).with_name("ucf101_classes.txt").read_text().split()
 
 
 def choose_labels(
     conditions: Conditions, labels: Sequence[int | str] | None = None, rule: str = "balanced", seed: int = 0
 ) -> Callable[[int], int | None]:
-    """Returns a function from video index to label: one of `labels` (None: all classes); None if unconditional.
+    """Returns a function from video index to one of `labels` (None: all classes), or to None if unconditional.
 
     Args:
         labels: numbers, numbers as text, or class names.
-        rule: "balanced" takes them in turn, so their counts differ by one at most; "random" draws one for each index,
-            evenly, as a function of (seed, index).
+        rule: "balanced" takes them in turn, so their counts differ by at most one; "random" draws one for each index,
+            uniformly, as a function of (seed, index).
 
-    Raises: ValueError: an unknown rule or name, a number out of range, or labels for a network without classes.
+    Raises: ValueError for an unknown rule or name, a number out of range, or labels for a network without classes.
     """
     require(rule in LABEL_RULES, f"sample.label_rule must be one of {', '.join(LABEL_RULES)}, not {rule!r}.")
     count, names = conditions.count, conditions.names or []
@@ -42,13 +42,13 @@ def choose_labels(
 
 
 def resolve_label(label: str, num_classes: int, class_names: Sequence[str]) -> int:
-    """Returns the number of a class, given as its name or number. Raises: ValueError if there is no such class."""
+    """Returns the number of a class given by name or number. Raises: ValueError if there is no such class."""
     if label in class_names:
         return list(class_names).index(label)
     known = f"its classes are {', '.join(class_names)}" if class_names else "its class names are not known"
     require(
         label.removeprefix("-").isdecimal(),
-        f"sample.labels: {label!r} is not a class of this network; {known}; numbers work too.",
+        f"sample.labels: {label!r} is not a class of this network; {known}; numbers are accepted too.",
     )
     require(
         0 <= int(label) < num_classes,
@@ -58,7 +58,7 @@ def resolve_label(label: str, num_classes: int, class_names: Sequence[str]) -> i
 
 
 def label_name(conditions: Conditions, label: int | None) -> str | None:
-    """Returns the name of a class, `class-012` where names are not known, None for no label."""
+    """Returns the name of a class, `class-012` if names are unknown, or None for no label."""
     if label is None:
         return None
     names = conditions.names or []

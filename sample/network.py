@@ -1,6 +1,6 @@
-"""The network as a sampler calls it: precision and compilation; and which of its evaluations are guided.
+"""Wraps a network for samplers (precision, compilation), and counts its evaluations to select the guided ones.
 
-Letters: B videos of a batch, F frames, C latent channels, h w latent pixels.
+Letters: B videos per batch, F frames, C latent channels, h w latent pixels.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "
 
 
 class Network:
-    """A model ready to be called by samplers, which get its output in the dtype of their latents.
+    """A model as samplers call it; its output has the dtype of the input latents.
 
     Args:
-        precision: fp32 (as the weights are), or bf16 or fp16: autocast (norms, softmax and sums stay in fp32).
-        cast_weights: hold the weights themselves in bf16 or fp16, in half the memory, and compute all in it. The model
-            is changed in place.
-        compiled: torch.compile without graph breaks, on CUDA into CUDA graphs, for small batches that wait for the
-            host. The first batch of each size takes minutes.
+        precision: fp32 (the dtype of the weights), or autocast to bf16 or fp16 (norms, softmax and sums stay in fp32).
+        cast_weights: convert the model in place to bf16 or fp16, which halves its memory, and compute everything in
+            that dtype.
+        compiled: use torch.compile without graph breaks, with CUDA graphs on CUDA; helps small batches, which are
+            limited by the host. The first batch of each size takes minutes.
 
-    Raises: ValueError: an unknown precision, or fp32 weights to be cast.
+    Raises: ValueError for an unknown precision, or `cast_weights` with fp32.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Network:
             self._call = torch.compile(self._forward, fullgraph=True, dynamic=False, mode=mode)
 
     def __call__(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """Returns the model's output (B, F, C or 2C, h, w), which later calls leave alone."""
+        """Returns the model's output (B, F, C or 2C, h, w), which later calls do not overwrite."""
         if not self._graphs:
             return self._call(x, timesteps, condition)
         torch.compiler.cudagraph_mark_step_begin()
-        return self._call(x, timesteps, condition).clone()  # the next replay of a CUDA graph writes into its output
+        return self._call(x, timesteps, condition).clone()  # the next CUDA graph replay overwrites it
 
     def _forward(self, x: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         autocast = self.dtype is not None and not self.cast_weights
@@ -66,10 +66,10 @@ class Network:
 
 
 class GuidedEvaluations:
-    """Counts the evaluations of a pass on the host, without waiting for the device, and says which are guided."""
+    """Counts a pass's evaluations on the host, without a device sync, to tell whether the current one is guided."""
 
     def __init__(self, guided: Sequence[bool] | None) -> None:
-        self.guided, self.number = guided, -1  # of each evaluation (None: all are); number of the current one
+        self.guided, self.number = guided, -1  # per evaluation (None: all); index of the current one
 
     def is_active(self) -> bool:
         """Returns whether the current evaluation is guided."""

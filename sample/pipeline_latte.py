@@ -1,12 +1,12 @@
-"""Saves and loads a class-conditional or unconditional Latte as one folder or hub name, like diffusers' pipelines.
+"""Saves and loads a class-conditional or unconditional Latte as a folder or hub repository, like diffusers' pipelines.
 
     pipeline = LatteVideoPipeline.from_checkpoint("results/ffs_train")
     pipeline.save_pretrained("my-latte")
     pipeline.push_to_hub("me/my-latte")
     videos = LatteVideoPipeline.from_pretrained("me/my-latte")(num_videos=4, seed=0)  # uint8 (4, F, H, W, 3)
 
-The folder holds `config.json` (network, diffusion, codec, and the default sampling settings),
-`model.safetensors`, the autoencoder in `codec/`, and a model card. Text to video has diffusers' own pipeline.
+The folder holds `config.json` (network, diffusion, codec, default sampling settings), `model.safetensors`, the
+autoencoder in `codec/`, and a model card. For text to video, use diffusers' own pipeline.
 
 Letters: n videos, F frames, H W pixels.
 """
@@ -42,11 +42,11 @@ CONFIG_FILE, WEIGHTS_FILE, CODEC_FOLDER, CARD_FILE = "config.json", "model.safet
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, f"{CODEC_FOLDER}/*")
 DATA_KEYS = ("num_frames", "image_size", "frame_interval")  # keys of the `data` section that define a clip
 SAMPLE_KEYS = ("seed", "steps", "method", "eta", "guidance_scale", "batch_size", "precision", "fps")
-CARD = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")  # the template of a model card
+CARD = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")  # template
 
 
 class LatteVideoPipeline:
-    """Network, diffusion and codec behind one call, whose defaults are those of the generator's `config`."""
+    """Network, diffusion and codec behind one call; its defaults come from the generator's `config`."""
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
@@ -65,12 +65,12 @@ class LatteVideoPipeline:
         device: torch.device | str | None = None,
         precision: str | None = None,
     ) -> LatteVideoPipeline:
-        """Loads a folder that `save_pretrained` wrote, or a hub name, whose `revision` and commit are printed.
+        """Loads a folder written by `save_pretrained`, or a hub name; prints `revision` and commit of the latter.
 
         `device` None is CUDA if available; `precision` None is that of the folder's config.
 
-        Raises: FileNotFoundError: there is no such folder or name, or one of its files is missing. ValueError: the
-            folder is not such a pipeline, or is broken.
+        Raises: FileNotFoundError if the folder, name or one of its files is missing; ValueError if the folder is
+            not such a pipeline, or is damaged.
         """
         folder = find_folder(str(name), revision, "pretrained model", FILES)
         config, names = _read_config(folder)
@@ -79,27 +79,27 @@ class LatteVideoPipeline:
         return cls(Generator.from_checkpoint(source, device=device, precision=precision))
 
     def __call__(self, labels: Sequence[int | str] | None = None, num_videos: int = 4, **settings: Any) -> np.ndarray:
-        """Returns `num_videos` videos as uint8 (n, F, H, W, 3); each is a function of the seed and its number.
+        """Returns `num_videos` videos as uint8 (n, F, H, W, 3); each depends only on the seed and its index.
 
-        `labels` are classes by number or name, used in turn (None: all); `settings` as for `Generator.batches`.
+        `labels`: class numbers or names, used in turn (None: all); `settings`: as for `Generator.batches`.
         """
         defaults = sampler_settings(self.generator.config)
         return self.generator.sample(**{**defaults, "labels": labels, **settings}, num=num_videos)
 
     def save_pretrained(self, folder: str | Path, name: str | None = None) -> Path:
-        """Writes the pipeline atomically; returns the folder, whose name is the model card's title unless one is given.
+        """Writes the pipeline atomically; returns the folder. `name`: title of the model card (None: folder name).
 
-        Raises: FileExistsError: the folder is not empty.
+        Raises: FileExistsError if the folder is not empty.
         """
         folder = require_new(Path(folder))
         return write_folder_atomically(folder, lambda new: self._write(new, name or folder.name))
 
     def push_to_hub(self, name: str, *, private: bool | None = None, message: str = "Upload a Latte") -> str:
-        """Writes the pipeline to a hub name, which is created if new; returns the address of the commit.
+        """Uploads the pipeline to a hub repository, created if new; returns the URL of the commit.
 
-        The hub is that of HF_ENDPOINT, the token that of HF_TOKEN or of `hf auth login`.
+        Uses the hub at HF_ENDPOINT, and the token from HF_TOKEN or `hf auth login`.
 
-        Raises: OSError, one sentence, if the hub refuses it.
+        Raises: OSError if the upload fails.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -112,7 +112,7 @@ class LatteVideoPipeline:
                 return str(hub.upload_folder(repo_id=name, folder_path=written, commit_message=message))
             except (HfHubHTTPError, HFValidationError, OSError) as error:
                 reason = str(error).strip().partition("\n")[0]
-                raise OSError(f"{name} could not be written to the hub: {reason}") from error
+                raise OSError(f"{name} could not be uploaded to the hub: {reason}") from error
 
     def _write(self, folder: Path, name: str) -> None:
         config, names, codec = self.generator.config, self.generator.conditions.names, self.generator.codec
@@ -147,7 +147,7 @@ def _save_weights(network: nn.Module, file: Path) -> None:
 
 
 def _save_codec(codec: LatentCodec, folder: Path) -> None:
-    """Writes the autoencoder in a form that `codec.path` takes; nothing for pixel space."""
+    """Writes the autoencoder in a format that `codec.path` accepts; nothing for pixel space."""
     network: Any = codec.network
     if codec.config.path is None:
         return
@@ -162,13 +162,13 @@ def _save_codec(codec: LatentCodec, folder: Path) -> None:
 
 
 def _read_config(folder: Path) -> tuple[Config, list[str] | None]:
-    """Returns the configuration in the folder's `config.json`, and the names of its classes."""
+    """Returns the configuration and the class names in the folder's `config.json`."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no pipeline of this project: it has no {name}")
+            raise FileNotFoundError(f"{folder} is not a pipeline of this project: it has no {name}")
     described = read_json(folder / CONFIG_FILE)
     kind = described.pop("_class_name", None)
-    require(kind == CLASS_NAME, f"{folder / CONFIG_FILE} describes a {kind}, but {CLASS_NAME} is wanted")
+    require(kind == CLASS_NAME, f"{folder / CONFIG_FILE} describes a {kind}, not a {CLASS_NAME}")
     names = described.pop("class_names", None)
     codec = described.get("codec")
     if isinstance(codec, dict) and codec.get("path"):

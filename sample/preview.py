@@ -1,4 +1,4 @@
-"""Samples of a network in training: the same noise and labels every time, so that the pictures of two steps compare."""
+"""Samples during training, always with the same noise and labels, so that steps can be compared."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .generate import Generator, sampler_settings
 from .labels import choose_labels, label_name
 from .video_io import contact_sheet, grid, write_contact_sheet, write_mp4
 
-SHOWN_FRAMES = 8  # columns of a sheet
+SHOWN_FRAMES = 8  # columns of a contact sheet
 T = TypeVar("T")
 
 
 class Preview:
-    """The callback `preview`: `monitor.sample_videos` of average and raw weights, as the `sample` section says.
+    """The callback `preview`: samples `monitor.sample_videos` videos of EMA and raw weights with the `sample` settings.
 
-    Writes previews/step-0000100/ema.mp4 (all of them side by side), ema.png (a row per video), raw.mp4 and raw.png
-    into `train.output_dir`; the sheets are in TensorBoard too. Where the training is in bf16, so are these.
+    Writes previews/step-0000100/ema.mp4 (all videos side by side), ema.png (a row per video), raw.mp4 and raw.png
+    into `train.output_dir`, and the contact sheets to TensorBoard. Runs in bf16 if training does.
     """
 
     kind = "preview"
@@ -42,7 +42,7 @@ class Preview:
         self.config = config
 
     def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
-        """Raises ValueError for labels that the network does not have."""
+        """Raises ValueError for labels unknown to the network."""
         self.captions(self.generators(state, objective)["ema"])
         return []
 
@@ -70,20 +70,20 @@ class Preview:
         return Observation({"videos": len(videos["ema"])}, f"{len(videos['ema'])} videos of ema and of raw in {place}")
 
     def captions(self, generator: Generator) -> list[str]:
-        """Returns class or number of each video."""
+        """Returns the class name of each video, or its index if unconditional."""
         wanted, known = self.config.sample, generator.conditions
         label_of = choose_labels(known, wanted.labels, wanted.label_rule, wanted.seed)
         names = [label_name(known, label_of(index)) for index in range(self.config.monitor.sample_videos)]
         return [name or f"{index:04d}" for index, name in enumerate(names)]
 
     def generators(self, state: TrainState, objective: Objective) -> dict[str, Generator]:
-        """Returns a generator for the average and one for the raw weights, which shares the networks of the run."""
+        """Returns generators for the EMA and raw weights, which share the networks of the run."""
         networks = {"ema": state.ema.model, "raw": state.model}
         return {name: build_generator(self.config, network, objective) for name, network in networks.items()}
 
 
 def build_generator(config: Config, network: Latte | LatteT2V, objective: Objective) -> Generator:
-    """Returns a generator around a network in training, with the codec and conditions of its objective."""
+    """Returns a generator for a network in training, with the codec and conditions of its objective."""
     precision = "bf16" if config.train.precision == "bf16" else config.sample.precision
     codec, device = objective.codec, objective.device
     codec = codec if isinstance(codec, LatentCodec) else decoder(config.codec, device)
@@ -94,14 +94,14 @@ def build_generator(config: Config, network: Latte | LatteT2V, objective: Object
 
 @lru_cache(maxsize=1)
 def decoder(config: CodecConfig, device: torch.device) -> LatentCodec:
-    """Returns the codec of a training that has none, because its latents come from a cache."""
+    """Returns a codec for training runs that have none because their latents come from a cache."""
     return LatentCodec.from_config(config, device)
 
 
 def map_chunks(run: Run, indices: Sequence[int], work: Callable[[Sequence[int], int], T]) -> list[T]:
-    """Returns `work(part, size)` of the parts of `indices`, distributed over ranks, on every rank.
+    """Runs `work(part, size)` on chunks of `indices`, distributed over ranks; returns all results on every rank.
 
-    `size`, that of all but the last part, is at most `sample.batch_size`, and smaller if that occupies more ranks.
+    `size`, the length of all but the last part, is at most `sample.batch_size`; less if that keeps more ranks busy.
     """
     size = min(run.config.sample.batch_size, math.ceil(len(indices) / run.world.size))
     chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
@@ -109,7 +109,7 @@ def map_chunks(run: Run, indices: Sequence[int], work: Callable[[Sequence[int], 
 
 
 def sample_chunk(run: Run, generator: Generator, indices: Sequence[int]) -> np.ndarray:
-    """Samples those videos as one batch; the ranks agree to continue after every step of the sampler."""
+    """Samples the videos `indices` as one batch; the ranks agree to continue after every sampler step."""
     settings = sampler_settings(run.config) | {"batch_size": len(indices)}
     batches = generator.batches(indices=indices, callback=lambda done, total: agree(run), **settings)
     return np.concatenate([videos for _, videos in batches])

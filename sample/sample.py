@@ -1,13 +1,12 @@
 """Sample videos from a checkpoint.
 
-    python sample/sample.py --ckpt results/run                                   our run or checkpoint folder
+    python sample/sample.py --ckpt results/run                                   one of our runs or checkpoints
     python sample/sample.py --config configs/ucf101/ucf101_sample.yaml --ckpt ucf101.pt --labels HorseRiding,3
 
 Flags override the `sample` section of --config, which overrides the defaults; trailing `section.key=value` override
-everything. A checkpoint of ours contains its network, diffusion and codec; an official .pt file needs --config.
+everything. Our checkpoints describe their network, diffusion and codec; an official .pt file needs --config.
 
-Writes into --save_video_path: 0000_<class>.mp4, ..., samples.gif, samples.png (one row per video) and
-samples.json.
+Writes to --save_video_path: 0000_<class>.mp4, ..., samples.gif, samples.png (one row per video) and samples.json.
 """
 
 from __future__ import annotations
@@ -40,27 +39,27 @@ from sample.labels import choose_labels, label_name
 from sample.source import Source, sampling_config
 from sample.video_io import slug, write_contact_sheet, write_gif
 
-FLAGS = {  # key of the `sample` section -> metavar and help of its flag
-    "ckpt": "PATH our run or checkpoint folder, or an official .pt",
+FLAGS = {  # `sample` key -> metavar and help of its flag
+    "ckpt": "PATH one of our run or checkpoint folders, or an official .pt file",
     "save_video_path": "DIR folder to write into",
-    "label_rule": "RULE balanced: labels in turn by index; random: drawn by (seed, index)",
+    "label_rule": "RULE balanced: labels in turn; random: drawn from (seed, index)",
     "num_videos": "N",
     "steps": "N sampler steps",
-    "method": "NAME ddpm, ddim; of flow networks euler, heun; of both dpm_solver++, unipc; auto",
+    "method": "NAME auto, ddpm, ddim, dpm_solver++, unipc; for flow networks euler, heun, dpm_solver++, unipc",
     "guidance_interval": "LOW,HIGH guide only these noise levels, from 0 (data) to 1 (noise)",
     "weights": "KIND ema or raw",
-    "batch_size": "N videos at a time; changes the memory, not the videos",
+    "batch_size": "N videos at a time; affects memory use, not the noise",
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """A command line, resolved and checked as far as that needs no weights."""
+    """A command line, resolved and checked as far as possible without weights."""
 
     source: Source
-    config: Config  # its clip size is that of the videos, not of the training
+    config: Config  # its clip size is that of the videos, not of training
     device: torch.device
-    settings: dict[str, Any]  # of `Generator.batches`
+    settings: dict[str, Any]  # for `Generator.batches`
 
     @property
     def folder(self) -> Path:
@@ -68,17 +67,17 @@ class Request:
 
 
 def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
-    """Returns the parser; flags that are absent stay out of its result."""
+    """Returns the parser; flags not given are absent from its result."""
     usage = "[--ckpt PATH] [flags] [section.key=value ...]"
-    parser = command.build_parser(description, usage, SampleConfig, FLAGS, "YAML file; our checkpoints need none")
+    parser = command.build_parser(description, usage, SampleConfig, FLAGS, "YAML file; not needed for our checkpoints")
     split: dict[str, Any] = {"type": lambda text: None if text == "all" else text.split(","), "metavar": "L,L,..."}
-    parser.add_argument("--labels", **split, help="classes by number or name; all")
+    parser.add_argument("--labels", **split, help="class numbers or names, or all")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="e.g. data.num_frames=32")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Samples as the command line says; returns the exit code."""
+    """Runs the command; returns the exit code."""
     refuse_removed_flags(argv)
     request = resolve(vars(build_parser().parse_intermixed_args(argv)))
     make_writable(request.folder)
@@ -89,21 +88,21 @@ def main(argv: list[str]) -> int:
 
 
 def resolve(arguments: dict[str, Any]) -> Request:
-    """Merges the parsed `arguments`, the YAML file and the checkpoint, which is verified, and checks them."""
+    """Merges parsed `arguments`, YAML file and checkpoint config, and checks the result and the checkpoint."""
     settings = dict(arguments)
     yaml, name, overrides = (settings.pop(key) for key in ("config", "device", "overrides"))
     device, given = usable_device(name), load_config(yaml) if yaml else None
     named = [each.partition("=")[2] for each in overrides if each.startswith("sample.ckpt=")]
     path = settings.get("ckpt") or (named or [None])[-1] or (given and given.sample.ckpt)
     if not path:
-        raise ValueError("no checkpoint: name one with --ckpt PATH (a run folder of ours, or an official .pt).")
+        raise ValueError("no checkpoint: name one with --ckpt PATH (one of our run folders, or an official .pt file).")
     say(f"reading {path}")
     source = Source.open(path)
     config = sampling_config(source, given, settings, overrides)
     wanted = config.sample
     require(
         wanted.num_videos <= MAX_VIDEOS,
-        f"--num_videos {wanted.num_videos} is more than {MAX_VIDEOS}, all that file names have room for; sample more "
+        f"--num_videos {wanted.num_videos} is more than {MAX_VIDEOS}, the limit of the file names; sample the rest "
         "with another --seed into another folder.",
     )
     made = sampler_settings(config)
@@ -115,7 +114,7 @@ def resolve(arguments: dict[str, Any]) -> Request:
 
 
 def load_generator(request: Request, device: torch.device) -> Generator:
-    """Loads network and codec of `request` on `device`."""
+    """Loads the network and codec of `request` onto `device`."""
     wanted, data = request.config.sample, request.config.data
     generator = Generator.from_checkpoint(
         request.source,
@@ -130,16 +129,16 @@ def load_generator(request: Request, device: torch.device) -> Generator:
     trained = generator.config.data
     if (data.num_frames, data.image_size) != (trained.num_frames, trained.image_size):
         say(
-            f"sampling {data.num_frames} frames of {data.image_size} pixels with a network that was trained on "
+            f"sampling {data.num_frames} frames of {data.image_size} pixels with a network trained on "
             f"{trained.num_frames} frames of {trained.image_size} pixels"
         )
     if wanted.compile:
-        say("compiling the network in the first step, which takes minutes")
+        say("compiling the network in the first step; this takes minutes")
     return generator
 
 
 def write_samples(generator: Generator, request: Request) -> list[dict[str, Any]]:
-    """Writes each batch as it comes, then the overview; returns the `videos` of samples.json."""
+    """Writes each batch as it is sampled, then the overview; returns `videos` for samples.json."""
     wanted, facts = request.config.sample, describe_labels(generator.conditions, request.config)
 
     def name(index: int) -> str:
@@ -154,7 +153,7 @@ def write_samples(generator: Generator, request: Request) -> list[dict[str, Any]
 
 
 def describe_labels(conditions: Conditions, config: Config) -> Callable[[int], dict[str, Any]]:
-    """Returns a function from video index to `label` and `class_name` in samples.json."""
+    """Returns a function from video index to its `label` and `class_name` for samples.json."""
     label_of = choose_labels(conditions, config.sample.labels, config.sample.label_rule, config.sample.seed)
     return lambda index: {"label": label_of(index), "class_name": label_name(conditions, label_of(index))}
 
@@ -162,7 +161,7 @@ def describe_labels(conditions: Conditions, config: Config) -> Callable[[int], d
 def write_overview(
     folder: Path, shown: np.ndarray, files: list[dict[str, Any]], request: Request, **facts: Any
 ) -> None:
-    """Writes GIF and contact sheet of the videos `shown`, and samples.json with the settings of all and `facts`."""
+    """Writes a GIF and a contact sheet of the videos `shown`, and samples.json with `files`, settings and `facts`."""
     captions = [each["class_name"] or f"{each['index']:04d}" for each in files[: len(shown)]]
     write_gif(folder / "samples.gif", shown, request.config.sample.fps, scale=None)
     write_contact_sheet(folder / "samples.png", shown, captions)

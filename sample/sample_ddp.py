@@ -1,12 +1,12 @@
-"""Sample many videos on any number of processes; after a kill or a stop, the same command continues.
+"""Sample many videos on any number of processes; after an interruption, the same command continues.
 
     torchrun --nproc_per_node=8 sample/sample_ddp.py --ckpt results/run --num_videos 2048 --save_video_path OUT
     python sample/sample_ddp.py --config configs/ffs/ffs_sample.yaml --ckpt ffs.pt --num_videos 2048
 
 Writes exactly --num_videos videos, OUT/videos/000000.mp4, ..., each a function of (seed, index), and
 OUT/lossless/000000.npy, ..., their frames as uint8 (F, H, W, 3) for metrics. Batches are fixed blocks of indices,
-so the files have the same bytes on any number of processes and after any restart. OUT/samples.json is written
-last. docs/sampling.md has more.
+so the files are byte-identical for any number of processes and after any restart. OUT/samples.json is written
+last. See docs/sampling.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine.cli import leave, run  # before torch, so that torchrun's death is noticed during the slow imports
+from engine.cli import leave, run  # before torch, to notice torchrun's death during slow imports
 
 # isort: split
 import argparse
@@ -46,15 +46,15 @@ from sample.sample import Request, build_parser, describe_labels, load_generator
 from sample.sample_folder import SampleFolder
 from sample.video_io import read_video
 
-# keys of the configuration on which the videos depend; of codec and given frames the content counts
+# config keys that the videos depend on, except FREE ones; codec and given frames are hashed by content
 SECTIONS = ("model.", "diffusion.", "condition.", "codec.", "data.num_frames", "data.image_size", "sample.")
 FREE = {
     *("sample.ckpt", "sample.save_video_path", "sample.num_videos", "sample.overlap_decode"),
     *("codec.path", "codec.subfolder", "codec.revision", "sample.first_frame", "sample.last_frame", "sample.given"),
 }
-START_TIMEOUT_S = 1800.0  # for the slowest process to load the checkpoint
-POLL_S = 1.0  # between two checks for the last videos of the others
-# rank 0 gives up when no video of the others comes for PATIENCE_S seconds and the time of PATIENCE_BATCHES batches
+START_TIMEOUT_S = 1800.0  # until the slowest process has loaded the checkpoint
+POLL_S = 1.0  # between checks for the last videos of other processes
+# rank 0 gives up once others finish no video for PATIENCE_S seconds and for the time of PATIENCE_BATCHES batches
 PATIENCE_S = 1800.0
 PATIENCE_BATCHES = 10
 
@@ -67,11 +67,9 @@ def parse(argv: list[str]) -> dict[str, Any]:
     """Parses the flags of sample.py and of this script."""
     refuse_removed_flags(argv)
     parser = build_parser(__doc__)
-    lossless = {"action": argparse.BooleanOptionalAction, "help": "write the arrays for metrics, too"}
+    lossless = {"action": argparse.BooleanOptionalAction, "help": "also write arrays for metrics"}
     parser.add_argument("--lossless", default=True, **lossless)  # type: ignore[arg-type]
-    parser.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="CPU threads of each process; they change the rounding"
-    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads per process; affects rounding")
     arguments = vars(parser.parse_intermixed_args(argv))
     require(arguments["threads"] >= 1, f"--threads must be at least 1, not {arguments['threads']}.")
     return arguments
@@ -82,31 +80,31 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     files = {key: arguments.pop(key) for key in ("lossless", "threads")}
     torch.set_num_threads(files["threads"])
-    with StopSignals((signal.SIGTERM, signal.SIGUSR1)) as signals:  # Ctrl-C need not wait for a batch
+    with StopSignals((signal.SIGTERM, signal.SIGUSR1)) as signals:  # not SIGINT: Ctrl-C ends at once
         request = resolve(arguments)
         job = Job(request, join(request.device), signals, files)
         try:
             job.sample()
         except Stopped:
-            say(f"stopped by a signal; {job.folder.count_done()}, and the same command continues")
+            say(f"stopped by a signal; {job.folder.count_done()}; the same command continues")
             return leave(PREEMPTED_EXIT)
-    close_world()  # after a clean end only
+    close_world()  # only after a clean end
     return leave(0)
 
 
 def join(device: torch.device) -> World:
-    """Joins the other processes; each has its own GPU.
+    """Joins the process group; each process has its own GPU.
 
-    Uses gloo on GPUs too: messages are small, and gloo notices a dead process at once.
+    Uses gloo even with GPUs: messages are small, and gloo notices a dead process at once.
     """
-    require(device.index is None, f"--device {device}: say cpu or cuda, each process takes a GPU of its own.")
+    require(device.index is None, f"--device {device}: use cpu or cuda; each process takes its own GPU.")
     if device.type == "cuda":
         usable_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     return init_world(device.type, START_TIMEOUT_S, backend="gloo")
 
 
 class Job:
-    """One process's share of the videos of a request; `files` are the settings `lossless` and `threads`."""
+    """One process's share of a request's videos; `files` holds the settings `lossless` and `threads`."""
 
     def __init__(self, request: Request, world: World, signals: StopSignals, files: dict[str, Any]) -> None:
         self.request, self.world, self.signals = request, world, signals
@@ -127,9 +125,9 @@ class Job:
         self.starts = on_main(lambda: self._open(everyone))[world.rank :: world.size]
 
     def sample(self) -> None:
-        """Writes this process's videos; rank 0 then waits for those of the others and writes the overview.
+        """Writes this process's videos; rank 0 then waits for the other processes and writes the overview.
 
-        Raises: Stopped, within a step of the sampler; SamplesNotWritten: the disk is full, or the others stopped.
+        Raises: Stopped, within a sampler step of a signal; SamplesNotWritten if the disk is full or others stopped.
         """
         slowest = self._write_batches()
         if self.world.is_main:
@@ -137,11 +135,11 @@ class Job:
             self._finish()
 
     def _open(self, everyone: list[tuple[dict[str, Any], str]]) -> list[int]:
-        """Takes the folder on rank 0; returns the first indices of the batches with missing videos."""
+        """Locks the folder on rank 0; returns the first index of each batch with missing videos."""
         for rank, (settings, _) in enumerate(everyone):
             for key, value in settings.items():
                 same = value == self.settings[key]
-                require(same, f"{key} of rank {rank} is not that of rank 0: give all the same files.")
+                require(same, f"{key} of rank {rank} differs from rank 0: give all ranks the same files.")
         data, size = self.request.config.data, self.request.config.sample.batch_size
         shape = (data.num_frames, data.image_size, data.image_size, 3)
         for note in self.folder.open(self.settings, {each for _, each in everyone}, shape):
@@ -149,13 +147,13 @@ class Job:
         starts = self.folder.missing_batches(size)
         say(f"{self.folder.count_done()}; {len(starts)} batches of {size} to sample, on {self.world.size} process(es)")
         if 0 < len(starts) < self.world.size:
-            say("warning: some of them have nothing to do; with a smaller --batch_size all would.")
+            say("warning: some processes have nothing to do; use a smaller --batch_size to occupy all.")
         return starts
 
     def _write_batches(self) -> float:
-        """Samples and writes the missing videos of this process's batches; returns the seconds of the slowest.
+        """Samples and writes the missing videos of this process's batches; returns seconds of the slowest.
 
-        Batches are sampled whole, even if some videos exist: the bytes of a video depend on the others of its batch.
+        Batches are sampled whole, even if some videos exist: the bytes of a video depend on its batch.
         """
         wanted = self.request.config.sample
         indices = [index for start in self.starts for index in range(start, start + wanted.batch_size)]
@@ -173,7 +171,7 @@ class Job:
             raise Stopped
 
     def _wait_for_others(self, patience: float) -> None:
-        """Waits for all videos. Raises: SamplesNotWritten if none comes for `patience` seconds."""
+        """Waits for all videos. Raises: SamplesNotWritten if no new one appears for `patience` seconds."""
         before, since = -1, time.monotonic()
         while (done := len(self.folder.done())) < self.folder.num_videos:
             self._check_signals()
@@ -182,13 +180,13 @@ class Job:
                 before, since = done, time.monotonic()
             if time.monotonic() - since > patience:
                 raise SamplesNotWritten(
-                    f"{self.folder.num_videos - done} videos of other processes are missing, and none has come for "
-                    f"{patience:.0f} s: the same command goes on."
+                    f"{self.folder.num_videos - done} videos of other processes are missing, and none has appeared for "
+                    f"{patience:.0f} s: run the same command to continue."
                 )
             time.sleep(POLL_S)
 
     def _finish(self) -> None:
-        """Writes the overview, samples.json last, and releases the folder."""
+        """Writes the overview, with samples.json last, and releases the folder."""
         folder, files = self.folder, []
         facts_of = describe_labels(self.generator.conditions, self.request.config)
         for index in range(folder.num_videos):
@@ -205,7 +203,7 @@ class Job:
 
 
 def settings_of(request: Request) -> dict[str, Any]:
-    """Returns everything but the codec that determines the videos: values by dotted key, and hashes of files."""
+    """Returns all that determines the videos, except the codec: values by dotted key, and file hashes."""
     config = request.config
     lora = config.sample.lora
     keys = [key.split(".") for key in all_keys() if key.startswith(SECTIONS) and key not in FREE]
@@ -218,12 +216,12 @@ def settings_of(request: Request) -> dict[str, Any]:
 
 
 def hash_given(given: GivenFrames) -> str:
-    """Returns the SHA-256 over given frames and their places."""
+    """Returns the SHA-256 of the given frames and their indices."""
     return hashlib.sha256(repr(given.places).encode() + given.pixels.numpy().tobytes()).hexdigest()
 
 
 def machine(device: torch.device) -> str:
-    """Returns the kind of device and the versions that the last bit of a video may depend on."""
+    """Returns the torch version and device kind, which may affect the last bits of a video."""
     kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return f"torch {torch.__version__} on {device.type} {kind}"
 

@@ -1,8 +1,8 @@
-"""The folder of a sampling job over many processes: its videos and their settings.
+"""The output folder of a multi-process sampling job: videos and their settings.
 
-    settings.json         everything the videos depend on; written before the first of them
-    videos/000000.mp4     one for each index, for people
-    lossless/000000.npy   the same frames for metrics: uint8 (F, H, W, 3), numpy's .npy, format version 1
+    settings.json         everything the videos depend on; written before the first video
+    videos/000000.mp4     one per index, for viewing
+    lossless/000000.npy   the same frames for metrics: uint8 (F, H, W, 3), NumPy's .npy, format version 1
     samples.json          checkpoint, settings and every video; written last, so it marks a finished job
     samples.gif, .png     the first videos
     .unfinished/          files being written; cleared at the next start
@@ -36,7 +36,7 @@ OVERVIEW = ("samples.json", "samples.gif", "samples.png")
 
 
 class SampleFolder:
-    """The videos of one job in `path`, with `lossless` also as arrays. Only the main process opens and closes it."""
+    """The videos of one job in `path`, with `lossless` also as arrays. Opened and closed by the main process only."""
 
     def __init__(self, path: Path, num_videos: int, lossless: bool) -> None:
         self.path = path
@@ -59,8 +59,8 @@ class SampleFolder:
         return set.intersection(*(set(self.list_files(kind)) for kind in self.kinds))
 
     def count_done(self) -> str:
-        """Returns the number of complete videos in words."""
-        return f"{len(self.done())} of {self.num_videos} videos are there"
+        """Describes the number of complete videos."""
+        return f"{len(self.done())} of {self.num_videos} videos are done"
 
     def missing_batches(self, size: int) -> list[int]:
         """Returns the first index of every batch (block of `size` indices) in which a video is missing."""
@@ -68,7 +68,7 @@ class SampleFolder:
         return [start for start in range(0, end, size) if not done.issuperset(range(start, min(start + size, end)))]
 
     def write(self, index: int, video: np.ndarray, fps: int) -> None:
-        """Writes those files of video `index`, uint8 (F, H, W, 3), that are missing. Raises: SamplesNotWritten."""
+        """Writes the missing files of video `index`, uint8 (F, H, W, 3). Raises: SamplesNotWritten."""
         for kind in self.kinds:
             file = self.file(kind, index)
             aside = self.unfinished / file.name
@@ -85,38 +85,38 @@ class SampleFolder:
     # ---- the main process only -----------------------------------------------------------------
 
     def check(self, settings: dict[str, Any], unknown: Collection[str] = ()) -> list[str]:
-        """Checks that the folder belongs to this job; changes nothing. Returns the machines of its videos.
+        """Checks, without changes, that the folder belongs to this job; returns the machines that made its videos.
 
         Args:
-            settings: existing videos must have been made with the same.
-            unknown: settings that are not known yet, and are not compared.
+            settings: those of this job, which existing videos must share.
+            unknown: settings not known yet, which are not compared.
 
-        Raises: ValueError: it belongs to another job or holds files of others, which the message names.
+        Raises: ValueError if it belongs to another job or holds foreign files.
         """
         before, machines = self._read_settings()
         for kind in self.kinds:
             self._refuse_strangers(kind)
-        if not any(self.list_files(kind) for kind in SUFFIXES):  # the settings of a mistaken command may still change
+        if not any(self.list_files(kind) for kind in SUFFIXES):  # without videos, settings may still change
             return []
         now = json.loads(json.dumps(settings))
         before = {key: value for key, value in before.items() if value or key not in REMOVED}
         changes = find_changes(before, now, sorted({*before, *now} - set(unknown)))
         require(
             not changes,
-            f"--save_video_path {self.path} holds videos of other settings ({', '.join(changes)}): name another "
-            "folder, or sample with those.",
+            f"--save_video_path {self.path} holds videos with other settings ({', '.join(changes)}): name another "
+            "folder, or use those settings.",
         )
         return machines
 
     def open(self, settings: dict[str, Any], machines: Iterable[str], shape: tuple) -> list[str]:
-        """Locks the folder for this job, new or interrupted, and clears unfinished and damaged files.
+        """Locks the folder for a new or interrupted job, and deletes unfinished and damaged files.
 
         Args:
-            settings: flat and JSON-able.
-            machines: kinds of device and versions that this session samples with.
+            settings: flat and JSON-serialisable.
+            machines: device kinds and versions of the current processes.
             shape: (F, H, W, 3) of a video.
 
-        Returns warnings, one sentence each. Raises: ValueError as for `check`; OSError: another process writes here.
+        Returns warnings, one sentence each. Raises: ValueError as for `check`; OSError if another process writes here.
         """
         self._lock.take()
         try:
@@ -127,14 +127,14 @@ class SampleFolder:
             remove_unfinished(self.unfinished, UNFINISHED_NAME)
             for name in OVERVIEW:
                 (self.path / name).unlink(missing_ok=True)
-            mixed = f"sampled with {'; '.join(known)}: videos may differ by the rounding of these."
+            mixed = f"sampled with {'; '.join(known)}: videos may differ in rounding."
             notes = [mixed] if len(known) > 1 else []
             for kind in self.kinds:
                 (self.path / kind).mkdir(exist_ok=True)
                 damaged = [file for file in self.list_files(kind).values() if not is_complete(file, shape)]
                 for file in damaged:
                     file.unlink()
-                notes += [f"{file} is damaged and is sampled again." for file in damaged]
+                notes += [f"{file} is damaged and will be sampled again." for file in damaged]
             return notes
         except (OSError, ValueError):
             self._lock.release()
@@ -146,14 +146,14 @@ class SampleFolder:
             (self.unfinished / name).replace(self.path / name)
 
     def close(self) -> None:
-        """Clears unfinished files and releases the lock."""
+        """Deletes unfinished files and releases the lock."""
         remove_unfinished(self.unfinished, UNFINISHED_NAME)
-        with contextlib.suppress(OSError):  # it holds files of others
+        with contextlib.suppress(OSError):  # holds foreign files
             self.unfinished.rmdir()
         self._lock.release()
 
     def _read_settings(self) -> tuple[dict[str, Any], list[str]]:
-        """Returns the settings and machines of settings.json; empty ones if there is no file of a sampling job."""
+        """Returns settings and machines from settings.json; empty if the folder has no files of a sampling job."""
         file = self.path / "settings.json"
         if file.exists():
             try:
@@ -165,12 +165,12 @@ class SampleFolder:
             is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
             require(
                 is_free and not place.is_symlink(),
-                f"{place} exists and is from no sampling job; name another --save_video_path.",
+                f"{place} exists and is not from a sampling job; name another --save_video_path.",
             )
         return {}, []
 
     def _refuse_strangers(self, kind: str) -> None:
-        """Raises ValueError for files that would wrongly count as videos of this job."""
+        """Raises ValueError for files that would be mistaken for videos of this job."""
         folder = self.path / kind
         for entry in sorted(folder.rglob("*")):
             name = entry.relative_to(folder).as_posix()
@@ -187,7 +187,7 @@ class SampleFolder:
 
 
 def is_complete(file: Path, shape: tuple) -> bool:
-    """Returns whether `file` is a complete .npy of uint8 in that shape; an mp4 needs only not to be empty."""
+    """Returns whether `file` is a complete uint8 .npy of that shape, or an mp4 that is not empty."""
     if file.suffix == ".mp4":
         return file.stat().st_size > 0
     try:

@@ -1,4 +1,4 @@
-"""Sources to sample from: a checkpoint of ours, which contains its config, or an official file, which does not."""
+"""Checkpoints to sample from: ours, which contain their config, or official files, which do not."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .labels import UCF101_CLASSES
 
 @dataclass(frozen=True)
 class Source:
-    """Weights to sample from: the folder of a checkpoint of ours with its config, or a file with or without one."""
+    """Weights to sample from: one of our checkpoint folders with its config, or a file with or without a config."""
 
     path: Path
     config: Config | None
-    names: list[str] | None  # of the classes, where the checkpoint has them
+    names: list[str] | None  # of the classes, if the checkpoint has them
 
     @classmethod
     def open(cls, path: str | Path) -> Source:
-        """Opens and verifies a checkpoint or run folder of ours, or a .pt/.safetensors file. Raises: ValueError."""
+        """Opens and verifies one of our checkpoint or run folders, or a .pt/.safetensors file. Raises: ValueError."""
         path = Path(path)
         if path.is_file():
             return cls(path, None, None)
@@ -36,28 +36,28 @@ class Source:
         return cls(folder, load_config(folder / "config.yaml", saved=True), read_state(folder).get("class_names"))
 
     def require_classes(self, config: Config | None) -> Config:
-        """Returns `config`. Raises: ValueError if there is none, or it is that of a text network."""
+        """Returns `config`. Raises: ValueError if it is None, or describes a text network."""
         if config is None:
             raise ValueError(f"{self.path} holds weights only: name the config of its network with --config.")
         require(
             not config.model.is_text,
-            f"{self.path} is a text network: sample/sample_t2x.py --ckpt {self.path} --prompt TEXT samples it.",
+            f"{self.path} is a text network: sample it with sample/sample_t2x.py --ckpt {self.path} --prompt TEXT.",
         )
         return config
 
     def class_names(self, config: Config) -> list[str] | None:
-        """Returns the class names of the network: the checkpoint's, or of a data set whose classes are fixed."""
+        """Returns the class names: the checkpoint's, else UCF101's if `config` is for UCF101, else None."""
         is_ucf101 = config.data.name == "ucf101" and config.model.num_classes == len(UCF101_CLASSES)
         return self.names or (UCF101_CLASSES if is_ucf101 else None)
 
     def weights(self, kind: str) -> dict[str, Tensor]:
-        """Loads the `ema` or the `raw` weights."""
+        """Loads the `ema` or `raw` weights."""
         return (load_model_weights if self.path.is_file() else load_checkpoint_weights)(self.path, kind)
 
     def trained_config(self, config: Config, weights: Mapping[str, Tensor]) -> Config:
         """Returns `config` with the trained clip size: the checkpoint's, or that of the position tables in `weights`.
 
-        Sizes without a table stay as they are.
+        Sizes without a table are unchanged.
         """
         if self.config is not None:
             trained = self.config.data
@@ -70,19 +70,19 @@ class Source:
         return replace(config, data=replace(config.data, **sizes))
 
     def weights_file(self, kind: str) -> Path:
-        """Returns the file of those weights."""
+        """Returns the file of the `ema` or `raw` weights."""
         return self.path if self.path.is_file() else weights_file(self.path, kind)
 
 
 def sampling_config(source: Source, given: Config | None, settings: Mapping[str, Any], overrides: list[str]) -> Config:
     """Merges the configuration of a checkpoint, `given` (a YAML file) and the command line.
 
-    A checkpoint of ours determines `model`, `diffusion`, `data` and `codec`; of the YAML file only the `sample`
-    section and `codec.path` are read. For an official file the YAML file determines everything.
+    Our checkpoints determine `model`, `diffusion`, `data` and `codec`; only `sample` and the codec's path are read from
+    the YAML file. For an official file, the YAML file determines everything.
 
     Args:
         settings: keys of the `sample` section that override the YAML file.
-        overrides: `section.key=value`, which override everything.
+        overrides: `section.key=value` pairs, which override everything.
     """
     tree = source.require_classes(source.config or given).to_dict()
     if source.config and given:

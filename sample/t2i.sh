@@ -3,7 +3,7 @@
 #   MODEL=path/to/Latte-1 OUT=folder bash sample/t2i.sh [--prompt "a cat" and further flags of sample_t2x.py]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PATH="$PWD/.venv/bin:$PATH" # of `make setup`, if it exists
+PATH="$PWD/.venv/bin:$PATH" # from `make setup`, if it exists
 
 python sample/sample_t2x.py \
     --config configs/t2x/t2i_sample.yaml \

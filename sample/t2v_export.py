@@ -1,9 +1,9 @@
-"""Exports a trained text network as a Latte folder, which `sample_t2x.py` and diffusers' LattePipeline load.
+"""Exports a trained text network as a Latte folder that `sample_t2x.py` and diffusers' LattePipeline load.
 
     transformer/ scheduler/ vae/ text_encoder/ tokenizer/ model_index.json
 
-The scheduler is the training's noise schedule and prediction; the decoder is included if diffusers has its class. An
-image network becomes a PixArt-alpha folder with the transformer alone.
+The scheduler has the noise schedule and prediction of training; the VAE is included if diffusers has its class. An
+image network becomes a PixArt-alpha folder with only the transformer.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ PIPELINE = {
 
 
 def export_run(source: str | Path, folder: Path, *, weights: str = "ema") -> list[str]:
-    """Writes the network of a run or checkpoint, and the other parts of its pipeline, into a new folder.
+    """Writes the network of a run or checkpoint, and the other parts of its pipeline, to a new folder.
 
-    A network without a variance gets one of zeros, because LattePipeline takes half of the channels for it.
+    A network that predicts no variance gets one of zeros, because LattePipeline expects one in half the channels.
 
     Args:
         weights: `ema` or `raw`.
 
-    Returns: the omitted parts and the reasons, one line each.
+    Returns: the omitted parts with reasons, one line each.
 
-    Raises: ValueError, OSError if the source is not a text network, or diffusers has no sampler for its diffusion.
+    Raises: ValueError or OSError if the source is not a text network, or LattePipeline cannot sample its diffusion.
     """
     checkpoint = find_checkpoint(Path(source))
     config = load_config(checkpoint / "config.yaml", saved=True)
     require(
         config.model.is_text,
-        f"{source} is no text network (model.name={config.model.name}): sample it with sample/sample.py.",
+        f"{source} is not a text network (model.name={config.model.name}): sample it with sample/sample.py.",
     )
     require(
         not config.lora.rank,
-        f"{source} holds adapters only: merge them into their base weights first (python -m tools.convert weights).",
+        f"{source} holds only adapters: merge them into their base weights first (python -m tools.convert weights).",
     )
     require_new(folder)
     omitted: list[str] = []
@@ -67,7 +67,7 @@ def export_run(source: str | Path, folder: Path, *, weights: str = "ema") -> lis
     def write(new: Path) -> None:
         _write_network(checkpoint, config, new / "transformer", weights)
         if config.model.name == "custom-t2i":
-            omitted.append("scheduler, vae and text: an image network is a start for training (train.init_from)")
+            omitted.append("scheduler, vae and text: an image network only initialises training (train.init_from)")
         elif reason := _write_pipeline(config, new):
             omitted.append(f"vae: {reason}")
 
@@ -76,7 +76,7 @@ def export_run(source: str | Path, folder: Path, *, weights: str = "ema") -> lis
 
 
 def _write_pipeline(config: Config, out: Path) -> str:
-    """Writes everything but the network; returns why the decoder is omitted, or ""."""
+    """Writes everything but the network; returns the reason if the VAE is omitted, else ""."""
     write_json(out / "scheduler" / "scheduler_config.json", describe_scheduler(config), indent=2)
     text = config.text.folder()
     for part in PARTS:
@@ -88,7 +88,7 @@ def _write_pipeline(config: Config, out: Path) -> str:
     file = folder / CONFIG_FILE
     facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if facts.get("_class_name") not in AUTOENCODERS:
-        return f"{folder} is not one of diffusers' autoencoders"
+        return f"{folder} is not a diffusers autoencoder"
     if config.codec.shift:
         return f"codec.shift is {config.codec.shift}, which LattePipeline does not support"
     shutil.copytree(folder, out / "vae", ignore=shutil.ignore_patterns(CONFIG_FILE, ".*"))
@@ -116,7 +116,7 @@ def _write_network(checkpoint: Path, config: Config, out: Path, weights: str) ->
 
 
 def add_zero_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tensor]:
-    """Returns weights that predict C zeros in addition to the C channels of each of the `pixels` of a patch."""
+    """Returns weights that predict C zeros after the C channels of each of the `pixels` in a patch."""
     padded = dict(weights)
     for key in ("proj_out.weight", "proj_out.bias"):
         parts = weights[key].unflatten(0, (pixels, -1))  # (p*p, C, ...)
@@ -125,14 +125,14 @@ def add_zero_variance(weights: dict[str, Tensor], pixels: int) -> dict[str, Tens
 
 
 def describe_scheduler(config: Config) -> dict[str, Any]:
-    """Returns the content of `scheduler_config.json` for the training's diffusion.
+    """Returns the content of `scheduler_config.json` for the diffusion of `config`.
 
-    Raises: ValueError for a flow, which LattePipeline cannot sample.
+    Raises: ValueError for flows, which LattePipeline cannot sample.
     """
     diffusion = config.diffusion
     require(
         diffusion.prediction in PREDICTIONS,
-        f"diffusion.prediction={diffusion.prediction} has no sampler in LattePipeline; {', '.join(PREDICTIONS)} have.",
+        f"diffusion.prediction={diffusion.prediction} is not supported by LattePipeline; use {', '.join(PREDICTIONS)}.",
     )
     ratio = 1000 / diffusion.num_steps
     return {

@@ -1,6 +1,6 @@
-"""Text models of two kinds, a folder in diffusers' format and a training of ours, and the Generator of their parts.
+"""Opens text models, from diffusers-format folders or our training runs, and builds Generators for them.
 
-Equal to diffusers' LattePipeline for one prompt and the same initial latents.
+Matches diffusers' LattePipeline for one prompt and the same initial latents.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ METHODS = {"auto": "DDPM", "ddpm": "DDPM", "ddim": "DDIM"}  # sample.method -> s
 
 @dataclass(frozen=True)
 class TextModel:
-    """The parts of a text model, whose networks are loaded when they are needed."""
+    """The parts of a text model; networks are loaded on demand."""
 
     text_folder: Path  # has `tokenizer` and `text_encoder`
-    max_length: int  # tokens that a prompt is cut to
-    scheduler: dict[str, Any]  # the noise schedule, as in a `scheduler_config.json`
+    max_length: int  # tokens; longer prompts are truncated
+    scheduler: dict[str, Any]  # content of a `scheduler_config.json`
     codec: CodecConfig
     load_network: Callable[[torch.dtype], LatteT2V]  # on the CPU
-    config: Config | None = None  # of the training; None: not known
+    config: Config | None = None  # of training; None: unknown
 
     def condition(self, frames: int) -> ConditionConfig:
-        """Returns the given frames that the network supports: any where its training is not known."""
+        """Returns which given frames the network supports: any, if its training config is unknown."""
         if self.config is not None:
             return self.config.condition
         return ConditionConfig("random", max_frames=frames - 1) if frames > 1 else ConditionConfig()
 
 
 def open_folder(config: T2XConfig) -> TextModel:
-    """Opens `pretrained_model_path`, a folder or hub name. Raises: OSError, ValueError, naming a bad part."""
+    """Opens `pretrained_model_path`, a folder or hub name. Raises: OSError or ValueError, naming the bad part."""
     patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
     folder = hub.find_folder(config.pretrained_model_path, config.revision, "pretrained_model_path", patterns)
     vae = "vae_temporal_decoder" if config.enable_vae_temporal_decoder else "vae"
@@ -87,22 +87,22 @@ def open_folder(config: T2XConfig) -> TextModel:
 
 
 def open_run(path: str) -> tuple[TextModel, dict[str, Any]]:
-    """Opens a checkpoint of a text network, or the newest of a run; returns it and its settings by official key."""
+    """Opens a text network's checkpoint, or the newest of a run; returns it and its settings by official key."""
     source = Source.open(path)
     config = source.config
     if config is None:
-        raise ValueError(f"ckpt={path} holds weights only: name a run or checkpoint folder, or use --transformer.")
-    require(config.model.is_text, f"ckpt={path} is no text network: sample it with sample/sample.py.")
+        raise ValueError(f"ckpt={path} holds only weights: name a run or checkpoint folder, or use --transformer.")
+    require(config.model.is_text, f"ckpt={path} is not a text network: sample it with sample/sample.py.")
     require(
         config.model.name != "custom-t2i",
-        f"ckpt={path} is an image network, a start for training: give it to train.init_from.",
+        f"ckpt={path} is an image network, which only initialises training: give it to train.init_from.",
     )
     sample, data = config.sample, config.data
     settings = {
         "video_length": data.num_frames,
         "image_size": [data.image_size, data.image_size],
         "clean_caption": config.text.clean_captions,
-        "sample_method": METHODS.get(sample.method, sample.method),  # a method without a twin needs the flag
+        "sample_method": METHODS.get(sample.method, sample.method),  # other methods must be set by flag
         "num_sampling_steps": sample.steps,
         "eta": sample.eta,
         "guidance_scale": sample.guidance_scale,
@@ -124,7 +124,7 @@ def open_run(path: str) -> tuple[TextModel, dict[str, Any]]:
 
 
 def describe_network(network: LatteT2VConfig, model: TextModel, frames: int) -> Config:
-    """Returns the configuration of a network whose training is not known, for clips of `frames`."""
+    """Returns a configuration for a network whose training config is unknown, for clips of `frames` frames."""
     heads, layers, patch = network.num_attention_heads, 2 * network.num_layers, network.patch
     learns_sigma = network.channels[1] == 2 * network.channels[0]
     return Config(
@@ -137,9 +137,9 @@ def describe_network(network: LatteT2VConfig, model: TextModel, frames: int) -> 
 
 @dataclass
 class Prompts:
-    """Encoded prompts as the conditions of a Generator: the label of a video is the number of its prompt.
+    """Encoded prompts as conditions of a Generator; the label of a video is the index of its prompt.
 
-    A batch has one video, because prompts have no padding.
+    Batches have one video, because prompts are not padded.
     """
 
     prompts: Sequence[Prompt]  # on the device, in the network's dtype
@@ -162,16 +162,16 @@ def build_generator(
     device: torch.device,
     say: Callable[[str], object] = lambda text: None,
 ) -> Generator:
-    """Loads network and decoder. Raises: ValueError where they do not fit each other or the size."""
+    """Loads network and decoder. Raises: ValueError if they do not match each other or `image_size`."""
     if config.cpu_offload and device.type == "cpu":
-        log.warning("cpu_offload changes nothing here: the networks would take turns on a GPU")
+        log.warning("cpu_offload has no effect without a GPU")
     resting = torch.device("cpu") if config.cpu_offload else device
     say("loading the network")
     network = load_network(config, model, resting)
     say("loading the decoder")
     codec = load_codec(config, model, resting)
     channels, theirs = network.config.channels[0], model.codec.latent_channels
-    require(theirs == channels, f"the decoder takes {theirs} latent channels, but the network makes {channels}")
+    require(theirs == channels, f"the decoder takes {theirs} latent channels, but the network predicts {channels}")
     learns_variance = network.config.channels[1] == 2 * channels
     grid = model.codec.downsample_factor * network.config.patch
     require(
@@ -179,7 +179,7 @@ def build_generator(
         f"image_size {config.image_size} must be divisible by {grid} for this model",
     )
     if config.compile:
-        say("compiling network and decoder in the first step, which takes minutes")
+        say("compiling network and decoder in the first step; this takes minutes")
 
     def place(features: Tensor | None) -> Any:
         return None if features is None else features.to(device, network.dtype)
@@ -196,9 +196,9 @@ def build_generator(
 
 
 def build_schedule(config: T2XConfig, model: TextModel, learned_variance: bool = True) -> ScheduledDiffusion:
-    """Returns the noise schedule of the model, with the betas of the config where it has some.
+    """Returns the model's noise schedule, with any betas set in `config`.
 
-    `learned_variance`: whether the network predicts a variance in addition to the noise.
+    `learned_variance`: whether the network also predicts a variance.
     """
     betas = {key: getattr(config, key) for key in LATTE_NOISE if getattr(config, key) is not None}
     variance_type = config.variance_type if learned_variance else None
@@ -206,14 +206,14 @@ def build_schedule(config: T2XConfig, model: TextModel, learned_variance: bool =
 
 
 def load_network(config: T2XConfig, source: TextModel, device: torch.device) -> LatteT2V:
-    """Returns the network of the model, or of `transformer`, ready to sample."""
+    """Returns the network of `source` or, if set, of `config.transformer`, ready to sample."""
     dtype = DTYPES[config.precision]
     other = config.transformer and find_network(config.transformer, None, "transformer")
     model = load_t2v(other, dtype=dtype) if other else source.load_network(dtype)
     if config.lora:
         merge_lora(model, config.lora, config.lora_scale)
     if not config.enable_temporal_attentions:
-        model.temporal_transformer_blocks = nn.ModuleList()  # every frame is an image
+        model.temporal_transformer_blocks = nn.ModuleList()  # frames become independent images
     quantize(model.requires_grad_(False), config.quantize_transformer, device)
     for block in model.blocks if config.compile else ():
         block.compile()
@@ -221,7 +221,7 @@ def load_network(config: T2XConfig, source: TextModel, device: torch.device) -> 
 
 
 def load_codec(config: T2XConfig, model: TextModel, device: torch.device) -> LatentCodec:
-    """Returns the decoder of single frames, or that of clips."""
+    """Returns the model's codec, with slicing, tiling and compilation as configured."""
     codec = LatentCodec.from_config(model.codec, device)
     network: Any = codec.network
     for wanted, method in ((config.vae_slicing, "enable_slicing"), (config.vae_tiling, "enable_tiling")):

@@ -1,6 +1,6 @@
-"""Writes generated videos, atomically, and the same bytes for the same frames: mp4, GIF, contact sheet, arrays.
+"""Writes videos as mp4, GIF, contact sheet or array, atomically; the same frames give the same bytes.
 
-Videos are uint8 RGB, (n, F, H, W, 3) for several of one size and (F, H, W, 3) for one.
+Videos are uint8 RGB: (F, H, W, 3) for one, (n, F, H, W, 3) for several of the same size.
 Letters: n videos, F frames, H W height and width in pixels.
 """
 
@@ -25,8 +25,8 @@ from datasets.readers import open_video
 MARGIN = 4  # pixels between the tiles of a contact sheet
 GIF_GAP = 2  # pixels between the tiles of a GIF
 BACKGROUND = 255
-# One thread and bit-exact muxing: the bytes depend on the frames alone, not on the number of cores.
-# Without cpu-independent, the assembly code for macroblock trees reads memory past the end of small frames.
+# One thread and bit-exact muxing, so that the bytes depend only on the frames, not on the number of cores.
+# Without cpu-independent, the macroblock-tree assembly reads past the end of small frames.
 X264_OPTIONS = {
     "crf": "10",
     "preset": "medium",
@@ -38,21 +38,21 @@ MP4_OPTIONS = {"fflags": "+bitexact"}
 
 
 def slug(name: str, max_length: int = 80) -> str:
-    """Returns `name` as a safe part of a file name: letters, digits, `.`, `-`, `_`; never empty, never hidden."""
+    """Returns `name` as a safe part of a file name: only letters, digits, `.`, `-`, `_`; never empty or hidden."""
     safe = re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("._-")
     return safe[:max_length] or "unnamed"
 
 
 def read_video(path: str | Path) -> np.ndarray:
-    """Reads all frames of a video or array: uint8 (F, H, W, 3)."""
+    """Reads all frames of a video or array file as uint8 (F, H, W, 3)."""
     reader = open_video(path)
     return reader.read(range(len(reader))).permute(0, 2, 3, 1).numpy()
 
 
 def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8) -> Path:
-    """Writes one video (F, H, W, 3) as H.264 in yuv420p, which every player and browser shows.
+    """Writes one video (F, H, W, 3) as H.264 in yuv420p, which every player and browser supports.
 
-    The format needs even sizes: for an odd height or width the last row or column is repeated once.
+    The format needs even sizes: if height or width is odd, the last row or column is repeated.
     """
     import av
 
@@ -73,16 +73,16 @@ def write_mp4(path: str | Path, video: np.ndarray, fps: float = 8) -> Path:
 
 
 def write_lossless(path: str | Path, video: np.ndarray) -> Path:
-    """Writes one video (F, H, W, 3) unchanged: numpy's .npy, format version 1, for `np.load(..., mmap_mode="r")`."""
-    buffer = io.BytesIO()  # numpy's writing to a file does not report a full disk
+    """Writes one video (F, H, W, 3) unchanged: NumPy's .npy, format version 1, for `np.load(..., mmap_mode="r")`."""
+    buffer = io.BytesIO()  # writing by NumPy would not report a full disk
     np.lib.format.write_array(buffer, np.ascontiguousarray(as_frames(video, ndim=4)), version=(1, 0))
     return write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def write_gif(path: str | Path, videos: np.ndarray, fps: float = 8, scale: int | None = 1) -> Path:
-    """Writes the videos (n, F, H, W, 3) side by side in a near-square grid, as one looping GIF.
+    """Writes the videos (n, F, H, W, 3) as one looping GIF, side by side in a near-square grid.
 
-    All frames share one palette, so still parts do not flicker. `scale` enlarges by whole pixels; None enlarges tiny
+    All frames share a palette, so that still parts do not flicker. `scale`: integer enlargement; None enlarges tiny
     videos to about 64 pixels.
     """
     tiles = enlarge(as_frames(videos, ndim=5), scale)
@@ -108,12 +108,12 @@ def write_contact_sheet(
 def contact_sheet(
     videos: np.ndarray, captions: Sequence[str] | None = None, scale: int | None = None, max_frames: int = 16
 ) -> np.ndarray:
-    """Returns a picture (h, w, 3) of the videos (n, F, H, W, 3): a row per video, a column per frame, captions left.
+    """Returns an image (h, w, 3) of the videos (n, F, H, W, 3): a row per video, a column per frame, captions left.
 
     Args:
         captions: one per video, or None for no caption column.
-        scale: whole-number enlargement without smoothing; None enlarges tiny videos to about 64 pixels.
-        max_frames: longer videos show this many evenly spaced frames, including the first and the last.
+        scale: integer enlargement without smoothing; None enlarges tiny videos to about 64 pixels.
+        max_frames: of longer videos, shows this many evenly spaced frames, including first and last.
     """
     videos = as_frames(videos, ndim=5)
     if captions is not None and len(captions) != len(videos):
@@ -121,7 +121,7 @@ def contact_sheet(
     captions = [printable(caption) for caption in captions or []]
     shown = np.linspace(0, videos.shape[1] - 1, min(max_frames, videos.shape[1])).round().astype(int)
     tiles = enlarge(videos[:, shown], scale)
-    font = ImageFont.load_default(13)  # Pillow's own, so that no font file is needed
+    font = ImageFont.load_default(13)  # Pillow's own; needs no font file
     gutter = max((math.ceil(font.getlength(caption)) + MARGIN for caption in captions), default=0)
     rows = np.pad(tiles, ((0, 0), (0, 0), (0, MARGIN), (0, MARGIN), (0, 0)), constant_values=BACKGROUND)
     pixels = rearrange(rows, "n f h w c -> (n h) (f w) c")
@@ -136,14 +136,14 @@ def contact_sheet(
 
 
 def enlarge(videos: np.ndarray, scale: int | None) -> np.ndarray:
-    """Returns (n, F, H, W, 3) with every pixel repeated `scale` times each way; None: up to about 64 pixels."""
+    """Repeats every pixel of videos (n, F, H, W, 3) `scale` times in height and width; None: to about 64 pixels."""
     if scale is None:
         scale = max(1, round(64 / max(videos.shape[2:4])))
     return videos.repeat(scale, axis=2).repeat(scale, axis=3) if scale > 1 else videos
 
 
 def grid(videos: np.ndarray) -> np.ndarray:
-    """Places the videos (n, F, H, W, 3) side by side in a near-square grid, (F, height, width, 3)."""
+    """Tiles the videos (n, F, H, W, 3) into a near-square grid, (F, height, width, 3)."""
     count = len(videos)
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

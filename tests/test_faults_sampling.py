@@ -406,5 +406,5 @@ def test_G7_64_demo_videos_killed_at_three_random_points(tmp_path: Path, seed: i
         at = len(set.intersection(*stems))  # a kill may come between the two files of a video
     with torchrun(demo_job(folder), ranks=2, script="sample/sample_ddp.py") as job:
         code, output = job.wait(200)
-    assert code == 0 and f"{at} of 64 videos are there" in output, output
+    assert code == 0 and f"{at} of 64 videos are done" in output, output
     assert len(finished(folder)) == 128 and finished(folder) == finished(whole)

@@ -207,7 +207,7 @@ def test_other_settings_are_refused_with_the_difference(
 ) -> None:
     threads = torch.get_num_threads()
     try:
-        with pytest.raises(ValueError, match=rf"holds videos of other settings \(.*{difference}.*\): name another"):
+        with pytest.raises(ValueError, match=rf"holds videos with other settings \(.*{difference}.*\): name another"):
             sample(checkpoint, job, *flags)
     finally:
         torch.set_num_threads(threads)
@@ -264,7 +264,7 @@ def test_what_is_not_ours_stays(checkpoint: Path, tmp_path: Path) -> None:
         (folder / name).write_bytes(content)
     for name in ("videos", "samples.json"):  # that of sample.py
         (folder / name).write_bytes(b"mine")
-        with pytest.raises(ValueError, match=rf"out/{name} exists and is from no sampling job"):
+        with pytest.raises(ValueError, match=rf"out/{name} exists and is not from a sampling job"):
             sample(checkpoint, folder)
         assert (folder / name).read_bytes() == b"mine"
         (folder / name).unlink()
@@ -312,7 +312,7 @@ def test_others_that_write_nothing_end_the_job(
     monkeypatch.setattr(sample_ddp, "PATIENCE_BATCHES", 0)
     monkeypatch.setattr(sample_ddp, "POLL_S", 0.05)
     monkeypatch.setattr(sample_ddp, "join", lambda device: World(0, 2))
-    with pytest.raises(SamplesNotWritten, match="2 videos of other processes are missing, and none has come for 0 s"):
+    with pytest.raises(SamplesNotWritten, match="2 videos of other processes are missing, and none has appeared for 0"):
         sample(checkpoint, tmp_path / "out")
     there = sorted(path.name for path in (tmp_path / "out" / "videos").iterdir())
     assert there == ["000000.mp4", "000001.mp4", "000004.mp4"]  # the first and third batch of three

@@ -134,7 +134,7 @@ def test_draws_for_given_frames_come_after_all_others(tiny: list[str]) -> None:
         (["sample.given=[M/clip.npy]", "sample.given_frames=7"], "the 6 frames of M/clip.npy are too few"),
         (["sample.given=[M/none.mp4]"], "sample.given: M/none.mp4: cannot be opened"),
         (["sample.given=[M/clip.npy]", "sample.given_frames=4"], "leave nothing to sample"),
-        (["sample.first_frame=[M/a.png]", "sample.last_frame=[M/a.png,M/b.png]"], "names 2 files, but 1 say"),
+        (["sample.first_frame=[M/a.png]", "sample.last_frame=[M/a.png,M/b.png]"], "names 2 files, but first_frame"),
         (["sample.first_frame=[M/a.png]", "condition.frames=none", "condition.max_frames=1"], "without given frames"),
         (["sample.last_frame=[M/a.png]", "condition.frames=prefix"], "condition.frames=prefix"),
         (["data.num_frames=11", "sample.window=8", "sample.overlap=4"], "4 given frames are more than the 3"),

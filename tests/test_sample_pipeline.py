@@ -76,11 +76,11 @@ def test_folders_that_are_refused(checkpoint: Path, tmp_path: Path, monkeypatch:
     folder = LatteVideoPipeline.from_checkpoint(checkpoint, device="cpu").save_pretrained(tmp_path / "mine")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         LatteVideoPipeline.from_pretrained(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match=r"no pipeline of this project: it has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"not a pipeline of this project: it has no config\.json"):
         LatteVideoPipeline.from_pretrained(tmp_path)
     described = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**described, "_class_name": "LattePipeline"}))
-    with pytest.raises(ValueError, match="describes a LattePipeline, but"):
+    with pytest.raises(ValueError, match="describes a LattePipeline, not a"):
         LatteVideoPipeline.from_pretrained(folder)
     described["model"]["hidden_size"] = 32
     (folder / "config.json").write_text(json.dumps(described))

@@ -348,7 +348,7 @@ def test_shipped_configs(name: str) -> None:
         ("image_size: [511, 512]", "image_size must be"),
         ("eta: 0.5\nsample_method: DDPM", "eta is read only with sample_method=DDIM"),
         ("beta_start: 0.5\nbeta_end: 0.1", "beta_start and beta_end"),
-        ("first_frame: [a.png]\nimage_size: [16, 32]", "cut to a square"),
+        ("first_frame: [a.png]\nimage_size: [16, 32]", "cropped square"),
         ("first_frame: [a.png]\nvideo_length: 1", "leave nothing to sample"),
         ("window: 4\noverlap: 4", "from 1 to window - 1 = 3"),
     ],
@@ -437,7 +437,7 @@ def test_parts_that_are_missing_or_do_not_fit(latte: Path, tmp_path: Path) -> No
         with pytest.raises(FileNotFoundError, match=f"has no sub-folder {part}, "):
             open_folder(tiny(folder))
     theirs(in_channels=3, out_channels=6).save_pretrained(tmp_path / "network")
-    with pytest.raises(ValueError, match="takes 4 latent channels, but the network makes 3"):
+    with pytest.raises(ValueError, match="takes 4 latent channels, but the network predicts 3"):
         command(latte, tmp_path / "out", "--prompt", "a", "--transformer", str(tmp_path / "network"))
     with pytest.raises(ValueError, match="there is no prompt"):
         command(latte, tmp_path)
