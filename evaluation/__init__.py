@@ -1,1 +1,1 @@
-"""Evaluation: metrics of generated videos under named protocols."""
+"""Metrics of generated videos under named protocols."""

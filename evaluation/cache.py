@@ -1,7 +1,7 @@
-"""Cache of real features, addressed by content: safetensors and JSON, no pickle.
+"""Content-addressed cache of real features, as safetensors and JSON without pickle.
 
-The key of an entry covers the protocol's rules, the names and sizes of all clips, the detector's SHA-256, and all that
-changes the last bits (device, threads, versions). An entry is valid only if every file still has its SHA-256.
+An entry's key covers the protocol's rules, the names and sizes of all clips, the detector's SHA-256, and all that
+affects the last bits (device, threads, versions). An entry is valid only while the SHA-256 of every clip is unchanged.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from .sources import NOTES, Source, Window, digest_content
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the entries; others are ignored
+VERSION = 2  # of entries; those of other versions are ignored
 
 
 def build_cache_key(rules: SideRules, source: Source, sha256: str, **more: Any) -> str:
-    """Returns the name of an entry, from its rules, files and detector."""
+    """Returns the key of an entry, a hash of its rules, clips, detector and `more`."""
     clips = [(clip.name, clip.size) for clip in source.clips]
     asked = {"version": VERSION, "rules": asdict(rules), "clips": clips, "detector": sha256, **more}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class FeatureCache:
-    """A folder of entries; each is `<key>.safetensors` and, written last, `<key>.json`."""
+    """A folder of entries, each of two files: `<key>.safetensors` and, written last, `<key>.json`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def load(self, key: str, source: Source, rules: SideRules) -> FeatureSet | None:
-        """Returns the entry; None if it is missing, exceeds the count of `rules`, or its files have changed."""
+        """Returns the entry, or None if it is missing, exceeds the count of `rules`, or its clips have changed."""
         try:
             record = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
             content = (self.folder / f"{key}.safetensors").read_bytes()
             if record["version"] != VERSION or record["sha256"] != hashlib.sha256(content).hexdigest():
                 return None
-            parts: dict[str, dict[str, Tensor]] = {}  # "rows", "moments/0" and "moments/1" -> by name
+            parts: dict[str, dict[str, Tensor]] = {}  # "rows", "moments/0", "moments/1" -> name -> tensor
             for name, tensor in (tensors := load(content)).items():
                 part, _, own = name.rpartition("/")
                 parts.setdefault(part, {})[own] = tensor
@@ -71,7 +71,7 @@ class FeatureCache:
         return features if fits else None
 
     def store(self, key: str, source: Source, features: FeatureSet, about: Mapping[str, Any]) -> None:
-        """Writes an entry; `about` is a description for readers of the JSON. Only warns if the folder is read-only."""
+        """Writes an entry, or warns if that fails; `about` describes it for readers of the JSON."""
         tensors = {f"rows/{name}": rows.contiguous() for name, rows in features.rows.items()}
         for place, moments in enumerate(features.moments):
             tensors |= {f"moments/{place}/{name}": tensor.cpu() for name, tensor in moments.state.items()}
@@ -97,7 +97,7 @@ class FeatureCache:
 
 
 def _digests(source: Source, features: FeatureSet) -> dict[str, str]:
-    """Returns the SHA-256 of the content of every clip that was used or left out, by name."""
+    """Returns clip name -> SHA-256 of the content, for every clip that was used or left out."""
     windows: dict[str, list[Window] | None] = {name: None for notes in features.notes.values() for name in notes}
     for window in features.windows:
         known = windows.setdefault(source.clips[window.clip].name, [])
@@ -108,7 +108,7 @@ def _digests(source: Source, features: FeatureSet) -> dict[str, str]:
     def digest(name: str) -> str:
         try:
             return digest_content(clips[name], windows[name])
-        except (OSError, VideoError) as error:  # an unreadable clip must still fail in the same way
+        except (OSError, VideoError) as error:  # on loading, the clip must fail the same way
             return f"unreadable: {type(error).__name__}"
 
     with ThreadPoolExecutor(4) as pool:

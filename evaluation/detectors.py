@@ -1,6 +1,6 @@
-"""Detectors: the networks whose features the metrics compare. Local files, identified by SHA-256, never downloaded.
+"""Detectors: the networks whose features metrics compare, from local files identified by SHA-256; never downloaded.
 
-Letters: B samples, T frames of a clip, H W height and width in pixels, D features or classes.
+Letters: B samples, T frames per clip, H W height and width in pixels, D features or classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .torchscript import is_torchscript, load_torchscript, read_bytes
 
 _DROPBOX = "https://www.dropbox.com/s"
 _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
-# usual file name, where to download it, and its SHA-256 as published projects pin it (sources: docs/metrics.md)
+# usual file name, download source, and SHA-256 pinned by published projects (sources: docs/metrics.md)
 _I3D = (
     "i3d_torchscript.pt",
     f"{_DROPBOX}/ge9e5ujwgetktms/i3d_torchscript.pt (StyleGAN-V; mirror: huggingface.co/flateon/FVD-I3D-torchscript)",
@@ -45,15 +45,15 @@ class DetectorSpec:
     """Specification of a detector."""
 
     name: str
-    metrics: tuple[str, ...]  # families (`Metric.family`) that it serves
-    file: str  # the usual one; another file of the same kind works, and the result has a warning
+    metrics: tuple[str, ...]  # values of `Metric.family` that it supports
+    file: str  # usual file name
     origin: str
-    sha256: str | None
+    sha256: str | None  # of the usual file; another one works, with a warning
     input: str  # clip or frame
     dims: int  # D
-    arguments: Mapping[str, bool] = field(default_factory=dict)  # further ones of its forward
-    frames: tuple[int, int | None] = (1, None)  # minimum and maximum of a clip
-    stand_in: str | None = None  # the kind of `StandIn`; None: a TorchScript network
+    arguments: Mapping[str, bool] = field(default_factory=dict)  # extra arguments of forward
+    frames: tuple[int, int | None] = (1, None)  # minimum and maximum per clip
+    stand_in: str | None = None  # `StandIn.kind`; None: a TorchScript network
 
 
 _I3D_CALL = {"rescale": True, "resize": True, "return_features": True}
@@ -72,9 +72,9 @@ DETECTORS = {
 
 
 def find_spec(name: str, key: str) -> DetectorSpec:
-    """Returns the detector of that name. Raises ValueError, with `key`, for an unknown one."""
+    """Returns the detector named `name`. Raises ValueError, naming `key`, if there is none."""
     if name not in DETECTORS:
-        raise ValueError(f"{key}: there is no detector '{name}'; they are {', '.join(DETECTORS)}.")
+        raise ValueError(f"{key}: there is no detector '{name}'; use one of {', '.join(DETECTORS)}.")
     return DETECTORS[name]
 
 
@@ -91,10 +91,10 @@ class DetectorFile:
     def read(cls, path: str | Path, *, sha256: str | None = None, spec: DetectorSpec | None = None) -> DetectorFile:
         """Reads and checks a file; `sha256` is the required hash, `spec` the required detector (None: any).
 
-        Raises: FileNotFoundError, ValueError: with the file, and where to get it.
+        Raises: FileNotFoundError or ValueError, naming the file and where to get it.
         """
         path = Path(path)
-        origin = spec.origin if spec else "the address that docs/metrics.md gives for it"
+        origin = spec.origin if spec else "the address in docs/metrics.md"
         content, digest = read_bytes(path, origin, sha256)
         wants_weights = spec.stand_in if spec else not is_torchscript(content) and path.suffix != ".pkl"
         if not wants_weights:
@@ -109,19 +109,19 @@ class DetectorFile:
 
     @property
     def arguments(self) -> dict[str, bool]:
-        """Arguments of the network's forward -> whether they have a default; none for weights."""
+        """Maps arguments of the network's forward to whether they have a default; empty for weights."""
         arguments = self.network.forward.schema.arguments[1:] if self.network is not None else []
         return {argument.name: argument.has_default_value() for argument in arguments}
 
     def fits(self, spec: DetectorSpec) -> bool:
-        """Returns whether the network takes that detector's arguments, or the weights are the stand-in's."""
+        """Returns whether the network takes the arguments of `spec`, or the weights are for its stand-in."""
         if spec.stand_in or self.network is None:
             return bool(spec.stand_in and self.weights and KEY in self.weights)
         required = {name for name, has_default in self.arguments.items() if not has_default}
         return set(spec.arguments) <= set(self.arguments) and len(required - set(spec.arguments)) <= 1
 
     def kinds(self) -> list[DetectorSpec]:
-        """Returns all detectors that the file can be: those of one file have distinct arguments. Raises: ValueError."""
+        """Returns all detectors that the file can be, judging by its arguments. Raises: ValueError if there is none."""
         found = []
         for spec in filter(self.fits, DETECTORS.values()):
             needed = {name for each in DETECTORS.values() if each.file == spec.file for name in each.arguments}
@@ -137,9 +137,9 @@ class DetectorFile:
 
 
 class Detector:
-    """A network that maps uint8 pixels to features or class probabilities.
+    """Maps uint8 pixels to features or class probabilities.
 
-    It runs in fp32 without TF32, with the same kernels in every call, regardless of the process's settings.
+    Runs in fp32 without TF32, with the same kernels in every call, regardless of global PyTorch settings.
     """
 
     def __init__(self, spec: DetectorSpec, file: DetectorFile, device: torch.device | str = "cpu") -> None:
@@ -154,7 +154,7 @@ class Detector:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Maps uint8 clips (B, T, 3, H, W) or frames (B, 3, H, W), according to `input`, to float32 (B, D) on the CPU.
 
-        Raises: ValueError: pixels of another type or shape, too few frames, or features not finite or not (B, D).
+        Raises: ValueError for another dtype, shape or number of frames, or if features are not finite or not (B, D).
         """
         self._check(pixels)
         pixels = pixels.to(self.device)
@@ -164,14 +164,14 @@ class Detector:
         if tuple(features.shape) != (len(pixels), self.dims) or not features.isfinite().all():
             raise ValueError(
                 f"{self.path}: {self.name} gave {tuple(features.shape)} for {len(pixels)} {self.input}s, not finite "
-                f"({len(pixels)}, {self.dims}): it is not the network that it should be."
+                f"({len(pixels)}, {self.dims}): it is not the expected network."
             )
         return features
 
     @torch.inference_mode()
     def run(self, pixels: Tensor, **arguments: bool) -> Tensor:
-        """Runs the network with any arguments; returns float32 on the CPU."""
-        # forward, not __call__: the hooks of a call are not in the graph that was checked
+        """Runs the network with `arguments` and without checks; returns float32 on the CPU."""
+        # forward, not __call__: hooks are not part of the checked graph
         try:
             with _full_precision(self.device):
                 return self.network.forward(pixels, **arguments).float().cpu()
@@ -184,7 +184,7 @@ class Detector:
     def _check(self, pixels: Tensor) -> None:
         shape = "(B, T, 3, H, W)" if self.input == "clip" else "(B, 3, H, W)"
         if pixels.dtype != torch.uint8:
-            raise ValueError(f"{self.name} takes uint8 pixels of 0 to 255, and rescales them, not {pixels.dtype}.")
+            raise ValueError(f"{self.name} takes uint8 pixels of 0 to 255, which it rescales, not {pixels.dtype}.")
         if pixels.ndim != len(shape.split(",")) or pixels.shape[-3] != 3 or not pixels.numel():
             raise ValueError(f"{self.name} takes {self.input}s {shape}, not {tuple(pixels.shape)}.")
         fewest, most = self.spec.frames
@@ -196,16 +196,16 @@ class Detector:
 def load_detector(
     name: str, path: str | Path, *, sha256: str | None = None, device: torch.device | str = "cpu"
 ) -> Detector:
-    """Loads a detector of `DETECTORS` from its file; `sha256` is the required hash, None accepts any file.
+    """Loads a detector of `DETECTORS` from its file; `sha256` is the required hash (None: any).
 
-    Raises: FileNotFoundError: the message says where to get it. ValueError: another hash, or not this detector.
+    Raises: FileNotFoundError, saying where to get it; ValueError for another hash or detector.
     """
     return Detector(DETECTORS[name], DetectorFile.read(path, sha256=sha256, spec=DETECTORS[name]), device)
 
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Disables TF32, autocast, cuDNN autotuning, and the graph rewriting of TorchScript."""
+    """Disables TF32, autocast, cuDNN autotuning and TorchScript graph optimisation."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

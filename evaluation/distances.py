@@ -1,7 +1,6 @@
-"""Distances between sets of features: Frechet (FVD, FID), kernel (KVD, KID) and inception score.
+"""Frechet distance (FVD, FID), kernel distance (KVD, KID) and inception score of features, in float64.
 
-They depend on features only, and compute in float64. Letters: N real and M fake samples,
-D dimensions, C classes.
+Letters: N real and M fake samples, D dimensions, C classes.
 """
 
 from __future__ import annotations
@@ -13,22 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DIVISORS = {"n": 0, "n-1": 1}  # of a covariance -> subtracted from the count
+DIVISORS = {"n": 0, "n-1": 1}  # divisor of a covariance -> what it subtracts from the count
 
 
 class Moments:
     """Mean and covariance of a stream of features, from float64 sums.
 
-    The same features added in the same order and batches give the same bits, which is how the extraction adds them on
-    any number of ranks.
+    Adding the same features in the same order and batches gives the same bits; extraction does so on any number of
+    ranks.
 
     Args:
         dims: D.
-        device: of the sums; features are moved to it.
+        device: holds the sums; features are moved to it.
     """
 
     def __init__(self, dims: int, device: torch.device | str = "cpu") -> None:
-        self.state = {  # the sums themselves, to be saved or added to those of another stream
+        self.state = {  # saved, or added to that of another stream
             "count": torch.zeros((), dtype=torch.int64, device=device),
             "sum": torch.zeros(dims, dtype=torch.float64, device=device),
             "squares": torch.zeros(dims, dims, dtype=torch.float64, device=device),
@@ -36,14 +35,14 @@ class Moments:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Moments:
-        """Restores a copy of `state`."""
+        """Restores moments from a copy of `state`."""
         moments = cls(0)
         moments.state = {name: state[name].clone() for name in moments.state}
         return moments
 
     @torch.no_grad()
     def add(self, features: Tensor) -> Moments:
-        """Adds features (B, D); returns itself. Raises ValueError for values that are not finite."""
+        """Adds features (B, D); returns self. Raises ValueError for values that are not finite."""
         _check_features("", features, fewest=0)
         rows = features.to(self.state["sum"].device, torch.float64)
         self.state["count"] += len(rows)
@@ -66,7 +65,7 @@ class Moments:
         return self.state["sum"].cpu() / self.count
 
     def covariance(self, divisor: str = "n") -> Tensor:
-        """Returns the covariance (D, D), float64, on the CPU, divided by the count ("n") or by one less ("n-1")."""
+        """Returns the covariance (D, D), float64, on the CPU, with divisor count ("n") or count - 1 ("n-1")."""
         second = self.state["squares"].cpu() / self.count
         return (second - self.mean.outer(self.mean)) * (self.count / (self.count - DIVISORS[divisor]))
 
@@ -75,10 +74,10 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Returns the squared Frechet distance between Gaussians fitted to `real` (N, D) and `fake` (M, D).
 
     |mean_r - mean_f|^2 + tr(cov_r) + tr(cov_f) - 2 tr((cov_r cov_f)^(1/2)), covariances divided by N and M.
-    With centred features X and Y the last trace is the nuclear norm of X Y^T / sqrt(N M): no matrix root,
-    nothing added to the diagonal, exact for fewer samples than dimensions. In float64.
+    With centred features X and Y, the last trace is the nuclear norm of X Y^T / sqrt(N M). This needs no matrix root
+    and no diagonal offset, and is exact even for fewer samples than dimensions.
 
-    Raises: ValueError: the features are not (N, D) and (M, D) with N and M at least 2, or hold NaN or infinity.
+    Raises: ValueError if the features are not (N, D) and (M, D) with N, M >= 2, or hold NaN or infinity.
     """
     _check_pair(real, fake)
     factors, traces = [], 0.0
@@ -97,17 +96,17 @@ def frechet_from_moments(real: Moments, fake: Moments, divisor: str = "n") -> fl
     """Returns `frechet_distance` from means and covariances.
 
     With cov_r = R R^T, tr((cov_r cov_f)^(1/2)) is the sum of the square roots of the eigenvalues of R^T cov_f R, all
-    real and non-negative. With N and M samples, at most min(N, M) - 1 of them are not zero: the others are rounding
-    errors and are omitted, so the result is right for fewer samples than dimensions.
+    real and non-negative. At most min(N, M) - 1 of them are non-zero; the others are rounding errors and are omitted,
+    so the result is accurate for fewer samples than dimensions.
 
     Args:
         divisor: of the covariances, "n" (StyleGAN-V, Latte) or "n-1" (the first FVD code and most libraries).
 
-    Raises: ValueError: fewer than two samples on a side.
+    Raises: ValueError for fewer than two samples on a side.
     """
     for name, side in (("real", real), ("fake", fake)):
         if side.count < 2:
-            raise ValueError(f"The {name} side has {side.count} samples; a covariance needs 2 or more.")
+            raise ValueError(f"The {name} side has {side.count} samples; a covariance needs at least 2.")
     covariances = [side.covariance(divisor) for side in (real, fake)]
     values, vectors = torch.linalg.eigh(covariances[0])
     root = vectors * values.clamp(min=0).sqrt()  # cov_r = root root^T
@@ -121,17 +120,17 @@ def frechet_from_moments(real: Moments, fake: Moments, divisor: str = "n") -> fl
 def kernel_distance(
     real: Tensor, fake: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Returns mean and deviation, times 1000, of the squared MMD over random subsets (KID; KVD on clips).
+    """Returns the mean and standard deviation, times 1000, of squared MMD over random subsets (KID; KVD on clips).
 
     Binkowski et al., arXiv 1801.01401. The kernel is (x.y / D + 1)^3; the estimate is unbiased, so it can be negative.
 
     Args:
         real, fake: (N, D) and (M, D); the subsets depend on their order.
-        subsets: number of subsets; the deviation is over them, divided by their number.
-        subset_size: samples a side, drawn without replacement; all where a side has fewer.
+        subsets: number of subsets, which is also the divisor of the variance.
+        subset_size: samples per side, drawn without replacement; limited by the smaller side.
         seed: of the draw.
 
-    Raises: ValueError: features as for `frechet_distance`.
+    Raises: ValueError as for `frechet_distance`.
     """
     _check_pair(real, fake)
     size = min(len(real), len(fake), subset_size)
@@ -145,7 +144,7 @@ def kernel_distance(
 
 
 def _squared_mmd(x: Tensor, y: Tensor) -> float:
-    """Returns the unbiased estimate from x (m, D) and y (m, D)."""
+    """Returns the unbiased estimate of squared MMD from x (m, D) and y (m, D)."""
     m, dims = x.shape
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -157,22 +156,22 @@ def _squared_mmd(x: Tensor, y: Tensor) -> float:
 
 
 def inception_score(probabilities: Tensor, *, splits: int = 10, shuffle_seed: int | None = None) -> tuple[float, float]:
-    """Returns mean and deviation over splits of exp(mean KL(p(class | sample) || p(class))).
+    """Returns the mean and standard deviation over splits of exp(mean KL(p(class | sample) || p(class))).
 
-    Salimans et al., arXiv 1606.03498. Split i holds the samples from floor(i N / splits) to floor((i + 1) N / splits);
-    a probability of zero adds zero.
+    Salimans et al., arXiv 1606.03498. Split i holds samples floor(i N / splits) to floor((i + 1) N / splits) - 1; zero
+    probabilities contribute zero.
 
     Args:
         probabilities: (N, C), rows that sum to 1.
-        splits: number of splits; the deviation is over them, divided by their number.
-        shuffle_seed: of NumPy's RandomState, which shuffles the samples first; video IS uses 42. None: no shuffle.
+        splits: number of splits, which is also the divisor of the variance.
+        shuffle_seed: seed of the NumPy RandomState that shuffles samples first; video IS uses 42. None: no shuffle.
 
-    Raises: ValueError: rows that are not probabilities, or fewer samples than splits.
+    Raises: ValueError for rows that are not probabilities, or fewer samples than splits.
     """
     _check_features("", probabilities, fewest=1)
     rows = probabilities.detach().cpu().double()
     if rows.min() < 0 or (rows.sum(1) - 1).abs().max() > 1e-3:
-        raise ValueError("The rows for an inception score must be probabilities that sum to 1; these are none.")
+        raise ValueError("The inception score needs rows of probabilities that sum to 1.")
     if len(rows) < splits:
         raise ValueError(f"{len(rows)} samples cannot be split into {splits}: give 1 to {len(rows)} splits.")
     if shuffle_seed is not None:
@@ -190,7 +189,7 @@ def _check_pair(real: Tensor, fake: Tensor) -> None:
     if real.shape[1] != fake.shape[1]:
         raise ValueError(
             f"The real features have {real.shape[1]} dimensions, the fake ones {fake.shape[1]}: "
-            "both must come from one detector."
+            "both must come from the same detector."
         )
 
 
@@ -200,4 +199,4 @@ def _check_features(name: str, features: Tensor, fewest: int) -> None:
             f"The {name}features are {tuple(features.shape)}; they must be ({fewest} or more, dimensions)."
         )
     if not features.isfinite().all():
-        raise ValueError(f"The {name}features hold NaN or infinity: look at the detector or its input.")
+        raise ValueError(f"The {name}features hold NaN or infinity: check the detector and its input.")

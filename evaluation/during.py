@@ -1,7 +1,7 @@
 """A metric during training: the Frechet distance between samples and held-out clips.
 
-The value depends on the number of samples, and is large for few of them. It compares the steps of one run, which use
-the same noise, labels and clips; evaluate a checkpoint for numbers to publish.
+Use it only to compare steps of one run, which share noise, labels and clips: the value depends on the number of
+samples, and is too large for few. For numbers to publish, evaluate a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sample.preview import build_generator, map_chunks, sample_chunk
 from .detectors import DETECTORS, Detector, load_detector
 from .distances import frechet_distance
 
-METRICS = {"fvd", "fid"}  # a detector must be for one of these
+METRICS = {"fvd", "fid"}  # a detector must support one of these
 
 
 class Metric:
@@ -46,10 +46,10 @@ class Metric:
         if self.every:
             name = config.monitor.metric_detector
             fitting = [spec.name for spec in DETECTORS.values() if METRICS & set(spec.metrics)]
-            require(name in fitting, f"monitor.metric_detector={name} is none of {', '.join(fitting)}.")
+            require(name in fitting, f"monitor.metric_detector={name} is not one of {', '.join(fitting)}.")
 
     def prepare(self, run: Run, state: TrainState, objective: Objective) -> list[str]:
-        """Loads the detector and runs it on an empty clip; the clips are read at the first observation."""
+        """Loads the detector, tests it on a black clip and selects held-out clips; the first observation reads them."""
         monitor, data = self.config.monitor, self.config.data
         self.detector = load_detector(
             str(monitor.metric_detector),
@@ -60,14 +60,14 @@ class Metric:
         self.features(np.zeros((1, data.num_frames, data.image_size, data.image_size, 3), np.uint8))
         self.clips = build_held_out(replace(data, latents=None), run.clips, seed=self.config.train.seed)
         self.indices = spread(len(self.clips), monitor.metric_videos)
-        require(len(self.indices) > 1, f"monitor.metric_every needs two held-out clips or more in {data.path}.")
+        require(len(self.indices) > 1, f"monitor.metric_every needs at least two held-out clips in {data.path}.")
         return [
             f"metric: {monitor.metric_videos} samples against {len(self.indices)} held-out clips of "
             f"{self.clips.catalog.root}, detector {self.detector.name}, sha256 {self.detector.sha256}"
         ]
 
     def observe(self, run: Run, state: TrainState, objective: Objective) -> Observation:
-        """Returns the distance as `ema/frechet_<detector>`, with the numbers of videos and clips."""
+        """Returns the distance as `ema/frechet_<detector>`, and the numbers of videos and clips."""
         if self.real is None:
             self.real = self._shared(run, self.indices, self._read_clips)
         generator, count = build_generator(self.config, state.ema.model, objective), self.config.monitor.metric_videos
@@ -77,18 +77,18 @@ class Metric:
         return Observation({name: distance, "videos": count, "clips": len(self.indices)}, f"{name} {distance:.4g}")
 
     def _read_clips(self, indices: Sequence[int]) -> np.ndarray:
-        """Reads the fixed windows of those clips: uint8 (n, F, H, W, 3)."""
+        """Reads the fixed window of each clip in `indices`: uint8 (n, F, H, W, 3)."""
         frames = self.config.data.num_frames
         return to_uint8(torch.stack([self.clips[0, index]["video"][:frames] for index in indices]))
 
     def features(self, videos: np.ndarray) -> Tensor:
-        """Maps uint8 (n, F, H, W, 3) to (n, D) of clips, or (n F, D) of their frames, according to the detector."""
+        """Maps uint8 (n, F, H, W, 3) to features: (n, D) for clip detectors, (n F, D) for frame detectors."""
         assert self.detector is not None
         pixels = torch.from_numpy(videos).permute(0, 1, 4, 2, 3)
         return self.detector(pixels if self.detector.input == "clip" else pixels.flatten(0, 1))
 
     def _shared(self, run: Run, indices: Sequence[int], videos: Callable[[Sequence[int]], np.ndarray]) -> Tensor:
-        """Returns the features of all those videos on every rank; each rank computes a part."""
+        """Returns the features of `videos(indices)` on every rank; each rank computes a part."""
 
         def work(part: Sequence[int], size: int) -> Tensor:
             pixels, rows = videos(part), []

@@ -1,8 +1,8 @@
-"""Extracts features of clips with a detector; the bits do not depend on the number of ranks.
+"""Extracts features of clips with a detector, bit-identically for any number of ranks.
 
-The clips' order alone decides the clips of each detector call; rank r of W takes the calls r, r + W, ...; and their
-features are concatenated in the order of the calls. So every clip counts once, and nothing depends on W. Only features
-are kept: the pixels of a few calls at a time are in memory.
+The order of the clips alone determines which clips each detector call gets. Rank r of W runs calls r, r + W, ..., and
+features are concatenated in call order, so every clip counts once and nothing depends on W. Memory holds all features,
+but the pixels of only a few calls.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from .sources import (
     shuffle_frames,
 )
 
-CALL_FRAMES = 128  # frames in one call of a clip detector; changes the last bits on a GPU
-GATHER_EVERY = 8  # calls of each rank between two gathers
+CALL_FRAMES = 128  # frames per call of a clip detector; affects the last bits on a GPU
+GATHER_EVERY = 8  # calls per rank between gathers
 MOMENT_ROWS = 1024  # features added to the moments at a time
 PLAIN, SHUFFLED = "plain", "shuffled"
 
@@ -55,31 +55,31 @@ def change_frames(variant: str, frames: Tensor, clip: Clip) -> Tensor:
 
 @dataclass
 class FeatureSet:
-    """Features and clips of one side. On ranks other than 0 without features.
+    """Features and clips of one side; only rank 0 has the features.
 
-    If there are too many to keep, `moments` are those of all plain features, in two halves of the clips; the rows are a
-    random sample, and `kept` the numbers (rows,) int64 of their items.
+    If there are too many to keep, `moments` cover all plain features, one for each half of the clips; `rows` are a
+    random sample, and `kept` (rows,) int64 are the item numbers of the sample.
     """
 
     rows: dict[str, Tensor] = field(default_factory=dict)  # by variant, (N, D) float32, in the order of the windows
     moments: list[Moments] = field(default_factory=list)
     kept: Tensor | None = None
-    windows: list[Window] = field(default_factory=list)  # that were read, in order
+    windows: list[Window] = field(default_factory=list)  # as read, in order
     size: tuple[int, int] | None = None  # (H, W) of all frames
-    whole: bool = False  # all items were taken, and nothing was drawn; see `SideRules.whole`
+    whole: bool = False  # all items were used, without random draws; see `SideRules.whole`
     notes: dict[str, dict[str, str]] = field(default_factory=lambda: {note: {} for note in NOTES})  # clip -> problem
 
     @property
     def count(self) -> int:
-        """N: number of items."""
+        """Number of items (N)."""
         return sum(half.count for half in self.moments) if self.moments else len(self.rows[PLAIN])
 
     def variant(self, name: str) -> FeatureSet:
-        """Returns a set with the rows of that variant as the plain ones."""
+        """Returns a set whose plain rows are those of variant `name`."""
         return replace(self, rows={PLAIN: self.rows[name]})
 
     def clips(self) -> np.ndarray:
-        """Returns the clip of each row, as an index in the source."""
+        """Returns the source index of each row's clip."""
         of_clips = self.count == len(self.windows)
         repeats = [1 if of_clips else window.frames for window in self.windows]
         items = np.repeat([window.clip for window in self.windows], repeats)
@@ -87,7 +87,7 @@ class FeatureSet:
 
 
 class Mapped(Dataset):
-    """A function of each item, computed by loader processes."""
+    """Applies a function to each item, in loader processes."""
 
     def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
         self.function, self.items = function, items
@@ -101,12 +101,12 @@ class Mapped(Dataset):
 
 @dataclass
 class Extractor:
-    """Reads with `workers` loader processes per rank, and runs the detector in this process."""
+    """Reads clips in `workers` loader processes per rank, and runs the detector in this process."""
 
     world: World
     workers: int = 2
     progress: Callable[[int, int], None] | None = None  # called with (items done, items requested)
-    timeout_s: float = 600.0  # a loader process that returns nothing in this time ends the run
+    timeout_s: float = 600.0  # ends the run if loaders return nothing for this long
 
     def extract(
         self,
@@ -117,10 +117,10 @@ class Extractor:
         windows: Sequence[Window] | None = None,
         max_rows: int | None = None,
     ) -> FeatureSet:
-        """Extracts the features of one side. An unusable clip is replaced by the next one in the order.
+        """Extracts the features of one side. The next clip in order replaces an unusable one.
 
         `windows` replace those of the rules. Above `max_rows` frames, keeps exact moments and a random sample of
-        `max_rows`, in constant memory. Raises: ValueError: no clip can be used, or frames differ in size.
+        `max_rows`, in constant memory. Raises: ValueError if no clip is usable, or frames differ in size.
         """
         gather = Gathered(source, self.world.is_main)
         read = partial(read_task, source, rules)
@@ -150,7 +150,7 @@ class Extractor:
         return gather.finish()
 
     def _select_frames(self, gather: Gathered, rules: SideRules) -> list[Window]:
-        """Selects single frames once all lengths are known."""
+        """Reads the lengths of all clips and selects single frames."""
         lengths = []
         for place, (length, problem) in enumerate(self.in_order(read_length, gather.source.clips)):
             lengths.append(length)
@@ -162,7 +162,7 @@ class Extractor:
     def in_order(
         self, read: Callable[[Any], Any], items: Sequence[Any], process: Callable[[Any], Any] = lambda found: found
     ) -> Iterator[Any]:
-        """Yields `process(read(item))` of every item, in order, on every rank; each is computed by one rank.
+        """Yields `process(read(item))` for every item, in order, on every rank; each is computed by one rank.
 
         Loader processes call `read`, and this process calls `process`.
         """
@@ -179,31 +179,31 @@ class Extractor:
 def run_detector(
     readings: list[Reading], source: Source, detector: Detector, variants: Sequence[str]
 ) -> tuple[list[Reading], dict[str, Tensor]]:
-    """Runs the detector once for each variant; returns the readings without pixels, and the features by variant."""
+    """Runs the detector once per variant; returns the readings without pixels, and features by variant."""
     good = [(each.frames, source.clips[each.clip]) for each in readings if each.frames is not None]
     join = torch.stack if detector.input == "clip" else torch.cat
     rows = {}
-    if len({frames.shape[-2:] for frames, _ in good}) == 1:  # `Gathered.take` refuses frames of different sizes
+    if len({frames.shape[-2:] for frames, _ in good}) == 1:  # otherwise `Gathered.take` raises
         for name in variants:
             rows[name] = detector(join([change_frames(name, frames, clip) for frames, clip in good]))
     return [replace(each, frames=None) for each in readings], rows
 
 
 class Gathered:
-    """Concatenates the results of tasks, in order; only rank 0 keeps features (`keep`)."""
+    """Concatenates task results, in order; features only if `keep` (on rank 0)."""
 
     def __init__(self, source: Source, keep: bool) -> None:
         self.source, self.keep = source, keep
         self.result = FeatureSet()
         self.pending: list[list[Tensor]] = [[], []]  # rows not yet in the moments
-        self.rows: dict[str, Tensor] = {}  # (most, D): one block each, against fragmentation
-        self.most = 0  # upper bound of the rows
+        self.rows: dict[str, Tensor] = {}  # (most, D), preallocated against fragmentation
+        self.most = 0  # maximum number of rows
         self.second_half: set[int] = set()
         self.sampling = draw(0, "sample")
         self.done = 0  # items
 
     def summarise(self, windows: Sequence[Window], most: int, moments: list[Moments]) -> None:
-        """From now on, adds the features of two random halves of the clips to `moments`, and keeps `most` rows."""
+        """Switches to adding features to `moments`, one per random half of the clips, and keeping only `most` rows."""
         self.result.moments, self.result.kept, self.most = moments, torch.arange(most), most
         self.second_half = set(split_halves([window.clip for window in windows], seed=0)[1].tolist())
 
@@ -213,7 +213,7 @@ class Gathered:
             self.result.notes[reading.note].setdefault(self.source.clips[reading.clip].name, reading.reason)
 
     def take(self, readings: Sequence[Reading], rows: Mapping[str, Tensor]) -> None:
-        """Adds the next task. Raises ValueError if the frame size differs from earlier ones."""
+        """Adds the next task's results. Raises ValueError if the frame size differs from earlier ones."""
         for each in readings:
             self.note(each)
             if each.window is None or each.size is None:
@@ -224,9 +224,9 @@ class Gathered:
                 (h, w), (height, width) = each.size, self.result.size
                 raise ValueError(
                     f"the frames in '{self.source.root}' differ in size ({width}x{height} and {w}x{h}): "
-                    "give --resolution, to which all are cropped and resized"
+                    "give --resolution to crop and resize all of them"
                 )
-        if self.result.moments and rows:  # of frames: a task holds one clip
+        if self.result.moments and rows:  # unit "frame": a task has one clip
             half = int(readings[0].clip in self.second_half)
             self.pending[half].append(rows[PLAIN])
             if sum(map(len, self.pending[half])) >= MOMENT_ROWS:
@@ -256,7 +256,7 @@ class Gathered:
             self.pending[half] = []
 
     def finish(self) -> FeatureSet:
-        """Returns the features. Raises ValueError if no clip was usable."""
+        """Returns the result. Raises ValueError if no clip was usable."""
         result, notes = self.result, self.result.notes
         if not result.windows:
             raise self.source.explain_unusable({**notes["unreadable"], **notes["short"]})
@@ -272,6 +272,6 @@ class Gathered:
 
 
 def split_halves(clips: Iterable[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the distinct clips into two random halves; the second has the extra clip of an odd number."""
+    """Splits the distinct clips into two random halves; the second is larger if their number is odd."""
     order = draw(seed, "halves").permutation(np.unique(list(clips)))
     return order[: len(order) // 2], order[len(order) // 2 :]

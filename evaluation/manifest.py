@@ -1,4 +1,4 @@
-"""Manifest of the windows that were read, to read them again: JSON, a line [file, offset, stride, frames] each."""
+"""Manifest of the windows that were read, for reuse: JSON, one line [file, offset, stride, frames] per window."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ KIND = "latte clip manifest"
 
 
 def window_to_json(window: Window, source: Source) -> list[Any]:
-    """Returns [file, offset, stride, frames], a line of a manifest."""
+    """Returns the manifest line [file, offset, stride, frames] of a window."""
     return [source.clips[window.clip].name, *window[1:]]
 
 
 def windows_from_json(lines: Sequence[Any], source: Source, where: str) -> list[Window]:
-    """Inverts `window_to_json`. Raises: ValueError, with `where`, for malformed lines or missing clips."""
+    """Inverts `window_to_json`. Raises: ValueError, starting with `where`, for malformed lines or missing clips."""
     places = {clip.name: place for place, clip in enumerate(source.clips)}
     windows = []
     for number, line in enumerate(lines, 1):
@@ -61,7 +61,7 @@ class Manifest:
             raise ValueError(f"--manifest: '{path}' is not a manifest that this tool wrote") from error
 
     def find(self, side: str, rules: SideRules) -> tuple[SideRules, list[Window]]:
-        """Returns the rules of an entry, `rules` or `rules.whole`, and its windows. Raises: ValueError if none fits."""
+        """Returns rules and windows of the entry for `rules.whole` or `rules`. Raises: ValueError if there is none."""
         for each in (rules.whole, rules):
             for of_side, of_rules, lines in self.entries:
                 if (of_side, of_rules) == (side, asdict(each)):
@@ -69,6 +69,6 @@ class Manifest:
                     if rules.allows(windows):
                         return each, windows
         raise ValueError(
-            f"--manifest: '{self.path}' holds no {side} clips for these settings: repeat the metrics, protocol "
-            "and seeds that wrote it"
+            f"--manifest: '{self.path}' holds no {side} clips for these settings: use the metrics, protocol "
+            "and seeds that it was written with"
         )

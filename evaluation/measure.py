@@ -1,4 +1,4 @@
-"""Computes metrics from the features of both sides, with their spread, floor and sensitivity."""
+"""Computes metrics from the features of both sides, with spread, floor and sensitivity to frame order."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from .sources import NOTES, Source, find_first_size
 
 CHECKS = ("floor", "shuffle")
 REPORTS = ("clip", "frame")
-LENGTHS = [16 << power for power in range(20)]  # frames of the parts of a clip that `frame` reports on
-POSITIONS = 16  # frames of a clip at most that `frame` reports on
+LENGTHS = [16 << power for power in range(20)]  # numbers of first frames that the `frame` report evaluates
+POSITIONS = 16  # maximum number of frame positions that the `frame` report evaluates
 SPLITS, SUBSETS, SUBSET_SIZE = 10, 100, 1000
 MOMENT_ROWS = 4096
-MAX_ROWS = 50_000  # features of real frames to keep; above, moments and a sample of this size
+MAX_ROWS = 50_000  # real frames above which only moments and a sample of this size are kept
 
 
 @dataclass
 class Evaluation:
     """Comparison of two sources."""
 
-    sources: Mapping[str, Source]  # the "fake" side, and the "real" one if a metric needs it
+    sources: Mapping[str, Source]  # "fake", and "real" if a metric needs it
     protocol: Protocol
     detectors: Mapping[str, Detector]  # by `Metric.family`
     extractor: Extractor
-    cache: FeatureCache | None = None  # of the real side; None computes everything
-    manifest: Manifest | None = None  # the windows to read, instead of those of the rules
+    cache: FeatureCache | None = None  # of real features; None: no cache
+    manifest: Manifest | None = None  # windows to read in place of those of the rules
     checks: Sequence[str] = CHECKS
-    reports: Sequence[str] = ("clip",)  # some of REPORTS
+    reports: Sequence[str] = ("clip",)  # subset of REPORTS
     known: dict[tuple[Any, ...], FeatureSet] = field(default_factory=dict)
-    read: dict[tuple[str, SideRules], FeatureSet] = field(default_factory=dict)  # behind the values
+    read: dict[tuple[str, SideRules], FeatureSet] = field(default_factory=dict)  # features used by the values
 
     def check_inputs(self, metrics: Sequence[Metric]) -> None:
-        """Checks the first usable clip of each side for all metrics before anything is computed; on every rank.
+        """Checks the first usable clip of each side for all metrics before anything is computed. Collective.
 
-        Raises: ValueError for too few clips, none long enough or readable, or different sizes of the sides.
+        Raises: ValueError if clips are too few, all too short or unreadable, or differ in size between the sides.
         """
 
         def check() -> None:
             for metric in metrics:
                 clips = {side: len(self.sources[side].clips) for side in metric.sides if metric.unit == "clip"}
-                sides = metric.sides if self.manifest is None else ()  # clips of a manifest were usable before
+                sides = metric.sides if self.manifest is None else ()  # clips of a manifest are known to be usable
                 rules = {side: self.protocol.side(side, metric, seed=0) for side in sides}
                 sizes = {side: find_first_size(self.sources[side], own) for side, own in rules.items()}
                 self._require_usable(metric, clips, sizes)
@@ -62,7 +62,7 @@ class Evaluation:
         on_main(check)
 
     def measure(self, metric: Metric, seeds: Sequence[int]) -> dict[str, Any]:
-        """Returns the entry of one metric in the result file; {} on ranks other than 0."""
+        """Returns the result-file entry of one metric; {} on ranks other than 0."""
         runs, scores = [], []
         for seed in seeds:
             rules = {side: self.protocol.side(side, metric, seed) for side in metric.sides}
@@ -73,7 +73,7 @@ class Evaluation:
                 runs.append(sets)
                 scores.append(self._score_seed(metric, seed, sets))
             if all(own.seed is None or sets[side].whole for side, own in rules.items()):
-                break  # nothing was drawn: every seed gives the same
+                break  # nothing is random: all seeds give the same value
         if not runs:
             return {}
         by_side = {side: [sets[side] for sets in runs] for side in metric.sides}
@@ -105,9 +105,7 @@ class Evaluation:
         known = {side: size for side, size in sizes.items() if size}
         if len(set(known.values())) > 1:
             said = " and ".join(f"the {side} ones {width}x{height}" for side, (height, width) in known.items())
-            raise ValueError(
-                f"the frames differ in size, {said}: give --resolution, to which all are cropped and resized"
-            )
+            raise ValueError(f"the frames differ in size, {said}: give --resolution to crop and resize all of them")
         fewest = SPLITS if metric.kind == "inception_score" else 2
         for side, count in counts.items():
             if count < fewest:
@@ -119,7 +117,7 @@ class Evaluation:
     # ---- features ----------------------------------------------------------------------------------
 
     def features(self, side: str, metric: Metric, rules: SideRules) -> FeatureSet:
-        """Returns the features of one side; equal requests are computed once."""
+        """Returns the features of one side; identical requests are computed once."""
         detector = self.detectors[metric.family]
         variants = (PLAIN, *(f"first{length}" for length in self._list_lengths(metric)))
         if side == "real" and metric.unit == "clip" and "shuffle" in self.checks:
@@ -138,14 +136,14 @@ class Evaluation:
         return found
 
     def _list_lengths(self, metric: Metric) -> list[int]:
-        """Lists the lengths of clips that are reported on: 16, 32, ... frames, below those of the metric."""
+        """Lists the clip lengths to report: 16, 32, ... frames, below that of the metric."""
         is_reported = "frame" in self.reports and metric.unit == "clip"
         return [length for length in LENGTHS if is_reported and length < metric.frames]
 
     def _load_or_extract(
         self, side: str, rules: SideRules, detector: Detector, variants: tuple[str, ...], max_rows: int | None
     ) -> FeatureSet:
-        """Loads features from the cache, or extracts them; on ranks other than 0 without features."""
+        """Loads features from the cache, or extracts them; only rank 0 gets the features."""
         source, world = self.sources[side], self.extractor.world
         cache = self.cache if side == "real" and world.is_main else None
         given, windows = self.manifest.find(side, rules) if self.manifest else (rules, None)
@@ -172,7 +170,7 @@ class Evaluation:
     # ---- values ------------------------------------------------------------------------------------
 
     def _score_seed(self, metric: Metric, seed: int, sets: Mapping[str, FeatureSet]) -> dict[str, Any]:
-        """Returns the value of one seed, its checks, and its value along the clip."""
+        """Returns the value, checks and per-frame values of one seed."""
         real, fake = sets.get("real"), sets["fake"]
 
         def value(real: FeatureSet | None, fake: FeatureSet) -> float:
@@ -201,13 +199,13 @@ class Evaluation:
 def score(
     metric: Metric, divisor: str, seed: int, real: FeatureSet | None, fake: FeatureSet
 ) -> tuple[float, float | None]:
-    """Returns the metric of two sets of features, and its deviation if it is a mean over subsets or splits."""
+    """Returns the metric of two feature sets, and its standard deviation if it is a mean over subsets or splits."""
     if real is None:
         return inception_score(fake.rows[PLAIN], splits=SPLITS, shuffle_seed=metric.shuffle_seed)
     if metric.kind == "kernel":
         x, y = real.rows[PLAIN], fake.rows[PLAIN]
         value, spread = kernel_distance(x, y, subsets=SUBSETS, subset_size=SUBSET_SIZE, seed=seed)
-        return value, None if len(x) == len(y) <= SUBSET_SIZE else spread  # each subset is the whole set
+        return value, None if len(x) == len(y) <= SUBSET_SIZE else spread  # every subset is the whole set
     if divisor == "n" and not (real.moments or fake.moments):
         return frechet_distance(real.rows[PLAIN], fake.rows[PLAIN]), None
     return frechet_from_moments(sum_moments(real), sum_moments(fake), divisor), None
@@ -225,9 +223,9 @@ def sum_moments(features: FeatureSet) -> Moments:
 
 
 def split_real_halves(features: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
-    """Splits the clips into two random halves of equal size; no clip has frames in both."""
+    """Splits the rows into two random halves with equally many clips; no clip has rows in both."""
     clips, rows = features.clips(), features.rows[PLAIN]
-    if features.moments:  # of fixed halves
+    if features.moments:  # fixed halves, as in the extraction
         parts = split_halves([window.clip for window in features.windows], seed=0)
     else:
         parts = split_halves(clips, seed)
@@ -242,7 +240,7 @@ def split_real_halves(features: FeatureSet, seed: int) -> tuple[FeatureSet, Feat
 
 
 def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns means over the seeds; the deviation is that of a sample (divided by one less than the seeds)."""
+    """Returns means over seeds, and the sample standard deviation (divisor: seeds - 1)."""
     values = [run["value"] for run in runs]
     std = statistics.stdev(values) if len(values) > 1 else None
     entry: dict[str, Any] = {"value": statistics.fmean(values), "std": std, "values": values}
@@ -257,7 +255,7 @@ def _summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _list_dropped(sets: Sequence[FeatureSet]) -> dict[str, dict[str, str]]:
-    """Lists every clip that was left out in any seed, with the reason, and those used although cut off."""
+    """Lists by reason every clip left out for any seed, and the cut-off clips that were used."""
     dropped: dict[str, dict[str, str]] = {}
     for note in NOTES:
         found = [pair for features in sets for pair in sorted(features.notes[note].items())]
@@ -268,7 +266,7 @@ def _list_dropped(sets: Sequence[FeatureSet]) -> dict[str, dict[str, str]]:
 def _count_clips(
     source: Source, metric: Metric, sets: Sequence[FeatureSet], dropped: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
-    """Counts the clips of one side: found, used (the minimum over seeds) and left out (in any seed)."""
+    """Counts the clips of one side: found, used (minimum over seeds) and left out (for any seed)."""
     height, width = sets[0].size or (None, None)
     return {
         "used": min(features.count for features in sets),

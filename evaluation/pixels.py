@@ -1,6 +1,6 @@
-"""Preprocessing of frames for a detector: crop and resize, and lossy storage.
+"""Preprocesses frames for a detector: cropping, resizing and lossy storage.
 
-All functions map uint8 (T, 3, H, W) to uint8 (T, 3, H, W), in memory.
+Functions of frames map uint8 (T, 3, H, W) to uint8 (T, 3, H, W), in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 MP4_FPS = 8  # of the official sampler's files
 MP4_CRF = 5  # imageio's quality 9: int((1 - 9 / 10) * 51)
-JPEG_QUALITY = 75  # Pillow's default: the official converter's `q=95` is a parameter that Pillow does not have
+JPEG_QUALITY = 75  # Pillow's default: the official converter passes `q=95`, which Pillow ignores
 
 
 def resize_then_center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -43,14 +43,14 @@ CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 
 def fit(frames: Tensor, crop: str, size: int | None) -> Tensor:
-    """Crops and resizes frames to `size` x `size` with Pillow's Lanczos filter; keeps frames of that size."""
+    """Crops and resizes frames to `size` x `size` with Pillow's Lanczos filter, unless they have that size."""
     if size is None or frames.shape[-2:] == (size, size):
         return frames
     return _each(frames, lambda image: np.asarray(CROPS[crop](image, size)))
 
 
 def through_jpeg(frames: Tensor) -> Tensor:
-    """Encodes and decodes each frame as the official converter's JPEG."""
+    """Encodes and decodes each frame as JPEG, as the official converter stores it."""
 
     def round_trip(image: Image.Image) -> np.ndarray:
         file = io.BytesIO()
@@ -63,13 +63,13 @@ def through_jpeg(frames: Tensor) -> Tensor:
 def through_mp4(frames: Tensor) -> Tensor:
     """Encodes and decodes the clip as the official sampler's mp4: H.264, yuv420p.
 
-    Raises: ValueError for sizes that imageio, the official writer, resizes.
+    Raises: ValueError for sizes that imageio, the official writer, would resize.
     """
     import av
 
     height, width = frames.shape[-2:]
     if height % 16 or width % 16:
-        raise ValueError(f"frames of {width}x{height} cannot go through the official mp4: give a multiple of 16")
+        raise ValueError(f"frames of {width}x{height} cannot be stored as the official mp4: give a multiple of 16")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=MP4_FPS)

@@ -1,7 +1,7 @@
-"""Metrics, protocols and presets of data sets.
+"""Metrics, protocols and data set presets.
 
-A metric defines the detector and the number and length of the clips, a protocol their selection and preprocessing.
-Together they give the rules of a side.
+A metric defines the detector, and the number and length of clips; a protocol, their selection and preprocessing.
+Together they determine the rules of a side.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from difflib import get_close_matches
 from typing import Any
 
 ALL = None  # as a count
-SAME = -1  # as a count of real items: that of the fakes
+SAME = -1  # as a count of real items: as many as fakes
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric."""
+    """Kind, detector family, and number and length of the clips of a metric."""
 
     kind: str  # frechet, kernel or inception_score
-    family: str  # its detectors have it in their `DetectorSpec.metrics`
+    family: str  # listed in `DetectorSpec.metrics` of its detectors
     unit: str  # of an item, "clip" or "frame"
-    num_real: int | None  # maximum of items; ALL, or 0 for an unused side
+    num_real: int | None  # maximum number of items; ALL; 0: side not used
     num_fake: int | None = ALL
-    frames: int = 1  # of a clip for the detector
-    subsample: int = 1  # distance of these frames, on both sides
-    shuffle_seed: int | None = None  # of the samples before they are split (inception score)
+    frames: int = 1  # per clip, as the detector gets it
+    subsample: int = 1  # stride of these frames, on both sides
+    shuffle_seed: int | None = None  # of samples, before splitting (inception score)
     name: str = ""
 
     @property
     def sides(self) -> list[str]:
-        """The sides that are read: "real", "fake" or both."""
+        """The sides to read: ["fake"] or ["real", "fake"]."""
         return ["real", "fake"] if self.num_real != 0 else ["fake"]
 
 
@@ -52,13 +52,13 @@ OFFICIAL = (
 
 
 def parse_metric(name: str) -> Metric:
-    """Returns the metric of that name: one of OFFICIAL, or with other numbers (`fvd64_16f`). Raises: ValueError."""
+    """Returns the metric `name`: one of OFFICIAL, or one with other numbers (`fvd64_16f`). Raises: ValueError."""
     found = [(model, match) for pattern, model in FAMILIES.items() if (match := re.fullmatch(pattern, name))]
     if not found:
         near = [each for each in OFFICIAL if name and each.startswith(name)] or get_close_matches(name, OFFICIAL, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise ValueError(
-            f"--metrics: '{name}' is unknown; there are {', '.join(OFFICIAL)}, and these with other numbers "
+            f"--metrics: '{name}' is unknown; use one of {', '.join(OFFICIAL)}, or one with other numbers "
             f"(fvd64_16f, fid5k_full){hint}"
         )
     model, numbers = found[0][0], found[0][1].groupdict()
@@ -67,7 +67,7 @@ def parse_metric(name: str) -> Metric:
     if count < 2 or length < 1 or subsample < 1:
         raise ValueError(f"--metrics: '{name}' needs at least 2 items, of at least 1 frame")
     if length % subsample:
-        raise ValueError(f"--metrics: '{name}': {length} frames cannot be taken every {subsample}th: not divisible")
+        raise ValueError(f"--metrics: '{name}': {length} frames are not divisible by the stride {subsample}")
     real = count if model.num_real == SAME else model.num_real
     frames = length // subsample
     return replace(model, name=name, num_real=real, num_fake=count, frames=frames, subsample=subsample)
@@ -78,29 +78,29 @@ class SideRules:
     """Selection and preprocessing of the items of one side, built by `Protocol.side`."""
 
     unit: str  # clip or frame
-    count: int | None  # maximum of items; None takes all
-    frames: int  # of a clip; videos shorter than frames x stride are left out
+    count: int | None  # maximum number of items; None: all
+    frames: int  # per clip; videos shorter than frames x stride are left out
     stride: int
-    offset: str  # "start", or "uniform": drawn from 0 to (length of the video) - frames x stride + stride - 1
-    selection: str  # "first" in the order of the names, or "random"
+    offset: str  # "start", or "uniform": drawn from 0 to (video length) - frames x stride + stride - 1
+    selection: str  # "first" by name, or "random"
     crop: str  # a key of `pixels.CROPS`
-    resolution: int | None  # None leaves the frames as they are
+    resolution: int | None  # None: frames keep their size
     storage: str  # lossy storage before the detector: a key of `pixels.STORAGE`
     seed: int | None  # of offsets and selection; None if neither is random
 
     @property
     def whole(self) -> SideRules:
-        """The rules that take all items, independent of seed and count."""
+        """The same rules for all items, independent of seed and count."""
         return replace(self, count=ALL, selection="first", seed=None)
 
     def allows(self, windows: Sequence[Any]) -> bool:
-        """Returns whether these windows (`sources.Window`) have at most `count` items."""
+        """Returns whether `windows` (of `sources.Window`) have at most `count` items."""
         items = len(windows) if self.unit == "clip" else sum(window.frames for window in windows)
         return self.count is ALL or items <= self.count
 
     @property
     def span(self) -> int:
-        """Frames of the shortest usable video."""
+        """Length of the shortest usable video, in frames."""
         return self.frames * self.stride
 
 
@@ -110,7 +110,7 @@ class Protocol:
 
     name: str
     dataset: str | None = None
-    split: str = "train"  # of the real data, for the report; cannot be checked
+    split: str = "train"  # of the real data; for the report, not checked
     real_stride: int = 1
     fake_stride: int = 1
     real_offset: str = "uniform"
@@ -124,7 +124,7 @@ class Protocol:
     changed: tuple[str, ...] = ()  # settings that differ from the named protocol
 
     def side(self, side: str, metric: Metric, seed: int) -> SideRules:
-        """Returns the rules of the "real" or "fake" side for a metric. Strides multiply; single frames have none."""
+        """Returns the rules of the "real" or "fake" side for a metric. Strides multiply; frame metrics use stride 1."""
         count = getattr(metric, f"num_{side}")
         stride, offset = getattr(self, f"{side}_stride") * metric.subsample, getattr(self, f"{side}_offset")
         if metric.unit == "frame":
@@ -144,7 +144,7 @@ class Protocol:
         )
 
 
-# The code of Latte takes real frames every third (Taichi: sixth), and fakes as they are.
+# The official code takes every third real frame (Taichi: every sixth), and every fake frame.
 LATTE = Protocol("latte", real_stride=3, selection="random", crop="center_crop_then_resize")
 PUBLISHED = {"real_storage": "jpeg75", "fake_storage": "mp4 quality 9, jpeg75"}
 PROTOCOLS = {
@@ -152,7 +152,7 @@ PROTOCOLS = {
     "latte": LATTE,
     "latte-published": replace(LATTE, name="latte-published", **PUBLISHED),  # type: ignore[arg-type]
 }
-# Real stride of Latte's protocols, by data set; all are scored at 256 x 256 on the training split.
+# Real stride of the Latte protocols, by data set; all use 256 x 256 pixels and the training split.
 LATTE_STRIDES = {"ffs": 3, "sky": 3, "ucf101": 3, "taichi": 6}
 PRESET_RESOLUTION = 256
 
@@ -174,6 +174,6 @@ def build_protocol(name: str, dataset: str | None = None, **settings: Any) -> Pr
     for key in ("real_stride", "fake_stride", "resolution"):
         if given.get(key, 1) < 1:
             raise ValueError(f"--{key} is {given[key]}, but must be at least 1")
-    named = ("real_stride", "fake_stride", "selection", "divisor")  # other settings are the caller's choice
+    named = ("real_stride", "fake_stride", "selection", "divisor")  # changing other settings needs no warning
     changed = tuple(f"{key}={given[key]}" for key in named if key in given and given[key] != getattr(protocol, key))
     return replace(protocol, changed=changed, **given)

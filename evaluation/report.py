@@ -1,4 +1,4 @@
-"""Lists warnings about a value, and formats the result of an evaluation as a table of 80 columns."""
+"""Lists warnings about metric values, and formats evaluation results as an 80-column table."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .sources import Source
 
 ROOT = Path(__file__).resolve().parents[1]
 WRAP: dict[str, Any] = {"width": 80, "break_long_words": False, "break_on_hyphens": False}
-NAMED = 5  # dropped clips in the table; the file lists all
-ENOUGH = 2048  # items below which a Frechet distance has a large bias
+NAMED = 5  # dropped clips named in the table; the result file names all
+ENOUGH = 2048  # items below which the Frechet distance is strongly biased
 
 
 def list_versions() -> dict[str, str | None]:
-    """Returns the versions of the code and of all libraries behind the numbers."""
+    """Returns the versions of the code, Python and the libraries that determine the values."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {"commit": git.stdout.strip() or None, "python": platform.python_version(), **list_library_versions()}
 
 
 def list_library_versions() -> dict[str, str]:
-    """Returns the versions of the libraries that may change the last bits of features."""
+    """Returns the versions of the libraries that may affect the last bits of features."""
     import av  # slow to import
 
     modules = {"torch": torch, "numpy": numpy, "av": av, "pillow": PIL}
@@ -50,45 +50,45 @@ def list_warnings(
     sources: Mapping[str, Source],
     counts: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[str]:
-    """Yields reservations about a value, a sentence each. `counts`: of the clips, by side, as in the result file."""
+    """Yields warnings about a value, one sentence each. `counts`: clip counts by side, as in the result file."""
     fake = sources["fake"]
     used = {side: each["used"] for side, each in counts.items()}
     asked = {side: getattr(metric, f"num_{side}") for side in counts if side == "fake" or metric.unit == "clip"}
     few = [f"{used[side]} {side}" for side, most in asked.items() if used[side] < most]
     if few:
-        yield f"{' and '.join(few)} {metric.unit}s were used; {asked['fake']} are asked for"
+        yield f"{' and '.join(few)} {metric.unit}s were used; {asked['fake']} are requested"
     if metric.kind == "frechet" and min(used.values()) < ENOUGH:
-        yield f"fewer than {ENOUGH} {metric.unit}s: their number alone raises the value; compare at equal counts only"
+        yield f"fewer than {ENOUGH} {metric.unit}s: the small number raises the value; compare only at equal counts"
     if metric.unit == "clip" and len(set(used.values())) > 1:
-        yield f"{used['real']} real against {used['fake']} fake clips: give both sides as many"
+        yield f"{used['real']} real against {used['fake']} fake clips: give both sides equally many"
     for side, each in counts.items():
         if each["unreadable"] or each["too_short"]:
             dropped = f"{each['unreadable']} unreadable, {each['too_short']} too short"
             yield f"{side} clips were left out: {dropped}; the result file names them"
         if each["cut_off"]:
-            yield f"{each['cut_off']} {side} files are cut off or damaged, and were used as far as they go"
+            yield f"{each['cut_off']} {side} files are cut off or damaged; their readable part was used"
     if "real" in counts:
         root = sources["real"].root
         if Path(root).resolve() == Path(fake.root).resolve():
-            yield f"real and fake clips are the same, '{fake.root}': the value judges no sample"
+            yield f"real and fake clips are the same, '{fake.root}': the value says nothing about samples"
         words = {word.lower() for word in PurePath(root).parts}
         if protocol.split == "train" and words & {"test", "val", "valid", "validation"}:
-            yield f"'{root}' does not look like the training split that is stated: see --split"
+            yield f"'{root}' does not look like the training split: see --split"
     lossy = any(PurePath(clip.name).suffix.lower() in VIDEO_SUFFIXES for clip in fake.clips)
     if lossy and protocol.fake_storage == "as read":
-        yield "the fakes are video files, whose losses count against them: score the lossless arrays"
+        yield "the fakes are video files, whose compression worsens the value: evaluate the lossless arrays"
     if detector.spec.stand_in:
-        yield f"{detector.name} is a stand-in: the value compares with no published one"
+        yield f"{detector.name} is a stand-in: the value is not comparable with published ones"
     elif detector.spec.sha256 and detector.sha256 != detector.spec.sha256:
-        yield f"the detector is not the known {detector.spec.file}: its SHA-256 is another one"
+        yield f"the detector is not the known {detector.spec.file}: its SHA-256 differs"
     if metric.kind == "frechet" and min(used.values()) <= detector.dims:
-        yield f"{min(used.values())} items for {detector.dims} features: the covariance is not of full rank"
+        yield f"{min(used.values())} items for {detector.dims} features: the covariance does not have full rank"
     if protocol.changed:
-        yield f"not the protocol {protocol.name} as it is known: {', '.join(protocol.changed)}"
+        yield f"not the standard protocol {protocol.name}: {', '.join(protocol.changed)}"
 
 
 def group_warnings(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns every warning once, with the names of its metrics."""
+    """Maps every distinct warning to the names of its metrics."""
     about: dict[str, list[str]] = {}
     for name, entry in metrics.items():
         for warning in entry["warnings"]:
@@ -100,7 +100,7 @@ def group_warnings(metrics: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """Formats the result for the terminal."""
+    """Formats an evaluation result for the terminal."""
     metrics, detectors = result["metrics"], result["detectors"].items()
     files = [f"{name}: {printable(each['path'])}\n  sha256 {each['sha256']}" for name, each in detectors]
     warnings = [
@@ -143,7 +143,7 @@ def _values(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _number(value: float | None) -> str:
-    """Formats four or five digits; "-" for None; rounding errors as 0."""
+    """Formats with four or five digits; "-" for None; rounding errors as 0."""
     if value is None:
         return "-"
     value = value if abs(value) > 1e-9 else 0.0
@@ -167,7 +167,7 @@ def _dropped(metrics: Mapping[str, Any]) -> Iterator[str]:
     for clip, reason in list(names.items())[:NAMED]:
         yield _wrap(f"left out: {clip}: {reason}")
     if len(names) > NAMED:
-        yield f"left out: and {len(names) - NAMED} more, named in the result file"
+        yield f"left out: {len(names) - NAMED} more, named in the result file"
 
 
 def _wrap(text: str, first: str = "", indent: str = "  ") -> str:

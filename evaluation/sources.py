@@ -1,6 +1,6 @@
-"""Clips of an evaluation and their selection, from a folder of videos, of folders of frames, or of arrays.
+"""Finds, selects and reads clips for evaluation, from a folder of videos, frame folders or arrays.
 
-Letters: T frames of a window, H W height and width in pixels, L frames of a video.
+Letters: T frames per window, H W height and width in pixels.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .pixels import STORAGE, fit
 from .protocols import SideRules
 
 PURPOSES = {"offset": 1, "selection": 2, "shuffle": 3, "halves": 4, "sample": 5}
-TASK_FRAMES = 32  # frames read at a time if frames are the items
-NOTES = ("short", "unreadable", "cut_off")  # problems of clips; those cut off are used as far as they can be read
+TASK_FRAMES = 32  # frames read at a time if the unit is "frame"
+NOTES = ("short", "unreadable", "cut_off")  # problems of clips; the readable part of those cut off is used
 
 
 class TooShort(VideoError):
-    """A video with fewer frames than a clip needs."""
+    """The video has fewer frames than a clip needs."""
 
 
 class Window(NamedTuple):
-    """Frames of a clip: `clip` is an index in the source; `frames` of them, `stride` apart, from `offset`."""
+    """Frames of source clip number `clip`: `frames` of them, `stride` apart, from `offset`."""
 
     clip: int
     offset: int
@@ -46,7 +46,7 @@ class Window(NamedTuple):
         return range(self.offset, self.offset + self.frames * self.stride, self.stride)
 
 
-Request = tuple[int, Window | None]  # a clip and its window; None: drawn once the length is known
+Request = tuple[int, Window | None]  # a clip and its window; None: chosen once the length is known
 Task = Sequence[Request]  # read and passed to the detector together
 
 
@@ -58,13 +58,13 @@ class Reading:
     window: Window | None = None
     frames: Tensor | None = None  # (T, 3, H, W)
     size: tuple[int, int] | None = None  # (H, W)
-    note: str | None = None  # kind of a problem of the clip, one of NOTES
-    reason: str = ""  # the problem in words
+    note: str | None = None  # problem of the clip, one of NOTES
+    reason: str = ""  # description of the problem
 
 
 @dataclass(frozen=True)
 class Source:
-    """The clips of one side, in the order of their names, folder by folder; `skipped` counts other files by reason."""
+    """The clips of one side, sorted by folder and name; `skipped` counts other files by reason."""
 
     root: str
     clips: list[Clip]
@@ -74,7 +74,7 @@ class Source:
     def find(cls, path: str, key: str) -> Source:
         """Finds the clips in the folder `path`; `key` names it in errors. Raises: FileNotFoundError, ValueError.
 
-        If there are arrays, they are the samples, and videos are taken for previews of them.
+        If there are arrays, only they are used, and videos are assumed to be previews of them.
         """
         root = find_root(path, key)
         for kinds in ((ARRAYS,), (VIDEOS, FRAMES)):
@@ -87,26 +87,26 @@ class Source:
         raise ValueError(f"{key}: '{path}' holds no video, no folder of frames and no sample array (found: {seen})")
 
     def order(self, rules: SideRules) -> list[int]:
-        """Returns the indices of all clips in the order of their use: by name, unless some are drawn."""
+        """Returns the indices of all clips in order of use: by name, or random if `rules` draw a subset."""
         if rules.selection == "first" or rules.count is None or rules.count >= len(self.clips):
             return list(range(len(self.clips)))
         return draw(rules.seed, "selection").permutation(len(self.clips)).tolist()
 
     def explain_unusable(self, problems: Mapping[str, str]) -> ValueError:
-        """Returns the error for a source without a usable clip; `problems`: by name."""
+        """Returns the error for a source without usable clips; `problems` maps clip names to problems."""
         some = "; ".join(f"{name}: {problem}" for name, problem in islice(problems.items(), 3))
         return ValueError(f"none of the {len(self.clips)} clips in '{self.root}' can be used: {some}")
 
 
 def draw(seed: int | None, purpose: str, name: str = "") -> np.random.Generator:
-    """Returns a random generator for a purpose and clip, independent of all other draws."""
+    """Returns a random generator for a purpose and clip, independent of all others."""
     words = np.frombuffer(hashlib.sha256(name.encode(errors="surrogateescape")).digest(), np.uint32)
     entropy = [(seed or 0) % 2**64, PURPOSES[purpose], *words.tolist()]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 def shuffle_frames(frames: Tensor, clip: Clip) -> Tensor:
-    """Returns the frames (T, ...) in a random order, fixed for this clip."""
+    """Returns the frames (T, ...) in a random order that is fixed per clip."""
     order = draw(0, "shuffle", clip.name).permutation(len(frames))
     return frames[torch.from_numpy(order)]
 
@@ -115,7 +115,7 @@ def shuffle_frames(frames: Tensor, clip: Clip) -> Tensor:
 
 
 def read_task(source: Source, rules: SideRules, task: Task) -> list[Reading]:
-    """Reads and preprocesses the frames of a task; each clip is opened once. Its problems are noted, not raised."""
+    """Reads and preprocesses the frames of a task; opens each clip once. Notes problems of clips instead of raising."""
     readings: list[Reading] = []
     for place, requests in groupby(task, key=lambda request: request[0]):
         windows = [window for _, window in requests]
@@ -141,15 +141,15 @@ def choose_window(rules: SideRules, clip: Clip, place: int, length: int) -> Wind
         raise TooShort(clip.path, f"has {length} frames, a clip needs {rules.span}")
     offset = 0
     if rules.offset == "uniform":
-        last = length - rules.span + rules.stride - 1  # where the clip ends with the last frame of the video
+        last = length - rules.span + rules.stride - 1  # offset of a clip that ends with the video's last frame
         offset = int(draw(rules.seed, "offset", clip.name).integers(last + 1))
     return Window(place, offset, rules.stride, rules.frames)
 
 
 def read_frames(reader: Reader, clip: Clip, indices: list[int]) -> Tensor:
-    """Reads the frames. Raises VideoError if damaged parts make them unreliable."""
+    """Reads frames. Raises VideoError if they are missing, or damage makes them unreliable."""
     if max(indices) >= len(reader):
-        raise VideoError(clip.path, f"has {len(reader)} frames, but frame {max(indices)} is asked for")
+        raise VideoError(clip.path, f"has {len(reader)} frames, but frame {max(indices)} is requested")
     frames = reader.read(indices)
     if reader.damage:
         raise VideoError(clip.path, reader.damage)
@@ -157,7 +157,7 @@ def read_frames(reader: Reader, clip: Clip, indices: list[int]) -> Tensor:
 
 
 def read_length(clip: Clip) -> tuple[int, str | None]:
-    """Returns (number of frames, None), or (0, the reason that the clip cannot be read)."""
+    """Returns (number of frames, None), or (0, reason) if the clip cannot be read."""
     try:
         return len(open_video(clip.path)), None
     except VideoError as error:
@@ -165,7 +165,7 @@ def read_length(clip: Clip) -> tuple[int, str | None]:
 
 
 def find_first_size(source: Source, rules: SideRules) -> tuple[int, int]:
-    """Returns (H, W) of the first usable clip after preprocessing. Raises ValueError if there is none."""
+    """Returns (H, W) after preprocessing of the first usable clip. Raises ValueError if there is none."""
     problems: dict[str, str] = {}
     for place in source.order(rules):
         (reading,) = read_task(source, rules, [(place, None)])
@@ -179,10 +179,10 @@ def find_first_size(source: Source, rules: SideRules) -> tuple[int, int]:
 
 
 def select_frame_windows(lengths: Sequence[int], rules: SideRules) -> list[Window]:
-    """Selects single frames: all, the first or a random set of `rules.count`, as runs of at most TASK_FRAMES."""
+    """Selects single frames: all, or the first or random `rules.count`; returns runs of at most TASK_FRAMES."""
     total = sum(lengths)
     count = total if rules.count is None else min(rules.count, total)
-    numbers = np.arange(count)  # over all clips
+    numbers = np.arange(count)  # over the frames of all clips
     if rules.selection == "random" and count < total:
         numbers = np.sort(draw(rules.seed, "selection").choice(total, count, replace=False))
     ends = np.cumsum(lengths)
@@ -196,7 +196,7 @@ def select_frame_windows(lengths: Sequence[int], rules: SideRules) -> list[Windo
 
 
 def group_frames(windows: Iterable[Window]) -> list[list[Request]]:
-    """Groups consecutive windows of one clip to tasks of up to TASK_FRAMES frames."""
+    """Groups consecutive windows of a clip into tasks of up to TASK_FRAMES frames."""
     tasks: list[list[Request]] = []
     clip, held = -1, 0
     for window in windows:
@@ -209,7 +209,7 @@ def group_frames(windows: Iterable[Window]) -> list[list[Request]]:
 
 
 def digest_content(clip: Clip, windows: Iterable[Window] | None) -> str:
-    """Returns the SHA-256 of the file, or of the frame files, behind these windows (None: behind all frames)."""
+    """Returns the SHA-256 of the file or frame files that `windows` (None: all frames) read."""
     files = [Path(clip.path)]
     if clip.num_frames is not None:
         files = list_frames(files[0])

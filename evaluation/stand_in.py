@@ -1,4 +1,4 @@
-"""A stand-in for detectors that are not available: torchvision's MobileNetV2, on frames and on clips.
+"""A stand-in for detectors that are not available: torchvision's MobileNetV2, on frames or clips.
 
 It ranks sets of videos plausibly, but its values are not comparable with published ones.
 """
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-LAST_BLOCK = 18  # layers up to the last bottleneck, of 320 channels; one more makes them 1280
-KEY = "features.0.0.weight"  # identifies its weights
+LAST_BLOCK = 18  # layers up to the last bottleneck (320 channels); the next has 1280
+KEY = "features.0.0.weight"  # identifies MobileNetV2 weights
 
 
 class StandIn(nn.Module):
-    """MobileNetV2 as a detector. Raises: ValueError: the weights are not MobileNetV2's.
+    """MobileNetV2 as a detector. Raises: ValueError if the weights are not MobileNetV2's.
 
     Args:
         kind: "frame": the 1280 pooled features of a frame; "clip": the mean over time of the 320 pooled features
-            of the last bottleneck, and their mean absolute change from frame to frame, which depends on the order of
-            the frames; "probabilities": the 1000 ImageNet classes of a frame.
-        weights: torchvision's state dict; one converted from int8 (batch norms folded) gets plain ReLUs, as in
-            quantised networks. `path` names it in errors.
+            of the last bottleneck, and their mean absolute change between frames, which depends on frame order;
+            "probabilities": the 1000 ImageNet classes of a frame.
+        weights: torchvision's state dict; if converted from int8 (batch norms folded), the network gets plain ReLUs,
+            as quantised networks have. `path` names it in errors.
     """
 
     def __init__(self, kind: str, weights: Mapping[str, Tensor], path: Path) -> None:
@@ -56,12 +56,12 @@ class StandIn(nn.Module):
         return self.network.features(frames).mean((2, 3))
 
     def _clip(self, frames: Tensor) -> Tensor:
-        """Maps (T, 3, H, W) to (640,), one clip at a time, independent of the batch."""
+        """Maps one clip (T, 3, H, W) to (640,)."""
         features = self.network.features[:LAST_BLOCK](self._normalized(frames)).mean((2, 3))
         return torch.cat([features.mean(0), features.diff(dim=0).abs().mean(0)])
 
     def _normalized(self, frames: Tensor) -> Tensor:
-        """Resizes and normalises uint8 (T, 3, H, W) to (T, 3, 224, 224), ignoring the aspect ratio."""
+        """Resizes uint8 (T, 3, H, W) to (T, 3, 224, 224), ignoring aspect ratio, and normalises it."""
         resized = F.interpolate(frames.float() / 255, (SIZE, SIZE), mode="bilinear", antialias=True)
         mean, std = (resized.new_tensor(each).view(3, 1, 1) for each in (MEAN, STD))
         return (resized - mean) / std

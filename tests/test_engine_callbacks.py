@@ -390,7 +390,7 @@ def test_the_metric_is_that_of_the_checkpoint(tiny: list[str], tmp_path: Path, d
 
 
 REFUSED = {
-    "detector": (["monitor.metric_detector=inception_is"], r"monitor\.metric_detector=inception_is is none of i3d, "),
+    "detector": (["monitor.metric_detector=inception_is"], r"metric_detector=inception_is is not one of i3d, "),
     "file": (["monitor.metric_detector_path=/nowhere.pt"], r"/nowhere\.pt"),
     "hash": (["monitor.metric_detector_sha256=beef"], "but beef is expected"),
     "network": (["monitor.metric_detector=i3d"], "inception.pt"),

@@ -151,7 +151,7 @@ def test_frame_metrics_see_all_real_frames_and_the_first_fakes(
         assert score["value"] == pytest.approx(inception_score(classes[:used])[0], rel=1e-9)
         assert score["counts"]["fake"]["used"] == used
         said = " | ".join(score["warnings"])
-        assert ("320 fake frames were used; 50000 are asked for" in said) == (name == "is50k")
+        assert ("320 fake frames were used; 50000 are requested" in said) == (name == "is50k")
     assert "shuffled" not in entry  # frames by themselves have no order
     assert set(entry["by_frame"]) <= {str(place) for place in range(16)}
 
@@ -160,8 +160,8 @@ def test_equal_sets_are_at_zero_below_floor_and_shuffled(sets: tuple[Path, Path]
     entry = run(sets[1], sets[1] / ".." / "fake", detectors, "fvd2048_16f")["metrics"]["fvd2048_16f"]
     assert abs(entry["value"]) < 1e-6 * entry["floor"] and entry["shuffled"] > 0 and entry["floor_counts"] == [10, 10]
     said = " | ".join(entry["warnings"])
-    assert "real and fake clips are the same, '" in said and "the value judges no sample" in said
-    assert "not the known i3d_torchscript.pt: its SHA-256 is another one" in said
+    assert "real and fake clips are the same, '" in said and "the value says nothing about samples" in said
+    assert "not the known i3d_torchscript.pt: its SHA-256 differs" in said
 
 
 def test_length_reports_see_the_first_frames(tmp_path: Path, detectors: Path) -> None:
@@ -201,8 +201,8 @@ def test_all_clips_once_and_unequal_counts_are_warned_of(tmp_path: Path, detecto
     for metric, entry in found.items():
         assert [entry["counts"][side]["used"] for side in ("real", "fake")] == [9, 7]
         said = " | ".join(entry["warnings"])
-        assert "9 real and 7 fake clips were used; 2048 are asked for" in said and "9 real against 7 fake" in said
-        for part in ("fewer than 2048 clips: their number alone raises the value", "7 items for 400 features"):
+        assert "9 real and 7 fake clips were used; 2048 are requested" in said and "9 real against 7 fake" in said
+        for part in ("fewer than 2048 clips: the small number raises the value", "7 items for 400 features"):
             assert (part in said) == (metric == "fvd2048_16f")  # KVD has no such bias
         assert "are the same" not in said
     two = [arrays(tmp_path / f"two{seed}", range(seed, seed + 2)) for seed in (0, 50)]
@@ -505,7 +505,7 @@ WRONG = [  # flags, sentence
     (["--gpus", "4"], "--gpus 4: start as many processes instead, with torchrun --nproc_per_node=4"),
     (["--num_runs", "2", "--seeds", "0,1"], "give one of them"),
     (["--detector", "i4d=x.pt"], "there is no detector 'i4d'"),
-    (["--detector", "i3d=gone.pt"], "there is no detector file gone.pt; nothing is fetched"),
+    (["--detector", "i3d=gone.pt"], "there is no detector file gone.pt; nothing is downloaded"),
     (["--detector", "I3D@" + "0" * 64], "is not opened: its SHA-256 is [0-9a-f]{64}, but 0000"),
     (["--manifest", "gone.json"], "--manifest: there is no file 'gone.json'"),
     (["--manifest", "I3D"], "is not a manifest that this tool wrote"),

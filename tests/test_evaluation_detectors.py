@@ -194,7 +194,7 @@ def test_a_file_that_is_no_detector_is_one_sentence(stubs: dict[str, Path], tmp_
         with pytest.raises(ValueError, match=rf"text\.pt is not {needed} for a stand-in: get one from .*") as error:
             DetectorFile.read(tmp_path / "text.pt", spec=spec)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"text\.pt is no TorchScript file, or not whole; .*: get it from https"):
+    with pytest.raises(ValueError, match=r"text\.pt is not a TorchScript file, or not whole; .*: get it from https"):
         load_detector("i3d", tmp_path / "text.pt")
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt is none of the detectors i3d, .*: it holds other weights"):

@@ -76,7 +76,7 @@ def test_other_numbers_and_wrong_names() -> None:
     for name, reason in (
         ("fid50k", "did you mean 'fid50k_full'"),
         ("fvd2048", "'fvd2048' is unknown"),
-        ("fvd64_16f_subsample3f", "16 frames cannot be taken every 3th: not divisible"),
+        ("fvd64_16f_subsample3f", "16 frames are not divisible by the stride 3"),
         ("fvd1_16f", "at least 2 items"),
         ("fvd64_0f", "at least 1 frame"),
     ):
@@ -132,5 +132,5 @@ def test_published_storage_is_that_of_the_official_files(tmp_path: Path) -> None
 
 
 def test_sizes_that_the_official_files_would_stretch_are_refused() -> None:
-    with pytest.raises(ValueError, match="frames of 60x40 cannot go through the official mp4"):
+    with pytest.raises(ValueError, match="frames of 60x40 cannot be stored as the official mp4"):
         through_mp4(picture(40, 60))

@@ -154,7 +154,7 @@ def test_the_frames_are_those_of_the_window(tmp_path: Path) -> None:
     assert levels(readings[0].frames) == list(range(5, 101, 6))
     assert levels(readings[1].frames) == [0, 1, 2]
     beyond = read_task(source, rules(), [(0, Window(0, 90, 1, 16))])
-    assert beyond[0].reason == "has 100 frames, but frame 105 is asked for"
+    assert beyond[0].reason == "has 100 frames, but frame 105 is requested"
 
 
 def test_shuffled_frames_are_the_same_frames_in_another_order() -> None:
