@@ -19,8 +19,8 @@ def build_diffusion(
     """Returns the process that `config` describes.
 
     Args:
-        learn_sigma: whether the network's output has 2C channels (`model.learn_sigma`); of a flow it has C.
-        respacing: steps to keep for sampling: "" for all, "250", "10,15,20", "ddim50"; for a flow only a number.
+        learn_sigma: whether the network outputs 2C channels (`model.learn_sigma`); for a flow always C.
+        respacing: steps to keep for sampling: "" for all, "250", "10,15,20", "ddim50"; for a flow, a number.
             Raises ValueError if it is invalid.
     """
     if config.prediction == "flow":

@@ -1,9 +1,9 @@
-"""Given frames: clips of which some frames are known (image to video, continuation, interpolation).
+"""Given frames: training and sampling with some frames known (image to video, continuation, interpolation).
 
-A given frame stays clean and has its own timestep 0; the network sees it together with the noisy frames and predicts
-these. Nothing is added to the network.
+A given frame stays clean and has timestep 0; the network sees it next to the noisy frames and predicts only those.
+The network itself is unchanged.
 
-Letters: B clips, F frames, C channels, H W; a unit is a frame, or with tubelets a tubelet.
+Letters: B clips, F frames, C channels, H W; a unit is one frame, or one tubelet if there are tubelets.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ LIMITS = {"frames": one_of(("none", "prefix", "random")), "probability": within(
 
 @dataclass(frozen=True)
 class ConditionConfig:
-    """The `condition` section: the frames of a clip that are given in training."""
+    """The `condition` section: which frames of a clip are given in training."""
 
     frames: str = "none"  # none | prefix (first k) | random (the first k in half of the clips, any k in the others)
-    probability: float = 0.5  # of a clip to have given frames; the others have none
-    max_frames: int = 1  # k is uniform in 1 to max_frames
+    probability: float = 0.5  # that a clip has given frames
+    max_frames: int = 1  # k is drawn uniformly from 1 to max_frames
 
     def __post_init__(self) -> None:
         check_limits(self, "condition.", LIMITS)
         check_read_only_with(self, "condition.", {"probability": "frames", "max_frames": "frames"})
 
     def check_clip(self, num_frames: int, span: int) -> None:
-        """Raises ValueError unless clips of `num_frames`, in units of `span`, keep frames that are not given."""
+        """Raises ValueError unless clips of `num_frames`, in units of `span`, always keep unknown frames."""
         none = self.frames == "none"
         require(
             none or self.max_frames % span == 0,
@@ -46,11 +46,11 @@ class ConditionConfig:
         )
         require(
             none or self.max_frames <= num_frames - span,
-            f"condition.max_frames={self.max_frames} leaves nothing to learn of data.num_frames={num_frames}.",
+            f"condition.max_frames={self.max_frames} leaves no frame to predict with data.num_frames={num_frames}.",
         )
 
     def num_uniforms(self, num_frames: int, span: int) -> int:
-        """Returns the number of random numbers that `draw` needs for a clip; 0 if no frames are given."""
+        """Returns how many random numbers `draw` needs per clip; 0 if no frames are given."""
         return 0 if self.frames == "none" else 3 + num_frames // span
 
     def draw(self, uniform: Tensor, span: int) -> Tensor:
@@ -58,14 +58,14 @@ class ConditionConfig:
         most = self.max_frames // span
         count = 1 + (uniform[:, 1] * most).long().clamp(max=most - 1)
         count = torch.where(uniform[:, 0] < self.probability, count, 0)
-        any_order = uniform[:, 3:].argsort(dim=1).argsort(dim=1)  # (B, units), a permutation each
+        any_order = uniform[:, 3:].argsort(dim=1).argsort(dim=1)  # (B, units): a permutation per clip
         in_order = torch.arange(any_order.shape[1], device=uniform.device)
         scattered = (uniform[:, 2:3] < 0.5) & (self.frames == "random")
         order = torch.where(scattered, any_order, in_order)
         return (order < count[:, None]).repeat_interleave(span, dim=1)
 
     def check_given(self, places: Collection[int], num_frames: int, span: int) -> None:
-        """Raises ValueError unless a network trained this way can be given the frames at `places` of `num_frames`."""
+        """Raises ValueError unless a network trained this way supports given frames `places` of `num_frames`."""
         given, count = set(places), len(set(places))
         named = ", ".join(map(str, sorted(given)))
         require(
@@ -106,7 +106,7 @@ class Given:
     frames: Tensor
 
     def keep(self, x: Tensor) -> Tensor:
-        """Returns `x` (B, F, C, H, W) with the known frames put in place."""
+        """Returns `x` (B, F, C, H, W) with `latents` in its known frames."""
         return torch.where(self.frames[:, :, None, None, None], self.latents.to(x.dtype), x)
 
     def timesteps(self, timesteps: Tensor) -> Tensor:
@@ -116,16 +116,16 @@ class Given:
 
 
 def condition_denoiser(denoiser: Denoiser, given: Given) -> Denoiser:
-    """Wraps a denoiser that takes timesteps (B, F), so that it sees the known frames clean."""
+    """Wraps a denoiser that takes timesteps (B, F) so that it sees known frames clean."""
     return lambda x, timesteps: denoiser(given.keep(x), given.timesteps(timesteps))
 
 
 def sample_given(
     diffusion: Process | ScheduledDiffusion, denoiser: Denoiser, noise: Tensor, given: Given | None, **options: Any
 ) -> Tensor:
-    """Runs `sample` with known frames, which are returned unchanged; None: no frame is known.
+    """Runs `sample` with known frames, which are returned unchanged; `given` None: none are known.
 
-    The predicted clean values of known frames are replaced by the known ones, which every method then converges to.
+    In every step the known values replace the predicted clean ones, so every method converges to them.
     """
     if given is None:
         return sample(diffusion, denoiser, noise, **options)

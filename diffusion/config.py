@@ -16,7 +16,7 @@ LIMITS = {
     "timestep_density": one_of(("uniform", "linear", "logit_normal")),
     "timestep_shift": POSITIVE,
 }
-# setting -> keys that have no meaning with it: a flow has no betas, no variance and one loss
+# setting -> keys that do not apply with it: a flow has no betas, no variance and one loss
 MEANINGLESS = {
     "prediction=flow": ("schedule", "loss", "fixed_variance", "timestep_sampler"),
     "timestep_sampler=loss_aware": ("timestep_density", "timestep_shift"),
@@ -25,16 +25,16 @@ MEANINGLESS = {
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The `diffusion` section: noising of clips, target of the network, and noise levels of training."""
+    """The `diffusion` section: noising process, prediction target and training noise levels."""
 
-    num_steps: int = 1000  # length of the diffusion process; also the unit of the network's timesteps
+    num_steps: int = 1000  # length of the process, and upper end of the network's timesteps
     schedule: str = "linear"  # linear | cosine
     prediction: str = "epsilon"  # epsilon | x_start | velocity | flow (rectified flow, without learned sigma)
     loss: str = "mse"  # mse (plus the vb term if sigma is learned) | rescaled_mse | kl | rescaled_kl
-    fixed_variance: str = "large"  # large | small; variance of the sampler if sigma is not learned
+    fixed_variance: str = "large"  # large | small: the sampler's variance if sigma is not learned
     timestep_sampler: str = "uniform"  # uniform | loss_aware
     timestep_density: str = "uniform"  # uniform | linear (density 2t) | logit_normal
-    timestep_shift: float = 1.0  # s: t -> s t / (1 + (s - 1) t), after the density; above 1 is noisier
+    timestep_shift: float = 1.0  # s: t -> s t / (1 + (s - 1) t), applied after the density; above 1: noisier
 
     def __post_init__(self) -> None:
         check_limits(self, "diffusion.", LIMITS)

@@ -2,7 +2,7 @@
 
 Letters: B clips, F frames, C channels, H W. Time 0 is data, time 1 is noise: x_t = (1 - t) x_0 + t noise.
 The network takes t * config.num_steps, so that its timestep embedding has the usual range. Timesteps are (B,), or
-(B, F) for a noise level of each frame.
+(B, F) for one noise level per frame.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .timestep_sampler import shift_times
 class RectifiedFlow:
     """Rectified flow, sampled on a grid of `num_timesteps` intervals.
 
-    The grid is uniform in time, then shifted by `config.timestep_shift` as the training times are.
+    Grid times are uniform, then shifted by `config.timestep_shift` like the training times.
 
     Args:
         config: the `diffusion` section; its prediction is "flow".
-        respacing: number of intervals for sampling as text ("25"); "" is `config.num_steps`.
+        respacing: number of sampling intervals, as a string ("25"); "" means `config.num_steps`.
 
     Raises ValueError unless `respacing` is a single number of at most `config.num_steps`.
     """
@@ -38,7 +38,7 @@ class RectifiedFlow:
         self.num_timesteps = len(respace_timesteps(config.num_steps, respacing))
         even = torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64)
         self.times = shift_times(even, config.timestep_shift)  # (T + 1,), ascending from data to noise
-        # on the host, for planning: the network's timestep at step i, which goes from noise level i + 1 to i
+        # plain floats, for planning: the network's timestep in step i, from noise level i + 1 to i
         self.step_times: list[float] = (self.times[1:].float() * config.num_steps).tolist()
         self.noise_levels: list[float] = self.times.tolist()
 
@@ -48,23 +48,23 @@ class RectifiedFlow:
         return self
 
     def time(self, index: Tensor, x: Tensor) -> Tensor:
-        """Returns grid times at `index`, of its shape, in the dtype of `x` and at least float32."""
+        """Returns the grid times at `index`, same shape, in the dtype of `x` but at least float32."""
         return self.times[index].to(torch.promote_types(x.dtype, torch.float32))
 
     def q_sample(self, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """Returns the point of the path at `timesteps` in [0, config.num_steps]."""
+        """Returns x_t on the path, at `timesteps` in [0, config.num_steps]."""
         dtype = torch.promote_types(x_start.dtype, torch.float32)
         time = append_dims(timesteps.to(dtype) / self.config.num_steps, x_start)
         return (1 - time) * x_start + time * noise
 
     def training_losses(self, denoiser: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> LossTerms:
-        """Computes the squared error of the velocity `noise` - `x_start` at `timesteps`."""
+        """Returns the squared error of the velocity at `timesteps`; its target is `noise` - `x_start`."""
         output = denoiser(self.q_sample(x_start, timesteps, noise), timesteps)
         return LossTerms.from_frames(frame_mean((noise - x_start - velocity(output, x_start)) ** 2))
 
 
 def velocity(model_output: Tensor, x: Tensor) -> Tensor:
-    """Returns `model_output` in the dtype of x, at least fp32. Raises ValueError unless it is shaped like x."""
+    """Returns `model_output` in the dtype of x, but at least fp32. Raises ValueError unless it is shaped like x."""
     if model_output.shape != x.shape:
         raise ValueError(
             f"The network's output is {tuple(model_output.shape)}, but a flow needs {tuple(x.shape)}: "

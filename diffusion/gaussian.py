@@ -1,8 +1,8 @@
 """Gaussian diffusion (Ho et al. 2020; Nichol & Dhariwal 2021): noising, prediction, losses.
 
-Letters: B clips, F frames, C channels, H W, T steps of this (perhaps respaced) process.
-x_0 is a clip of latents, x_t the same after step t. `timesteps` are indices of this process in [0, T): (B,), or
-(B, F) for a noise level of each frame.
+Letters: B clips, F frames, C channels, H W, T steps of this (possibly respaced) process.
+x_0 is a clip of latents, x_t the noisy clip after step t. `timesteps` index this process, in [0, T): (B,), or
+(B, F) for one noise level per frame.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PMeanVariance(NamedTuple):
 
 
 def prediction_tables(tables: dict[str, Tensor], prediction: str) -> dict[str, Tensor]:
-    """Returns the coefficients of the network's target; only this function distinguishes the predictions.
+    """Returns the coefficients of the network's target; no other function depends on `prediction`.
 
     target = target_x_start * x_0 + target_noise * noise, and
     x_0 = x_start_input * x_t + x_start_output * target.
@@ -50,14 +50,13 @@ def prediction_tables(tables: dict[str, Tensor], prediction: str) -> dict[str, T
 
 
 class GaussianDiffusion:
-    """A diffusion process of T steps: those of `config`, or the ones that `respacing` keeps.
+    """A diffusion process of T steps: all steps of `config`, or those that `respacing` keeps.
 
-    Tables are float64 tensors that move with `.to(device)`; entries are cast where they are used, to
-    the dtype of the clip and at least float32.
+    Tables are float64 tensors that `.to(device)` moves; entries are cast on use to the clip's dtype, at least float32.
 
     Args:
         config: the `diffusion` section; its prediction is not "flow".
-        learn_sigma: the network's output has 2C channels, of which the second half interpolates the variance.
+        learn_sigma: the network outputs 2C channels; the second half interpolates the variance.
         respacing: see `schedule.respace_timesteps`.
     """
 
@@ -69,8 +68,8 @@ class GaussianDiffusion:
         self.tables = tables | prediction_tables(tables, config.prediction)
         self.timestep_map = torch.tensor(kept)
         self.num_timesteps = len(kept)
-        # on the host, for planning: the network's timestep at step i, and the noise-to-signal ratios before it (at
-        # i + 1) and after it (at i)
+        # plain floats, for planning: the network's timestep in step i; noise-to-signal ratios before it (index i + 1)
+        # and after it (index i)
         self.step_times = [float(timestep) for timestep in kept]
         self.noise_levels = [0.0, *(1 / tables["alphas_cumprod"] - 1).sqrt().tolist()]
 
@@ -104,7 +103,7 @@ class GaussianDiffusion:
     # ---- the network's output --------------------------------------------------------------------
 
     def target(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns the target of the network."""
+        """Returns what the network should predict."""
         start = self.table("target_x_start", timesteps, x_start) * x_start
         return start + self.table("target_noise", timesteps, x_start) * noise
 
@@ -116,7 +115,7 @@ class GaussianDiffusion:
     def split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Splits (B, F, C or 2C, H, W) into prediction (B, F, C, H, W) and variance values of that shape, or None.
 
-        Raises ValueError if the shape of the output does not agree with `learn_sigma`.
+        Raises ValueError if the output's shape contradicts `learn_sigma`.
         """
         batch, frames, channels, *size = x.shape
         expected = (batch, frames, channels * (2 if self.learn_sigma else 1), *size)
@@ -135,7 +134,7 @@ class GaussianDiffusion:
         """Returns p(x_{t-1} | x_t) for the network's output (B, F, C or 2C, H, W) at x_t (B, F, C, H, W).
 
         Args:
-            refine: applied to the predicted clean clip, such as clamping it to [-1, 1].
+            refine: applied to the predicted clean clip, e.g. clamping to [-1, 1].
         """
         prediction, variance_values = self.split_output(model_output, x)
         pred_x_start = self.table("x_start_input", timesteps, x) * x
@@ -145,7 +144,7 @@ class GaussianDiffusion:
         if variance_values is None:
             variance = self.table(f"{self.config.fixed_variance}_variance", timesteps, x)
             log_variance = self.table(f"{self.config.fixed_variance}_log_variance", timesteps, x)
-        else:  # from -1 to 1: the smallest to the largest log variance (Nichol & Dhariwal 2021, eq. 15)
+        else:  # [-1, 1] maps to the smallest to largest log variance (Nichol & Dhariwal 2021, eq. 15)
             share, smallest = (variance_values + 1) / 2, self.table("posterior_log_variance_clipped", timesteps, x)
             log_variance = share * self.table("log_betas", timesteps, x) + (1 - share) * smallest
             variance = log_variance.exp()
@@ -155,7 +154,7 @@ class GaussianDiffusion:
     # ---- losses --------------------------------------------------------------------------------
 
     def variational_bound(self, model_output: Tensor, x_start: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns term t of the variational bound (B, F) in bits per dimension; at t = 0 that of the decoder."""
+        """Returns term t of the variational bound (B, F) in bits per dimension; at t = 0 the decoder term."""
         p = self.p_mean_variance(model_output, x, timesteps)
         q_mean = self.q_posterior_mean(x_start, x, timesteps)
         q_log_variance = self.table("posterior_log_variance_clipped", timesteps, x)
@@ -164,7 +163,7 @@ class GaussianDiffusion:
         return torch.where(append_dims(timesteps == 0, decoder), decoder, divergence) / NATS_PER_BIT
 
     def training_losses(self, denoiser: Denoiser, x_start: Tensor, timesteps: Tensor, noise: Tensor) -> LossTerms:
-        """Computes the loss of clean clips (B, F, C, H, W) at `timesteps`, int64, with unit noise like them."""
+        """Returns the loss of clean clips (B, F, C, H, W) at int64 `timesteps`, with unit noise of the same shape."""
         x = self.q_sample(x_start, timesteps, noise)
         model_output = denoiser(x, self.network_timesteps(timesteps))
         steps = float(self.num_timesteps)

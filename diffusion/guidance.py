@@ -27,15 +27,15 @@ def guide_denoiser(
 
     Args:
         model_fn: (x, timesteps, condition) -> (B, F, C or 2C, H, W), of any batch size.
-        condition: conditions of the batch, with methods `null()` (the batch without them) and `join(other)` (this
-            batch followed by another one).
-        scale: 1 gives the conditional network alone, 0 the unconditional one.
+        condition: conditions of the batch, with methods `null()` (null conditions for the same batch) and
+            `join(other)` (concatenates two batches).
+        scale: 1 gives the conditional output only, 0 the unconditional one.
         channels: C; channels beyond it (a learned variance) are not guided; None: all are guided.
         batched: one call of 2B; False: two calls of B, with half the memory.
-        active: read in each call; False: the conditional network alone (guidance in an interval of noise levels,
+        active: checked in every call; False: no guidance (to guide only in an interval of noise levels,
             Kynkäänniemi et al. 2024).
 
-    Raises ValueError for a scale other than 1 and a condition without a null.
+    Raises ValueError if the scale is not 1 and the condition has no null.
     """
     if scale == 1.0:
         return lambda x, timesteps: model_fn(x, timesteps, condition)
@@ -43,7 +43,6 @@ def guide_denoiser(
     joined = condition.join(null)
 
     def denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns the guided output of the network."""
         if not active():
             return model_fn(x, timesteps, condition)
         if batched:

@@ -1,6 +1,6 @@
-"""Loss terms, and the likelihoods they are made of.
+"""Loss terms and the likelihoods behind them.
 
-Letters: B clips, F frames. Terms are averaged over all other dimensions, in nats unless stated as bits.
+Letters: B clips, F frames. Terms are means over all other dimensions, in nats unless bits are stated.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ MIN_PROBABILITY = 1e-12
 
 @dataclass
 class LossTerms:
-    """Training loss by clip and by frame.
+    """Training loss per clip and per frame.
 
     Attributes:
         loss: (B,) the value to minimise: the mean over frames of the sum of the terms.
         mse: (B, F) squared error of the prediction; None if the loss is the variational bound alone.
-        vb: (B, F) variational bound in bits per dimension, as weighted in the loss; None if it is not part of it.
+        vb: (B, F) variational bound in bits per dimension, with its weight in the loss; None if unused.
     """
 
     loss: Tensor
@@ -37,10 +37,10 @@ class LossTerms:
         return terms
 
     def without(self, given: Tensor) -> LossTerms:
-        """Returns the terms without the `given` frames of the clip, (B, F) bool; images, which follow them, stay.
+        """Returns the terms without the clip's `given` frames, (B, F) bool; images, which follow the clip, stay.
 
-        Given frames become 0, and with k given frames the others have weight F / (F - k). The mean over the F frames
-        is then that over the learned ones, and the weights of clip and images do not change.
+        The k given frames become 0 and the others are scaled by F / (F - k), so the mean over all F frames is the mean
+        over the learned ones, and the relative weight of clip and images does not change.
         """
         learned = ~given
         weight = learned.shape[1] / learned.sum(1, keepdim=True)  # (B, 1)
@@ -59,7 +59,7 @@ class LossTerms:
 
 
 def append_dims(values: Tensor, x: Tensor) -> Tensor:
-    """Reshapes values (B,) of clips or (B, F) of frames to broadcast over `x` (B, F, ...)."""
+    """Reshapes per-clip (B,) or per-frame (B, F) values to broadcast over `x` (B, F, ...)."""
     return values.view(*values.shape, *[1] * (x.ndim - values.ndim))
 
 
@@ -75,7 +75,7 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 
 
 def approx_normal_cdf(x: Tensor) -> Tensor:
-    """Approximates the standard normal distribution function by tanh (Page 1977); error below 4e-4."""
+    """Approximates the standard normal distribution function with tanh (Page 1977); error below 4e-4."""
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 

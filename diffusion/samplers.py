@@ -1,8 +1,8 @@
-"""Samplers: single steps, the methods made of them, and the sampling loop.
+"""Samplers: step functions, the methods built from them, and the sampling loop.
 
-Letters: B clips, F frames, C channels, H W, T steps of the process. Every step function has the form
-`step(process, denoiser, x, timesteps, options) -> Step`, with timesteps (B,), or (B, F) for each frame, in [0, T) on
-the device of x, and never waits for the device.
+Letters: B clips, F frames, C channels, H W, T steps of the process. Every step function has the signature
+`step(process, denoiser, x, timesteps, options) -> Step`; timesteps in [0, T) are (B,), or (B, F) per frame, on the
+device of x. No step waits for the device.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class StepOptions:
     Attributes:
         eta: noise of DDIM, from 0 (none) to 1 (as much as DDPM).
         clip_denoised: clamp the predicted clean clip to [-1, 1].
-        noise_fn: draws unit noise of the shape of its argument.
+        noise_fn: draws unit noise shaped like its argument.
         x_start_fn: applied to the predicted clean clip before it is clamped.
-        given_frames: (B or 1, F) bool, frames whose predictions are not used. Schedulers of diffusers only, which do
-            not show the predicted clean clip.
-        generator: of the noise of diffusers' schedulers, which draw it themselves; a list has one per clip.
+        given_frames: (B or 1, F) bool, frames whose predictions are ignored. Only for diffusers' schedulers, which do
+            not expose the predicted clean clip.
+        generator: for diffusers' schedulers, which draw noise themselves; a list has one per clip.
     """
 
     eta: float = 0.0
@@ -48,7 +48,7 @@ class StepOptions:
     generator: torch.Generator | list[torch.Generator] | None = None
 
     def refine(self, x_start: Tensor) -> Tensor:
-        """Applies `x_start_fn` and the clamping to a predicted clean clip."""
+        """Applies `x_start_fn`, then clamping, to a predicted clean clip."""
         if self.x_start_fn is not None:
             x_start = self.x_start_fn(x_start)
         return x_start.clamp(-1, 1) if self.clip_denoised else x_start
@@ -71,13 +71,13 @@ StepFunction = Callable[..., Step]
 def p_mean_variance(
     diffusion: GaussianDiffusion, denoiser: Denoiser, x: Tensor, timesteps: Tensor, options: StepOptions = DEFAULT
 ) -> PMeanVariance:
-    """Returns p(x_{t-1} | x_t) of the denoiser, with `options.x_start_fn` and clamping applied."""
+    """Returns the denoiser's p(x_{t-1} | x_t), with `options.x_start_fn` and clamping applied."""
     output = denoiser(x, diffusion.network_timesteps(timesteps))
     return diffusion.p_mean_variance(output, x, timesteps, refine=options.refine)
 
 
 def _unless_first(timesteps: Tensor, x: Tensor) -> Tensor:
-    """Returns 1 for timesteps > 0, else 0, since the step to t = -1 adds no noise. Broadcasts over x."""
+    """Returns 1 where timesteps > 0, else 0 (the last step adds no noise), shaped to broadcast over x."""
     return append_dims((timesteps != 0).to(x.dtype), x)
 
 
@@ -119,7 +119,7 @@ def ddim_reverse_step(
 
 
 def _flow_velocity(flow: RectifiedFlow, denoiser: Denoiser, x: Tensor, level: Tensor, options: StepOptions) -> Step:
-    """Returns the velocity at noise level `level` > 0 of the grid, in `.x`, and the clean clip it points to."""
+    """Returns a `Step` whose `x` is the velocity at grid level `level` > 0, and the clean clip it points to."""
     time = flow.time(level, x)
     speed = velocity(denoiser(x, time * flow.config.num_steps), x)
     time = append_dims(time, x)
@@ -140,7 +140,7 @@ def euler_step(
 def heun_step(
     flow: RectifiedFlow, denoiser: Denoiser, x: Tensor, timesteps: Tensor, options: StepOptions = DEFAULT
 ) -> Step:
-    """Takes the step along the mean of the velocities at both ends (two evaluations); timesteps >= 1."""
+    """Takes the same step along the mean velocity of both ends (two evaluations); timesteps >= 1."""
     here = _flow_velocity(flow, denoiser, x, timesteps + 1, options)
     interval = append_dims(flow.time(timesteps, x) - flow.time(timesteps + 1, x), x)
     there = _flow_velocity(flow, denoiser, x + interval * here.x, timesteps, options)
@@ -151,12 +151,11 @@ def heun_step(
 
 
 def begin_multistep(name: str, process: Process) -> StepFunction:
-    """Returns the step function of one walk by multistep solver `name`; each step depends on the previous ones."""
+    """Returns the step function of one sampling run with multistep solver `name`; each step uses earlier ones."""
     is_flow = isinstance(process, RectifiedFlow)
     solver = build_multistep_solver(name, process.noise_levels, flow=is_flow)
 
     def step(process: Any, denoiser: Denoiser, x: Tensor, timesteps: Tensor, options: StepOptions) -> Step:
-        """Takes the next step of the walk."""
         if is_flow:
             x_start = _flow_velocity(process, denoiser, x, timesteps + 1, options).pred_x_start
         else:
@@ -168,15 +167,15 @@ def begin_multistep(name: str, process: Process) -> StepFunction:
 
 
 def scheduler_step(scheduler: Any, denoiser: Denoiser, x: Tensor, time: Tensor, options: StepOptions) -> Step:
-    """Takes the step of a scheduler of `ScheduledDiffusion` at its timestep `time`; some make several of one step."""
+    """Takes one step of a diffusers scheduler at its timestep `time`; some schedulers split a step into several."""
     output = denoiser(scheduler.scale_model_input(x, time), time.expand(len(x)).to(x.device))
     if getattr(scheduler.config, "variance_type", None) not in ("learned", "learned_range"):
         output = output[:, :, : x.shape[2]]
-    if options.given_frames is not None:  # nobody reads their state; zeros keep it small
+    if options.given_frames is not None:  # the results are unused; zeros keep them small
         output = output.masked_fill(options.given_frames[:, :, None, None, None], 0)
     accepted = inspect.signature(scheduler.step).parameters
     extra = {key: getattr(options, key) for key in ("eta", "generator") if key in accepted}
-    # in diffusers' order of dimensions, in which the scheduler draws its noise
+    # (B, C, F, H, W), diffusers' order, in which the scheduler draws its noise
     result = scheduler.step(output.transpose(1, 2), time, x.transpose(1, 2), **extra, return_dict=False)[0]
     return Step(result.transpose(1, 2), result.transpose(1, 2))
 
@@ -185,14 +184,14 @@ def scheduler_step(scheduler: Any, denoiser: Denoiser, x: Tensor, time: Tensor, 
 
 
 class Method(NamedTuple):
-    """A row of METHODS.
+    """A sampling method: a row of METHODS.
 
     Attributes:
-        process: class or classes of process that it supports.
-        begin: returns the step function of one walk.
+        process: supported process class or classes.
+        begin: returns the step function of one sampling run.
         step_at_zero: step function at t = 0, if it differs.
-        evaluations: calls of the denoiser per step; at t = 0 always one.
-        ascending: walks from data to noise.
+        evaluations: denoiser calls per step; always one at t = 0.
+        ascending: goes from data to noise.
     """
 
     process: type | tuple[type, ...]
@@ -202,7 +201,7 @@ class Method(NamedTuple):
     ascending: bool = False
 
     def indices(self, process: Process) -> list[int]:
-        """Returns the timesteps of a walk in order."""
+        """Returns the timesteps in sampling order."""
         return list(range(process.num_timesteps)[:: 1 if self.ascending else -1])
 
 
@@ -211,14 +210,14 @@ METHODS = {
     "ddim": Method(GaussianDiffusion, lambda _: ddim_step),
     "ddim_reverse": Method(GaussianDiffusion, lambda _: ddim_reverse_step, ascending=True),
     "euler": Method(RectifiedFlow, lambda _: euler_step),
-    # ends with Euler, because networks predict worst at time 0, where clips have no noise
+    # the last step is Euler's, since networks predict worst at time 0, on clips without noise
     "heun": Method(RectifiedFlow, lambda _: heun_step, euler_step, evaluations=2),
     **{name: Method((GaussianDiffusion, RectifiedFlow), partial(begin_multistep, name)) for name in MULTISTEP_SOLVERS},
 }
 
 
 def list_evaluations(process: Process, method: str) -> list[float]:
-    """Lists the network's timestep in every call of the denoiser that `sample` will make, in order."""
+    """Returns the network's timestep in each denoiser call that `sample` will make, in order."""
     _check_method(method, process, DEFAULT)
     row = METHODS[method]
     visited = (range(step, max(-1, step - row.evaluations), -1) for step in row.indices(process))
@@ -255,7 +254,7 @@ def sample(
         noise: unit noise; for `ddim_reverse` clean clips, which are turned into noise.
         method: ddpm | ddim | ddim_reverse, or euler | heun for a flow; for both dpm_solver++ |
             sde_dpm_solver++ | unipc; for a `ScheduledDiffusion` the official names (DDIM, EulerDiscrete, ...).
-        callback: called after every step with (steps done, steps in all, x, pred_x_start).
+        callback: called after every step with (steps done, total steps, x, pred_x_start).
         options: fields of `StepOptions` (eta, clip_denoised, noise_fn, x_start_fn, ...).
 
     Raises ValueError if the method does not support the process or an option.

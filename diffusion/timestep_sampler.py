@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import DiffusionConfig
 
-# density name -> inverse distribution function, on [0, 1]
+# density name -> its inverse CDF on [0, 1]
 INVERSE_CDFS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda u: u,
     "linear": torch.sqrt,  # density 2t
@@ -22,21 +22,21 @@ INVERSE_CDFS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def shift_times(time: Tensor, shift: float) -> Tensor:
-    """Shifts times in [0, 1] towards noise (shift above 1) or data (below 1), with fixed ends (Esser 2024, eq. 23)."""
+    """Shifts times in [0, 1] towards noise (shift above 1) or data (below 1); 0 and 1 stay (Esser 2024, eq. 23)."""
     return shift * time / (1 + (shift - 1) * time)
 
 
 class TimestepSampler:
-    """Timesteps of the configured density with equal loss weights. It has no state; subclasses may have one."""
+    """Draws timesteps from the configured density, with equal loss weights. Stateless; subclasses may have state."""
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
         self.num_steps = config.num_steps
 
     def timesteps_from_uniform(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (B,) in [0, 1) to timesteps (B,), and weights (B,) of their losses.
+        """Maps (B,) in [0, 1) to timesteps (B,) and loss weights (B,).
 
-        Timesteps are int64 in [0, T), for a flow floats in [0, T].
+        Timesteps are int64 in [0, T); for a flow, floats in [0, T].
         """
         times = INVERSE_CDFS[self.config.timestep_density](uniform)
         timesteps = shift_times(times, self.config.timestep_shift) * self.num_steps
@@ -56,7 +56,7 @@ class TimestepSampler:
 
 
 class LossAwareTimestepSampler(TimestepSampler):
-    """Timesteps in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, 3.3).
+    """Draws timesteps in proportion to the RMS of their latest losses (Nichol & Dhariwal 2021, 3.3).
 
     Uniform until every timestep has `history` losses. Weights compensate for the density, so the expected loss is
     that of uniform timesteps. In a process group every rank stores the losses of all ranks.
@@ -66,12 +66,12 @@ class LossAwareTimestepSampler(TimestepSampler):
         super().__init__(config)
         self.history = history
         self.uniform_share = uniform_share
-        # one additional row receives losses that a later one of the same batch replaces
+        # the extra last row takes losses that are skipped, or replaced by later ones of the same batch
         self.losses = torch.zeros(self.num_steps + 1, history, dtype=torch.float64)
         self.counts = torch.zeros(self.num_steps, dtype=torch.int64)
 
     def probabilities(self) -> Tensor:
-        """Returns the density of timesteps, (T,) float64 with sum 1."""
+        """Returns the probability of each timestep, (T,) float64 with sum 1."""
         root_mean_square = self.losses[:-1].square().mean(1).sqrt()
         learned = root_mean_square / root_mean_square.sum()
         learned = learned * (1 - self.uniform_share) + self.uniform_share / self.num_steps
@@ -79,7 +79,7 @@ class LossAwareTimestepSampler(TimestepSampler):
         return torch.where((self.counts >= self.history).all(), learned, uniform)
 
     def timesteps_from_uniform(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (B,) in [0, 1) to timesteps (B,), int64, and weights (B,) = 1 / (T p(t))."""
+        """Maps (B,) in [0, 1) to int64 timesteps (B,) and loss weights (B,), 1 / (T p(t))."""
         self._to(uniform.device)
         probabilities = self.probabilities()
         steps = torch.searchsorted(probabilities.cumsum(0), uniform.double(), right=True)
@@ -88,7 +88,7 @@ class LossAwareTimestepSampler(TimestepSampler):
 
     @torch.no_grad()
     def update(self, timesteps: Tensor, losses: Tensor, skip: Tensor | bool = False) -> None:
-        """Records losses (B,) of timesteps (B,) of all ranks (the same B on each) in rank order, unless `skip`."""
+        """Records all ranks' losses (B,) of timesteps (B,) in rank order, unless `skip`; all ranks have the same B."""
         self._to(timesteps.device)
         timesteps, losses = _gather_from_ranks(timesteps), _gather_from_ranks(losses.double())
         same = timesteps[:, None] == timesteps

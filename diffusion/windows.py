@@ -1,4 +1,4 @@
-"""Clips longer than those of training, sampled by overlapping windows of the trained length.
+"""Sampling of clips longer than in training, in overlapping windows of the trained length.
 
 `slide_windows` samples one window after another, each with the last frames of the previous one given; it needs a
 network that was trained with given frames. `fuse_windows` samples all frames at once and averages the windows' outputs
@@ -45,10 +45,10 @@ def slide_windows(
     """Samples clips (B, F, C, H, W) window by window.
 
     Args:
-        sample_window: takes frames (B, window, C, H, W) and a flag for each that is known; returns all of the window.
-        known: (B, F, C, H, W), frames that are known in advance.
-        places: F flags, True for the frames of `known` that are known.
-        overlap: number of frames that a window passes on to the next, 1 to `window` - 1.
+        sample_window: maps frames (B, window, C, H, W) and one flag per frame, True if known, to the sampled window.
+        known: (B, F, C, H, W), holds the frames known in advance.
+        places: F flags, True where `known` holds a known frame.
+        overlap: number of frames passed from each window to the next, 1 to `window` - 1.
     """
     total = known.shape[1]
     starts = window_starts(total, window, overlap, "autoregressive")
@@ -63,7 +63,7 @@ def slide_windows(
 
 
 def fuse_windows(denoiser: Denoiser, window: int, overlap: int) -> Denoiser:
-    """Wraps a denoiser of `window` frames for any number of frames: the weighted mean of the windows over each frame.
+    """Wraps a denoiser of `window` frames for any number of frames: a weighted mean over overlapping windows.
 
     Within an overlap the weights change linearly from one window to the next.
     """

@@ -75,7 +75,7 @@ def test_configurations_without_sense_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             ConditionConfig(**keys)
-    with pytest.raises(ValueError, match="nothing to learn"):
+    with pytest.raises(ValueError, match="no frame to predict"):
         ConditionConfig(frames="prefix", max_frames=16).check_clip(16, 1)
     with pytest.raises(ValueError, match=r"multiple of model\.tubelet_size=2"):
         ConditionConfig(frames="prefix", max_frames=3).check_clip(16, 2)

@@ -155,7 +155,7 @@ def test_wrong_frames_are_one_sentence(overrides: list[str], sentence: str, medi
         ("sample.window=4 sample.overlap=4", "from 1 to sample.window - 1 = 3"),
         ("sample.window=4 sample.window_method=both", "autoregressive, fused"),
         ("sample.first_frame=[a.png] sample.given=[b.mp4]", "set one of them"),
-        ("condition.frames=prefix condition.max_frames=4", "condition.max_frames=4 leaves nothing to learn"),
+        ("condition.frames=prefix condition.max_frames=4", "condition.max_frames=4 leaves no frame to predict"),
     ],
 )
 def test_wrong_keys_are_one_sentence(override: str, sentence: str) -> None:
