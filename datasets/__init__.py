@@ -1,6 +1,6 @@
 """Video data: folders of files -> clips. Not the Hugging Face package of the same name: see docs/datasets.md.
 
-Imports `common` and no other folder of ours. Video libraries are imported when the first file is opened.
+Imports only `common` from this repository. Video libraries are imported when the first file is opened.
 """
 
 from .build import build_catalog, build_dataset, build_held_out

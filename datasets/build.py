@@ -1,4 +1,4 @@
-"""Configuration -> catalog and data set, for training and for held-out clips."""
+"""Builds the catalog and data set of a configuration, for training or held-out clips."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .recipes import CAPTIONED, FRAMES, RECIPES, SPLIT_FOLDERS, VIDEOS
 
 
 def build_dataset(config: DataConfig, *, seed: int, held_out: bool = False) -> ClipDataset:
-    """Returns the data set of a configuration: the clips that `data.val_share` holds out, or the others.
+    """Returns the data set of a configuration: the training clips, or those that `data.val_share` holds out.
 
-    With `data.latents` frames come from that cache, which must have been made from this data; it lists its clips, so
-    `data.path` may be empty. Raises: ValueError, FileNotFoundError where the folder or cache is unusable.
+    With `data.latents`, frames come from that cache, which must have been made from this data; it lists its clips, so
+    `data.path` may be empty. Raises: ValueError, FileNotFoundError if the folder or cache is unusable.
     """
     if config.latents is None:
         check_installed(config.reader)
@@ -44,12 +44,12 @@ def build_dataset(config: DataConfig, *, seed: int, held_out: bool = False) -> C
 def build_held_out(config: DataConfig, clips: ClipDataset, *, seed: int) -> ClipDataset:
     """Returns the held-out data set: `data.val_path`, or the clips of `data.path` selected by `data.val_share`.
 
-    Labels are numbered as in `clips`; nothing is mirrored; the images of joint training are frames of these videos.
-    Raises: ValueError, FileNotFoundError where the folder is unusable or nothing is held out.
+    Labels are numbered as in `clips`; nothing is mirrored; joint-training images are frames of these videos.
+    Raises: ValueError, FileNotFoundError if the folder is unusable or nothing is held out.
     """
     shared = config.val_path is None
     fixed = replace(config, val_path=None, frame_list=None, horizontal_flip=False, max_clips=None)
-    if config.val_path is not None:  # a folder of its own has a list of its own
+    if config.val_path is not None:  # a separate folder has its own list
         fixed = replace(fixed, path=config.val_path, captions=None)
     try:
         found = build_dataset(fixed, seed=seed, held_out=shared)
@@ -63,9 +63,9 @@ def build_held_out(config: DataConfig, clips: ClipDataset, *, seed: int) -> Clip
 
 
 def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
-    """Returns the catalog of `config.path`: of the clips that `data.val_share` holds out, or of the others.
+    """Returns the catalog of `config.path`: the training clips, or those that `data.val_share` holds out.
 
-    Raises: FileNotFoundError, ValueError where there is no such folder, no clips, or a clip without a required class.
+    Raises: FileNotFoundError, ValueError if there is no such folder, no clips, or a clip lacks a required class.
     """
     require(bool(config.path), "data.path is empty: set the folder of the data set")
     root = find_root(config.path, "data.path")
@@ -76,7 +76,7 @@ def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
         len({SPLIT_FOLDERS[path.name] for path in splits}) < 2,
         f"data.path: '{config.path}' holds the splits of a data set: name one, {' or '.join(map(str, splits))}",
     )
-    for kinds in (RECIPES[config.name].clips, (VIDEOS, FRAMES)):  # the second: a set in another form than its own
+    for kinds in (RECIPES[config.name].clips, (VIDEOS, FRAMES)):  # second: the data set in another form
         skipped: Counter[str] = Counter()
         clips = list(find_clips(root, kinds, lambda reason, path, into=skipped: into.update([reason])))  # type: ignore[misc]
         if clips:
@@ -88,7 +88,7 @@ def build_catalog(config: DataConfig, *, held_out: bool = False) -> Catalog:
 
 
 def _make_catalog(root: str, found: list[Clip], skipped: Counter[str], config: DataConfig, held_out: bool) -> Catalog:
-    """Returns the catalog of `found`: long enough, (not) held out, labelled, at most `max_clips` of them."""
+    """Labels `found` and returns the catalog of clips that are long enough and (not) held out, at most `max_clips`."""
     found = _drop_short(found, config, skipped)
     rule = RECIPES[config.name].labels if config.labels == "auto" else config.labels
     names = [clip.caption for clip in found] if rule == CAPTIONED else find_class_names(found, rule)
@@ -112,13 +112,13 @@ def _make_catalog(root: str, found: list[Clip], skipped: Counter[str], config: D
 
 
 def is_held_out(name: str, share: float) -> bool:
-    """Whether the clip of that name belongs to `share` (0 to 1) of all clips; independent of the other clips."""
+    """Returns whether the clip `name` is in the held-out `share` (0 to 1), whatever other clips there are."""
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _drop_short(clips: list[Clip], config: DataConfig, skipped: Counter[str]) -> list[Clip]:
-    """Drops folders of frames that are shorter than a window; the length of a video is not known yet."""
+    """Drops folders of frames that are shorter than a window; video lengths are not known yet."""
     if config.short_clips == "loop":
         return clips
     span = window_span(config.num_frames, config.frame_interval)

@@ -1,7 +1,7 @@
-"""Lists of captions (CSV, JSON lines, Parquet) -> clips or images with captions.
+"""Reads caption lists (CSV, JSON lines, Parquet) as clips or images with captions.
 
-A line names a file or a folder of frames below `data.path`; WebVid's lists name it by `videoid` and `page_dir`. A path
-that leaves the folder ends the run; a line without its file or caption is skipped as an unusable clip is.
+A line names a file or a folder of frames below `data.path`; WebVid's lists use `videoid` and `page_dir`. A path out of
+that folder ends the run; a line whose file or caption is missing is skipped like an unusable clip.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILE_COLUMNS = ("file", "path", "video", "video_path", "image", "image_path", "f
 CAPTION_COLUMNS = ("caption", "text", "prompt", "name")
 WEBVID = ("videoid", "page_dir")  # the file is page_dir/videoid.mp4, its caption is `name`
 
-Line = tuple[str, Mapping[str, Any]]  # file and number of a line, for errors; its values by column
+Line = tuple[str, Mapping[str, Any]]  # (file and line number, for errors; values by column)
 
 
 class Unusable(ValueError):
@@ -93,7 +93,7 @@ def read_lines(path: Path, key: str) -> Iterator[Line]:
 
 
 def find_columns(config: DataConfig, where: str, names: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """Returns the columns of the file (one, or WebVid's two) and of the caption: the configured or well-known ones."""
+    """Returns the file column (or WebVid's two) and the caption column: as configured, or by well-known names."""
 
     def find(key: str, configured: str | None, known: Sequence[str]) -> tuple[str, ...]:
         wanted = (configured,) if configured else known
@@ -111,12 +111,12 @@ def find_columns(config: DataConfig, where: str, names: Sequence[str]) -> tuple[
 def read_list(
     path: Path, key: str, config: DataConfig, root: Path, *, images: bool = False
 ) -> tuple[list[Clip], Counter[str]]:
-    """Returns the clips or images of a list, in its order, and the number of skipped lines by reason."""
+    """Returns the clips or images of a list, in list order, and the number of skipped lines by reason."""
     clips: list[Clip] = []
     unusable: list[Unusable] = []
     columns = None
     root = root.resolve()
-    known: dict[str, str] = {}  # equal captions are kept once
+    known: dict[str, str] = {}  # equal captions share one string
     for where, values in read_lines(path, key):
         columns = columns or find_columns(config, where, list(values))
         files, caption_column = columns
@@ -139,7 +139,7 @@ def read_list(
 
 
 def _check_share(path: Path, key: str, config: DataConfig, usable: int, unusable: Sequence[Unusable]) -> None:
-    """Raises ValueError for an empty list or too many unusable lines; warns of fewer."""
+    """Raises ValueError for an empty list or too many unusable lines; warns about fewer."""
     total = usable + len(unusable)
     require(total > 0, f"{key}: '{path}' is empty")
     if unusable:
@@ -151,7 +151,7 @@ def _check_share(path: Path, key: str, config: DataConfig, usable: int, unusable
 
 
 def _make_clip(target: Path, name: str, where: str, image: bool) -> Clip:
-    """Returns the clip of a video file or of a folder of frames, or an image. Raises: Unusable."""
+    """Returns the clip for a video file, a folder of frames or an image. Raises: Unusable."""
     if image or not target.is_dir():
         kind, suffixes = ("an image", IMAGE_SUFFIXES) if image else ("a video", VIDEO_SUFFIXES)
         if target.suffix.lower() not in suffixes:
@@ -164,7 +164,7 @@ def _make_clip(target: Path, name: str, where: str, image: bool) -> Clip:
 
 
 def read_captioned_clips(config: DataConfig, root: Path) -> tuple[list[Clip], Counter[str]]:
-    """Returns the clips of `data.captions`, sorted by name, each with its caption; and the skipped lines by reason."""
+    """Returns the captioned clips of `data.captions`, sorted by name, and the number of skipped lines by reason."""
     path = Path(config.captions or "").expanduser()
     if config.captions is None:
         found = [root / name for name in LISTS if (root / name).is_file()]
@@ -177,7 +177,7 @@ def read_captioned_clips(config: DataConfig, root: Path) -> tuple[list[Clip], Co
 
 
 def read_captioned_images(config: DataConfig, catalog: Catalog) -> tuple[Catalog, list[Clip]]:
-    """Returns the catalog, extended by the captions of `data.frame_list`, and the image-text pairs of that list."""
+    """Returns the catalog with the captions of `data.frame_list` added, and that list's images with captions."""
     path = Path(config.frame_list or "").expanduser()
     found, _ = read_list(path, "data.frame_list", config, Path(catalog.root), images=True)
     images, captions = number_captions(found, catalog.captions, [str(image.caption) for image in found])
@@ -187,13 +187,13 @@ def read_captioned_images(config: DataConfig, catalog: Catalog) -> tuple[Catalog
 def number_captions(
     clips: Sequence[Clip], captions: Sequence[str], others: Iterable[str]
 ) -> tuple[list[Clip], list[str]]:
-    """Returns the clips with the number of their caption as label, and `captions` with the new `others` appended."""
+    """Returns the clips labelled by caption number, and `captions` with the new ones of `others` appended."""
     extended = [*captions, *sorted({*others} - {*captions})]
     numbers = {caption: number for number, caption in enumerate(extended)}
     return [replace(clip, label=numbers[str(clip.caption)]) for clip in clips], extended
 
 
 def renumber_captions(catalog: Catalog, captions: Sequence[str]) -> Catalog:
-    """Returns `catalog` with labels numbered as in `captions`, and its other captions appended."""
+    """Returns `catalog` with labels numbered as in `captions`, to which its new captions are appended."""
     clips, extended = number_captions(catalog.clips, captions, catalog.captions)
     return replace(catalog, captions=extended, clips=clips, digest=compute_digest(clips, extended))

@@ -18,16 +18,16 @@ from .recipes import ARRAYS, FRAMES, VIDEOS
 
 log = logging.getLogger(__name__)
 
-LeftOut = Callable[[str, Path], object]  # (reason, path) of a file that is not a clip
+LeftOut = Callable[[str, Path], object]  # called with (reason, path) for what is not a clip
 NEITHER = "not a file (a broken link, a device)"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: its path, its name below the root (with '/' between folders), its label.
+    """One clip: its path, its name relative to the root ('/'-separated), its label.
 
-    `size` is the bytes of a video file or the number of frames of a folder. `num_frames` of a video file is None:
-    it is known once the file is opened.
+    `size` is a video file's bytes or a folder's number of frames. `num_frames` is None for a video file: it is known
+    only once the file is opened.
     """
 
     path: str
@@ -40,10 +40,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Clips in the order of their names; `digest` identifies the content, not the location.
+    """Clips sorted by name; `digest` identifies the content, not the location.
 
-    A clip's class is `class_names[label]`; without labels there are none, and labels are 0. In a set with captions the
-    label is a caption number, `captions[label]`. `skipped` counts left-out files by reason.
+    A clip's class is `class_names[label]`; without classes the list is empty and labels are 0. With captions, the label
+    is a caption number: `captions[label]`. `skipped` counts left-out files by reason.
     """
 
     root: str
@@ -84,7 +84,7 @@ def find_clips(
 
     Args:
         left_out: called with (reason, path) for everything that is not a clip.
-        suffixes: of video files, in lower case.
+        suffixes: those of video files, in lower case.
     """
     for folder, files in _walk(root, left_out):
         suffix = {file: Path(file).suffix.lower() for file in files}
@@ -123,7 +123,7 @@ def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _kind_of(entry: os.DirEntry[str]) -> str:
-    """Returns "folder", "file" or another kind, with links followed; warns of a link that leads back to itself."""
+    """Returns "folder", "file" or another kind, following links; warns about a link that leads back to itself."""
     try:
         return "folder" if entry.is_dir() else "file" if entry.is_file() else NEITHER
     except OSError as error:
@@ -134,9 +134,9 @@ def _kind_of(entry: os.DirEntry[str]) -> str:
 
 
 def resolve_below(root: Path, name: str, where: str) -> Path | None:
-    """Returns the path of `name`, from an untrusted list, below the resolved `root`, with links followed, or None.
+    """Returns the real path of `name` (from an untrusted list) below the resolved `root`, or None if there is none.
 
-    Raises: ValueError, with `where`, for a name that is not a plain relative path, or that leads out of the root.
+    Raises: ValueError naming `where` if `name` is not a plain relative path or leads out of the root.
     """
     plain = min(map(ord, name), default=32) >= 32 and "://" not in name and ":" not in name.split("/")[0]
     require(plain, f"{where}: {name!r} is not a plain path")

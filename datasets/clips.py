@@ -29,19 +29,19 @@ from .transforms import TRANSFORMS, horizontal_flip, to_signed_range
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 20  # consecutive unusable clips after which the set is at fault, not a clip
+MAX_ATTEMPTS = 20  # after this many unusable clips in a row, the data set is at fault
 PURPOSES = {"window": 1, "flip": 2, "replacement": 3, "image": 4, "frame": 5, "image_flip": 6}
 
 
 def window_span(num_frames: int, frame_interval: int) -> int:
-    """Returns the number of video frames that a clip of `num_frames`, every `frame_interval`-th, covers."""
+    """Returns the number of video frames spanned by `num_frames` frames taken every `frame_interval`."""
     return (num_frames - 1) * frame_interval + 1
 
 
 class Sample(TypedDict, total=False):
     """`video (F+I, 3, H, W)` float32 in [-1, 1]; `labels (1+I,)` int64; `index` of the clip that was used.
 
-    From a cache there are `latents (F+I, P, C, h, w)` instead of video: mean and, if P is 2, deviation.
+    A cache gives `latents (F+I, P, C, h, w)` instead of `video`: mean and, if P is 2, standard deviation.
     """
 
     video: Tensor
@@ -75,7 +75,7 @@ class Pixels:
 
     def read(self, opened: Reader, clip: Clip, indices: list[int]) -> Tensor:
         """Returns uint8 (T, C, H, W). Raises: VideoError for a damaged clip, whose frames or spacing may be wrong."""
-        frames = opened.read(indices) if not opened.damage else None  # found when opened, or when read
+        frames = opened.read(indices) if not opened.damage else None  # found on opening or reading
         if frames is None or opened.damage:
             raise VideoError(clip.path, str(opened.damage))
         return frames
@@ -90,13 +90,13 @@ FrameSource = Pixels | LatentCache  # `key` is the name of the frames in a `Samp
 
 
 class ClipDataset(Dataset[Sample]):
-    """`dataset[epoch, index]`: one clip of video `index`, drawn again in every epoch, and I extra images.
+    """`dataset[epoch, index]`: one clip of video `index`, drawn anew in every epoch, and I extra images.
 
-    An unusable clip (broken, too large, too short) is replaced by another, drawn from (seed, epoch, index), and kept in
-    `skipped` (path -> reason; separate in each loader worker). `cut_off` holds files whose end is missing although a
-    window fits, `looped` the short clips that `data.short_clips=loop` repeats. VideoError is raised, with `strict`, at
-    the first clip of `skipped` or `cut_off`; without, after MAX_ATTEMPTS consecutive unusable clips, or once `skipped`
-    holds more than `data.max_unusable` of all clips. `digest` identifies the content of catalog and frame list.
+    An unusable clip (broken, too large, too short) is recorded in `skipped` (path -> reason; per loader worker) and
+    replaced by another, drawn from (seed, epoch, index). `cut_off` records truncated files that still hold a window,
+    `looped` the short clips that `data.short_clips=loop` repeats. With `strict`, the first clip in `skipped` or
+    `cut_off` raises VideoError; otherwise MAX_ATTEMPTS unusable clips in a row do, or more than `data.max_unusable` of
+    all clips in `skipped`. `digest` identifies the content of catalog and frame list.
     """
 
     def __init__(self, config: DataConfig, catalog: Catalog, seed: int, source: FrameSource | None = None) -> None:
@@ -109,7 +109,7 @@ class ClipDataset(Dataset[Sample]):
             self.catalog, self.images = read_captioned_images(config, catalog)
         elif config.frame_list:
             self.images = read_frame_list(config, catalog)
-        self.class_names, self.captions = self.catalog.class_names, self.catalog.captions  # one of them by label
+        self.class_names, self.captions = self.catalog.class_names, self.catalog.captions  # labels index one of them
         self.num_classes = len(self.class_names)
         self.skipped: dict[str, str] = {}
         self.cut_off: dict[str, str] = {}
@@ -122,12 +122,12 @@ class ClipDataset(Dataset[Sample]):
 
     @property
     def latent_settings(self) -> dict[str, object]:
-        """The settings that latents of its frames depend on, except the codec."""
+        """Settings, except the codec's, that latents of these frames depend on."""
         sizes = {"image_size": self.config.image_size, "transform": self.transform_name}
         return {**sizes, "max_pixels": self.config.max_pixels, "mirrored": self.flips}
 
     def describe(self) -> dict[str, object]:
-        """Returns the facts about the data for the log of a run."""
+        """Returns a summary of the data for the run's log."""
         return {
             "name": self.config.name,
             "path": self.catalog.root,
@@ -154,12 +154,12 @@ class ClipDataset(Dataset[Sample]):
         return {**frames, "labels": labels, "index": used}
 
     def _random(self, purpose: str, *place: int) -> np.random.Generator:
-        """Returns a separate generator for every purpose and place, so that the order of calls never matters."""
+        """Returns a separate generator for each purpose and place, so call order never matters."""
         entropy = [self.seed % 2**64, PURPOSES[purpose], *place]
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
     def _draw_forever(self, count: int, purpose: str, *place: int) -> Iterator[int]:
-        """Yields numbers below `count` without end."""
+        """Yields random numbers below `count` forever."""
         draw = self._random(purpose, *place)
         while True:
             yield int(draw.integers(count))
@@ -198,7 +198,7 @@ class ClipDataset(Dataset[Sample]):
             error = VideoError(clip.path, reader.cut_off)
             if self.config.strict:
                 raise error
-            self._record(self.cut_off, clip, error, "is used as far as it goes")
+            self._record(self.cut_off, clip, error, "is used up to its last frame")
         return reader
 
     def _window(self, clip: Clip, epoch: int, index: int) -> Tensor:
@@ -220,9 +220,9 @@ class ClipDataset(Dataset[Sample]):
         return self.source.show(reader, clip, [place % length for place in window], mirrored)
 
     def _image(self, epoch: int, index: int, place: int) -> tuple[Tensor, int]:
-        """Returns one random frame of another video, or one image of the list, (1, ...), and its label."""
+        """Returns a random frame of another video or a random image of the list, (1, ...), and its label."""
         source = self.catalog.clips if self.images is None else self.images
-        others = max(1, len(self) - 1) if self.images is None else len(source)  # the same video if it is the only one
+        others = max(1, len(self) - 1) if self.images is None else len(source)  # a single video uses its own
         candidates = self._draw_forever(others, "image", epoch, index, place)
         if self.images is None:
             candidates = ((index + 1 + draw) % len(self) for draw in candidates)
@@ -240,12 +240,12 @@ class ClipDataset(Dataset[Sample]):
 
 
 def _summarize(failures: dict[str, str]) -> str:
-    """Returns the first MAX_ATTEMPTS of path -> reason as text."""
+    """Formats the first MAX_ATTEMPTS failures (path -> reason)."""
     rest = len(failures) - MAX_ATTEMPTS
     named = "; ".join(f"{path}: {reason}" for path, reason in islice(failures.items(), MAX_ATTEMPTS))
     return f"{named}; and {rest} more" if rest > 0 else named
 
 
 def describe_failure(error: VideoError, clip: Clip) -> str:
-    """Returns the reason why `clip` is unusable, with the file if it is a frame of a folder."""
+    """Returns why `clip` is unusable, naming the file if one frame of a folder is at fault."""
     return error.reason if error.path == clip.path else f"{error.path!r}: {error.reason}"

@@ -19,7 +19,7 @@ from common.checks import (
 from .readers import MAX_PIXELS, READERS
 from .recipes import CAPTIONED, LABEL_CHOICES, RECIPES
 
-MAX_TIMEOUT_S = 366 * 24 * 3600.0  # a year; longer timeouts overflow in the system call that waits
+MAX_TIMEOUT_S = 366 * 24 * 3600.0  # a year; longer timeouts overflow in the waiting system call
 LIMITS: dict[str, Limit] = {
     "name": one_of(RECIPES),
     "labels": one_of(LABEL_CHOICES),
@@ -47,12 +47,12 @@ OWNERS = {
 class DataConfig:
     """The `data` section of a configuration."""
 
-    name: str = "folder"  # ffs | sky | taichi | ucf101 | folder | demo | captions: a line of recipes.RECIPES
+    name: str = "folder"  # ffs | sky | taichi | ucf101 | folder | demo | captions: a key of recipes.RECIPES
     path: str = ""  # the folder of the data set
     val_path: str | None = None  # a folder of the same layout with clips for validation only
-    val_share: float = 0.0  # or this share of the clips of data.path, by the hash of their names
+    val_share: float = 0.0  # or hold out this share of the clips of data.path, by hash of their names
     latents: str | None = None  # read frames from this cache of tools.cache_latents instead of decoding and encoding
-    labels: str = "auto"  # auto (as the data set says; `folder`: by its layout) | class_folders | file_name | none
+    labels: str = "auto"  # auto (the data set's rule; for `folder`, from its layout) | class_folders | file_name | none
     captions: str | None = None  # list of files and captions; null: captions.csv, .jsonl or .parquet in data.path
     file_column: str | None = None  # column of the files in that list; null: file, path, video, ..., or WebVid's
     caption_column: str | None = None  # column of the captions; null: caption, text, prompt or name
@@ -62,12 +62,12 @@ class DataConfig:
     image_size: int = 256  # side of the square, pixels
     num_images: int = 0  # I, extra images per clip (joint image-video training)
     num_workers: int = 4  # loader processes per rank
-    worker_timeout_s: float = 600.0  # a loader process that is silent for this long ends the run
+    worker_timeout_s: float = 600.0  # the run ends if a loader process is silent for this long
     reader: str = "auto"  # auto | pyav | decord
     horizontal_flip: bool | None = None  # mirror half of the clips; null: as in the data set's recipe
-    max_pixels: int = MAX_PIXELS  # a clip with larger frames is unusable; refused before decoding
+    max_pixels: int = MAX_PIXELS  # clips with larger frames are unusable, and refused before decoding
     short_clips: str = "skip"  # skip: a clip shorter than a window is unusable; loop: repeat it
-    max_unusable: float = 0.5  # share of clips that may be unusable; more end the run
+    max_unusable: float = 0.5  # largest share of unusable clips before the run ends
     strict: bool = False  # stop at the first clip that cannot be used, instead of replacing it
     max_clips: int | None = None  # use only the first n clips
 
@@ -81,7 +81,7 @@ class DataConfig:
         check_read_only_with(self, "data.", OWNERS)
         require(
             self.name != CAPTIONED or self.labels == "auto",
-            f"data.labels={self.labels}: with data.name={self.name} captions take the place of labels",
+            f"data.labels={self.labels}: with data.name={self.name} captions replace labels",
         )
         if self.val_share:
             require(
@@ -90,6 +90,6 @@ class DataConfig:
             )
             require(
                 self.frame_list is None,
-                "data.val_share cannot tell which images of data.frame_list show a clip that it holds out: "
+                "data.val_share cannot tell which images of data.frame_list show held-out clips: "
                 "set data.val_path instead",
             )

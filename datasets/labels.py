@@ -17,7 +17,7 @@ from .readers import IMAGE_SUFFIXES
 def _class_of_folder(clip: Clip) -> str:
     """Returns the first folder below the root."""
     first, *rest = clip.name.split("/")
-    require(bool(rest), f"data.labels=class_folders: {clip.path!r} lies in no class folder")
+    require(bool(rest), f"data.labels=class_folders: {clip.path!r} is not in a class folder")
     return first
 
 
@@ -38,7 +38,7 @@ LABEL_RULES: dict[str, Callable[[Clip], str | None]] = {
 
 
 def find_class_names(clips: Sequence[Clip], rule: str) -> list[str | None]:
-    """Returns the class of each clip; `auto`: by the first rule that fits all clips and gives two or more classes."""
+    """Returns the class of each clip; `auto` uses the first rule that fits all clips and finds two or more classes."""
     if rule != "auto":
         return [LABEL_RULES[rule](clip) for clip in clips]
     for name in ("class_folders", "file_name"):
@@ -65,8 +65,8 @@ def relabel(catalog: Catalog, class_names: Sequence[str]) -> Catalog:
 def read_frame_list(config: DataConfig, catalog: Catalog) -> list[Clip]:
     """Returns the images of `data.frame_list`, one per line: `path` or `path class`, relative to `data.path`.
 
-    The class may be a name or a number. Without one it is the folder of the path, or the `v_<Class>_` of the file
-    name, that is a class of the catalog. A path that leaves the folder is refused with its line number.
+    The class may be a name or a number. If absent, it is the first folder in the path, or else the `v_<Class>_` in the
+    file name, that is a class of the catalog. A path out of the folder is refused with its line number.
     """
     path = Path(config.frame_list or "").expanduser()
     if not path.is_file():
@@ -91,7 +91,7 @@ def read_frame_list(config: DataConfig, catalog: Catalog) -> list[Clip]:
 
 
 def _label_image(name: str, given: str | None, where: str, classes: list[str]) -> int:
-    """Returns the label of a listed image. Raises: ValueError where its class is unknown."""
+    """Returns the label of a listed image. Raises: ValueError if its class is unknown."""
     if not classes:
         return 0
     if given is not None and given.isdecimal() and given not in classes and int(given) < len(classes):

@@ -1,10 +1,10 @@
-"""A cache of latents: every frame of every clip as the mean and deviation of an encoder. docs/latents.md
+"""A cache of latents: an encoder's mean and deviation for every frame of every clip. See docs/latents.md.
 
     index.json              settings, and the place of each clip's frames; written last
     shard-00000.safetensors one tensor `latents (N, V, P, C, h, w)`: the frames of some clips, one after another
 
-It holds frames, not clips, so every window can be drawn from it, and distributions, not samples. Values are those of
-the encoder, neither shifted nor scaled.
+It holds single frames, so any window can be drawn from it, and distributions, not samples. Values are the encoder's,
+neither shifted nor scaled.
 
 Letters: N frames of a shard, T frames read, V views (plain; mirrored), P parts (mean; deviation), C channels, h w size
 of latents.
@@ -32,7 +32,7 @@ TENSOR = "latents"  # name of the tensor in a shard
 
 
 class FrameRun(NamedTuple):
-    """Consecutive frames of one kind: their number, height and width; `reason` if they are unusable."""
+    """Consecutive frames of one size: their number, height and width; `reason` if they are unusable."""
 
     frames: int
     height: int
@@ -46,7 +46,7 @@ class StoredClip:
 
     frames: number of its frames, which are rows `first` to `first + frames` of shard `shard`.
     reason: why it cannot be opened; then it has no frames. cut_off: a sentence if its end is missing.
-    runs: its frames by kind, in order; they add up to `frames`.
+    runs: its frames as runs, in order; their lengths sum to `frames`.
     listed: whether it is an image of `data.frame_list` instead of a clip.
     """
 
@@ -65,7 +65,7 @@ class StoredClip:
         return self.frames
 
     def to_json(self) -> dict[str, Any]:
-        """Returns its fields, without those that have their default value."""
+        """Returns its fields, omitting empty ones other than `name` and `size`."""
         return {key: value for key, value in asdict(self).items() if value or key in ("name", "size")}
 
     @classmethod
@@ -76,7 +76,7 @@ class StoredClip:
         return cls(**{"num_frames": None, **facts, **numbers, "runs": runs})
 
     def find_obstacle(self, indices: Iterable[int]) -> str | None:
-        """Returns the reason why these frames cannot be used together, or None."""
+        """Returns why these frames cannot be used together, or None if they can."""
         ends = np.cumsum([run.frames for run in self.runs])
         touched = [self.runs[place] for place in np.unique(np.searchsorted(ends, list(indices), side="right"))]
         reason = next((run.reason for run in touched if run.reason), None)
@@ -93,7 +93,7 @@ class LatentCache:
         codec: identity of the codec that made it, see `models.identity`.
         settings: the other settings that the latents depend on: image_size, transform, max_pixels, mirrored (V is 2).
 
-    Raises: FileNotFoundError, ValueError where it is absent, unfinished, damaged or of another format.
+    Raises: FileNotFoundError, ValueError if it is absent, unfinished, damaged or of another format.
     """
 
     key = "latents"
@@ -118,7 +118,7 @@ class LatentCache:
         self.shards = ShardReader(path, dtype, counts, self.shape, TENSOR)
 
     def list_clips(self) -> list[Clip]:
-        """Returns its clips, without listed images, as entries of a catalog."""
+        """Returns its clips, without listed images, as catalog entries."""
         kept = [clip for clip in self.clips.values() if not clip.listed]
         return [Clip(clip.name, clip.name, clip.size, clip.num_frames) for clip in kept]
 
@@ -147,12 +147,12 @@ class LatentCache:
         return stored
 
     def show(self, opened: StoredClip, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
-        """Returns (T, P, C, h, w) in the number format of the cache. Raises: VideoError as decoding would."""
+        """Returns (T, P, C, h, w) in the number format of the cache. Raises: VideoError where decoding would."""
         if obstacle := opened.find_obstacle(indices):
             raise VideoError(clip.path, obstacle)
         return self.shards.copy(opened.shard, (opened.first + np.asarray(indices), int(mirrored)), repr(clip.name))
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Returns the index of a finished cache. Raises: FileNotFoundError, ValueError where there is none to read."""
+    """Returns the index of a finished cache. Raises: FileNotFoundError, ValueError if it cannot be read."""
     return shards.read_index(path, FORMAT, "data.latents", "tools.cache_latents")

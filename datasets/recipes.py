@@ -10,10 +10,10 @@ VIDEOS, FRAMES, ARRAYS = "video files", "folders of frames", "sample arrays (000
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one data set is read: the kinds of its clips, the rule for labels, the transform.
+    """How to read one data set: kinds of clips, rule for labels, transform.
 
-    Where a folder holds no clips of these kinds, video files and folders of frames are both accepted, so that a
-    prepared data set keeps its name.
+    If a folder holds no clips of these kinds, video files and folders of frames are both accepted, so a prepared data
+    set keeps its name.
     """
 
     clips: tuple[str, ...]
@@ -34,7 +34,7 @@ RECIPES: dict[str, Recipe] = {
     CAPTIONED: Recipe((VIDEOS, FRAMES), CAPTIONED, "resize_then_center_crop", False),
 }
 LABEL_CHOICES = ("auto", "class_folders", "file_name", "none")  # of `data.labels`; see labels.LABEL_RULES
-# folders that say which split their clips belong to, in any of the data sets
+# folder name -> split, in any data set
 SPLIT_FOLDERS = {
     **dict.fromkeys(("train", "training", "sky_train"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "sky_val"), "val"),

@@ -22,8 +22,8 @@ from common.checks import require
 from .readers import VideoError
 
 INDEX = "index.json"
-OPEN_SHARDS = 512  # maps open at a time in one process; each holds a file descriptor, of which 1024 are common
-MAX_HEADER = 2**16  # bytes; ours takes 200
+OPEN_SHARDS = 512  # memory maps open at once per process; each holds a file descriptor, often limited to 1024
+MAX_HEADER = 2**16  # bytes; ours take about 200
 
 
 class NumberFormat(NamedTuple):
@@ -55,7 +55,7 @@ def shard_file(folder: Path, number: int) -> Path:
 def write_shard(file: Path, dtype: str, shape: Sequence[int], rows: Iterable[Tensor], name: str, format: str) -> None:
     """Writes `rows`, each (n, ...), as the tensor `name` of `shape` (N, ...), piece by piece after the header.
 
-    `format`, that of the cache, goes into the metadata. Raises: ValueError if the rows are not N.
+    `format`, the cache's, is stored in the metadata. Raises: ValueError unless there are N rows.
     """
     kind, count = NUMBER_FORMATS[dtype], 0
     size = math.prod(shape) * kind.torch.itemsize
@@ -108,16 +108,16 @@ class ShardReader:
         return map_shard(shard_file(self.folder, number), self.dtype, shape, self.name)
 
     def copy(self, number: int, place: Any, content: str) -> Tensor:
-        """Returns a copy of the part `place` of a shard. Raises: CacheError, naming `content`, unless it is finite."""
+        """Returns a copy of the part `place` of a shard. Raises: CacheError, naming `content`, if it is not finite."""
         tensor = torch.from_numpy(np.array(self.map(number)[place])).view(self.dtype.torch)
         if not tensor.isfinite().all():
             file = shard_file(self.folder, number)
-            raise CacheError(file, f"holds {self.name} of {content} that are not finite; make the cache again")
+            raise CacheError(file, f"holds non-finite {self.name} of {content}; make the cache again")
         return tensor
 
 
 def read_index(path: Path, format: str, key: str, tool: str) -> dict[str, Any]:
-    """Returns the index of a finished cache; `key` and `tool`, its setting and its command, are named in errors."""
+    """Returns the index of a finished cache; errors name its setting `key` and its command `tool`."""
     if not path.is_dir():
         raise FileNotFoundError(f"{key}: there is no folder '{path}'; {tool} makes one")
     try:
@@ -125,7 +125,7 @@ def read_index(path: Path, format: str, key: str, tool: str) -> dict[str, Any]:
         found = index["format"]
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{key}: '{path}' is no finished cache, it has no {INDEX}; run {tool}, again if it was interrupted"
+            f"{key}: '{path}' is not a finished cache: it has no {INDEX}; run {tool}, again if it was interrupted"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(f"{key}: {path / INDEX} cannot be read; make the cache again") from None

@@ -1,10 +1,10 @@
-"""A cache of text features: the word features of every caption, without padding (the empty caption: with padding).
+"""A cache of text features: those of every caption's words, without padding (of the empty caption, with padding).
 
     index.json              settings; written last
     captions.safetensors    for each caption: the SHA-256 of its text, its shard, its first row, its number of words
     shard-00000.safetensors one tensor `features (N, D)`: the words of some captions, one after another
 
-Captions are looked up by text, so a cache serves every list whose captions it holds. docs/text_to_video.md.
+Captions are looked up by text, so a cache serves every list whose captions it holds. See docs/text_to_video.md.
 Letters: N words of a shard, n of a caption, D width of the features.
 """
 
@@ -33,7 +33,7 @@ TENSOR = "features"  # name of the tensor in a shard
 
 
 class Place(NamedTuple):
-    """The place of the words of one caption."""
+    """Where the words of one caption are stored."""
 
     shard: int
     first: int
@@ -54,9 +54,9 @@ def write_table(file: Path, captions: Sequence[str], places: Sequence[Place]) ->
 class TextCache:
     """A finished cache in `path`, opened for reading: `cache(caption)` returns the features (n, D) of its words.
 
-    `identity` has the settings that the features depend on, except the captions.
+    `identity` holds the settings that the features depend on, except the captions.
 
-    Raises: FileNotFoundError, ValueError where it is absent, unfinished or damaged.
+    Raises: FileNotFoundError, ValueError if it is absent, unfinished or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,7 +77,7 @@ class TextCache:
         self.shards = ShardReader(path, dtype, counts, (self.width,), TENSOR)
 
     def __call__(self, caption: str) -> Tensor:
-        """Returns the features of its words (n, D), in the number format of the cache."""
+        """Returns the features (n, D) of a caption's words, in the number format of the cache."""
         shard, first, words = self.places[caption_key(caption)]
         return self.shards.copy(shard, slice(first, first + words), repr(caption[:60]))
 
@@ -92,5 +92,5 @@ class TextCache:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Returns the index of a finished cache. Raises: FileNotFoundError, ValueError where there is none to read."""
+    """Returns the index of a finished cache. Raises: FileNotFoundError, ValueError if it cannot be read."""
     return shards.read_index(path, FORMAT, "text.features", "tools.cache_text")

@@ -1,4 +1,4 @@
-"""Writes video files of data sets: almost lossless, small groups of frames, the same bytes every time."""
+"""Writes the video files of data sets: nearly lossless, with frequent key frames and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .readers import load_package
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: Fraction | int) -> None:
-    """Writes frames (H, W, 3) as H.264 (constant rate factor 6) on one thread: the bytes are the same every time.
+    """Writes frames (H, W, 3) as H.264 (constant rate factor 6) on one thread, for reproducible bytes.
 
-    Colour is kept at full resolution (yuv444p), so odd sizes need no padding. A key frame every eight frames, so
-    that a clip from the middle costs no more than that to reach.
+    Colour is kept at full resolution (yuv444p), so odd sizes need no padding. Every eighth frame is a key frame, so
+    seeking decodes few frames.
     """
     av = load_package("av")
     with av.open(str(path), "w") as container:

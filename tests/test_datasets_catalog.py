@@ -141,7 +141,7 @@ def test_unusable_folders_are_named(tmp_path: Path, name: str) -> None:
     ("names", "keys", "sentence"),
     [
         ([*frames("a", 3), *frames("b", 5)], {"name": "sky"}, r"none of the 2 .* has the 7 frames .*longest has 5\)"),
-        (["Yo/a.avi", "stray.avi"], {"name": "ucf101"}, r"stray\.avi' lies in no class folder"),
+        (["Yo/a.avi", "stray.avi"], {"name": "ucf101"}, r"stray\.avi' is not in a class folder"),
         (["a__b.mp4", "unnamed.mp4"], {"labels": "file_name"}, r"unnamed\.mp4' has no '__'"),
         (["1.mp4", "2.mp4"], {"val_share": 0.999}, r"data\.val_share=0\.999 holds out all of the 2 clips .* lower it"),
     ],

@@ -148,7 +148,7 @@ def test_captions_condition_the_network(tiny_text: list[str]) -> None:
         (["text.dtype=half"], "text.dtype"),
         (["text.max_length=0"], "text.max_length must be at least 1 and at most 4,096, got 0"),
         (["text.max_length=100000"], "text.max_length must be at least 1 and at most 4,096, got 100000"),
-        (["data.labels=none"], "captions take the place of labels"),
+        (["data.labels=none"], "captions replace labels"),
         (["codec.latent_channels=4", "codec.path=null"], "codec.latent_channels"),
         (["sample.guidance_scale=3", "text.caption_dropout=0"], "text.caption_dropout"),
     ],

@@ -738,7 +738,7 @@ def one_shard(made: Path) -> Path:
 UNREADABLE_INDEX, DAMAGED_INDEX = r"index\.json cannot be read", r"index\.json is damaged"
 # what is done to a cache, to its files or by a key of the run; and the sentence
 BAD_CACHES: dict[str, tuple[Callable[[Path], object] | str, str]] = {
-    "not_finite": (shard_with_nan, r"shard-\d+\.safetensors: holds latents of '\w+/clip\d' that are not finite"),
+    "not_finite": (shard_with_nan, r"shard-\d+\.safetensors: holds non-finite latents of '\w+/clip\d'"),
     "other_weights": (other_weights, r"was made by another codec than codec\.path=.*sha256 \w+ -> \w+"),
     "other_precision": ("codec.dtype=bf16", r"another codec .*dtype fp32 -> bf16"),
     "wrong_shape": (index_with(shape=[1, 1, 5, 2, 2]), r"shard-00000.*holds F32 .* not F32 .*2, 2"),
@@ -746,7 +746,7 @@ BAD_CACHES: dict[str, tuple[Callable[[Path], object] | str, str]] = {
     "cut_shard": (lambda made: os.truncate(one_shard(made), 999), r"shard-00000.*holds F32 .* in \d+ bytes, not"),
     "no_shard": (lambda made: one_shard(made).unlink(), r"shard-00000\.safetensors: is missing"),
     "text_shard": (lambda made: one_shard(made).write_text("text " * 99), r"shard-00000.*cannot be read"),
-    "no_index": (lambda made: (made / "index.json").unlink(), r"is no finished cache, it has no index\.json"),
+    "no_index": (lambda made: (made / "index.json").unlink(), r"is not a finished cache: it has no index\.json"),
     "text_index": (lambda made: (made / "index.json").write_text("[[["), UNREADABLE_INDEX),
     "deep_index": (lambda made: (made / "index.json").write_text("[" * 99999), UNREADABLE_INDEX),
     "other_format": (index_with(format="x-2"), r"is of format 'x-2'; this version reads"),

@@ -88,7 +88,7 @@ def test_sigkill_of_the_command_line(tiny: list[str], tmp_path: Path, capsys: py
     process.kill()
     process.wait()
     assert list(out.glob("shard-*.json")) and not (out / INDEX).exists()
-    with pytest.raises(FileNotFoundError, match=r"is no finished cache.*again if it was interrupted"):
+    with pytest.raises(FileNotFoundError, match=r"is not a finished cache.*again if it was interrupted"):
         LatentCache(out)
     assert cache_latents.main(words) in (0, None) and "shards are done" in capsys.readouterr().out
     LatentWriter(load_config(None, overrides), tmp_path / "whole", "fp32", 64 * 10**6, World()).write()

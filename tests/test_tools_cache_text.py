@@ -83,7 +83,7 @@ def test_a_killed_command_continues(
         patch.setattr("engine.conditions.EncodedFeatures", Dying)
         with pytest.raises(KeyboardInterrupt):
             TextWriter(config, out, World()).write()
-        with pytest.raises(FileNotFoundError, match="is no finished cache"):
+        with pytest.raises(FileNotFoundError, match="is not a finished cache"):
             TextCache(out)
         TextWriter(config, out, World()).write()
     assert encoded.count(EMPTY) == 1  # of the first shard, which was whole

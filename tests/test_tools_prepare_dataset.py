@@ -295,7 +295,7 @@ def test_frames_of_different_sizes_and_short_clips_are_skipped(tmp_path: Path) -
         ("--test_share 1", "--test_share must be in"),
         ("--quality 0 --format jpeg", "quality must be in"),
         ("--quality 90 --format png", "quality is of JPEG files: it needs the format jpeg, not png"),
-        ("--labels class_folders", "lies in no class folder"),
+        ("--labels class_folders", "is not in a class folder"),
     ],
 )
 def test_bad_values_are_sentences(tmp_path: Path, flags: str, sentence: str) -> None:

@@ -1,6 +1,6 @@
 """Readers of video files, folders of frames and arrays: one interface (`base.Reader`), several backends.
 
-Frame indices count in presentation order, whatever the timestamps, B-frames or rotation of the container.
+Frame indices count in presentation order, regardless of the container's timestamps, B-frames or rotation.
 
 Letters: T frames, C channels, H height, W width.
 """
@@ -34,13 +34,13 @@ READERS = {"auto": (PyAVReader, "av"), "pyav": (PyAVReader, "av"), "decord": (De
 
 
 def open_video(path: str | Path, reader: str = "auto", max_pixels: int = MAX_PIXELS) -> Reader:
-    """Opens a video file by the backend `reader`, a folder of frames, a single image or an array.
+    """Opens a video file (with backend `reader`), a folder of frames, a single image or an array.
 
-    Frames above `max_pixels` are refused by their header. Raises: VideoError where there is no video.
+    Frames above `max_pixels` are refused from the header alone. Raises: VideoError if there is no video.
     """
     require(reader in READERS, f"reader '{reader}' is unknown: use one of {', '.join(READERS)}")
     path = Path(path)
-    with name_file(path):  # a stale network file, a parent folder without permission
+    with name_file(path):  # e.g. a stale network file, or a parent folder without permission
         pictures = path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES
     if pictures:
         return FrameReader(path, max_pixels)

@@ -1,4 +1,4 @@
-"""The interface of readers, and the checks that they share."""
+"""The reader interface, and checks that readers share."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _IMAGES = ".bmp .jpeg .jpg .png .ppm .tif .tiff .webp"
 VIDEO_SUFFIXES = frozenset(_VIDEOS.split())
 IMAGE_SUFFIXES = frozenset(_IMAGES.split())
 ARRAY_SUFFIX = ".npy"
-HIDDEN = (".", "__MACOSX")  # files whose names start like this are left out
+HIDDEN = (".", "__MACOSX")  # prefixes of file names to leave out
 
 # Larger frames are refused before decoding; 8192x4320 is the largest standard camera format.
 MAX_PIXELS = 8192 * 4320
 
 
 class VideoError(ValueError):
-    """A clip that cannot be read: `path` and `reason`, in one sentence. It pickles."""
+    """A clip cannot be read: its path and the reason. Can be pickled."""
 
     ends_run = False  # True if no other clip may replace this one
 
@@ -37,10 +37,10 @@ class VideoError(ValueError):
 
 
 class Reader:
-    """The interface of all backends; each adds `__len__` and `read_images`.
+    """The interface of all backends; each implements `__len__` and `read_images`.
 
-    `fps` is 0.0 where unknown. `damage` is None, or a sentence if frames inside the clip are missing or may be wrong
-    (`read` may set it); `cut_off`, if the end of the file is missing. `len()` counts only frames that exist.
+    `fps` is 0.0 if unknown. `damage` says that frames inside the clip are missing or may be wrong (`read` may set it),
+    `cut_off` that the file's end is missing; None if not. `len()` counts only frames that exist.
     """
 
     fps = 0.0
@@ -54,11 +54,11 @@ class Reader:
         raise NotImplementedError
 
     def read_images(self, indices: list[int]) -> dict[int, np.ndarray]:
-        """Returns these frames, ascending and each once, as index -> uint8 (H, W, 3), upright. Raises: VideoError."""
+        """Returns frames at ascending, distinct `indices` as index -> uint8 (H, W, 3), upright. Raises: VideoError."""
         raise NotImplementedError
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Returns these frames in order, repeats allowed, as uint8 (T, C, H, W) RGB. Raises: VideoError, IndexError."""
+        """Returns frames at `indices`, in any order, as uint8 (T, C, H, W) RGB. Raises: VideoError, IndexError."""
         wanted = [int(index) for index in indices]
         if not wanted:
             raise IndexError("read() needs at least one frame index")
@@ -73,14 +73,14 @@ class Reader:
         return frames.permute(0, 3, 1, 2).contiguous()  # (T, C, H, W)
 
     def frames(self) -> Iterator[np.ndarray]:
-        """Yields all frames in order, each (H, W, 3) uint8. Raises: VideoError where one fails."""
+        """Yields all frames in order, each (H, W, 3) uint8. Raises: VideoError if one fails."""
         for index in range(len(self)):
             yield self.read_images([index])[index]
 
 
 @contextmanager
 def name_file(path: str | Path, problem: str = "cannot be opened") -> Iterator[None]:
-    """Turns errors of the operating system into a VideoError that names the file, the problem and the error."""
+    """Turns an OSError into a VideoError that names the file, the problem and the error."""
     try:
         yield
     except OSError as error:
@@ -94,14 +94,14 @@ def check_size(path: str | Path, width: int, height: int, max_pixels: int) -> No
 
 
 def identify_file(path: str | Path) -> tuple[int, int]:
-    """Returns size and modification time, which identify a version of a file."""
+    """Returns a file's size and modification time, which identify its version."""
     with name_file(path):
         stat = Path(path).stat()
     return stat.st_size, stat.st_mtime_ns
 
 
 def load_package(name: str) -> Any:
-    """Imports a package. Raises: ValueError where it is installed but cannot be loaded."""
+    """Imports a package. Raises: ValueError if it is installed but cannot be loaded."""
     try:
         return import_module(name)
     except ImportError as error:

@@ -20,7 +20,7 @@ CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
     (188, b"G", "mpegts"),  # every packet of 188 bytes, or of 4 + 188, starts with a sync byte
     (196, b"G", "mpegts"),
 )
-# First bytes with an error of their own. A playlist would make FFmpeg open other files or addresses.
+# First bytes that get their own error. A playlist would make FFmpeg open other files or addresses.
 REFUSED: tuple[tuple[bytes, str], ...] = (
     (b"#EXTM3U", "an HLS playlist, not a video"),
     (b"ffconcat", "an ffconcat playlist, not a video"),
@@ -29,7 +29,7 @@ REFUSED: tuple[tuple[bytes, str], ...] = (
 
 
 def detect_container(path: str | Path) -> str:
-    """Returns FFmpeg's name of the container, from the first bytes; a playlist named clip.mp4 is thus refused."""
+    """Returns FFmpeg's container name from the first bytes, so a playlist named clip.mp4 is refused."""
     with name_file(path), Path(path).open("rb") as file:
         head = file.read(256)
     if not head:

@@ -1,4 +1,4 @@
-"""Video files through decord."""
+"""Reads video files with decord."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .pyav import VideoFile, open_container
 
 
 class DecordReader(Reader):
-    """Reader through decord 0.6, kept for its users: its frame count can be one too high, and it lacks new codecs."""
+    """Reads with decord 0.6, kept for its users: its frame count can be one too high, and it lacks new codecs."""
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(path)

@@ -12,7 +12,7 @@ from .base import HIDDEN, IMAGE_SUFFIXES, MAX_PIXELS, Reader, VideoError, check_
 
 
 class FrameReader(Reader):
-    """Reader of a folder of images, in numerical order, or of one image as a clip of one frame; no frame rate."""
+    """Reads a folder of images, in numerical order, or one image as a one-frame clip; no frame rate."""
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(path)
@@ -30,7 +30,7 @@ class FrameReader(Reader):
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Returns an image as (H, W, C) uint8 RGB, upright (EXIF). Raises: VideoError where PIL cannot read it."""
+    """Returns an image as (H, W, C) uint8 RGB, upright (EXIF). Raises: VideoError if PIL cannot read it."""
     try:
         with Path(path).open("rb") as file, Image.open(file) as image:  # reads the header only
             check_size(path, image.width, image.height, max_pixels)
@@ -42,14 +42,14 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def list_frames(folder: Path) -> list[Path]:
-    """Returns the visible images directly in `folder`, by the numbers in their names (frame_9 < frame_10)."""
+    """Returns the visible images directly in `folder`, sorted by the numbers in their names (frame_9 < frame_10)."""
     names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(HIDDEN)]
     images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     return [folder / name for name in sorted(images, key=lambda name: (list(map(int, re.findall(r"\d+", name))), name))]
 
 
 class ArrayReader(Reader):
-    """Reader of a `.npy` file with one uint8 array (T, H, W, 3), memory-mapped; objects in it are never unpickled."""
+    """Reads a `.npy` file with one uint8 array (T, H, W, 3), memory-mapped; never unpickles objects."""
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(path)

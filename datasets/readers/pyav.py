@@ -1,4 +1,4 @@
-"""Video files through PyAV (FFmpeg)."""
+"""Reads video files with PyAV (FFmpeg)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .containers import detect_container
 if TYPE_CHECKING:
     import av
 
-MAX_FRAMES = 2**22  # 38 hours at 30 frames per second; a larger count is broken or an attack on memory
-PROBE_FRAMES = 6  # frames decoded to check that timestamps of packets identify frames
-VERIFIED_UP_TO = 64  # shorter clips, of about one training window, are decoded completely once
+MAX_FRAMES = 2**22  # 38 hours at 30 frames per second; a larger count is an error or an attack on memory
+PROBE_FRAMES = 6  # frames decoded to check that packet timestamps identify frames
+VERIFIED_UP_TO = 64  # frames; clips up to this, about one training window, are decoded completely once
 NO_STAMP = -(2**63)  # marks a frame without a timestamp
 
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """The index of the frames of one file; made once per process and file.
+    """Frame index of one file, made once per process.
 
-    `pts (T,)`: presentation timestamps, ascending; `keys (K,)`: timestamps at which decoding may start. Where
-    timestamps do not identify frames (AVI with B-frames), `timed` is False: `pts` are ordinals, and frames are counted.
+    `pts (T,)`: presentation timestamps, ascending; `keys (K,)`: timestamps at which decoding may start. If timestamps
+    do not identify frames (AVI with B-frames), `timed` is False, `pts` are ordinals, and frames are counted instead.
     """
 
     pts: np.ndarray
@@ -43,7 +43,7 @@ class FrameIndex:
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A video file, the only demuxer that may open it, and the limit on the size of its frames."""
+    """A video file, the only demuxer that may open it, and its limit on frame size."""
 
     path: str
     format: str
@@ -51,9 +51,9 @@ class VideoFile:
 
 
 class PyAVReader(Reader):
-    """Reader through PyAV: seeks to the key frame before the first wanted frame and decodes up to the last one.
+    """Reads with PyAV: seeks to the key frame before the first wanted frame and decodes up to the last one.
 
-    The file is opened here and its container format is forced, so FFmpeg follows no playlist or address inside it.
+    The file is opened here and its container format is forced, so FFmpeg follows no playlist or URL inside it.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
@@ -67,7 +67,7 @@ class PyAVReader(Reader):
 
     def read_images(self, indices: list[int]) -> dict[int, np.ndarray]:
         images: dict[int, np.ndarray] = {}
-        places = np.searchsorted(self.index.keys, self.index.pts[indices], side="right") - 1  # the key frame of each
+        places = np.searchsorted(self.index.keys, self.index.pts[indices], side="right") - 1  # key frame number of each
         for place in np.unique(places):
             images |= self._read_group(np.array(indices)[places == place].tolist(), int(place))
         return images
@@ -84,10 +84,10 @@ class PyAVReader(Reader):
             raise VideoError(self.path, f"frame {expected} of {len(self)} cannot be decoded")
 
     def _read_group(self, targets: list[int], place: int) -> dict[int, np.ndarray]:
-        """Returns the images of the frames `targets`, whose last key frame at or before them is number `place`.
+        """Returns the images of frames `targets`, which are decoded from key frame number `place`.
 
-        A key frame need not be a clean place to start (open GOP, gradual refresh): where frames come out damaged or not
-        at all, decoding starts again one key frame earlier, and at last at the first packet, whose result is final.
+        Decoding from a key frame can fail (open GOP, gradual refresh): if frames are damaged or missing, it restarts
+        one key frame earlier, and then from the first packet, whose result is final.
         """
         for key in self.index.keys[[at for at in (place, place - 1) if at > 0]].tolist():
             with suppress(_UncleanStart):
@@ -117,7 +117,7 @@ class PyAVReader(Reader):
                 first = next((frame for frame in frames if _timestamp(frame) >= key), None)
                 intra = first and first.key_frame and first.pict_type == av.video.frame.PictureType.I
                 if not (first and intra and _timestamp(first) <= min(numbers)):
-                    raise _UncleanStart  # the seek missed, or the mark of the key frame is wrong
+                    raise _UncleanStart  # the seek missed, or the key-frame flag is wrong
                 frames = chain([first], frames)
             for ordinal, frame in enumerate(frames):
                 index = numbers.pop(_timestamp(frame) if self.index.timed else ordinal, None)
@@ -140,7 +140,7 @@ class _UncleanStart(Exception):
 
 
 def _is_broken(frames: list[av.VideoFrame] | None) -> bool:
-    """Whether a packet could not be decoded, or only with concealed errors."""
+    """Returns whether a packet could not be decoded, or only with concealed errors."""
     return frames is None or any(frame.is_corrupt for frame in frames)
 
 
@@ -156,7 +156,7 @@ def _to_rgb(frame: av.VideoFrame, reformatter: Any) -> np.ndarray:
 
 @contextmanager
 def open_container(source: VideoFile) -> Iterator[tuple[Any, Any]]:
-    """Opens a file as (container, first video stream). Raises: VideoError where that, or a read in the block, fails."""
+    """Opens a file as (container, first video stream). Raises: VideoError if that, or a read in the block, fails."""
     av = load_package("av")
     path = source.path
     limit = {"max_pixels": str(4 * source.max_pixels + 2**16)}  # decoders add borders
@@ -182,9 +182,9 @@ def open_container(source: VideoFile) -> Iterator[tuple[Any, Any]]:
 
 
 def _read_packets(container: Any, stream: Any, key: int | None = None) -> Iterator[av.Packet]:
-    """Yields the packets of a newly opened file in file order, up to a read error and with the final empty one.
+    """Yields a newly opened file's packets in file order, up to a read error or the final empty one (included).
 
-    From the key frame with timestamp `key` on, if given: seeking is inexact, so packets before it are dropped.
+    With `key`, starts at the key frame of that timestamp; seeking is inexact, so packets before it are dropped.
     """
     av = load_package("av")
     if key is not None:
@@ -196,7 +196,7 @@ def _read_packets(container: Any, stream: Any, key: int | None = None) -> Iterat
 
 
 def _skip_unreferenced(packets: Iterator[av.Packet], decoder: Any, first: int) -> Iterator[av.Packet]:
-    """Yields the same packets; before timestamp `first` the decoder skips frames that no other frame refers to."""
+    """Yields the same packets; before timestamp `first` the decoder skips frames that no other frame references."""
     for packet in packets:
         before = packet.pts is not None and packet.pts < first
         decoder.skip_frame = "NONREF" if before else "DEFAULT"
@@ -219,7 +219,7 @@ def _index_frames(source: VideoFile, size: int, modified_ns: int) -> FrameIndex:
     stamps = array("q")  # a list of integers takes five times the memory
     keys: list[int] = []
     with open_container(source) as (container, stream):
-        if source.format == "mov":  # from a table; in other formats it is often wrong
+        if source.format == "mov":  # its table is reliable; other formats' counts often are not
             _check_count(source, stream.frames)
         for packet in _read_packets(container, stream):
             if packet.size and not packet.is_discard:
@@ -256,7 +256,7 @@ def _measure_frame_rate(stated: float, times: np.ndarray, time_base: float) -> f
 
 
 def _verify_index(source: VideoFile, index: FrameIndex) -> FrameIndex:
-    """Returns the index, corrected by the decoder on the first frames, or on all of them where needed.
+    """Returns the index, checked and corrected by decoding the first frames, or all of them.
 
     All frames are decoded if the clip is short, its end is missing, or its timestamps do not identify frames.
     """
@@ -274,7 +274,7 @@ def _verify_index(source: VideoFile, index: FrameIndex) -> FrameIndex:
 
 
 def _decode_stamps(source: VideoFile, limit: int | None) -> tuple[list[int], str | None]:
-    """Returns the timestamps of the first `limit` decoded frames (None: all), and a sentence on damage found."""
+    """Returns the timestamps of the first `limit` decoded frames (None: all), and a sentence on damage, if any."""
     stamps: list[int] = []
     broken = 0
     with open_container(source) as (container, stream):
@@ -296,7 +296,7 @@ def _describe_missing_tail(source: VideoFile, size: int, declared: int, found: i
 
 
 def _read_stated_size(file: BinaryIO, format_name: str) -> int:
-    """Returns the file size that the header of an AVI or Matroska file states; 0 where it states none."""
+    """Returns the file size that the header of an AVI or Matroska file states; 0 if it states none."""
     if format_name == "avi":
         return 8 + int.from_bytes(file.read(8)[4:], "little")
     if format_name != "matroska":
@@ -309,7 +309,7 @@ def _read_stated_size(file: BinaryIO, format_name: str) -> int:
 
 
 def _read_ebml_size(file: BinaryIO) -> int:
-    """Reads a variable-length integer: leading zero bits of the first byte count its bytes; all ones: 0."""
+    """Reads an EBML integer: the first byte's leading zero bits give its length; all ones mean unknown, read as 0."""
     first = file.read(1)
     if not first or not first[0]:
         return 0
