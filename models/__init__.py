@@ -1,6 +1,6 @@
 """Networks: Latte for class labels and for text, codecs, text encoder, adapters, and reading of weights.
 
-This package imports no other folder of the repository, and neither diffusers nor transformers on import.
+Imports only `common` from this repository; diffusers and transformers are imported where they are used.
 """
 
 from .latte import Latte, LatteConfig, Route

@@ -1,4 +1,4 @@
-"""Multi-head attention along one axis of the tokens: views, kernels, and the choice of the kernel.
+"""Multi-head attention along one axis of the tokens: views, kernels and kernel selection.
 
 Letters: B batch, F frames, N tokens per frame, D width, H heads.
 """
@@ -22,14 +22,14 @@ from .embeddings import Rotation, rotate
 VIEWS = {
     # among the N tokens of each frame
     "spatial": "batch frames tokens (heads dim) -> (batch frames) tokens heads dim",
-    # among the F frames, for each token position; tokens count as heads, which avoids a transposition in memory
+    # among the F frames, for each token position; tokens count as heads, which avoids a transposed copy
     "temporal": "batch frames tokens (heads dim) -> batch frames (tokens heads) dim",
-    # the same if there would be more heads than the fused kernels accept
+    # the same, if that gives more heads than the fused kernels accept
     "temporal, large": "batch frames tokens (heads dim) -> (batch tokens) frames heads dim",
-    # all tokens of a clip as one row of queries, for the words of its caption
+    # all tokens of a clip as one row, to attend to its caption's words
     "text": "batch frames tokens (heads dim) -> batch (frames tokens) heads dim",
 }
-MAX_HEADS = 65535  # in one call of a fused kernel on CUDA: the limit of a grid of thread blocks
+MAX_HEADS = 65535  # in one call of a fused CUDA kernel: the limit of a thread-block grid
 
 # Fused kernels of torch on CUDA in order of preference; torch skips those that do not support a call.
 _PREFERRED = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
@@ -37,14 +37,14 @@ BACKENDS = {"cuda": [getattr(SDPBackend, name) for name in _PREFERRED]}
 
 
 class Call(NamedTuple):
-    """Arguments of one attention: q `(B, F, N, D)`; k and v alike, or of the tokens attended to; any strides."""
+    """Arguments of one attention call: q `(B, F, N, D)`; k and v likewise, or of other tokens; any strides."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     view: str  # a key of `VIEWS`
     num_heads: int
-    mask: Tensor | None = None  # bool or added to the scores; broadcasts over the folded (rows, H, queries, keys)
+    mask: Tensor | None = None  # bool, or numbers added to scores; broadcasts over the folded (rows, H, queries, keys)
 
     def fold(self) -> list[Tensor]:
         """Returns q, k, v as `(rows, heads, length, D/H)`, the only layout that fused kernels accept."""
@@ -64,7 +64,7 @@ class Call(NamedTuple):
 
 
 def fused_attention(call: Call) -> Tensor:
-    """Computes attention by torch's scaled_dot_product_attention, with backends in the order of `BACKENDS`."""
+    """Computes attention with torch's scaled_dot_product_attention, preferring backends in the order of `BACKENDS`."""
     q, k, v = call.fold()
     backends = BACKENDS.get(q.device.type)
     with sdpa_kernel(backends, set_priority=True) if backends else nullcontext():
@@ -72,9 +72,9 @@ def fused_attention(call: Call) -> Tensor:
 
 
 def plain_attention(call: Call) -> Tensor:
-    """Computes softmax(q k^T / sqrt(D/H)) v with the scores in memory: the reference for the other kernels."""
+    """Computes softmax(q k^T / sqrt(D/H)) v with explicit scores: the reference for the other kernels."""
     q, k, v = call.fold()
-    # scaled before the product: otherwise the compiler recognises attention and replaces this by a fused kernel
+    # scaled before the product: otherwise the compiler recognises attention and substitutes a fused kernel
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (rows, H, queries, keys)
     if call.mask is not None and call.mask.dtype.is_floating_point:
         scores = scores + call.mask
@@ -89,7 +89,7 @@ _kernel: Callable[[Call], Tensor] = fused_attention
 
 
 def choose(name: str) -> None:
-    """Sets the kernel of all attention in this process: one of `KERNELS`, or "auto", the default, for "fused"."""
+    """Sets the attention kernel of this process: a key of `KERNELS`, or "auto" (the default) for "fused"."""
     global _kernel
     require(name in CHOICES, f"attention must be one of {', '.join(CHOICES)}, got {name!r}")
     _kernel = KERNELS["fused" if name == "auto" else name]
@@ -105,10 +105,10 @@ def attend(
     mask: Tensor | None = None,
     rotation: Rotation | None = None,
 ) -> Tensor:
-    """Computes multi-head attention along the axis that `view`, a key of `VIEWS`, names: `(B, F, N, D)`.
+    """Computes multi-head attention `(B, F, N, D)` along the axis that `view`, a key of `VIEWS`, selects.
 
     Args:
-        q: queries `(B, F, N, D)`; k, v: keys and values, alike or of the tokens attended to.
+        q: queries `(B, F, N, D)`; k, v: keys and values, likewise or of other tokens.
         mask: bool (True: attend) or numbers added to the scores; broadcasts over the folded (rows, H, queries, keys).
         rotation: rotates queries and keys by their frame.
     """

@@ -1,7 +1,7 @@
-"""LatentCodec: video to latents and back by a frozen autoencoder of one of several classes, or in pixel space.
+"""LatentCodec: video to latents and back through a frozen autoencoder, or in pixel space.
 
-The `codec` section names the autoencoder and states scale, shift, latent channels and downsampling. They are never
-taken from the weights; the last two are checked when the autoencoder is loaded.
+The `codec` section names the autoencoder and sets scale, shift, latent channels and downsampling. These are never
+read from the weights; the last two are checked when the autoencoder is loaded.
 
 Letters: B batch, F frames, C channels of the latents, H W pixels, h w latent pixels; N frames of all clips.
 """
@@ -62,7 +62,7 @@ class CodecConfig:
 
 
 class Kind(NamedTuple):
-    """Calls of one class of autoencoder. Images are (N, 3, H, W) in [-1, 1], latents (N, C, h, w)."""
+    """How to call one class of autoencoder. Images are (N, 3, H, W) in [-1, 1], latents (N, C, h, w)."""
 
     encode: Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]  # -> mean and, if stochastic, std
     decode: Callable[[Any, Tensor, int], Tensor]  # (network, latents, frames per clip) -> images
@@ -94,7 +94,7 @@ AUTOENCODERS: dict[str, Kind] = {
 def codec_folder(config: CodecConfig) -> Path:
     """Returns the autoencoder's folder, downloaded if `config.path` is a hub name. Raises: FileNotFoundError."""
     inside = f"{config.subfolder}/" if config.subfolder else ""
-    for suffix in ("safetensors", "bin"):  # downloads only one of them
+    for suffix in ("safetensors", "bin"):  # so that only one is downloaded
         names = (CONFIG_FILE, f"{WEIGHTS}*.{suffix}", f"{WEIGHTS}*.json", ENCODER_FILE, DECODER_FILE)
         found = find_folder(str(config.path), config.revision, "codec.path", [f"{inside}{name}" for name in names])
         folder = found / inside
@@ -140,7 +140,7 @@ class Posterior(NamedTuple):
     std: Tensor | None
 
     def latents(self, config: CodecConfig, noise: Tensor | None = None) -> Tensor:
-        """Returns the mean, or with unit `noise` of its shape a sample, shifted and scaled as in `config`, in fp32."""
+        """Returns the mean, or a sample if unit `noise` is given, shifted and scaled by `config`, in fp32."""
         z = self.mean.float()
         if noise is not None and self.std is not None:
             z = z + self.std.float() * noise.float()
@@ -149,7 +149,7 @@ class Posterior(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredCodec:
-    """Stands for the codec of cached latents: how they are sampled and scaled, without a network."""
+    """Replaces the codec for cached latents: knows how to sample and scale them, and has no network."""
 
     config: CodecConfig
     stochastic: bool
@@ -172,8 +172,8 @@ class LatentCodec(nn.Module):
     def from_config(cls, config: CodecConfig, device: str | torch.device = "cpu") -> LatentCodec:
         """Loads the autoencoder that `config` names onto `device`.
 
-        Raises: FileNotFoundError for a missing folder or hub name; ValueError for weights that do not fit it, or where
-            they contradict `codec.latent_channels` or `codec.downsample_factor`.
+        Raises: FileNotFoundError for a missing folder or hub name; ValueError for weights that cannot be loaded, or
+            that contradict `codec.latent_channels` or `codec.downsample_factor`.
         """
         kind, network = _load(config)
         for module in network.to(device=device).modules():
@@ -190,7 +190,7 @@ class LatentCodec(nn.Module):
         return codec
 
     def train(self, mode: bool = True) -> LatentCodec:
-        """Keeps evaluation mode, also inside a module that is set to train."""
+        """Stays in evaluation mode, even inside a module set to train."""
         return super().train(False)
 
     def latent_shape(self, video_shape: Iterable[int]) -> torch.Size:
@@ -207,7 +207,7 @@ class LatentCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(B, F, 3, H, W) in [-1, 1] -> latents (B, F, C, h, w), fp32.
+        """Encodes (B, F, 3, H, W) in [-1, 1] to latents (B, F, C, h, w), fp32.
 
         `noise`: None for the mean of the encoder's distribution, or unit noise of the latents' shape for a sample.
 
@@ -221,7 +221,7 @@ class LatentCodec(nn.Module):
 
     @torch.no_grad()
     def posterior(self, video: Tensor) -> Posterior:
-        """(B, F, 3, H, W) in [-1, 1] -> unscaled mean and standard deviation, fp32."""
+        """Encodes (B, F, 3, H, W) in [-1, 1] to unscaled mean and standard deviation, fp32."""
         shape = self.latent_shape(video.shape)
         images = rearrange(video, "b f c h w -> (b f) c h w").to(DTYPES[self.config.dtype])
         parts = [self.kind.encode(self.network, chunk) for chunk in images.split(self.config.chunk_size)]
@@ -231,9 +231,9 @@ class LatentCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, F, C, h, w) -> (B, F, 3, H, W) in [-1, 1], fp32, clamped.
+        """Decodes latents (B, F, C, h, w) to (B, F, 3, H, W) in [-1, 1], fp32, clamped.
 
-        A decoder that mixes frames gets complete clips, whatever `codec.chunk_size` is.
+        A decoder that mixes frames gets complete clips, regardless of `codec.chunk_size`.
         """
         batch, frames = latents.shape[:2]
         raw = latents.float() / self.config.scale + self.config.shift

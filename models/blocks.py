@@ -1,7 +1,7 @@
 """Parts of Latte: attention over space or time, the block, the final layer, the layer plans.
 
 Letters: B batch, F frames (tubelets count as frames here), I images, N tokens per frame, D width. Tokens are
-`(B, F+I, N, D)` everywhere; only attention folds them differently.
+`(B, F+I, N, D)` everywhere; only attention uses other layouts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LAYER_PLANS: dict[str, Callable[[int], list[Layer]]] = {
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention along one axis of the tokens, which a subclass sets."""
+    """Multi-head self-attention along one axis of the tokens, set by the subclass."""
 
     axis: ClassVar[Axis]
 
@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
 
 class SpatialAttention(Attention):
-    """Among the N tokens of each frame."""
+    """Attention among the N tokens of each frame."""
 
     axis = "spatial"
 
@@ -66,7 +66,7 @@ class SpatialAttention(Attention):
 
 
 class TemporalAttention(Attention):
-    """Among the F frames of the clip, for each token position."""
+    """Attention among the F frames of the clip, for each token position."""
 
     axis = "temporal"
 
@@ -109,7 +109,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def per_frame(rows: Tensor, num_frames: int, total: int) -> Tensor:
     """Repeats the clip's row for its F frames: `(B, 1+I, 1, D)` -> `(B, F+I, 1, D)`.
 
-    A single row broadcasts as it is, and `total` = F+I rows are one per frame already: both are returned unchanged.
+    Returned unchanged: a single row, which broadcasts, and `total` = F+I rows, already one per frame.
     """
     if rows.shape[1] in (1, total):
         return rows
@@ -125,7 +125,7 @@ class Block(nn.Module):
     """One layer: the residual branches of its plan, then an MLP.
 
     With `adaln` the condition shifts, scales and gates each branch (DiT's adaLN-zero); the attention branches share one
-    modulation. Without, it is a plain pre-norm block, for conditions given as tokens (paper section 3.3.2).
+    modulation. Without it, this is a plain pre-norm block, for conditions given as tokens (paper section 3.3.2).
     """
 
     def __init__(self, layer: Layer, hidden_size: int, num_heads: int, mlp_ratio: float, *, adaln: bool) -> None:
@@ -150,7 +150,7 @@ class Block(nn.Module):
         """
         if not self.temporal_only or x.shape[1] == num_frames:
             return self._transform(x, condition, num_frames, rotation)
-        if condition is not None:  # without the rows of images
+        if condition is not None:  # drops the rows of images
             condition = condition[:, : max(1, condition.shape[1] - x.shape[1] + num_frames)]
         return on_clip(lambda clip: self._transform(clip, condition, num_frames, rotation), x, num_frames)
 
@@ -193,7 +193,7 @@ def _gate_output(x: Tensor, modulation: Modulation | None) -> Tensor:
 
 
 def run_block(block: nn.Module, *inputs: Any, recompute: bool, keep_random_state: bool = False) -> Tensor:
-    """Runs a block; with `recompute` its activations are not stored but computed again in the backward pass."""
+    """Runs a block; with `recompute` its activations are not stored but recomputed in the backward pass."""
     if not (recompute and torch.is_grad_enabled()):
         return block(*inputs)
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=keep_random_state)
@@ -213,10 +213,10 @@ def require_blocks(indices: Collection[int], depth: int) -> None:
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compiles each block in place; checkpoints stay the same.
+    """Compiles each block in place; checkpoints do not change.
 
     For the backward pass a block keeps its inputs, matrix products and attention, and recomputes the rest. This setting
-    holds for everything that the process compiles.
+    applies to everything that the process compiles.
     """
     functorch_config.aggressive_recomputation = True
     for block in blocks:

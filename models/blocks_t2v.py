@@ -1,6 +1,6 @@
 """Parts of the text-conditioned network: adaLN-single, attention with separate projections, the block.
 
-Parameter names are those of diffusers, so that weights can be exchanged.
+Parameter names are those of diffusers, so weights are interchangeable.
 Letters: B batch, F frames, I images, N tokens per frame, D width, L words of a caption.
 """
 
@@ -42,7 +42,7 @@ class TwoLayers(nn.Module):
 
 
 class AdaLayerNormSingle(nn.Module):
-    """The condition that all blocks share (adaLN-single, PixArt-alpha section 2.3)."""
+    """Computes the condition that all blocks share (adaLN-single, PixArt-alpha section 2.3)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -52,14 +52,14 @@ class AdaLayerNormSingle(nn.Module):
 
     def forward(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`(B, ...)`, integer or fractional -> embedded timesteps `(B, ..., D)` and modulations `(B, ..., 6, D)`."""
-        # in fp32 for weights of any precision, as in the code that trained them
+        # in fp32 for weights of any precision, as in training
         features = timestep_features(timesteps, TimestepEmbedder.num_features, torch.float32)
         embedded = self.emb["timestep_embedder"](features.to(dtype))
         return embedded, self.linear(functional.silu(embedded)).unflatten(-1, (6, -1))
 
 
 class Projections(nn.Module):
-    """Base of the attentions: separate projections; parameter names as in diffusers."""
+    """Base class of both attentions: separate projections; parameter names as in diffusers."""
 
     def __init__(self, config: LatteT2VConfig) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class T2VBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, config.width))
 
     def forward(self, x: Tensor, modulation: Tensor, num_frames: int, caption: Caption | None = None) -> Tensor:
-        """`(B, F+I, N, D)` -> the same; `modulation (B, 1 or F+I, 6, D)`. Temporal blocks do not change images."""
+        """`(B, F+I, N, D)` -> the same; `modulation (B, 1 or F+I, 6, D)`. Temporal blocks leave images unchanged."""
         if self.axis == "spatial" or x.shape[1] == num_frames:
             return self._transform(x, modulation, num_frames, caption)
         modulation = modulation[:, :num_frames]

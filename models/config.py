@@ -21,7 +21,7 @@ class ModelSize(NamedTuple):
 
 
 # fmt: off
-PRESETS = {  # paper table 1; layers with one attention (interleaved, late_fusion), with two (sequential, parallel)
+PRESETS = {  # paper table 1; depth with one attention per layer (interleaved, late_fusion), or two (the others)
     #      width heads  one  two
     "S":  ( 384,    6,  12,  10),
     "B":  ( 768,   12,  12,  10),
@@ -36,7 +36,7 @@ CUSTOM = ("custom", "custom-t2v", "custom-t2i")
 SIZE_KEYS = ModelSize._fields
 # Keys that text-conditioned networks read; all others belong to class-conditional ones.
 TEXT_KEYS = ("name", *SIZE_KEYS, "learn_sigma", "gradient_checkpointing")
-# Upper limits are far above any network; beyond them even counting the parameters would not finish.
+# Upper limits far above any network, since beyond them even counting the parameters would take too long.
 SIZE_LIMITS = {"hidden_size": from_to(1, 2**16), "depth": from_to(1, 256), "num_heads patch_size": at_least(1)}
 LIMITS = {
     "variant": one_of(LAYER_PLANS),
@@ -67,11 +67,11 @@ class LatteConfig:
     tubelet_size: int = 2  # frames in a tubelet
     injection: str = "adaln"  # how timestep and label enter: adaln | tokens
     temporal_position: str = "absolute"  # absolute | rope
-    position_interpolation: bool = False  # at other sizes: True rescales positions to the trained range
+    position_interpolation: bool = False  # True: at other sizes, rescale positions to the trained range
     num_classes: int = 0  # 0: unconditional
     label_dropout: float = 0.1  # 0: no null label, so no classifier-free guidance
     label_init_std: float = 0.02
-    learn_sigma: bool = True  # output has twice the channels: noise and variance
+    learn_sigma: bool = True  # the output has twice the channels: noise and variance
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class LatteConfig:
 
     @property
     def size(self) -> ModelSize:
-        """Width, depth, heads and patch size: from the name, or as given for a custom one."""
+        """Width, depth, heads and patch size: those of the name, or as set for a custom network."""
         if self.name in CUSTOM:
             return ModelSize(*(getattr(self, key) for key in SIZE_KEYS))
         if self.name in TEXT_SIZES:
@@ -103,7 +103,7 @@ class LatteConfig:
 
     @property
     def is_text(self) -> bool:
-        """Whether this is a text-conditioned network, whose captions the `text` section describes."""
+        """Whether the network is conditioned on captions, which the `text` section configures."""
         return self.name in TEXT_NAMES
 
     @property

@@ -1,4 +1,4 @@
-"""Configuration of the text-conditioned network: the keys of diffusers' `config.json`, each read or refused."""
+"""Configuration of the text-conditioned network: the keys of diffusers' `config.json`, each used or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMITS = {
     "dropout": within(0, 1, "[)"),
 }
 
-# Keys in files of related classes (the official LatteT2V, PixArt) -> values at which they have no effect.
+# Keys in files of related classes (the official LatteT2V, PixArt) -> values with which they have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_type": ("default", None),
     "double_self_attention": (False, None),
@@ -30,7 +30,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_vector_embeds": (None, False),
     "use_additional_conditions": (False, None),
 }
-UNREAD = ("norm_num_groups",)  # written by those classes, but read for other kinds of input only
+UNREAD = ("norm_num_groups",)  # written by those classes, but used only for other kinds of input
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LatteT2VConfig:
     """Keys and defaults of diffusers' class; sizes that default to None must be given.
 
     `sample_size` is the height and width of the latents in training, `video_length` their number of frames; the
-    network takes others too. `num_embeds_ada_norm` is stored for diffusers and not read.
+    network takes others too. `num_embeds_ada_norm` is stored for diffusers and not used.
     """
 
     num_attention_heads: int = 16
@@ -47,7 +47,7 @@ class LatteT2VConfig:
     out_channels: int | None = None  # None: the same as in_channels; twice as many: noise and variance
     num_layers: int = 1  # of each kind: spatial, temporal
     dropout: float = 0.0
-    cross_attention_dim: int | None = None  # the network's width: captions are projected to it
+    cross_attention_dim: int | None = None  # must be the network's width, to which captions are projected
     attention_bias: bool = False
     sample_size: int = 64
     patch_size: int | None = None
@@ -69,7 +69,7 @@ class LatteT2VConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> LatteT2VConfig:
-        """Builds it from the content of a `config.json`, as diffusers or the official code writes it.
+        """Builds the config from the content of a `config.json` of diffusers or the official code.
 
         Raises: ValueError for a key that is unknown or whose value the network does not support.
         """

@@ -1,7 +1,7 @@
-"""Weights from files: safe reading, strict loading, and initialisation from an image DiT.
+"""Weight files: safe reading, strict loading, and initialisation from an image DiT.
 
-A `.pt` file is a pickle. PyTorch's restricted reader takes only tensors and plain containers from it and runs none of
-its code. It is used only in versions of PyTorch without a known hole, and on archives as `torch.save` writes them.
+A `.pt` file is a pickle. PyTorch's restricted unpickler loads only tensors and plain containers and runs no code of the
+file. It is used only in PyTorch versions without a known vulnerability, and on archives as `torch.save` writes them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .latte import Latte
 
 log = logging.getLogger(__name__)
 
-SAFE_SINCE = "2.10"  # CVE-2025-32434, CVE-2026-24747: earlier restricted readers can be made to run code
+SAFE_SINCE = "2.10"  # CVE-2025-32434, CVE-2026-24747: earlier restricted unpicklers can be made to run code
 MAX_RECORDS = 100_000  # in an archive; one per tensor
-# Classes of the settings that training scripts store with weights (argparse, OmegaConf); `tools.convert checkpoint`
+# Classes in the settings that training scripts store with weights (argparse, OmegaConf); `tools.convert checkpoint`
 # can skip them.
 SETTINGS = frozenset(
     [
@@ -42,17 +42,17 @@ SETTINGS = frozenset(
         *("typing.Any", "collections.defaultdict"),
     ]
 )
-CONVERT = "`python -m tools.convert checkpoint` extracts the weights alone if its author gives you the file's SHA-256"
-DISTRUST = "weights need none: ask the author of the file for its `ema` or `model` dictionary of tensors alone"
+CONVERT = "`python -m tools.convert checkpoint` extracts only the weights, given the file's SHA-256 from its author"
+DISTRUST = "weights need none: ask the file's author for only its `ema` or `model` dictionary of tensors"
 
 WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel, torch.compile
 PIXART_KEYS = ("state_dict_ema", "state_dict")  # of the `.pth` files that PixArt's training writes
-TABLES = {  # position tables -> advice if their shape does not fit
+TABLES = {  # position table -> advice if its shape does not match
     "pos_embed": "for another latent size: set data.image_size as in training",
     "temp_embed": "for another frame count: set data.num_frames as in training",
 }
 
-# Parts of keys that only the network, or only the image DiT has -> the reason.
+# Parts of keys that only the network, or only the image DiT, has -> the reason.
 ONLY_OURS = {
     "temp_embed": "an image model has no frames; ours is computed",
     "temporal_attn": "an image model has no second attention; ours keeps its initialisation",
@@ -62,7 +62,7 @@ ONLY_THEIRS = {"y_embedder": "the network has no labels (model.num_classes is 0)
 
 
 class Ignored:
-    """Placeholder for an object that is skipped: accepts any arguments, items and state, and stores nothing."""
+    """Placeholder for a skipped object: accepts any arguments, items and state, and stores nothing."""
 
     def __new__(cls, *_: object, **__: object) -> Ignored:
         return super().__new__(cls)
@@ -80,7 +80,7 @@ class Ignored:
 def load_pickled(path: Path, ignored: Iterable[str] = ()) -> Any:
     """Returns the content of a `.pt` file, on the CPU; objects of the classes `ignored` (full names) become `Ignored`.
 
-    Raises: ValueError if this PyTorch is too old to read it safely, or it is broken, compressed, or has other objects.
+    Raises: ValueError if this PyTorch is too old to read it safely, or it is broken, compressed or has other objects.
     """
     unsafe = f"with PyTorch {torch.__version__} a .pt file can run code"
     remedy = f"install PyTorch {SAFE_SINCE} or newer, or use a .safetensors file"
@@ -122,10 +122,10 @@ def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str
     """Returns the weights in a `.safetensors` file, or in a `.pt` file as the official code writes it.
 
     A `.pt` file may hold several sets: the one under `prefer` is taken, else, with a warning, `ema` or `model` (in
-    PixArt's `.pth` files `state_dict_ema` or `state_dict`), else the file itself is the weights. Prefixes that
+    PixArt's `.pth` files `state_dict_ema` or `state_dict`), else the whole file is taken as weights. Prefixes that
     DistributedDataParallel and torch.compile add to keys are removed. For `ignored` see `load_pickled`.
 
-    Raises: FileNotFoundError, ValueError if there is no such file, it is broken, or holds no weights or other objects.
+    Raises: FileNotFoundError, ValueError if the file is missing, broken, or holds no weights or other objects too.
     """
     path = Path(path)
     if not path.is_file():
@@ -146,7 +146,7 @@ def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors in a file. Raises ValueError if it is broken."""
+    """Returns the tensors in a safetensors file. Raises: ValueError if it is broken."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -195,7 +195,7 @@ def require_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
 
 
 def weights_digest(*groups: Mapping[str, Tensor], facts: bytes = b"") -> str:
-    """Returns the SHA-256 over names, shapes and values, which does not depend on their order or file format."""
+    """Returns a SHA-256 over names, dtypes, shapes and values, independent of their order and file format."""
     total = hashlib.sha256(facts)
     for group in groups:
         for name, value in sorted(group.items()):
@@ -206,7 +206,7 @@ def weights_digest(*groups: Mapping[str, Tensor], facts: bytes = b"") -> str:
 
 @dataclass(frozen=True)
 class InitReport:
-    """Keys that `init_from_dit` took, and those left in the checkpoint or in the network, with the reason."""
+    """Keys that were loaded, and those left in the checkpoint or unchanged in the network, with the reason."""
 
     taken: list[str]
     left_theirs: dict[str, str]
@@ -223,15 +223,15 @@ class InitReport:
 
 
 def is_image_checkpoint(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether these may be weights of an image DiT: with a spatial table of positions and no temporal one."""
+    """Returns whether these may be an image DiT's weights: they have spatial but no temporal positions."""
     return "pos_embed" in state_dict and "temp_embed" not in state_dict
 
 
 def init_from_dit(model: Latte, state_dict: Mapping[str, Tensor]) -> InitReport:
-    """Copies the weights of an image DiT that have the key and shape of one of ours; the others stay as they are.
+    """Copies those weights of an image DiT whose key and shape match one of ours; our others stay unchanged.
 
-    In variants 1 and 2 a temporal layer takes the DiT layer of the same index, as in the official code. In `parallel`
-    the attention takes DiT's weights with half the number of heads. Raises: ValueError if no layer fits.
+    In variants 1 and 2 a temporal layer takes the DiT layer with the same index, as in the official code. In `parallel`
+    attention takes DiT's weights with half as many heads. Raises: ValueError if no layer fits.
     """
     ours = model.state_dict()
     taken = [key for key, value in state_dict.items() if key in ours and ours[key].shape == value.shape]
@@ -256,7 +256,7 @@ def _shapes(theirs: Tensor, ours: Tensor) -> str:
 
 
 def _fold(keys: Iterable[tuple[str, str]]) -> list[str]:
-    """Formats keys with notes as lines; a key with the same note in several layers is one, `blocks.{0-27}.attn...`."""
+    """Formats keys with notes as lines; layers with the same key and note share one, `blocks.{0-27}.attn...`."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for key, note in keys:
         head, number, tail = re.fullmatch(r"(?:(\w*blocks)\.(\d+)\.)?(.*)", key, re.DOTALL).groups(default="")  # type: ignore[union-attr]

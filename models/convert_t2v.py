@@ -1,7 +1,7 @@
 """Weights of the text-conditioned network: from diffusers, the official code and PixArt-alpha, and back to diffusers.
 
 Weights of diffusers and of the official code have the same names and load strictly. An image network of PixArt-alpha,
-in diffusers' format or its authors' `.pth`, becomes a video network that computes each frame as the image network does.
+in diffusers' format or its authors' `.pth`, becomes a video network that at first treats each frame as an image.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SUBFOLDER = "transformer"  # in the folder of a complete pipeline
 # Written by diffusers, by the official code, and for PixArt-alpha by old and new diffusers.
 CLASS_NAMES = (CLASS_NAME, "LatteT2V", "Transformer2DModel", "PixArtTransformer2DModel")
 TEMPORAL = "temporal_transformer_blocks."
-SCALE = "temporal_position_scale"  # a key of ours in config.json, written while an image network becomes a video one
+SCALE = "temporal_position_scale"  # our own key in config.json, while an image network is trained into a video network
 
-COMPARED_WORDS = 8  # length of the caption in a comparison with diffusers
+COMPARED_WORDS = 8  # caption length in a comparison with diffusers
 
 # Names in PixArt-alpha -> in diffusers; a tensor with several names is their concatenation along dimension 0.
 PIXART_NAMES: dict[str, tuple[str, ...]] = {
@@ -58,7 +58,7 @@ PIXART_NAMES: dict[str, tuple[str, ...]] = {
     "mlp.fc1": ("ff.net.0.proj",),
     "mlp.fc2": ("ff.net.2",),
 }
-# Keys of checkpoints that the network does not have -> why they are ignored.
+# Checkpoint keys that the network does not have -> why they are ignored.
 IGNORED = {
     r"pos_embed(\.pos_embed)?|temp_pos_embed": "a table of positions; ours is computed",
     r"(caption_projection|y_embedder)\.y_embedding": "the empty caption of training; samplers encode an empty prompt",
@@ -92,20 +92,20 @@ def convert_t2v(
 ) -> tuple[LatteT2V, InitReport]:
     """Returns the network in a folder or file, in evaluation mode, and a report on every tensor.
 
-    Weights without temporal blocks are those of an image network: its new temporal blocks start as the identity, and
+    Weights without temporal blocks are an image network's: the new temporal blocks start as the identity, and
     `temporal_position_scale` at 0.
 
     Args:
         source: a folder in diffusers' format (a complete pipeline or its transformer), or a file of weights:
             `.safetensors`, or `.pt`, `.pth` or `.bin`, from which only tensors are unpickled.
-        config: content of a `config.json`. Default: the file next to the weights, or without one that of Latte-1,
-            which is also PixArt-alpha's at 512 pixels.
+        config: content of a `config.json`. Default: the file next to the weights, else that of Latte-1, which
+            also fits PixArt-alpha at 512 pixels.
         variant: `fp16` for files named `diffusion_pytorch_model.fp16.safetensors`.
         prefer: set of weights to take from a training checkpoint, see `read_state_dict`.
-        dtype: of the network; None for that of the file.
-        options: of `LatteT2V`.
+        dtype: the network's; None keeps the file's.
+        options: options of `LatteT2V`.
 
-    Raises: FileNotFoundError, ValueError where a part is missing, broken or does not fit; all differences are listed.
+    Raises: FileNotFoundError, ValueError if a part is missing, broken or does not fit; all differences are listed.
     """
     weights, keys = _read(Path(source), config, variant, prefer)
     table = weights.get("pos_embed")  # in PixArt's own files, which have no config
@@ -167,9 +167,9 @@ def to_diffusers(model: LatteT2V) -> nn.Module:
 
 
 def compare_with_diffusers(model: LatteT2V, folder: Path) -> float:
-    """Returns the largest difference to the outputs of diffusers' class with the weights in `folder`.
+    """Returns the largest difference from the output of diffusers' class with the weights in `folder`.
 
-    It is relative to the largest value, in fp32 on a small random clip; of an image network, frame by frame.
+    Relative to the largest value, in fp32 on a small random clip; frame by frame for an image network.
     """
     from diffusers import LatteTransformer3DModel
 
@@ -205,7 +205,7 @@ def _read(
 
 
 def _find_files(source: Path, variant: str | None) -> tuple[Path, list[Path]]:
-    """Returns the folder of a network's config.json, and its files of weights: the shards of an index, or one file."""
+    """Returns the folder of a network's config.json, and its weight files: the shards of an index, or one file."""
     if source.is_file():
         return source.parent, [source]
     if not source.is_dir():
@@ -237,7 +237,7 @@ def _pixart_config(table: Tensor | None) -> LatteT2VConfig:
 
 
 def _translate(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Renames weights to our names; returns them, and the ignored keys with the reason."""
+    """Renames weights to our names; returns them, and the reasons for ignored keys."""
     if not any(key.startswith("blocks.") for key in weights):
         return _drop_keys(weights, IGNORED)
     renamed: dict[str, Tensor] = {}

@@ -52,7 +52,7 @@ class TubeletPatchEmbed(nn.Module):
 
 
 class FrameUpsampler(nn.Module):
-    """Transposed convolution in time after the linear decoder: tubelets back to frames, at first as copies."""
+    """Transposed convolution in time after the linear decoder: turns tubelets back into frames, initially copies."""
 
     def __init__(self, channels: int, tubelet_size: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def unpatchify(x: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Embeds timesteps by 256 sinusoids and an MLP."""
+    """Embeds timesteps with 256 sinusoids and an MLP."""
 
     num_features = 256
 

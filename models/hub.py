@@ -1,4 +1,4 @@
-"""Models that are local folders or names on the Hugging Face hub: lookup, download, and reading of their JSON files."""
+"""Finds models in local folders or on the Hugging Face hub, downloads them, and reads their JSON files."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def find_folder(path: str, revision: str | None, key: str, patterns: Sequence[st
 
     Args:
         path: a folder, `owner/name`, or `owner/name@revision`.
-        revision: of a hub name without `@revision`.
+        revision: for a hub name without `@revision`.
         key: the configuration key of `path`, for errors.
         patterns: files to download from the hub.
 
-    Raises: FileNotFoundError if it is neither a folder nor can be downloaded; ValueError for a folder with a revision.
+    Raises: FileNotFoundError if there is no folder and no download; ValueError for a folder with a revision.
     """
     folder = local_folder(path)
     if folder is not None:
-        local = f"{key}={path} is a local folder, which has no revision {revision}: leave the revision out"
+        local = f"{key}={path} is a local folder, which has no revision {revision}: omit the revision"
         require(not revision, local)
         return folder
     if Path(path).exists() or not is_hub_name(path):
@@ -58,7 +58,7 @@ def find_folder(path: str, revision: str | None, key: str, patterns: Sequence[st
 
 
 def find_cached(path: str, revision: str | None, file: str) -> Path | None:
-    """Returns the folder of `path` on this machine: itself, or the hub's cache if it has `file`; None if neither."""
+    """Returns `path` if it is a local folder, else its folder in the hub's cache if that has `file`, else None."""
     folder = local_folder(path)
     if folder is not None or not is_hub_name(path):
         return folder
@@ -71,7 +71,7 @@ def find_cached(path: str, revision: str | None, file: str) -> Path | None:
 def require_part(folder: Path, name: str) -> None:
     """Raises FileNotFoundError unless the folder has the sub-folder `name`."""
     if not (folder / name).is_dir():
-        raise FileNotFoundError(f"{folder} has no sub-folder {name}, which is a part of a Latte folder")
+        raise FileNotFoundError(f"{folder} has no sub-folder {name}, which every Latte folder has")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing, which is a part of a folder in diffusers' format") from None
+        raise FileNotFoundError(f"{file} is missing; a folder in diffusers' format has one") from None
     except (ValueError, RecursionError):
         content = None
     require(isinstance(content, dict), f"{file} is not valid JSON, or not an object; copy it again")

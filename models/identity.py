@@ -1,4 +1,4 @@
-"""Identities of frozen encoders from their files alone, without building a network: caches are compared by them."""
+"""Identities of frozen encoders, by which caches are compared; computed from files, without building a network."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def codec_identity(config: CodecConfig) -> dict[str, Any]:
 
 
 def is_same_codec(made: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Returns whether two identities are of one codec: by weights, or by names if `now` has no weights at hand."""
+    """Returns whether two identities are of one codec: by weights, or by names if `now` lacks a weights hash."""
     names = ("sha256",) if now["sha256"] else ("path", "subfolder", "revision")
     keys = ("latent_channels", "downsample_factor", "dtype", *names)
     return all(made.get(key) == now[key] for key in keys)
@@ -78,6 +78,6 @@ def text_identity(config: TextConfig) -> dict[str, Any]:
 
 
 def select_comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the part of a text identity that a cache must equal: the hash of the files, or without it their name."""
+    """Returns the part of a text identity that a cache must match: with the files' hash, or else with their name."""
     ignored = ("path", "revision") if identity["sha256"] or identity["path"] is None else ()
     return {key: value for key, value in identity.items() if key not in ignored and not (key == "sha256" and not value)}

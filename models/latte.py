@@ -1,7 +1,7 @@
 """Latte: a diffusion transformer for video (arXiv 2401.03048), all four variants in one class.
 
 Letters: B batch, F frames, I images of joint image-video training, C channels, H W latent height and width,
-N tokens per frame, D width. Between patch embedding and final layer F counts tubelets where those are used.
+N tokens per frame, D width. Between patch embedding and final layer F counts tubelets if they are used.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Route(NamedTuple):
     keep: Tensor
 
     def positions(self, x: Tensor, num_appended: int) -> Tensor:
-        """Returns where the kept tokens of `x (B, F+I, N + num_appended, D)` are: `(B, 1, K + num_appended, 1)`."""
+        """Returns positions `(B, 1, K + num_appended, 1)` of the kept tokens of `x (B, F+I, N + num_appended, D)`."""
         keep = self.keep.expand(len(x), -1)
         appended = torch.arange(x.shape[2] - num_appended, x.shape[2], device=keep.device).expand(len(x), -1)
         return torch.cat([keep, appended], dim=1)[:, None, :, None]
@@ -57,8 +57,8 @@ class Route(NamedTuple):
 class Latte(nn.Module):
     """Patch embedding, blocks of spatial and temporal attention, and a final layer back to patches.
 
-    `num_frames` and `latent_size` are those of training. `forward` takes other sizes too and computes positions for
-    them. The network draws no random numbers: the caller drops labels by replacing them with `null_label`.
+    `num_frames` and `latent_size` are those of training; for other sizes `forward` computes new positions. The network
+    draws no random numbers: the caller drops labels by replacing them with `null_label`.
 
     Args:
         config: the `model` section.
@@ -139,7 +139,7 @@ class Latte(nn.Module):
                 The range is not checked, because that would wait for the device.
             num_images: I, the number of frames at the end that are images.
             return_hidden_states: indices of blocks whose output tokens are returned as well.
-            route: tokens that a range of blocks computes, None for all.
+            route: restricts a range of blocks to some tokens; None: no restriction.
 
         Returns:
             `(B, F+I, C, H, W)`, or 2C channels with `learn_sigma`. With `return_hidden_states` a pair of that and
@@ -168,7 +168,7 @@ class Latte(nn.Module):
         return_hidden_states: Collection[int],
         route: Route | None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Applies all blocks; a method that changes how blocks are connected overrides this.
+        """Applies all blocks; override this to change how blocks are connected.
 
         Args:
             x: tokens `(B, F+I, N + appended, D)`, those of timestep and label last with `model.injection=tokens`.
@@ -183,7 +183,7 @@ class Latte(nn.Module):
         rotation = self._rotation(num_frames, x)
         num_appended = x.shape[2] - num_tokens
         hidden_states: dict[int, Tensor] = {}
-        skipped: Tensor | None = None  # inside the route: all tokens, as they entered it
+        skipped: Tensor | None = None  # inside the route: all tokens as they entered it
         for index, block in enumerate(self.blocks):
             if index == self.first_temporal_layer:
                 x = self._add_time_positions(x, num_frames)

@@ -44,12 +44,11 @@ class LatteT2V(nn.Module):
     Args:
         config: the content of diffusers' `config.json`.
         text_mask: meaning of `encoder_attention_mask`. `official`: 1 for words and 0 for padding, one row per
-            caption, as the weights were trained and as diffusers documents. `diffusers`: as its class computes
-            (0.42), one row per frame; bool masks select words, and numbers are added to the scores, so that 1 and 0
-            mask nothing.
+            caption, as in training and in diffusers' documentation. `diffusers`: as its class (0.42) computes it, one
+            row per frame; bool masks select words, numbers are added to the scores, so 1 and 0 mask nothing.
         gradient_checkpointing: recompute each block in the backward pass.
-        temporal_position_scale: factor of the temporal positions, 1 in Latte. At 0 an image network whose temporal
-            blocks are still the identity gives the same output as before.
+        temporal_position_scale: factor of the temporal positions, 1 in Latte. At 0, and with temporal blocks still the
+            identity, the output is the image network's.
         temporal: False omits the temporal blocks, which gives PixArt-alpha's network: every frame is an image.
     """
 
@@ -266,7 +265,7 @@ class LatteT2V(nn.Module):
 
 
 def _zero(network: nn.Module, names: tuple[str, ...]) -> None:
-    """Sets the modules whose names end with one of `names` to zero."""
+    """Zeroes the modules whose names end with one of `names`."""
     for name, module in network.named_modules():
         if name.endswith(names):
             for parameter in module.parameters():

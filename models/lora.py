@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) of Latte and LatteT2V: small trainable weights added to frozen ones.
 
-peft inserts them for training, and their files have peft's format, so peft's tools and diffusers' networks read them.
-Merging is W + scale * B A and needs no peft.
+peft inserts them for training. Files have peft's format, so peft and diffusers can load them. Merging computes
+W + scale * B A and does not need peft.
 
 Letters: r rank, D_in D_out the widths of a linear map; A (r, D_in), B (D_out, r).
 """
@@ -50,7 +50,7 @@ LIMITS = {"rank": at_least(0), "alpha": optional(POSITIVE), "targets": one_of(TA
 class LoraConfig:
     """The `lora` section: adapters to the frozen weights of `train.init_from`."""
 
-    rank: int = 0  # of the adapters; 0: no adapters, the whole network is trained
+    rank: int = 0  # 0: no adapters, the whole network is trained
     alpha: float | None = None  # adapter outputs are scaled by alpha / rank; null: by 1
     targets: str = "attention"  # attention | attention+mlp
 
@@ -65,7 +65,7 @@ class LoraConfig:
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> None:
-    """Freezes `model` and adds adapters to its blocks; they have no effect yet, since B is zero and A is random."""
+    """Freezes `model` and adds adapters to its blocks; A is random and B is zero, so they have no effect yet."""
     from peft import inject_adapter_in_model  # optional
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -75,7 +75,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
 
 
 def hold_frozen_linear_maps_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts frozen linear maps to the dtype that autocast casts them to in each call: less memory, the same results."""
+    """Casts frozen linear maps once, as autocast would in each call: less memory, the same results."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and not any(each.requires_grad for each in module.parameters()):
             module.to(dtype)
@@ -87,14 +87,14 @@ def lora_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Adapter(NamedTuple):
-    """A, B and the factor of their product, by the name of each linear map; `source` names their origin in errors."""
+    """A, B and the scale of their product, by name of the linear map; `source` names their origin in errors."""
 
     parts: dict[str, tuple[Tensor, Tensor, float]]
     source: str
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], scale_of: Any, source: str) -> Adapter:
-        """Builds an adapter from keys of a network or of peft's file; `scale_of(rank)` is the factor."""
+        """Builds an adapter from keys of a network or of peft's file; `scale_of(rank)` returns the scale."""
         halves: dict[str, dict[str, Tensor]] = {}
         for key, value in weights.items():
             match = KEY.fullmatch(key)
@@ -103,14 +103,14 @@ class Adapter(NamedTuple):
         require(bool(halves), f"{source} is not a complete LoRA: it is empty.")
         for name, pair in halves.items():
             whole = pair.keys() == {"A", "B"} and pair["A"].shape[0] == pair["B"].shape[1]
-            require(whole, f"{source} is not a complete LoRA: {name} lacks a half.")
+            require(whole, f"{source} is not a complete LoRA: {name} lacks A or B, or their ranks differ.")
         return cls({name: (pair["A"], pair["B"], scale_of(len(pair["A"]))) for name, pair in halves.items()}, source)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Adapter:
         """Reads a folder in peft's format, or a hub name.
 
-        Raises: FileNotFoundError, ValueError if there is none, or it cannot be merged by W + scale * B A.
+        Raises: FileNotFoundError, ValueError if it is missing, or cannot be merged as W + scale * B A.
         """
         folder = find_folder(str(folder), None, "lora", (CONFIG_FILE, WEIGHTS_FILE))
         for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -124,9 +124,9 @@ class Adapter(NamedTuple):
 
     @torch.no_grad()
     def merge_into(self, weights: dict[str, Tensor], scale: float = 1.0) -> None:
-        """Replaces each adapted weight of `weights` by W + scale * B A, computed in fp32, in the dtype of W.
+        """Replaces each adapted weight of `weights` by W + scale * B A, computed in fp32, stored in W's dtype.
 
-        Raises: ValueError if the network lacks one of the linear maps; then nothing is replaced.
+        Raises: ValueError if a linear map is missing or has another shape; then nothing is replaced.
         """
         for name, (a, b, _) in self.parts.items():
             own = weights.get(f"{name}.weight")
@@ -140,7 +140,7 @@ class Adapter(NamedTuple):
 
 
 def merge_lora(model: nn.Module, folder: str | Path, scale: float = 1.0) -> None:
-    """Merges the adapters in a folder of peft's format, or of a hub name, into a network."""
+    """Merges the adapters of a folder in peft's format, or of a hub name, into a network."""
     weights = model.state_dict()
     Adapter.from_folder(folder).merge_into(weights, scale)
     model.load_state_dict(weights, assign=True)

@@ -1,6 +1,6 @@
 """Quantises linear maps of T5 and the text-conditioned network to 8 or 4 bits, for sampling on a smaller GPU.
 
-Only the blocks are quantised, which hold nearly all weights; embeddings, norms and the output layer are not.
+Only the blocks, which hold nearly all weights, are quantised; embeddings, norms and the output layer are not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""T5 and its tokenizer: captions to the features that condition a text-conditioned network.
+"""T5 and its tokenizer: turn captions into features for a text-conditioned network.
 
 transformers is imported only when an encoder is loaded.
 Letters: L tokens of a caption (T5's pieces), D width of the features.
@@ -51,8 +51,8 @@ class TextConfig:
     caption_channels: int = 4096  # D, the width of the encoder's features; T5-XXL has 4096
     max_length: int = MAX_WORDS  # L, tokens that a caption is cut or padded to; padding is masked
     caption_dropout: float = 0.1  # share of captions replaced by the empty one; 0: no classifier-free guidance
-    clean_captions: bool = True  # remove addresses, mark-up and file names, as in the training of Latte-1
-    dtype: str = "fp32"  # fp32 | bf16 | fp16: of the encoder and its features
+    clean_captions: bool = True  # remove URLs, mark-up and file names, as in the training of Latte-1
+    dtype: str = "fp32"  # fp32 | bf16 | fp16: precision of the encoder and its features
     features: str | None = None  # read features from this cache of tools.cache_text instead of encoding
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class TextConfig:
         return find_folder(str(self.path), self.revision, "text.path", [f"{part}/*" for part in PARTS])
 
     def prepare(self, caption: str) -> str:
-        """Returns a caption as the encoder takes it: cleaned, or only in lower case."""
+        """Returns a caption ready for the encoder: cleaned, or only in lower case."""
         return prepare_caption(caption, clean=self.clean_captions)
 
 
@@ -89,7 +89,7 @@ class TextEncoder:
     ) -> TextEncoder:
         """Loads the sub-folders `tokenizer` and `text_encoder`; for `quantization` see `models.quantize`.
 
-        Raises: FileNotFoundError, ValueError: one is missing or broken, or they do not belong together.
+        Raises: FileNotFoundError, ValueError if one is missing or broken, or they do not belong together.
         """
         from transformers import T5EncoderModel, T5Tokenizer
         from transformers.utils import logging as transformers_logging
@@ -99,7 +99,7 @@ class TextEncoder:
         read_json(folder / "text_encoder" / "config.json")
         transformers_logging.disable_progress_bar()
         verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity(logging.CRITICAL)  # hides a table of all weights that do not fit
+        transformers_logging.set_verbosity(logging.CRITICAL)  # hides a table of all mismatched weights
         try:
             tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
             network, report = T5EncoderModel.from_pretrained(
@@ -121,7 +121,7 @@ class TextEncoder:
         """Returns features (1, L, D) of a text, padding included, and the number of tokens without padding."""
         length = self.max_length
         tokens = self.tokenizer([text], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        words = int(tokens.attention_mask.sum())  # before the move to the device, which int() would wait for
+        words = int(tokens.attention_mask.sum())  # before the move to the device, for which int() would wait
         tokens = tokens.to(self.network.device)
         return self.network(tokens.input_ids, attention_mask=tokens.attention_mask)[0], words
 
@@ -132,7 +132,7 @@ class TextEncoder:
             log.warning("the prompt %r is empty after cleaning: its video is sampled without a caption", prompt)
         count = len(self.tokenizer(text).input_ids)
         if count > self.max_length:
-            log.warning("a prompt of %d tokens is cut to %d, the most that the network takes", count, self.max_length)
+            log.warning("a prompt of %d tokens is cut to %d, the network's maximum", count, self.max_length)
         positive, words = self.features(text)
         if negative_prompt is None:
             return Prompt(positive[:, :words], None)
@@ -151,12 +151,12 @@ def check_tokenizer(tokenizer: Any, vocab_size: int, folder: Path) -> None:
 
 
 def prepare_caption(caption: str, *, clean: bool) -> str:
-    """Returns a caption as the encoder takes it: cleaned, or only in lower case."""
+    """Returns a caption ready for the encoder: cleaned, or only in lower case."""
     return clean_caption(caption) if clean else caption.lower().strip()
 
 
 def clean_caption(caption: str) -> str:
-    """Removes addresses, mark-up, file names, codes and advertising from a caption.
+    """Removes URLs, mark-up, file names, codes and advertising from a caption.
 
     The rules are those of DeepFloyd IF, as diffusers implements them for its pipelines; applied twice, as there.
     """

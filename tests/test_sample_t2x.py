@@ -179,7 +179,7 @@ def test_features_are_those_of_the_words() -> None:
     [
         ("", "the prompt '' is empty after cleaning: its video is sampled without a caption", 1),
         ("https://a.com/b", "the prompt 'https://a.com/b' is empty after cleaning", 1),
-        ("a blue square " * 720, "tokens is cut to 120, the most that the network takes", 120),
+        ("a blue square " * 720, "tokens is cut to 120, the network's maximum", 120),
     ],
     ids=["empty", "only an address", "long"],
 )
@@ -403,7 +403,7 @@ def test_a_broken_file_is_one_sentence(
 
 
 MISTAKES = [  # flags, error
-    (["--revision", "v1"], "is a local folder, which has no revision v1: leave the revision out"),
+    (["--revision", "v1"], "is a local folder, which has no revision v1: omit the revision"),
     (["--num_sampling_steps", "1001"], "num_sampling_steps=1001 is more than the 1000 steps of the noise"),
     (["--pretrained_model_path", "./absent"], "there is no folder"),
     (["--pretrained_model_path", "no_such_owner/no-such-model"], "could not be downloaded from the hub"),
