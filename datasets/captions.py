@@ -32,7 +32,7 @@ Line = tuple[str, Mapping[str, Any]]  # (file and line number, for errors; value
 
 
 class Unusable(ValueError):
-    """A line that cannot be used; `reason` groups such lines."""
+    """A line that cannot be used; lines are counted by `reason`."""
 
     def __init__(self, reason: str, sentence: str) -> None:
         super().__init__(sentence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CAPTIONED = "captions"  # the set whose clips have captions instead of classes
+CAPTIONED = "captions"  # the data set whose clips have captions instead of classes
 VIDEOS, FRAMES, ARRAYS = "video files", "folders of frames", "sample arrays (000000.npy)"
 
 

@@ -39,7 +39,7 @@ class CodecConfig:
     """The `codec` section: the autoencoder, and the scaling of its latents.
 
     path: a folder in the diffusers format (its `config.json` names the class: AutoencoderKL, AutoencoderTiny
-        or AutoencoderKLTemporalDecoder), the hub name of one, a folder with `taef2_encoder.pth` and
+        or AutoencoderKLTemporalDecoder) or its hub name, a folder with `taef2_encoder.pth` and
         `taef2_decoder.pth`, or null for pixel space (`latent_channels: 3`, `downsample_factor: 1`).
     scale, shift: latents = (z - shift) * scale.
     chunk_size: frames per call of encoder and decoder.

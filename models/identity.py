@@ -30,7 +30,7 @@ def codec_identity(config: CodecConfig) -> dict[str, Any]:
 
 
 def is_same_codec(made: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Returns whether two identities are of one codec: by weights, or by names if `now` lacks a weights hash."""
+    """Returns whether two identities are of the same codec: by weights, or by names if `now` lacks a weights hash."""
     names = ("sha256",) if now["sha256"] else ("path", "subfolder", "revision")
     keys = ("latent_channels", "downsample_factor", "dtype", *names)
     return all(made.get(key) == now[key] for key in keys)
