@@ -6,9 +6,11 @@ from dataclasses import dataclass, fields
 
 from common.checks import POSITIVE, at_least, check_limits, one_of, require
 
+from .schedule import BETAS
+
 LIMITS = {
     "num_steps": at_least(1),
-    "schedule": one_of(("linear", "cosine")),
+    "schedule": one_of(BETAS),
     "prediction": one_of(("epsilon", "x_start", "velocity", "flow")),
     "loss": one_of(("mse", "rescaled_mse", "kl", "rescaled_kl")),
     "fixed_variance": one_of(("large", "small")),

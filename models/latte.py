@@ -86,7 +86,8 @@ class Latte(nn.Module):
 
         adaln, span = config.injection == "adaln", config.frames_per_token
         layers = LAYER_PLANS[config.variant](depth)
-        self.first_temporal_layer = next(i for i, layer in enumerate(layers) if "temporal" in chain(*layer))
+        # before it, frames get their temporal positions
+        self.first_temporal_layer = next((i for i, layer in enumerate(layers) if {*chain(*layer)} - {"spatial"}), None)
         sizes = in_channels, width, self.patch_size
         self.x_embedder = UniformPatchEmbed(*sizes) if span == 1 else TubeletPatchEmbed(*sizes, span)
         self.t_embedder = TimestepEmbedder(width)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,11 +81,11 @@ def start(
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def srun(output: Path, data: Path, ranks: int = 2, **variables: str) -> list[tuple[int, str]]:
-    """Returns exit code and errors of each task of a step of two, of which the first `ranks` are started."""
+def srun(output: Path, data: Path, **variables: str) -> list[tuple[int, str]]:
+    """Returns exit code and errors of the two tasks of a job step."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         job = {"SLURM_NTASKS": "2", "MASTER_PORT": str(free.getsockname()[1]), **variables}
-    places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)]
+    places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
     tasks = [start("train.py", output, data, job | place) for place in places]
     return [(task.wait(), error) for task in tasks for _, error in [task.communicate(timeout=120)]]
 
@@ -105,20 +106,28 @@ def test_the_bits_of_torchrun(frame_folders: Path, tmp_path: Path) -> None:
             assert all(torch.equal(value, expected[name][key]) for key, value in group.items()), name
 
 
-@pytest.mark.parametrize("case", ["missing task", "wrong address", "port in use"])
-def test_ranks_that_do_not_meet(case: str, frame_folders: Path, tmp_path: Path) -> None:
-    """Each task ends with a sentence within a minute."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        variables = {
-            "missing task": {},
-            "wrong address": {"SLURM_JOB_NODELIST": "no[1-2].invalid"},
-            "port in use": {"MASTER_PORT": str(server.getsockname()[1])},
-        }
-        ends = srun(tmp_path / "run", frame_folders, 1 if case == "missing task" else 2, **variables[case])
-    for code, error in ends:
+def test_a_wrong_address_ends_every_task_in_a_sentence(frame_folders: Path, tmp_path: Path) -> None:
+    for code, error in srun(tmp_path / "run", frame_folders, SLURM_JOB_NODELIST="no[1-2].invalid"):
         assert code == 2 and "cannot meet the others" in error.strip().splitlines()[-1], error
         assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("rank", "case"), [(0, "missing task"), (0, "port in use"), (1, "port in use")])
+def test_ranks_that_do_not_meet(rank: int, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the time that the launcher's tasks have; a foreign server at the port may never answer."""
+    monkeypatch.setattr(distributed, "MEET_S", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if case == "missing task":
+            server.close()
+        job = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in job.items():
+            monkeypatch.setenv(name, str(value))
+        begun = time.monotonic()
+        with pytest.raises(OSError, match=f"rank {rank} of 2 cannot meet the others at .*:{port}.*set another"):
+            distributed.init_world("cpu")
+        assert time.monotonic() - begun < 20
 
 
 def test_devices_agree_with_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
