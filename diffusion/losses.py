@@ -6,7 +6,7 @@ Letters: B clips, F frames. Terms are means over all other dimensions, in nats u
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ class LossTerms:
         loss: (B,) the value to minimise: the mean over frames of the sum of the terms.
         mse: (B, F) squared error of the prediction; None if the loss is the variational bound alone.
         vb: (B, F) variational bound in bits per dimension, with its weight in the loss; None if unused.
+        extra: (B,) further terms of the training loss by name, which `loss` does not contain.
     """
 
     loss: Tensor
     mse: Tensor | None
     vb: Tensor | None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_frames(cls, mse: Tensor | None = None, vb: Tensor | None = None) -> LossTerms:

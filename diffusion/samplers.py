@@ -216,6 +216,11 @@ METHODS = {
 }
 
 
+def list_methods(process: type) -> list[str]:
+    """Lists the methods that sample from a kind of process."""
+    return [name for name, row in METHODS.items() if issubclass(process, row.process) and not row.ascending]
+
+
 def list_evaluations(process: Process, method: str) -> list[float]:
     """Returns the network's timestep in each denoiser call that `sample` will make, in order."""
     _check_method(method, process, DEFAULT)

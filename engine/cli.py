@@ -72,11 +72,11 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def leave(code: int) -> int:
-    """Returns `code`; in a run of several processes, exits with it without finalizing the interpreter.
+    """Returns `code`; exits with it at once, without finalizing the interpreter, if a launcher started this process.
 
     Finalizing may deadlock: it waits for a gloo thread, which waits for the interpreter lock (GIL).
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if "TORCHELASTIC_RUN_ID" in os.environ or launchers.ADOPTED in os.environ:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -47,8 +47,11 @@ class Condition(Protocol):
     def join(self, other: Any) -> Condition:
         """Returns this batch followed by another one of its kind."""
 
-    def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
-        """Runs the network on `x` (B, F+I, C, H, W); returns the same shape, or 2C channels."""
+    def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0, **options: Any) -> Any:
+        """Runs the network on `x` (B, F+I, C, H, W) with further `options` of its own.
+
+        Returns the same shape, or 2C channels; with `return_hidden_states` a pair of that and tokens by block.
+        """
 
 
 class Conditions(Protocol):
@@ -104,9 +107,9 @@ class ClassLabels:
             return self
         return replace(self, values=torch.cat([self.values, other.values]))
 
-    def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
+    def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0, **options: Any) -> Any:
         images = {"num_images": num_images} if num_images else {}  # networks without joint training need not accept it
-        return network(x, timesteps, self.values, **images)
+        return network(x, timesteps, self.values, **images, **options)
 
 
 @dataclass
@@ -167,10 +170,12 @@ class TextFeatures:
         mask = None if self.mask is None or other.mask is None else torch.cat([self.mask, other.mask])
         return replace(self, features=torch.cat([self.features, other.features]), mask=mask)
 
-    def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0) -> Tensor:
+    def call(self, network: nn.Module, x: Tensor, timesteps: Tensor, num_images: int = 0, **options: Any) -> Any:
         features, mask = self.features.to(x.dtype), None if self.mask is None else self.mask.to(x.dtype)
-        output = network(x.transpose(1, 2), timesteps, features, mask, return_dict=False, num_images=num_images)
-        return output[0].transpose(1, 2)  # (B, F+I, C or 2C, H, W)
+        options |= {"return_dict": False, "num_images": num_images}
+        output, *hidden_states = network(x.transpose(1, 2), timesteps, features, mask, **options)
+        output = output.transpose(1, 2)  # (B, F+I, C or 2C, H, W)
+        return (output, *hidden_states) if hidden_states else output
 
 
 class EncodedFeatures:
@@ -242,7 +247,7 @@ def all_captions(config: Config, clips: ClipDataset, held_out: ClipDataset | Non
 def build_conditions(
     config: Config, clips: ClipDataset, held_out: ClipDataset | None, device: torch.device
 ) -> Conditions:
-    """Returns a run's conditions. Collective for text. Raises: ValueError if its text encoder or cache does not match."""
+    """Returns a run's conditions; ValueError if its text encoder or cache does not match. Collective for text."""
     if not config.model.is_text:
         return class_conditions(config.model, device, clips.class_names)
     texts = all_captions(config, clips, held_out)

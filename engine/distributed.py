@@ -105,7 +105,7 @@ def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
 def set_timeout(timeout_s: float) -> None:
     """Sets the time after which a collective ends the run."""
     if dist.is_initialized():
-        _set_pg_timeout(timedelta(seconds=timeout_s))
+        getattr(dist, "set_timeout", _set_pg_timeout)(timedelta(seconds=timeout_s))  # torch 2.11 has only the second
 
 
 def close_world() -> None:

@@ -14,6 +14,7 @@ FOREIGN = {
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
 NODES = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+ADOPTED = "LATTE_LAUNCHER"  # environment variable: the launcher whose variables were translated
 LOCALHOST = "127.0.0.1"
 
 
@@ -34,6 +35,7 @@ def adopt_launcher(environment: MutableMapping[str, str]) -> None:
         environment.update({name: environment[variable] for name, variable in zip(NAMES, variables, strict=True)})
         if "MASTER_ADDR" not in environment:
             environment["MASTER_ADDR"] = _find_address(launcher, environment)
+        environment[ADOPTED] = launcher
         job = environment.get("SLURM_JOB_ID", "")
         environment.setdefault("MASTER_PORT", str(10000 + int(job) % 20000 if job.isdigit() else 29500))
         return

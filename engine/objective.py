@@ -6,7 +6,7 @@ Letters: B clips, F frames, I images, C latent channels, H W pixels, h w latent 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,7 @@ class Objective:
         self.codec = build_codec(config, clips, device)
         self.diffusion = build_process(config).to(device)
         self.conditions, self.timestep_sampler, self.device = conditions, timestep_sampler, device
+        self.hidden_blocks: tuple[int, ...] = ()  # blocks whose tokens `extra_terms` receives
         self.num_images = config.data.num_images  # I, trailing frames that are single images (joint training)
         self.seed = config.train.seed
         self.precision = PRECISIONS[config.train.precision]
@@ -95,7 +96,13 @@ class Objective:
         timesteps, weights = self.timestep_sampler.timesteps_from_uniform(draws.uniform)
         condition = condition.drop(draws.label_uniform, self.conditions.dropout)
         terms = self.terms(model, latents, condition, timesteps, draws.noise, draws.given)
-        return StepLoss((weights * terms.loss).mean(), self.parts(terms), timesteps, terms.loss.detach())
+        weighted = weights * (terms.loss if weights.ndim == 1 else terms.per_frame())
+        loss = sum((extra.mean() for extra in terms.extra.values()), start=weighted.mean())
+        return StepLoss(loss, self.parts(terms), timesteps, terms.loss.detach())
+
+    def extra_terms(self, hidden_states: dict[int, Tensor]) -> dict[str, Tensor]:
+        """Returns further terms (B,) of the training loss by name, from tokens (B, F+I, N, D) of `hidden_blocks`."""
+        return {}
 
     def terms(
         self,
@@ -110,19 +117,25 @@ class Objective:
 
         Frames that are `given` (B, F) stay clean; the terms cover the others.
         """
-        autocast = self.precision.autocast
+        autocast, hidden_states = self.precision.autocast, {}
+        options = {"return_hidden_states": self.hidden_blocks} if self.hidden_blocks else {}
 
         def denoiser(noisy_latents: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
-                output = condition.call(model, noisy_latents, t, self.num_images)
+                output = condition.call(model, noisy_latents, t, self.num_images, **options)
+            if options:
+                output, states = output
+                hidden_states.update(states)
             return output.to(noisy_latents.dtype)
 
         noise = noise.to(latents.dtype)
         if given is None:
-            return self.diffusion.training_losses(denoiser, latents, timesteps, noise)
-        known = Given(latents, functional.pad(given, (0, self.num_images)))
-        terms = self.diffusion.training_losses(condition_denoiser(denoiser, known), latents, timesteps, noise)
-        return terms.without(given)
+            terms = self.diffusion.training_losses(denoiser, latents, timesteps, noise)
+        else:
+            known = Given(latents, functional.pad(given, (0, self.num_images)))
+            terms = self.diffusion.training_losses(condition_denoiser(denoiser, known), latents, timesteps, noise)
+            terms = terms.without(given)
+        return replace(terms, extra=self.extra_terms(hidden_states))
 
     def draw(self, positions: list[int], latent_shape: torch.Size, num_labels: int) -> Draws:
         """Draws all random numbers of the samples at `positions`, each from its own generator, in a fixed order."""
@@ -152,7 +165,7 @@ class Objective:
 
     def parts(self, terms: LossTerms) -> dict[str, Tensor]:
         """Returns means to log: loss, mse, vb; in joint training also the losses of video and image frames."""
-        parts = {"loss": terms.loss, "mse": terms.mse, "vb": terms.vb}
+        parts = {"loss": terms.loss, "mse": terms.mse, "vb": terms.vb, **terms.extra}
         if self.num_images:
             per_frame = terms.per_frame()  # (B, F+I)
             parts |= {"video_loss": per_frame[:, : -self.num_images], "image_loss": per_frame[:, -self.num_images :]}

@@ -8,6 +8,7 @@ queues the next step (`train.run_ahead`), so that no step waits for the device.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -105,9 +106,10 @@ class Trainer:
             compile_blocks(self.state.model.blocks)
         if self.run.has_replicas:
             device_ids = [self.world.device] if self.world.device.type == "cuda" else None
-            self.parallel_model = nn.parallel.DistributedDataParallel(
-                self.state.model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.15 renames an argument
+                self.parallel_model = nn.parallel.DistributedDataParallel(
+                    self.state.model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
 
     def batches(self) -> Iterator[MicroBatches]:
         """Yields the micro-batches of each optimizer step until `train.max_steps`."""

@@ -26,8 +26,8 @@ VIEWS = {
     "temporal": "batch frames tokens (heads dim) -> batch frames (tokens heads) dim",
     # the same, if that gives more heads than the fused kernels accept
     "temporal, large": "batch frames tokens (heads dim) -> (batch tokens) frames heads dim",
-    # all tokens of a clip as one row, to attend to its caption's words
-    "text": "batch frames tokens (heads dim) -> batch (frames tokens) heads dim",
+    # all tokens of a clip as one row: attention over space and time jointly, or to the words of a caption
+    "clip": "batch frames tokens (heads dim) -> batch (frames tokens) heads dim",
 }
 MAX_HEADS = 65535  # in one call of a fused CUDA kernel: the limit of a thread-block grid
 

@@ -20,7 +20,7 @@ from common.checks import require
 from .attention import attend
 from .embeddings import Rotation
 
-Axis = Literal["spatial", "temporal"]
+Axis = Literal["spatial", "temporal", "clip"]  # views of `attention.VIEWS`
 Layer = tuple[tuple[Axis, ...], ...]
 
 # A layer is a sequence of residual branches, then the MLP; the attentions of one branch are summed.

@@ -84,7 +84,7 @@ class TextAttention(Projections):
         """`(B, F+I, N, D)` -> the same."""
         q, k, v = self.to_q(x), self.to_k(caption.features), self.to_v(caption.features)
         clip = q[:, :num_frames], k[:, :1], v[:, :1]
-        out = attend(*clip, "text", self.num_heads, mask=caption.clip_mask)
+        out = attend(*clip, "clip", self.num_heads, mask=caption.clip_mask)
         if x.shape[1] > num_frames:
             images = q[:, num_frames:], k[:, 1:], v[:, 1:]
             out = torch.cat([out, attend(*images, "spatial", self.num_heads, mask=caption.image_mask)], dim=1)

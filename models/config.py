@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from itertools import chain
 from typing import NamedTuple
 
 from common.checks import NOT_NEGATIVE, at_least, check_limits, from_to, one_of, require, within
@@ -99,7 +100,7 @@ class LatteConfig:
             return TEXT_SIZES[self.name]
         letters, patch_size = _plain_name(self.name).removeprefix("Latte-").split("/")
         width, heads, depth, joint_depth = PRESETS[letters]
-        return ModelSize(width, joint_depth if self._has_joint_layers else depth, heads, int(patch_size))
+        return ModelSize(width, joint_depth if self.has_joint_layers else depth, heads, int(patch_size))
 
     @property
     def is_text(self) -> bool:
@@ -117,14 +118,20 @@ class LatteConfig:
         return self.num_classes > 0 and self.label_dropout > 0
 
     @property
-    def _has_joint_layers(self) -> bool:
-        return self.variant in ("sequential", "parallel")
+    def has_joint_layers(self) -> bool:
+        """Whether every layer has several attentions, so that fewer layers give the same size."""
+        return len([*chain(*LAYER_PLANS[self.variant](2)[0])]) > 1
+
+    @property
+    def _attentions_per_branch(self) -> int:
+        """Number of attentions that share the heads of a layer, and its input."""
+        return max(len(branch) for layer in LAYER_PLANS[self.variant](2) for branch in layer)
 
     @property
     def head_width(self) -> int:
         """Width of an attention head in temporal layers."""
         width, _, heads, _ = self.size
-        return width // heads * (2 if self.variant == "parallel" else 1)
+        return width // heads * self._attentions_per_branch
 
     def _check_name(self) -> None:
         given = [key for key in SIZE_KEYS if getattr(self, key) is not None]
@@ -145,14 +152,14 @@ class LatteConfig:
             (width % 4 == 0, f"model.hidden_size must be divisible by 4 (sin-cos positions), got {width}"),
             (width % heads == 0, f"model.hidden_size ({width}) is not divisible by model.num_heads ({heads})"),
             (
-                self._has_joint_layers or depth % 2 == 0 or self.name == "custom-t2i",
+                len(LAYER_PLANS[self.variant](depth)) == depth or self.name == "custom-t2i",
                 f"model.depth must be even with model.variant {self.variant}, which has as many spatial as temporal "
                 f"layers, got {depth}",
             ),
             (
-                self.variant != "parallel" or heads % 2 == 0,
-                "model.num_heads must be even with model.variant parallel, which gives half to each attention, got "
-                f"{heads}",
+                heads % self._attentions_per_branch == 0,
+                f"model.num_heads must be even with model.variant {self.variant}, which gives half to each attention, "
+                f"got {heads}",
             ),
             (
                 self.temporal_position != "rope" or self.head_width % 2 == 0,

@@ -17,6 +17,7 @@ from engine.conditions import EMPTY, Captions, EncodedFeatures, TextFeatures
 from engine.config import load_config
 from tests.conftest import random_weights
 from tests.fault_support import assert_same, logged, make, newest
+from tests.test_engine_trainer import check_extra_terms
 from tests.text_support import CAPTIONS, TINY_TEXT, draw_captioned, save_text_encoder
 
 CPU = torch.device("cpu")
@@ -96,6 +97,10 @@ def test_a_dropped_caption_is_the_empty_one(tiny_text: list[str]) -> None:
     assert not torch.equal(dropped[0], dropped[2])
     share = torch.cat(dropped[1:]).float().mean()
     assert 0.35 < share < 0.65
+
+
+def test_a_term_on_hidden_states(tiny_text: list[str]) -> None:
+    check_extra_terms(tiny_text)
 
 
 def test_training_resumes_exactly(tiny_text: list[str], tmp_path: Path) -> None:

@@ -54,6 +54,25 @@ def test_every_kind_of_run_trains(tiny: list[str], tmp_path: Path, extra: list[s
     assert losses[-1] < 0.9 * losses[0], losses
 
 
+def check_extra_terms(overrides: list[str]) -> None:
+    """A term on hidden states is added to the loss and logged; the loss terms of validation stay as they are."""
+    trainer = make(overrides)
+    objective, model = trainer.objective, trainer.state.model
+    (batch,) = next(trainer.batches())
+    plain = objective(model, batch)
+    objective.hidden_blocks = (1,)
+    objective.extra_terms = lambda states: {"size": states[1].square().mean((1, 2, 3))}  # type: ignore[method-assign]
+    found = objective(model, batch)
+    torch.testing.assert_close(found.loss, plain.loss + found.parts["size"])
+    assert torch.equal(found.per_clip, plain.per_clip) and found.parts["size"] > 0
+    assert all(torch.equal(found.parts[name], value) for name, value in plain.parts.items())
+
+
+@pytest.mark.parametrize("extra", [[], ["data.num_images=2"], ["condition.frames=prefix"]], ids=str)
+def test_a_term_on_hidden_states(tiny: list[str], extra: list[str]) -> None:
+    check_extra_terms([*tiny, *extra])
+
+
 def test_init_from_takes_weights_and_starts_at_step_zero(tiny: list[str], tmp_path: Path) -> None:
     first = run([*tiny, "train.max_steps=2", f"train.output_dir={tmp_path / 'first'}"])
     source = str(tmp_path / "first")

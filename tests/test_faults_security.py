@@ -936,7 +936,7 @@ def test_D14_the_scan_sees(line: str) -> None:
 
 
 def test_D14_python_starts_no_shell_with_it() -> None:
-    """No Python code reads the node list; D3 refuses every call that would start a shell."""
+    """One file reads the node list, for an address to connect to; D3 refuses every call that would start a shell."""
     for folder in ("engine", "tools", "sample", "models", "datasets", "diffusion"):
         for file in (ROOT / folder).rglob("*.py"):
-            assert "NODELIST" not in file.read_text(), file
+            assert file.name == "launchers.py" or "NODELIST" not in file.read_text(), file

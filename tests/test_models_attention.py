@@ -60,11 +60,11 @@ def test_modulation_is_computed_once_per_sample() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=["kept", "added"])
-@pytest.mark.parametrize("view", ["spatial", "temporal", "text"])
+@pytest.mark.parametrize("view", ["spatial", "temporal", "clip"])
 def test_masks_mean_the_same_to_both_kernels(view: str, dtype: torch.dtype) -> None:
     """Fused against plain, forward and backward in float64."""
     q, k, v = (tokens().detach().roll(shift, -1).requires_grad_() for shift in range(3))
-    rows, length = {"spatial": (B * F, N), "temporal": (B, F), "text": (B, F * N)}[view]
+    rows, length = {"spatial": (B * F, N), "temporal": (B, F), "clip": (B, F * N)}[view]
     keep = torch.rand(rows, 1, length, length, generator=torch.Generator().manual_seed(4)) < 0.7
     keep |= torch.eye(length, dtype=torch.bool)  # no row without a key
     call = Call(q, k, v, view, HEADS, keep if dtype == torch.bool else keep.log().to(dtype))
@@ -121,7 +121,7 @@ def expected(q: Tensor, k: Tensor, v: Tensor, view: str) -> Tensor:
     return brute_force(*flat, 2)[:, :, 0].unflatten(1, q.shape[1:3])
 
 
-@pytest.mark.parametrize("view", ["spatial", "temporal", "text"])
+@pytest.mark.parametrize("view", ["spatial", "temporal", "clip"])
 @pytest.mark.parametrize("name", ["fused", "plain"])
 def test_equals_brute_force(name: str, view: str) -> None:
     choose(name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models import Latte
-from models.blocks import LAYER_PLANS, TemporalAttention
+from models.blocks import LAYER_PLANS, Attention
 from tests.latte_support import tiny_latte
 from tests.t2v_support import inputs, ours_of, theirs
 
@@ -26,7 +26,7 @@ def network(*, mixing: bool, **changes: object) -> Latte:
     """Without `mixing` its attention over time says nothing."""
     model = tiny_latte(size=4, depth=2, **changes).double()
     for module in model.modules():
-        if isinstance(module, TemporalAttention) and not mixing:
+        if isinstance(module, Attention) and module.axis != "spatial" and not mixing:
             torch.nn.init.zeros_(module.proj.weight)
             torch.nn.init.zeros_(module.proj.bias)
     return model

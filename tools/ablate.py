@@ -98,7 +98,7 @@ def list_overrides(arm: Sequence[str], seed: int, budget: Budget) -> list[str]:
     ]
     config = load_config(budget.base, ours)
     model, batch = config.model, config.train.batch_size
-    if model.variant in ("sequential", "parallel") and model.name == "custom" and model.depth == base.model.depth:
+    if model.has_joint_layers and model.name == "custom" and model.depth == base.model.depth:
         ours.append(f"model.depth={round(model.size.depth * JOINT_DEPTH)}")  # as many parameters, as the presets
     even = batch % budget.processes == 0
     require(even, f"train.batch_size={batch} of {budget.base} cannot be spread over --processes.")

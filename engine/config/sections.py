@@ -24,7 +24,8 @@ from common.checks import (
     within,
 )
 from datasets.config import MAX_TIMEOUT_S
-from diffusion.scheduled import MULTISTEP_SOLVERS
+from diffusion import GaussianDiffusion, RectifiedFlow
+from diffusion.samplers import list_methods
 from models import attention
 
 SEED = Limit("zero or more and below 2**63", lambda value: 0 <= value < 2**63)  # the range of torch.Generator
@@ -121,8 +122,8 @@ class TrainConfig:
 
 # ---- sample ----------------------------------------------------------------------------------------
 
-GAUSSIAN_METHODS = ("auto", "ddpm", "ddim", *MULTISTEP_SOLVERS)
-FLOW_METHODS = ("auto", "euler", "heun", *MULTISTEP_SOLVERS)
+GAUSSIAN_METHODS = ("auto", *list_methods(GaussianDiffusion))
+FLOW_METHODS = ("auto", *list_methods(RectifiedFlow))
 SAMPLE_PRECISIONS = ("fp32", "bf16", "fp16")
 LABEL_RULES = ("balanced", "random")
 
