@@ -89,7 +89,7 @@ def build_codec(config: Config, clips: ClipDataset, device: torch.device | str =
     if not is_same_codec(made, now):
         differing = [f"{key} {made.get(key)} -> {now[key]}" for key in now if made.get(key) != now[key]]
         raise ValueError(
-            f"data.latents: {clips.source.path} was made by another codec than codec.path={config.codec.path} "
+            f"data.latents: {clips.source.path} was made with another codec than codec.path={config.codec.path} "
             f"({', '.join(differing)}); make a cache with this codec, or set codec.path to the other."
         )
     return StoredCodec(config.codec, clips.source.stochastic)

@@ -4,7 +4,7 @@
         model.safetensors   weights after the step; with `lora.rank`, only the adapters
         ema.safetensors     EMA of the weights
         optim.safetensors   AdamW moments, as `<moment>/<parameter>`
-        rng.safetensors     generator states of every rank, and the timestep sampler's history
+        rng.safetensors     RNG states of every rank, and the timestep sampler's history
         state.json          step, samples_seen and all other numbers and names
         config.yaml         the whole configuration
         manifest.json       sizes and SHA-256 of the above; written last
@@ -237,7 +237,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         return Checkpoint(step=state.pop("step"), samples_seen=state.pop("samples_seen"), state=state, **tensors)
     except KeyError as error:
-        raise CheckpointError(f"{folder / 'state.json'} lacks {error}; the checkpoint cannot be continued.") from None
+        raise CheckpointError(f"{folder / 'state.json'} lacks {error}; the checkpoint cannot be resumed.") from None
 
 
 def read_config(folder: Path) -> Config:

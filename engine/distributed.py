@@ -97,7 +97,7 @@ def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
             store.wait([f"rank{each}" for each in range(size)], patience)
     except (dist.DistError, socket.gaierror, TimeoutError) as error:
         reason = (str(error) or "no answer").splitlines()[0].rstrip(".")
-        raise OSError(f"rank {rank} of {size} cannot meet the others at {where}: {reason}. {remedy}") from None
+        raise OSError(f"rank {rank} of {size} cannot reach the others at {where}: {reason}. {remedy}") from None
     found.set_timeout(timeout)
     return store
 

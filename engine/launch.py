@@ -77,7 +77,7 @@ def train(
         "allow_inexact_resume": arguments.allow_inexact_resume,
     }
     remedy = "start every rank with the same command and the same config file"
-    require_same(config.to_flat_dict() | flags, "was started with another configuration", remedy)
+    require_same(config.to_flat_dict() | flags, "was started with a different configuration", remedy)
     trainer = Trainer(config, world, callbacks=callbacks(config), **flags)
     reached = trainer.fit(loop)
     close_world()

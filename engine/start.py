@@ -101,7 +101,7 @@ def resume(run: Run, state: TrainState, folder: Path, override: Collection[str],
     refused = [change for change in changes if change.partition(":")[0] not in override]
     require(
         not refused,
-        f"cannot continue {folder}, this is another experiment: {'; '.join(refused)}. Restore these, name them "
+        f"cannot resume {folder}, this is a different experiment: {'; '.join(refused)}. Restore these, name them "
         "with --override, or start a new run with another train.output_dir (train.init_from takes weights only).",
     )
     notes = [f"warning: accepted by --override: {change}" for change in changes]
@@ -109,15 +109,15 @@ def resume(run: Run, state: TrainState, folder: Path, override: Collection[str],
     try:
         state.load_state_dict(saved, run.world.rank)
     except KeyError as error:
-        raise ckpt.CheckpointError(f"checkpoint {folder} lacks {error}; it cannot be continued.") from None
+        raise ckpt.CheckpointError(f"checkpoint {folder} lacks {error}; it cannot be resumed.") from None
     run.folder.event("resume", state.step, checkpoint=folder.name, world_size=run.world.size)
-    return [*notes, f"continuing {folder} at step {state.step}"]
+    return [*notes, f"resuming {folder} at step {state.step}"]
 
 
 def find_differences(run: Run, state: TrainState, folder: Path, saved: ckpt.Checkpoint) -> list[str]:
     """Returns lines `key: old -> new` for every difference between checkpoint `folder` and this experiment."""
     lacking = [key for key in STATE_KEYS if key not in saved.state]
-    require(not lacking, f"{folder / 'state.json'} lacks {', '.join(lacking)}; it cannot be continued.")
+    require(not lacking, f"{folder / 'state.json'} lacks {', '.join(lacking)}; it cannot be resumed.")
     before, after = ckpt.read_config(folder).to_flat_dict(), run.config.to_flat_dict()
     free = {f"{section}.{key}" for section, keys in FREE_ON_RESUME.items() for key in keys.split()}
     compared = [key for key in after if key not in free and f"{key.partition('.')[0]}.*" not in free]
@@ -135,15 +135,15 @@ def check_generators(folder: Path, saved: ckpt.Checkpoint, world_size: int, allo
     missing = [f"cpu/{rank}" for rank in range(before) if f"cpu/{rank}" not in saved.rng]
     require(
         not missing or allow_inexact,
-        f"{folder / 'rng.safetensors'} lacks {', '.join(missing)}: the run would not continue exactly. Use an "
+        f"{folder / 'rng.safetensors'} lacks {', '.join(missing)}: the resume would not be exact. Use an "
         "older checkpoint, or accept that with --allow-inexact-resume.",
     )
     notes = []
     if missing:
-        notes.append(f"warning: generator states are missing ({', '.join(missing)}): this resume is not exact")
+        notes.append(f"warning: RNG states are missing ({', '.join(missing)}): this resume is not exact")
     if before != world_size:
         notes.append(
-            f"warning: saved by {before} process(es), continued on {world_size}: the same samples and noise at every "
+            f"warning: saved by {before} process(es), resumed on {world_size}: the same samples and noise at every "
             "step, summed in another order"
         )
     return notes

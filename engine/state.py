@@ -71,7 +71,7 @@ class TrainState:
     def load_state_dict(self, saved: Checkpoint, rank: int = 0) -> None:
         """Restores `saved` exactly. Raises: KeyError for a missing entry, ValueError for wrong weights."""
         load_trained(self.model, saved.model, "the checkpoint's model")
-        load_trained(self.ema.model, saved.ema, "the checkpoint's running average")
+        load_trained(self.ema.model, saved.ema, "the checkpoint's EMA")
         self.ema.updates = saved.state["ema_updates"]
         state: dict[int, dict[str, Tensor]] = {}
         trained = [each for each in self.model.named_parameters() if each[1].requires_grad]

@@ -108,7 +108,7 @@ def test_the_bits_of_torchrun(frame_folders: Path, tmp_path: Path) -> None:
 
 def test_a_wrong_address_ends_every_task_in_a_sentence(frame_folders: Path, tmp_path: Path) -> None:
     for code, error in srun(tmp_path / "run", frame_folders, SLURM_JOB_NODELIST="no[1-2].invalid"):
-        assert code == 2 and "cannot meet the others" in error.strip().splitlines()[-1], error
+        assert code == 2 and "cannot reach the others" in error.strip().splitlines()[-1], error
         assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
 
@@ -125,7 +125,7 @@ def test_ranks_that_do_not_meet(rank: int, case: str, monkeypatch: pytest.Monkey
         for name, value in job.items():
             monkeypatch.setenv(name, str(value))
         begun = time.monotonic()
-        with pytest.raises(OSError, match=f"rank {rank} of 2 cannot meet the others at .*:{port}.*set another"):
+        with pytest.raises(OSError, match=f"rank {rank} of 2 cannot reach the others at .*:{port}.*set another"):
             distributed.init_world("cpu")
         assert time.monotonic() - begun < 20
 

@@ -739,7 +739,7 @@ UNREADABLE_INDEX, DAMAGED_INDEX = r"index\.json cannot be read", r"index\.json i
 # what is done to a cache, to its files or by a key of the run; and the sentence
 BAD_CACHES: dict[str, tuple[Callable[[Path], object] | str, str]] = {
     "not_finite": (shard_with_nan, r"shard-\d+\.safetensors: holds non-finite latents of '\w+/clip\d'"),
-    "other_weights": (other_weights, r"was made by another codec than codec\.path=.*sha256 \w+ -> \w+"),
+    "other_weights": (other_weights, r"was made with another codec than codec\.path=.*sha256 \w+ -> \w+"),
     "other_precision": ("codec.dtype=bf16", r"another codec .*dtype fp32 -> bf16"),
     "wrong_shape": (index_with(shape=[1, 1, 5, 2, 2]), r"shard-00000.*holds F32 .* not F32 .*2, 2"),
     "wrong_format": (index_with(dtype="fp16"), r"shard-00000.*holds F32 .*, not F16"),

@@ -168,7 +168,7 @@ def test_B6_two_ranks_then_one(tiny: list[str], tmp_path: Path, reference: Whole
     assert before[0]["step"] == 7
     trainer = make([*overrides, "train.batch_size=4"])
     on_two_ranks(tmp_path, fit_rank, [*overrides, "train.max_steps=13"])
-    assert any("warning: saved by 2 process(es), continued on 1" in note for note in restore(trainer))
+    assert any("warning: saved by 2 process(es), resumed on 1" in note for note in restore(trainer))
     with pytest.raises(ValueError, match="global_batch_size: 4 -> 3"):
         run([*overrides, "train.batch_size=3", "train.max_steps=14"])
 
@@ -310,7 +310,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("said", CHANGES)
 def test_B14_another_experiment_is_refused_with_a_diff(stopped: Callable[..., Trainer], said: str) -> None:
-    with pytest.raises(ValueError, match=f"this is another experiment: .*{said}"):
+    with pytest.raises(ValueError, match=f"this is a different experiment: .*{said}"):
         stopped(CHANGES[said]).fit()
 
 

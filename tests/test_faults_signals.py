@@ -163,7 +163,7 @@ def test_H2_ranks_with_different_configurations(
     common = [*settings(frame_folders, tmp_path / "run"), "train.max_steps=4"]
     for _, error in run_ranks(2, tmp_path / "rendezvous", main_rank, train.main, [common, [*common, *only]]):
         assert error is not None
-        said = error.partition("rank 1 was started with another configuration than rank 0")[2]
+        said = error.partition("rank 1 was started with a different configuration than rank 0")[2]
         assert all(f"{key} " in said for key in keys), error
     assert not (tmp_path / "run").exists()
 
