@@ -497,13 +497,13 @@ def test_a_strangers_file_is_not_overwritten(sets: tuple[Path, Path], detectors:
 
 WRONG = [  # flags, sentence
     (["--metrics", "fvd"], "did you mean 'fvd2048_16f'"),
-    (["--metrics", "none"], "--metrics names nothing to compute"),
+    (["--metrics", "none"], "--metrics is empty"),
     (["--protocol", "tats"], "--protocol: 'tats' is unknown"),
     (["--dataset", "kinetics"], "--dataset: 'kinetics' is unknown, use one of ffs, sky"),
     (["--checks", "flor"], "--checks: 'flor' is unknown, use floor, shuffle"),
     (["--report", "video"], "--report: 'video' is unknown, use clip, frame"),
-    (["--gpus", "4"], "--gpus 4: start as many processes instead, with torchrun --nproc_per_node=4"),
-    (["--num_runs", "2", "--seeds", "0,1"], "give one of them"),
+    (["--gpus", "4"], "--gpus 4: start that many processes with torchrun --nproc_per_node=4"),
+    (["--num_runs", "2", "--seeds", "0,1"], "give only one of them"),
     (["--detector", "i4d=x.pt"], "there is no detector 'i4d'"),
     (["--detector", "i3d=gone.pt"], "there is no detector file gone.pt; nothing is downloaded"),
     (["--detector", "I3D@" + "0" * 64], "is not opened: its SHA-256 is [0-9a-f]{64}, but 0000"),

@@ -68,17 +68,17 @@ def test_depth_and_batch_of_an_arm(base: Path, tmp_path: Path) -> None:
     named = ablate.list_overrides(["model.variant=sequential", "model.depth=7"], 0, budget(base, tmp_path))
     assert load_config(base, named).model.depth == 7
     assert ablate.list_overrides((), 0, budget(base, tmp_path, processes=2))[-1] == "train.batch_size=1"
-    with pytest.raises(ValueError, match=r"train.batch_size=2 of .* cannot be spread over --processes"):
+    with pytest.raises(ValueError, match=r"train.batch_size=2 of .* must be a multiple of --processes"):
         ablate.list_overrides((), 0, budget(base, tmp_path, processes=3))
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("title: one\narms: {a: {}}\n", "there must be two arms or more"),
-        ("arms: {a: {}, b: {}}\n", "a comparison has a `title` and `arms`"),
-        ("title: t\narms: {a: {}, b: 3}\n", "each arm has keys"),
-        ("- 1\n", "a comparison has a `title` and `arms`"),
+        ("title: one\narms: {a: {}}\n", "`arms` must list at least two"),
+        ("arms: {a: {}, b: {}}\n", "a comparison needs a `title` and `arms`"),
+        ("title: t\narms: {a: {}, b: 3}\n", "each arm its keys"),
+        ("- 1\n", "a comparison needs a `title` and `arms`"),
         ("title: [\n", "is not valid YAML"),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_wrong_key_in_the_last_arm_is_refused_before_the_first_is_trained(base
 def test_impossible_numbers_are_refused(flags: list[str]) -> None:
     with pytest.raises(ValueError, match=f"{flags[0]} must be at least"):
         ablate.parse([str(SHIPPED[0]), *flags])
-    with pytest.raises(ValueError, match="name one comparison or more"):
+    with pytest.raises(ValueError, match="name at least one comparison"):
         ablate.parse(["train.precision=bf16"])
 
 

@@ -149,7 +149,7 @@ def test_a_disk_that_is_too_small_is_refused_before_encoding(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match=r"made has 0\.000 GB free, and the cache takes 0\.000 GB: make room"):
+    with pytest.raises(OSError, match=r"made has 0\.000 GB free, but the cache needs 0\.000 GB: make room"):
         cache(tiny, tmp_path / "made")
     assert "6 clips, 42 frames: mean, 3x8x8 in fp32" in capsys.readouterr().out
     assert not list((tmp_path / "made").glob("shard*"))
@@ -167,7 +167,7 @@ def test_values_beyond_the_number_format_are_refused(
 def test_folders_and_settings_that_are_refused(tiny: list[str], tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"full holds 'mine\.txt', which is not of a cache"):
+    with pytest.raises(ValueError, match=r"full holds 'mine\.txt', which is not part of a cache"):
         cache(tiny, tmp_path / "full")
     with pytest.raises(ValueError, match=r"mine\.txt is a file"):
         cache(tiny, tmp_path / "full" / "mine.txt")
@@ -183,9 +183,9 @@ def test_folders_and_settings_that_are_refused(tiny: list[str], tmp_path: Path) 
 
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.mp4").write_text("no video " * 30)
-    with pytest.raises(ValueError, match=r"a\.mp4: is not a video.*none of the other clips can be used"):
+    with pytest.raises(ValueError, match=r"a\.mp4: is not a video.*no other clip can be used either"):
         cache([*tiny, f"data.path={tmp_path / 'set'}", "data.labels=none"], tmp_path / "new")
-    with pytest.raises(ValueError, match=r"data\.latents: leave it out"):
+    with pytest.raises(ValueError, match=r"data\.latents must not be set"):
         cache([*tiny, f"data.latents={made}"], tmp_path / "new")
     with pytest.raises(ValueError, match=r"--shard_mb 0 must be at least 1"):
         cache_latents.main(["--out", str(tmp_path / "x"), "--shard_mb", "0"])

@@ -131,7 +131,7 @@ def test_missing_loops_and_files_fail_and_unknown_tensors_are_noted(
     assert main([str(folder)]) == 1
     printed = capsys.readouterr().out
     for line in ("FAIL  latte_class  ", "no such file", "FAIL  diffusion  ", "FAIL  transforms  ",
-                 "ok    frechet/distance", "note  frechet", "not known: kernel"):  # fmt: skip
+                 "ok    frechet/distance", "note  frechet", "not compared: kernel"):  # fmt: skip
         assert line in printed
 
 

@@ -115,7 +115,7 @@ def test_extras_takes_precedence_over_num_classes() -> None:
     ("text", "sentence"),
     [
         ("model: Latte-XL/2\nextras: 78\n", "text-to-video config"),
-        ("model:\n  name: Latte-XL/2\n", "config of this project already"),
+        ("model:\n  name: Latte-XL/2\n", "already a config of this project"),
         ("", "holds no keys"),
         ("a: [", "not valid YAML"),
         ("model: Latte-M/2\n", "refused: .*Latte-M/2"),

@@ -92,9 +92,9 @@ def test_wrong_files_and_values_are_sentences(mnist: Path, tmp_path: Path) -> No
     whole = mnist.read_bytes()
     for content, sentence in (
         (whole[:-50], "damaged gzip"),
-        (gzip.compress(gzip.decompress(whole)[:-1]), "not a whole file of MNIST"),
-        (b"text", "not a whole file of MNIST"),
-        (b"", "not a whole file of MNIST"),
+        (gzip.compress(gzip.decompress(whole)[:-1]), "not a complete MNIST file"),
+        (b"text", "not a complete MNIST file"),
+        (b"", "not a complete MNIST file"),
     ):
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(ValueError, match=sentence):
@@ -103,7 +103,7 @@ def test_wrong_files_and_values_are_sentences(mnist: Path, tmp_path: Path) -> No
         make(tmp_path / "gone", tmp_path / "out")
     with pytest.raises(ValueError, match="--size must be at least 32"):
         make(mnist, tmp_path / "out", "--size", "16")
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="do not match labels"):
         make(mnist, tmp_path / "out", "--labels", "digit", "--mnist_labels", str(mnist))
     make(mnist, tmp_path / "out")
     with pytest.raises(ValueError, match=r"other settings \(seed: 0 -> 1\)"):

@@ -62,10 +62,10 @@ CSV = "video_id,start,fps,partition\n_L745tFFmCQ,5583,25.0,test\nu6rJiF-gPx8,80,
 TAICHI = ["_L745tFFmCQ#005583#005717.mp4", "_L745tFFmCQ#008295#008448.mp4", "u6rJiF-gPx8#000080#000300.mp4"]
 BY_CSV = {f"c/{name}": f"{split}/c/{name}" for name, split in zip(TAICHI, ("test", "test", "train"))}
 STRANGER = {"c/unknown0000#000001#000129.mp4": "its source video is not in the csv file"}
-NESTED = {"a": "its folder holds other clips, and a link would show them twice: use --format png or jpeg"}
+NESTED = {"a": "its folder holds other clips, and a link would list them twice: use --format png or jpeg"}
 SKY = {f"s/sky_train/{name}": f"train/{name}" for name in ("A/A_1", "A/A_2", "B/B_1")}
 ORIGINAL = {f"{split}/original/1.avi": f"{split}/original/1.avi" for split in ("train", "val", "test")}
-ALTERED = {"train/altered/1.avi": "lies in the folder altered, which holds no original videos"}
+ALTERED = {"train/altered/1.avi": "is in the folder altered, which holds no original videos"}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_ucf101_frames_and_their_list_serve_joint_training(ucf: Path, tmp_path: 
 def test_ucf101_without_lists_splits_by_group(ucf: Path, tmp_path: Path) -> None:
     source = ucf / "UCF-101"
     assert set(prepare("ucf101", source, tmp_path / "out", "--test_share", "0.4")["splits"]) == {"test", "train"}
-    with pytest.raises(ValueError, match="--split 2 names a split of UCF101, whose lists are not there"):
+    with pytest.raises(ValueError, match="--split 2 names a split of UCF101, whose lists were not found"):
         prepare("ucf101", source, tmp_path / "other", "--split", "2")
 
 
@@ -294,7 +294,7 @@ def test_frames_of_different_sizes_and_short_clips_are_skipped(tmp_path: Path) -
         ("--group film", r"needs \(parentheses\)"),
         ("--test_share 1", "--test_share must be in"),
         ("--quality 0 --format jpeg", "quality must be in"),
-        ("--quality 90 --format png", "quality is of JPEG files: it needs the format jpeg, not png"),
+        ("--quality 90 --format png", "quality needs the format jpeg, not png"),
         ("--labels class_folders", "is not in a class folder"),
     ],
 )
@@ -311,5 +311,5 @@ def test_sources_without_clips_and_clips_of_others_are_named(tmp_path: Path) -> 
     make(tmp_path / "in", "a.mp4")
     prepare("ffs", tmp_path / "in", tmp_path / "other", "--split", "all")
     make(tmp_path / "other", "train/b.mp4")
-    with pytest.raises(ValueError, match="holds other clips than were made there"):
+    with pytest.raises(ValueError, match="holds clips that this tool did not make"):
         prepare("ffs", tmp_path / "in", tmp_path / "other", "--split", "all")

@@ -1,1 +1,1 @@
-"""Command lines; each is a thin main over functions of the library."""
+"""Command lines: thin mains over library functions."""

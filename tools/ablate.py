@@ -1,11 +1,11 @@
-"""The paper's comparisons (section 4.3) under one budget: train every arm from the same seeds, then table and curves.
+"""Runs the paper's comparisons (section 4.3): trains every arm from the same seeds, then writes tables and curves.
 
     python -m tools.ablate configs/ablations/*.yaml --base configs/demo/demo_train.yaml --steps 600 --seeds 0 1
 
-Each file names arms, and each arm the keys in which it differs from --base; trailing section.key=value count for all
-arms. An arm is an ordinary training run (train.py, or train_with_img.py where it has images) in
-OUT/runs/<arm>-seed<N>, so the same command continues an interrupted comparison, and arms that are equal are trained
-once. With one seed, all arms see the same clips, timesteps and noise. Writes OUT/ablations.md, .json and a plot each.
+Each file lists arms, and each arm the keys in which it differs from --base; trailing section.key=value apply to all
+arms. An arm is an ordinary training run (train.py, or train_with_img.py if it has images) in OUT/runs/<arm>-seed<N>, so
+the same command resumes an interrupted comparison, and identical arms are trained once. For the same seed, all arms see
+the same clips, timesteps and noise. Writes OUT/ablations.md, OUT/ablations.json and one plot per file.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from sample.labels import choose_labels
 from sample.video_io import slug
 
 ROOT = Path(__file__).resolve().parent.parent
-BASELINE = "base"  # the run of an arm that changes nothing
+BASELINE = "base"  # run name of an arm without changes
 JOINT_DEPTH = 9 / 11  # two-attention blocks (22 width^2 parameters) per one-attention block (18 width^2)
-VALIDATIONS = 6  # of a run
+VALIDATIONS = 6  # per run
 VAL_SHARE = 0.1
-LOSS = "loss on held-out clips (average)"
+LOSS = "loss on held-out clips (EMA)"
 ACCURACIES = {"appearance_accuracy": "colour right", "motion_accuracy": "motion right"}
 Run = dict[str, Any]  # what `read_run` returns
 
 
 class Comparison(NamedTuple):
-    """One file: a title, and for each arm the `section.key=value` in which it differs from the base."""
+    """One file: its title, and the `section.key=value` overrides of each arm."""
 
     name: str
     title: str
@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """The settings that all arms share."""
+    """Settings shared by all arms."""
 
     base: Path
     out: Path
@@ -63,12 +63,12 @@ class Budget(NamedTuple):
 
 
 def read_comparison(path: Path) -> Comparison:
-    """Returns the comparison in a YAML file. Raises: FileNotFoundError, ValueError, which name the file."""
+    """Returns the comparison in a YAML file. Raises FileNotFoundError or ValueError, naming the file."""
     found = read_yaml(path)
     good = isinstance(found, dict) and set(found) == {"title", "arms"} and isinstance(found["arms"], dict)
     good = good and all(isinstance(keys, dict) for keys in found["arms"].values())
-    require(good, f"{path}: a comparison has a `title` and `arms`, and each arm has keys (or {{}}).")
-    require(len(found["arms"]) >= 2, f"{path}: there must be two arms or more to compare.")
+    require(good, f"{path}: a comparison needs a `title` and `arms`, and each arm its keys (or {{}}).")
+    require(len(found["arms"]) >= 2, f"{path}: `arms` must list at least two.")
     arms = {
         name: tuple(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items())
         for name, keys in found["arms"].items()
@@ -77,12 +77,12 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def name_run(arm: Sequence[str]) -> str:
-    """Returns the name of an arm's run folder; equal arms have one."""
+    """Returns the name of an arm's run folder, the same for identical arms."""
     return slug("-".join(each.rpartition(".")[2] for each in sorted(arm))) if arm else BASELINE
 
 
 def list_overrides(arm: Sequence[str], seed: int, budget: Budget) -> list[str]:
-    """Returns the overrides of the base's YAML for `arm` and `seed`. Raises: ValueError for settings not allowed."""
+    """Returns the overrides of the base's YAML for `arm` and `seed`. Raises ValueError for invalid settings."""
     base = load_config(budget.base)
     ours = [
         f"train.seed={seed}",
@@ -99,14 +99,14 @@ def list_overrides(arm: Sequence[str], seed: int, budget: Budget) -> list[str]:
     config = load_config(budget.base, ours)
     model, batch = config.model, config.train.batch_size
     if model.has_joint_layers and model.name == "custom" and model.depth == base.model.depth:
-        ours.append(f"model.depth={round(model.size.depth * JOINT_DEPTH)}")  # as many parameters, as the presets
+        ours.append(f"model.depth={round(model.size.depth * JOINT_DEPTH)}")  # the same parameter count, as in presets
     even = batch % budget.processes == 0
-    require(even, f"train.batch_size={batch} of {budget.base} cannot be spread over --processes.")
+    require(even, f"train.batch_size={batch} of {budget.base} must be a multiple of --processes.")
     return [*ours, f"train.batch_size={batch // budget.processes}"]
 
 
 def train(arm: Sequence[str], seed: int, budget: Budget) -> Path:
-    """Trains, or continues, one run; returns its folder. Raises: ValueError where it fails, after its own lines."""
+    """Trains or resumes one run; returns its folder. Raises ValueError if it fails."""
     overrides = list_overrides(arm, seed, budget)
     config = load_config(budget.base, overrides)
     script = "train_with_img.py" if config.data.num_images else "train.py"
@@ -117,12 +117,12 @@ def train(arm: Sequence[str], seed: int, budget: Budget) -> Path:
     if (folder / "PREEMPTED").exists():
         raise SystemExit(PREEMPTED_EXIT)
     if code:
-        raise ValueError(f"the run in {folder} failed with exit code {code}; see its lines above.")
+        raise ValueError(f"the run in {folder} failed with exit code {code}; see its output above.")
     return folder
 
 
 def read_run(folder: Path, budget: Budget) -> Run:
-    """Measures a run: loss curve of the average on held-out clips, its last value, cost, accuracy on the demo."""
+    """Returns a run's EMA loss curve on held-out clips, final losses, cost, and accuracy on the demo set."""
     config = load_config(folder / "config.yaml", saved=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     held_out = [row for row in rows if row["kind"] == "val"]
@@ -140,7 +140,7 @@ def read_run(folder: Path, budget: Budget) -> Run:
 
 
 def measure_accuracy(folder: Path, config: Config, videos: int) -> dict[str, float]:
-    """Returns the accuracies of colour and motion by the demo's tracker; {} for other data or --videos 0."""
+    """Returns the demo tracker's colour and motion accuracies; {} for other data or --videos 0."""
     if config.data.name != "demo" or not videos:
         return {}
     cached = folder / "accuracy.json"
@@ -157,7 +157,7 @@ def measure_accuracy(folder: Path, config: Config, videos: int) -> dict[str, flo
 
 
 def format_table(name: str, found: dict[str, list[Run]]) -> str:
-    """Returns Markdown: a line per arm, the mean over seeds, and its deviation where there are several."""
+    """Returns a Markdown table: a row per arm, with the mean over seeds and, for several seeds, the deviation."""
     accuracies = [key for key in ACCURACIES if key in next(iter(found.values()))[0]]
     heads = [name, "held-out loss", *(ACCURACIES[key] for key in accuracies)]
     rows = [[*heads, "parameters", "multiply-adds per clip", "s per step"], ["---"] * (len(heads) + 3)]
@@ -170,13 +170,13 @@ def format_table(name: str, found: dict[str, list[Run]]) -> str:
 
 
 def format_spread(values: Sequence[float], form: str) -> str:
-    """Returns `mean ± deviation` of a sample, or the one value."""
+    """Returns `mean ± deviation` of `values`; the value alone if there is only one."""
     mean = form.format(statistics.fmean(values))
     return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def describe(budget: Budget) -> str:
-    """Returns the first paragraph of the page: what was run."""
+    """Returns the page's first paragraph, which states what was run."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     extra = "".join(f" {each}" for each in budget.overrides)
     seeds, several = " ".join(map(str, budget.seeds)), len(budget.seeds) > 1
@@ -184,38 +184,38 @@ def describe(budget: Budget) -> str:
         f"`python -m tools.ablate ... --base {budget.base} --steps {budget.steps} --seeds {seeds} --videos "
         f"{budget.videos}{extra}`, commit {commit.strip()}, torch {torch.__version__}. Every arm: {budget.steps} "
         f"steps from {'each of the seeds ' if several else 'seed '}{seeds}; mean{' ± deviation' if several else ''}. "
-        "The loss is that of the averaged weights on clips that are not trained on, at fixed noise and timesteps (of "
-        "joint training, of its video frames).\n"
+        "The loss is that of the EMA weights on held-out clips, at fixed noise and timesteps (in joint training, on "
+        "video frames only).\n"
     )
 
 
 def parse(argv: list[str]) -> tuple[list[Comparison], Budget]:
-    """Reads the command line and its files. Raises: ValueError for what cannot be run."""
+    """Parses the command line and reads its files. Raises ValueError if either is invalid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE|section.key=value", help="comparisons, and keys that count for all arms")
+    add("files", nargs="+", metavar="FILE|section.key=value", help="comparison files, and overrides for all arms")
     add("--base", type=Path, default=Path("configs/demo/demo_train.yaml"), help="config of all arms (%(default)s)")
     add("--out", type=Path, default=Path("results/ablations"), help="folder to write (%(default)s)")
-    add("--steps", type=int, default=600, help="optimiser steps of every run (%(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], help="each arm is trained once from each (0)")
-    add("--processes", type=int, default=1, help="of torchrun; the base's batch is spread over them (%(default)s)")
-    add("--videos", type=int, default=64, help="samples for accuracies on the demo set; 0: none (%(default)s)")
+    add("--steps", type=int, default=600, help="optimiser steps per run (%(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], help="each arm is trained once per seed (0)")
+    add("--processes", type=int, default=1, help="torchrun processes, which share the base's batch (%(default)s)")
+    add("--videos", type=int, default=64, help="samples for the accuracies on the demo set; 0: none (%(default)s)")
     arguments = parser.parse_intermixed_args(argv)
     check_limits(arguments, "--", {"steps processes": at_least(1), "videos": at_least(0)})
     given = vars(arguments)
     named = given.pop("files")
     files = [Path(each) for each in named if "=" not in each]
-    require(bool(files), "name one comparison or more, such as configs/ablations/variants.yaml.")
+    require(bool(files), "name at least one comparison, such as configs/ablations/variants.yaml.")
     given |= {"seeds": tuple(given["seeds"]), "overrides": tuple(each for each in named if "=" in each)}
     return [read_comparison(path) for path in files], Budget(**given)
 
 
 def main(argv: list[str]) -> int:
-    """Checks all runs, trains those that are not there, compares; returns the exit code."""
+    """Checks all runs, trains the missing ones, writes the comparison; returns the exit code."""
     comparisons, budget = parse(argv)
     arms = {name_run(arm): (name, arm) for each in comparisons for name, arm in each.arms.items()}
     for _, arm in arms.values():
-        list_overrides(arm, budget.seeds[0], budget)  # finds a mistake in the last arm before the first is trained
+        list_overrides(arm, budget.seeds[0], budget)  # finds a mistake in any arm before training starts
     runs: dict[str, list[Run]] = {}
     jobs = [(run, seed) for seed in budget.seeds for run in arms]
     for number, (run, seed) in enumerate(jobs, 1):
@@ -231,7 +231,7 @@ def main(argv: list[str]) -> int:
         page += f"\n## {each.title}\n\n{table}\n![{each.title}]({image})\n"
     (budget.out / "ablations.json").write_text(json.dumps(runs, indent=1) + "\n")
     (budget.out / "ablations.md").write_text(page)
-    print(f"{budget.out / 'ablations.md'} has tables and curves")
+    print(f"written: {budget.out / 'ablations.md'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Encodes a data set once: mean and deviation of every frame, also mirrored where the recipe mirrors.
+"""Encodes a data set once: latent mean and deviation of every frame, also mirrored if the recipe flips clips.
 
     python -m tools.cache_latents --config configs/ffs/ffs_train.yaml data.path=/data/ffs --out /data/ffs_latents
     torchrun --nproc_per_node=8 -m tools.cache_latents --config ... --out ...
@@ -39,26 +39,26 @@ from models.identity import codec_identity
 from tools.cache_writer import PATIENCE_S, PLAN, CacheWriter, build_parser
 
 SHARD_MB = 64
-PIECE_BYTES = 2**26  # size of the decoded frames that a loader worker hands over at a time
-LEAST_SHARDS = 64  # of a small set, so that a kill loses little and ranks can share the work
+PIECE_BYTES = 2**26  # decoded frames that a loader worker returns at a time
+LEAST_SHARDS = 64  # even for a small set, so that a kill loses little and all ranks get work
 
 
 class Piece(NamedTuple):
-    """Consecutive frames of one clip, which had `length` frames when it was measured."""
+    """Consecutive frames of one clip; `length` is the clip's number of frames when it was measured."""
 
     clip: int
     frames: range
     length: int
 
 
-LoadedPiece = tuple[int, Tensor, list[FrameRun]]  # number of the clip; frames (T, V, 3, H, W) in [-1, 1]; their runs
+LoadedPiece = tuple[int, Tensor, list[FrameRun]]  # clip number; frames (T, V, 3, H, W) in [-1, 1]; their runs
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Measures clips and decodes pieces, in loader workers; the last `listed` clips are images of data.frame_list.
+    """Measures clips and decodes pieces in loader workers; the last `listed` clips are images of data.frame_list.
 
-    `views` is 2 where frames are also mirrored, else 1.
+    `views` is 2 if frames are also mirrored, else 1.
     """
 
     clips: list[Clip]
@@ -83,7 +83,7 @@ class Loader:
             self.crumbs.clear()
 
     def measure(self, number: int) -> StoredClip:
-        """Returns a clip without its place: it is opened to read its length, not decoded."""
+        """Opens a clip for its length, without decoding; returns it with no place in a shard yet."""
         clip = self.clips[number]
         listed = number >= len(self.clips) - self.listed
         stored = StoredClip(clip.name, clip.size, clip.num_frames, listed=listed)
@@ -94,7 +94,7 @@ class Loader:
         return replace(stored, frames=len(reader), cut_off=reader.cut_off)
 
     def decode(self, piece: Piece) -> LoadedPiece:
-        """Decodes a piece; unusable frames become zeros, in runs with the reason."""
+        """Decodes a piece; unusable frames become zeros, and their runs state the reason."""
         try:
             return self._read(piece)
         except VideoError as error:
@@ -111,27 +111,27 @@ class Loader:
         clip, indices = self.clips[piece.clip], list(piece.frames)
         reader = self._open(clip)
         if len(reader) != piece.length:
-            raise VideoError(clip.path, f"has changed: {piece.length} frames then, {len(reader)} now")
+            raise VideoError(clip.path, f"has changed: {piece.length} frames when measured, {len(reader)} now")
         frames = self.source.read(reader, clip, indices)  # uint8 (T, C, H, W)
         views = torch.stack([self.source.finish(frames, bool(view)) for view in range(self.views)], dim=1)
         return piece.clip, views, [FrameRun(len(indices), *frames.shape[-2:])]
 
     def _open(self, clip: Clip) -> Reader:
-        """Returns the reader of a clip; notes the path first, in case the file kills the loader process."""
+        """Returns the reader of a clip; records the path first, in case the file crashes the worker."""
         if self.workers:
             self.crumbs(clip.path)
         return self.source.open(clip)
 
 
 def merge_runs(runs: Iterable[FrameRun]) -> list[FrameRun]:
-    """Returns the runs with adjacent equal ones joined."""
+    """Returns the runs, with adjacent ones joined if they differ only in length."""
     groups = groupby(runs, key=lambda run: run[1:])
     return [FrameRun(sum(run.frames for run in group), *like) for like, group in groups]
 
 
 def list_clips(config: Config) -> ClipDataset:
-    """Returns the data set of all clips that a window of any length may be drawn from, held-out ones too."""
-    require(config.data.latents is None, "data.latents: leave it out, this command makes the cache")
+    """Returns the data set of all clips usable with any window length, held-out ones included."""
+    require(config.data.latents is None, "data.latents must not be set: this command writes that cache")
     if config.data.max_clips is not None and not config.data.val_share:  # only the clips that the run uses
         return build_dataset(config.data, seed=0)
     every = replace(config.data, num_frames=1, frame_interval=1, val_path=None, val_share=0.0, max_clips=None)
@@ -139,7 +139,7 @@ def list_clips(config: Config) -> ClipDataset:
 
 
 def place_clips(clips: Iterable[StoredClip], shard_frames: int) -> Iterator[StoredClip]:
-    """Yields the clips in order, with their places in shards of at most `shard_frames` frames or of one clip."""
+    """Yields the clips in order, each with its place; a shard has at most `shard_frames` frames, or one clip."""
     shard = filled = 0
     for clip in clips:
         if clip.frames and filled and filled + clip.frames > shard_frames:
@@ -154,7 +154,7 @@ def count_frames(plan: Iterable[StoredClip]) -> list[int]:
 
 
 class LatentWriter(CacheWriter):
-    """Encodes all clips of `config.data` by `config.codec` into the folder `out`."""
+    """Encodes all clips of `config.data` with `config.codec` into the folder `out`."""
 
     layout = TENSOR, FORMAT
 
@@ -179,7 +179,7 @@ class LatentWriter(CacheWriter):
         self.loader = Loader(clips, len(images), source, self.shape[0], config.data.num_workers, crumbs)
         self.data, self.dtype, self.shard_bytes = config.data, dtype, shard_bytes
         self.plan: list[StoredClip] = []
-        self.frames: list[int] = []  # of each shard
+        self.frames: list[int] = []  # per shard
 
     def read_finished(self) -> dict[str, Any]:
         index = read_index(self.out)
@@ -201,7 +201,7 @@ class LatentWriter(CacheWriter):
         return len(self.frames)
 
     def make_plan(self) -> list[StoredClip]:
-        """Returns every clip with its length and place, from plan.json or measured now; the same on every rank."""
+        """Returns every clip with its length and place, from plan.json or newly measured; the same on every rank."""
 
         def parse(plan: Any) -> tuple[dict[str, Any], list[StoredClip]]:
             return dict(plan["identity"]), [StoredClip.from_json(facts) for facts in plan["clips"]]
@@ -218,7 +218,7 @@ class LatentWriter(CacheWriter):
         return plan
 
     def measure_clips(self) -> list[StoredClip]:
-        """Returns every clip with its length, each rank measuring a share. Raises: VideoError if none is usable."""
+        """Returns every clip with its length; ranks share the work. Raises VideoError if no clip is usable."""
         clips, rank, size = self.loader.clips, self.world.rank, self.world.size
         share, found = range(rank, len(clips), size), []
         with self.progress("measuring", "clip", len(share)) as bar:
@@ -232,15 +232,15 @@ class LatentWriter(CacheWriter):
             if reason and self.data.strict:
                 raise VideoError(clip.path, reason)
         if not any(stored.frames for stored in measured):
-            raise VideoError(clips[0].path, f"{measured[0].reason}; and none of the other clips can be used")
+            raise VideoError(clips[0].path, f"{measured[0].reason}; no other clip can be used either")
         return measured
 
     def check_room(self) -> None:
-        """Prints the size of the cache. Raises: OSError where the disk is too small for the missing shards."""
+        """Prints the size of the cache. Raises OSError if the disk is too small for the missing shards."""
         missing = self.find_missing(len(self.frames))
         needed, free = self.row_bytes * sum(self.frames[number] for number in missing), free_bytes(self.out)
         views, parts, *latent = self.shape
-        each = ("mean and deviation" if parts == 2 else "mean") + ", and mirrored" * (views == 2)
+        each = ("mean and deviation" if parts == 2 else "mean") + ", also mirrored" * (views == 2)
         print(
             f"{len(self.plan)} clips, {sum(self.frames)} frames: {each}, {'x'.join(map(str, latent))} in {self.dtype}, "
             f"{gigabytes(self.row_bytes * sum(self.frames))} in {len(self.frames)} shards\n"
@@ -250,7 +250,7 @@ class LatentWriter(CacheWriter):
         )
         if needed > free:
             raise OSError(
-                f"--out {self.out} has {gigabytes(free)} free, and the cache takes {gigabytes(needed)}: make room, or "
+                f"--out {self.out} has {gigabytes(free)} free, but the cache needs {gigabytes(needed)}: make room, or "
                 "halve it with --dtype fp16"
             )
 
@@ -265,8 +265,8 @@ class LatentWriter(CacheWriter):
     def encode_pieces(self, pieces: Iterable[LoadedPiece], record: dict[str, Any], bar: Any) -> Iterator[Tensor]:
         """Yields the latents (T, V, P, C, h, w) of each piece, in the cache's number format.
 
-        Adds to `record` the runs of each clip, the largest rounding error, and the sums of squares of the exact values
-        and of the errors. Raises: ValueError where they are not finite; VideoError, with data.strict, at a bad frame.
+        Adds to `record` each clip's runs, the largest rounding error, and the sums of squares of the exact values
+        and of the errors. Raises ValueError for non-finite latents; VideoError, with data.strict, for a bad frame.
         """
         known, errors = record["runs"], record["errors"]
         for clip, frames, runs in pieces:
@@ -291,7 +291,7 @@ class LatentWriter(CacheWriter):
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Encodes (T, V, 3, H, W) to (T, V, P, C, h, w) in fp32, each view as a separate clip.
 
-        Chunks are padded to full size, as in training: with other batch sizes kernels may sum in another order.
+        Chunks are padded to full size, as in training: kernels may sum in another order at another batch size.
         """
         padding = -len(frames) % self.codec.config.chunk_size
         whole = torch.cat([frames, frames[-1:].expand(padding, *frames.shape[1:])])
@@ -309,15 +309,15 @@ class LatentWriter(CacheWriter):
         lines = [f"{len(clips)} clips, {sum(self.frames)} frames in {out}: train with data.latents={out}"]
         if rounding["largest"]:
             lines.append(
-                f"{self.dtype} costs at most {rounding['largest']:.2g} of a value, {rounding['relative_rms']:.2g} of "
-                "their root mean square"
+                f"rounding to {self.dtype}: largest error {rounding['largest']:.2g}, relative RMS error "
+                f"{rounding['relative_rms']:.2g}"
             )
-        lines += [f"{len(bad)} clips have frames that cannot be used; training replaces them:"] if bad else []
+        lines += [f"{len(bad)} clips have unusable frames; training replaces them:"] if bad else []
         return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in islice(bad.items(), 10))])
 
 
 def find_unusable(clips: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """Returns clip -> reason for the clips of an index that have unusable frames."""
+    """Returns clip name -> reason for the clips of an index that have unusable frames."""
     reasons = {clip["name"]: [clip.get("reason"), *(run[3] for run in clip["runs"])] for clip in clips}
     return {name: next(filter(None, found)) for name, found in reasons.items() if any(found)}
 
@@ -325,8 +325,8 @@ def find_unusable(clips: Iterable[dict[str, Any]]) -> dict[str, str]:
 def main(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = build_parser(__doc__ or "")
-    number = "number format; fp16 and bf16 take half the space; their rounding error is printed (%(default)s)"
-    size = "size of a file, which is encoded again after a kill (%(default)s)"
+    number = "number format; fp16 and bf16 halve the size, and their rounding error is printed (%(default)s)"
+    size = "size of a shard; after a kill, an unfinished shard is encoded again (%(default)s)"
     parser.add_argument("--dtype", choices=NUMBER_FORMATS, default="fp32", help=number)
     parser.add_argument("--shard_mb", type=int, default=SHARD_MB, metavar="N", help=size)
     arguments = parser.parse_intermixed_args(argv)

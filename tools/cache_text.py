@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 -m tools.cache_text --config ... --out ...
     torchrun --nproc_per_node=8 train.py --config ... text.features=/data/webvid_text
 
-It encodes the captions of clips, image-text pairs, held-out clips and `sample.labels`, and the empty caption.
-Run the same command again after any interruption: finished shards are kept. docs/text_to_video.md has the format.
+Encodes the captions of clips, image-text pairs, held-out clips and `sample.labels`, and the empty caption.
+Run the same command again after any interruption: finished shards are kept. docs/text_to_video.md describes the format.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.distributed import World, close_world, init_world, on_main
 from models.identity import text_identity
 from tools.cache_writer import PATIENCE_S, PLAN, CacheWriter, build_parser
 
-SHARD_CAPTIONS = 1000  # captions of a shard, which are encoded again after a kill
+SHARD_CAPTIONS = 1000  # per shard; after a kill, an unfinished shard is encoded again
 
 
 class TextWriter(CacheWriter):
@@ -37,8 +37,8 @@ class TextWriter(CacheWriter):
 
     def __init__(self, config: Config, out: Path, world: World) -> None:
         name = config.model.name
-        require(config.model.is_text, f"model.name={name} reads no captions: give the config of a text network")
-        require(config.text.features is None, "text.features: leave it out, this command makes the cache")
+        require(config.model.is_text, f"model.name={name} reads no captions: use the config of a text network")
+        require(config.text.features is None, "text.features must not be set: this command writes that cache")
         self.text, self.captions = config.text, list_captions(config)
         self.encoder = on_main(lambda: text_identity(config.text))
         super().__init__(out, {**self.encoder, "captions": caption_key("\0".join(self.captions)).hex()}, world)
@@ -80,11 +80,11 @@ class TextWriter(CacheWriter):
         write_atomically(self.out / TABLE, lambda file: write_table(file, self.captions, places))
         shards, captions = [sum(shard) for shard in records], self.identity["captions"]
         self.write_index({"format": FORMAT, "identity": self.encoder, "captions": captions, "shards": shards})
-        return f"{len(self.captions)} captions, {sum(shards)} words in {self.out}: train with text.features={self.out}"
+        return f"{len(self.captions)} captions, {sum(shards)} tokens in {self.out}: train with text.features={self.out}"
 
 
 def list_captions(config: Config) -> list[str]:
-    """Returns every caption that a run of `config`, or one with other held-out clips, may ask for; each once."""
+    """Returns the distinct captions that a run of `config` may need, whatever clips it holds out."""
     every = replace(config.data, num_frames=1, frame_interval=1, val_share=0.0, max_clips=None, latents=None)
     clips = build_dataset(every, seed=0)
     held_out = build_held_out(every, clips, seed=0) if every.val_path is not None else None

@@ -1,12 +1,11 @@
-"""Writes a cache folder so that a killed run can continue: plan, shards with their records, index.
+"""Writes a cache folder that a killed run can resume: plan, shards with their records, index.
 
     plan.json                the identity of the cache, written first
     shard-00000.safetensors  written atomically
-    shard-00000.json         its record, written after it: a shard counts as done once its record exists
-    index.json               written last, after which the plan and the records are deleted
+    shard-00000.json         its record, written next; a shard that has a record is done
+    index.json               written last; the plan and the records are then deleted
 
-After any kill the same command continues after the last shard that is done. `tools.cache_latents` and
-`tools.cache_text` are the commands.
+After a kill, the same command writes the missing shards. Used by `tools.cache_latents` and `tools.cache_text`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from models.identity import is_same_codec
 
 PLAN = "plan.json"
 UNFINISHED_NAME = re.compile(r"\.(shard-|captions\.|plan\.|index\.).*")  # see `storage.write_atomically`
-PATIENCE_S = 30 * 86400.0  # ranks wait for the slowest
+PATIENCE_S = 30 * 86400.0  # how long ranks wait for the slowest one
 Plan = TypeVar("Plan")
 
 
@@ -39,12 +38,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     """Returns the parser of a cache command: the config, its overrides, --out and --device."""
     parser = cli.config_parser(description, "%(prog)s --config FILE --out DIR [flags] [section.key=value ...]")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--device", metavar="NAME", choices=("cpu", "cuda"), help="by default CUDA where there is one")
+    parser.add_argument("--device", metavar="NAME", choices=("cpu", "cuda"), help="default: cuda if available")
     return parser
 
 
 class CacheWriter(ABC):
-    """The folder `out` of one cache, written by all ranks of `world`; continued only with the same `identity`."""
+    """The cache folder `out`, written by all ranks of `world`, and resumed only with the same `identity`."""
 
     layout: ClassVar[tuple[str, str]]  # name of the tensor in a shard, format of the cache
 
@@ -53,18 +52,18 @@ class CacheWriter(ABC):
 
     @abstractmethod
     def read_finished(self) -> dict[str, Any]:
-        """Returns the identity of the finished cache in `out`. Raises: ValueError where that is damaged."""
+        """Returns the identity of the finished cache in `out`. Raises ValueError if it is damaged."""
 
     @abstractmethod
     def encode(self) -> int:
-        """Writes the plan and this rank's missing shards; returns the number of all shards. Collective."""
+        """Writes the plan and this rank's missing shards; returns the total number of shards. Collective."""
 
     @abstractmethod
     def finish(self, records: list[Any]) -> str:
         """Writes the index once all shards are done; returns a summary for the user. Runs on rank 0."""
 
     def write(self) -> None:
-        """Makes or continues the cache; collective. Raises: ValueError, OSError for a bad folder or bad data."""
+        """Writes or resumes the cache; collective. Raises ValueError or OSError for a bad folder or bad data."""
         lock = storage.FolderLock(self.out, "--out")
         on_main(lambda: self._take_folder(lock))
         try:
@@ -88,14 +87,14 @@ class CacheWriter(ABC):
         names = sorted(file.name for file in self.out.iterdir()) if self.out.exists() else []
         foreign = [name for name in names if name != ".lock" and not UNFINISHED_NAME.fullmatch(name)]
         if foreign and not {PLAN, INDEX} & set(names):
-            raise ValueError(f"--out {self.out} holds {foreign[0]!r}, which is not of a cache; name a new folder")
+            raise ValueError(f"--out {self.out} holds {foreign[0]!r}, which is not part of a cache; name a new folder")
         with storage.explain_write_errors(f"--out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
             lock.take()
         storage.remove_unfinished(self.out, UNFINISHED_NAME)
 
     def _is_finished(self) -> bool:
-        """Whether the whole cache is there. Raises: ValueError if the folder holds another cache."""
+        """Returns whether the cache is complete. Raises ValueError if the folder holds another cache."""
         if not (self.out / INDEX).exists():
             return False
         self.check_identity(self.read_finished())
@@ -103,7 +102,7 @@ class CacheWriter(ABC):
         return True
 
     def check_identity(self, before: dict[str, Any]) -> None:
-        """Raises ValueError, with the differences, unless `before` is the identity of this cache."""
+        """Raises ValueError, listing the differences, unless `before` is this cache's identity."""
         made, now = before.get("codec"), self.identity.get("codec")
         same_codec = isinstance(made, dict) and now and is_same_codec(made, now)
         keys = [key for key in self.identity if not (key == "codec" and same_codec)]
@@ -111,7 +110,7 @@ class CacheWriter(ABC):
             raise ValueError(f"--out {self.out} holds another cache ({'; '.join(changes)}); name a new folder")
 
     def read_plan(self, parse: Callable[[Any], Plan]) -> Plan | None:
-        """Returns what `parse` makes of plan.json, or None without one. Raises: ValueError if it cannot be read."""
+        """Returns plan.json through `parse`, or None if it is missing. Raises ValueError if it is unreadable."""
         if not (self.out / PLAN).exists():
             return None
         try:
@@ -120,7 +119,7 @@ class CacheWriter(ABC):
             raise ValueError(f"{self.out / PLAN} cannot be read; delete {self.out} and start again") from None
 
     def find_missing(self, count: int) -> list[int]:
-        """Returns those of the `count` shards that are not done."""
+        """Returns the numbers of the shards, out of `count`, that are not done."""
         return [number for number in range(count) if not self._record(number).exists()]
 
     def assign_shards(self, count: int) -> list[int]:
@@ -128,7 +127,7 @@ class CacheWriter(ABC):
         return broadcast_object(self.find_missing(count))[self.world.rank :: self.world.size]
 
     def write_shard(self, number: int, dtype: str, shape: Sequence[int], rows: Iterable[Tensor], record: Any) -> None:
-        """Writes one shard, then `record`, the facts about it that the index needs, which `rows` may add to."""
+        """Writes one shard, then its `record` for the index; iterating over `rows` may still fill `record`."""
         file = shard_file(self.out, number)
         storage.write_atomically(file, lambda temporary: write_shard(temporary, dtype, shape, rows, *self.layout))
         storage.write_json(self._record(number), record)
@@ -139,7 +138,7 @@ class CacheWriter(ABC):
         self._remove_working_files()
 
     def progress(self, label: str, unit: str, total: int) -> tqdm:
-        """Returns a progress bar over the share of rank 0, shown by rank 0 only."""
+        """Returns a progress bar of rank 0's share, shown on rank 0 only."""
         size = self.world.size
         share = label if size == 1 else f"{label} (share of rank 0 of {size})"
         return progress_bar(total, unit, share, shown=self.world.is_main)

@@ -1,12 +1,12 @@
-"""FVD, KVD, FID, KID and inception scores of generated videos, under a named protocol: one command, one JSON.
+"""Computes FVD, KVD, FID, KID and inception scores of generated videos under a named protocol; writes one JSON file.
 
     python -m tools.calc_metrics_for_dataset --real_data_path A --fake_data_path B --metrics fvd2048_16f,fid50k_full \\
         --protocol latte --dataset ffs --detector i3d_torchscript.pt --detector inception-2015-12-05.pt
     torchrun --nproc_per_node=8 -m tools.calc_metrics_for_dataset ...            the same numbers, faster
 
-A and B are each a folder of videos, of folders of frames, or of the arrays that sample/sample_ddp.py writes, at any
-depth. Writes the result, and in the same folder the list of the clips that were read (`*.manifest.json`).
-docs/datasets_evaluation.md explains protocols, metrics and traps.
+A and B are folders that hold, at any depth, videos, folders of frames, or the arrays that sample/sample_ddp.py writes.
+Writes the result and, next to it, the list of the clips that were read (`*.manifest.json`).
+docs/datasets_evaluation.md explains protocols, metrics and pitfalls.
 """
 
 from __future__ import annotations
@@ -74,29 +74,29 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--real_data_path", metavar="PATH", help="folder; not needed for is and isv")
     add("--fake_data_path", metavar="PATH", required=True, help="folder")
-    add("--metrics", type=parse_names, default=OFFICIAL_METRICS, help="of fvd, kvd, fid, kid, is, isv (%(default)s)")
+    add("--metrics", type=parse_names, default=OFFICIAL_METRICS, help="fvd, kvd, fid, kid, is, isv (%(default)s)")
     add("--protocol", default="latte", metavar="NAME", help="stylegan-v, latte or latte-published (%(default)s)")
-    add("--dataset", metavar="NAME", help="preset of ffs, sky, taichi or ucf101: real stride and 256 x 256")
-    add("--split", metavar="NAME", help="of the real data, for the report (train)")
+    add("--dataset", metavar="NAME", help="ffs, sky, taichi or ucf101: sets the real stride and 256 x 256")
+    add("--split", metavar="NAME", help="split of the real data, only reported (train)")
     add("--resolution", type=int, metavar="N", help="crop and resize to N x N (original size)")
-    add("--real_stride", type=int, metavar="N", help="instead of the protocol's")
-    add("--fake_stride", type=int, metavar="N", help="instead of the protocol's")
-    add("--divisor", choices=("n", "n-1"), help="of covariances, instead of the protocol's n")
-    add("--seeds", type=parse_seeds, metavar="N,N,...", help="a run for each; mean and deviation are reported (0)")
+    add("--real_stride", type=int, metavar="N", help="stride of real frames (the protocol's)")
+    add("--fake_stride", type=int, metavar="N", help="stride of generated frames (the protocol's)")
+    add("--divisor", choices=("n", "n-1"), help="divisor of covariances (the protocol's, n)")
+    add("--seeds", type=parse_seeds, metavar="N,N,...", help="one run per seed; mean and deviation are reported (0)")
     add("--num_runs", type=int, metavar="N", help="the same as --seeds 0,1,...,N-1")
     add("--detector", action="append", default=[], metavar="[NAME=]FILE[@SHA256]", help="repeatable; NAME is detected")
-    add("--detector_dir", type=Path, default=DETECTOR_FOLDER, metavar="DIR", help="of the others (%(default)s)")
-    add("--checks", type=parse_names, default="floor,shuffle", help="of the value, or none (%(default)s)")
-    add("--report", type=parse_names, default="clip", help="clip; and frame: along the clip (%(default)s)")
+    add("--detector_dir", type=Path, default=DETECTOR_FOLDER, metavar="DIR", help="other detectors (%(default)s)")
+    add("--checks", type=parse_names, default="floor,shuffle", help="checks of each value, or none (%(default)s)")
+    add("--report", type=parse_names, default="clip", help="clip, and frame for values along the clip (%(default)s)")
     add("--manifest", metavar="FILE", help="read exactly the clips of this list")
-    add("--out", type=Path, metavar="FILE", help="result (a new file in results/metrics)")
-    add("--use_cache", type=parse_switch, default=True, metavar="0|1", help="keep and find real features (1)")
-    add("--cache_dir", type=Path, default=CACHE_FOLDER, metavar="DIR", help="of these (%(default)s)")
+    add("--out", type=Path, metavar="FILE", help="result file (a new one in results/metrics)")
+    add("--use_cache", type=parse_switch, default=True, metavar="0|1", help="cache the features of real data (1)")
+    add("--cache_dir", type=Path, default=CACHE_FOLDER, metavar="DIR", help="folder of that cache (%(default)s)")
     add("--workers", type=int, default=2, metavar="N", help="loader processes per rank (%(default)s)")
-    add("--threads", type=int, default=1, metavar="N", help="of each rank; move the last bits on a CPU (%(default)s)")
-    add("--device", choices=("cpu", "cuda"), help="by default CUDA where there is one")
-    add("--gpus", type=int, metavar="N", help="official; use torchrun --nproc_per_node instead")
-    add("--mirror", type=parse_switch, default=False, metavar="0|1", help="official; without effect, as there")
+    add("--threads", type=int, default=1, metavar="N", help="CPU threads per rank; change the last bits (%(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if available")
+    add("--gpus", type=int, metavar="N", help="official flag; use torchrun --nproc_per_node instead")
+    add("--mirror", type=parse_switch, default=False, metavar="0|1", help="official flag; has no effect, as there")
     add("--verbose", type=parse_switch, default=sys.stderr.isatty(), metavar="0|1", help="show progress")
     return parser
 
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
     evaluation.check_inputs(metrics)
     entries = {metric.name: evaluation.measure(metric, arguments.seeds) for metric in metrics}
     if world.is_main:
-        out = arguments.out or find_free_name(arguments)  # another job may have taken the first
+        out = arguments.out or find_free_name(arguments)  # another job may have taken the first name
         result = describe(argv, arguments, evaluation, entries)
         result |= {"seconds": round(time.perf_counter() - started, 1), "manifest": f"{out.stem}.manifest.json"}
         manifest = format_manifest(evaluation.read, evaluation.sources)
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
 def check_arguments(arguments: argparse.Namespace) -> list[Metric]:
     """Checks the flags and fills in `seeds`. Raises ValueError for invalid combinations."""
     metrics = [parse_metric(name) for name in dict.fromkeys(arguments.metrics)]
-    require(bool(metrics), "--metrics names nothing to compute")
+    require(bool(metrics), "--metrics is empty: name at least one")
     for flag, known in (("checks", CHECKS), ("report", REPORTS)):
         for name in getattr(arguments, flag):
             require(name in known, f"--{flag}: '{name}' is unknown, use {', '.join(known)}")
@@ -138,17 +138,17 @@ def check_arguments(arguments: argparse.Namespace) -> list[Metric]:
     gpus = arguments.gpus or 1
     require(
         gpus <= 1 or gpus == int(os.environ.get("WORLD_SIZE", "1")),
-        f"--gpus {gpus}: start as many processes instead, with torchrun --nproc_per_node={gpus} "
-        "-m tools.calc_metrics_for_dataset; the numbers do not depend on it",
+        f"--gpus {gpus}: start that many processes with torchrun --nproc_per_node={gpus} "
+        "-m tools.calc_metrics_for_dataset; the result is the same",
     )
     both = arguments.seeds and arguments.num_runs
-    require(not both, "--num_runs N is the same as --seeds 0,...,N-1: give one of them")
+    require(not both, "--num_runs N is the same as --seeds 0,...,N-1: give only one of them")
     arguments.seeds = arguments.seeds or list(range(arguments.num_runs or 1))
     return metrics
 
 
 def find_free_name(arguments: argparse.Namespace) -> Path:
-    """Returns a result file that does not exist, named after the fakes' folder, its parent and the protocol."""
+    """Returns an unused result path, named after the fake folder, its parent and the protocol."""
     fakes = Path(arguments.fake_data_path).resolve()
     name = "-".join(filter(None, (fakes.parent.name, fakes.name, arguments.protocol, arguments.dataset)))
     names = chain([name], (f"{name}-{number}" for number in count(2)))

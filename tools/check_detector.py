@@ -2,10 +2,10 @@
 
     python -m tools.check_detector i3d_torchscript.pt [--kind i3d] [--sha256 HASH] [--device cpu|cuda] [--long]
 
-Prints the SHA-256, the arguments of the network, and a line for each check: shapes, the same input twice, a sample
-alone and in a batch, probabilities that sum to 1, and published values where there are any (I3D: zeros against ones,
-151.25648). Without --kind the detector is identified by its arguments. --long adds checks that take minutes on a CPU.
-Exit code 0 if all hold, 1 if one fails, 2 for bad usage. docs/metrics.md says where to get the files.
+Prints the SHA-256, the network's arguments, and a line for each check: shapes, the same input twice, a sample alone and
+in a batch, probabilities that sum to 1, and published values if there are any (I3D: zeros against ones, 151.25648).
+Without --kind the detector is identified by its arguments. --long adds checks that take minutes on a CPU. Exit code 0
+if all hold, 1 if one fails, 2 for bad usage. docs/metrics.md says where to get the files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from evaluation.distances import Moments, frechet_distance, frechet_from_moments
 from sample.generate import usable_device
 
 SIZE = 64  # pixels
-SAME = 1e-4  # tolerated change of a sample's features with its batch, relative to the largest
+SAME = 1e-4  # tolerated change of a sample's features between batches, relative to the largest
 SUM = 1e-3  # tolerance of the sum of probabilities
 NOISE_VIDEOS, NOISE_BATCH, NOISE_SIZE = 128, 8, 224
 
@@ -36,10 +36,10 @@ def main(argv: list[str]) -> int:
     """Prints all checks; returns 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--kind", metavar="NAME", help="kind, such as i3d (default: from its arguments)")
-    parser.add_argument("--sha256", metavar="HASH", help="refuse any other file")
+    parser.add_argument("--kind", metavar="NAME", help="kind, such as i3d (default: from the file's arguments)")
+    parser.add_argument("--sha256", metavar="HASH", help="refuse a file with another hash")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--long", action="store_true", help="also the checks that take minutes on a CPU")
+    parser.add_argument("--long", action="store_true", help="also run the checks that take minutes on a CPU")
     arguments = parser.parse_args(argv)
 
     device = usable_device(arguments.device)
@@ -72,7 +72,7 @@ def run_checks(detector: Detector, long: bool) -> Iterator[Check]:
         yield "shape", False, str(error)
         return
     yield "shape", True, f"{tuple(pixels.shape)} uint8 -> {tuple(features.shape)} float32"
-    yield "same input twice", torch.equal(features, detector(pixels)), "to be equal in every bit"
+    yield "same input twice", torch.equal(features, detector(pixels)), "must be bit-identical"
     largest = features.abs().max().item()
     moved = (detector(pixels[1:2]) - features[1:2]).abs().max().item()
     yield "alone, among others", moved <= SAME * largest, f"moves by {moved:.1e} of {largest:.1e}"
@@ -94,13 +94,13 @@ def run_checks(detector: Detector, long: bool) -> Iterator[Check]:
 
 
 def measure_constants(detector: Detector, frames: int) -> float:
-    """Returns the Frechet distance between black and white clips, which is independent of their number."""
+    """Returns the Frechet distance between black and white clips, independent of the number of clips."""
     sides = [torch.full((2, frames, 3, SIZE, SIZE), level, dtype=torch.uint8) for level in (0, 255)]
     return frechet_distance(*(detector(side) for side in sides))
 
 
 def measure_noise(detector: Detector, frames: int) -> float:
-    """Returns the Frechet distance (divisor n-1) between 128 clips of uniform noise of two seeds, as in its source."""
+    """Returns the Frechet distance (divisor n-1) between two sets of 128 uniform-noise clips, as in fvd-comparison."""
     real, fake = Moments(detector.dims), Moments(detector.dims)
     for seed, moments in ((2, real), (1, fake)):
         for clips in draw_noise(seed, frames):
@@ -109,7 +109,7 @@ def measure_noise(detector: Detector, frames: int) -> float:
 
 
 def draw_noise(seed: int, frames: int) -> Iterator[Tensor]:
-    """Yields NumPy's uniform noise (128, T, H, W, 3) of that seed in batches (8, 3, T, H, W)."""
+    """Yields 128 clips of NumPy's uniform noise in batches (8, 3, T, H, W)."""
     draw = np.random.RandomState(seed)
     for _ in range(0, NOISE_VIDEOS, NOISE_BATCH):
         clips = draw.rand(NOISE_BATCH, frames, NOISE_SIZE, NOISE_SIZE, 3).astype(np.float32)
@@ -130,7 +130,7 @@ class Golden(NamedTuple):
 PUBLISHED = {  # by detector
     "i3d": (
         # JunyaoHu/common_metrics_on_video_quality, README: deviations of about 1 between PyTorch versions
-        Golden("zeros against ones", measure_constants, 10, 569.2296294, 4.0),  # scaled for the larger value
+        Golden("zeros against ones", measure_constants, 10, 569.2296294, 4.0),  # tolerance scaled to the value
         Golden("zeros against ones", measure_constants, 16, 152.9175031, 1.0),
         Golden("zeros against ones", measure_constants, 30, 151.2564850, 1.0),
         # universome/fvd-comparison, README

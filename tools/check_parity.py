@@ -1,10 +1,10 @@
-"""Compares this repository with what the official implementation computed.
+"""Compares this repository's results with those of the official implementation.
 
     python -m tools.check_parity DIR [--device cpu|cuda] [--precision fp32|bf16]
 
 DIR holds golden tensors of the official code (safetensors files with their configuration in the metadata).
-One line per quantity: its largest absolute error and its bound, 1e-5 x max(1, largest absolute golden value)
-in fp32 on CPU. Exit code 0 if all are within bounds, 1 if one is not or is missing, 2 for bad use.
+Prints a line per quantity: its largest absolute error and its bound, 1e-5 x max(1, largest absolute golden value)
+in fp32 on CPU. Exit code 0 if all are within bounds, 1 if one is not or is missing, 2 for bad usage.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tools.parity import CHECKS, Goldens, Mismatch, Quantity, Setting, find_key_
 
 KEY_LIST = "state_dict_keys.json"
 FP32_BOUND = 1e-5
-# (device, precision) -> relative bound of values that pass through a network; the goldens were made in fp32 on a CPU
+# (device, precision) -> relative bound of network outputs; the goldens were made in fp32 on a CPU
 NETWORK_BOUNDS = {("cpu", "fp32"): 1e-5, ("cuda", "fp32"): 1e-4, ("cpu", "bf16"): 5e-2, ("cuda", "bf16"): 5e-2}
 
 
 class Outcome(NamedTuple):
-    """A compared quantity; error and bound are NaN where there is only a `problem`, or only a `note`."""
+    """The outcome for one quantity; error and bound are NaN if there is only a `problem` or a `note`."""
 
     name: str
     error: float = math.nan
@@ -40,12 +40,12 @@ class Outcome(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether it is within its bound (NaN is not), or a mere note."""
+        """Whether the error is within its bound (NaN is not), or this is only a note."""
         return bool(self.note) or (not self.problem and self.error <= self.bound)
 
 
 def compare_all(setting: Setting) -> Iterator[Outcome]:
-    """Yields every comparison of a folder, in a fixed order. A file that is missing or broken is one of them."""
+    """Yields all outcomes for a folder in a fixed order; a missing or broken file yields one with a `problem`."""
     for stem, check in CHECKS.items():
         try:
             golden = Goldens(setting.folder / f"{stem}.safetensors", setting.device)
@@ -56,7 +56,7 @@ def compare_all(setting: Setting) -> Iterator[Outcome]:
             continue
         unread = sorted(golden.tensors.keys() - golden.used)
         if unread:
-            yield Outcome(stem, note=f"not compared, not known: {', '.join(unread)}")
+            yield Outcome(stem, note=f"unknown, not compared: {', '.join(unread)}")
     lists = setting.folder / KEY_LIST
     try:
         for name, official in json.loads(lists.read_text()).items() if lists.is_file() else ():
@@ -66,7 +66,7 @@ def compare_all(setting: Setting) -> Iterator[Outcome]:
 
 
 def compare(quantity: Quantity, golden: Goldens, name: str, setting: Setting) -> Outcome:
-    """Compares `quantity` with its golden, or the worst of its goldens."""
+    """Returns the outcome for `quantity`, the worst one if it has several goldens."""
     relative = NETWORK_BOUNDS[setting.device, setting.precision] if quantity.network else FP32_BOUND
     try:
         computed = quantity.compute()
@@ -78,7 +78,7 @@ def compare(quantity: Quantity, golden: Goldens, name: str, setting: Setting) ->
         outcomes = [_compare_tensor(name, computed[key], wanted[key], relative) for key in wanted]
         bad = (each for each in outcomes if each.problem or math.isnan(each.error))
         return next(bad, None) or max(outcomes, key=lambda outcome: outcome.error / outcome.bound)
-    except (Mismatch, ValueError, TypeError, KeyError, RuntimeError, IndexError) as problem:  # as tampered inputs cause
+    except (Mismatch, ValueError, TypeError, KeyError, RuntimeError, IndexError) as problem:  # from malformed goldens
         return Outcome(name, problem=str(problem))
 
 
@@ -93,7 +93,7 @@ def _compare_tensor(name: str, computed: Tensor, wanted: Tensor, relative: float
 
 
 def main(argv: list[str]) -> int:
-    """Prints all outcomes; returns 1 if one is bad."""
+    """Prints all outcomes; returns 1 if any is bad."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     where, bound = f"{setting.device}, {setting.precision}", NETWORK_BOUNDS[setting.device, setting.precision]
     if bound != FP32_BOUND:
-        print(f"{where}: bounds of what passes through a network are widened from {FP32_BOUND:.0e} to {bound:.0e}")
+        print(f"{where}: bounds of network outputs are widened from {FP32_BOUND:.0e} to {bound:.0e}")
     verdicts = []
     for outcome in compare_all(setting):
         verdict = "note" if outcome.note else "ok  " if outcome.ok else "FAIL"

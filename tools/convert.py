@@ -1,4 +1,4 @@
-"""Converts official and trained files: configs, weights and whole models.
+"""Converts configs, weights and whole models, of the official repository or of our runs.
 
     python -m tools.convert config OFFICIAL.yaml [-o OURS.yaml]
     python -m tools.convert checkpoint OFFICIAL.pt --sha256 HASH [-o WEIGHTS.safetensors]
@@ -7,13 +7,13 @@
     python -m tools.convert diffusers RUN FOLDER
     python -m tools.convert pipeline RUN FOLDER [--push OWNER/NAME]
 
-RUN is a run folder, which stands for its newest checkpoint, or a checkpoint folder. `python -m tools.convert SUBCOMMAND
+RUN is a checkpoint folder, or a run folder, whose newest checkpoint is used. `python -m tools.convert SUBCOMMAND
 --help` lists the flags of a subcommand.
 """
 
 from __future__ import annotations
 
-from engine import cli  # first, so that a package missing below ends in one sentence
+from engine import cli  # first, so that a missing package below is reported in one sentence
 
 # isort: split
 import argparse
@@ -38,7 +38,7 @@ from models.lora import merge_lora
 from sample.pipeline_latte import LatteVideoPipeline
 from sample.t2v_export import export_run
 
-MAX_DIFFERENCE = 1e-4  # of a converted text network from diffusers' outputs; relative, in fp32
+MAX_DIFFERENCE = 1e-4  # between outputs of a converted text network and diffusers'; relative, in fp32
 
 
 def main(argv: list[str]) -> int:
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = add_command("checkpoint", write_checkpoint_weights)
     add("checkpoint", type=Path, help="an official .pt file")
-    add("--sha256", required=True, action="append", metavar="HASH", help="of a file to trust")
+    add("--sha256", required=True, action="append", metavar="HASH", help="of a trusted file")
     add("-o", "--output", type=Path, metavar="FILE", help="default: the name of the checkpoint, ending in .safetensors")
     add("--weights", choices=["ema", "model"], default="ema", help="which weights (default: ema)")
 
@@ -74,12 +74,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("source", help="a folder in diffusers' format, a hub name, or a .safetensors, .pt or .pth file")
     add("folder", type=Path, help="where to write; must be new or empty")
     add("--config", type=Path, metavar="FILE", help="a config.json; default: the one in the folder of the weights")
-    add("--revision", metavar="NAME", help="of a hub name")
+    add("--revision", metavar="NAME", help="revision of a hub name")
     add("--lora", metavar="DIR", help="adapters to merge, in peft's format")
     add("--lora_scale", type=float, default=1.0, metavar="X", help="factor of the adapters (1)")
-    add("--variant", help="e.g. fp16, of a folder with weights named so")
-    add("--weights", choices=["ema", "model"], default="ema", help="of a .pt file (default: ema)")
-    add("--dtype", choices=["fp32", "bf16", "fp16"], help="to write in (default: that of the source)")
+    add("--variant", help="variant in the names of the weight files, e.g. fp16")
+    add("--weights", choices=["ema", "model"], default="ema", help="which weights of a .pt file (default: ema)")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="dtype to write (default: the source's)")
 
     for name, run in (("weights", write_weights), ("diffusers", write_diffusers_folder), ("pipeline", write_pipeline)):
         add = add_command(name, run)
@@ -91,14 +91,14 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "pipeline":
             add("--config", type=Path, metavar="FILE", help="config of an official .pt, which holds none")
             add("--push", metavar="OWNER/NAME", help="also write it to this hub name")
-            add("--private", action="store_true", help="create that hub name as a private one")
+            add("--private", action="store_true", help="create that hub name as private")
     return parser
 
 
 def write_config(official: Path, output: Path | None) -> None:
-    """Translates a config of the official repository and reports what became of each key.
+    """Translates a config of the official repository and reports how each key was handled.
 
-    Takes the training and sampling configs of the four data sets. The report goes to standard error.
+    Accepts the training and sampling configs of the four data sets. The report goes to standard error.
     """
     sections, report = translate_config(read_official(official))
     sys.stderr.write("\n".join(report) + "\n")
@@ -116,17 +116,17 @@ def write_config(official: Path, output: Path | None) -> None:
 
 
 def read_official(path: Path) -> dict[str, Any]:
-    """Returns the flat mapping in an official config file. Raises: FileNotFoundError, ValueError: one sentence."""
+    """Returns the flat mapping in an official config file. Raises FileNotFoundError or ValueError."""
     values = read_yaml(path)
     flat = isinstance(values, dict) and bool(values)
     require(flat, f"config file {path} holds no keys; an official config is a list of `key: value` lines.")
     ours = isinstance(values.get("model"), dict)
-    require(not ours, f"config file {path} has sections, so it is a config of this project already.")
+    require(not ours, f"config file {path} has sections, so it is already a config of this project.")
     return {str(key): value for key, value in values.items()}
 
 
 def write_checkpoint_weights(checkpoint: Path, sha256: list[str], output: Path | None, weights: str) -> None:
-    """Extracts the weights of an official .pt file that also holds other Python objects, as safetensors.
+    """Extracts the weights of an official .pt file, which may hold other Python objects, to safetensors.
 
     HASH is published by the author of the file (Hugging Face shows it on the file's page); a file with any other
     hash is not opened. Only tensors are read: saved settings (argparse, OmegaConf) are skipped without running any
@@ -153,7 +153,7 @@ def write_text_network(
 
     SOURCE is a folder in diffusers' format (of a pipeline or of its transformer) or a file of weights: the official
     LatteT2V's, or PixArt-alpha's, whose image network becomes a video network with temporal blocks that start as the
-    identity. Prints which tensors were taken and which were left, then loads FOLDER with diffusers' class and compares
+    identity. Prints which tensors were used and which were not, then loads FOLDER with diffusers' class and compares
     the outputs of both; the exit code is 1 if they differ.
     """
     require_new(folder)
@@ -192,10 +192,10 @@ def write_diffusers_folder(source: Path, folder: Path, weights: str) -> None:
 def write_pipeline(
     source: Path, folder: Path, config: Path | None, weights: str, push: str | None, private: bool
 ) -> None:
-    """Exports a trained Latte as a folder that LatteVideoPipeline.from_pretrained loads, and pushes it to a hub.
+    """Exports a trained Latte as a folder that LatteVideoPipeline.from_pretrained loads, optionally pushed to a hub.
 
-    The folder holds config.json, model.safetensors, the autoencoder and a model card (docs/sampling.md). The hub is
-    that of HF_ENDPOINT, the token that of HF_TOKEN or of `hf auth login`.
+    The folder holds config.json, model.safetensors, the autoencoder and a model card (docs/sampling.md). HF_ENDPOINT
+    selects the hub; the token comes from HF_TOKEN or `hf auth login`.
     """
     require_new(folder)
     own = load_config(config) if config else None

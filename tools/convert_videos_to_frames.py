@@ -1,12 +1,11 @@
-"""Turns a folder of videos into a folder of folders of frames, one for each video, at any depth.
+"""Converts a folder of videos, at any depth, to one folder of frames per video.
 
     python -m tools.convert_videos_to_frames -s UCF-101 -t UCF-101-frames --target_size 256
 
-CLASS/video.avi becomes CLASS/video/000000.png and on. The flags are those of the official tool; new are --format
-and --quality, the true quality of JPEG files (there it was 75, whatever was asked for). With --target_size it is,
-as there, the largest centred square by Lanczos, but there is no size unless one is asked for. Names stay as they
-are, '#' and spaces too, so that no two videos become one. Videos that cannot be read are named in
-TARGET/report.json. A killed run goes on with the same command.
+CLASS/video.avi becomes CLASS/video/000000.png, 000001.png, ... The flags are those of the official tool, plus --format
+and --quality (JPEG quality, which the official tool always left at 75). --target_size, as there, resizes the largest
+centred square with Lanczos; without it frames keep their size. Names are kept, including '#' and spaces, so that no two
+videos collide. Unreadable videos are listed in TARGET/report.json. After a kill, the same command continues.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tools.output_folder import OutputFolder
 
 
 def print_frame_rates(source: Path, suffixes: Collection[str]) -> None:
-    """Counts the videos by frame rate, and names those that cannot be read."""
+    """Prints the unreadable videos, then the number of videos at each frame rate."""
     rates: Counter[str] = Counter()
     clips = find_clips(source, (VIDEOS,), lambda reason, path: None, suffixes)
     for clip in sorted(clips, key=lambda clip: clip.name):
@@ -49,9 +48,9 @@ def main(argv: list[str]) -> None:
     add("-t", "--target_dir", "--target_path", type=Path, metavar="TARGET", help="folder to fill")
     add("--video_ext", metavar="EXT", help="only files with this extension (any video)")
     add("--target_size", type=int, metavar="N", help="centre crop and resize to N x N (unchanged)")
-    add("--force_fps", type=int, metavar="N", help="pick frames by time, N a second (every frame)")
-    add("--format", choices=("png", "jpeg"), default="png", help="of the frames (png)")
-    add("--quality", type=int, metavar="Q", help="of JPEG files, 1 to 100 (95)")
+    add("--force_fps", type=int, metavar="N", help="pick frames by time, N per second (every frame)")
+    add("--format", choices=("png", "jpeg"), default="png", help="frame format (png)")
+    add("--quality", type=int, metavar="Q", help="JPEG quality, 1 to 100 (95)")
     add("--num_workers", "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
     add("--compute_fps_only", action="store_true", help="only print the frame rates")
     arguments = parser.parse_args(argv)
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> None:
         print_frame_rates(source, suffixes)
         return
     if target is None:
-        parser.error("-t/--target_dir is needed")
+        parser.error("-t/--target_dir is required")
 
     form = Form(arguments.format, arguments.quality, arguments.target_size, LANCZOS, arguments.force_fps)
     with OutputFolder(target, source, form, "convert_videos_to_frames", video_ext=extension) as folder:

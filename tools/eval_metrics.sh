@@ -1,7 +1,7 @@
 #!/bin/bash
-# Scores generated videos, under the official name; docs/datasets_evaluation.md explains the flags.
+# Scores generated videos (official script name); docs/datasets_evaluation.md explains the flags.
 #   REAL=folder FAKE=folder bash tools/eval_metrics.sh [further flags of tools.calc_metrics_for_dataset]
-# GPUS is the number of processes; PROTOCOL, DATASET and METRICS choose; DETECTORS is the folder of detector files.
+# GPUS: number of processes; PROTOCOL, DATASET, METRICS: flags of these names; DETECTORS: folder of detector files.
 # Paths are relative to the current folder.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,4 +1,4 @@
-"""Converts one clip to a link, a video or a folder of frames, its pixels treated as in training. No command line.
+"""Converts one clip to a link, a video or a folder of frames, with training's transforms. Not a command.
 
 Letters: T frames, C channels, H height, W width.
 """
@@ -31,17 +31,17 @@ SUFFIXES = {"link": "", "video": ".mp4", "png": ".png", "jpeg": ".jpg"}
 LANCZOS = "center_crop_then_lanczos"
 JPEG_QUALITY = 95
 PNG_LEVEL = 2  # of 9: three times as fast as Pillow's 6 for files a tenth larger
-UNKNOWN_FPS = 25  # of videos made from folders of frames, which have no rate
+UNKNOWN_FPS = 25  # for videos made from folders of frames, which have no rate
 
-Record = dict[str, Any]  # result of a task: an entry of the journal, or {"name", "skipped": reason}
+Record = dict[str, Any]  # result of a task: a journal entry, or {"name", "skipped": reason}
 
 
 @dataclass
 class Form:
-    """Settings of written clips. With `size` each frame becomes a square of that side by `transform`.
+    """Settings of written clips. If `size` is set, `transform` turns each frame into a square of that side.
 
-    transform: a key of datasets.transforms.TRANSFORMS, or LANCZOS. fps: picks frames by time. min_frames: shorter clips
-    are skipped.
+    transform: a key of datasets.transforms.TRANSFORMS, or LANCZOS. fps: frame rate, by picking frames. min_frames:
+    shorter clips are skipped.
     """
 
     format: str = "png"
@@ -55,16 +55,16 @@ class Form:
         limits = {"quality": within(1, 100), "size": within(1, 8192), "fps": within(1, 1000), "min_frames": at_least(1)}
         check_limits(self, "", {key: optional(limit) for key, limit in limits.items()})
         jpeg = self.format == "jpeg"
-        require(jpeg or self.quality is None, f"quality is of JPEG files: it needs the format jpeg, not {self.format}.")
+        require(jpeg or self.quality is None, f"quality needs the format jpeg, not {self.format}.")
         self.quality = self.quality or JPEG_QUALITY if jpeg else None
         linked = self.format == "link" and self.size
-        require(not linked, "links leave the pixels as they are: size needs the format video, png or jpeg.")
+        require(not linked, "links cannot be resized: size needs the format video, png or jpeg.")
 
 
 class Task(NamedTuple):
-    """One clip: its `name` below SOURCE, its `path`, its place `out` below OUT.
+    """One clip: its `name` below SOURCE, its `path`, its destination `out` below OUT.
 
-    identity: size (of a folder of frames: their number) and time of change in ns, which show a change of it.
+    identity: size (for a folder, its number of frames) and modification time in ns, to detect changes.
     """
 
     name: str
@@ -74,12 +74,12 @@ class Task(NamedTuple):
 
     @property
     def staged(self) -> str:
-        """Its name while it is written: short, however long the clip's is."""
+        """Its name while it is written, short even if the clip's is long."""
         return hashlib.sha256(self.out.encode(errors="surrogateescape")).hexdigest()[:24] + Path(self.out).suffix[:5]
 
 
 def plan_tasks(clips: Sequence[Clip], names: Sequence[str], form: Form) -> list[Task]:
-    """Returns the tasks that make `clips`, called `names` below OUT before their extensions change."""
+    """Returns the tasks for `clips`, whose paths below OUT are `names` with the source's extensions."""
     return [
         Task(clip.name, clip.path, out, (clip.size, Path(clip.path).stat().st_mtime_ns))
         for clip, out in zip(clips, output_names(names, form), strict=True)
@@ -87,10 +87,10 @@ def plan_tasks(clips: Sequence[Clip], names: Sequence[str], form: Form) -> list[
 
 
 def output_names(names: Sequence[str], form: Form) -> list[str]:
-    """Returns distinct names for clips called `names` ('/' between folders), in the same folders; links keep theirs.
+    """Returns distinct output names for `names` ('/' between folders), in the same folders; links keep theirs.
 
-    The extension goes: `a/x.avi` -> `a/x` (frames) or `a/x.mp4`. Where that is another clip's name, or a folder on
-    the way to one, the extension stays, and as often as needed a `_` is added.
+    The extension is dropped: `a/x.avi` -> `a/x` (frames) or `a/x.mp4`. If the result is the name of another clip or
+    of a folder that holds one, the extension is kept and `_` are appended until the name is free.
     """
     suffix = SUFFIXES["video"] if form.format == "video" else ""
     paths = [PurePosixPath(name) for name in names]
@@ -109,7 +109,7 @@ def output_names(names: Sequence[str], form: Form) -> list[str]:
 
 
 def convert(task: Task, staged: Path, form: Form) -> Record:
-    """Writes one clip at `staged`; returns its record, with the reason if it cannot be read. Raises: OSError."""
+    """Writes one clip to `staged`; returns its record, or the reason if it cannot be read. Raises OSError."""
     av = load_package("av")
     try:
         return _convert(task, staged, form)
@@ -121,7 +121,7 @@ def convert(task: Task, staged: Path, form: Form) -> Record:
         remove(staged)
         raise OSError(
             f"{staged.parents[2] / task.out} cannot be written ({getattr(error, 'strerror', None) or error}): make "
-            "room there, then repeat the command, which goes on where it stopped"
+            "room there, then repeat the command to continue where it stopped"
         ) from error
 
 
@@ -185,7 +185,7 @@ def require_one_size(frames: Iterator[np.ndarray], path: str) -> Iterator[np.nda
 
 
 def pick_frames(frames: Iterator[np.ndarray], source: Fraction, wanted: Fraction) -> Iterator[np.ndarray]:
-    """Picks frames for another frame rate: those on show at the times 0, 1/wanted, 2/wanted, ..."""
+    """Yields frames at another frame rate: those displayed at times 0, 1/wanted, 2/wanted, ..."""
     shown = 0
     for number, frame in enumerate(frames):
         while shown * source < (number + 1) * wanted:
@@ -197,7 +197,7 @@ def resize_frame(frame: np.ndarray, form: Form) -> np.ndarray:
     """Returns (H, W, 3) uint8 as (size, size, 3), rounded to whole grey levels; unchanged without `form.size`."""
     if form.size is None:
         return frame
-    if form.transform == LANCZOS:  # of the largest centred square, by Pillow's filter, as the official converter does
+    if form.transform == LANCZOS:  # Pillow's filter on the largest centred square, as in the official converter
         side = min(frame.shape[:2])
         top, left = (round((length - side) / 2) for length in frame.shape[:2])
         square = Image.fromarray(frame[top : top + side, left : left + side])
@@ -208,7 +208,7 @@ def resize_frame(frame: np.ndarray, form: Form) -> np.ndarray:
 
 
 def write_frames(folder: Path, frames: Iterable[np.ndarray], form: Form, total: int) -> None:
-    """Writes `total` frames (H, W, 3) into the new `folder`, as 000000.png and on; JPEG with full colour (4:4:4)."""
+    """Writes `total` frames (H, W, 3) into the new `folder`, as 000000.png, 000001.png, ...; JPEG in 4:4:4."""
     jpeg = form.format == "jpeg"
     options = {"quality": form.quality, "subsampling": 0} if jpeg else {"compress_level": PNG_LEVEL}
     folder.mkdir()
@@ -217,13 +217,13 @@ def write_frames(folder: Path, frames: Iterable[np.ndarray], form: Form, total: 
 
 
 def frame_names(total: int, form: Form) -> list[str]:
-    """Returns the file names of a clip of `total` frames: zero-padded, so that text order is theirs."""
+    """Returns the file names of a clip of `total` frames: zero-padded to sort in order."""
     digits = max(6, len(str(total - 1)))
     return [f"{number:0{digits}d}{SUFFIXES[form.format]}" for number in range(total)]
 
 
 def measure_content(path: str) -> tuple[int, str]:
-    """Returns bytes and SHA-256 of a video file; of a folder of frames, over the names and contents of its images."""
+    """Returns size and SHA-256 of a video file, or of the names and contents of the images in a folder."""
     source = Path(path)
     try:
         if not source.is_dir():

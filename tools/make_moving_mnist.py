@@ -2,14 +2,13 @@
 
     python -m tools.make_moving_mnist --mnist train-images-idx3-ubyte.gz data/mnist --clips 10000
 
-The set of arXiv 1502.04681: 20 frames of 64 x 64, two digits of 28 x 28 drawn from MNIST, at a random place, in a
-random direction, at a random constant speed; where they overlap the brighter pixel shows. Each clip is a function
-of (seed, index) alone.
+The set of arXiv 1502.04681: 20 frames of 64 x 64 with two MNIST digits of 28 x 28, each with a random start, direction
+and constant speed; where they overlap, the brighter pixel shows. Each clip depends on (seed, index) alone.
 
---labels digit makes ten classes (all digits of a clip are of its class), --labels direction three: all digits move
-along `horizontal`, `vertical` or `diagonal` lines, which bouncing never changes. OUT, or OUT/CLASS, then holds mp4
-files (H.264 in yuv444p) or, with --format png, folders of frames: data.name=folder reads them. OUT is written whole
-or not at all; an existing set is kept.
+--labels digit makes ten classes (all digits of a clip are of its class). --labels direction makes three: all digits
+move along `horizontal`, `vertical` or `diagonal` lines, which bouncing never changes. OUT, or OUT/CLASS, holds mp4
+files (H.264 in yuv444p) or, with --format png, folders of frames; train on them with data.name=folder. OUT is written
+atomically; an existing set is kept.
 """
 
 from __future__ import annotations
@@ -33,24 +32,24 @@ from tools.frames import SUFFIXES, Form, write_frames
 VERSION = 1  # raised when the drawing changes
 SPEED = (2.0, 5.0)  # pixels per frame, for frames of 64 pixels
 FPS = 8
-DIRECTIONS = {"horizontal": 0.0, "vertical": 0.5, "diagonal": 0.25}  # of the line, in half turns
+DIRECTIONS = {"horizontal": 0.0, "vertical": 0.5, "diagonal": 0.25}  # angle of the line, in half turns
 CLASSES = {"none": [""], "digit": [str(digit) for digit in range(10)], "direction": sorted(DIRECTIONS)}
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Reads a file of MNIST (IDX format, uint8, plain or gzipped). Raises: FileNotFoundError, ValueError."""
+    """Reads an MNIST file (IDX format, uint8, plain or gzipped). Raises: FileNotFoundError, ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file '{path}': name MNIST's train-images-idx3-ubyte.gz, or t10k-...")
     data = path.read_bytes()
     try:
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
     except (OSError, EOFError, zlib.error):
-        raise ValueError(f"'{path}' is a damaged gzip file: fetch it anew") from None
+        raise ValueError(f"'{path}' is a damaged gzip file: download it again") from None
     dimensions = data[3] if data[:3] == b"\0\0\x08" else 0
     start = 4 + 4 * dimensions
     shape = [int.from_bytes(data[place : place + 4], "big") for place in range(4, start, 4)]
     if not dimensions or len(data) - start != math.prod(shape):
-        raise ValueError(f"'{path}' is not a whole file of MNIST: it must hold bytes in the IDX format")
+        raise ValueError(f"'{path}' is not a complete MNIST file: it must hold uint8 values in the IDX format")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
@@ -58,13 +57,13 @@ def read_mnist(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray | 
     """Reads the digits (n, h, w), and with --labels digit their labels (n,)."""
     images = read_idx(arguments.mnist)
     small = images.ndim == 3 and max(images.shape[1:]) < arguments.size
-    require(small, f"'{arguments.mnist}' must hold pictures smaller than --size, not {images.shape}")
+    require(small, f"'{arguments.mnist}' must hold images smaller than --size, not {images.shape}")
     if arguments.labels != "digit":
         return images, None
     own = arguments.mnist.name.replace("images", "labels").replace("idx3", "idx1")
     labels = read_idx(arguments.mnist_labels or arguments.mnist.with_name(own))
     fit = labels.shape == images.shape[:1]
-    require(fit, f"{len(images)} digits and labels of shape {labels.shape} do not belong together")
+    require(fit, f"{len(images)} digits do not match labels of shape {labels.shape}")
     return images, labels
 
 
@@ -75,7 +74,7 @@ def bounce(start: np.ndarray, velocity: np.ndarray, limit: float, frames: int) -
 
 
 def draw_clip(sprites: np.ndarray, rng: np.random.Generator, size: int, frames: int, direction: str | None) -> Any:
-    """Draws the digits `sprites` (n, h, w) in motion, in any or a class's direction: (frames, size, size) uint8."""
+    """Returns uint8 (frames, size, size) of moving `sprites` (n, h, w); without `direction`, each draws its own."""
     count, height, width = map(int, sprites.shape)
     limits = np.array([size - height, size - width])
     starts = rng.uniform(0, 1, (2, count)) * limits[:, None]
@@ -95,7 +94,7 @@ def draw_clip(sprites: np.ndarray, rng: np.random.Generator, size: int, frames: 
 
 
 def draw_set(root: Path, images: np.ndarray, labels: np.ndarray | None, parameters: dict[str, Any]) -> None:
-    """Draws all clips into the empty folder `root`; clip i has the class i modulo their number."""
+    """Draws all clips into the empty folder `root`; clip i has class i modulo the number of classes."""
     size, frames, count = (parameters[key] for key in ("size", "frames", "digits"))
     names = CLASSES[parameters["labels"]]
     form = Form(parameters["format"])
@@ -121,11 +120,11 @@ def main(argv: list[str]) -> None:
     add("out", type=Path, metavar="OUT", help="folder of the set")
     add("--mnist", type=Path, required=True, metavar="FILE", help="images of MNIST, ...-images-idx3-ubyte(.gz)")
     add("--mnist_labels", type=Path, metavar="FILE", help="for --labels digit (the labels-idx1 file next to --mnist)")
-    add("--clips", type=int, default=1000, metavar="N", help="how many (1000)")
-    add("--frames", type=int, default=20, metavar="N", help="of a clip (20)")
+    add("--clips", type=int, default=1000, metavar="N", help="number of clips (1000)")
+    add("--frames", type=int, default=20, metavar="N", help="frames per clip (20)")
     add("--size", type=int, default=64, metavar="N", help="height and width in pixels, at least 32 (64)")
-    add("--digits", type=int, default=2, metavar="N", help="in a clip (2)")
-    add("--seed", type=int, default=0, metavar="N", help="another seed draws other clips (0)")
+    add("--digits", type=int, default=2, metavar="N", help="digits per clip (2)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     add("--labels", choices=sorted(CLASSES), default="none", help="the classes (none)")
     add("--format", choices=("video", "png"), default="video", help="mp4 files, or folders of frames (video)")
     arguments = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""Converts many clips into one folder, in parallel and resumable, with a report of skipped files. No command line.
+"""Converts many clips into one folder, in parallel and resumably, and reports skipped files. Not a command.
 
-`tools.prepare_dataset` and `tools.convert_videos_to_frames` name the clips, `tools.frames` writes each. A clip is
-written into OUT/.work/staged, entered into OUT/.work/journal.jsonl, then renamed into place. So after a kill every
-clip in place is complete and in the journal, and the same command continues from there.
+`tools.prepare_dataset` and `tools.convert_videos_to_frames` choose the clips; `tools.frames` writes each one. A clip is
+written to OUT/.work/staged, recorded in OUT/.work/journal.jsonl, then renamed into place. So after a kill every clip in
+place is complete and recorded, and the same command continues.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from tools.frames import Form, Record, Task, convert, remove
 
 WORK = ".work"
 RESUME_ADVICE = "; fix that, then repeat the command to continue"
-SHOWN = 10  # entries of each list that the summary prints; report.json holds all
+SHOWN = 10  # entries of each list printed in the summary; report.json holds all
 
 
 class OutputFolder:
     """The locked folder OUT, its journal and its report. Use as a context manager.
 
-    `tool`, the name of the program, and `settings`, everything else that the result depends on, stand in its marker.
-    Raises: ValueError, OSError if OUT overlaps SOURCE, holds other files or a result of other settings, or is in use.
+    OUT stores `tool` (the program's name), `source`, `form` and `settings` (everything else the result depends on).
+    Raises ValueError or OSError if OUT overlaps SOURCE, holds other files or a result of other settings, or is in use.
     """
 
     def __init__(self, out: Path, source: Path, form: Form, tool: str, **settings: Any) -> None:
@@ -71,7 +71,7 @@ class OutputFolder:
         self._lock.release()
 
     def find_clips(self, kinds: Sequence[str], suffixes: Collection[str] = VIDEO_SUFFIXES) -> list[Clip]:
-        """Returns the clips of SOURCE, sorted; skips those whose name cannot be listed in a text file."""
+        """Returns the clips of SOURCE, sorted; skips names that a text file cannot list."""
 
         def leave_out(reason: str, path: Path) -> None:
             words = f"not a clip: a file *{reason[1:]}" if reason.startswith("*") else reason
@@ -85,11 +85,11 @@ class OutputFolder:
         return [clip for clip in clips if min(map(ord, clip.name)) >= 32]
 
     def skip(self, clip: Clip, reason: str) -> None:
-        """Enters a clip that is not converted into the report."""
+        """Records in the report that a clip is not converted."""
         self.skipped.append({"name": clip.name, "skipped": reason})
 
     def make(self, tasks: Sequence[Task], workers: int) -> list[Record]:
-        """Makes the missing clips; returns the records of all, in the order of `tasks`. Raises: ValueError for none."""
+        """Converts missing clips; returns all records, in the order of `tasks`. Raises ValueError if there are none."""
         done = self._resume(tasks)
         missing = [task for task in tasks if task.out not in done]
         with progress_bar(len(tasks), "clip", initial=len(done)) as bar:
@@ -111,11 +111,11 @@ class OutputFolder:
         return [done[task.out] for task in tasks if task.out in done]
 
     def _resume(self, tasks: Sequence[Task]) -> dict[str, Record]:
-        """Returns the records of finished tasks, by `out`; deletes clips of the journal that are not in `tasks`."""
+        """Returns the records of finished tasks, by `out`; deletes recorded clips that are not in `tasks`."""
         planned = {task.out: task for task in tasks}
         kept: dict[str, Record] = {}
         for line in self.journal.read_text().split("\n") if self.journal.is_file() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line, if the run was killed in it
+            with contextlib.suppress(json.JSONDecodeError):  # a last line cut off by a kill
                 record = json.loads(line)
                 task, place = planned.get(record["out"]), self.out / record["out"]
                 if task and [task.name, list(task.identity)] == [record["name"], record["identity"]]:
@@ -126,7 +126,7 @@ class OutputFolder:
                 else:
                     remove(place)
                     with contextlib.suppress(OSError):
-                        os.removedirs(place.parent)  # as far as they are empty: OUT is not
+                        os.removedirs(place.parent)  # stops at a folder that is not empty, at the latest OUT
         for task in tasks:
             if task.out not in kept and os.path.lexists(self.out / task.out):
                 raise ValueError(f"{self.out / task.out} was not made by this tool: move it away")
@@ -142,7 +142,7 @@ class OutputFolder:
         (self.staged / task.staged).rename(place)
 
     def _write_journal(self, records: Iterable[Record]) -> None:
-        """Writes the journal in the order of the clips, whatever order they were made in."""
+        """Writes the journal sorted by output name."""
         ordered = sorted(records, key=lambda record: str(record["out"]))
         self.write_text(f"{WORK}/{self.journal.name}", (f"{json.dumps(each)}\n" for each in ordered))
 
@@ -153,7 +153,7 @@ class OutputFolder:
             write_atomically(self.out / name, lambda file: file.write_bytes(content), temporary=self.work / "aside")
 
     def report(self, made: Sequence[Record], **more: Any) -> None:
-        """Writes report.json: settings, counts, every file that is not in the result, and `more`; prints a summary."""
+        """Writes report.json: settings, counts, every omitted file, and `more`; prints a summary."""
         lists = {
             "skipped": ("skipped", [(each["name"], each["skipped"]) for each in self.skipped]),
             "notes": ("made, with a remark", [(each["name"], each["note"]) for each in made if each["note"]]),
@@ -174,7 +174,7 @@ class OutputFolder:
 
 
 def _convert_all(tasks: Sequence[Task], staged: Path, form: Form, workers: int) -> Iterator[tuple[Task, Record]]:
-    """Yields (task, record) as tasks finish; in this process, or in `workers` others."""
+    """Yields (task, record) as tasks finish, run in this process or in `workers` others."""
     if min(workers, len(tasks)) <= 1:
         yield from ((task, convert(task, staged / task.staged, form)) for task in tasks)
         return
@@ -199,7 +199,7 @@ def _convert_all(tasks: Sequence[Task], staged: Path, form: Form, workers: int) 
 
 
 def _start_worker(parent: int) -> None:
-    """Sets up a worker: one thread, Ctrl-C left to the program, death with the program."""
+    """Sets up a worker: one thread, ignores Ctrl-C, dies with its parent."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""The golden tensors of the official implementation and their comparisons: one function per file yields quantities.
+"""Comparisons with golden tensors of the official implementation: one function per golden file yields quantities.
 
-`tools.check_parity` is the command. Letters: B clips, F frames, I images, C channels, H W.
+The command is `tools.check_parity`. Letters: B clips, F frames, I images, C channels, H W.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from evaluation.distances import frechet_distance
 from models.convert import load_weights
 from models.latte import Latte, LatteConfig
 
-# values that the official constructors assume where a configuration is silent
+# defaults of the official constructors
 OFFICIAL_DEFAULTS: dict[str, Any] = {
     "input_size": 32, "patch_size": 2, "in_channels": 4, "num_frames": 16, "use_image_num": 0,
     "hidden_size": 1152, "depth": 28, "num_heads": 16, "mlp_ratio": 4.0, "learn_sigma": True,
@@ -66,11 +66,11 @@ class Setting(NamedTuple):
 
 
 class Quantity(NamedTuple):
-    """Something to compare.
+    """A quantity to compare.
 
-    name: its golden; a name that ends in `*` is all goldens with that prefix, compared key by key.
-    compute: returns our value, a dict of them for `*`; raises Mismatch or ValueError where there is none.
-    network: whether a network runs in it (its bound widens off the CPU and below fp32).
+    name: of its golden; a name that ends in `*` stands for all goldens with that prefix, compared key by key.
+    compute: returns our value, for `*` a dict of values; raises Mismatch or ValueError if there is none.
+    network: whether a network computes it (its bound is wider on CUDA and in bf16).
     """
 
     name: str
@@ -79,7 +79,7 @@ class Quantity(NamedTuple):
 
 
 class Goldens:
-    """The tensors of one golden file by name, on the device, and its configuration."""
+    """The tensors of one golden file by name, on `device`, and its configuration."""
 
     def __init__(self, path: Path, device: str) -> None:
         if not path.is_file():
@@ -88,7 +88,7 @@ class Goldens:
             with safe_open(path, "pt", device=device) as file:
                 self.tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 config = json.loads((file.metadata() or {}).get("config", "{}"))
-        except Exception as error:  # safetensors and json raise their own kinds
+        except Exception as error:  # safetensors and json raise many types
             raise Mismatch(f"cannot be read: {error}") from error
         self.config: dict[str, Any] = OFFICIAL_DEFAULTS | config
         self.used: set[str] = set()
@@ -100,7 +100,7 @@ class Goldens:
         return self.tensors[name]
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """Returns all tensors under `prefix`, by the rest of their names; Mismatch if there are none."""
+        """Returns all tensors under `prefix`, keyed by the rest of their names; Mismatch if there are none."""
         return {match[1]: self[match[0]] for match in self.matches(f"{re.escape(prefix)}(.*)")}
 
     def matches(self, pattern: str) -> list[re.Match[str]]:
@@ -134,7 +134,7 @@ def golden_network(golden: Goldens, setting: Setting) -> Latte:
 
 
 def in_precision(model: Latte, setting: Setting) -> Network:
-    """Returns `model` as a function that computes in the wanted precision and answers in fp32."""
+    """Returns `model` as a function that computes in the setting's precision and returns fp32."""
 
     def call(*inputs: Any, **options: Any) -> Tensor:
         with torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16"):
@@ -144,7 +144,7 @@ def in_precision(model: Latte, setting: Setting) -> Network:
 
 
 def check_network(golden: Goldens, setting: Setting, guided: bool = False) -> Iterator[Quantity]:
-    """Position tables, a forward pass (with independent images, if any), and classifier-free guidance."""
+    """Yields position tables, a forward pass (with independent images, if any) and, if `guided`, a guided one."""
 
     def compute(run: Callable[[Goldens, Network], Tensor]) -> Tensor:
         with torch.no_grad():
@@ -171,7 +171,7 @@ def run_forward(golden: Goldens, network: Network) -> Tensor:
 
 
 def run_guided(golden: Goldens, network: Network) -> Tensor:
-    """Returns the guided output as the official network method: guided noise and own channels in both halves."""
+    """Returns the output of the official guided method: guided noise in both halves, other channels from each half."""
     channels, null_label = golden.config["in_channels"], golden.config["num_classes"]
     x, _ = golden["cfg_x"].chunk(2)  # the official code ignores the second half
     (timesteps, null_timesteps), (labels, null_labels) = golden["cfg_t"].chunk(2), golden["cfg_y"].chunk(2)
@@ -185,14 +185,14 @@ def run_guided(golden: Goldens, network: Network) -> Tensor:
 
 
 def process(golden: Goldens, respacing: str = "", learn_sigma: bool = True, **fields: Any) -> GaussianDiffusion:
-    """Returns a diffusion process as long as the golden tables."""
+    """Returns a diffusion process with as many steps as the golden tables."""
     x = golden["table/betas"]
     config = DiffusionConfig(num_steps=len(x), **fields)
     return GaussianDiffusion(config, learn_sigma=learn_sigma, respacing=respacing).to(x.device)
 
 
 def check_diffusion(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
-    """Tables, schedules, respacing, noising, losses, posteriors, single steps and whole loops."""
+    """Yields tables, schedules, respacing, noising, losses, posteriors, single steps and whole loops."""
 
     def table(name: str, **arguments: Any) -> Tensor:
         return process(golden, **arguments).tables[name]
@@ -212,7 +212,7 @@ def check_diffusion(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
 
 
 def check_kind(golden: Goldens, kind: str) -> Iterator[Quantity]:
-    """Loss terms and posterior of one combination of prediction, variance and loss."""
+    """Yields loss terms and posterior of one combination of prediction, variance and loss."""
     fields, learn_sigma = KINDS[kind]
     diffusion = process(golden, learn_sigma=learn_sigma, **fields)
 
@@ -222,7 +222,7 @@ def check_kind(golden: Goldens, kind: str) -> Iterator[Quantity]:
 
     def loss_term(term: str) -> Tensor:
         value: Tensor = getattr(diffusion.training_losses(output, golden["x0"], golden["t"], golden["noise"]), term)
-        return value if term == "loss" else value.mean(1)  # the golden terms are means over frames too
+        return value if term == "loss" else value.mean(1)  # the golden terms are also averaged over frames
 
     def posterior(part: str) -> Tensor:
         return getattr(diffusion.p_mean_variance(output(), golden["x_t"], golden["t"]), part)
@@ -234,7 +234,7 @@ def check_kind(golden: Goldens, kind: str) -> Iterator[Quantity]:
 
 
 def check_single_steps(golden: Goldens) -> Iterator[Quantity]:
-    """One DDPM, DDIM (every eta) and reverse DDIM step of the fixed network output."""
+    """Yields one DDPM, DDIM (every eta) and reverse DDIM step with the fixed network output."""
 
     def step(function: Callable[..., Any], eta: float = 0.0) -> Tensor:
         options = StepOptions(eta=eta, noise_fn=lambda _: golden["step_noise"])
@@ -242,14 +242,14 @@ def check_single_steps(golden: Goldens) -> Iterator[Quantity]:
         return function(diffusion, model, golden["x_t"], golden["step_t"], options).x
 
     yield Quantity("ddpm/sample", partial(step, ddpm_step))
-    for pattern in (r"ddim/eta(0+\.?0*)/sample", r"ddim/eta(0*\.?0*[1-9][\d.]*)/sample"):  # both must be there
+    for pattern in (r"ddim/eta(0+\.?0*)/sample", r"ddim/eta(0*\.?0*[1-9][\d.]*)/sample"):  # both must be present
         for match in golden.matches(pattern):
             yield Quantity(match[0], partial(step, ddim_step, float(match[1])))
     yield Quantity("ddim_reverse", partial(step, ddim_reverse_step))
 
 
 def check_loops(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
-    """Whole sampling loops through the unconditional network of the same folder."""
+    """Yields whole sampling loops with the unconditional network of the same folder."""
     weights = cache(lambda: Goldens(setting.folder / "latte_uncond.safetensors", setting.device))
     network = cache(lambda: golden_network(weights(), setting))
     stated = re.search(r"manual_seed\((\d+)\) right before the loop", golden.config["note"])
@@ -270,7 +270,7 @@ def check_loops(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
 
 
 def check_transforms(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
-    """Both geometries of every clip."""
+    """Yields every clip under both transforms."""
     names = "|".join(TRANSFORMS)
     sized = golden.matches(rf"(.+)/(?:{names})_(\d+)")
 
@@ -284,19 +284,19 @@ def check_transforms(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
 
 
 def check_frechet(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
-    """The distance between two sets of features."""
+    """Yields the distance between two sets of features."""
     yield Quantity("distance", lambda: torch.tensor([frechet_distance(golden["real"], golden["fake"])]))
 
 
 def check_trajectory(golden: Goldens, setting: Setting) -> Iterator[Quantity]:
-    """Loss and gradient norm of every step; weights and averages after the last."""
+    """Yields loss and gradient norm of every step; weights and EMA after the last."""
     trained = cache(lambda: train(golden, setting))
     for name in ("loss", "grad_norm", "final/*", "ema/*"):
         yield Quantity(name, partial(lambda name: trained()[name], name), network=True)
 
 
 def train(golden: Goldens, setting: Setting) -> dict[str, Any]:
-    """AdamW steps from the golden state on the golden batches, as the official loop takes them."""
+    """Runs the official loop's AdamW steps from the golden state on the golden batches."""
     config = golden.config
     model = golden_network(golden, setting).train()
     diffusion = GaussianDiffusion(DiffusionConfig(), learn_sigma=config["learn_sigma"]).to(setting.device)
@@ -320,7 +320,7 @@ def find_key_problem(name: str, official: dict[str, Any]) -> str:
 
     Args:
         name: such as "Latte-XL/2 extras=2".
-        official: key -> shape, and `__params__`, the count with the frozen position tables.
+        official: key -> shape, and `__params__`, the parameter count including the frozen position tables.
     """
     shapes = {key: tuple(shape) for key, shape in official.items() if key != "__params__"}
     classes = shapes["y_embedder.embedding_table.weight"][0] - 1 if "extras=2" in name else 0

@@ -1,11 +1,11 @@
-"""Plans a training: memory, time, and changes that make it fit.
+"""Estimates the memory and time of a training run, and finds changes that make it fit.
 
     python -m tools.plan --config configs/ffs/ffs_train.yaml --gpu a100-80 --gpus 8 [--mfu 0.4] [section.key=value ...]
 
-Memory is counted, not guessed: parameters on the meta device, and what autograd keeps for the backward pass by
-running the network's forward on tensors without data. Time is arithmetic: three forwards a step at a stated share of
-the GPU's peak (MFU), the optimiser's traffic at its memory bandwidth, and of the exchange of gradients what the
-backward pass cannot hide. docs/planning.md says how near it comes.
+Memory is counted: parameters on the meta device, and the tensors that autograd saves when the network's forward runs on
+tensors without data. Time is calculated: three forwards per step at a given share of the GPU's peak (MFU), the
+optimiser's traffic at the GPU's memory bandwidth, and the part of the gradient exchange that the backward pass cannot
+hide. docs/planning.md states the accuracy.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from engine.config import Config, OptimConfig, SampleConfig, TrainConfig, load_c
 from engine.memory import FROZEN_BYTES, STATE_BYTES
 
 GIB = 2**30
-RESERVE = 0.08  # of the memory: CUDA context, workspaces, fragments
-UPDATE_BYTES = 28 + 12 + 4  # a parameter, read and written: AdamW, average, norm
-VAE_ENCODE_FLOP = 0.273e12 / 256**2  # a pixel, of Stable Diffusion's autoencoder
+RESERVE = 0.08  # share of the memory for CUDA context, workspaces, fragmentation
+UPDATE_BYTES = 28 + 12 + 4  # read and written per parameter: AdamW, EMA, norm
+VAE_ENCODE_FLOP = 0.273e12 / 256**2  # per pixel, in Stable Diffusion's autoencoder
 KEPT_WHEN_COMPILED = (
     "mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
 )  # fmt: skip
-BACKWARD_SHARE = 2 / 3  # of a step's arithmetic, behind which the exchange of gradients can hide
+BACKWARD_SHARE = 2 / 3  # share of a step's arithmetic that can hide the gradient exchange
 PER_NODE = 8
 LARGEST_BATCH = 128
 
@@ -43,7 +43,7 @@ LARGEST_BATCH = 128
 class Gpu(NamedTuple):
     """A GPU's data sheet: dense TFLOP/s by precision, memory in GB, bandwidths in GB/s.
 
-    `link` is one GPU's to the others of its node, one way; `network` its share of the node's to other nodes.
+    `link`: from one GPU to the others of its node, one way. `network`: its share of the node's to other nodes.
     """
 
     bf16: float
@@ -52,7 +52,7 @@ class Gpu(NamedTuple):
     memory: float
     bandwidth: float
     link: float
-    network: float = 50.0  # 400 Gbit/s a GPU
+    network: float = 50.0  # 400 Gbit/s per GPU
 
 
 # fmt: off
@@ -69,17 +69,17 @@ GPUS = {  #            bf16   tf32  fp32 memory bandwidth link network
 
 
 class Network(NamedTuple):
-    """Parameter counts of a config's network, FLOP of a clip's forward pass, bytes kept for the backward pass."""
+    """Parameter counts of a config's network, FLOP of one clip's forward pass, bytes saved for its backward pass."""
 
     trained: int
     frozen: int
     forward_flop: float
     kept: tuple[float, float]
-    kept_by_layer: float  # of a clip, without checkpointing
+    kept_by_layer: float  # per clip, without checkpointing
 
 
 def count_network(config: Config) -> Network:
-    """Counts once for all configs that differ in batch, schedule or names only."""
+    """Counts a config's network, once for all configs that differ only in batch, schedule or names."""
     train = config.train
     kept = TrainConfig(precision=train.precision, init_from=train.init_from, compile=train.compile)
     return _count_network(replace(config, train=kept, optim=OptimConfig(), sample=SampleConfig()))
@@ -102,16 +102,16 @@ def _build_on_meta(config: Config) -> Any:
 
 
 def kept_for_backward(config: Config) -> tuple[float, float]:
-    """Returns the bytes kept of one forward: (whatever the batch, for each clip). It runs on tensors without data.
+    """Returns the bytes saved by a forward pass, (fixed, per clip), by running it on tensors without data.
 
-    Of a checkpointed network these are the inputs of its blocks; of a compiled one also products and attention in each.
+    With checkpointing these are the blocks' inputs; if compiled, also the matrix products and attention of each block.
     """
-    two, three = (_kept_of_batch(config, batch) for batch in (2, 3))  # of a single clip some copies are views
+    two, three = (_kept_of_batch(config, batch) for batch in (2, 3))  # for a single clip some copies would be views
     return 3 * two - 2 * three, three - two
 
 
 def _kept_of_batch(config: Config, batch: int) -> float:
-    kept: dict[int, Any] = {}  # storages, each once, and kept alive so that no address comes twice
+    kept: dict[int, Any] = {}  # each storage once, kept alive so that no address is reused
     model = _build_on_meta(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -133,7 +133,7 @@ def _kept_of_batch(config: Config, batch: int) -> float:
 
 
 def _as_compiled(forward: Callable[..., Any], pack: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Returns `forward` with hooks: `pack` sees what a compiled block keeps, its inputs, products and attention."""
+    """Returns `forward` that calls `pack` on what a compiled block saves: inputs, matrix products, attention."""
 
     def pack_tensors(values: Any) -> None:
         for value in tree_leaves(values):
@@ -206,10 +206,10 @@ def estimate_need(config: Config, gpu: Gpu, gpus: int, mfu: float) -> Need:
 
 
 def exchange_seconds(parameters: int, gpu: Gpu, gpus: int, *, sharded: bool, accumulation: int) -> float:
-    """Returns the time of a ring over all GPUs, as fast as its slowest link.
+    """Returns the seconds of a ring exchange over all GPUs, limited by its slowest link.
 
-    DDP sends each fp32 gradient twice around, once a step. FSDP sends it once, and gathers the weights in bf16 for the
-    forward and for the backward of every micro-step.
+    DDP sends each fp32 gradient around twice per step. FSDP sends it once, and gathers the bf16 weights for the forward
+    and for the backward of every micro-step.
     """
     speed = gpu.link if gpus <= PER_NODE else gpu.network
     sent = parameters * (4 * 1 + 2 * 2 * accumulation if sharded else 4 * 2)
@@ -217,12 +217,12 @@ def exchange_seconds(parameters: int, gpu: Gpu, gpus: int, *, sharded: bool, acc
 
 
 def list_changes(config: Config, gpus: int) -> Iterator[list[str]]:
-    """Yields overrides that need less memory and leave the global batch as it is, the cheapest first."""
+    """Yields overrides that save memory at an unchanged global batch size, cheapest first."""
     train = config.train
     first = [] if train.precision == "bf16" else ["train.precision=bf16"]
     sharding = [[], ["train.parallel=fsdp"]] if gpus > 1 and train.parallel != "fsdp" else [[]]
     checkpointing = [[]] if config.model.gradient_checkpointing else [[], ["model.gradient_checkpointing=true"]]
-    halvings = (train.batch_size & -train.batch_size).bit_length()  # 1, and 1 for each factor of 2
+    halvings = (train.batch_size & -train.batch_size).bit_length()  # 1 + the number of factors of 2
     splits = [
         [f"train.batch_size={train.batch_size >> n}", f"train.grad_accum_steps={train.grad_accum_steps << n}"]
         for n in range(1, halvings)
@@ -232,7 +232,7 @@ def list_changes(config: Config, gpus: int) -> Iterator[list[str]]:
 
 
 def find_change(config: Config, gpu: Gpu, gpus: int, mfu: float) -> tuple[list[str], Need] | None:
-    """Returns the first change that fits and takes at most 1.05 of the fastest one's time; None where none fits."""
+    """Returns the first change that fits within 1.05 times the fastest fitting one's time; None if none fits."""
     base = config.to_dict()
     changes = list(list_changes(config, gpus))
     needs = [estimate_need(load_config(None, change, base=base), gpu, gpus, mfu) for change in changes]
@@ -242,7 +242,7 @@ def find_change(config: Config, gpu: Gpu, gpus: int, mfu: float) -> tuple[list[s
 
 
 def find_largest_batch(config: Config, gpu: Gpu, gpus: int, mfu: float) -> int:
-    """Returns the largest batch_size of the config that fits, 0 for none."""
+    """Returns the largest train.batch_size that fits, or 0."""
     sizes = (load_config(None, [f"train.batch_size={size}"], base=config.to_dict()) for size in (1, 2))
     one, two = (estimate_need(each, gpu, gpus, mfu) for each in sizes)
     per_clip = two.memory - one.memory
@@ -250,7 +250,7 @@ def find_largest_batch(config: Config, gpu: Gpu, gpus: int, mfu: float) -> int:
 
 
 def make_report(config: Config, name: str, gpus: int, mfu: float) -> dict[str, Any]:
-    """Returns all figures, JSON-able."""
+    """Returns all figures, as JSON values."""
     train, machine = config.train, (GPUS[name], gpus, mfu)
     need = estimate_need(config, *machine)
     clips = train.batch_size * train.grad_accum_steps * gpus
@@ -272,40 +272,40 @@ def make_report(config: Config, name: str, gpus: int, mfu: float) -> dict[str, A
 TIMES = {
     "compute_s": "forward and backward",
     "encoding_s": "encoding the videos (SD's autoencoder)",
-    "update_s": "optimiser and average",
-    "exchange_s": "exchange that nothing hides",
-    "step_s": "together",
+    "update_s": "optimiser and EMA",
+    "exchange_s": "exchange not hidden by backward",
+    "step_s": "total",
 }
 
 
 def format_report(found: dict[str, Any], config: Config) -> str:
-    """Returns the report for people, at 80 columns."""
+    """Returns the readable report, 80 columns wide."""
     need, change = found["needs"], found["change"]
     trained = "trained " if config.lora.rank else ""
     size = f"{need['parameters'] / 1e6:.1f} M {trained}parameters"
-    parts = {**need["states"], "kept for the backward pass": need["activations"]}
+    parts = {**need["states"], "saved for the backward pass": need["activations"]}
     verdict = "fits" if need["fits"] else "DOES NOT FIT"
     lines = [
         f"{config.model.name}, {size}, on {found['gpus']} x {found['gpu']}",
         "",
-        "memory of a GPU                            GiB",
+        "memory per GPU                             GiB",
         *(f"  {part:36s}{size / GIB:8.2f}" for part, size in parts.items()),
-        f"  {'together':36s}{need['memory'] / GIB:8.2f}  of {need['capacity'] / GIB:.1f}: {verdict}",
+        f"  {'total':36s}{need['memory'] / GIB:8.2f}  of {need['capacity'] / GIB:.1f}: {verdict}",
         f"  largest train.batch_size              {found['largest_batch_size']:6d}",
         "",
-        f"time of a step, at {found['mfu']:.0%} of the peak              ms",
+        f"time per step, at {found['mfu']:.0%} of the peak               ms",
         *(f"  {text:36s}{1000 * need[part]:8.1f}" for part, text in TIMES.items()),
         "",
-        f"{found['videos_per_second']:.1f} clips a second in batches of {found['global_batch_size']}; "
+        f"{found['videos_per_second']:.1f} clips per second in batches of {found['global_batch_size']}; "
         f"{found['max_steps']:,} steps take {found['hours']:,.0f} hours",
     ]
     if change:
-        lines.append(f"better: {' '.join(change['overrides']) or 'as it is'}")
-        lines.append(f"  {change['memory'] / GIB:.1f} GiB, {1000 * change['step_s']:.0f} ms a step")
+        lines.append(f"better: {' '.join(change['overrides']) or 'unchanged'}")
+        lines.append(f"  {change['memory'] / GIB:.1f} GiB, {1000 * change['step_s']:.0f} ms per step")
     elif not need["fits"]:
-        lines.append("nothing here makes it fit: take a smaller model.name, fewer frames, or a larger GPU")
+        lines.append("no change of these keys makes it fit: use a smaller model.name, fewer frames, or a larger GPU")
     if need["encoding_s"]:
-        lines.append("encoding is done once and for all with tools.cache_latents (data.latents=PATH)")
+        lines.append("tools.cache_latents encodes the videos once (data.latents=PATH)")
     return "\n".join(lines)
 
 
@@ -313,8 +313,8 @@ def main(argv: list[str]) -> int:
     """Plans the run of the command line; returns the exit code."""
     parser = cli.config_parser(__doc__ or "", "%(prog)s --config FILE [--gpu NAME] [key=value ...]")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} (h100)")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes, one a GPU (1)")
-    parser.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (0.4)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes, one per GPU (1)")
+    parser.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the peak FLOP/s reached (0.4)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     given = parser.parse_intermixed_args(argv)
     require(given.gpu in GPUS, f"--gpu {given.gpu} is unknown; one of {', '.join(GPUS)}.")

@@ -1,20 +1,19 @@
-"""Turns a downloaded data set into a folder that the training configs read, with index, splits and class map.
+"""Converts a downloaded data set to a folder for the training configs, with index, splits and class map.
 
     python -m tools.prepare_dataset ucf101 DOWNLOADS data/ucf101                      links to the files, no copies
     python -m tools.prepare_dataset sky DOWNLOADS data/sky --format jpeg --size 256   resized frames
     python -m tools.prepare_dataset folder MY_VIDEOS data/mine --format video --size 64
 
-SOURCE is the folder that holds what was unpacked, or a zip archive, which is checked and unpacked into OUT-unpacked.
-OUT then holds:
+SOURCE is the unpacked folder, or a zip archive, which is checked and unpacked into OUT-unpacked. OUT then holds:
 
     train/ test/ (val/)            the clips: data.path=OUT/train
-    index.jsonl                    one clip a line: path, frames, size, rate, class, SHA-256, split, source video
+    index.jsonl                    one clip per line: path, frames, size, rate, class, SHA-256, split, source video
     train_clips.txt ...            the clips of each split
     train_frames.txt ...           every frame, for data.frame_list (with --format png or jpeg)
     classes.json                   label -> class, as data.path=OUT/train numbers them
     report.json                    counts, and every file that was skipped, with the reason
 
-A killed run goes on with the same command. Layouts, splits and assumptions: docs/datasets.md.
+After a kill, the same command continues. Layouts, splits and assumptions: docs/datasets.md.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from tools.frames import FORMATS, Form, Record, frame_names, plan_tasks
 from tools.output_folder import OutputFolder
 from tools.unpack import unpack
 
-# Its groups match, in the name of a clip, what the clips of one source video share.
+# The groups match the part of a clip's name that identifies its source video.
 SOURCE_VIDEOS = {
     "ffs": r"(?:^|/)([\w-]{11})_\d+(?:[_.]|$)",
     "sky": r"^(.+)/[^/]+$|^(.+?)_\d+$",
@@ -50,7 +49,7 @@ SOURCE_VIDEOS = {
     "ucf101": r"^(.+)_c\d+(?:\.\w+)?$",
     "folder": r"^(.+)$",
 }
-# FaceForensics: manipulated videos and their masks, which are not what a generator should learn.
+# FaceForensics: folders of manipulated videos and of their masks, which are not training data.
 NOT_ORIGINAL = {"altered", "mask", "masks", "manipulated_sequences"}
 GROUP_SECONDS = 20  # limit for matching --group, plus a millisecond per clip
 SPLITS = ("auto", "1", "2", "3", "hash", "all")
@@ -58,10 +57,10 @@ SPLITS = ("auto", "1", "2", "3", "hash", "all")
 
 @dataclass
 class Place:
-    """Place of a clip: split, class, source video; or the `problem` that leaves it out."""
+    """Place of a clip: split, class, source video; or the `problem` that excludes it."""
 
     clip: Clip
-    name: str  # below OUT/SPLIT, before its extension changes
+    name: str  # below OUT/SPLIT, with the source's extension
     split: str = ""
     class_name: str | None = None
     source_video: str = ""
@@ -69,7 +68,7 @@ class Place:
 
 
 def place_clips(clips: Sequence[Clip], arguments: argparse.Namespace) -> list[Place]:
-    """Returns the place of each clip by the data set's layout. Raises ValueError where names do not fit it."""
+    """Returns the place of each clip in the data set's layout. Raises ValueError if names do not fit it."""
     dataset = arguments.dataset
     splits, names = split_folders(clips, dataset)
     labels = arguments.labels if arguments.labels != "auto" else RECIPES[dataset].labels
@@ -81,14 +80,14 @@ def place_clips(clips: Sequence[Clip], arguments: argparse.Namespace) -> list[Pl
     for place in places:
         refused = NOT_ORIGINAL.intersection(place.clip.name.split("/")[:-1]) if dataset == "ffs" else None
         if arguments.format == "link" and place.clip.name in above:
-            place.problem = "its folder holds other clips, and a link would show them twice: use --format png or jpeg"
+            place.problem = "its folder holds other clips, and a link would list them twice: use --format png or jpeg"
         elif refused:
-            place.problem = f"lies in the folder {min(refused)}, which holds no original videos"
+            place.problem = f"is in the folder {min(refused)}, which holds no original videos"
     return places
 
 
 def split_folders(clips: Sequence[Clip], dataset: str) -> tuple[list[str], list[str]]:
-    """Returns the split of each clip by its folders, and its name below it; "" for all if a clip lies in none."""
+    """Returns each clip's split, from its folders, and name below that folder; "" for all if any clip has no split."""
     names = [clip.name for clip in clips]
     if dataset == "ucf101":
         return [""] * len(clips), ["/".join(name.split("/")[-2:]) for name in names]
@@ -101,16 +100,16 @@ def split_folders(clips: Sequence[Clip], dataset: str) -> tuple[list[str], list[
 
 
 def match_groups(names: Sequence[str], pattern: str) -> list[str]:
-    """Returns the text that the groups of `pattern` match in each name, or the whole name; some patterns never end."""
+    """Returns what the groups of `pattern` match in each name, else the name; stops patterns that never finish."""
     seconds = GROUP_SECONDS + len(names) / 1000
 
     def stop(*_: object) -> None:
         raise ValueError(
             f"--group {pattern!r} was not matched in {seconds:.0f} s: it can match a name in too many ways. Write "
-            "it without repetitions inside of repetitions, such as (.+)+."
+            "it without nested repetitions such as (.+)+."
         )
 
-    previous = signal.signal(signal.SIGALRM, stop)  # `re` handles signals while it matches
+    previous = signal.signal(signal.SIGALRM, stop)  # `re` handles signals while matching
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         found = [(name, re.search(pattern, name)) for name in names]
@@ -130,7 +129,7 @@ def assign_splits(places: Sequence[Place], arguments: argparse.Namespace) -> Non
         table = read_lists(lists[0].parent, number)
         keys, absent = [drop_suffix(place.name) for place in places], f"is in neither list of split {number}"
     elif rule.isdecimal():
-        raise ValueError(f"--split {rule} names a split of UCF101, whose lists are not there: put them below SOURCE")
+        raise ValueError(f"--split {rule} names a split of UCF101, whose lists were not found: put them below SOURCE")
     elif rule == "all":
         table, keys, absent = {"": "train"}, [""] * len(places), ""
     elif rule == "auto" and all(place.split for place in places):
@@ -147,7 +146,7 @@ def assign_splits(places: Sequence[Place], arguments: argparse.Namespace) -> Non
 
 
 def read_lists(folder: Path, number: str) -> dict[str, str]:
-    """Returns the split of each clip, without its suffix, by trainlist0N.txt and testlist0N.txt of UCF101."""
+    """Returns clip name without suffix -> split, from trainlist0N.txt and testlist0N.txt of UCF101."""
     table: dict[str, str] = {}
     for split in ("train", "test"):
         file = folder / f"{split}list0{number}.txt"
@@ -163,7 +162,7 @@ def drop_suffix(name: str) -> str:
 
 
 def read_partition(source: Path) -> dict[str, str] | None:
-    """Returns the split of each source video by Taichi-HD's metadata below `source`; None without them."""
+    """Returns source video -> split, from Taichi-HD's csv file below `source`; None if there is none."""
     for file in sorted(source.rglob("*.csv")):
         with file.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
@@ -173,9 +172,9 @@ def read_partition(source: Path) -> dict[str, str] | None:
 
 
 def split_by_hash(places: Sequence[Place], test_share: float, seed: int) -> None:
-    """Sets the splits by SHA-256 of (seed, source video): its clips stay together, whatever other clips there are.
+    """Sets the splits by SHA-256 of (seed, source video), so a video's clips share a split, whatever else there is.
 
-    A class whose source videos would all be for testing is for training.
+    A class whose source videos would all be in test goes to train.
     """
     by_class: dict[str, set[str]] = defaultdict(set)
     for place in places:
@@ -189,7 +188,7 @@ def split_by_hash(places: Sequence[Place], test_share: float, seed: int) -> None
 
 
 def make_index(places: Sequence[Place], records: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """Returns an entry for each clip that was made, by path, and the classes to train on, in the order of labels."""
+    """Returns an entry per converted clip, sorted by path, and the training classes, in label order."""
     place_of = {place.clip.name: place for place in places}
     made = [(place_of[record["name"]], record) for record in records]
     names = [place.class_name for place, _ in made if place.split == "train"] or [place.class_name for place, _ in made]
@@ -208,7 +207,7 @@ def write_results(folder: OutputFolder, index: Sequence[Record], classes: list[s
     folder.write_text("index.jsonl", (f"{json.dumps(entry)}\n" for entry in index))
     splits: dict[str, dict[str, Record]] = {split: {} for split in sorted({entry["split"] for entry in index})}
     for entry in index:
-        splits[entry["split"]][entry["path"].partition("/")[2]] = entry  # by the path below the split
+        splits[entry["split"]][entry["path"].partition("/")[2]] = entry  # keyed by the path below the split
     for split, own in splits.items():
         folder.write_text(f"{split}_clips.txt", (f"{path}\n" for path in own))
         if folder.form.format in ("png", "jpeg"):
@@ -225,7 +224,7 @@ def write_results(folder: OutputFolder, index: Sequence[Record], classes: list[s
 
 
 def list_frames(entries: Mapping[str, Record], form: Form, classes: list[str]) -> Iterator[str]:
-    """Yields the lines of a frame list: `path class`, the path below the split, a class with a space as its number."""
+    """Yields lines of a frame list: `path class`, with the path below the split; a class with a space is its number."""
     for folder, entry in entries.items():
         name, end = entry["class"], ""
         if name in classes:
@@ -234,53 +233,53 @@ def list_frames(entries: Mapping[str, Record], form: Form, classes: list[str]) -
             clash = f"class {name!r} cannot be in a frame list together with a class named {number!r}: rename it"
             require(not spaced or number not in classes, clash)
             end = f" {number if spaced else name}"
-        # './' hides from the reader what would make it take the first folder for an address, or strip it
+        # './' keeps the reader from taking a first folder with ':' for a URL, or stripping its leading space
         start = "./" if ":" in folder.split("/")[0] or folder[:1].isspace() else ""
         for file in frame_names(entry["frames"], form):
             yield f"{start}{folder}/{file}{end}\n"
 
 
 def find_label_rule(folder: Path, own: Mapping[str, str | None], dataset: str) -> str:
-    """Reads a split as training does; returns the data.labels that gives the classes `own` (path -> class)."""
+    """Returns the data.labels with which training reads the classes `own` (path -> class) from a split."""
     rules = ["none"] if set(own.values()) == {None} else ["class_folders", "file_name"]
-    for labels in rules if dataset == "folder" else ["auto", *rules]:  # `auto` where a config leaves it at that
+    for labels in rules if dataset == "folder" else ["auto", *rules]:  # the other configs use `auto`
         config = DataConfig(name=dataset, path=str(folder), num_frames=1, frame_interval=1, labels=labels)
         try:
             catalog = build_catalog(config)
         except ValueError:  # the names do not fit this rule
             continue
         if {clip.name for clip in catalog.clips} != set(own):
-            raise ValueError(f"{folder} holds other clips than were made there: move away what is not listed")
+            raise ValueError(f"{folder} holds clips that this tool did not make: move away those not in index.jsonl")
         classes: list[str | None] = [*catalog.class_names] or [None]  # without classes every label is 0
         if own == {clip.name: classes[clip.label] for clip in catalog.clips}:
             return labels
-    raise ValueError(f"no rule of data.labels finds the classes of {folder}: rename the clips, or --labels none")
+    raise ValueError(f"no rule of data.labels finds the classes of {folder}: rename the clips, or use --labels none")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parses and checks the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("dataset", choices=sorted(SOURCE_VIDEOS), help="whose layout SOURCE has")
-    add("source", type=Path, metavar="SOURCE", help="folder with what was downloaded, or a zip archive")
+    add("dataset", choices=sorted(SOURCE_VIDEOS), help="layout of SOURCE")
+    add("source", type=Path, metavar="SOURCE", help="downloaded folder, or a zip archive")
     add("out", type=Path, metavar="OUT", help="folder to fill")
     add("--format", choices=FORMATS, default="link", help="link (no copies), video (mp4), png or jpeg frames (link)")
     add("--size", type=int, metavar="N", help="crop and resize to N x N as training does (unchanged)")
-    add("--quality", type=int, metavar="Q", help="of JPEG files, 1 to 100 (95)")
+    add("--quality", type=int, metavar="Q", help="JPEG quality, 1 to 100 (95)")
     add("--min_frames", type=int, default=1, metavar="N", help="skip shorter clips (1)")
-    add("--split", choices=SPLITS, default="auto", help="auto: the data set's own; 1, 2, 3: of UCF101 (auto)")
-    add("--test_share", type=float, default=0.1, metavar="X", help="share of source videos to test, if hashed (0.1)")
-    add("--seed", type=int, default=0, metavar="N", help="of the hashed split (0)")
+    add("--split", choices=SPLITS, default="auto", help="auto: the data set's own; 1, 2, 3: UCF101's (auto)")
+    add("--test_share", type=float, default=0.1, metavar="X", help="test share of source videos, if hashed (0.1)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the hashed split (0)")
     add("--labels", choices=LABEL_CHOICES, default="auto", help="as data.labels (auto)")
-    add("--group", metavar="REGEX", help="its groups match, in a name, what clips of one source video share")
+    add("--group", metavar="REGEX", help="its groups match the part of a name that identifies the source video")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
     arguments = parser.parse_args(argv)
     check_limits(arguments, "--", {"workers": at_least(1), "test_share": within(0, 1, "[)")})
     try:
         groups = re.compile(arguments.group or "()").groups
     except re.error as error:
-        raise ValueError(f"--group {arguments.group!r} is no regular expression: {error}") from None
-    require(groups > 0, f"--group {arguments.group!r} needs (parentheses) around what clips of one video share")
+        raise ValueError(f"--group {arguments.group!r} is not a regular expression: {error}") from None
+    require(groups > 0, f"--group {arguments.group!r} needs (parentheses) around what identifies the source video")
     return arguments
 
 

@@ -1,16 +1,16 @@
-"""Queues a Slurm job again where its run asks for it; slurm_scripts/run.sh calls this when the run has ended.
+"""Requeues a Slurm job if its run asks for it; slurm_scripts/run.sh calls this when the run ends.
 
     python -m tools.requeue OUTPUT_DIR JOB_ID [--signalled]
 
-The files in OUTPUT_DIR decide, the first line that fits:
+The marker files in OUTPUT_DIR decide; the first match counts:
 
     COMPLETED    the run has reached its last step: done
-    HOLD         somebody does not want it queued again (touch OUTPUT_DIR/HOLD): done
+    HOLD         a user does not want it requeued (touch OUTPUT_DIR/HOLD): done
     PREEMPTED    a signal stopped the run and everything is saved: `scontrol requeue JOB_ID`
-    no marker    with --signalled, as PREEMPTED: it was stopped before it could save; else the run has failed
+    no marker    with --signalled, as PREEMPTED (stopped before it could save); else the run has failed
 
-After 3 restarts that did not bring the newest checkpoint further the job is left alone; OUTPUT_DIR/requeue.json
-counts them. Exit code 0: done or queued again; 1: neither, for the reason printed; 2: bad arguments.
+After 3 restarts without a newer checkpoint the job is not requeued; OUTPUT_DIR/requeue.json counts them.
+Exit code 0: done or requeued; 1: neither, for the printed reason; 2: bad arguments.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def count_restart(output: Path) -> tuple[int, int]:
 
 
 def requeue(job: str) -> str:
-    """Makes Slurm queue `job` again; returns what went wrong, or ""."""
+    """Requeues `job`; returns the error message, or ""."""
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -56,11 +56,11 @@ def requeue(job: str) -> str:
 
 
 def decide(output: Path, job: str, signalled: bool) -> tuple[int, str]:
-    """Queues the job again where its run asks for it; returns the exit code and a sentence."""
+    """Requeues the job if its run asks for it; returns the exit code and a message."""
     if (output / "COMPLETED").exists():
         return 0, f"{output} is complete."
     if (output / "HOLD").exists():
-        return 0, f"not queued again: {output / 'HOLD'} is there; remove it and submit the job to go on."
+        return 0, f"not queued again: {output / 'HOLD'} exists; remove it and submit the job to continue."
     if not (output / "PREEMPTED").exists() and not signalled:
         return 1, f"not queued again: the run in {output} failed; its log and {output / 'errors'} say why."
     restarts, step = count_restart(output)
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path, help="the run's train.output_dir")
-    parser.add_argument("job_id", help="digits, or digits_digits for one of an array")
+    parser.add_argument("job_id", help="digits, or digits_digits for an array task")
     parser.add_argument("--signalled", action="store_true", help="Slurm has asked the job to stop")
     arguments = parser.parse_args(argv)
     if not JOB_ID.fullmatch(arguments.job_id):
