@@ -3,12 +3,12 @@
     python -m demo.data               # fills data/demo, the folder that the demo configs read
     python -m demo.data --out data/demo64 --size 64
 
-writes OUT/RedDiscRight/v_RedDiscRight_g01_c01.mp4 and so on, 25 groups a class as in UCF101, and OUT/captions.csv, a
-caption of every clip, in ten wordings a class. The same parameters give the same files. An existing set is kept; one
-made with other parameters is replaced. OUT never holds half a set.
+Writes OUT/RedDiscRight/v_RedDiscRight_g01_c01.mp4 and so on, 25 groups per class as in UCF101, and OUT/captions.csv,
+a caption for every clip, in ten wordings per class. The same parameters give the same files. An existing set is kept;
+one made with other parameters is replaced. OUT never holds a partial set.
 
-The files are H.264 with full colour (yuv444p): bodies are a few pixels wide and known by their hue, which the usual
-yuv420p smears.
+The files are H.264 with full colour (yuv444p), because bodies are a few pixels wide and recognised by their hue, which
+the usual yuv420p blurs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from engine import cli
 
 from .drawn import CLASSES, captions_of, draw_clip
 
-FORMAT = 3  # raised when the drawing or the encoding changes, so that old sets are made anew
+FORMAT = 3  # raised when the drawing or the encoding changes, so that old sets are redrawn
 GROUPS = 25
 FPS = 8
 LIMITS = {
@@ -44,7 +44,7 @@ LIMITS = {
 
 
 def clip_path(root: Path, class_name: str, index: int) -> Path:
-    """Returns the path of clip `index` of a class, spread over the groups as in UCF101: g01 to g25, then c01 on."""
+    """Returns the path of clip `index` of a class, numbered as in UCF101: c01 of groups g01 to g25, then c02."""
     return root / class_name / f"v_{class_name}_g{index % GROUPS + 1:02d}_c{index // GROUPS + 1:02d}.mp4"
 
 
@@ -54,14 +54,14 @@ def write_mp4(path: Path, video: Any, fps: int = FPS) -> None:
 
 
 def make_clip(root: Path, parameters: dict[str, int], clip: tuple[int, int]) -> None:
-    """Draws and writes the clip (label, index): a function of these and the seed alone."""
+    """Draws and writes the clip (label, index), which depends on these and the seed alone."""
     rng = np.random.default_rng([parameters["seed"], *clip])
     video = draw_clip(clip[0], rng, size=parameters["size"], frames=parameters["frames"])
     write_mp4(clip_path(root, CLASSES[clip[0]].name, clip[1]), video)
 
 
 def draw_set(root: Path, parameters: dict[str, int], workers: int) -> None:
-    """Draws the whole set and its captions, the wordings of a class in turn, into the empty folder `root`."""
+    """Draws the whole set into the empty folder `root`, with captions that cycle through their class's wordings."""
     clips = list(product(range(len(CLASSES)), range(parameters["clips_per_class"])))
     for kind in CLASSES:
         (root / kind.name).mkdir()
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     add("--clips-per-class", "--clips_per_class", type=int, default=200, help="clips of each of the 8 classes (200)")
     add("--size", type=int, default=32, help="height and width in pixels (32)")
     add("--frames", type=int, default=20, help="frames per clip, 16 to 32 (20)")
-    add("--seed", type=int, default=0, help="another seed draws other clips (0)")
+    add("--seed", type=int, default=0, help="random seed (0)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)")
     arguments = parser.parse_args(argv)
     check_limits(arguments, "--", LIMITS)

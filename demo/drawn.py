@@ -1,7 +1,7 @@
 """The demo set: eight classes, each a colour, a shape and a motion; their captions; and a tracker that recognises them.
 
 `draw_clip` draws one clip (`demo/data.py` writes many as mp4 files in the UCF101 layout); `track` recognises colour and
-motion from the pixels of any clip, without its label; `accuracy` counts how often it agrees with the labels.
+motion from the pixels of any clip, without its label; `accuracy` is how often they match the labels.
 
 Letters: T frames of a clip, H W height and width. Lengths are in units of the frame's side, y points down.
 """
@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 COLOURS = ("red", "amber", "lime", "green", "cyan", "blue", "violet", "pink")
 PALETTE = np.array([colorsys.hsv_to_rgb(i / len(COLOURS), 0.9, 0.95) for i in range(len(COLOURS))])  # (8, 3)
 
-# Interior of a body: (u, v) from its centre in units of its radius. All fit into a circle of REACH radii.
+# Interior of a body; (u, v) are measured from its centre in radii. All shapes fit in a circle of REACH radii.
 REACH = 1.25
 SHAPES: dict[str, Callable[[Array, Array], NDArray[np.bool_]]] = {
     "disc": lambda u, v: u * u + v * v < 1.0,
@@ -86,7 +86,7 @@ CLASSES = (
 
 
 def captions_of(kind: DemoClass) -> list[str]:
-    """Lists every wording of a clip of that kind, which need not be one of `CLASSES`; the plainest first."""
+    """Returns every caption for clips of `kind`, which need not be one of `CLASSES`; the plainest first."""
     article = "an" if kind.colour[0] in "aeiou" else "a"
     return [
         caption.format(a=article, colour=kind.colour, shape=kind.shape, moving=moving, moves=moves)
@@ -99,7 +99,7 @@ SUPERSAMPLING = 4  # points per pixel and axis
 
 
 def draw_path(motion: str, rng: np.random.Generator, frames: int) -> tuple[Array, Array, Array]:
-    """Draws the centre x, y and the radius of a body over time, each (T,); the body never leaves the frame."""
+    """Returns a random path of a body, centre x, y and radius, each (T,); the body never leaves the frame."""
     dx, dy, growth = MOTIONS[motion].direction
     if growth:
         small, large = rng.uniform(0.09, 0.12), rng.uniform(0.26, 0.32)
@@ -108,14 +108,14 @@ def draw_path(motion: str, rng: np.random.Generator, frames: int) -> tuple[Array
     radius = rng.uniform(0.13, 0.17)
     reach = REACH * radius
     travel = rng.uniform(0.42, 1.0 - 2.0 * reach)
-    start = rng.uniform(reach, 1.0 - reach - travel)  # of the path, from the low end
+    start = rng.uniform(reach, 1.0 - reach - travel)  # low end of the path
     along = (start + travel * np.linspace(0.0, 1.0, frames))[:: dx + dy]
     across = np.full(frames, rng.uniform(reach, 1.0 - reach))
     return (along if dx else across), (along if dy else across), np.full(frames, radius)
 
 
 def cover_pixels(shape: str, path: tuple[Array, Array, Array], size: int) -> Array:
-    """Returns the part of every pixel that the body covers, (T, size, size) in [0, 1]."""
+    """Returns the fraction of each pixel that the body covers, (T, size, size) in [0, 1]."""
     points = (np.arange(size * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING)
     x, y, radius = (values[:, None, None] for values in path)
     inside = SHAPES[shape]((points[None, None, :] - x) / radius, (points[None, :, None] - y) / radius)
@@ -132,7 +132,7 @@ def draw_clip(label: int, rng: np.random.Generator, *, size: int = 32, frames: i
 
 
 class Track(NamedTuple):
-    """Result of `track`; `colour` is None without a single body, `motion` without a known motion."""
+    """Result of `track`; `colour` is None unless there is exactly one body, `motion` unless it is known."""
 
     colour: str | None = None
     motion: str | None = None
@@ -141,7 +141,7 @@ class Track(NamedTuple):
     radius: Array = np.empty(0)  # (T,) of the disc of the same area
 
 
-# A body is a compact patch of one saturated colour, here in (almost) every frame.
+# A body is a compact patch of one saturated colour, present in almost every frame.
 MIN_CHROMA = 0.20  # the body's distance from grey; the palette has 0.61 to 0.70
 MIN_COHERENCE = 0.90  # length of the mean of the body's unit chroma vectors: 1 is one hue, 0 is noise
 MIN_AREA, MAX_AREA = 0.008, 0.60  # of the frame
@@ -150,12 +150,12 @@ MIN_PRESENT = 0.9  # share of the frames in which the body must be found
 
 MIN_TRAVEL = 0.15  # translations: net displacement, in units of the frame's side
 MIN_GROWTH = math.log(1.35)  # grow and shrink: |log| of the ratio of the last to the first radius
-MAX_WOBBLE = 0.15  # deviation (root mean square) from the fitted path, over that path's extent
+MAX_WOBBLE = 0.15  # RMS deviation from the fitted path, relative to its extent
 MAX_DRIFT = 0.10  # grow and shrink: deviation of the centre from its line, in units of the side
 
 
 def measure_chroma(video: Array) -> Array:
-    """Returns the colour without its grey part, relative to the background, (T, 3, H, W); about 0 in the background."""
+    """Returns pixels minus the background colour, without their grey part, (T, 3, H, W); about 0 in the background."""
     edges = [video[..., :2, :], video[..., -2:, :]]  # the top and bottom rows, which bodies rarely touch
     border = np.concatenate([edge.reshape(*video.shape[:2], -1) for edge in edges], axis=-1)
     difference = video - np.median(border, axis=(0, 2))[:, None, None]
@@ -166,7 +166,7 @@ def find_body_colour(chroma: Array) -> Array | None:
     """Returns the mean chroma vector (3,) of the most saturated pixels, or None if they do not share a hue."""
     strength = np.linalg.norm(chroma, axis=1)
     count = max(1, int(MIN_AREA * strength[0].size))
-    core = np.partition(strength.reshape(len(strength), -1), -count, axis=1)[:, -count]  # of every frame
+    core = np.partition(strength.reshape(len(strength), -1), -count, axis=1)[:, -count]  # per frame
     level = 0.8 * float(np.median(core))
     if level < 0.8 * MIN_CHROMA:
         return None
@@ -177,7 +177,7 @@ def find_body_colour(chroma: Array) -> Array | None:
 
 
 def measure_body(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
-    """Returns centre x, y and radius of the body, and its presence, each (T,), from the coverage of the pixels."""
+    """Returns centre x, y and radius of the body, and its presence, each (T,), from pixel coverage."""
     cover = np.einsum("tchw,c->thw", chroma, colour) / float(colour @ colour)
     cover = np.where(cover > 0.3, cover.clip(0.0, 1.0), 0.0)
     height, width = cover.shape[1:]
@@ -192,7 +192,7 @@ def measure_body(chroma: Array, colour: Array) -> tuple[Array, Array, Array, NDA
 
 
 def fit_line(values: Array, times: Array) -> tuple[float, float]:
-    """Returns the change along a line (Theil and Sen's) over all times, and the root mean square deviation from it."""
+    """Fits a Theil-Sen line; returns its change over all times, and the RMS deviation from it."""
     first, second = np.triu_indices(len(times), k=1)
     slope = float(np.median((values[second] - values[first]) / (times[second] - times[first])))
     rest = values - slope * times
@@ -218,8 +218,8 @@ def name_motion(x: Array, y: Array, radius: Array, times: Array) -> str | None:
 def track(video: Any) -> Track:
     """Recognises colour and motion of the body in a clip from its pixels.
 
-    `video` is uint8 RGB, (T, 3, H, W), T at least 4, a numpy array or a tensor on the CPU. A clip without a single
-    compact, saturated body has no colour and no motion; a body that moves in none of the six ways has no motion.
+    `video` is uint8 RGB, (T, 3, H, W), T at least 4, a numpy array or a tensor on the CPU. Colour and motion
+    are None unless there is exactly one compact, saturated body; motion is None unless it is one of the six.
 
     Raises: ValueError if `video` is not uint8 of that shape.
     """
@@ -240,7 +240,7 @@ def track(video: Any) -> Track:
 
 
 def accuracy(videos: Iterable[Any], labels: Iterable[int]) -> dict[str, float]:
-    """Returns `appearance_accuracy` and `motion_accuracy`: how often the tracker's colour and motion match the label.
+    """Returns `appearance_accuracy` and `motion_accuracy`: shares of clips tracked with the label's colour and motion.
 
     `videos` as for `track`; `labels` are positions in `CLASSES`. A clip without a recognised body counts as wrong.
     """

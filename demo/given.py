@@ -1,11 +1,11 @@
-"""Measures given frames and windows on unseen clips of the demo set.
+"""Measures sampling with given frames and with windows, on unseen clips of the demo set.
 
     python -m demo.given --ckpt results/demo_condition --out results/demo_given
 
 Draws clips of 32 frames, gives a network some of their frames and samples the others. The tracker of demo/drawn.py
-measures the distance of the body from the real one and how often colour and motion match the label; evaluation/seams.py
-measures the change of frames where windows meet. Writes a table, and a contact sheet of each case: the real clip above
-the sampled one.
+measures how far the body is from the real one and how often colour and motion match the label; evaluation/seams.py
+measures the change between frames where windows meet. Prints a table; writes given.json and, for each case, a contact
+sheet with the real clip above the sampled one.
 
 Letters: n videos, F frames, H W pixels.
 """
@@ -31,7 +31,7 @@ from sample.video_io import write_contact_sheet
 from .drawn import CLASSES, accuracy, draw_clip, track
 
 REAL_FRAMES, SIZE = 32, 32  # of the drawn clips
-SET = 1  # their seed; the training set is that of seed 0
+SET = 1  # their seed; the training set has seed 0
 OVERLAP = 4
 SHOWN = 4  # clips on a contact sheet
 
@@ -61,7 +61,7 @@ CASES = {
 
 
 def draw_real_clips(number: int) -> tuple[np.ndarray, list[int]]:
-    """Draws unseen clips of all classes in turn, uint8 (n, F, H, W, 3); returns them and their labels."""
+    """Returns unseen clips, cycling through the classes, uint8 (n, F, H, W, 3), and their labels."""
     labels = [index % len(CLASSES) for index in range(number)]
     generators = (np.random.default_rng([SET, label, index]) for index, label in enumerate(labels))
     clips = [draw_clip(label, rng, size=SIZE, frames=REAL_FRAMES) for label, rng in zip(labels, generators)]
@@ -81,8 +81,8 @@ def sample_case(generator: Generator, case: Case, clips: np.ndarray, steps: int)
 def measure(videos: np.ndarray, clips: np.ndarray, labels: list[int], case: Case, window: int) -> Measured:
     """Measures the videos of a case with the tracker and at the seams.
 
-    `next_error` is the distance of the body's centre from the real one in the first frame that is not given,
-    `mean_error` over all these frames: in pixels, the median over videos; None without given frames.
+    `next_error` is the distance between the sampled and the real body's centre in the first frame that is not given,
+    `mean_error` its mean over all such frames; both in pixels, median over videos, None without given frames.
     """
     named = accuracy(videos.transpose(0, 1, 4, 2, 3), labels)
     found: Measured = {"colour": named["appearance_accuracy"], "motion": named["motion_accuracy"]}
@@ -99,7 +99,7 @@ def measure(videos: np.ndarray, clips: np.ndarray, labels: list[int], case: Case
 
 
 def position_errors(videos: np.ndarray, clips: np.ndarray) -> np.ndarray:
-    """Returns the distance in pixels between the bodies of two sets of videos, (n, F); infinite without a body."""
+    """Returns distances in pixels, (n, F), between tracked bodies; infinite unless both are found in every frame."""
     errors = np.full(videos.shape[:2], np.inf)
     for row, pair in zip(errors, zip(videos, clips, strict=True), strict=True):
         sampled, real = (track(video.transpose(0, 3, 1, 2)) for video in pair)
@@ -120,7 +120,7 @@ def format_table(rows: dict[str, Measured]) -> str:
 
 
 def write_sheet(out: Path, name: str, clips: np.ndarray, labels: list[int], videos: np.ndarray) -> None:
-    """Writes the contact sheet of a case; in longer videos, the real clip repeats its last frame."""
+    """Writes the contact sheet of a case; beyond its end, the real clip repeats its last frame."""
     frames = np.minimum(np.arange(videos.shape[1]), clips.shape[1] - 1)
     shown = [video for index in range(SHOWN) for video in (clips[index, frames], videos[index])]
     captions = [text for label in labels[:SHOWN] for text in (f"real {CLASSES[label].name}", "sampled")]
@@ -130,13 +130,15 @@ def write_sheet(out: Path, name: str, clips: np.ndarray, labels: list[int], vide
 def main(argv: list[str]) -> None:
     """Measures the cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="PATH", help="a network of the demo's classes")
-    parser.add_argument("--out", type=Path, default=Path("results/demo_given"), metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--videos", type=int, default=64, metavar="N", help="of each case (%(default)s)")
-    parser.add_argument("--steps", type=int, default=25, metavar="N", help="of DDIM (%(default)s)")
-    parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help="only this one; may be repeated")
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="PATH", help="checkpoint trained on the demo set")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/demo_given"), metavar="DIR", help="folder (%(default)s)"
+    )
+    parser.add_argument("--videos", type=int, default=64, metavar="N", help="videos per case (%(default)s)")
+    parser.add_argument("--steps", type=int, default=25, metavar="N", help="DDIM steps (%(default)s)")
+    parser.add_argument("--case", action="append", choices=CASES, metavar="NAME", help="only this case; repeatable")
     arguments = parser.parse_args(argv)
-    require(arguments.videos >= 8, f"--videos must be at least 8, one of each class, got {arguments.videos}.")
+    require(arguments.videos >= 8, f"--videos must be at least 8, one per class, got {arguments.videos}.")
 
     generator = Generator.from_checkpoint(arguments.ckpt)
     conditional = generator.config.condition.frames != "none"

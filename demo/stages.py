@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_stage(name: str, command: list[str]) -> float:
-    """Runs a command of the repository from its root; returns its seconds. Raises ValueError if it fails."""
+    """Runs a command of the repository from its root; returns the seconds it took. Raises ValueError if it fails."""
     print(f"\n== {name}\n$ " + " ".join(["python" if part == sys.executable else part for part in command]), flush=True)
     threads = {"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {}
     start = time.perf_counter()
     code = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **threads}).returncode
     if code:
-        raise ValueError(f"the demo's {name} failed with exit code {code}; see the lines above.")
+        raise ValueError(f"the demo's {name} failed with exit code {code}; see its output above.")
     seconds = round(time.perf_counter() - start, 1)
     print(f"   {seconds} s", flush=True)
     return seconds
@@ -39,7 +39,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_samples(folder: Path, label_of: Callable[[dict[str, Any]], int]) -> dict[str, float]:
-    """Returns the tracker's accuracies on the mp4s of a folder, and their number; `label_of` reads an entry."""
+    """Returns the tracker's accuracies on a folder's mp4 files, and their number; `label_of` gives an entry's label."""
     videos = read_samples(folder)
     readers = [open_video(folder / video["file"]) for video in videos]
     found = accuracy([reader.read(range(len(reader))) for reader in readers], [label_of(video) for video in videos])
@@ -47,7 +47,7 @@ def measure_samples(folder: Path, label_of: Callable[[dict[str, Any]], int]) -> 
 
 
 def plot_losses(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], target: Path, label: str) -> None:
-    """Plots (step, loss) on a logarithmic axis: by name, the mean over runs and their range as a band."""
+    """Plots losses by step on a logarithmic axis: for each name the mean over its runs, with their range as a band."""
     import matplotlib as mpl
 
     mpl.use("Agg")

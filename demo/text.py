@@ -1,4 +1,4 @@
-"""Text to video on the demo set, end to end: train on captions from scratch, or from an image network, and measure.
+"""Runs text to video on the demo set: trains on captions, from scratch or from an image network, samples, measures.
 
     python -m demo.text                                       # into results/demo_text
     python -m demo.text --inflate --out results/demo_inflated # an image network first, then inflated
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     found = measure_samples(out / "samples", lambda video: labels[video["prompt"]])
     (out / "metrics.json").write_text(json.dumps({**found, "seconds": seconds}, indent=2) + "\n")
     print(
-        f"\n{found['videos']} videos, one of each caption: colour right {found['appearance_accuracy']:.1%}, motion "
+        f"\n{found['videos']} videos, one per caption: colour right {found['appearance_accuracy']:.1%}, motion "
         f"right {found['motion_accuracy']:.1%}\n{sum(seconds.values()) / 60:.1f} minutes. "
         f"See {out / 'samples' / 'samples.png'}"
     )

@@ -1,10 +1,10 @@
-"""Makes a small T5 encoder for the captions of the demo set: a tokenizer of their words, and random weights.
+"""Makes a small T5 encoder for the demo set's captions: a tokenizer of their words, and random weights.
 
     python -m demo.text_encoder            # fills data/demo_text, the folder that the demo configs read
 
-Features of random weights still depend on the words and their positions; the video network learns their meaning. The
-folder has the layout of a Latte folder: `tokenizer/` and `text_encoder/`. The same seed gives the same files; an
-existing folder is kept.
+Features from random weights still depend on the words and their positions; the video network learns their meaning.
+The folder has the layout of a released Latte folder: `tokenizer/` and `text_encoder/`. The same seed gives the same
+files; an existing folder is kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LETTER = -20.0  # log-probability of a letter: below that of any word
 
 
 def train_tokenizer() -> T5Tokenizer:
-    """Returns a unigram tokenizer as T5's: words of all possible captions by frequency, and letters for other words."""
+    """Returns a T5 unigram tokenizer: the words of all possible captions by frequency, and letters for others."""
     from transformers import T5Tokenizer
 
     kinds = (DemoClass(*each) for each in product(COLOURS, SHAPES, sorted(MOTIONS)))
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     """Makes the encoder of the command line, unless it exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/demo_text"), help="folder to write (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (%(default)s)")
     arguments = parser.parse_args(argv)
 
     parameters = {"format": FORMAT, "seed": arguments.seed, "width": WIDTH}

@@ -4,9 +4,9 @@
     python -m demo.data --out data/demo64 --size 64 --clips-per-class 50
     python -m demo.train_codec --data data/demo data/demo64 --out results/codec
 
-Encoder and decoder are trained together on standardised latents with noise of a random strength, against the slightly
-wrong latents of a diffusion model. Then the statistics of the latents are folded into the encoder's last convolution,
-and the decoder alone is trained on. Clips of group 25 are held out.
+Encoder and decoder are first trained together on standardised latents with noise of random strength, so that the
+decoder tolerates the imperfect latents of a diffusion model. Then the latents' statistics are folded into the encoder's
+last convolution, and the decoder alone is trained further. Clips of group 25 are held out.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from engine import cli
 from models.autoencoder import CodecConfig, LatentCodec
 
 LATENT_CHANNELS = 16
-HELD_OUT = "_g25_"  # in the file names of the clips to measure with
+HELD_OUT = "_g25_"  # in the file names of held-out clips
 PIXELS_PER_STEP = 20 * 32 * 32  # many small steps learn faster than few large ones
-FIRST_SHARE = 0.75  # of the pixels of a step come from the first folder, the rest from the others
+FIRST_SHARE = 0.75  # of a step's pixels come from the first folder, the rest from the others
 LEARNING_RATE, WARMUP_STEPS = 2e-3, 50
 NOISE = 0.2  # strongest noise in the latents, in units of their deviation
-BODY_WEIGHT = 10.0  # of pixels that differ from the ground, in the first stage: or no body would be drawn
-STATISTICS_STEPS = 256  # steps whose latents decide what is folded into the encoder
+BODY_WEIGHT = 10.0  # extra weight of pixels unlike the background, in the first stage; without it no body is drawn
+STATISTICS_STEPS = 256  # steps whose latents give the statistics folded into the encoder
 LOG_EVERY = 250
 
 
@@ -67,7 +67,7 @@ def new_network() -> Any:
 
 
 def draw_batches(folders: list[Tensor], step: int, seed: int) -> list[Tensor]:
-    """Returns frames (N, 3, H, W) in [-1, 1] of each folder, flipped at random: a function of (seed, step)."""
+    """Returns frames (N, 3, H, W) in [-1, 1] of each folder, flipped at random; they depend on (seed, step) alone."""
     more = len(folders) - 1
     shares = [FIRST_SHARE, *[(1.0 - FIRST_SHARE) / more] * more] if more else [1.0]
     batches = []
@@ -83,13 +83,13 @@ def draw_batches(folders: list[Tensor], step: int, seed: int) -> list[Tensor]:
 
 
 def statistics(latents: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns mean and deviation of each channel of latents (N, C, h, w) of several sizes, each (C, 1, 1)."""
+    """Returns mean and deviation per channel, each (C, 1, 1), of latents (N, C, h, w) of several sizes."""
     values = torch.cat([part.transpose(0, 1).flatten(1) for part in latents], dim=1)  # (C, values)
     return values.mean(dim=1)[:, None, None], values.std(dim=1)[:, None, None] + 1e-5
 
 
 def step_loss(network: Any, batches: list[Tensor], step: int, seed: int, *, joint: bool) -> Tensor:
-    """Returns the loss of one step: squared errors, in the `joint` stage heavier where a pixel is not of the ground."""
+    """Returns the loss of one step: squared error, in the `joint` stage with more weight on bodies."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step + 500_000)
     with torch.set_grad_enabled(joint):
         latents = [network.encode(batch).latents for batch in batches]
@@ -108,7 +108,7 @@ def step_loss(network: Any, batches: list[Tensor], step: int, seed: int, *, join
 
 
 def train_stage(network: Any, folders: list[Tensor], steps: range, seed: int, *, joint: bool) -> None:
-    """Trains for `steps`, numbered through both stages: encoder and decoder (`joint`), or the decoder alone."""
+    """Trains encoder and decoder (`joint`), or the decoder alone, for `steps`, numbered across both stages."""
     parameters = list((network if joint else network.decoder).parameters())
     optimiser = torch.optim.AdamW(parameters, weight_decay=0.0)
     for done, step in enumerate(steps):
@@ -125,7 +125,7 @@ def train_stage(network: Any, folders: list[Tensor], steps: range, seed: int, *,
 
 @torch.no_grad()
 def fold_statistics(network: Any, folders: list[Tensor], seed: int) -> None:
-    """Makes the encoder's last convolution standardise its latents, by statistics over many frames."""
+    """Folds the mean and deviation of the latents of many frames into the encoder's last convolution."""
     batches = (batch for step in range(STATISTICS_STEPS) for batch in draw_batches(folders, step, seed))
     mean, std = (value.flatten() for value in statistics([network.encode(batch).latents for batch in batches]))
     last = network.encoder.layers[-1]
@@ -134,7 +134,7 @@ def fold_statistics(network: Any, folders: list[Tensor], seed: int) -> None:
 
 
 def measure(out: Path, root: Path) -> dict[str, float]:
-    """Returns figures of the codec in `out` on the held-out clips of `root`."""
+    """Returns PSNR, latent statistics and tracker accuracies of the codec in `out` on the held-out clips of `root`."""
     codec = LatentCodec.from_config(CodecConfig(path=str(out.resolve()), latent_channels=LATENT_CHANNELS, scale=1.0))
     clips, names = read_clips(root, held_out=True)
     latents = codec.encode(clips.float() / 127.5 - 1.0)
@@ -146,15 +146,15 @@ def measure(out: Path, root: Path) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    """Trains the codec, writes its folder, and prints its figures on held-out clips."""
+    """Trains the codec, writes its folder, and prints its measurements on held-out clips."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", type=Path, default=[Path("data/demo")], help="demo sets (data/demo)")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the codec")
-    parser.add_argument("--steps", type=int, default=9000, help="of encoder and decoder together (9000)")
-    parser.add_argument("--decoder-steps", type=int, default=6000, help="then of the decoder alone (6000)")
+    parser.add_argument("--steps", type=int, default=9000, help="steps of encoder and decoder together (9000)")
+    parser.add_argument("--decoder-steps", type=int, default=6000, help="further steps of the decoder alone (6000)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    require(not arguments.out.exists(), f"--out {arguments.out} is there already: name a new folder.")
+    require(not arguments.out.exists(), f"--out {arguments.out} exists already: name a new folder.")
     folders = [read_clips(root, held_out=False)[0] for root in arguments.data]
     steps, total = arguments.steps, arguments.steps + arguments.decoder_steps
     torch.manual_seed(arguments.seed)

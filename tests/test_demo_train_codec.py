@@ -31,7 +31,7 @@ def test_it_trains_a_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     latents = codec.encode(held_out.float() / 127.5 - 1)
     assert latents.shape[2:] == (16, 4, 4) and latents.isfinite().all()
     assert latents.mean().item() == pytest.approx(figures["latent_mean"], abs=1e-3)
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         train_codec.main(command)
     with pytest.raises(FileNotFoundError, match="is not a demo set"):
         train_codec.main(["--data", str(tmp_path), "--out", str(tmp_path / "other")])
