@@ -1,9 +1,9 @@
-"""The benchmarks, each a ratio to a reference timed in the same process.
+"""Runs benchmarks, each relative to a reference timed in the same process.
 
     python -m benchmarks COMMAND [options]
 
 Every command prints its tables and writes COMMAND.md and COMMAND.json to --out (`quality`: sampling.md and
-sampling.json), again after every table. docs/benchmarks/README.md says what is compared with what. Nothing is
+sampling.json), rewritten after every table. docs/benchmarks/README.md explains the comparisons. Nothing is
 downloaded, and only `data`, `metrics` and `quality` read files.
 """
 
@@ -19,32 +19,32 @@ from engine import cli
 OPTIONS: dict[str, dict[str, Any]] = {  # option -> arguments of argparse
     "out": {"type": Path, "default": Path("docs/benchmarks"), "help": "folder (%(default)s)"},
     "quick": {"action": "store_true", "help": "tiny sizes, as a smoke test"},
-    "device": {"choices": ("cpu", "cuda"), "help": "default: cuda where there is one"},
-    "threads": {"type": int, "help": "of torch (its own choice)"},
+    "device": {"choices": ("cpu", "cuda"), "help": "default: cuda if available"},
+    "threads": {"type": int, "help": "torch's CPU threads (torch's default)"},
     "rounds": {"type": int, "default": 3, "help": "measurements of each row (%(default)s)"},
-    "clock": {"choices": ("wall", "cpu"), "default": "wall", "help": "cpu: for a machine that is shared"},
+    "clock": {"choices": ("wall", "cpu"), "default": "wall", "help": "cpu: for a shared machine"},
     "size": {"metavar": "NAME", "help": "default: Latte-S/2; on CUDA Latte-XL/2"},
     "batch": {"type": int, "help": "clips"},
-    "frames": {"type": int, "help": "of a clip (16)"},
+    "frames": {"type": int, "help": "frames per clip (16)"},
     "latent": {"type": int, "help": "side of the latents (32; on a CPU in `sample` 16)"},
     "precision": {"nargs": "+", "choices": ("fp32", "tf32", "bf16"), "help": "default: fp32 and bf16"},
-    "steps": {"type": int, "help": "of the sampler; default: few on a CPU, 250 (t2v: 50) on CUDA"},
+    "steps": {"type": int, "help": "sampler steps; default: few on a CPU, 250 (t2v: 50) on CUDA"},
     "traces": {"type": Path, "default": Path("results/bench"), "help": "folder (%(default)s)"},
-    "only": {"nargs": "+", "metavar": "WORD", "help": "techniques with one of these in their name"},
+    "only": {"nargs": "+", "metavar": "WORD", "help": "techniques whose name contains one of these"},
 }
 PROBLEM = "quick device size batch frames latent"
 TIMED = f"{PROBLEM} threads rounds clock"
 
 
 class Benchmark(NamedTuple):
-    """One command: the function of its name in `module`, and its options. `help` is also the title of its page."""
+    """A command: `module` holds the function with the command's name; `help` is also the page's title."""
 
     module: str
     options: str
     help: str
 
 
-# A function takes workload, timer and arguments, and yields tables. docs/benchmarks/README.md explains each.
+# The functions take workload, timer and arguments, and yield tables. docs/benchmarks/README.md explains each.
 BENCHMARKS = {
     "all": Benchmark("", "quick", "the network's benchmarks on this machine, one after the other: `make bench`"),
     "train": Benchmark("training", f"{TIMED} precision", "training step and forward pass"),

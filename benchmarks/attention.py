@@ -1,6 +1,6 @@
-"""Attention alone, by kernel and shape: over time and space, forward and backward, with the error of each.
+"""Times attention alone, by kernel and shape: over time and space, forward and backward, with each kernel's error.
 
-A kernel of benchmarks/candidates that is faster than `fused` over time at every batch belongs in models/attention.py.
+A kernel of benchmarks/candidates that beats `fused` over time at every batch size belongs in models/attention.py.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .report import Table
 from .timing import Case, Timer
 from .workload import Workload
 
-COPY = 4.3e12  # bytes/s that an H200 reads and writes: the floor of memory-bound kernels (docs/attention.md)
+COPY = 4.3e12  # memory bandwidth of an H200 in bytes/s, the limit of memory-bound kernels (docs/attention.md)
 SEPARATE = "fused, three projections"
-Attend = Callable[[list[Tensor], str, int], Tensor]  # of [qkv] or of [q, k, v], by view and number of heads
+Attend = Callable[[list[Tensor], str, int], Tensor]  # takes [qkv] or [q, k, v], the view, the number of heads
 
 
 def by(kernel: Callable[[ours.Call], Tensor], view: str = "") -> Attend:
-    """Returns attention by a kernel of models/attention.py, in its own or another view."""
+    """Returns attention with a kernel of models/attention.py, in `view` if given, else in the caller's."""
 
     def attend(parts: list[Tensor], given: str, heads: int) -> Tensor:
         q, k, v = parts if len(parts) == 3 else parts[0].chunk(3, dim=-1)
@@ -39,14 +39,14 @@ def by(kernel: Callable[[ours.Call], Tensor], view: str = "") -> Attend:
 
 
 def attend_by_backend(backend: SDPBackend, call: ours.Call) -> Tensor:
-    """Computes torch's attention by one backend."""
+    """Computes torch's attention with one backend."""
     q, k, v = call.fold()
     with sdpa_kernel(backend):
         return call.unfold(functional.scaled_dot_product_attention(q, k, v))
 
 
 def list_candidates(view: str, on_cuda: bool) -> dict[str, Attend]:
-    """Returns what is timed for a view and a device by name; the first is the reference. Add a kernel as a line."""
+    """Returns the kernels to time for a view and a device, by name; the first is the reference. Add kernels here."""
     found = {"fused": by(ours.fused_attention), "plain": by(ours.plain_attention)}
     if view == "temporal":
         found["fused, a row for each token"] = by(ours.fused_attention, "temporal, large")
@@ -87,7 +87,7 @@ def measure(workload: Workload, view: str, precision: str, timer: Timer) -> Tabl
     exact = ours.plain_attention(ours.Call(q, k, v, view, heads))
 
     def make(name: str, attend: Attend, backward: bool) -> Case:
-        """Returns forward passes, or both passes, and the error of the output."""
+        """Returns the case of a forward pass, or of both passes, with the output's error."""
         inputs = parts if name == SEPARATE else [qkv]
 
         def call() -> Tensor:
@@ -113,7 +113,9 @@ def measure(workload: Workload, view: str, precision: str, timer: Timer) -> Tabl
         for backward in (False, True)
     )
     milliseconds = {row[""]: row.get("ms") for row in forward}
-    floor = 1e3 * 11 * qkv.numel() / 3 * qkv.element_size() / COPY  # q, k, v, out; then q, k, v, 3 gradients, out's
+    floor = (
+        1e3 * 11 * qkv.numel() / 3 * qkv.element_size() / COPY
+    )  # forward q, k, v, out; backward q, k, v, 4 gradients
     for row in rows:
         row["forward ms"], row["both ms"] = milliseconds.get(row[""]), row.get("ms")
         row["floors"] = row["ms"] / floor if timer.on_cuda and "ms" in row else None

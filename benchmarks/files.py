@@ -1,8 +1,8 @@
-"""Reading and evaluating video files: the cost of a clip by the form of its file, and the training's wait for data.
+"""Times reading and evaluating video files: the cost of a clip by file format, and how long training waits for data.
 
-`data` reads 16 frames at a time of drawn clips of 240 frames of 256 x 256; the reference decodes the whole file, as the
-official loaders do. `metrics` evaluates long real and short generated videos, whose frames the official tool needs as
-JPEG first; a tiny network replaces I3D, so that reading is what is measured.
+`data` reads 16 frames at a time from drawn clips of 240 frames of 256 x 256; the reference decodes the whole file, as
+the official loaders do. `metrics` evaluates long real and short generated videos, which the official tool needs as JPEG
+frames; a tiny network replaces I3D, so that mainly reading is measured.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from .timing import Case, Timer
 from .workload import Ours, Workload
 
 SIZE = 256  # side of the clips in pixels
-KEY_FRAMES = (12, 60, 240)  # frames from one to the next
-STEPS = 10  # of the training
+KEY_FRAMES = (12, 60, 240)  # distances between key frames
+STEPS = 10  # of training
 SETTINGS = [
     *("data.name=folder", "data.labels=none", f"data.image_size={SIZE}", "data.num_frames=16"),
     *("data.frame_interval=1", "codec.latent_channels=4", "codec.downsample_factor=8"),
@@ -46,7 +46,7 @@ SETTINGS = [
 
 
 def draw_video(seed: int, frames: int, noise: int = 0) -> np.ndarray:
-    """Draws (frames, SIZE, SIZE, 3) uint8: squares that move over a grainy picture, with `noise` grey levels."""
+    """Draws (frames, SIZE, SIZE, 3) uint8: squares moving over a grainy picture, with `noise` grey levels of noise."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
     ground = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -60,7 +60,7 @@ def draw_video(seed: int, frames: int, noise: int = 0) -> np.ndarray:
 
 
 def write_h264(path: Path, video: np.ndarray, key_distance: int = 250) -> None:
-    """Writes (T, H, W, 3) uint8 with the defaults of x264, but with key frames at that distance only."""
+    """Writes (T, H, W, 3) uint8 with x264's defaults, but one key frame every `key_distance` frames."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"g": str(key_distance), "sc_threshold": "0"})
@@ -121,9 +121,9 @@ def data(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Ite
             return Case(lambda: [dataset[next(epochs), 0]["index"] for _ in range(4)], repeats=4)
 
         text = (
-            f"16 frames from a random place of clips of 240 frames, {SIZE} x {SIZE}, H.264 (or as named): decoded, "
-            "cropped and brought to [-1, 1]; CPU time, one thread. Frames between two key frames can only be decoded "
-            "from the first of these on, so rare key frames cost."
+            f"16 frames from a random position in clips of 240 frames, {SIZE} x {SIZE}, H.264 unless named otherwise: "
+            "decoded, cropped and scaled to [-1, 1]; CPU time, one thread. Decoding must start at a key frame, so rare "
+            "key frames cost time."
         )
         heads = ("ms", "spread", "ratio", "videos/s")
         makers = {name: partial(make, dataset) for name, dataset in sets.items()}
@@ -132,21 +132,23 @@ def data(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Ite
 
 
 def measure_waiting(ours: Ours) -> Table:
-    """Trains; returns a table of the log, without its first step, which starts the worker."""
+    """Trains; returns a table of the log without the first step, in which the worker starts."""
     ours.trainer.run.save = lambda state: None  # type: ignore[method-assign]
     ours.trainer.fit()
     log = Path(ours.trainer.config.train.output_dir, "metrics.jsonl")
     shown = [json.loads(line) for line in log.read_text().splitlines()][1:]
     heads = {"seconds_per_step": "s/step", "data_wait_share": "share"}
     row = {head: statistics.median(row[key] for row in shown) for key, head in heads.items()}
-    text = "Latte-S/2, batch 2, one thread, one loader worker; `share` of the time is waiting for data, median."
+    text = (
+        "Latte-S/2, batch 2, one thread, one loader worker; `share`: part of the time spent waiting for data; medians."
+    )
     return Table("Training from latents", text, ("s/step", "share"), [{"": f"{len(shown)} steps", **row}])
 
 
 # ---- evaluating --------------------------------------------------------------------------------
 
-CLIPS = 64  # of each side
-FRAMES = {"real": 128, "fake": 16}  # of each video
+CLIPS = 64  # per side
+FRAMES = {"real": 128, "fake": 16}  # per video
 WAYS = {  # name -> real side, fake side, whether the real side is cached
     "frames, extracted beforehand": ("frames", "frames", 0),
     "videos": ("videos", "videos", 0),
@@ -169,7 +171,7 @@ class Tiny(nn.Module):
 
 
 def metrics(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
-    """Yields the table of rates."""
+    """Yields the table of evaluation rates."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for side, frames in FRAMES.items():
@@ -205,10 +207,9 @@ def metrics(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> 
         cells = {"videos/s": whole, "ratio": whole / rows[0]["videos/s"]}
         rows.append({"": "frames, with the time of extracting them", **cells})
     text = (
-        f"{CLIPS} clips of 16 frames a side, {SIZE} x {SIZE}, from real videos of {FRAMES['real']} frames and fakes of "
-        f"{FRAMES['fake']}; two loader processes; the whole command, from its start to the written result. "
-        "Videos are drawn with a grain that does not change, and are longer than the 64 frames up to which a clip is "
-        "decoded whole once to prove its index. Shorter videos are decoded twice and noisy ones take longer, so they "
-        "are slower than here."
+        f"{CLIPS} clips of 16 frames per side, {SIZE} x {SIZE}, from real videos of {FRAMES['real']} frames and fakes "
+        f"of {FRAMES['fake']}; two loader processes; time of the whole command, up to the written result. "
+        "The videos have a constant grain, and the real ones exceed the 64 frames up to which a clip is decoded whole "
+        "once to verify its index. Shorter videos, which are decoded twice, and noisy ones are slower."
     )
     yield Table("Clips/s by what is read", text, heads, rows)

@@ -1,4 +1,4 @@
-"""Profile of a training step: time and bound of each operator, and host synchronisations."""
+"""Profiles a training step: time and bound of each operator, and host synchronisations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COPIES = ("Memcpy HtoD", "Memcpy DtoH")
 
 
 class Roof(NamedTuple):
-    """Highest FLOP/s and bytes/s of the machine."""
+    """Peak FLOP/s and bytes/s measured on the machine."""
 
     flops: float
     bandwidth: float
@@ -39,7 +39,7 @@ def profile(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> 
         base = workload.but({"train.precision": precision})
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         roof = roof_of(timer, dtype, arguments.quick)
-        text = "Reads of a device's number by the host, synchronisations, and copies between the two, in the trace."
+        text = "Device values read by the host, synchronisations, and copies between host and device, in the trace."
         waits = Table(f"What the host waits for in a step, {precision}", text, ("waits", *COPIES))
         for name, changes in {"compiled": MODES["compiled"], "eager": {}, "reference": REFERENCE}.items():
             file = arguments.traces / f"{name}-{precision}-{timer.device.type}.json"
@@ -49,17 +49,17 @@ def profile(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> 
             waits.rows.append({"": name, "waits": sum(counts.get(wait, 0) for wait in WAITS), **copies})
             text = (
                 f"{base}, {precision}. Roofs measured in this run: {roof.flops / 1e12:.2f} TFLOP/s, "
-                f"{roof.bandwidth / 1e9:.0f} GB/s. `of the roof`: how much of its time the operator would take at "
-                f"these; `host` is neither. The trace is {file}."
+                f"{roof.bandwidth / 1e9:.0f} GB/s. `of the roof`: share of its time that the operator would take at "
+                f"these rates; `host`: bound by neither. The trace is {file}."
             )
             rows = operators(trace, roof, dtype.itemsize, timer.on_cuda)
             yield Table(f"Operators of a step, {precision}, {name}", text, HEADS, rows)
-        if timer.on_cuda:  # nothing waits elsewhere; tests/test_engine_waits.py counts potential waits
+        if timer.on_cuda:  # a CPU never waits; tests/test_engine_waits.py counts potential waits
             yield waits
 
 
 def roof_of(timer: Timer, dtype: torch.dtype, quick: bool) -> Roof:
-    """Measures the roofs, on random values, as zeros are faster."""
+    """Measures the roofs on random values, because zeros are faster."""
     side, length = (256, 2**20) if quick else (8192, 2**28) if timer.on_cuda else (1024, 2**25)
     a, b = (torch.randn(side, side, device=timer.device).to(dtype) for _ in range(2))
     source = torch.randn(length, device=timer.device)
@@ -70,7 +70,7 @@ def roof_of(timer: Timer, dtype: torch.dtype, quick: bool) -> Roof:
 
 
 def trace_of(step: Callable[[], Any], timer: Timer, file: Path | None = None) -> torch_profile:
-    """Profiles one step after two others; writes `file` for chrome://tracing or Perfetto."""
+    """Profiles one step after two warm-up steps; writes `file` for chrome://tracing or Perfetto."""
     for _ in range(2):
         step()
     timer.wait()
@@ -89,12 +89,12 @@ def operators(trace: torch_profile, roof: Roof, item_bytes: int, on_device: bool
     totals: dict[str, Counter[str]] = defaultdict(Counter)
     for event in trace.key_averages(group_by_input_shape=True):
         if event.device_type != DeviceType.CPU:
-            continue  # a kernel; the operator that launched it has the same time
+            continue  # a kernel, whose time is counted in the operator that launched it
         own = event.self_device_time_total if on_device else event.self_cpu_time_total
         name = re.sub(r"## Call CompiledFxGraph \w+ ##", "compiled graph", event.key).removeprefix("aten::")
         shapes = [shape for shape in event.input_shapes if shape and all(isinstance(side, int) for side in shape)]
         sizes = [int(torch.Size(shape).numel()) for shape in shapes]
-        values = sum(sizes) + max(sizes, default=0)  # of all arguments, and of an output as large as the largest
+        values = sum(sizes) + max(sizes, default=0)  # all arguments, and an output as large as the largest
         totals[name] += Counter(calls=event.count, us=own, flop=event.flops or 0)
         totals[name]["bytes"] += event.count * item_bytes * values
     whole = sum(entry["us"] for entry in totals.values()) or 1.0

@@ -1,10 +1,10 @@
-"""Quality and cost of sampling with the demo network: methods, steps and guidance, as tables and a plot.
+"""Measures quality and cost of sampling with the demo network: methods, steps and guidance, as tables and a plot.
 
-Every row samples the same videos: the same noise, the same labels. Its cost is the network's forward passes for a
-video, independent of the machine. Measured are the distance of the frames from the reference (the same noise, 250 steps
-of DPM-Solver++: the solution of the probability flow; a stochastic method has none), how often the tracker of
-demo/drawn.py names colour and motion of the label, and the Fréchet distance to drawn clips on 24 plain features of a
-clip. Rows in `sampling.json` of --out are not sampled again, so a stopped run continues.
+All rows sample the same videos: same noise, same labels. Cost is the network's forward passes per video, which do not
+depend on the machine. Quality is the distance of the frames from the reference (same noise, 250 steps of DPM-Solver++,
+which solves the probability flow; not defined for stochastic methods), how often the tracker of demo/drawn.py finds the
+label's colour and motion, and the Fréchet distance to drawn clips over 24 simple features of a clip. Rows already in
+--out's `sampling.json` are not sampled again, so a stopped run continues.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .workload import Workload
 
 STEPS = (5, 10, 15, 25, 50, 100, 250)
 METHODS = {"ddim": "DDIM", "dpm_solver++": "DPM-Solver++", "unipc": "UniPC", "ddpm": "DDPM"}  # DDPM is stochastic
-VIDEOS = 64  # of each row, a multiple of the classes
+VIDEOS = 64  # per row, a multiple of the number of classes
 REAL = 1024  # drawn clips that represent the data
 FLOOR = "Drawn clips"
 FORWARDS, AWAY, COLOUR, MOTION, FRECHET = HEADS = ("forwards", "grey levels", "colour right", "motion right", "Fréchet")
@@ -54,7 +54,7 @@ class Cell(NamedTuple):
         return ", ".join(parts)
 
     def count_forwards(self) -> int:
-        """Counts the forward passes for one video; guided evaluations have two."""
+        """Counts the forward passes for one video; guided evaluations take two."""
         process = build_diffusion(DiffusionConfig(), learn_sigma=False, respacing=str(self.steps))
         times = [time / 1000 for time in list_evaluations(process, self.method)]
         low, high = self.interval or (0.0, 1.0)
@@ -68,7 +68,7 @@ GUIDED = [Cell("ddim", 25), *(Cell("ddim", 25, 2.0, interval) for interval in IN
 
 
 class Measurement:
-    """Samples the videos of a cell and measures them; network and clips are loaded when they are needed."""
+    """Samples the videos of a cell and measures them; network and clips are loaded on first use."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -109,14 +109,14 @@ class Measurement:
 
 
 def compute_features(videos: np.ndarray) -> Tensor:
-    """Returns (n, 24) of uint8 (n, F, H, W, 3): the mean colour of each quarter of the frame, and its mean change."""
+    """Returns (n, 24) of uint8 (n, F, H, W, 3): mean colour of each quarter of the frame, and its mean change."""
     pixels = torch.from_numpy(videos).double().permute(0, 1, 4, 2, 3)  # (n, F, 3, H, W)
     quarters = F.adaptive_avg_pool2d(pixels.flatten(0, 1), 2).unflatten(0, pixels.shape[:2]).flatten(2)  # (n, F, 12)
     return torch.cat([quarters.mean(1), quarters.diff(dim=1).abs().mean(1)], 1)
 
 
 def draw_clips(number: int, seed: int = 0) -> np.ndarray:
-    """Draws random windows of clips of the classes in turn, as in training: uint8 (n, 16, 32, 32, 3)."""
+    """Returns random windows of drawn clips, cycling through the classes, uint8 (n, 16, 32, 32, 3)."""
     rng = np.random.default_rng(seed)
     windows = []
     for index in range(number):
@@ -133,7 +133,7 @@ def quality(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> 
     measurement = Measurement(timer.device)
     if FLOOR not in rows:
         rows[FLOOR] = measurement.judge(FLOOR, draw_clips(VIDEOS, seed=1))
-    text = f"{VIDEOS} videos of each row, so that one video is {100 / VIDEOS:.1f} %."
+    text = f"{VIDEOS} videos per row, so one video counts {100 / VIDEOS:.1f} %."
     tables = (
         Table("Methods and steps", text, HEADS, [rows[FLOOR]], "sampling.png"),
         Table("Guidance in an interval of the noise levels (DDIM, 25 steps)", text, HEADS),
@@ -146,7 +146,7 @@ def quality(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> 
         commits = sorted({row["commit"] for row in table.rows})
         table.text += f" Sampled at commit {', '.join(commits)}."
     panels = []
-    for head, logarithmic in ((FRECHET, "xy"), (MOTION, "x"), (AWAY, "xy")):  # over the forward passes of a video
+    for head, logarithmic in ((FRECHET, "xy"), (MOTION, "x"), (AWAY, "xy")):  # against forward passes per video
         lines: dict[str, tuple[Any, Any]] = {}
         for method, title in METHODS.items():
             found = [rows[cell.name] for cell in PLAIN if cell.method == method]

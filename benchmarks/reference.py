@@ -1,11 +1,11 @@
 """Reference implementation of the official algorithm, at the cost of the official code.
 
-Checked against the outputs of the official code (tests/goldens). It keeps each property of that code that costs time:
+Checked against the outputs of the official code (tests/goldens). It keeps every property of that code that costs time:
 tokens moved between "frames by tokens" and "tokens by frames" around every block, the condition repeated for every
 frame and every token position and modulated in each row, packed queries, keys and values copied, scores of softmax
 attention held in memory, each coefficient of the diffusion copied from the host and broadcast to a whole clip, AdamW
-with torch's defaults, a norm and an average parameter by parameter, and a wait for the loss in every step. Formulas and
-small parts that cost the same in both are ours. Interleaved layers, uniform patches and adaLN only, as there.
+with torch's defaults, gradient norm and EMA parameter by parameter, and a wait for the loss in every step. Formulas and
+small parts of equal cost are ours. Like that code, it has only interleaved layers, uniform patches and adaLN.
 
 Letters: B clips, F frames, I images, C channels, N tokens per frame, D width; R rows of length L.
 """
@@ -130,7 +130,7 @@ class ReferenceDiffusion(GaussianDiffusion):
         return values[:, None, None, None, None] + torch.zeros(x.shape, device=timesteps.device)
 
     def network_timesteps(self, timesteps: Tensor) -> Tensor:
-        """Copies the timesteps of the full process from the host."""
+        """Returns the timesteps of the full process, copied from the host."""
         return self.timestep_map.to(timesteps.device)[timesteps]
 
     def target(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class ReferenceDiffusion(GaussianDiffusion):
         return noise
 
     def q_posterior_mean(self, x_start: Tensor, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns the mean of q(x_{t-1} | x_t, x_0); reads its variance too, which the official code does not use."""
+        """Returns the mean of q(x_{t-1} | x_t, x_0); also reads its variance, which the official code never uses."""
         self.table("posterior_variance", timesteps, x)
         return super().q_posterior_mean(x_start, x, timesteps)
 
@@ -181,7 +181,7 @@ class ReferenceTraining:
         self.running_loss, self.gradient_norm = 0.0, torch.tensor(0.0)
 
     def step(self, latents: Tensor, labels: Tensor | None = None, *draws: Tensor, num_images: int = 0) -> float:
-        """Runs one step on latents (B, F+I, C, H, W); `draws` are given timesteps and noise, if any."""
+        """Runs one step on latents (B, F+I, C, H, W); `draws` are timesteps and noise, drawn here if absent."""
         if not draws:
             timesteps = torch.randint(0, self.diffusion.num_timesteps, (len(latents),), device=latents.device)
             draws = timesteps, torch.randn_like(latents)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# heads of shares, shown in percent; all other numbers have three significant digits
+# columns shown in percent; other numbers have three significant digits
 SHARES = {*("spread", "MFU", "of 790", "share", "of the roof", "efficiency", "colour right", "motion right")}
 
 
@@ -26,9 +26,11 @@ class Table:
 
     title: str
     text: str
-    heads: Sequence[str]  # columns after the first, which holds the names of the rows
-    rows: list[dict[str, Any]] = field(default_factory=list)  # head -> value, "" for the name; others only in the JSON
-    picture: str | None = None  # a file in the folder of the page
+    heads: Sequence[str]  # columns after the first, which holds the row names
+    rows: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # column -> value, "" -> row name; other keys go to the JSON only
+    picture: str | None = None  # image file in the page's folder
 
     def markdown(self) -> str:
         """Returns a section of a page, with aligned columns."""
@@ -59,11 +61,11 @@ class Page:
     out: Path
     words: Sequence[str]  # of the command line
     tables: dict[str, Table] = field(default_factory=dict)
-    shown: dict[str, int] = field(default_factory=dict)  # lines of each table
+    shown: dict[str, int] = field(default_factory=dict)  # lines printed of each table
     load: float = field(default_factory=lambda: os.getloadavg()[0])
 
     def add(self, table: Table) -> None:
-        """Adds a table; one whose title is there already has got another row."""
+        """Adds a table, or the new rows of one that was added before."""
         lines = ["", *table.markdown().splitlines()]
         print("\n".join(lines[self.shown.get(table.title, 0) :]), flush=True)
         self.tables[table.title], self.shown[table.title] = table, len(lines)
@@ -82,12 +84,12 @@ class Page:
         return described
 
     def finish(self) -> None:
-        """Writes the page a last time and prints the facts."""
+        """Writes the page one last time and prints the facts."""
         print(f"\n{self.write()}\nwritten: {self.out / self.name}.md, {self.out / self.name}.json")
 
 
 def read_rows(file: Path) -> dict[str, dict[str, Any]]:
-    """Returns the rows of all tables of a page's JSON file by name; none if there is no file."""
+    """Returns the rows of all tables of a page's JSON file by name; {} if there is no file."""
     tables = json.loads(file.read_text())["tables"] if file.is_file() else []
     return {row[""]: row for table in tables for row in table["rows"]}
 
@@ -115,13 +117,13 @@ def collect_facts(words: Sequence[str], load: float) -> dict[str, Any]:
 
 
 def find_commit() -> str:
-    """Returns the commit of the working tree, with a plus if files differ from it."""
+    """Returns the commit of the working tree, with a plus if tracked files differ from it."""
     changed = _output_of("git status --porcelain --untracked-files=no -- . :!docs")
     return (_output_of("git rev-parse --short HEAD") or "unknown") + ("+" if changed else "")
 
 
 def _output_of(command: str) -> str:
-    """Returns what a command prints; nothing if it is missing or fails."""
+    """Returns the output of a command, "" if it is missing or fails."""
     try:
         return subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
@@ -129,7 +131,7 @@ def _output_of(command: str) -> str:
 
 
 class Panel(NamedTuple):
-    """One panel of a plot: x and y of each line by label; `logarithmic` names the axes with such a scale."""
+    """One panel of a plot: `lines` maps label to (x, y); `logarithmic` lists the axes with a log scale."""
 
     title: str
     lines: dict[str, tuple[Sequence[Any], Sequence[float]]]

@@ -1,4 +1,4 @@
-"""Sampling: the project's loop with each of its options against the reference's loop, and the difference of results."""
+"""Times the project's sampling loop, with each of its options, against the reference's, and compares the results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .workload import Workload
 
 CLASSES, LABEL, SCALE = 101, 3, 4.0
 Options = dict[str, Any]
-# name -> options of `Generator` and of its `batches`, the latter with guidance only. Add a way as a line; results are
+# name -> options of `Generator` and of its `batches`; the latter apply with guidance only. Add ways here; results are
 # compared with those of the first.
 WAYS: dict[str, tuple[Options, Options]] = {
     "ours, plain loop": ({}, {}),
@@ -62,15 +62,15 @@ def sample(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> I
                 loop = {"steps": steps, "guidance_scale": SCALE if guided else 1.0, **settings}
                 makers[name] = partial(our_case, model, problem, timer.device, options, loop)
         text = (
-            f"DDPM, {steps} steps measured; {problem}, {CLASSES} classes. `apart`: relative difference from the plain "
-            "loop of ours for the same draws."
+            f"DDPM, {steps} steps measured; {problem}, {CLASSES} classes. `apart`: relative difference from our "
+            "plain loop with the same random draws."
         )
         title = f"{precision}, {'guided' if guided else 'not guided'}"
         yield Table(title, text, heads, timer.compare(makers, heads))
 
 
 def our_case(model: Latte, workload: Workload, device: torch.device, network: Options, settings: Options) -> Case:
-    """Returns the sampling of one batch of latents with the project's generator."""
+    """Returns the case that samples one batch of latents with the project's generator."""
     config, codec = workload.config(), cast(Any, SimpleNamespace(decode=None))
     if "cast_weights" in network:
         model = copy.deepcopy(model)  # casts in place
@@ -84,7 +84,7 @@ def our_case(model: Latte, workload: Workload, device: torch.device, network: Op
 
 
 def reference_case(plain: ReferenceLatte, workload: Workload, device: torch.device, steps: int, guided: bool) -> Case:
-    """Returns the sampling of one batch with the reference, in guidance of two halves, by draws of its own."""
+    """Returns the case that samples one batch with the reference, guided in two halves, with its own random draws."""
     process = ReferenceDiffusion(1000, str(steps))
     labels = torch.full((workload.batch,), LABEL, device=device)
     labels = torch.cat([labels, torch.full_like(labels, CLASSES)]) if guided else labels

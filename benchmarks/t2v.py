@@ -1,8 +1,8 @@
-"""Text to video: the sampling loop against diffusers' pipeline; quantised, compiled, and in other memory layouts.
+"""Times text to video: sampling against diffusers' pipeline, decoding, encoding prompts; quantised and compiled.
 
 On CUDA a network of Latte-1's size samples 16 frames of 512 x 512 in fp16, 50 steps with guidance; a decoder of Stable
-Diffusion's size decodes them; a T5 of XXL's size encodes a prompt. On a CPU all three are small. Weights are random, so
-nothing is downloaded.
+Diffusion's size decodes them; an encoder of T5-XXL's size encodes a prompt. On a CPU all three are small.
+Weights are random, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .timing import Call, Case, Timer
 from .workload import Workload
 
 GUIDANCE = 7.5
-WORDS = 24  # of the prompt
+WORDS = 24  # tokens of the prompt
 VAE_BLOCKS: Any = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-Options = dict[str, Any]  # of a row: arguments of its case
+Options = dict[str, Any]  # arguments of a row's case
 
 
 class Scale(NamedTuple):
@@ -104,7 +104,7 @@ def t2v(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iter
 def sampling_case(
     scale: Scale, device: torch.device, *, theirs: bool = False, kind: str | None = None, compiled: bool = False
 ) -> Case:
-    """Returns the sampling loop, from noise to latents; the same weights and noise for all."""
+    """Returns the case that samples latents from noise; all rows have the same weights and noise."""
     network = scale.network
     captions = _draw(2, WORDS, network.caption_channels or 0).to(device, scale.dtype)
     noise = _draw(1, network.channels[0], scale.frames, scale.latent, scale.latent).to(device, scale.dtype)
@@ -160,7 +160,7 @@ def decoding_case(
     chunk: int | None = None,
     method: str = "",
 ) -> Case:
-    """Returns the decoding of latents to frames; `method` is one of diffusers' decoder."""
+    """Returns the case that decodes latents to frames, after calling `method` of diffusers' autoencoder, if any."""
     torch.manual_seed(0)
     sizes: Any = {"block_out_channels": scale.decoder, "layers_per_block": 2, "sample_size": 8 * scale.latent}
     network = AutoencoderKL(**VAE_BLOCKS, **sizes).to(device, scale.dtype).eval()
@@ -177,7 +177,7 @@ def decoding_case(
 
 
 def encoding_case(scale: Scale, device: torch.device, *, kind: str | None = None) -> Case:
-    """Returns the encoding of a prompt of 120 tokens."""
+    """Returns the case that encodes a prompt of 120 tokens."""
     config: Any = T5Config(**scale.t5, feed_forward_proj="gated-gelu", dropout_rate=0.0)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(3, scale.t5["vocab_size"], (1, 120), generator=generator).to(device)

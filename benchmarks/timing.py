@@ -21,17 +21,17 @@ PEAK, PRACTICAL = 989.0, 790.0  # TFLOP/s of an H100 or H200 in bf16: dense peak
 
 @dataclass
 class Case:
-    """One row of a table. A tensor that `call` returns is compared with the first one of the table."""
+    """One row of a table. A tensor returned by `call` is compared with that of the table's first row."""
 
     call: Call  # timed
-    videos: float = 1.0  # clips of a repetition
-    flop: float = 0.0  # of a repetition
-    tokens: float = 1.0  # of a repetition
-    repeats: int = 1  # repetitions in a call
+    videos: float = 1.0  # clips per repetition
+    flop: float = 0.0  # per repetition
+    tokens: float = 1.0  # per repetition
+    repeats: int = 1  # repetitions per call
     prepare: Call = lambda: None  # called before each `call`, untimed
     cells: Row = field(default_factory=dict)  # further cells of the row
-    seconds: list[float] = field(default_factory=list)  # of one repetition in each round; set by the engine
-    peak: int | None = None  # bytes on a CUDA device; set by the engine
+    seconds: list[float] = field(default_factory=list)  # per repetition, one value for each round; set by the engine
+    peak: int | None = None  # peak bytes on a CUDA device; set by the engine
 
     @property
     def median(self) -> float:
@@ -43,7 +43,7 @@ class Case:
         return self.flop / self.median / 1e12
 
     def times_as_fast_as(self, other: Case) -> float:
-        """Median over rounds of the other's seconds over these; above 1, this one is faster."""
+        """Returns the median over rounds of the other's seconds divided by ours; above 1, this case is faster."""
         return statistics.median(theirs / ours for theirs, ours in zip(other.seconds, self.seconds))
 
 
@@ -73,7 +73,7 @@ class Timer:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rounds: int = 3  # measurements of each case
-    clock: str = "wall"  # or "cpu" (of all threads of this process) for a machine that is shared with others
+    clock: str = "wall"  # or "cpu" (of all threads of this process) for a shared machine
 
     @property
     def on_cuda(self) -> bool:
@@ -84,8 +84,8 @@ class Timer:
     ) -> list[Row]:
         """Times the cases of `makers` and returns their rows with the cells `heads`; the first is the reference.
 
-        Each case is called once before: that compiles it, and yields the result for the cell `apart`. All are timed in
-        turn, or, unless `at_once`, each in turn with the first, which alone stays in memory.
+        Each case is called once first, which compiles it and gives the result for the cell `apart`. Then all are timed
+        in turn. Without `at_once`, each is timed in turn with the first, and only these two are in memory.
         """
         heads, rows = list(heads), []
         first: Case | None = None
@@ -114,14 +114,14 @@ class Timer:
                 row: Row = {"": name, **{head: VALUES[head](case, first) for head in heads if head in VALUES}}
                 rows.append(row | case.cells | {"seconds": case.seconds})
             del cases, case
-            torch.compiler.reset()  # the next batch size is compiled for itself
+            torch.compiler.reset()  # so that the next batch size is compiled on its own
             if self.on_cuda:
                 gc.collect()
                 torch.cuda.empty_cache()
         return rows
 
     def _warm_up(self, case: Case, held: int) -> Any:
-        """Returns the result of the first call; on CUDA, sets the peak above `held` bytes of another one."""
+        """Returns the result of the first call; on CUDA, records the peak bytes of a second one, above `held`."""
         case.prepare()
         result = case.call()
         if self.on_cuda:
@@ -152,7 +152,7 @@ class Timer:
 
 
 def run_apart(function: Callable[[Any], Any], inputs: Iterable[Any]) -> list[Any]:
-    """Returns the results of `function` for all inputs, each in a new process, at the same time."""
+    """Runs `function` on all inputs at the same time, each in a new process; returns the results."""
     inputs = list(inputs)
     with ProcessPoolExecutor(len(inputs), get_context("spawn")) as pool:
         return list(pool.map(function, inputs))

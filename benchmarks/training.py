@@ -1,6 +1,6 @@
-"""Training: time and memory of a step, each technique by itself, growth with the size, checkpoints; and all on a GPU.
+"""Benchmarks training: time and memory of a step, single techniques, scaling, checkpoints; and all of it on a GPU.
 
-Every table is data: its rows are changes of a workload, and the first row is what the others are compared with.
+Each row of a table is a changed workload; the first row is the reference.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORWARD: Changes = {"part": "forward"}
 
 
 def time_workloads(title: str, text: str, heads: Sequence[str], rows: Mapping[str, Workload], timer: Timer) -> Table:
-    """Returns the table of some workloads, timed in turn; on CUDA each with the first alone, four calls at a time."""
+    """Returns the table of workloads timed in turn; on CUDA each is timed with the first only, four calls at a time."""
     repeats = 4 if timer.on_cuda else 1  # calls are queued
     makers = {name: partial(make_case, workload, timer.device, repeats) for name, workload in rows.items()}
     return Table(title, text, heads, timer.compare(makers, heads, at_once=not timer.on_cuda))
@@ -55,7 +55,7 @@ def train(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> It
         yield time_workloads(f"Forward pass, {where}", text, [*heads, "apart"], forward, timer)
 
 
-# name -> changes with the technique, without it, and precision of everything else. Add a technique as a line.
+# name -> changes with the technique, without it, and precision of everything else. Add techniques here.
 TECHNIQUES: dict[str, tuple[Changes, Changes, str]] = {
     "bf16 autocast": (BF16, FP32, "fp32"),
     "compiled blocks, fp32": (COMPILED, {}, "fp32"),
@@ -70,8 +70,8 @@ TECHNIQUES: dict[str, tuple[Changes, Changes, str]] = {
 
 
 def techniques(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
-    """Yields the table of all techniques, or of those with one of `--only` in their name, row by row."""
-    text = f"{workload}; fp32 and eager but for what the row names. A ratio above 1 is that much faster with it."
+    """Yields the table of all techniques, or of those whose name contains a word of `--only`, row by row."""
+    text = f"{workload}; fp32 and eager except for what the row names. A ratio of 2 means twice as fast with it."
     table = Table("Techniques, one by one", text, ("without, ms", "with, ms", "ratio"))
     for name, (on, off, precision) in TECHNIQUES.items():
         if not arguments.only or any(word in name for word in arguments.only):
@@ -102,7 +102,7 @@ def scaling(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> 
     tables = []
     for axis, values in AXES.items():
         rows = {value: base.but(changes) for value, changes in list(values.items())[: 2 if arguments.quick else None]}
-        text = f"{next(iter(rows.values()))}, and so on; relative to the first row."
+        text = f"First row: {next(iter(rows.values()))}; the others are relative to it."
         tables.append(time_workloads(axis, text, ("median s", "cost", "tokens", "FLOP", "cost / FLOP"), rows, timer))
         yield tables[-1]
     panels = [
@@ -113,8 +113,8 @@ def scaling(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> 
         tables[0].picture = "scaling.png"
     how = "NCCL" if timer.on_cuda else "gloo, one thread each"
     text = (
-        f"{base} on each rank; DistributedDataParallel, {how}. Each number of ranks is a run of its own, so other load "
-        "on the machine weighs more here than in the other tables."
+        f"{base} on each rank; DistributedDataParallel, {how}. Each number of ranks is a separate run, so other load "
+        "on the machine affects this table more than the others."
     )
     ranks = Table("Ranks", text, ("median s", "videos/s", "efficiency"))
     for count in (1, 2):
@@ -143,7 +143,7 @@ def time_rank(workload: Workload, timer: Timer, size: int, port: int, rank: int)
 
 
 def memory(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
-    """Yields the table of peaks, each in a process of its own, row by row."""
+    """Yields the table of peaks, each measured in a new process, row by row."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read when a process starts
     table = Table("Peak memory of a training step", f"{workload}.", ("peak GB", "of the reference"))
     kinds = {"reference": REFERENCE, **{f"ours, {mode}": changes for mode, changes in MODES.items()}}
@@ -163,7 +163,7 @@ def memory(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> I
 
 
 def find_peak(workload: Workload, device: torch.device) -> int:
-    """Returns the peak bytes of a step in this process, once the optimiser has its moments."""
+    """Returns the peak bytes of a step in this process, after the optimiser has allocated its moments."""
     torch.randn(64, 64, device=device) @ torch.randn(64, 64, device=device)  # loads libraries
     before = _resident("VmRSS")
     step = step_of(workload, device)
@@ -184,7 +184,7 @@ SAVING_STEPS, SAVING_EVERY = 40, 10
 
 
 def saving(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
-    """Yields the table of whole loops without, with, and with asynchronous checkpoints."""
+    """Yields the table of whole loops: without, with synchronous, and with asynchronous checkpoints."""
     keys = {"train.max_steps": SAVING_STEPS, "train.checkpoint_every": SAVING_EVERY, "train.log_every": 1000}
     base = workload.but({"batch": 4, "frames": 8, "latent": 16, **keys})
 
@@ -216,14 +216,14 @@ def saving(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> I
 # ---- everything on one GPU -----------------------------------------------------------------------
 
 MINUTES = 9.0  # no table of `gpu` starts after this time
-GPU = (  # what `gpu` runs in bf16, and the number of clips; five are the batch of the official configurations
+GPU = (  # benchmarks that `gpu` runs in bf16, and their batch sizes; 5 is that of the official configurations
     (train, 5), (profile.profile, 8), (attention.attention, 8), (attention.attention, 32), (sampling.sample, 1),
     (techniques, 4), (train, 16), (train, 32),
 )  # fmt: skip
 
 
 def gpu(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
-    """Yields all tables of one GPU until the minutes are up."""
+    """Yields the tables for one GPU until MINUTES have passed."""
     end = time.monotonic() + 60 * MINUTES
     for measure, batch in dict(GPU).items() if arguments.quick else GPU:
         batch = 1 if arguments.quick else batch

@@ -1,16 +1,16 @@
 """Attention among the F frames of a clip, for each token position and head: Triton kernels for short clips.
 
-The score map of one pair of token and head is F x F, as a rule 16 x 16. Kernels made for long sequences pad those
-16 rows to 64 or 128, and want the tokens folded into the batch, which copies q, k and v. Here each program takes a
-few pairs, reads their rows where the `qkv` projection left them, and keeps everything in registers. The backward
-kernel computes the probabilities anew, so that nothing is kept but q, k and v.
+The score map of one (token, head) pair is F x F, usually 16 x 16. Kernels made for long sequences pad those 16 rows to
+64 or 128, and need the tokens folded into the batch, which copies q, k and v. Here each program takes a few pairs,
+reads their rows in place from the `qkv` projection's output, and keeps everything in registers. The backward kernel
+recomputes the probabilities, so that only q, k and v are saved.
 
 Letters: B batch, F frames, N tokens per frame, H heads, D width of all heads, d = D / H width of a head.
 
-To import this file needs Triton. With TRITON_INTERPRET=1 the kernels run on a CPU, in Python: for tests.
+Importing this file needs Triton. With TRITON_INTERPRET=1 the kernels run in Python on a CPU, for tests.
 """
 
-# The arguments of kernels have the types of no Python value.
+# Kernel arguments have no Python types.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-_WIDEN = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 wrongly, as the integers of the same bits
+_WIDEN = tl.constexpr(INTERPRETED)  # the interpreter wrongly multiplies bfloat16 as integers of the same bits
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_FRAMES = 32  # the score maps of longer clips do not fit the registers, and fused attention is made for them
+MAX_FRAMES = 32  # score maps of longer clips do not fit in registers; fused attention suits them
 MAX_HEAD_WIDTH = 256
 
 
@@ -34,7 +34,7 @@ def _rows(
     first, tokens, stride_b, stride_f, stride_n,
     H: tl.constexpr, d: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Returns the offsets of the rows (P pairs, R frames, 1) of the pairs from `first` on, in 64 bits."""
+    """Returns 64-bit offsets (P pairs, R frames, 1) of the rows of the pairs from `first` on."""
     pair = first + tl.arange(0, P)
     position = pair // H
     start = (position // tokens).to(tl.int64) * stride_b + (position % tokens).to(tl.int64) * stride_n + pair % H * d
@@ -71,7 +71,7 @@ def _dot(a, b):
 
 @triton.jit
 def _outer(a, b, W1: tl.constexpr):
-    """Multiplies a b^T: (P, R, d) and (P, R, d), each in two parts -> (P, R, R)."""
+    """Returns a b^T, (P, R, R), of a and b (P, R, d), each in two parts."""
     out = _dot(a[0], tl.permute(b[0], (0, 2, 1)))
     if W1 > 0:
         out += _dot(a[1], tl.permute(b[1], (0, 2, 1)))
@@ -80,7 +80,7 @@ def _outer(a, b, W1: tl.constexpr):
 
 @triton.jit
 def _inner(a, b, W1: tl.constexpr):
-    """Multiplies a b: (P, R, R) and (P, R, d) in two parts -> the latter."""
+    """Returns a b, (P, R, d) in two parts, of a (P, R, R) and b (P, R, d) in two parts."""
     a = a.to(b[0].dtype)
     first = _dot(a, b[0])
     rest = first
@@ -99,7 +99,7 @@ def _attend(
     q = _load(q_pointer, _rows(first, tokens, q_b, q_f, q_n, H, d, P, R), inside, d, W0, W1)
     k = _load(k_pointer, _rows(first, tokens, k_b, k_f, k_n, H, d, P, R), inside, d, W0, W1)
     v = _load(v_pointer, _rows(first, tokens, v_b, v_f, v_n, H, d, P, R), inside, d, W0, W1)
-    scores = _outer(q, k, W1) * (scale * 1.4426950408889634)  # log2(e): the powers are of two
+    scores = _outer(q, k, W1) * (scale * 1.4426950408889634)  # log2(e), for exp2
     if F < R:
         scores = tl.where(tl.arange(0, R)[None, None, :] < F, scores, float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
@@ -149,9 +149,9 @@ def _backward_kernel(
 class Tile(NamedTuple):
     """Tile of the kernels: compile-time constants."""
 
-    P: int  # pairs in a program: one for each of the four warps that Triton gives it
+    P: int  # pairs per program: one for each of its four warps
     R: int  # rows of a score map: the frames, rounded up for the matrix units
-    W0: int  # values of a head, in two parts, since a part must be a power of two: 72 = 64 + 8 of 16
+    W0: int  # head width in two parts, each padded to a power of two: 72 = 64 + 8, padded to 16
     W1: int
 
     @classmethod
@@ -167,7 +167,7 @@ def _padded(length: int) -> int:
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> bool:
-    """Returns whether the kernels support this attention, from type and shape alone, so also while tracing."""
+    """Returns whether the kernels support this attention, from dtypes and shapes alone, so it works while tracing."""
     return (
         (q.is_cuda or INTERPRETED)
         and q.shape == k.shape == v.shape
@@ -180,11 +180,11 @@ def takes(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> bool:
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """Computes softmax(q k^T / sqrt(d)) v among the frames, for each token and head.
+    """Computes softmax(q k^T / sqrt(d)) v over the frames, for each token and head.
 
     Args:
-        q, k, v: `(B, F, N, D)` of one type of `DTYPES` and of any strides; none is copied that has a stride of
-            one along D.
+        q, k, v: `(B, F, N, D)` of one dtype in `DTYPES`, with any strides; a tensor is copied only if its stride
+            along D is not 1.
         num_heads: H.
 
     Returns:
@@ -194,11 +194,11 @@ def temporal_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tenso
 
 
 def packed_temporal_attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Computes the same for packed q, k, v, `(B, F, N, 3 D)`; the gradient is packed, too."""
+    """Computes the same for packed q, k, v, `(B, F, N, 3 D)`; the gradient is packed too."""
     return _packed(qkv, num_heads)
 
 
-# torch cannot trace an interpreted kernel: there the operators are opaque, with registered output shapes.
+# torch cannot trace interpreted kernels, so there the operators are opaque, with registered output shapes.
 _operator = torch.library.custom_op if INTERPRETED else torch.library.triton_op
 
 
@@ -215,7 +215,7 @@ def _packed(qkv: Tensor, num_heads: int) -> Tensor:
 
 @_operator("latte::temporal_attention_backward", mutates_args=())
 def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, num_heads: int, packed: bool) -> Tensor:
-    """Computes the gradients of q, k, v: `(B, F, N, 3 D)` if packed, else `(3, B, F, N, D)`."""
+    """Returns the gradients of q, k, v: `(B, F, N, 3 D)` if packed, else `(3, B, F, N, D)`."""
     out = q.new_empty((*q.shape[:-1], 3 * q.shape[-1]) if packed else (3, *q.shape))
     first = out[..., : q.shape[-1]] if packed else out[0]
     part = q.shape[-1] if packed else q.numel()
