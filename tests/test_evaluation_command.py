@@ -445,6 +445,7 @@ def test_the_table_fits_80_columns_and_the_file_tells_all(
     assert "protocol  stylegan-v; real split: train" in shown and "warning: " in shown
     assert all(each["sha256"] in shown and len(each["sha256"]) == 64 for each in result["detectors"].values())
     assert result["command"][0] == "tools.calc_metrics_for_dataset" and result["versions"]["torch"] == torch.__version__
+    assert {"numpy", "av", "pillow"} < result["versions"].keys()
     keys = "name split num_real num_fake frames real_stride fake_stride real_offset selection crop resolution divisor"
     protocol = result["metrics"]["fvd2048_16f"]["protocol"]
     assert {*keys.split(), "seeds", "real_storage", "fake_storage"} <= protocol.keys()

@@ -193,6 +193,14 @@ def test_D2_the_convert_command_runs_nothing_even_with_the_hash(tmp_path: Path, 
     assert not marker.exists() and not (tmp_path / "official.safetensors").exists()
 
 
+@pytest.mark.parametrize("output", [None, "mine.safetensors"])
+def test_D2_the_convert_command_writes_the_weights(tmp_path: Path, output: str | None) -> None:
+    digest = with_settings(tmp_path / "official.pt", argparse.Namespace(a=1))
+    flags = ["--output", str(tmp_path / output)] if output else []
+    convert.main(["checkpoint", str(tmp_path / "official.pt"), "--sha256", digest, *flags])
+    assert {*load_file(tmp_path / (output or "official.safetensors"))} == {"w"}
+
+
 def test_D2_settings_are_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the classes on the list are called: stand-ins take their place."""
     digest = with_settings(tmp_path / "official.pt", argparse.Namespace(a=1))
