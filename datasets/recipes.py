@@ -12,8 +12,8 @@ VIDEOS, FRAMES, ARRAYS = "video files", "folders of frames", "sample arrays (000
 class Recipe:
     """How to read one data set: kinds of clips, rule for labels, transform.
 
-    If a folder holds no clips of these kinds, video files and folders of frames are both accepted, so a prepared data
-    set keeps its name.
+    If a folder holds no clips of these kinds, video files and folders of frames are both accepted, so a prepared copy
+    of a data set can be read with the same recipe.
     """
 
     clips: tuple[str, ...]
@@ -30,7 +30,8 @@ RECIPES: dict[str, Recipe] = {
     "folder": Recipe((VIDEOS, FRAMES), "auto", "resize_then_center_crop", False),
     # No flip: a mirrored "moves left" would keep its label but move right.
     "demo": Recipe((VIDEOS,), "class_folders", "resize_then_center_crop", False),
-    # Clips of a list of captions; labels are caption numbers. No flip: captions may say left and right.
+    # Clips named in a list of captions; a clip's label is the number of its caption. No flip: captions may say left
+    # and right.
     CAPTIONED: Recipe((VIDEOS, FRAMES), CAPTIONED, "resize_then_center_crop", False),
 }
 LABEL_CHOICES = ("auto", "class_folders", "file_name", "none")  # of `data.labels`; see labels.LABEL_RULES

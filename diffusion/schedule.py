@@ -43,12 +43,12 @@ BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 def respace_timesteps(num_steps: int, respacing: str) -> list[int]:
-    """Returns the timesteps, of `num_steps`, that `respacing` keeps, ascending.
+    """Returns in ascending order which of `num_steps` timesteps `respacing` keeps.
 
     Args:
-        respacing: "" keeps all; "250" keeps 250 evenly spaced ones, ends included; "10,15,20" keeps so many in each
-            of three equal sections; "ddim50" keeps every k-th from 0, for an integer k that gives 50. Raises
-            ValueError for any other string, or too few steps.
+        respacing: "" keeps all; "250" keeps 250 evenly spaced ones, ends included; "10,15,20" splits the steps
+            into three equal sections and keeps 10 of the first, 15 of the second and 20 of the third; "ddim50" keeps
+            every k-th from 0, for an integer k that gives 50. Raises ValueError for any other string, or too few steps.
     """
     respacing = respacing.strip()
     if not respacing:
@@ -100,7 +100,7 @@ def _spread(size: int, count: int) -> list[int]:
 
 
 def respace_betas(betas: Tensor, kept: list[int]) -> Tensor:
-    """Returns (len(kept),) betas of the process with `betas` (T,) reduced to its `kept` steps."""
+    """Returns the betas (len(kept),) of a process that keeps only the steps `kept` of the one with `betas` (T,)."""
     alphas_cumprod = torch.cumprod(1 - betas, 0)[kept]
     return 1 - alphas_cumprod / functional.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
 
@@ -108,8 +108,8 @@ def respace_betas(betas: Tensor, kept: list[int]) -> Tensor:
 def gaussian_tables(betas: Tensor) -> dict[str, Tensor]:
     """Returns all tables computed from `betas` (T,): name -> (T,) float64.
 
-    Posterior q(x_{t-1} | x_t, x_0): Ho et al. 2020, eq. 6 and 7. Its variance is 0 at t = 0, so its logarithm there
-    is that of t = 1 ("clipped").
+    Posterior q(x_{t-1} | x_t, x_0): Ho et al. 2020, eq. 6 and 7. Its variance is 0 at t = 0, so the log variance
+    of t = 1 is used there too ("clipped").
     """
     alphas_cumprod = torch.cumprod(1 - betas, 0)
     previous = functional.pad(alphas_cumprod[:-1], (1, 0), value=1.0)

@@ -1,8 +1,8 @@
 """Solvers run by diffusers, which is imported only when one is used.
 
-MULTISTEP_SOLVERS get our process's predicted clean clip and noise levels, so they visit the same timesteps as our own
-methods. SCHEDULERS are the ten of the official text-to-video script: they choose their own timesteps and give the same
-results as diffusers' pipelines.
+MULTISTEP_SOLVERS are given the noise levels of our process and the clean clips that it predicts, so they visit the same
+timesteps as our own methods. SCHEDULERS are the ten of the official text-to-video script: they choose their own
+timesteps and give the same results as diffusers' pipelines.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ FIXED_VARIANCE = "fixed_large"  # for DDPM if the network learns no variance
 
 
 def build_multistep_solver(name: str, noise_levels: Sequence[float], *, flow: bool) -> Any:
-    """Returns a scheduler for one sampling run; it stores the clean clips of its last steps.
+    """Returns a scheduler for one sampling run only, as it remembers the clean clips predicted in the last steps.
 
     Args:
-        noise_levels: T + 1, ascending from 0 (the end of sampling): times if `flow`, else noise-to-signal ratios.
+        noise_levels: T + 1 values that ascend from 0, where sampling ends. They are times if `flow`, else
+            noise-to-signal ratios.
     """
     import diffusers  # slow to import
 

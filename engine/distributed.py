@@ -89,7 +89,7 @@ def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
         if not has_agent():
             socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)  # torch would retry for minutes
         joining = ThreadPoolExecutor(1).submit(next, dist.rendezvous("env://", timeout=patience))
-        found, _, _ = joining.result(None if has_agent() else 1.5 * MEET_S)  # a foreign server may not
+        found, _, _ = joining.result(None if has_agent() else 1.5 * MEET_S)  # a foreign server may never answer
         # torchrun's store outlives restarts: without its own prefix, a restart may find old addresses
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
         if not has_agent():
@@ -109,7 +109,7 @@ def set_timeout(timeout_s: float) -> None:
 
 
 def close_world() -> None:
-    """Leaves the process group. Not after an error: a rank that failed must not wait for the others."""
+    """Leaves the process group. Do not call it after an error: a rank that failed must not wait for the others."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -173,8 +173,8 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype | None = No
     """Shards the parameters of `model` over all ranks in place: FSDP2, by block of `model.blocks`.
 
     Args:
-        compute_dtype: of the gathered parameters; bf16 halves the traffic. Parameters are stored and
-            gradients summed in their own dtype. Inputs are not cast: timesteps need their precision.
+        compute_dtype: of the gathered parameters; bf16 halves the traffic. Stored parameters and sums of
+            gradients are not cast to it. Inputs are not cast: timesteps need their precision.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import, with all of sympy
 
@@ -188,9 +188,10 @@ def shard(model: nn.Module, world: World, compute_dtype: torch.dtype | None = No
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees parameters gathered by forward passes without a backward pass, which the root group would keep.
+    """Frees the gathered parameters that the root group keeps after forward passes without a backward pass.
 
-    Also clears the recorded order of these passes, by which the next backward would prefetch (private in torch 2.11).
+    Also clears the recorded order of these passes; else the next backward pass would prefetch in that order. Uses
+    private attributes of torch 2.11.
     """
     state = model._get_fsdp_state()  # type: ignore[operator]
     if state._is_root is None:  # no forward has run yet
@@ -213,9 +214,9 @@ def gather_shards(tensors: Mapping[str, Tensor], *, copy: bool = False) -> dict[
 
 
 def shards_like(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `weights` on the devices of `own` and sharded alike.
+    """Returns `weights`, each on the device of the tensor of the same name in `own` and sharded like it.
 
-    Those with another name or shape stay unchanged, for the loader to refuse.
+    Weights with no tensor of the same name and shape in `own` are returned unchanged; the loader refuses them.
     """
     placed = dict(weights)
     for name, value in weights.items():

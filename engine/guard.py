@@ -33,7 +33,8 @@ class Bounds(NamedTuple):
     def judge(self, bad: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Returns device scalars: whether to skip the step, and the norm to clip to.
 
-        `bad`: anything is non-finite, on any rank; `norm`: of the whole gradient, in float64 as on the host.
+        `bad`: anything is non-finite, on any rank; `norm`: of the whole gradient, in float64, so that device and host
+        judge alike.
         """
         spike, limit = norm > self.spike, torch.full_like(norm, self.limit)
         if self.clip_spikes:
@@ -104,10 +105,10 @@ class StepGuard:
 
 
 def gather_findings(loss: Tensor, norm: Tensor, signal: int, failed: bool) -> Tensor:
-    """Returns findings on one step over all ranks, float64 (4,) on the device: one collective, not waited for.
+    """Combines the findings of all ranks on one step in one collective; returns them without waiting for the device.
 
-    In order: a loss or gradient is non-finite; the gradient norm, or 0 for NaN; the stop signal, or 0; a checkpoint
-    write failed.
+    They are a float64 tensor (4,) on the device: whether any loss or gradient is non-finite; the gradient norm (0 if
+    NaN); the stop signal (0 if none); whether a checkpoint write failed.
     """
     bad = ~(loss.isfinite() & norm.isfinite())
     own = [bad.double(), norm.double().nan_to_num(0.0)]
@@ -146,7 +147,7 @@ class InFlight:
 
 @torch.no_grad()
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Returns a checksum of each tensor, which one flipped bit changes."""
+    """Returns a checksum of each tensor; flipping any one bit of the tensor changes it."""
     sums = [value.contiguous().view(torch.uint8).view(-1) for value in tensors.values()]
     words = [bits.view(torch.int32) if bits.numel() % 4 == 0 else bits for bits in sums]
     return dict(zip(tensors, torch.stack([word.sum(dtype=torch.int64) for word in words]).tolist(), strict=True))

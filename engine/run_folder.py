@@ -155,8 +155,8 @@ class NullLogger:
 class RunLogger:
     """The log of one run in `folder`.
 
-    metrics.jsonl holds one object per line, its `kind` `train` or a callback's. A resume at step s drops the lines
-    after s, which will be written again. TensorBoard tags are `<kind>/<name>`.
+    metrics.jsonl holds one object per line; its `kind` is `train` or the `kind` of a callback. A resume at step s drops
+    the lines of later steps, which will be written again. TensorBoard tags are `<kind>/<name>`.
     """
 
     def __init__(self, folder: Path, *, start: int, total: int) -> None:
@@ -233,7 +233,7 @@ class RunLogger:
 
 
 def read_rows(file: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Returns the rows of `kind` in a metrics.jsonl, in order; rows without one count as `train`."""
+    """Returns the rows of `kind` in a metrics.jsonl, in order; a row with no `kind` counts as `train`."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [row for row in rows if row.get("kind", "train") == kind]
 

@@ -1,4 +1,6 @@
-"""Detectors: the networks whose features metrics compare, from local files identified by SHA-256; never downloaded.
+"""Detectors: the networks whose features the metrics compare.
+
+They are read from local files, identified by SHA-256, and never downloaded.
 
 Letters: B samples, T frames per clip, H W height and width in pixels, D features or classes.
 """
@@ -163,15 +165,16 @@ class Detector:
         features = self.run(pixels, **self.spec.arguments)
         if tuple(features.shape) != (len(pixels), self.dims) or not features.isfinite().all():
             raise ValueError(
-                f"{self.path}: {self.name} gave {tuple(features.shape)} for {len(pixels)} {self.input}s, not finite "
-                f"({len(pixels)}, {self.dims}): it is not the expected network."
+                f"{self.path}: {self.name} must give finite features ({len(pixels)}, {self.dims}) for {len(pixels)} "
+                f"{self.input}s, but gave shape {tuple(features.shape)} or non-finite values: it is not the expected "
+                "network."
             )
         return features
 
     @torch.inference_mode()
     def run(self, pixels: Tensor, **arguments: bool) -> Tensor:
         """Runs the network with `arguments` and without checks; returns float32 on the CPU."""
-        # forward, not __call__: hooks are not part of the checked graph
+        # forward, not __call__: that would also run hooks, which the check of the file does not see
         try:
             with _full_precision(self.device):
                 return self.network.forward(pixels, **arguments).float().cpu()

@@ -138,7 +138,7 @@ def load_generator(request: Request, device: torch.device) -> Generator:
 
 
 def write_samples(generator: Generator, request: Request) -> list[dict[str, Any]]:
-    """Writes each batch as it is sampled, then the overview; returns `videos` for samples.json."""
+    """Writes each batch as it is sampled, then the overview; returns what samples.json lists under `videos`."""
     wanted, facts = request.config.sample, describe_labels(generator.conditions, request.config)
 
     def name(index: int) -> str:

@@ -163,7 +163,7 @@ class WrongSize(nn.Module):
 @pytest.mark.parametrize(
     ("network", "kind", "shape", "sentence"),
     [
-        (WrongSize(), "i3d", (2, 16, 3, 8, 8), "i3d gave .*not finite (2, 400)"),
+        (WrongSize(), "i3d", (2, 16, 3, 8, 8), "i3d must give finite features (2, 400) .* gave shape (2, 1024) or "),
         (StubInception(), "inception", (1, 3, 2, 2), "inception cannot take (1, 3, 2, 2): "),
     ],
 )

@@ -51,7 +51,7 @@ def i3d(tmp_path: Path) -> Path:
 def test_G8_a_detector_that_gives_nan(tmp_path: Path, side: str, capsys: pytest.CaptureFixture[str]) -> None:
     broken = write_network(BrokenI3D(), tmp_path / "broken.pt")
     sides = {name: clips(tmp_path / name, 4, dark=name == side) for name in ("real", "fake")}
-    with pytest.raises(ValueError, match=r"broken.pt: i3d gave .* not finite"):
+    with pytest.raises(ValueError, match=r"broken.pt: i3d must give finite .* or non-finite values"):
         measured(tmp_path, sides["real"], sides["fake"], broken)
     assert not (tmp_path / "result.json").exists()
     assert "fvd16_16f" not in capsys.readouterr().out

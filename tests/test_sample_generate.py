@@ -221,7 +221,7 @@ def test_settings_that_do_not_fit_are_refused(
         (["sample.guidance_scale=2", "sample.guidance_interval=[0.8,0.2]"], "guidance_interval must be two numbers"),
         (["sample.method=heun"], "does not belong to diffusion.prediction=x_start: use auto, ddpm, ddim, dpm_solver"),
         ([*FLOW, "sample.method=ddim"], "use auto, euler, heun, dpm_solver"),
-        (["sample.cast_weights=true"], r"cast_weights=true holds .* set that to bf16"),
+        (["sample.cast_weights=true"], r"cast_weights=true stores .* set sample.precision to bf16"),
         (["model.num_classes=0", "sample.label_rule=random"], "label_rule=random: this network is unconditional"),
     ],
 )

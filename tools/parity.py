@@ -1,6 +1,8 @@
-"""Comparisons with golden tensors of the official implementation: one function per golden file yields quantities.
+"""Comparisons with golden tensors of the official implementation.
 
-The command is `tools.check_parity`. Letters: B clips, F frames, I images, C channels, H W.
+For each golden file, one function yields the quantities to compare. The command is `tools.check_parity`.
+
+Letters: B clips, F frames, I images, C channels, H W.
 """
 
 from __future__ import annotations
@@ -171,7 +173,7 @@ def run_forward(golden: Goldens, network: Network) -> Tensor:
 
 
 def run_guided(golden: Goldens, network: Network) -> Tensor:
-    """Returns the output of the official guided method: guided noise in both halves, other channels from each half."""
+    """Returns the official guided output: the guided noise in both halves, and each half's own other channels."""
     channels, null_label = golden.config["in_channels"], golden.config["num_classes"]
     x, _ = golden["cfg_x"].chunk(2)  # the official code ignores the second half
     (timesteps, null_timesteps), (labels, null_labels) = golden["cfg_t"].chunk(2), golden["cfg_y"].chunk(2)
@@ -242,7 +244,8 @@ def check_single_steps(golden: Goldens) -> Iterator[Quantity]:
         return function(diffusion, model, golden["x_t"], golden["step_t"], options).x
 
     yield Quantity("ddpm/sample", partial(step, ddpm_step))
-    for pattern in (r"ddim/eta(0+\.?0*)/sample", r"ddim/eta(0*\.?0*[1-9][\d.]*)/sample"):  # both must be present
+    # eta 0, then eta above 0: the file must have goldens of both
+    for pattern in (r"ddim/eta(0+\.?0*)/sample", r"ddim/eta(0*\.?0*[1-9][\d.]*)/sample"):
         for match in golden.matches(pattern):
             yield Quantity(match[0], partial(step, ddim_step, float(match[1])))
     yield Quantity("ddim_reverse", partial(step, ddim_reverse_step))

@@ -103,9 +103,10 @@ class TrainConfig:
     keep_last: int = 2  # newest checkpoints kept; 0 keeps all
     keep_every: int = 0  # also keeps those at multiples of this step; 0: off
     async_checkpoint: bool = False  # write them in a background thread while training continues
-    resume: str = "auto"  # auto: newest checkpoint in output_dir | never | a checkpoint to start from if there is none
+    resume: str = "auto"  # auto: newest checkpoint in output_dir | never | a checkpoint to use if output_dir has none
     init_from: str | None = None  # weights only: our checkpoint, an official .pt, or an image DiT's
-    temporal_ramp_steps: int = 0  # text network from an image network: steps over which temporal positions fade in
+    # steps over which temporal positions fade in, for a text network that starts from an image network
+    temporal_ramp_steps: int = 0
     seed: int = 0
     precision: str = "fp32"  # fp32 | tf32 | bf16 (autocast over fp32 weights) | fp64 (for exact comparisons)
     compile: bool = False  # torch.compile each block in place
@@ -192,7 +193,7 @@ class SampleConfig:
         check_limits(self, "sample.", SAMPLE_LIMITS)
         require(
             not (self.cast_weights and self.precision == "fp32"),
-            "sample.cast_weights=true holds the weights in sample.precision: set that to bf16 or fp16.",
+            "sample.cast_weights=true stores the weights in sample.precision: set sample.precision to bf16 or fp16.",
         )
         check_read_only_with(self, "sample.", SAMPLE_OWNERS)
         check_frame_keys(self, "sample.")
