@@ -46,6 +46,7 @@ CONVERT = "`python -m tools.convert checkpoint` extracts only the weights, given
 DISTRUST = "weights need none: ask the file's author for only its `ema` or `model` dictionary of tensors"
 
 WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel, torch.compile
+RELEASED = "https://huggingface.co/maxin-cn/Latte"  # ffs.pt, skytimelapse.pt, taichi-hd.pt, ucf101.pt
 PIXART_KEYS = ("state_dict_ema", "state_dict")  # of the `.pth` files that PixArt's training writes
 TABLES = {  # position table -> advice if its shape does not match
     "pos_embed": "for another latent size: set data.image_size as in training",
@@ -129,7 +130,8 @@ def read_state_dict(path: str | Path, prefer: str = "ema", ignored: Iterable[str
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {path}")
+        released = f"; the released weights are at {RELEASED}" if path.suffix == ".pt" else ""
+        raise FileNotFoundError(f"there is no checkpoint file {path}{released}")
     content = read_safetensors(path) if path.suffix == ".safetensors" else load_pickled(path, ignored)
     sets: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
     kind = next((key for key in (prefer, "ema", "model", *PIXART_KEYS) if isinstance(sets.get(key), Mapping)), None)

@@ -7,6 +7,6 @@ PATH="$PWD/.venv/bin:$PATH" # from `make setup`, if it exists
 
 python sample/sample.py \
     --config configs/sky/sky_sample.yaml \
-    --ckpt "${CKPT:-share_ckpts/sky.pt}" \
+    --ckpt "${CKPT:-share_ckpts/skytimelapse.pt}" \
     --save_video_path "${OUT:-results/sky_samples}" \
     "$@"

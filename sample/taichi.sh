@@ -7,6 +7,6 @@ PATH="$PWD/.venv/bin:$PATH" # from `make setup`, if it exists
 
 python sample/sample.py \
     --config configs/taichi/taichi_sample.yaml \
-    --ckpt "${CKPT:-share_ckpts/taichi.pt}" \
+    --ckpt "${CKPT:-share_ckpts/taichi-hd.pt}" \
     --save_video_path "${OUT:-results/taichi_samples}" \
     "$@"
