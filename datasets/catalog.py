@@ -88,7 +88,8 @@ def find_clips(
     """
     for folder, files in _walk(root, left_out):
         suffix = {file: Path(file).suffix.lower() for file in files}
-        clips = [f for f in files if VIDEOS in kinds and suffix[f] in suffixes]
+        grids = ["samples.gif"] if "samples.json" in files else []  # all of the sampled videos next to it
+        clips = [f for f in files if VIDEOS in kinds and suffix[f] in suffixes and f not in grids]
         clips += [f for f in files if ARRAYS in kinds and suffix[f] == ARRAY_SUFFIX and Path(f).stem.isdecimal()]
         frames = [f for f in files if FRAMES in kinds and suffix[f] in IMAGE_SUFFIXES]
         taken = set(clips or frames)

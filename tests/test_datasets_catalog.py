@@ -297,3 +297,10 @@ def test_a_folder_of_splits_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"name one, .*/test or .*/train"):
         build_catalog(config(tmp_path, name))
     assert all("train" not in clip.name for clip in build_catalog(config(tmp_path / "train", name)).clips)
+
+
+def test_the_overview_of_sampled_videos_is_no_clip(tmp_path: Path) -> None:
+    touch(tmp_path, "0000.mp4", "0001.mp4", "samples.gif", "samples.json", "alone/samples.gif")
+    catalog = build_catalog(config(tmp_path, "folder", labels="none"))
+    assert [clip.name for clip in catalog.clips] == ["0000.mp4", "0001.mp4", "alone/samples.gif"]
+    assert catalog.skipped == {"*.gif": 1, "*.json": 1}
