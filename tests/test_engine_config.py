@@ -40,6 +40,7 @@ def test_every_shipped_config_loads(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
+        ("diffusion={}", "sets nothing"),
         ("train.precision=half", "fp32, tf32, bf16"),
         ("train=3", "section"),
         ("model.name=Latte-M/2", "model.name"),

@@ -69,6 +69,8 @@ def _read_override(override: str) -> Any:
 
     key, equals, value = override.partition("=")
     require(bool(equals and key.strip()), f"{override!r} is not an override: write section.key=value.")
+    empty = value.replace(" ", "") == "{}"
+    require(not empty, f"{override!r} sets nothing: an empty section changes no key; name the keys to reset.")
     try:
         _check_yaml(value, f"the value of {key}")
         return OmegaConf.to_container(OmegaConf.from_dotlist([override]))
