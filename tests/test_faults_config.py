@@ -435,7 +435,7 @@ def test_H5_memory_is_that_of_the_machine_or_its_container(tmp_path: Path, monke
         (
             train.main,
             ["--dry-run", "data.image_size=16384", "codec.downsample_factor=1", "model.hidden_size=8"],
-            "too many for attention",
+            "too many for spatial attention",
         ),
         (
             plan.main,

@@ -610,7 +610,7 @@ def test_D11_total_of_many_small_bombs(tmp_path: Path) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as content:
         for number in range(20):
             content.writestr(f"{number}.png", bytes(2**20))
-    with pytest.raises(VideoError, match=r"its \d+ bytes unpack to 20971520, more than 200 times more"):
+    with pytest.raises(VideoError, match=r"its \d+ bytes unpack to 20971520, more than 200 times as many"):
         unpack(file, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [file]
 

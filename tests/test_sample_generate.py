@@ -399,7 +399,7 @@ def test_sizes_of_the_configuration_are_those_of_the_videos(tmp_path: Path, caps
     expected = contact_sheet(generator.sample(num=1, steps=5, image_size=12, num_frames=5), ["class-000"])
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "samples.png")), expected)
     assert len(open_video(tmp_path / "out" / "0000_class-000.mp4")) == 5
-    said = "sampling 5 frames of 12 pixels with a network that was trained on 4 frames of 8 pixels"
+    said = "sampling 5 frames of 12 pixels with a network trained on 4 frames of 8 pixels"
     assert said in capsys.readouterr().err
 
 
