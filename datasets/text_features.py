@@ -33,7 +33,7 @@ TENSOR = "features"  # name of the tensor in a shard
 
 
 class Place(NamedTuple):
-    """Where the words of one caption are stored."""
+    """Position of one caption's features: shard, first row and number of tokens."""
 
     shard: int
     first: int

@@ -22,7 +22,8 @@ from . import launchers
 from .errors import INTERRUPTED_EXIT, MISTAKE_EXIT, TrainingAborted
 from .signals import die_with_parent
 
-NOISY = ("bitsandbytes", "diffusers.quantizers")  # loggers of optional packages whose warnings do not concern the user
+# loggers whose warnings, about optional packages, do not concern the user
+NOISY = ("bitsandbytes", "diffusers.quantizers", "torch.utils._pytree")
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
