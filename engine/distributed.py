@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -81,15 +82,17 @@ def has_agent() -> bool:
 
 
 def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """Returns the process group's store. Without torchrun, every rank must join within MEET_S."""
+    """Returns the process group's store. Without torchrun, every rank must join within MEET_S.
+
+    A foreign server at the port may never answer, so torch's own timeout is not enough.
+    """
     where = f"MASTER_ADDR:MASTER_PORT={os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     remedy = f"Start all {size} with the same command; if the port is in use, set another MASTER_PORT for all ranks."
     patience = timeout if has_agent() else timedelta(seconds=MEET_S)
     try:
         if not has_agent():
             socket.getaddrinfo(os.environ.get("MASTER_ADDR"), None)  # torch would retry for minutes
-        joining = ThreadPoolExecutor(1).submit(next, dist.rendezvous("env://", timeout=patience))
-        found, _, _ = joining.result(None if has_agent() else 1.5 * MEET_S)  # a foreign server may never answer
+        found = call_within(None if has_agent() else 1.5 * MEET_S, open_store, patience)
         # torchrun's store outlives restarts: without its own prefix, a restart may find old addresses
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
         if not has_agent():
@@ -100,6 +103,26 @@ def meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
         raise OSError(f"rank {rank} of {size} cannot reach the others at {where}: {reason}. {remedy}") from None
     found.set_timeout(timeout)
     return store
+
+
+def open_store(patience: timedelta) -> dist.Store:
+    """Returns the store at MASTER_ADDR and MASTER_PORT."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+    return store
+
+
+def call_within(seconds: float | None, function: Callable[..., T], *arguments: Any) -> T:
+    """Returns `function(*arguments)`, called in a thread that does not keep a process alive; or raises TimeoutError."""
+    result: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function(*arguments))
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return result.result(seconds)
 
 
 def set_timeout(timeout_s: float) -> None:
