@@ -1,6 +1,6 @@
 """Train Latte on the latents of video clips.
 
-    torchrun --nproc_per_node=8 train.py --config configs/ffs/ffs_train.yaml data.path=data/ffs
+    bash train_scripts/ffs_train.sh data.path=data/ffs/train                   # one process per GPU
     python train.py --config configs/demo/demo_train.yaml train.max_steps=100    # one process
     python train.py --config configs/ffs/ffs_train.yaml --dry-run                # config, parameters, cost
 

@@ -1,6 +1,6 @@
 """Train Latte with Lightning's loop; configs, results and checkpoints are those of train.py.
 
-    torchrun --nproc_per_node=8 train_pl.py --config configs/ffs/ffs_train.yaml data.path=data/ffs
+    python train_pl.py --config configs/ffs/ffs_train.yaml data.path=data/ffs/train    # one process per GPU
 
 Each script can resume the other's runs. Needs the extra `lightning` (`make setup` installs it).
 """

@@ -1,6 +1,6 @@
 """Train Latte on video clips and single images together (paper section 3.4).
 
-    torchrun --nproc_per_node=8 train_with_img.py --config configs/ffs/ffs_img_train.yaml data.path=data/ffs
+    bash train_scripts/ffs_img_train.sh data.path=data/ffs/train
 
 Repeat the command to resume an interrupted run.
 """

@@ -1,6 +1,6 @@
 """Train Latte on clips and single images together with Lightning's loop, like train_with_img.py.
 
-    torchrun --nproc_per_node=8 train_with_img_pl.py --config configs/ffs/ffs_img_train.yaml data.path=data/ffs
+    python train_with_img_pl.py --config configs/ffs/ffs_img_train.yaml data.path=data/ffs/train
 
 Each script can resume the other's runs. Needs the extra `lightning` (`make setup` installs it).
 """

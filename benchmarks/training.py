@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from common.checks import require
 from engine.distributed import close_world, init_world
 
 from . import attention, profile, report, sampling
@@ -224,6 +225,7 @@ GPU = (  # benchmarks that `gpu` runs in bf16, and their batch sizes; 5 is that 
 
 def gpu(workload: Workload, timer: Timer, arguments: argparse.Namespace) -> Iterator[Table]:
     """Yields the tables for one GPU until MINUTES have passed."""
+    require(timer.device.type == "cuda" or arguments.device, "gpu: no CUDA device found: use --device cpu.")
     end = time.monotonic() + 60 * MINUTES
     for measure, batch in dict(GPU).items() if arguments.quick else GPU:
         batch = 1 if arguments.quick else batch

@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
     require(videos >= 64, f"--videos must be at least 64 to tell 95 % from 90 %, got {videos}.")
 
     python = sys.executable
-    launcher = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [python, "-m", "engine.elastic", "--standalone", f"--nproc_per_node={processes}"]
     batch = load_config(ROOT / TRAIN_CONFIG).train.batch_size // processes  # the recipe's global batch, split
     settings = [f"train.output_dir={out / 'train'}", f"train.batch_size={batch}"]
     sampler = [python, "sample/sample.py", "--num_videos", str(videos), "--save_video_path"]

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_stage(name: str, command: list[str]) -> float:
     """Runs a command of the repository from its root; returns the seconds it took. Raises ValueError if it fails."""
     print(f"\n== {name}\n$ " + " ".join(["python" if part == sys.executable else part for part in command]), flush=True)
-    threads = {"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {}
+    threads = {"OMP_NUM_THREADS": "1"} if "engine.elastic" in command else {}
     start = time.perf_counter()
     code = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **threads}).returncode
     if code:

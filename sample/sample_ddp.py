@@ -1,6 +1,6 @@
 """Sample many videos on any number of processes; after an interruption, the same command continues.
 
-    torchrun --nproc_per_node=8 sample/sample_ddp.py --ckpt results/run --num_videos 2048 --save_video_path OUT
+    python -m engine.elastic --nproc_per_node=8 sample/sample_ddp.py --ckpt results/run --save_video_path OUT
     python sample/sample_ddp.py --config configs/ffs/ffs_sample.yaml --ckpt ffs.pt --num_videos 2048
 
 Writes exactly --num_videos videos, OUT/videos/000000.mp4, ..., each a function of (seed, index), and

@@ -109,6 +109,9 @@ def test_the_gpu_bench_runs_where_little_is_installed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        pytest.param(
+            ["gpu"], "no CUDA device found", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")
+        ),
         (["train", "--batch", "0"], "--batch must be at least 1"),
         (["train", "--size", "Latte-M/2"], "Latte-M/2"),
         (["train", "--quick", "--size", "Latte-S/2"], "--quick sets its own tiny sizes: omit --size"),

@@ -503,7 +503,7 @@ WRONG = [  # flags, sentence
     (["--dataset", "kinetics"], "--dataset: 'kinetics' is unknown, use one of ffs, sky"),
     (["--checks", "flor"], "--checks: 'flor' is unknown, use floor, shuffle"),
     (["--report", "video"], "--report: 'video' is unknown, use clip, frame"),
-    (["--gpus", "4"], "--gpus 4: start that many processes with torchrun --nproc_per_node=4"),
+    (["--gpus", "4"], "--gpus 4: start that many processes with python -m engine.elastic --nproc_per_node=4"),
     (["--num_runs", "2", "--seeds", "0,1"], "give only one of them"),
     (["--detector", "i4d=x.pt"], "there is no detector 'i4d'"),
     (["--detector", "i3d=gone.pt"], "there is no detector file gone.pt; nothing is downloaded"),

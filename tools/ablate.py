@@ -110,8 +110,8 @@ def train(arm: Sequence[str], seed: int, budget: Budget) -> Path:
     overrides = list_overrides(arm, seed, budget)
     config = load_config(budget.base, overrides)
     script = "train_with_img.py" if config.data.num_images else "train.py"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={budget.processes}"]
-    launcher = [sys.executable, *(torchrun if budget.processes > 1 else [])]
+    ranks = ["-m", "engine.elastic", "--standalone", f"--nproc_per_node={budget.processes}"]
+    launcher = [sys.executable, *(ranks if budget.processes > 1 else [])]
     code = subprocess.run([*launcher, str(ROOT / script), "--config", str(budget.base), *overrides]).returncode
     folder = Path(config.train.output_dir)
     if (folder / "PREEMPTED").exists():
@@ -198,7 +198,7 @@ def parse(argv: list[str]) -> tuple[list[Comparison], Budget]:
     add("--out", type=Path, default=Path("results/ablations"), help="folder to write (%(default)s)")
     add("--steps", type=int, default=600, help="optimiser steps per run (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="each arm is trained once per seed (0)")
-    add("--processes", type=int, default=1, help="torchrun processes, which share the base's batch (%(default)s)")
+    add("--processes", type=int, default=1, help="processes, which share the base's batch (%(default)s)")
     add("--videos", type=int, default=64, help="samples for the accuracies on the demo set; 0: none (%(default)s)")
     arguments = parser.parse_intermixed_args(argv)
     check_limits(arguments, "--", {"steps processes": at_least(1), "videos": at_least(0)})

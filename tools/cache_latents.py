@@ -1,8 +1,8 @@
 """Encodes a data set once: latent mean and deviation of every frame, also mirrored if the recipe flips clips.
 
     python -m tools.cache_latents --config configs/ffs/ffs_train.yaml data.path=/data/ffs --out /data/ffs_latents
-    torchrun --nproc_per_node=8 -m tools.cache_latents --config ... --out ...
-    torchrun --nproc_per_node=8 train.py --config ... data.latents=/data/ffs_latents
+    python -m engine.elastic --nproc_per_node=8 -m tools.cache_latents --config ... --out ...
+    bash train_scripts/launch.sh train.py ... data.latents=/data/ffs_latents
 
 Run the same command again after any interruption: finished shards are kept. docs/latents.md describes the format and
 the settings that may change between caching and training.

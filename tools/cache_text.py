@@ -1,8 +1,8 @@
 """Encodes every caption of a data set once.
 
     python -m tools.cache_text --config configs/t2x/t2v_train.yaml data.path=/data/webvid --out /data/webvid_text
-    torchrun --nproc_per_node=8 -m tools.cache_text --config ... --out ...
-    torchrun --nproc_per_node=8 train.py --config ... text.features=/data/webvid_text
+    python -m engine.elastic --nproc_per_node=8 -m tools.cache_text --config ... --out ...
+    bash train_scripts/launch.sh train.py ... text.features=/data/webvid_text
 
 Encodes the captions of clips, image-text pairs, held-out clips and `sample.labels`, and the empty caption.
 Run the same command again after any interruption: finished shards are kept. docs/text_to_video.md describes the format.

@@ -2,7 +2,7 @@
 
     python -m tools.calc_metrics_for_dataset --real_data_path A --fake_data_path B --metrics fvd2048_16f,fid50k_full \\
         --protocol latte --dataset ffs --detector i3d_torchscript.pt --detector inception-2015-12-05.pt
-    torchrun --nproc_per_node=8 -m tools.calc_metrics_for_dataset ...            the same numbers, faster
+    python -m engine.elastic --nproc_per_node=8 -m tools.calc_metrics_for_dataset ...       the same numbers, faster
 
 A and B are folders that hold, at any depth, videos, folders of frames, or the arrays that sample/sample_ddp.py writes.
 Writes the result and, next to it, the list of the clips that were read (`*.manifest.json`).
@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=2, metavar="N", help="loader processes per rank (%(default)s)")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads per rank; change the last bits (%(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if available")
-    add("--gpus", type=int, metavar="N", help="official flag; use torchrun --nproc_per_node instead")
+    add("--gpus", type=int, metavar="N", help="official flag; refused, with the command to use")
     add("--mirror", type=parse_switch, default=False, metavar="0|1", help="official flag; has no effect, as there")
     add("--verbose", type=parse_switch, default=sys.stderr.isatty(), metavar="0|1", help="show progress")
     return parser
@@ -138,7 +138,7 @@ def check_arguments(arguments: argparse.Namespace) -> list[Metric]:
     gpus = arguments.gpus or 1
     require(
         gpus <= 1 or gpus == int(os.environ.get("WORLD_SIZE", "1")),
-        f"--gpus {gpus}: start that many processes with torchrun --nproc_per_node={gpus} "
+        f"--gpus {gpus}: start that many processes with python -m engine.elastic --nproc_per_node={gpus} "
         "-m tools.calc_metrics_for_dataset; the result is the same",
     )
     both = arguments.seeds and arguments.num_runs

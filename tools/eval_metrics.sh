@@ -11,7 +11,7 @@ if [ -z "${REAL:-}" ] || [ -z "${FAKE:-}" ]; then
     exit 2
 fi
 
-torchrun --standalone --nproc_per_node="${GPUS:-1}" -m tools.calc_metrics_for_dataset \
+python -m engine.elastic --standalone --nproc_per_node="${GPUS:-1}" -m tools.calc_metrics_for_dataset \
     --real_data_path "$REAL" \
     --fake_data_path "$FAKE" \
     --metrics "${METRICS:-fvd2048_16f,fid50k_full}" \
