@@ -2,8 +2,8 @@
 
     python -m demo [--out results/demo] [--videos 96] [--processes 2]
 
-Draws the data, trains a small class-conditional Latte from scratch with torchrun, samples it and the shipped
-weights, scores the samples with the tracker in demo/drawn.py, and writes mp4s, contact sheets, a loss curve,
+Draws the data, encodes it once, trains a small class-conditional Latte from scratch with torchrun, samples it and the
+shipped weights, scores the samples with the tracker in demo/drawn.py, and writes mp4s, contact sheets, a loss curve,
 metrics.json and index.html. A second run continues or reuses existing results.
 """
 
@@ -122,10 +122,12 @@ def main(argv: list[str]) -> None:
     python = sys.executable
     launcher = [python, "-m", "engine.elastic", "--standalone", f"--nproc_per_node={processes}"]
     batch = load_config(ROOT / TRAIN_CONFIG).train.batch_size // processes  # the recipe's global batch, split
-    settings = [f"train.output_dir={out / 'train'}", f"train.batch_size={batch}"]
+    latents = str(out / "latents")
+    settings = [f"train.output_dir={out / 'train'}", f"train.batch_size={batch}", f"data.latents={latents}"]
     sampler = [python, "sample/sample.py", "--num_videos", str(videos), "--save_video_path"]
     stages = {
         "data": [python, "-m", "demo.data"],
+        "encoding": [*launcher, "-m", "tools.cache_latents", "--config", TRAIN_CONFIG, "--out", latents],
         "training": [*launcher, "train.py", "--config", TRAIN_CONFIG, *settings],
         "sampling (trained)": [*sampler, str(out / "trained"), "--ckpt", str(out / "train")],
         "sampling (pretrained)": [*sampler, str(out / "pretrained"), "--config", SAMPLE_CONFIG],

@@ -178,6 +178,8 @@ class LatentWriter(CacheWriter):
         source, crumbs = cast(Pixels, dataset.source), Breadcrumbs(out, world.rank)
         self.loader = Loader(clips, len(images), source, self.shape[0], config.data.num_workers, crumbs)
         self.data, self.dtype, self.shard_bytes = config.data, dtype, shard_bytes
+        frame_bytes = self.shape[0] * 12 * config.data.image_size**2
+        self.piece_frames = max(16, PIECE_BYTES // frame_bytes // 16 * 16)  # 16: the usual chunk size
         self.plan: list[StoredClip] = []
         self.frames: list[int] = []  # per shard
 
@@ -255,9 +257,8 @@ class LatentWriter(CacheWriter):
             )
 
     def cut_pieces(self, shard: int) -> Iterator[Piece]:
-        """Yields the clips of a shard, cut into pieces of about PIECE_BYTES."""
-        frame_bytes = self.shape[0] * 12 * self.data.image_size**2
-        size = max(16, PIECE_BYTES // frame_bytes // 16 * 16)  # 16: the usual chunk size
+        """Yields the clips of a shard, cut into pieces of at most `piece_frames`."""
+        size = self.piece_frames
         for number, clip in enumerate(self.plan):
             for first in range(0, clip.frames if clip.shard == shard else 0, size):
                 yield Piece(number, range(first, min(first + size, clip.frames)), clip.frames)
@@ -268,25 +269,41 @@ class LatentWriter(CacheWriter):
         Adds to `record` each clip's runs, the largest rounding error, and the sums of squares of the exact values
         and of the errors. Raises ValueError for non-finite latents; VideoError, with data.strict, for a bad frame.
         """
-        known, errors = record["runs"], record["errors"]
-        for clip, frames, runs in pieces:
-            reason = next((run.reason for run in runs if run.reason), None)
-            if reason and self.data.strict:
-                raise VideoError(self.loader.clips[clip].path, reason)
-            exact = self.encode_frames(frames)
-            stored = exact.to(NUMBER_FORMATS[self.dtype].torch)
-            if not stored.isfinite().all():
-                raise ValueError(
-                    f"latents of {self.plan[clip].name!r} are not finite in {self.dtype}: choose another --dtype, or "
-                    "codec.dtype=fp32"
-                )
-            error = stored.float() - exact
-            errors[0] = max(errors[0], float(error.abs().max()))
-            errors[1] += float(exact.double().square().sum())
-            errors[2] += float(error.double().square().sum())
-            known[clip] = merge_runs([*known.get(clip, []), *runs])
-            bar.update(len(frames))
-            yield stored
+        for batch in self.batch_pieces(pieces):
+            for clip, _, runs in batch:
+                reason = next((run.reason for run in runs if run.reason), None)
+                if reason and self.data.strict:
+                    raise VideoError(self.loader.clips[clip].path, reason)
+            encoded = self.encode_frames(torch.cat([frames for _, frames, _ in batch]))
+            for (clip, frames, runs), exact in zip(batch, encoded.split([len(piece[1]) for piece in batch])):
+                yield self.store(clip, exact, record["errors"])
+                record["runs"][clip] = merge_runs([*record["runs"].get(clip, []), *runs])
+                bar.update(len(frames))
+
+    def batch_pieces(self, pieces: Iterable[LoadedPiece]) -> Iterator[list[LoadedPiece]]:
+        """Yields pieces in order, in lists of at most a full piece's frames: short clips share the codec's chunks."""
+        batch: list[LoadedPiece] = []
+        for piece in pieces:
+            if batch and sum(len(frames) for _, frames, _ in [*batch, piece]) > self.piece_frames:
+                yield batch
+                batch = []
+            batch.append(piece)
+        if batch:
+            yield batch
+
+    def store(self, clip: int, exact: Tensor, errors: list[float]) -> Tensor:
+        """Returns latents in the cache's number format; updates `errors`. Raises ValueError if they are not finite."""
+        stored = exact.to(NUMBER_FORMATS[self.dtype].torch)
+        if not stored.isfinite().all():
+            raise ValueError(
+                f"latents of {self.plan[clip].name!r} are not finite in {self.dtype}: choose another --dtype, or "
+                "codec.dtype=fp32"
+            )
+        error = stored.float() - exact
+        errors[0] = max(errors[0], float(error.abs().max()))
+        errors[1] += float(exact.double().square().sum())
+        errors[2] += float(error.double().square().sum())
+        return stored
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Encodes (T, V, 3, H, W) to (T, V, P, C, h, w) in fp32, each view as a separate clip.
