@@ -6,6 +6,7 @@ import os
 import random
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,13 @@ def _seeded() -> None:
     np.random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+def refuses(sentence: str, call: Callable[..., object], *arguments: Any, **options: Any) -> None:
+    """Checks that the call ends in an error of the user's, in one line that matches `sentence`."""
+    with pytest.raises((ValueError, OSError), match=sentence) as error:
+        call(*arguments, **options)
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from common.storage import (
     write_json,
 )
 from common.text import gigabytes, printable
+from tests.conftest import refuses
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
@@ -60,19 +61,16 @@ def test_a_folder_is_made_once_for_the_same_settings(tmp_path: Path) -> None:
     folder, made = tmp_path / "out", []
 
     def make(seed: int, **options: bool) -> bool:
-        return make_once(
-            folder, {"seed": seed}, lambda new: made.append((new / "clip").write_text(str(seed))), **options
-        )
+        write = lambda new: made.append((new / "clip").write_text(str(seed)))  # noqa: E731
+        return make_once(folder, {"seed": seed}, write, **options)
 
     assert make(0) and not make(0)
-    with pytest.raises(ValueError, match=r"out was made with other settings \(seed: 0 -> 1\)"):
-        make(1)
+    refuses(r"out was made with other settings \(seed: 0 -> 1\)", make, 1)
     assert make(1, replace=True) and len(made) == 2
     assert (folder / "clip").read_text() == "1" and list(tmp_path.iterdir()) == [folder]
     (folder / ".complete.json").unlink()
     for place in (folder, folder / "clip"):
-        with pytest.raises(ValueError, match="holds files that this tool did not make"):
-            make_once(place, {}, lambda new: None, replace=True)
+        refuses("holds files that this tool did not make", make_once, place, {}, lambda new: None, replace=True)
     assert (folder / "clip").read_text() == "1"
 
 
@@ -80,8 +78,7 @@ def test_a_lock_names_its_owner_and_is_released(tmp_path: Path) -> None:
     first, second = FolderLock(tmp_path, "out"), FolderLock(tmp_path, "out")
     first.take()
     owner = (tmp_path / ".lock").read_text().strip()
-    with pytest.raises(OSError, match=re.escape(f"out={tmp_path} is being written by {owner}; stop that run")):
-        second.take()
+    refuses(re.escape(f"out={tmp_path} is being written by {owner}; stop that run"), second.take)
     first.release()
     second.take()
     first.release()  # not its lock any more
@@ -117,5 +114,4 @@ def test_small_helpers(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "there") > 0
     assert gigabytes(1.5e9) == "1.500 GB" and printable("a\n\x1b[1m\u00e9") == "a\\n\\x1b[1m\u00e9"
     require(True, "no")
-    with pytest.raises(ValueError, match=r"^yes$"):
-        require(False, "yes")
+    refuses(r"^yes$", require, False, "yes")
