@@ -1,7 +1,5 @@
 """Networks with the call signatures of the real detectors, as TorchScript files made on the spot."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -26,23 +24,6 @@ class StubI3D(nn.Module):
         if return_features:
             return logits
         return logits.softmax(1)
-
-
-class PublishedI3D(nn.Module):
-    """Zeros against ones is what the real I3D is known to give; everything else is one number."""
-
-    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
-        squared = 151.2565
-        if x.shape[2] == 10:
-            squared = 569.2296
-        if x.shape[2] == 16:
-            squared = 152.9175
-        level = x.float().mean([1, 2, 3, 4])
-        if rescale:
-            level = level / 255 * 2 - 1
-        features = torch.zeros(x.shape[0], 400, device=x.device)
-        features[:, 0] = level * squared**0.5 / 2
-        return features
 
 
 class StubC3D(nn.Module):

@@ -1,7 +1,5 @@
 """A stand-in for the hub: huggingface_hub's functions, called with its own signatures, on folders of this machine."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Iterator

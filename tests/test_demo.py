@@ -1,17 +1,15 @@
 """The demo's report: it measures the mp4s that lie there, and the page shows files that exist."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from demo import __main__ as demo
 from demo.drawn import CLASSES, draw_clip
 from sample.video_io import write_contact_sheet, write_mp4
+from tests.conftest import refuses
 
 
 def test_the_report_measures_the_files_and_the_page_shows_them(tmp_path: Path) -> None:
@@ -44,5 +42,4 @@ def test_the_report_measures_the_files_and_the_page_shows_them(tmp_path: Path) -
 
 
 def test_too_few_videos_are_refused() -> None:
-    with pytest.raises(ValueError, match="--videos must be at least 64"):
-        demo.main(["--videos", "10"])
+    refuses("--videos must be at least 64", demo.main, ["--videos", "10"])

@@ -1,7 +1,5 @@
 """Measurements of given frames: no error in real clips, and a known shift."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

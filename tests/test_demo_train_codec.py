@@ -1,7 +1,5 @@
 """demo/train_codec.py on a tiny set: what it writes is a codec, measured on clips that were kept out."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 
 from demo import data, drawn, train_codec
 from models.autoencoder import CodecConfig, LatentCodec
+from tests.conftest import refuses
 
 
 def test_it_trains_a_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,10 +30,8 @@ def test_it_trains_a_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     latents = codec.encode(held_out.float() / 127.5 - 1)
     assert latents.shape[2:] == (16, 4, 4) and latents.isfinite().all()
     assert latents.mean().item() == pytest.approx(figures["latent_mean"], abs=1e-3)
-    with pytest.raises(ValueError, match="exists already"):
-        train_codec.main(command)
-    with pytest.raises(FileNotFoundError, match="is not a demo set"):
-        train_codec.main(["--data", str(tmp_path), "--out", str(tmp_path / "other")])
+    refuses("exists already", train_codec.main, command)
+    refuses("is not a demo set", train_codec.main, ["--data", str(tmp_path), "--out", str(tmp_path / "other")])
 
 
 def test_the_statistics_are_of_every_channel() -> None:

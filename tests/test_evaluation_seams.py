@@ -1,7 +1,5 @@
 """Seams: one that is there is found, none that is not."""
 
-from __future__ import annotations
-
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 
 from evaluation.seams import frame_changes, main, seam_change
+from tests.conftest import refuses
 
 
 def drifting(videos: int = 8, frames: int = 20) -> np.ndarray:
@@ -57,7 +56,5 @@ def test_the_command_reads_what_sampling_wrote(tmp_path: Path, capsys: pytest.Ca
     ratio = float(capsys.readouterr().out.splitlines()[1].split()[-2])
     assert ratio == pytest.approx(seam_change(videos, [8, 14]).ratio, abs=0.01)
     (tmp_path / "samples.json").write_text(json.dumps(files))
-    with pytest.raises(ValueError, match="sampled in one window"):
-        main([str(tmp_path)])
-    with pytest.raises(ValueError, match="not a folder of samples"):
-        main([str(tmp_path / "nowhere")])
+    refuses("sampled in one window", main, [str(tmp_path)])
+    refuses("not a folder of samples", main, [str(tmp_path / "nowhere")])

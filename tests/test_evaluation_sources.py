@@ -1,7 +1,5 @@
 """Selection of clips and frames: hand-counted folders, brute force, and the pitfalls of other tools."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +26,7 @@ from evaluation.sources import (
     select_frame_windows,
     shuffle_frames,
 )
+from tests.conftest import refuses
 
 
 def rules(metric: str = "fvd2048_16f", protocol: str = "stylegan-v", side: str = "real", seed: int = 0) -> SideRules:
@@ -42,34 +41,24 @@ def array(file: Path, frames: int, start: int = 0) -> Path:
     return file
 
 
-def levels(frames: torch.Tensor | None) -> list[int]:
-    assert frames is not None
-    return frames[:, 0, 0, 0].tolist()
-
-
-@pytest.mark.parametrize(
-    ("metric", "protocol", "side", "length", "last_offset"),
-    [
+def test_every_offset_is_drawn() -> None:
+    """0 to L - n s + s - 1, both ends; the largest one ends on frame L - 1."""
+    for metric, protocol, side, length, last_offset in (
         ("fvd2048_16f", "stylegan-v", "real", 20, 4),
         ("fvd2048_16f", "stylegan-v", "fake", 20, 0),
         ("fvd2048_128f_subsample8f", "stylegan-v", "real", 130, 9),
         ("fvd2048_16f", "latte", "real", 50, 4),
         ("fvd2048_16f", "latte", "fake", 50, 0),
-    ],
-)
-def test_every_offset_is_drawn_and_the_last_frame_reached(
-    metric: str, protocol: str, side: str, length: int, last_offset: int
-) -> None:
-    """0 to L - n s + s - 1, both ends; the largest one ends on frame L - 1."""
-    own = rules(metric, protocol, side)
-    drawn = Counter(choose_window(own, Clip("x", f"clip{i}", 0), 0, length).offset for i in range(600))
-    assert sorted(drawn) == list(range(last_offset + 1))
-    assert min(drawn.values()) > 600 / (last_offset + 1) / 2  # evenly
-    ends = {choose_window(own, Clip("x", f"clip{i}", 0), 0, length).indices[-1] for i in range(600)}
-    assert max(ends) == (length - 1 if side == "real" else own.frames - 1)
-    choose_window(own, Clip("x", "x", 0), 0, own.span)
-    with pytest.raises(TooShort, match=f"has {own.span - 1} frames, a clip needs {own.span}"):
-        choose_window(own, Clip("x", "x", 0), 0, own.span - 1)
+    ):
+        own = rules(metric, protocol, side)
+        drawn = Counter(choose_window(own, Clip("x", f"clip{i}", 0), 0, length).offset for i in range(600))
+        assert sorted(drawn) == list(range(last_offset + 1))
+        assert min(drawn.values()) > 600 / (last_offset + 1) / 2  # evenly
+        ends = {choose_window(own, Clip("x", f"clip{i}", 0), 0, length).indices[-1] for i in range(600)}
+        assert max(ends) == (length - 1 if side == "real" else own.frames - 1)
+        choose_window(own, Clip("x", "x", 0), 0, own.span)
+        with pytest.raises(TooShort, match=f"has {own.span - 1} frames, a clip needs {own.span}"):
+            choose_window(own, Clip("x", "x", 0), 0, own.span - 1)
 
 
 def test_offsets_depend_on_seed_and_clip_alone() -> None:
@@ -89,9 +78,8 @@ def test_first_in_the_order_of_names_folder_by_folder(tmp_path: Path) -> None:
     for name in ("clip-1/000001", "clip/000000", "clip/000003", "clip/sub/000002", "b/000009"):
         array(tmp_path / f"{name}.npy", 16)
     source = Source.find(str(tmp_path), "--real_data_path")
-    assert [clip.name.removesuffix(".npy") for clip in source.clips] == [
-        *("b/000009", "clip/000000", "clip/000003", "clip/sub/000002", "clip-1/000001")
-    ]
+    names = ["b/000009", "clip/000000", "clip/000003", "clip/sub/000002", "clip-1/000001"]
+    assert [clip.name.removesuffix(".npy") for clip in source.clips] == names
     assert source.order(rules()) == [0, 1, 2, 3, 4]
 
 
@@ -120,10 +108,8 @@ def test_nothing_to_read_is_a_sentence(tmp_path: Path) -> None:
     np.save(tmp_path / "statistics.npy", np.zeros(3))
     with pytest.raises(ValueError, match=r"--fake_data_path: '.*' holds no video, .*\(found: 1 \*\.npy, 1 \*\.txt\)"):
         Source.find(str(tmp_path), "--fake_data_path")
-    with pytest.raises(FileNotFoundError, match="--real_data_path: there is no folder"):
-        Source.find(str(tmp_path / "gone"), "--real_data_path")
-    with pytest.raises(ValueError, match="is a file, not a folder of clips"):
-        Source.find(str(tmp_path / "notes.txt"), "--real_data_path")
+    refuses("--real_data_path: there is no folder", Source.find, str(tmp_path / "gone"), "--real_data_path")
+    refuses("is a file, not a folder of clips", Source.find, str(tmp_path / "notes.txt"), "--real_data_path")
 
 
 def test_pictures_of_every_mode_become_rgb(tmp_path: Path) -> None:
@@ -151,8 +137,8 @@ def test_the_frames_are_those_of_the_window(tmp_path: Path) -> None:
     array(tmp_path / "000000.npy", 100)
     source = Source.find(str(tmp_path), "--real_data_path")
     readings = read_task(source, rules(), [(0, Window(0, 5, 6, 16)), (0, Window(0, 0, 1, 3))])
-    assert levels(readings[0].frames) == list(range(5, 101, 6))
-    assert levels(readings[1].frames) == [0, 1, 2]
+    levels = [each.frames[:, 0, 0, 0].tolist() for each in readings]  # type: ignore[index]
+    assert levels == [list(range(5, 101, 6)), [0, 1, 2]]
     beyond = read_task(source, rules(), [(0, Window(0, 90, 1, 16))])
     assert beyond[0].reason == "has 100 frames, but frame 105 is requested"
 
@@ -180,9 +166,8 @@ def test_frames_are_taken_once_each(protocol: str, count: int | None, expected: 
         assert taken != everything[:expected]
     tasks = group_frames(windows)
     assert [window for task in tasks for _, window in task] == windows
-    for task in tasks:
-        assert len({place for place, _ in task}) == 1
-        assert sum(window.frames for _, window in task if window) <= TASK_FRAMES
+    assert all(len({place for place, _ in task}) == 1 for task in tasks)
+    assert all(sum(window.frames for _, window in task if window) <= TASK_FRAMES for task in tasks)
 
 
 class Counting:
@@ -211,8 +196,8 @@ def test_calls_are_fixed_blocks_of_clips(tmp_path: Path) -> None:
 
 
 def test_the_digest_is_of_what_was_read(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
     for frame in range(20):
-        (tmp_path / "a").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (frame, 0, 0)).save(tmp_path / "a" / f"{frame:03d}.png")
     clip = Source.find(str(tmp_path), "x").clips[0]
     window = [Window(0, 2, 1, 16)]
@@ -237,5 +222,4 @@ def test_windows_come_back_from_json(tmp_path: Path) -> None:
         (["000000.npy", 0, 1, "16"], "list: line 1 is not"),
         ("000000.npy", "list: line 1 is not"),
     ):
-        with pytest.raises(ValueError, match=reason):
-            windows_from_json([line], source, "list")
+        refuses(reason, windows_from_json, [line], source, "list")

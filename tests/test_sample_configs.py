@@ -1,7 +1,5 @@
 """The shipped configs and shell scripts: official file names, official recipes, nothing superfluous."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path
@@ -11,8 +9,8 @@ import yaml
 
 from engine.config import Config, load_config
 from sample.labels import UCF101_CLASSES
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SETS = ("ffs", "sky", "taichi", "ucf101")
 # what the official files say: clip start of training and of joint training, log interval
 RECIPES = {
@@ -21,7 +19,7 @@ RECIPES = {
     "taichi": (500_000, 500_000, 50),
     "ucf101": (100_000, 100_000, 50),
 }
-SCRIPTS = sorted([*(ROOT / "sample").glob("*.sh"), *(ROOT / "train_scripts").glob("*.sh")])
+SCRIPTS = sorted(script for folder in ("sample", "train_scripts", "tools") for script in (ROOT / folder).glob("*.sh"))
 
 
 def config_of(name: str, kind: str) -> Config:
@@ -101,7 +99,8 @@ def project(tmp_path: Path) -> Path:
 def called(project: Path, script: str, argument: str, **environment: str) -> str:
     search = {"PATH": f"{project.parent}:/usr/bin:/bin"}
     command = ["bash", str(project / script), argument]
-    return subprocess.run(command, env=search | environment, capture_output=True, text=True).stdout
+    done = subprocess.run(command, env=search | environment, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else f"{done.returncode} {done.stderr}"
 
 
 LAUNCHER = r"-m\|engine\.elastic\|--standalone\|--nproc_per_node=%s\|(--[\w,=-]+\|)+"
@@ -122,3 +121,14 @@ def test_sampling_on_many_processes_is_launched_like_a_training(project: Path, n
     flags = r"--save_video_path\|my out\|--num_videos\|(2048|64)\|(--\w+\|\w+\|)?--num_videos=9\|"
     assert re.fullmatch(LAUNCHER % 2 + command + flags, said), said
     assert ("--labels|all|" in said) == (name == "ucf101")  # whose config names ten for a first look
+
+
+def test_metrics_are_launched_with_the_flags_of_the_environment(project: Path) -> None:
+    """From any folder: the modules are found by PYTHONPATH, and paths stay as they are given."""
+    (project.parent / "python").write_text('#!/bin/bash\nprintf "%s|" "$PYTHONPATH" "$@"\n')
+    given = {"REAL": "a b", "FAKE": "f", "METRICS": "m", "PROTOCOL": "p", "DATASET": "ffs", "DETECTORS": "d"}
+    said = called(project, "tools/eval_metrics.sh", "--seeds=1", **given, GPUS="2")
+    launcher = f"{project}|-m|engine.elastic|--standalone|--nproc_per_node=2|-m|tools.calc_metrics_for_dataset|"
+    flags = "--real_data_path|a b|--fake_data_path|f|--metrics|m|--protocol|p|--detector_dir|d|--dataset|ffs|--seeds=1|"
+    assert said == launcher + flags
+    assert called(project, "tools/eval_metrics.sh", "", REAL="a").startswith("2 error: set REAL and FAKE")

@@ -1,14 +1,13 @@
 """Sampling from checkpoints: closed forms with a constant network, a tiny Latte in all settings, and the command."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,11 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diffusion
 from datasets.readers import open_video
 from engine.build import build_model
-from engine.checkpoint import Checkpoint, save_checkpoint
 from engine.conditions import ClassConditions, class_conditions
 from engine.config import Config, load_config
 from engine.objective import sample_generator
-from models.autoencoder import CodecConfig, LatentCodec
+from models.autoencoder import LatentCodec
 from sample.decoding import decode_batches, to_uint8
 from sample.generate import Generator, Settings, VideoNoise
 from sample.labels import choose_labels, draw_number
@@ -32,18 +30,13 @@ from sample.network import GuidedEvaluations
 from sample.sample import main
 from sample.source import Source, sampling_config
 from sample.video_io import contact_sheet
-from tests.conftest import TINY, random_weights
+from tests.conftest import ROOT, TINY, random_weights, refuses, save_weights
+from tests.fault_support import same_tensors
+from tests.latent_support import save_codec
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 3
-NETWORK = [
-    *(each for each in TINY if "num_classes" not in each),
-    f"model.num_classes={CLASSES}",
-    "model.learn_sigma=false",
-    "diffusion.prediction=x_start",
-    "sample.steps=5",
-    "sample.num_videos=3",
-]
+NETWORK = [*TINY, f"model.num_classes={CLASSES}", "model.learn_sigma=false", "diffusion.prediction=x_start"]
+NETWORK += ["sample.steps=5", "sample.num_videos=3"]
 EPSILON = ["model.learn_sigma=true", "diffusion.prediction=epsilon", "model.depth=4"]
 FLOW = ["diffusion.prediction=flow"]
 CPU = torch.device("cpu")
@@ -59,10 +52,8 @@ def tiny_generator(*overrides: str, device: str = "cpu", latents: bool = False, 
     config = network_config(*overrides)
     model = build_model(config)
     model.load_state_dict(random_weights(config, 0))
-    codec, conditions = (
-        LatentCodec.from_config(config.codec, device),
-        class_conditions(config.model, torch.device(device)),
-    )
+    codec = LatentCodec.from_config(config.codec, device)
+    conditions = class_conditions(config.model, torch.device(device))
     generator = Generator(model.requires_grad_(False), codec, config, conditions, device=device, **network)
     if latents:
         generator.decode = lambda indices, latents: latents.cpu().numpy()  # type: ignore[method-assign]
@@ -73,16 +64,10 @@ def tiny_generator(*overrides: str, device: str = "cpu", latents: bool = False, 
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of ours with two checkpoints; averaged and raw weights differ, and it names its classes."""
     root = tmp_path_factory.mktemp("run")
-    config = network_config()
+    names = ["falls", "rises", "turns round"]
     for step in (1, 2):
-        weights = {kind: random_weights(config, seed) for seed, kind in enumerate(("model", "ema"), 10 * step)}
-        names = {"class_names": ["falls", "rises", "turns round"]}
-        saved = Checkpoint(step=step, samples_seen=step, optim={}, rng={}, state=names, **weights)
-        save_checkpoint(saved, config, root / "checkpoints")
+        save_weights(network_config(), root / "checkpoints", step, seeds=(10 * step, 10 * step + 1), names=names)
     return root
-
-
-# ------------------------------------------------------------------------------------ closed forms
 
 
 class ConstantNetwork(nn.Module):
@@ -134,9 +119,6 @@ def test_to_uint8_rounds_to_the_nearest_level() -> None:
     assert to_uint8(edges)[0, 0, :, :, 0].tolist() == [[0, 0], [255, 255]]
 
 
-# ------------------------------------------------------------------------------------------ seeds
-
-
 def test_noise_of_a_video_depends_on_seed_and_index_alone() -> None:
     together, alone = VideoNoise(5, [0, 1, 7], CPU), VideoNoise(5, [7], CPU)
     for _ in range(3):  # initial noise and that of the steps
@@ -160,9 +142,6 @@ def test_a_video_depends_on_seed_and_index_alone(extra: list[str]) -> None:
     assert not np.array_equal(generator.sample(batch_size=5, **settings | {"seed": 4}), videos)
 
 
-# ------------------------------------------------------------------------------------------ labels
-
-
 def labels_of(number: int, labels: list[int | str] | None = None, classes: int = 3, **options: Any) -> list[Any]:
     names = ["falls", "rises", "2"] if classes else None
     label_of = choose_labels(ClassConditions(classes, None, 0.0, CPU, names), labels, **options)
@@ -184,70 +163,43 @@ def test_random_labels_are_drawn_by_seed_and_index() -> None:
     assert set(labels_of(50, [7, 3], classes=10, rule="random")) == {7, 3}
     for index in range(5):  # other numbers than the seeds of the noise
         assert draw_number(3, index) >> 1 != sample_generator(3, index, CPU).initial_seed()
-    with pytest.raises(ValueError, match=r"sample\.label_rule must be one of balanced, random, not 'fair'"):
-        labels_of(1, rule="fair")
-    with pytest.raises(ValueError, match="unconditional"):
-        labels_of(1, [0], classes=0)
+    refuses(r"sample\.label_rule must be one of balanced, random, not 'fair'", labels_of, 1, rule="fair")
+    refuses("unconditional", labels_of, 1, [0], classes=0)
 
 
-# ------------------------------------------------------------------------------- settings
+def test_settings_that_do_not_fit() -> None:
+    refuses("cast_weights needs", tiny_generator, cast_weights=True)
+    refuses("precision must be one of fp32, bf16, fp16, not 'x'", tiny_generator, precision="x")
+    for overrides, settings, sentence in (
+        (["model.num_classes=0"], {"guidance_scale": 2.0}, "guidance needs a network with labels"),
+        (["model.label_dropout=0"], {"guidance_scale": 2.0}, "a null label"),
+        ([], {"method": "euler"}, r"choose ddpm \| ddim"),
+        (FLOW, {"method": "ddim"}, r"choose euler \| heun"),
+        ([], {"eta": 0.5}, "eta=0.5 is read only by method ddim"),
+        ([], {"steps": 2000}, "2000"),
+    ):
+        refuses(sentence, tiny_generator(*overrides).sample, num=1, **{"steps": 2, **settings})
 
 
-@pytest.mark.parametrize(
-    ("overrides", "settings", "network", "sentence"),
-    [
-        (["model.num_classes=0"], {"guidance_scale": 2.0}, {}, "guidance needs a network with labels"),
-        (["model.label_dropout=0"], {"guidance_scale": 2.0}, {}, "a null label"),
-        ([], {"method": "euler"}, {}, r"choose ddpm \| ddim"),
-        (FLOW, {"method": "ddim"}, {}, r"choose euler \| heun"),
-        ([], {"eta": 0.5}, {}, "eta=0.5 is read only by method ddim"),
-        ([], {"steps": 2000}, {}, "2000"),
-        ([], {}, {"cast_weights": True}, "cast_weights needs"),
-        ([], {}, {"precision": "x"}, "x"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(
-    overrides: list[str], settings: dict, network: dict, sentence: str
-) -> None:
-    with pytest.raises(ValueError, match=sentence) as caught:
-        tiny_generator(*overrides, **network).sample(num=1, **{"steps": 2, **settings})
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
+def test_keys_that_do_not_fit() -> None:
+    for overrides, sentence in (
         (["sample.guidance_interval=[0.2,0.8]"], "read only with sample.guidance_scale"),
         (["sample.guidance_scale=2", "sample.guidance_interval=[0.8,0.2]"], "guidance_interval must be two numbers"),
         (["sample.method=heun"], "does not belong to diffusion.prediction=x_start: use auto, ddpm, ddim, dpm_solver"),
         ([*FLOW, "sample.method=ddim"], "use auto, euler, heun, dpm_solver"),
         (["sample.cast_weights=true"], r"cast_weights=true stores .* set sample.precision to bf16"),
         (["model.num_classes=0", "sample.label_rule=random"], "label_rule=random: this network is unconditional"),
-    ],
-)
-def test_keys_that_do_not_fit(overrides: list[str], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        network_config(*overrides)
+    ):
+        refuses(sentence, network_config, *overrides)
 
 
-class DoublingCodec(nn.Module):
-    """Decodes five latent channels to pixels of twice the size: the first three, enlarged."""
-
-    config = CodecConfig(latent_channels=5, downsample_factor=2)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents[:, :, :3].repeat_interleave(2, dim=3).repeat_interleave(2, dim=4).clamp(-1, 1)
-
-
-def test_latents_have_the_codecs_channels_and_any_size() -> None:
+def test_latents_have_the_codecs_channels_and_any_size(tmp_path: Path) -> None:
     assert tiny_generator().sample(num=1, steps=2, num_frames=6, image_size=12).shape == (1, 6, 12, 12, 3)
-    config = network_config("codec.latent_channels=5", "codec.downsample_factor=2", "data.image_size=16")
-    conditions = class_conditions(config.model, CPU)
-    generator = Generator(build_model(config), DoublingCodec(), config, conditions)  # type: ignore[arg-type]
+    generator = tiny_generator(*save_codec(tmp_path / "codec", "AutoencoderTiny"), "data.image_size=16")
     assert generator.sample(num=1, steps=2).shape == (1, 4, 16, 16, 3)
     assert generator.sample(num=1, steps=2, image_size=(24, 16)).shape == (1, 4, 24, 16, 3)
-    with pytest.raises(ValueError, match=r"image_size=17 must be a multiple of codec\.downsample_factor=2"):
-        generator.sample(num=1, steps=2, image_size=17)
+    sentence = r"image_size=17 must be a multiple of codec\.downsample_factor=2"
+    refuses(sentence, generator.sample, num=1, steps=2, image_size=17)
 
 
 def bound(plain: np.ndarray) -> dict[str, Any]:
@@ -273,9 +225,6 @@ def test_guidance_one_by_one_and_in_an_interval() -> None:
     np.testing.assert_allclose(generator.sample(guidance_interval=(0, 1), **settings), joint, **bound(joint))
     plain = generator.sample(**settings | {"guidance_scale": 1.0})
     np.testing.assert_array_equal(generator.sample(guidance_interval=(0.9995, 1.0), **settings), plain)
-
-
-# ------------------------------------------------------------------- precision, compilation, decoding
 
 
 @pytest.mark.parametrize(("precision", "tolerance", "cast_weights"), [("bf16", 0.1, True), ("fp16", 0.02, False)])
@@ -343,11 +292,7 @@ def test_decoding_ahead_gives_the_same_in_order() -> None:
             assert indices == [number] and sampled[-1] == min(number + ahead, 3)
             np.testing.assert_array_equal(videos, codec.decode(latents[number]))
 
-    def refuse(indices: Sequence[int], latents: Tensor) -> np.ndarray:
-        raise OSError("no room")
-
-    with pytest.raises(OSError, match="no room"):
-        list(decode_batches(batches(), refuse, CPU, ahead=True))
+    refuses("no room", list, decode_batches(batches(), Mock(side_effect=OSError("no room")), CPU, ahead=True))
 
 
 @pytest.mark.gpu
@@ -361,17 +306,12 @@ def test_cuda_graphs_and_decoding_ahead_on_a_stream_of_its_own() -> None:
     np.testing.assert_array_equal(ahead, apart)
 
 
-# ------------------------------------------------------------------------------------ checkpoints
-
-
 def test_our_checkpoint_needs_no_config(run_folder: Path) -> None:
     generator = Generator.from_checkpoint(run_folder, device="cpu")
     assert generator.conditions.names == ["falls", "rises", "turns round"]
-    expected = random_weights(network_config(), 21)  # the newest step's average
-    assert all(torch.equal(value, expected[key]) for key, value in generator.model.state_dict().items())
+    assert same_tensors(generator.model.state_dict(), random_weights(network_config(), 21))  # the newest step's average
     raw = Generator.from_checkpoint(run_folder / "checkpoints" / "step-0000001", weights="raw", device="cpu")
-    expected = random_weights(network_config(), 10)
-    assert all(torch.equal(value, expected[key]) for key, value in raw.model.state_dict().items())
+    assert same_tensors(raw.model.state_dict(), random_weights(network_config(), 10))
 
 
 def test_an_official_file_needs_a_config(tmp_path: Path) -> None:
@@ -379,12 +319,11 @@ def test_an_official_file_needs_a_config(tmp_path: Path) -> None:
     ema = random_weights(config, 1)
     file = tmp_path / "official.pt"
     torch.save({"ema": {f"module.{key}": value for key, value in ema.items()}}, file)
-    with pytest.raises(ValueError, match=r"official\.pt holds weights only"):
-        Generator.from_checkpoint(file)
+    refuses(r"official\.pt holds weights only", Generator.from_checkpoint, file)
     generator = Generator.from_checkpoint(file, config=config, device="cpu")
-    assert all(torch.equal(value, ema[key]) for key, value in generator.model.state_dict().items())
-    with pytest.raises(ValueError, match=r"official\.pt does not fit"):
-        Generator.from_checkpoint(file, config=network_config("model.hidden_size=32"))
+    assert same_tensors(generator.model.state_dict(), ema)
+    other = network_config("model.hidden_size=32")
+    refuses(r"official\.pt does not fit", Generator.from_checkpoint, file, config=other)
 
 
 def test_sizes_of_the_configuration_are_those_of_the_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -411,9 +350,6 @@ def test_layers_of_the_configuration(run_folder: Path, tmp_path: Path) -> None:
     assert (config.codec.path, config.codec.latent_channels) == ("elsewhere", 3)
     assert (config.sample.seed, config.sample.steps, config.sample.fps) == (3, 9, 6)  # YAML, flag, override
     assert sampling_config(Source.open(run_folder), None, {}, []) == network_config()
-
-
-# ------------------------------------------------------------------------------------ the command
 
 
 def test_command_writes_the_promised_files_and_the_same_bytes_again(run_folder: Path, tmp_path: Path) -> None:
@@ -445,23 +381,17 @@ def test_command_hands_every_setting_on(run_folder: Path, tmp_path: Path) -> Non
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples.png")), expected)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
+def test_mistakes_are_found_before_anything_is_loaded(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, sentence in (
         ([], "no checkpoint: name one with --ckpt"),
         (["--ckpt", "nowhere"], "nowhere"),
         (["--ckpt", "RUN", "--lora", "nowhere"], "nowhere"),
         (["--ckpt", "RUN", "--first_frame", "nowhere.png"], r"sample.first_frame: nowhere\.png: is not a readable"),
         (["--ckpt", "RUN", "--save_video_path", "/dev/null/x"], "--save_video_path /dev/null/x cannot be written"),
         (["--ckpt", "RUN", "--config", "nowhere.yaml"], "nowhere.yaml"),
-    ],
-)
-def test_mistakes_are_found_before_anything_is_loaded(
-    run_folder: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises((ValueError, OSError), match=sentence) as caught:
-        main([str(run_folder) if each == "RUN" else each for each in arguments])
-    assert "\n" not in str(caught.value) and "loading" not in capsys.readouterr().err
+    ):
+        refuses(sentence, main, [str(run_folder) if each == "RUN" else each for each in arguments])
+        assert "loading" not in capsys.readouterr().err
 
 
 def test_script_from_the_shell(run_folder: Path, tmp_path: Path) -> None:

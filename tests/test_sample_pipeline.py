@@ -1,7 +1,5 @@
 """The pipeline of our own: saved, loaded in a fresh process to the same videos, and through a hub on the loopback."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -10,26 +8,21 @@ import numpy as np
 import pytest
 
 from engine.config import load_config
-from engine.distributed import World
-from engine.trainer import Trainer
 from sample.pipeline_latte import LatteVideoPipeline
+from tests.conftest import TINY, refuses, save_weights
 from tests.hub_stand_in import local_hub
-from tests.t2v_support import randomize, tiny_vae
+from tests.t2v_support import tiny_vae
 from tools import convert
 
-ROOT = Path(__file__).resolve().parents[1]
 SETTINGS: dict[str, Any] = {"num_videos": 3, "seed": 4, "steps": 2, "guidance_scale": 2.0}
 
 
 @pytest.fixture
-def checkpoint(tiny: list[str], tmp_path: Path) -> Path:
+def checkpoint(tmp_path: Path) -> Path:
     """A run of random weights whose codec has two layers of four latent channels."""
     tiny_vae().save_pretrained(tmp_path / "vae")
     codec = [f"codec.path={tmp_path / 'vae'}", "codec.latent_channels=4", "codec.downsample_factor=2"]
-    trainer = Trainer(load_config(None, [*tiny, *codec, "data.image_size=8"]), World())
-    randomize(trainer.state.model, std=0.1)
-    trainer.state.ema.load_state_dict(trainer.state.model.state_dict())
-    trainer.run.save(trainer.state)
+    save_weights(load_config(None, [*TINY, *codec]), tmp_path / "run" / "checkpoints", names=["falls", "rises"])
     return tmp_path / "run"
 
 
@@ -68,21 +61,16 @@ def test_a_folder_keeps_classes_and_settings(checkpoint: Path, tmp_path: Path) -
     again = pipeline.save_pretrained(tmp_path / "again")
     for file in ("config.json", "model.safetensors"):
         assert (again / file).read_bytes() == (tmp_path / "mine" / file).read_bytes()
-    with pytest.raises(FileExistsError, match="not an empty folder"):
-        pipeline.save_pretrained(tmp_path / "mine")
+    refuses("not an empty folder", pipeline.save_pretrained, tmp_path / "mine")
 
 
 def test_folders_that_are_refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = LatteVideoPipeline.from_checkpoint(checkpoint, device="cpu").save_pretrained(tmp_path / "mine")
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        LatteVideoPipeline.from_pretrained(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match=r"not a pipeline of this project: it has no config\.json"):
-        LatteVideoPipeline.from_pretrained(tmp_path)
+    refuses("there is no folder", LatteVideoPipeline.from_pretrained, tmp_path / "absent")
+    refuses(r"not a pipeline of this project: it has no config\.json", LatteVideoPipeline.from_pretrained, tmp_path)
     described = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**described, "_class_name": "LattePipeline"}))
-    with pytest.raises(ValueError, match="describes a LattePipeline, not a"):
-        LatteVideoPipeline.from_pretrained(folder)
+    refuses("describes a LattePipeline, not a", LatteVideoPipeline.from_pretrained, folder)
     described["model"]["hidden_size"] = 32
     (folder / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match="does not fit the network: misshapen"):
-        LatteVideoPipeline.from_pretrained(folder, device="cpu")
+    refuses("does not fit the network: misshapen", LatteVideoPipeline.from_pretrained, folder, device="cpu")

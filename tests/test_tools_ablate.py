@@ -1,7 +1,5 @@
 """tools.ablate: comparisons are read and checked before anything is trained; its figures are those of the runs."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -13,10 +11,10 @@ import pytest
 
 import train
 from engine.build import build_model, count_parameters
-from engine.config import load_config
+from engine.config import Config, load_config
+from tests.conftest import ROOT, refuses
 from tools import ablate
 
-ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "configs/ablations").glob("*.yaml"))
 
 
@@ -32,26 +30,31 @@ def base(tiny: list[str], tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
-@pytest.mark.parametrize("config", ["demo/demo_train.yaml", "ucf101/ucf101_train.yaml"])
-def test_every_arm_is_a_sound_config(file: Path, config: str, tmp_path: Path) -> None:
-    settings = budget(ROOT / "configs" / config, tmp_path, overrides=("data.path=data",))
+BASES = pytest.mark.parametrize("config", ["demo/demo_train.yaml", "ucf101/ucf101_train.yaml"])
+
+
+def configs_of(file: Path, config: str, out: Path) -> list[Config]:
+    """Returns the configuration of each arm of a comparison, for seed 3."""
+    settings = budget(ROOT / "configs" / config, out, overrides=("data.path=data",))
     arms = ablate.read_comparison(file).arms.values()
-    configs = [load_config(settings.base, ablate.list_overrides(arm, 3, settings)) for arm in arms]
+    return [load_config(settings.base, ablate.list_overrides(arm, 3, settings)) for arm in arms]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
+@BASES
+def test_every_arm_is_a_sound_config(file: Path, config: str, tmp_path: Path) -> None:
+    configs = configs_of(file, config, tmp_path)
     kept = [{key: each.to_dict()[key] for key in ("diffusion", "optim", "codec")} for each in configs]
     assert all(each == kept[0] for each in kept)
-    assert {(each.train.seed, each.train.max_steps, each.train.batch_size) for each in configs} == {
-        (3, 6, configs[0].train.batch_size)
-    }
+    batch = configs[0].train.batch_size
+    assert {(each.train.seed, each.train.max_steps, each.train.batch_size) for each in configs} == {(3, 6, batch)}
     models = [(each.model, each.data.num_images) for each in configs]
     assert len(set(models)) == len(models)
 
 
-@pytest.mark.parametrize("config", ["demo/demo_train.yaml", "ucf101/ucf101_train.yaml"])
+@BASES
 def test_variants_have_as_many_parameters(config: str, tmp_path: Path) -> None:
-    settings = budget(ROOT / "configs" / config, tmp_path)
-    arms = ablate.read_comparison(ROOT / "configs/ablations/variants.yaml").arms.values()
-    configs = [load_config(settings.base, ablate.list_overrides(arm, 0, settings)) for arm in arms]
+    configs = configs_of(ROOT / "configs/ablations/variants.yaml", config, tmp_path)
     counts = [count_parameters(build_model(config, "meta")) for config in configs]
     assert max(counts) / min(counts) < 1.03
 
@@ -68,42 +71,35 @@ def test_depth_and_batch_of_an_arm(base: Path, tmp_path: Path) -> None:
     named = ablate.list_overrides(["model.variant=sequential", "model.depth=7"], 0, budget(base, tmp_path))
     assert load_config(base, named).model.depth == 7
     assert ablate.list_overrides((), 0, budget(base, tmp_path, processes=2))[-1] == "train.batch_size=1"
-    with pytest.raises(ValueError, match=r"train.batch_size=2 of .* must be a multiple of --processes"):
-        ablate.list_overrides((), 0, budget(base, tmp_path, processes=3))
+    sentence = "train.batch_size=2 of .* must be a multiple of --processes"
+    refuses(sentence, ablate.list_overrides, (), 0, budget(base, tmp_path, processes=3))
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    for text, sentence in (
         ("title: one\narms: {a: {}}\n", "`arms` must list at least two"),
         ("arms: {a: {}, b: {}}\n", "a comparison needs a `title` and `arms`"),
         ("title: t\narms: {a: {}, b: 3}\n", "each arm its keys"),
         ("- 1\n", "a comparison needs a `title` and `arms`"),
         ("title: [\n", "is not valid YAML"),
-    ],
-)
-def test_wrong_files_are_named(text: str, sentence: str, tmp_path: Path) -> None:
-    path = tmp_path / "wrong.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=sentence) as error:
-        ablate.read_comparison(path)
-    assert str(path) in str(error.value)
+    ):
+        path.write_text(text)
+        refuses(rf"{path}:? .*{sentence}", ablate.read_comparison, path)
 
 
 def test_a_wrong_key_in_the_last_arm_is_refused_before_the_first_is_trained(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("title: t\narms:\n  a: {}\n  b: {model.varant: parallel}\n")
-    with pytest.raises(ValueError, match=r"unknown key 'model.varant'.*model.variant"):
-        ablate.main([str(path), "--base", str(base), "--out", str(tmp_path / "out")])
+    command = [str(path), "--base", str(base), "--out", str(tmp_path / "out")]
+    refuses("unknown key 'model.varant'.*model.variant", ablate.main, command)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flags", [["--steps", "0"], ["--processes", "0"], ["--videos", "-1"]])
-def test_impossible_numbers_are_refused(flags: list[str]) -> None:
-    with pytest.raises(ValueError, match=f"{flags[0]} must be at least"):
-        ablate.parse([str(SHIPPED[0]), *flags])
-    with pytest.raises(ValueError, match="name at least one comparison"):
-        ablate.parse(["train.precision=bf16"])
+def test_impossible_words_are_refused() -> None:
+    for flag, number in (("--steps", "0"), ("--processes", "0"), ("--videos", "-1")):
+        refuses(f"{flag} must be at least", ablate.parse, [str(SHIPPED[0]), flag, number])
+    refuses("name at least one comparison", ablate.parse, ["train.precision=bf16"])
 
 
 def test_two_arms_are_trained_and_compared(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

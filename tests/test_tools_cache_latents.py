@@ -1,7 +1,5 @@
 """Making a latent cache: killed anywhere and continued, on two ranks, and what is refused."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import subprocess
@@ -19,7 +17,8 @@ from datasets.shards import INDEX
 from engine.config import load_config
 from engine.distributed import World
 from engine.errors import TrainingAborted
-from tests.fault_support import ROOT, run, run_ranks
+from tests.conftest import refuses
+from tests.fault_support import ROOT, on_two_ranks, run
 from tests.latent_support import Deadly, cache, content, save_codec
 from tools import cache_latents
 from tools.cache_latents import LatentWriter
@@ -73,11 +72,12 @@ def test_killed_at_any_write_and_continued(tiny: list[str], tmp_path: Path, monk
 
 
 @pytest.mark.dist
-def test_sigkill_of_the_command_line(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sigkill_of_the_command_line(
+    tiny: list[str], frame_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a loader worker, amid the shards; the same command then makes what an undisturbed one makes."""
-    clip = Path(next(each for each in tiny if each.startswith("data.path="))[10:]) / "falls" / "clip0"
     for number in range(40):
-        shutil.copytree(clip, tmp_path / "set" / "a" / f"{number:02d}")
+        shutil.copytree(frame_folders / "falls" / "clip0", tmp_path / "set" / "a" / f"{number:02d}")
     overrides = [*tiny, f"data.path={tmp_path / 'set'}", "data.num_workers=1", "data.labels=none"]
     out = tmp_path / "made"
     words = [*overrides, "--out", str(out), "--device", "cpu"]
@@ -88,8 +88,7 @@ def test_sigkill_of_the_command_line(tiny: list[str], tmp_path: Path, capsys: py
     process.kill()
     process.wait()
     assert list(out.glob("shard-*.json")) and not (out / INDEX).exists()
-    with pytest.raises(FileNotFoundError, match=r"is not a finished cache.*again if it was interrupted"):
-        LatentCache(out)
+    refuses(r"is not a finished cache.*again if it was interrupted", LatentCache, out)
     assert cache_latents.main(words) in (0, None) and "shards are done" in capsys.readouterr().out
     LatentWriter(load_config(None, overrides), tmp_path / "whole", "fp32", 64 * 10**6, World()).write()
     assert content(out) == content(tmp_path / "whole")
@@ -117,9 +116,8 @@ def make_on_rank(world: World, overrides: list[str], out: Path) -> None:
 
 @pytest.mark.dist
 def test_two_ranks_make_the_same_cache(tiny: list[str], tmp_path: Path) -> None:
-    overrides = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderKL")]
-    found = run_ranks(2, tmp_path / "rendezvous", make_on_rank, overrides, tmp_path / "two")
-    assert [error for _, error in found] == [None, None]
+    overrides = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderTiny")]
+    on_two_ranks(tmp_path, make_on_rank, overrides, tmp_path / "two")
     assert content(tmp_path / "two") == content(cache(overrides, tmp_path / "one"))
 
 
@@ -139,8 +137,8 @@ def test_another_cache_is_not_overwritten(
         (save_codec(tmp_path / "codec", "AutoencoderTiny"), "fp32", "codec"),
         ([], "bf16", "dtype"),
     ):
-        with pytest.raises(ValueError, match=rf"--out .*made holds another cache \(.*{named}: .*name a new folder"):
-            cache([*tiny, *extra], tmp_path / "made", dtype)
+        sentence = rf"--out .*made holds another cache \(.*{named}: .*name a new folder"
+        refuses(sentence, cache, [*tiny, *extra], tmp_path / "made", dtype)
     assert content(tmp_path / "made") == before
 
 
@@ -149,15 +147,12 @@ def test_a_disk_that_is_too_small_is_refused_before_encoding(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match=r"made has 0\.000 GB free, but the cache needs 0\.000 GB: make room"):
-        cache(tiny, tmp_path / "made")
+    refuses(r"made has 0\.000 GB free, but the cache needs 0\.000 GB: make room", cache, tiny, tmp_path / "made")
     assert "6 clips, 42 frames: mean, 3x8x8 in fp32" in capsys.readouterr().out
     assert not list((tmp_path / "made").glob("shard*"))
 
 
-def test_values_beyond_the_number_format_are_refused(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_beyond_the_number_format(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_encoder(monkeypatch, lambda latents: latents * 1e5)
     with pytest.raises(ValueError, match=r"latents of 'falls/clip0' are not finite in fp16: choose another --dtype"):
         cache(tiny, tmp_path / "made", "fp16")
@@ -167,17 +162,14 @@ def test_values_beyond_the_number_format_are_refused(
 def test_folders_and_settings_that_are_refused(tiny: list[str], tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"full holds 'mine\.txt', which is not part of a cache"):
-        cache(tiny, tmp_path / "full")
-    with pytest.raises(ValueError, match=r"mine\.txt is a file"):
-        cache(tiny, tmp_path / "full" / "mine.txt")
+    refuses(r"full holds 'mine\.txt', which is not part of a cache", cache, tiny, tmp_path / "full")
+    refuses(r"mine\.txt is a file", cache, tiny, tmp_path / "full" / "mine.txt")
     assert content(tmp_path / "full") == {"mine.txt": b"x"}
 
     (tmp_path / "made").mkdir()
     lock = storage.FolderLock(tmp_path / "made", "--out")
     lock.take()
-    with pytest.raises(OSError, match=r"--out=.*made is being written by"):
-        cache(tiny, tmp_path / "made")
+    refuses(r"--out=.*made is being written by", cache, tiny, tmp_path / "made")
     lock.release()
     made = cache(tiny, tmp_path / "made")
 
@@ -185,7 +177,5 @@ def test_folders_and_settings_that_are_refused(tiny: list[str], tmp_path: Path) 
     (tmp_path / "set" / "a.mp4").write_text("no video " * 30)
     with pytest.raises(ValueError, match=r"a\.mp4: is not a video.*no other clip can be used either"):
         cache([*tiny, f"data.path={tmp_path / 'set'}", "data.labels=none"], tmp_path / "new")
-    with pytest.raises(ValueError, match=r"data\.latents must not be set"):
-        cache([*tiny, f"data.latents={made}"], tmp_path / "new")
-    with pytest.raises(ValueError, match=r"--shard_mb 0 must be at least 1"):
-        cache_latents.main(["--out", str(tmp_path / "x"), "--shard_mb", "0"])
+    refuses(r"data\.latents must not be set", cache, [*tiny, f"data.latents={made}"], tmp_path / "new")
+    refuses(r"--shard_mb 0 must be at least 1", cache_latents.main, ["--out", str(tmp_path / "x"), "--shard_mb", "0"])

@@ -1,7 +1,5 @@
 """The converter command: its flags, config files, weights of runs, text networks."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -11,10 +9,10 @@ import torch
 from diffusers import LatteTransformer3DModel
 from safetensors.torch import load_file
 
-from engine.checkpoint import Checkpoint, save_checkpoint
 from engine.config import Config, all_keys, load_config
 from engine.keys import DROPPED, OMITTED, REMARKS, RENAMED, VALUES, translate_config
-from tests.conftest import random_weights
+from tests.conftest import random_weights, refuses, save_weights
+from tests.fault_support import same_tensors
 from tests.t2v_support import CONFIG, pixart, theirs
 from tools.convert import main
 
@@ -127,9 +125,7 @@ def test_G3_refused_configs(tmp_path: Path, text: str | None, sentence: str) -> 
     file = tmp_path / "official.yaml"
     if text is not None:
         file.write_text(text)
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as caught:
-        main(["config", str(file), "-o", str(tmp_path / "ours.yaml")])
-    assert "\n" not in str(caught.value)
+    refuses(sentence, main, ["config", str(file), "-o", str(tmp_path / "ours.yaml")])
     assert not (tmp_path / "ours.yaml").exists()
 
 
@@ -150,21 +146,18 @@ def test_standard_output_holds_the_yaml_only(tmp_path: Path, capsys: pytest.Capt
     assert load_config(tmp_path / "ours.yaml").sample.guidance_scale == 7.0
 
 
-@pytest.mark.parametrize(("flags", "kept", "index"), [([], "ema", 1), (["--weights", "raw"], "model", 0)])
+@pytest.mark.parametrize(("flags", "kept", "seed"), [([], "ema", 1), (["--weights", "raw"], "model", 0)])
 def test_weights_of_a_run(
-    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], kept: str, index: int
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], kept: str, seed: int
 ) -> None:
     config = load_config(None, tiny)
-    weights = [random_weights(config, seed) for seed in (0, 1)]  # model, EMA
-    save_checkpoint(Checkpoint(3, 6, *weights, {}, {}, {"class_names": []}), config, tmp_path / "run" / "checkpoints")
+    save_weights(config, tmp_path / "run" / "checkpoints", seeds=(0, 1))
     target = tmp_path / "export"
     assert main(["weights", str(tmp_path / "run"), str(target), *flags]) == 0
     assert capsys.readouterr().out == f"{target}\n"
     assert [file.name for file in target.glob("*.safetensors")] == [f"{kept}.safetensors"]
-    found = load_file(target / f"{kept}.safetensors")
-    assert all(torch.equal(value, found[name]) for name, value in weights[index].items())
-    with pytest.raises(ValueError, match=r"lora\.rank is 0"):
-        main(["weights", str(tmp_path / "run"), str(tmp_path / "adapter"), "--adapter"])
+    assert same_tensors(load_file(target / f"{kept}.safetensors"), random_weights(config, seed))
+    refuses(r"lora\.rank is 0", main, ["weights", str(tmp_path / "run"), str(tmp_path / "adapter"), "--adapter"])
 
 
 @pytest.mark.parametrize(

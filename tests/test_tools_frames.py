@@ -1,7 +1,5 @@
 """Videos to folders of frames: names, pixels, JPEG tables, skipped files, kills at every system call, full disks."""
 
-from __future__ import annotations
-
 import fcntl
 import io
 import json
@@ -10,9 +8,7 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from fractions import Fraction
@@ -26,13 +22,12 @@ from PIL import Image
 
 from datasets.readers import open_video
 from datasets.writer import write_video
+from tests.conftest import CLIPS, needs_media, refuses, tree
+from tests.fault_support import Job, all_gone
 from tools import convert_videos_to_frames, prepare_dataset
 from tools.frames import LANCZOS, Form, output_names, pick_frames, resize_frame
 from tools.output_folder import WORK
 
-ROOT = Path(__file__).resolve().parents[1]
-CLIPS = ROOT.parent / "shared" / "media" / "clips"
-needs_media = pytest.mark.skipif(not CLIPS.is_dir(), reason="the sample clips of ../shared/media are not here")
 RNG = np.random.default_rng(0)
 
 
@@ -40,16 +35,11 @@ def noise(frames: int = 3, height: int = 12, width: int = 10) -> np.ndarray:
     return RNG.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
 
 
-def make_video(path: Path, frames: int = 3, fps: int = 8) -> Path:
+def make_video(path: Path, frames: int = 3, fps: int = 8, size: tuple[int, int] = (12, 10)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name("aside.mp4")  # the extension would choose the container
-    write_video(aside, noise(frames), fps)
+    write_video(aside, noise(frames, *size), fps)
     return aside.rename(path)
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    """Every file below `root`, the marker and the journal too."""
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def convert(source: Path, target: Path, *flags: str) -> dict:
@@ -61,9 +51,6 @@ def clips_of(target: Path) -> dict[str, int]:
     frames = (path for path in target.rglob("*") if path.suffix in (".png", ".jpg"))
     found = [path.parent.relative_to(target).as_posix() for path in frames]
     return {name: found.count(name) for name in sorted(set(found))}
-
-
-# ------------------------------------------------------------------------------------------------ names
 
 
 NAMES = ["a.avi", "a.mp4", "a", "a_", "a.avi_", "a/b.avi", "a.avi.mkv", "a#1.mp4", "a_1.mp4", "a 1.mp4", "b/a.AVI"]
@@ -105,11 +92,7 @@ def test_only_the_extension_that_is_asked_for_and_plain_names(tmp_path: Path) ->
         assert set(clips_of(tmp_path / extension)) == {"c.clip"}
         assert [entry["file"] for entry in report["left_out"]] == ["a.avi", "b.mp4"]
         assert report["skipped"][0]["file"] == "d\ne.clip" and "control character" in report["skipped"][0]["reason"]
-    with pytest.raises(ValueError, match=r"holds no video files \(\.wmv\)"):
-        convert(tmp_path / "in", tmp_path / "out", "--video_ext", "wmv")
-
-
-# ------------------------------------------------------------------------------------------------ pixels
+    refuses(r"holds no video files \(\.wmv\)", convert, tmp_path / "in", tmp_path / "out", "--video_ext", "wmv")
 
 
 def test_jpeg_quality_is_the_one_asked_for(tmp_path: Path) -> None:
@@ -159,9 +142,6 @@ def test_frame_rates_are_counted_without_a_target(tmp_path: Path, capsys: pytest
     assert lines == ["d.mp4: the file is empty", "8 frames a second: 2 videos", "30 frames a second: 1 videos"]
 
 
-# ----------------------------------------------------------------------------------- real and broken clips
-
-
 ODD = {  # name: (frames, height, width), or the reason why there are none
     "torchcodec__nasa_13013_rotated.mp4": (17, 480, 270),
     "decord__video_90.mov": (3, 568, 320),
@@ -188,16 +168,11 @@ def test_odd_clips_are_made_or_named(tmp_path: Path) -> None:
     assert clips_of(target) == {name: shape[0] for name, shape in sorted(good.items())}
     for name, (_, height, width) in good.items():
         assert Image.open(target / name / "000000.jpg").size == (width, height)
-    assert {entry["file"]: entry["reason"] for entry in report["skipped"]} == {
-        name: reason for name, reason in ODD.items() if isinstance(reason, str)
-    }
+    reasons = {name: reason for name, reason in ODD.items() if isinstance(reason, str)}
+    assert {entry["file"]: entry["reason"] for entry in report["skipped"]} == reasons
     assert [entry["file"] for entry in report["left_out"]] == ["torchcodec__nasa_13013.mp4.audio.mp3"]
-    assert [(entry["file"], entry["reason"]) for entry in report["notes"]] == [
-        ("derived_truncated_again.mkv", "the file is cut off: 102688 of 205376 bytes are there")
-    ]
-
-
-# ------------------------------------------------------------------------------------------------ resuming
+    note = {"file": "derived_truncated_again.mkv", "reason": "the file is cut off: 102688 of 205376 bytes are there"}
+    assert report["notes"] == [note]
 
 
 def in_a_child(work: Callable[[], object]) -> int:
@@ -277,16 +252,12 @@ def test_changed_and_vanished_sources_are_followed_and_the_others_kept(tmp_path:
     assert clips_of(target) == {"a": 5, "c": 2, "kept": 3}
 
 
-# ------------------------------------------------------------------------------------------------ refusals
-
-
 def test_folders_that_overlap_are_refused(tmp_path: Path) -> None:
     source = make_video(tmp_path / "in" / "a.mp4").parent
     before = tree(tmp_path)
     (tmp_path / "link").symlink_to(source)
     for target in (source, source / "deep" / "out", tmp_path, tmp_path / "link", tmp_path / "link" / "x"):
-        with pytest.raises(ValueError, match="must not contain each other"):
-            convert(source, target)
+        refuses("must not contain each other", convert, source, target)
     (tmp_path / "link").unlink()
     assert tree(tmp_path) == before
 
@@ -296,18 +267,15 @@ def test_files_of_others_are_never_touched(tmp_path: Path) -> None:
     make_video(source / "a.mp4")
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds files that this tool did not make"):
-        convert(source, target)
+    refuses("holds files that this tool did not make", convert, source, target)
     (target / "thesis.txt").unlink()
     convert(source, target)
     make_video(source / "b.mp4")
     (target / "b").write_text("mine too")
-    with pytest.raises(ValueError, match=r"out/b was not made by this tool: move it away"):
-        convert(source, target)
+    refuses(r"out/b was not made by this tool: move it away", convert, source, target)
     assert (target / "b").read_text() == "mine too"
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file cannot be written"):
-        convert(source, tmp_path / "file")
+    refuses("file cannot be written", convert, source, tmp_path / "file")
 
 
 def test_other_settings_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
@@ -315,13 +283,11 @@ def test_other_settings_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
     convert(source, target, "--target_size", "8")
     before = tree(target)
     changes = re.escape("with other settings (format: png -> jpeg, quality: None -> 95, size: 8 -> 9)")
-    with pytest.raises(ValueError, match=changes):
-        convert(source, target, "--target_size", "9", "--format", "jpeg")
+    refuses(changes, convert, source, target, "--target_size", "9", "--format", "jpeg")
     assert tree(target) == before
     with (target / WORK / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(OSError, match="is being written by another process"):
-            convert(source, target, "--target_size", "8")
+        refuses("is being written by another process", convert, source, target, "--target_size", "8")
 
 
 def test_bad_values_are_sentences(tmp_path: Path) -> None:
@@ -332,25 +298,22 @@ def test_bad_values_are_sentences(tmp_path: Path) -> None:
         (["--num_workers", "0"], "--num_workers must be at least 1"),
         (["--target_size", "8"], r"none of the 1 clips in .* can be used \(a\.mp4: the file is empty\)"),
     ):
-        with pytest.raises(ValueError, match=sentence):
-            convert(tmp_path / "in", tmp_path / "out", *flags)
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        convert(tmp_path / "gone", tmp_path / "out")
+        refuses(sentence, convert, tmp_path / "in", tmp_path / "out", *flags)
+    refuses("there is no folder", convert, tmp_path / "gone", tmp_path / "out")
 
 
 def test_a_full_disk_is_a_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk; the small clip is made before the large one fails."""
     source, target = tmp_path / "in", tmp_path / "out"
     make_video(source / "a.mp4", 2)
-    write_video(source / "b.mp4", noise(4, 300, 300), 8)
+    make_video(source / "b.mp4", 4, size=(300, 300))
     command = ["folder", str(source), str(target), "--format", "png", "--workers", "1", "--test_share", "0"]
 
     def work() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         sentence = r"out/train/b cannot be written \(.+\): make room there, then repeat the command"
-        with pytest.raises(OSError, match=sentence):
-            prepare_dataset.main(command)
+        refuses(sentence, prepare_dataset.main, command)
 
     assert in_a_child(work) == 0
     assert clips_of(target) == {"train/a": 2} and list((target / WORK / "staged").iterdir()) == []
@@ -358,44 +321,27 @@ def test_a_full_disk_is_a_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
     assert clips_of(target) == {"train/a": 2, "train/b": 4}
 
 
-# ------------------------------------------------------------------------------------------------ processes
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 150
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 @pytest.mark.dist
 def test_workers_change_nothing_and_kill_9_loses_nothing(tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     for number in range(24):
-        clip = source / f"{number % 3}" / f"{number}.mp4"
-        clip.parent.mkdir(parents=True, exist_ok=True)
-        write_video(clip, noise(6 if number else 60, 80, 100), 8)  # the first ends long after the second
+        make_video(source / f"{number % 3}" / f"{number}.mp4", 6 if number else 60, size=(80, 100))  # the first is long
     convert(source, tmp_path / "one")
-    tool = [sys.executable, "-m", "tools.convert_videos_to_frames"]
-    command = [*tool, "-s", str(source), "-t", str(target), "--num_workers", "2"]
+    command = [sys.executable, "-m", "tools.convert_videos_to_frames"]
+    command += ["-s", str(source), "-t", str(target), "--num_workers", "2"]
 
     def finished() -> int:
         journal = target / WORK / "journal.jsonl"
         return len(journal.read_bytes().splitlines()) if journal.is_file() else 0
 
-    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    wait_for(lambda: finished() > 1)
-    tasks = Path(f"/proc/{run.pid}/task").iterdir()
-    workers = [pid for task in tasks for pid in (task / "children").read_text().split()]
-    run.kill()
-    run.wait()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))  # none is orphaned
+    with Job(command) as job:
+        job.wait_until(lambda: finished() > 1)
+        workers = job.family()[1:]
+        job.process.kill()
+        assert all_gone(workers, 60)  # none is orphaned
     assert len(workers) >= 2 and finished() < 24
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    convert(source, target, "--num_workers", "2")
     assert tree(target) == tree(tmp_path / "one")
-
-
-# ------------------------------------------------------------------------------------------------ readers
 
 
 @needs_media

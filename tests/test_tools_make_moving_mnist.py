@@ -1,7 +1,5 @@
 """Moving MNIST against a step-by-step simulation, on digits drawn here."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets import DataConfig, build_dataset
+from tests.conftest import refuses
 from tools.make_moving_mnist import bounce, draw_clip, main, read_idx
 
 
@@ -97,14 +96,9 @@ def test_wrong_files_and_values_are_sentences(mnist: Path, tmp_path: Path) -> No
         (b"", "not a complete MNIST file"),
     ):
         (tmp_path / "bad").write_bytes(content)
-        with pytest.raises(ValueError, match=sentence):
-            read_idx(tmp_path / "bad")
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        make(tmp_path / "gone", tmp_path / "out")
-    with pytest.raises(ValueError, match="--size must be at least 32"):
-        make(mnist, tmp_path / "out", "--size", "16")
-    with pytest.raises(ValueError, match="do not match labels"):
-        make(mnist, tmp_path / "out", "--labels", "digit", "--mnist_labels", str(mnist))
+        refuses(sentence, read_idx, tmp_path / "bad")
+    refuses("there is no file", make, tmp_path / "gone", tmp_path / "out")
+    refuses("--size must be at least 32", make, mnist, tmp_path / "out", "--size", "16")
+    refuses("do not match labels", make, mnist, tmp_path / "out", "--labels", "digit", "--mnist_labels", str(mnist))
     make(mnist, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"other settings \(seed: 0 -> 1\)"):
-        make(mnist, tmp_path / "out", "--seed", "1")
+    refuses(r"other settings \(seed: 0 -> 1\)", make, mnist, tmp_path / "out", "--seed", "1")

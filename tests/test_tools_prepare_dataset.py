@@ -1,7 +1,5 @@
 """The four data sets in the layouts they are downloaded in -> what the training configs read, checked by reading it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,10 @@ from datasets.clips import ClipDataset
 from datasets.labels import read_frame_list
 from datasets.writer import write_video
 from engine.config import load_config
+from tests.conftest import CLIPS, ROOT, needs_media, refuses
 from tools import prepare_dataset
 from tools.prepare_dataset import SOURCE_VIDEOS, Place, match_groups, split_by_hash, split_folders
 
-ROOT = Path(__file__).resolve().parents[1]
-CLIPS = ROOT.parent / "shared" / "media" / "clips"
-needs_media = pytest.mark.skipif(not CLIPS.is_dir(), reason="the sample clips of ../shared/media are not here")
 RNG = np.random.default_rng(0)
 
 
@@ -96,33 +92,25 @@ def test_layouts(
     assert (out / "train_clips.txt").read_text().splitlines() == below
 
 
-@pytest.mark.parametrize(
-    ("dataset", "name", "video"),
-    [
+def test_source_videos() -> None:
+    for dataset, name, video in (
         ("ucf101", "Biking/v_Biking_g07_c02.avi", "Biking/v_Biking_g07"),
         ("taichi", "04ziAFt45qM#000104#000371.mp4", "04ziAFt45qM"),
         ("taichi", "a/_L745tFFmCQ_005583_005717", "_L745tFFmCQ"),  # as the official converter renames it
         ("sky", "07U1fSrk9oI/07U1fSrk9oI_1", "07U1fSrk9oI"),
         ("sky", "07U1fSrk9oI_12", "07U1fSrk9oI"),
         ("ffs", "videos/-2uYQt1Wm9I_2_3.avi", "-2uYQt1Wm9I"),
-    ],
-)
-def test_source_videos(dataset: str, name: str, video: str) -> None:
-    assert match_groups([name], SOURCE_VIDEOS[dataset]) == [video]
+    ):
+        assert match_groups([name], SOURCE_VIDEOS[dataset]) == [video]
 
 
-@pytest.mark.parametrize(
-    ("names", "splits", "below"),
-    [
+def test_folders_called_train_count_only_if_all_clips_lie_in_one() -> None:
+    for names, splits, below in (
         (["x/train/a/1.mp4", "test/2.mp4"], ["train", "test"], ["a/1.mp4", "2.mp4"]),
         (["train/1.mp4", "2.mp4"], ["", ""], ["train/1.mp4", "2.mp4"]),
         (["1/train.mp4"], [""], ["1/train.mp4"]),
-    ],
-)
-def test_folders_called_train_count_only_if_all_clips_lie_in_one(
-    names: list[str], splits: list[str], below: list[str]
-) -> None:
-    assert split_folders([Clip("", name, 1) for name in names], "folder") == (splits, below)
+    ):
+        assert split_folders([Clip("", name, 1) for name in names], "folder") == (splits, below)
 
 
 # By code point HammerThrow comes before Hammering, in classInd.txt after it; files of HandstandPushups say HandStand.
@@ -142,9 +130,8 @@ def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         label = {name: 35 + place for place, name in enumerate(UCF)}
         train = "".join(f"{clip} {label[clip.split('/')[0]]}\r\n" for clip, group in clips if group not in test)
         (root / "lists" / f"trainlist0{number}.txt").write_text(train)
-        (root / "lists" / f"testlist0{number}.txt").write_text(
-            "".join(f"{c}\r\n" for c, group in clips if group in test)
-        )
+        tested = "".join(f"{clip}\r\n" for clip, group in clips if group in test)
+        (root / "lists" / f"testlist0{number}.txt").write_text(tested)
     return root
 
 
@@ -177,8 +164,8 @@ def test_ucf101_frames_and_their_list_serve_joint_training(ucf: Path, tmp_path: 
 def test_ucf101_without_lists_splits_by_group(ucf: Path, tmp_path: Path) -> None:
     source = ucf / "UCF-101"
     assert set(prepare("ucf101", source, tmp_path / "out", "--test_share", "0.4")["splits"]) == {"test", "train"}
-    with pytest.raises(ValueError, match="--split 2 names a split of UCF101, whose lists were not found"):
-        prepare("ucf101", source, tmp_path / "other", "--split", "2")
+    sentence = "--split 2 names a split of UCF101, whose lists were not found"
+    refuses(sentence, prepare, "ucf101", source, tmp_path / "other", "--split", "2")
 
 
 @needs_media
@@ -279,37 +266,30 @@ def test_frames_of_different_sizes_and_short_clips_are_skipped(tmp_path: Path) -
     for name in ("notes.txt", ".hidden"):
         (source / name).write_text("")
     report = prepare("sky", source, tmp_path / "out", "--format", "png", "--min_frames", "3")
-    assert {entry["file"]: entry["reason"] for entry in report["skipped"]} == {
-        "mixed": "its frames differ in size (32x24, 9x9)",
-        "short": "has 2 frames, fewer than min_frames=3",
-    }
+    reasons = {"mixed": "its frames differ in size (32x24, 9x9)", "short": "has 2 frames, fewer than min_frames=3"}
+    assert {entry["file"]: entry["reason"] for entry in report["skipped"]} == reasons
     assert {entry["file"] for entry in report["left_out"]} == {"notes.txt", ".hidden"}
     assert [entry["source"] for entry in index_of(tmp_path / "out")] == ["good"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
+def test_bad_values_are_sentences(tmp_path: Path) -> None:
+    make(tmp_path / "in", "a.mp4")
+    for flags, sentence in (
         ("--size 64", "size needs the format video, png or jpeg"),
         ("--group film", r"needs \(parentheses\)"),
         ("--test_share 1", "--test_share must be in"),
         ("--quality 0 --format jpeg", "quality must be in"),
         ("--quality 90 --format png", "quality needs the format jpeg, not png"),
         ("--labels class_folders", "is not in a class folder"),
-    ],
-)
-def test_bad_values_are_sentences(tmp_path: Path, flags: str, sentence: str) -> None:
-    make(tmp_path / "in", "a.mp4")
-    with pytest.raises(ValueError, match=sentence):
-        prepare("folder", tmp_path / "in", tmp_path / "out", *flags.split())
+    ):
+        refuses(sentence, prepare, "folder", tmp_path / "in", tmp_path / "out", *flags.split())
 
 
 def test_sources_without_clips_and_clips_of_others_are_named(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    with pytest.raises(ValueError, match="holds no video files and no folders of frames"):
-        prepare("sky", tmp_path / "in", tmp_path / "out")
+    refuses("holds no video files and no folders of frames", prepare, "sky", tmp_path / "in", tmp_path / "out")
     make(tmp_path / "in", "a.mp4")
     prepare("ffs", tmp_path / "in", tmp_path / "other", "--split", "all")
     make(tmp_path / "other", "train/b.mp4")
-    with pytest.raises(ValueError, match="holds clips that this tool did not make"):
-        prepare("ffs", tmp_path / "in", tmp_path / "other", "--split", "all")
+    sentence = "holds clips that this tool did not make"
+    refuses(sentence, prepare, "ffs", tmp_path / "in", tmp_path / "other", "--split", "all")

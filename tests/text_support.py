@@ -1,30 +1,16 @@
 """Shared by tests of text-to-video training: a small set with captions, a text encoder, a tiny run on them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tests.conftest import TINY, draw_frame_folders
 from tests.t2v_support import tiny_text_encoder, tiny_tokenizer
 
 # the tiny run of conftest, with a text network of two layers in place of the class-conditional one
-TINY_TEXT = [
-    *(each for each in TINY if "num_classes" not in each),
-    "model.name=custom-t2v",
-    "data.name=captions",
-    "text.caption_channels=12",
-    "text.max_length=24",
-    "text.clean_captions=false",
-    "text.caption_dropout=0.3",
-]
-CAPTIONS = {
-    "falls/clip0": "a stone falls",
-    "falls/clip1": "a leaf falls",
-    "falls/clip2": "a stone falls",
-    "rises/clip0": "a kite rises",
-    "rises/clip1": "smoke rises",
-    "rises/clip2": "a bird rises",
-}
+TINY_TEXT = [each for each in TINY if "num_classes" not in each]
+TINY_TEXT += ["model.name=custom-t2v", "data.name=captions", "text.caption_channels=12", "text.max_length=24"]
+TINY_TEXT += ["text.clean_captions=false", "text.caption_dropout=0.3"]
+THINGS = {"falls": ("a stone", "a leaf", "a stone"), "rises": ("a kite", "smoke", "a bird")}  # of the three clips
+CAPTIONS = {f"{verb}/clip{n}": f"{thing} {verb}" for verb, things in THINGS.items() for n, thing in enumerate(things)}
 
 
 def write_captions(root: Path, captions: dict[str, str]) -> Path:
