@@ -11,6 +11,7 @@ from .losses import LossTerms
 from .samplers import StepOptions, list_evaluations, sample
 from .scheduled import ScheduledDiffusion
 from .timestep_sampler import LossAwareTimestepSampler, TimestepSampler, build_timestep_sampler
+from .weighting import weigh_terms
 
 
 def build_diffusion(

@@ -14,14 +14,19 @@ LIMITS = {
     "prediction": one_of(("epsilon", "x_start", "velocity", "flow")),
     "loss": one_of(("mse", "rescaled_mse", "kl", "rescaled_kl")),
     "fixed_variance": one_of(("large", "small")),
+    "loss_weighting": one_of(("uniform", "min_snr")),
+    "min_snr_gamma": POSITIVE,
     "timestep_sampler": one_of(("uniform", "loss_aware")),
     "timestep_density": one_of(("uniform", "linear", "logit_normal")),
     "timestep_shift": POSITIVE,
 }
 # setting -> keys that do not apply with it: a flow has no betas, no variance and one loss
 MEANINGLESS = {
-    "prediction=flow": ("schedule", "loss", "fixed_variance", "timestep_sampler"),
-    "timestep_sampler=loss_aware": ("timestep_density", "timestep_shift"),
+    "prediction=flow": ("schedule", "loss", "loss_weighting", "fixed_variance", "timestep_sampler"),
+    "timestep_sampler=loss_aware": ("timestep_density", "timestep_shift", "loss_weighting"),
+    "loss=kl": ("loss_weighting",),
+    "loss=rescaled_kl": ("loss_weighting",),
+    "loss_weighting=uniform": ("min_snr_gamma",),
 }
 
 
@@ -33,6 +38,8 @@ class DiffusionConfig:
     schedule: str = "linear"  # linear | cosine
     prediction: str = "epsilon"  # epsilon | x_start | velocity | flow (rectified flow, without learned sigma)
     loss: str = "mse"  # mse (plus the vb term if sigma is learned) | rescaled_mse | kl | rescaled_kl
+    loss_weighting: str = "uniform"  # uniform | min_snr: weight of the squared error by noise level
+    min_snr_gamma: float = 5.0  # the signal-to-noise ratio above which min_snr no longer grows
     fixed_variance: str = "large"  # large | small: the sampler's variance if sigma is not learned
     timestep_sampler: str = "uniform"  # uniform | loss_aware
     timestep_density: str = "uniform"  # uniform | linear (density 2t) | logit_normal

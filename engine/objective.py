@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from datasets import ClipDataset
-from diffusion import Given, LossTerms, TimestepSampler, condition_denoiser
+from diffusion import GaussianDiffusion, Given, LossTerms, TimestepSampler, condition_denoiser, weigh_terms
 from models.autoencoder import LatentCodec, Posterior
 
 from .build import PRECISIONS, build_codec, build_process
@@ -96,7 +96,10 @@ class Objective:
         timesteps, weights = self.timestep_sampler.timesteps_from_uniform(draws.uniform)
         condition = condition.drop(draws.label_uniform, self.conditions.dropout)
         terms = self.terms(model, latents, condition, timesteps, draws.noise, draws.given)
-        weighted = weights * (terms.loss if weights.ndim == 1 else terms.per_frame())
+        trained = terms
+        if isinstance(self.diffusion, GaussianDiffusion) and self.diffusion.config.loss_weighting == "min_snr":
+            trained = weigh_terms(terms, self.diffusion, timesteps)
+        weighted = weights * (trained.loss if weights.ndim == 1 else trained.per_frame())
         loss = sum((extra.mean() for extra in terms.extra.values()), start=weighted.mean())
         return StepLoss(loss, self.parts(terms), timesteps, terms.loss.detach())
 

@@ -73,6 +73,17 @@ def test_a_term_on_hidden_states(tiny: list[str], extra: list[str]) -> None:
     check_extra_terms([*tiny, *extra])
 
 
+def test_min_snr_weighs_the_trained_loss_only(tiny: list[str]) -> None:
+    settings = ["diffusion.prediction=x_start", "model.learn_sigma=false", "diffusion.loss_weighting=min_snr"]
+    trainer = make([*tiny, *settings])
+    (batch,) = next(trainer.batches())
+    found = trainer.objective(trainer.state.model, batch)
+    signal = trainer.objective.diffusion.tables["alphas_cumprod"][found.timesteps]  # type: ignore[union-attr]
+    weights = (signal / (1 - signal)).clamp(max=5).float()
+    torch.testing.assert_close(found.loss, (weights * found.per_clip).mean())
+    torch.testing.assert_close(found.parts["loss"], found.per_clip.mean())
+
+
 def test_init_from_takes_weights_and_starts_at_step_zero(tiny: list[str], tmp_path: Path) -> None:
     first = run([*tiny, "train.max_steps=2", f"train.output_dir={tmp_path / 'first'}"])
     source = str(tmp_path / "first")
