@@ -1,4 +1,4 @@
-"""A small class-conditional network with random weights, for several tests."""
+"""A small class-conditional network with random weights, and attention by its definition, for several tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models import Latte, LatteConfig
 
@@ -22,3 +23,15 @@ def tiny_latte(
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     return model.eval()
+
+
+def brute_force(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """Attention among frames in float64, `(B, F, N, D)`, by its definition."""
+    q, k, v = (each.double().unflatten(-1, (num_heads, -1)) for each in (q, k, v))
+    scores = torch.einsum("bfnhd,bgnhd->bnhfg", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bnhfg,bgnhd->bfnhd", scores.softmax(dim=-1), v).flatten(-2)
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """|value - expected| / |expected|, in float64; no NaN passes a bound."""
+    return float((value.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp(min=1e-30))

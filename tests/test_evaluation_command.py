@@ -1,9 +1,10 @@
 """The whole command against the formulae on features computed here; ranks, cache, manifest, counts, sentences."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ import torch
 
 from datasets.catalog import Clip
 from datasets.readers import VideoError
+from engine.distributed import World
 from evaluation import extract, measure, sources
 from evaluation.detectors import DETECTORS, load_detector
 from evaluation.distances import frechet_distance, frechet_from_moments, inception_score, kernel_distance
 from sample.video_io import write_mp4
-from tests.conftest import ROOT, refuses
+from tests.conftest import refuses
 from tests.detector_stubs import StubInception, write_network, write_stub
+from tests.fault_support import main_rank, on_two_ranks
 from tools import calc_metrics_for_dataset as command
 
 Sets = tuple[Path, Path, Path]
@@ -56,11 +59,13 @@ def detectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.node.get_closest_marker("dist"):
-        return  # other processes know the true number
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    expect_narrow(monkeypatch)
+
+
+def expect_narrow(patch: pytest.MonkeyPatch) -> None:
     for name, dims in (("inception", 48), ("inception_is", 24)):
-        monkeypatch.setitem(DETECTORS, name, replace(DETECTORS[name], dims=dims))
+        patch.setitem(DETECTORS, name, replace(DETECTORS[name], dims=dims))
 
 
 @pytest.fixture
@@ -309,31 +314,32 @@ def test_a_manifest_reads_the_same_clips_again(sets: Sets) -> None:
     refuses(r"'000004\.npy' is not in '.*real'", run, *given, "3", "--manifest", str(manifest))
 
 
-@pytest.mark.dist
-def test_two_ranks_equal_one_in_every_bit(tmp_path: Path) -> None:
-    """21 and 19 clips, one broken, some short: the calls do not divide evenly, and in the last round one has none.
+def evaluate_on_rank(world: World, argv: list[str]) -> str:
+    """Returns what one of two ranks prints."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        expect_narrow(patch)
+        assert main_rank(world, command.main, [argv, argv]) == 0
+    return shown.getvalue()
 
-    By the official script, whose paths are relative to the current folder.
-    """
+
+@pytest.mark.dist
+def test_two_ranks_equal_one_in_every_bit(tmp_path: Path, detectors: Path) -> None:
+    """21 and 19 clips, one broken, some short: the calls do not divide evenly, and in the last round one has none."""
     real = arrays(tmp_path / "real", range(21), lambda number: 15 if number in (2, 9) else 16 + number)
     (real / "000005.npy").write_bytes(b"broken")
     fake = arrays(tmp_path / "fake", range(100, 119))
-    for name in ("i3d", "c3d", "inception"):
-        shutil.copy(write_stub(name, tmp_path), tmp_path / DETECTORS[name].file)
     metrics = "fvd18_16f,kvd18_16f,fid100_full,is100,isv18_ucf"
     more = ("--use_cache", "0", "--workers", "1", "--device", "cpu")
-    alone = run(real, fake, tmp_path, metrics, *more)
-    given = {"REAL": "real", "FAKE": "fake", "METRICS": metrics, "PROTOCOL": "stylegan-v"}
-    given |= {"DETECTORS": ".", "GPUS": "2"}
-    call = ["bash", str(ROOT / "tools" / "eval_metrics.sh"), *more, "--out", "found.json"]
-    env = {**os.environ, **given}
-    done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    both = json.loads((tmp_path / "found.json").read_text())
+    alone = run(real, fake, detectors, metrics, *more)
+    file = tmp_path / "found.json"
+    argv = arguments(real, fake, detectors, metrics, *more, "--out", str(file))
+    shown = on_two_ranks(tmp_path, evaluate_on_rank, argv)
+    assert shown[0].count("fvd18_16f  ") == 1 and not shown[1]  # one table
+    both = json.loads(file.read_text())
     assert (alone["world_size"], both["world_size"]) == (1, 2)
     assert both["metrics"] == alone["metrics"]
     assert both["metrics"]["fvd18_16f"]["counts"]["real"]["used"] == 18
-    assert done.stdout.count("fvd18_16f  ") == 1  # one table
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from engine.trainer import Trainer
 from models import attention
 from models.attention import BACKENDS, Call, attend, choose, fused_attention, plain_attention
 from models.blocks import MIXERS, Block
-from tests.temporal_kernel_support import brute_force, relative_error
+from tests.latte_support import brute_force, relative_error
 
 B, F, N, D, HEADS = 2, 5, 6, 12, 3
 AXES = ("spatial", "temporal")
