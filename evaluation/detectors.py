@@ -7,7 +7,8 @@ Letters: B samples, T frames per clip, H W height and width in pixels, D feature
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,6 +205,18 @@ def load_detector(
     Raises: FileNotFoundError, saying where to get it; ValueError for another hash or detector.
     """
     return Detector(DETECTORS[name], DetectorFile.read(path, sha256=sha256, spec=DETECTORS[name]), device)
+
+
+def read_detector_files(given: Sequence[str]) -> list[tuple[DetectorSpec, DetectorFile]]:
+    """Reads the files of `--detector [NAME=]FILE[@SHA256]`; returns each with every detector that it can be."""
+    found: list[tuple[DetectorSpec, DetectorFile]] = []
+    for text in given:
+        match = re.fullmatch(r"(?:(?P<name>\w+)=)?(?P<file>.+?)(?:@(?P<sha256>[0-9a-fA-F]{64}))?", text)
+        name, path, sha256 = match.groups() if match else (None, text, None)
+        spec = find_spec(name, "--detector") if name is not None else None
+        file = DetectorFile.read(path, sha256=sha256, spec=spec)
+        found += [(each, file) for each in ([spec] if spec else file.kinds())]
+    return found
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from common.storage import write_atomically, write_json
 from engine import cli
 from engine.distributed import World, close_world, init_world, on_main
 from evaluation.cache import FeatureCache
-from evaluation.detectors import DETECTORS, Detector, DetectorFile, find_spec, load_detector
+from evaluation.detectors import DETECTORS, Detector, load_detector, read_detector_files
 from evaluation.extract import Extractor
 from evaluation.manifest import Manifest, format_manifest
 from evaluation.measure import CHECKS, REPORTS, Evaluation
@@ -189,17 +189,11 @@ def prepare(arguments: argparse.Namespace, metrics: Sequence[Metric], world: Wor
 
 def load_detectors(given: Sequence[str], folder: Path, metrics: Sequence[Metric], world: World) -> dict[str, Detector]:
     """Loads the detector of each family of metrics, from the given files or else the official one in `folder`."""
-    files: list[tuple[str, DetectorFile]] = []
-    for text in given:
-        match = re.fullmatch(r"(?:(?P<name>\w+)=)?(?P<file>.+?)(?:@(?P<sha256>[0-9a-fA-F]{64}))?", text)
-        name, path, sha256 = match.groups() if match else (None, text, None)
-        spec = find_spec(name, "--detector") if name is not None else None
-        file = DetectorFile.read(path, sha256=sha256, spec=spec)
-        files += [(each.name, file) for each in ([spec] if spec else file.kinds())]
+    files = read_detector_files(given)
     loaded: dict[str, Detector] = {}
     for family in dict.fromkeys(metric.family for metric in metrics):
         specs = [spec for spec in DETECTORS.values() if family in spec.metrics]  # the official one comes first
-        fitting = (Detector(spec, file, world.device) for spec in specs for name, file in files if name == spec.name)
+        fitting = (Detector(spec, file, world.device) for spec in specs for each, file in files if each == spec)
         name, path = specs[0].name, folder / specs[0].file
         loaded[family] = next(fitting, None) or load_detector(name, path, device=world.device)
     return loaded
