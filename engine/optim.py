@@ -12,13 +12,23 @@ from torch import Tensor, nn
 
 from .config import OptimConfig
 from .distributed import local_shard
+from .muon import MuonAdamW
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Returns AdamW over the trainable parameters of `model`."""
-    on_cuda = next(model.parameters()).device.type == "cuda"
+def build_optimizer(model: Any, config: OptimConfig) -> torch.optim.Optimizer:
+    """Returns the optimizer of the trainable parameters of a network: AdamW, with `optim.name=muon` MuonAdamW."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.name == "adamw":
+        return _build_adamw(trained, config)
+    matrices = [each for each in model.blocks.parameters() if each.requires_grad and each.ndim == 2]
+    chosen = {id(matrix) for matrix in matrices}
+    return MuonAdamW(_build_adamw([each for each in trained if id(each) not in chosen], config), matrices, config)
+
+
+def _build_adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    on_cuda = parameters[0].device.type == "cuda"
     return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        parameters,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -27,10 +37,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
-def step_unless(skip: Tensor, optimizer: torch.optim.AdamW) -> None:
+def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Runs the optimizer's step, unless `skip` (a scalar on the device) is true.
 
-    The fused kernel reads `skip` as a gradient scaler's `found_inf`; the plain one makes the host wait.
+    The fused AdamW kernel reads `skip` as a gradient scaler's `found_inf`; others make the host wait.
     """
     if optimizer.defaults["fused"]:
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]

@@ -22,6 +22,8 @@ from .guard import StepGuard
 from .optim import EMA, build_optimizer
 from .weights import load_base
 
+STATE_KEYS = {False: ("exp_avg", "exp_avg_sq", "step"), True: ("momentum_buffer",)}  # by whether a group is Muon's
+
 
 @dataclass
 class TrainState:
@@ -35,7 +37,7 @@ class TrainState:
 
     model: Latte | LatteT2V
     ema: EMA
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     timestep_sampler: TimestepSampler
     guard: StepGuard
     lora_base: str | None = None
@@ -51,9 +53,9 @@ class TrainState:
 
         `facts`: `Run.facts`; `copy`: copies CPU tensors too, so that training may change them.
         """
-        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        moments = self.optimizer.state_dict()["state"]
-        optim = {f"{key}/{names[i]}": value for i, state in moments.items() for key, value in state.items()}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        moments = self.optimizer.state
+        optim = {f"{key}/{names[id(each)]}": value for each in moments for key, value in moments[each].items()}
         rng = {f"cpu/{rank}": state for rank, state in enumerate(gather_objects(torch.get_rng_state()))}
         history = self.timestep_sampler.state_dict()
         rng |= {f"timestep_sampler/{key}": value.cpu() for key, value in history.items()}
@@ -73,12 +75,14 @@ class TrainState:
         load_trained(self.model, saved.model, "the checkpoint's model")
         load_trained(self.ema.model, saved.ema, "the checkpoint's EMA")
         self.ema.updates = saved.state["ema_updates"]
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        trained = [(each, group) for group in self.optimizer.param_groups for each in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
-        trained = [each for each in self.model.named_parameters() if each[1].requires_grad]
-        for index, (name, parameter) in enumerate(trained if saved.step else ()):
-            moments = {key: saved.optim[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
-            state[index] = shards_like(moments, dict.fromkeys(moments, parameter))
-            state[index]["step"] = saved.optim[f"step/{name}"]
+        for index, (parameter, group) in enumerate(trained if saved.step else ()):
+            kinds, name = STATE_KEYS["momentum" in group], names[id(parameter)]
+            moments = {key: saved.optim[f"{key}/{name}"] for key in kinds}
+            steps = {"step": moments.pop("step")} if "step" in moments else {}
+            state[index] = shards_like(moments, dict.fromkeys(moments, parameter)) | steps
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         history = {key: value for key, value in saved.rng.items() if key.startswith("timestep_sampler/")}

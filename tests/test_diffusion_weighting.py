@@ -33,5 +33,5 @@ def test_all_predictions_minimise_the_same_loss(prediction: str, timesteps: torc
 @pytest.mark.parametrize("other", ["prediction=flow", "loss=kl", "loss=rescaled_kl", "timestep_sampler=loss_aware"])
 def test_combinations_without_meaning_are_refused(other: str) -> None:
     key, _, value = other.partition("=")
-    with pytest.raises(ValueError, match="diffusion.loss_weighting=min_snr has no meaning"):
+    with pytest.raises(ValueError, match=r"diffusion\.loss_weighting=min_snr has no meaning"):
         DiffusionConfig(loss_weighting="min_snr", **{key: value})  # type: ignore[arg-type]

@@ -85,9 +85,9 @@ def lose_newest(run: Path) -> None:
     [
         ["data.num_images=2", "train.precision=bf16", "train.ema_warmup=true", "optim.schedule=cosine"],
         ["train.grad_accum_steps=4", "train.batch_size=1", "diffusion.timestep_sampler=loss_aware"],
-        ["model.variant=parallel", "model.temporal_position=rope", "train.async_checkpoint=true"],
+        ["model.variant=parallel", "model.temporal_position=rope", "train.async_checkpoint=true", "optim.name=muon"],
         ["diffusion.prediction=flow", "model.learn_sigma=false", "diffusion.timestep_density=logit_normal"],
-        ["data.latents=", "data.num_images=1", "data.horizontal_flip=true"],
+        ["data.latents=", "data.num_images=1", "data.horizontal_flip=true", "diffusion.loss_weighting=min_snr"],
     ],
     ids=lambda extra: extra[0].partition(".")[2],
 )

@@ -160,6 +160,9 @@ RULES: dict[str, Callable[[Config], object]] = {
     "name that with train.init_from, or set it to 0.": lambda c: (
         c.train.temporal_ramp_steps > 0 and c.train.init_from is None
     ),
+    "optim.name=muon needs whole matrices: leave train.parallel at ddp.": lambda c: (
+        c.optim.name == "muon" and c.train.parallel == "fsdp"
+    ),
     # adapters
     "lora.rank={c.lora.rank} trains adapters on given base weights: name these with train.init_from.": lambda c: (
         c.lora.rank > 0 and c.train.init_from is None

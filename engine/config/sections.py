@@ -39,6 +39,7 @@ OPTIM_LIMITS = {
     "beta1 beta2": within(0, 1, "[)"),
     "spike_factor": Limit("above 1 and finite, or 0 for none", lambda value: value == 0 or 1 < value < math.inf),
     "max_skips": at_least(1),
+    "name": one_of(("adamw", "muon")),
     "schedule": one_of(("constant", "cosine")),
     "spike_policy": one_of(("skip", "clip")),
 }
@@ -48,6 +49,7 @@ OPTIM_LIMITS = {
 class OptimConfig:
     """The `optim` section. Defaults are the official recipe."""
 
+    name: str = "adamw"  # adamw | muon: Muon for the matrices of the blocks, AdamW for the rest
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     beta1: float = 0.9
