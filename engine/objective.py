@@ -18,9 +18,11 @@ from datasets import ClipDataset
 from diffusion import GaussianDiffusion, Given, LossTerms, TimestepSampler, condition_denoiser, weigh_terms
 from models.autoencoder import LatentCodec, Posterior
 
+from .alignment import layer_sync
 from .build import PRECISIONS, build_codec, build_process
 from .conditions import Condition, Conditions
 from .config import Config
+from .routing import draw_route
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Draws:
     noise: Tensor  # (B, F+I, C, h, w)
     codec_noise: Tensor | None  # like noise: the codec's posterior sample
     given: Tensor | None = None  # (B, F) bool: given frames; None if there never are any
+    route: Tensor | None = None  # (B, N) in [0, 1): chooses the tokens of objective.route_blocks; None without
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class Objective:
         self.codec = build_codec(config, clips, device)
         self.diffusion = build_process(config).to(device)
         self.conditions, self.timestep_sampler, self.device = conditions, timestep_sampler, device
-        self.hidden_blocks: tuple[int, ...] = ()  # blocks whose tokens `extra_terms` receives
+        self.config = config.objective
+        self.hidden_blocks = tuple(self.config.sync_blocks)  # blocks whose tokens `extra_terms` receives
+        self.num_routed = (config.latent_size // config.model.size.patch_size) ** 2 if self.config.route_blocks else 0
         self.num_images = config.data.num_images  # I, trailing frames that are single images (joint training)
         self.seed = config.train.seed
         self.precision = PRECISIONS[config.train.precision]
@@ -95,7 +100,8 @@ class Objective:
         """Returns the loss of latents (B, F+I, C, h, w) for a condition and draws."""
         timesteps, weights = self.timestep_sampler.timesteps_from_uniform(draws.uniform)
         condition = condition.drop(draws.label_uniform, self.conditions.dropout)
-        terms = self.terms(model, latents, condition, timesteps, draws.noise, draws.given)
+        options = {} if draws.route is None else {"route": draw_route(draws.route, self.config)}
+        terms = self.terms(model, latents, condition, timesteps, draws.noise, draws.given, options)
         trained = terms
         if isinstance(self.diffusion, GaussianDiffusion) and self.diffusion.config.loss_weighting == "min_snr":
             trained = weigh_terms(terms, self.diffusion, timesteps)
@@ -105,7 +111,10 @@ class Objective:
 
     def extra_terms(self, hidden_states: dict[int, Tensor]) -> dict[str, Tensor]:
         """Returns further terms (B,) of the training loss by name, from tokens (B, F+I, N, D) of `hidden_blocks`."""
-        return {}
+        if not self.config.sync_blocks:
+            return {}
+        early, late = (hidden_states[block] for block in self.config.sync_blocks)
+        return {"sync": self.config.sync_weight * layer_sync(early, late)}
 
     def terms(
         self,
@@ -115,18 +124,19 @@ class Objective:
         timesteps: Tensor,
         noise: Tensor,
         given: Tensor | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> LossTerms:
         """Returns the loss terms of latents (B, F+I, C, h, w) at timesteps (B,) or (B, F+I), with noise like them.
 
-        Frames that are `given` (B, F) stay clean; the terms cover the others.
+        Frames that are `given` (B, F) stay clean; the terms cover the others. `options` go to the network.
         """
         autocast, hidden_states = self.precision.autocast, {}
-        options = {"return_hidden_states": self.hidden_blocks} if self.hidden_blocks else {}
+        wanted = {"return_hidden_states": self.hidden_blocks} if self.hidden_blocks else {}
 
         def denoiser(noisy_latents: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
-                output = condition.call(model, noisy_latents, t, self.num_images, **options)
-            if options:
+                output = condition.call(model, noisy_latents, t, self.num_images, **wanted, **(options or {}))
+            if wanted:
                 output, states = output
                 hidden_states.update(states)
             return output.to(noisy_latents.dtype)
@@ -148,14 +158,16 @@ class Objective:
             where: Any = {"generator": sample_generator(self.seed, position, self.device), "device": self.device}
             uniform, noise = torch.rand(1 + num_labels, **where), torch.randn(shape, **where)
             codec_noise = torch.randn(shape, **where) if self.codec.stochastic else noise[:0]
-            rows.append((uniform, noise, codec_noise, torch.rand(num_uniforms, **where)))
-        uniform, noise, codec_noise, given_uniform = map(torch.stack, zip(*rows))
+            given_uniform, route = torch.rand(num_uniforms, **where), torch.rand(self.num_routed, **where)
+            rows.append((uniform, noise, codec_noise, given_uniform, route))
+        uniform, noise, codec_noise, given_uniform, route = map(torch.stack, zip(*rows))
         return Draws(
             uniform=uniform[:, 0],
             label_uniform=uniform[:, 1:],
             noise=noise,
             codec_noise=codec_noise if self.codec.stochastic else None,
             given=self.given_frames(given_uniform),
+            route=route if self.num_routed else None,
         )
 
     def num_given_uniforms(self, num_frames: int) -> int:

@@ -13,6 +13,8 @@ from tests.fault_support import fit_rank, make, on_two_ranks, rows, run
 
 pytestmark = pytest.mark.dist
 FP64 = ["train.precision=fp64", "optim.max_grad_norm=0.05", "train.checkpoint_every=100"]
+LEVERS = ["model.depth=4", "objective.route_blocks=[1,3]", "objective.sync_blocks=[0,3]"]
+LEVERS += ["diffusion.loss_weighting=min_snr"]
 
 
 def two(folder: Path, name: str, overrides: list[str]) -> list[dict[str, Any]]:
@@ -25,9 +27,18 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleran
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_losses_and_weights_are_those_of_ddp(tiny: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("extra", [[], LEVERS], ids=["plain", "levers"])
+def test_losses_and_weights_are_those_of_ddp(tiny: list[str], tmp_path: Path, extra: list[str]) -> None:
     """float64, with accumulation and clipping: 1e-12."""
-    common = [*tiny, *FP64, "train.grad_accum_steps=2", "train.batch_size=1", "train.log_every=2", "train.max_steps=4"]
+    common = [
+        *tiny,
+        *FP64,
+        *extra,
+        "train.grad_accum_steps=2",
+        "train.batch_size=1",
+        "train.log_every=2",
+        "train.max_steps=4",
+    ]
     ddp, fsdp = (two(tmp_path, kind, [*common, f"train.parallel={kind}"]) for kind in ("ddp", "fsdp"))
     for rank in (0, 1):
         losses = [[loss for _, loss in result[rank]["trace"]] for result in (ddp, fsdp)]

@@ -80,10 +80,13 @@ def lose_newest(run: Path) -> None:
     folder.rename(folder.with_name(f"{folder.name}.tmp-gone"))
 
 
+ROUTED = ["model.depth=4", "objective.route_blocks=[1,3]", "objective.sync_blocks=[0,3]"]
+
+
 @pytest.mark.parametrize(
     "extra",
     [
-        ["data.num_images=2", "train.precision=bf16", "train.ema_warmup=true", "optim.schedule=cosine"],
+        ["data.num_images=2", "train.precision=bf16", "train.ema_warmup=true", "optim.schedule=cosine", *ROUTED],
         ["train.grad_accum_steps=4", "train.batch_size=1", "diffusion.timestep_sampler=loss_aware"],
         ["model.variant=parallel", "model.temporal_position=rope", "train.async_checkpoint=true", "optim.name=muon"],
         ["diffusion.prediction=flow", "model.learn_sigma=false", "diffusion.timestep_density=logit_normal"],

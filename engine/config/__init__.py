@@ -2,4 +2,12 @@
 
 from .loading import MAX_YAML_CHARACTERS, all_keys, load_config, read_yaml
 from .rules import Config
-from .sections import LABEL_RULES, MonitorConfig, OptimConfig, SampleConfig, TrainConfig, window_overlap
+from .sections import (
+    LABEL_RULES,
+    MonitorConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SampleConfig,
+    TrainConfig,
+    window_overlap,
+)

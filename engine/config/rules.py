@@ -16,7 +16,15 @@ from models.latte import LatteConfig
 from models.lora import LoraConfig
 from models.text_encoder import TextConfig
 
-from .sections import FLOW_METHODS, GAUSSIAN_METHODS, MonitorConfig, OptimConfig, SampleConfig, TrainConfig
+from .sections import (
+    FLOW_METHODS,
+    GAUSSIAN_METHODS,
+    MonitorConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SampleConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Config:
     codec: CodecConfig = field(default_factory=CodecConfig)
     text: TextConfig = field(default_factory=TextConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -50,6 +59,11 @@ class Config:
     def pixels_per_token(self) -> int:
         """Height and width of a token, in pixels of the video."""
         return self.codec.downsample_factor * self.model.size.patch_size
+
+    @property
+    def last_block(self) -> int:
+        """Index of the network's last block."""
+        return self.model.size.depth - 1
 
     @property
     def is_flow(self) -> bool:
@@ -138,6 +152,21 @@ RULES: dict[str, Callable[[Config], object]] = {
     "sample.guidance_scale={c.sample.guidance_scale} needs a class-conditional network with a null label: set "
     "model.num_classes and a model.label_dropout (of a text network, text.caption_dropout) above 0, or "
     "sample.guidance_scale=1.": lambda c: c.sample.guidance_scale != 1 and not c.has_null,
+    # objective
+    "objective.route_blocks={c.objective.route_blocks} must end at most at {c.model.size.depth}, the number of "
+    "blocks.": lambda c: bool(c.objective.route_blocks) and c.objective.route_blocks[1] > c.model.size.depth,
+    "objective.sync_blocks={c.objective.sync_blocks}: the network has only blocks 0 to {c.last_block}.": lambda c: (
+        bool(c.objective.sync_blocks) and c.objective.sync_blocks[1] > c.last_block
+    ),
+    "objective.sync_blocks={c.objective.sync_blocks}: only one of the two lies inside "
+    "objective.route_blocks={c.objective.route_blocks}, where some tokens are missing: choose both inside or both "
+    "outside.": lambda c: (
+        bool(c.objective.sync_blocks and c.objective.route_blocks)
+        and len({block in range(*c.objective.route_blocks) for block in c.objective.sync_blocks}) > 1
+    ),
+    "objective.route_blocks is not built for text networks: leave it out.": lambda c: (
+        c.model.is_text and bool(c.objective.route_blocks)
+    ),
     # text networks
     "data.name={c.data.name} has captions, which model.name={c.model.name} does not read: set "
     "model.name=custom-t2v or Latte-1, or data.name=folder.": lambda c: (

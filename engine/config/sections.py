@@ -6,7 +6,7 @@ The other sections are defined where they are read, in models/, diffusion/ and d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from common.checks import (
@@ -72,6 +72,30 @@ class OptimConfig:
             f"optim.min_learning_rate={self.min_learning_rate} is the final value of optim.schedule=cosine: "
             "set that schedule, and a value up to optim.learning_rate.",
         )
+
+
+# ---- objective -------------------------------------------------------------------------------------
+
+TWO_BLOCKS = Limit("two ascending block indices, or []", lambda v: not v or (len(v) == 2 and 0 <= v[0] < v[1]))
+OBJECTIVE_LIMITS = {
+    "route_blocks sync_blocks": TWO_BLOCKS,
+    "route_keep": within(0, 1, "()"),
+    "sync_weight": POSITIVE,
+}
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The `objective` section: optional changes to the training loss; docs/levers.md describes them."""
+
+    route_blocks: list[int] = field(default_factory=list)  # [start, stop]: some tokens skip start to stop - 1 (TREAD)
+    route_keep: float = 0.5  # share of the tokens that these blocks compute
+    sync_blocks: list[int] = field(default_factory=list)  # [early, late]: aligns early's tokens with late's (LayerSync)
+    sync_weight: float = 0.2  # weight of that term
+
+    def __post_init__(self) -> None:
+        check_limits(self, "objective.", OBJECTIVE_LIMITS)
+        check_read_only_with(self, "objective.", {"route_keep": "route_blocks", "sync_weight": "sync_blocks"})
 
 
 # ---- train -----------------------------------------------------------------------------------------
