@@ -17,10 +17,10 @@ from engine.trainer import Trainer
 from models import attention
 from models.attention import BACKENDS, Call, attend, choose, fused_attention, plain_attention
 from models.blocks import MIXERS, Block
+from tests.conftest import refuses
 from tests.latte_support import brute_force, relative_error
 
 B, F, N, D, HEADS = 2, 5, 6, 12, 3
-AXES = ("spatial", "temporal")
 
 
 def tokens(frames: int = F) -> Tensor:
@@ -33,24 +33,30 @@ def mixer(axis: str) -> torch.nn.Module:
     return MIXERS[axis](D, HEADS).double()
 
 
-@pytest.mark.parametrize("axis", AXES)
-def test_fused_attention_gets_four_dimensions(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fused kernels take 4-D tensors only; 5-D ones fall back to the slow path without a word."""
-    seen = []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[tuple[int, ...]], list[int]]]:
+    """Shapes of q, k and v, and the order of the kernels, at each call of torch's fused attention."""
+    found = []
     original = functional.scaled_dot_product_attention
 
     def spy(*args: Tensor, **options: object) -> Tensor:
-        seen.append([tuple(tensor.shape) for tensor in args])
+        found.append(([tuple(tensor.shape) for tensor in args], torch._C._get_sdp_priority_order()))
         return original(*args, **options)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape"), [("spatial", (B * F, HEADS, N, D // HEADS)), ("temporal", (B, N * HEADS, F, D // HEADS))]
+)
+def test_fused_attention_gets_four_dimensions(axis: str, shape: tuple[int, ...], seen: list[Any]) -> None:
+    """Fused kernels take 4-D tensors only; 5-D ones fall back to the slow path without a word."""
     mixer(axis)(tokens(), F)
-    shape = (B * F, HEADS, N, D // HEADS) if axis == "spatial" else (B, N * HEADS, F, D // HEADS)
-    assert seen == [[shape] * 3]
+    assert [shapes for shapes, _ in seen] == [[shape] * 3]
 
 
 def test_modulation_is_computed_once_per_sample() -> None:
-    """The adaLN head sees one row per clip and per image, never one per frame or token."""
     block = Block((("spatial",),), D, 2, 2.0, adaln=True).double()
     rows = []
     block.adaLN_modulation.register_forward_hook(lambda module, inputs, output: rows.append(output.shape))
@@ -62,7 +68,6 @@ def test_modulation_is_computed_once_per_sample() -> None:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=["kept", "added"])
 @pytest.mark.parametrize("view", ["spatial", "temporal", "clip"])
 def test_masks_mean_the_same_to_both_kernels(view: str, dtype: torch.dtype) -> None:
-    """Fused against plain, forward and backward in float64."""
     q, k, v = (tokens().detach().roll(shift, -1).requires_grad_() for shift in range(3))
     rows, length = {"spatial": (B * F, N), "temporal": (B, F), "clip": (B, F * N)}[view]
     keep = torch.rand(rows, 1, length, length, generator=torch.Generator().manual_seed(4)) < 0.7
@@ -74,19 +79,12 @@ def test_masks_mean_the_same_to_both_kernels(view: str, dtype: torch.dtype) -> N
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
 
 
-def test_backends_are_tried_in_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_are_tried_in_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch, seen: list[Any]) -> None:
     monkeypatch.setitem(BACKENDS, "cpu", BACKENDS["cuda"])
-    original, seen = functional.scaled_dot_product_attention, []
-
-    def spy(*args: Tensor, **options: object) -> Tensor:
-        seen.append(torch._C._get_sdp_priority_order())
-        return original(*args, **options)
-
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
     before = torch._C._get_sdp_priority_order()
     mixer("spatial")(tokens(), F)
     wanted = [int(backend) for backend in BACKENDS["cuda"]]
-    assert seen[0][: len(wanted)] == wanted
+    assert seen[0][1][: len(wanted)] == wanted
     assert torch._C._get_sdp_priority_order() == before
     assert all(order[-1] == SDPBackend.MATH for order in BACKENDS.values())  # which takes every call
 
@@ -105,7 +103,6 @@ def test_plain_stays_plain_when_compiled() -> None:
 
 @pytest.fixture(autouse=True)
 def default() -> Iterator[None]:
-    """Each test begins and ends with the default."""
     choose("auto")
     yield
     choose("auto")
@@ -135,29 +132,17 @@ def test_equals_brute_force(name: str, view: str) -> None:
     assert relative_error(found, wanted.double()) < 1e-6
 
 
-def test_more_heads_than_a_grid_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [torch.randn(2, 5, 3, 16) for _ in range(3)]
+def test_more_heads_than_a_grid_has_room_for(monkeypatch: pytest.MonkeyPatch, seen: list[Any]) -> None:
+    parts = torch.randn(3, 2, 5, 3, 16)
     usual = attend(*parts, "temporal", 2)
-    seen = []
-    fused_attention = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(q: Tensor, *others: Tensor, **options: Any) -> Tensor:
-        seen.append(tuple(q.shape))
-        return fused_attention(q, *others, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    monkeypatch.setattr(attention, "MAX_HEADS", 5)
-    assert torch.equal(attend(*parts, "temporal", 2), usual)
-    monkeypatch.setattr(attention, "MAX_HEADS", 6)
-    assert torch.equal(attend(*parts, "temporal", 2), usual)
-    assert seen == [(6, 2, 5, 8), (2, 6, 5, 8)]
+    for most, shape in ((5, (6, 2, 5, 8)), (6, (2, 6, 5, 8))):
+        monkeypatch.setattr(attention, "MAX_HEADS", most)
+        assert torch.equal(attend(*parts, "temporal", 2), usual)
+        assert seen[-1][0][0] == shape
 
 
 def test_the_key_of_a_run_chooses(tiny: list[str]) -> None:
     for name in ("plain", "auto"):
         Trainer(load_config(None, [*tiny, f"train.attention={name}"]), World())
         assert attention._kernel is {"plain": plain_attention, "auto": fused_attention}[name]
-    with pytest.raises(ValueError, match="attention must be one of auto, fused, plain, got 'xformers'"):
-        choose("xformers")
-    with pytest.raises(ValueError, match=r"train.attention must be one of auto, fused, plain, got 'math'"):
-        load_config(None, [*tiny, "train.attention=math"])
+    refuses("attention must be one of auto, fused, plain, got 'xformers'", choose, "xformers")

@@ -6,23 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from datasets.readers import open_video
+from demo.drawn import accuracy, draw_clip
 from models.autoencoder import CodecConfig, LatentCodec
+from tests.conftest import refuses
 from tests.latent_support import tiny_codec
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
+Saved = dict[str, tuple[Any, Path]]
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLTemporalDecoder")
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
-    """Each class: the model, and the folder that `save_pretrained` made of it."""
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     models = {name: (tiny_codec(name), tmp_path_factory.mktemp(name)) for name in CLASSES}
     for model, folder in models.values():
         model.save_pretrained(folder)
@@ -41,7 +44,7 @@ def clips(batch: int = 2, frames: int = 3, size: int = 16) -> Tensor:
 
 @pytest.mark.parametrize("class_name", CLASSES)
 @torch.no_grad()
-def test_encode_and_decode_are_those_of_diffusers(saved: dict[str, tuple[Any, Path]], class_name: str) -> None:
+def test_encode_and_decode_are_those_of_diffusers(saved: Saved, class_name: str) -> None:
     model, folder = saved[class_name]
     codec, video = LatentCodec.from_config(config(folder)), clips()
     encoded = model.encode(video.flatten(0, 1))
@@ -57,22 +60,17 @@ def test_encode_and_decode_are_those_of_diffusers(saved: dict[str, tuple[Any, Pa
     assert codec.stochastic == (not tiny)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
     if tiny:
-        with pytest.raises(ValueError, match="not stochastic"):
-            codec.encode(video, noise)
+        refuses("not stochastic", codec.encode, video, noise)
         return
     posterior = encoded.latent_dist
     sample = (posterior.mean + torch.exp(0.5 * posterior.logvar) * noise.flatten(0, 1)).view(noise.shape)
     torch.testing.assert_close(codec.encode(video, noise), (sample - 0.2) * 0.7, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="noise has shape"):
-        codec.encode(video, noise[..., 1:])
+    refuses("noise has shape", codec.encode, video, noise[..., 1:])
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
 @pytest.mark.parametrize("chunk_size", [1, 4])
-def test_chunks_bound_the_calls_and_change_nothing(
-    saved: dict[str, tuple[Any, Path]], class_name: str, chunk_size: int
-) -> None:
-    """Also where the decoder mixes frames: a clip of 3 frames is never split, whatever the chunk."""
+def test_chunks_bound_the_calls_and_change_nothing(saved: Saved, class_name: str, chunk_size: int) -> None:
     _, folder = saved[class_name]
     video = clips(batch=3)
     whole = LatentCodec.from_config(config(folder, chunk_size=100))
@@ -87,7 +85,7 @@ def test_chunks_bound_the_calls_and_change_nothing(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_frozen_clamped_and_low_precision_stays_inside(saved: dict[str, tuple[Any, Path]], dtype: str) -> None:
+def test_frozen_clamped_and_low_precision_stays_inside(saved: Saved, dtype: str) -> None:
     _, folder = saved["AutoencoderTiny"]
     exact, low = (LatentCodec.from_config(config(folder, dtype=kind)) for kind in ("fp32", dtype))
     torch.nn.ModuleList([low]).train()
@@ -104,10 +102,7 @@ def test_frozen_clamped_and_low_precision_stays_inside(saved: dict[str, tuple[An
     assert exact.decode(1e4 * torch.randn(1, 2, 5, 8, 8)).abs().max() == 1
 
 
-def test_scale_comes_from_the_config_alone_also_in_a_subfolder(
-    saved: dict[str, tuple[Any, Path]], tmp_path: Path
-) -> None:
-    """A `scaling_factor` in the autoencoder's own config is not read."""
+def test_a_scaling_factor_of_the_autoencoder_is_not_read(saved: Saved, tmp_path: Path) -> None:
     model, folder = saved["AutoencoderTiny"]
     model.save_pretrained(tmp_path / "vae")
     file = tmp_path / "vae" / "config.json"
@@ -123,34 +118,26 @@ def test_pixel_space_is_the_identity() -> None:
     assert codec.latent_shape(video.shape) == video.shape
     torch.testing.assert_close(codec.encode(video), (video - 0.1) * 0.5)
     torch.testing.assert_close(codec.decode(codec.encode(video)), video)
-    with pytest.raises(ValueError, match=r"codec\.latent_channels is 4, but that of pixel space is 3"):
-        LatentCodec.from_config(CodecConfig())
+    refuses(r"codec\.latent_channels is 4, but that of pixel space is 3", LatentCodec.from_config, CodecConfig())
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
-def test_values_of_another_autoencoder_are_named(saved: dict[str, tuple[Any, Path]], class_name: str) -> None:
+def test_values_of_another_autoencoder_are_named(saved: Saved, class_name: str) -> None:
     for key, given, found in (("latent_channels", 4, 5), ("downsample_factor", 8, 2)):
-        with pytest.raises(ValueError, match=f"codec.{key} is {given}, but .* is {found}; set codec.{key}={found}"):
-            LatentCodec.from_config(config(saved[class_name][1], **{key: given}))
+        sentence = f"codec.{key} is {given}, but .* is {found}; set codec.{key}={found}"
+        refuses(sentence, LatentCodec.from_config, config(saved[class_name][1], **{key: given}))
 
 
 def test_folders_that_hold_no_autoencoder(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", "./nowhere", "assets/demo/nowhere", "vae"):
-        with pytest.raises(FileNotFoundError, match=r"codec\.path: there is no folder"):
-            LatentCodec.from_config(config(Path(path)))
-    with pytest.raises(FileNotFoundError, match=r"holds neither config\.json nor taef2_encoder\.pth"):
-        LatentCodec.from_config(config(tmp_path))
+        refuses(r"codec\.path: there is no folder", LatentCodec.from_config, config(Path(path)))
+    refuses(r"holds neither config\.json nor taef2_encoder\.pth", LatentCodec.from_config, config(tmp_path))
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(ValueError, match="holds a UNet2DModel, but a codec must be one of AutoencoderKL"):
-        LatentCodec.from_config(config(tmp_path))
+    refuses("holds a UNet2DModel, but a codec must be one of AutoencoderKL", LatentCodec.from_config, config(tmp_path))
 
 
 @pytest.mark.parametrize("fault", ["no weights", "a tensor missing", "cut short"])
-def test_weights_that_do_not_fill_the_autoencoder(
-    saved: dict[str, tuple[Any, Path]], tmp_path: Path, fault: str
-) -> None:
-    from safetensors.torch import load_file, save_file
-
+def test_weights_that_do_not_fill_the_autoencoder(saved: Saved, tmp_path: Path, fault: str) -> None:
     saved["AutoencoderTiny"][0].save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     if fault == "no weights":
@@ -161,33 +148,23 @@ def test_weights_that_do_not_fill_the_autoencoder(
         weights = load_file(file)
         weights.pop("encoder.layers.0.bias")
         save_file(weights, file)
-    with pytest.raises(ValueError, match=r"codec\.path=") as error:
-        LatentCodec.from_config(config(tmp_path))
-    assert "\n" not in str(error.value)
+    refuses(r"codec\.path=", LatentCodec.from_config, config(tmp_path))
 
 
-def test_videos_that_do_not_fit(saved: dict[str, tuple[Any, Path]]) -> None:
+def test_videos_that_do_not_fit(saved: Saved) -> None:
     codec = LatentCodec.from_config(config(saved["AutoencoderTiny"][1]))
-    with pytest.raises(ValueError, match=r"15x15 pixels .* codec\.downsample_factor=2"):
-        codec.encode(clips(size=15))
-    with pytest.raises(ValueError, match="a video must be"):
-        codec.encode(clips()[0])
+    refuses(r"15x15 pixels .* codec\.downsample_factor=2", codec.encode, clips(size=15))
+    refuses("a video must be", codec.encode, clips()[0])
 
 
-def taef2_config(**changes: Any) -> CodecConfig:
-    if not (SHARED / "weights" / "taef2_encoder.pth").is_file():
-        pytest.skip("the TAEF2 weights of ../shared/weights are absent")
-    return CodecConfig(**({"path": str(SHARED / "weights"), "latent_channels": 32, "scale": 1.0} | changes))
+BIRD = SHARED / "media" / "clips" / "asl" / "sample-videos__bird.mkv"
 
 
+@pytest.mark.skipif(not (SHARED / "weights" / "taef2_encoder.pth").is_file(), reason="no TAEF2 in ../shared/weights")
+@pytest.mark.skipif(not BIRD.is_file(), reason="the clips of ../shared/media are absent")
 def test_taef2_round_trip_on_a_real_clip() -> None:
-    file = SHARED / "media" / "clips" / "asl" / "sample-videos__bird.mkv"
-    codec_config = taef2_config()
-    if not file.is_file():
-        pytest.skip("the clips of ../shared/media are absent")
-    from datasets.readers import open_video
-
-    codec, frames = LatentCodec.from_config(codec_config), open_video(file).read([0, 20, 40])
+    codec = LatentCodec.from_config(CodecConfig(path=str(SHARED / "weights"), latent_channels=32, scale=1.0))
+    frames = open_video(BIRD).read([0, 20, 40])
     side = min(frames.shape[-2:])
     top, left = (frames.shape[-2] - side) // 2, (frames.shape[-1] - side) // 2
     square = frames[..., top : top + side, left : left + side].float() / 127.5 - 1
@@ -202,10 +179,6 @@ def test_taef2_round_trip_on_a_real_clip() -> None:
 
 def test_the_shipped_codec_is_what_its_recipe_says() -> None:
     """Round trip of freshly drawn clips through assets/demo/codec, at both sizes."""
-    import numpy as np
-
-    from demo.drawn import accuracy, draw_clip
-
     folder = ROOT / "assets" / "demo" / "codec"
     recipe = json.loads((folder / "recipe.json").read_text())
     assert sum(file.stat().st_size for file in folder.iterdir()) < 3e6

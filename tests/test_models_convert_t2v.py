@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.config_t2v import LATTE_1
 from models.convert_t2v import _pixart_config, convert_t2v, load_t2v, save_t2v, to_diffusers
+from tests.conftest import refuses
 from tests.t2v_support import CONFIG, IMAGE, inputs, ours_of, pixart, theirs, tiny_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -58,23 +59,22 @@ def test_ours_in_diffusers_and_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "variant"),
+    "options",
     [
-        ({"safe_serialization": False}, None),
-        ({"variant": "fp16"}, "fp16"),
-        ({"variant": "fp16", "max_shard_size": "20KB"}, "fp16"),
-        ({"max_shard_size": "20KB"}, None),
+        {"safe_serialization": False},
+        {"variant": "fp16"},
+        {"variant": "fp16", "max_shard_size": "20KB"},
+        {"max_shard_size": "20KB"},
     ],
     ids=str,
 )
-def test_shards_and_other_names_of_the_weights(tmp_path: Path, options: dict[str, Any], variant: str | None) -> None:
+def test_shards_and_other_names_of_the_weights(tmp_path: Path, options: dict[str, Any]) -> None:
     network = theirs()
     network.save_pretrained(tmp_path, **options)
-    assert same_output(load_t2v(tmp_path, variant=variant), network)
+    assert same_output(load_t2v(tmp_path, variant=options.get("variant")), network)
     if options == {"max_shard_size": "20KB"}:
         next(tmp_path.glob("*-00002-*")).unlink()
-        with pytest.raises(FileNotFoundError, match="00002"):
-            load_t2v(tmp_path)
+        refuses("00002", load_t2v, tmp_path)
 
 
 def test_half_precision_is_kept_or_widened(tmp_path: Path) -> None:
@@ -157,9 +157,7 @@ def frames_equal_images(model: nn.Module, network: nn.Module, masked: bool = Fal
     return True
 
 
-@pytest.mark.parametrize(
-    ("naming", "masked"), [("diffusers", True), ("old class name", False), ("original", True)], ids=str
-)
+@pytest.mark.parametrize(("naming", "masked"), [("diffusers", True), ("old class name", False), ("original", True)])
 def test_pixart_as_a_start_computes_its_images(tmp_path: Path, naming: str, masked: bool) -> None:
     network = pixart()
     if naming == "original":
@@ -228,41 +226,24 @@ def test_pixarts_own_file_without_a_config_is_of_the_size_of_its_table() -> None
     assert _pixart_config(None) == LATTE_1
 
 
-def test_weights_that_do_not_fit(tmp_path: Path) -> None:
-    weights = theirs().state_dict()
-    del weights["transformer_blocks.0.attn2.to_k.bias"], weights["transformer_blocks.1.attn2.to_k.bias"]
-    weights |= {"extra.weight": torch.ones(1), "proj_out.bias": torch.ones(3)}
-    save_file(weights, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError) as raised:
-        load_t2v(tmp_path / "weights.safetensors", config=CONFIG)
-    missing, misshapen = "missing transformer_blocks.{0-1}.attn2.to_k.bias", "misshapen proj_out.bias: (3,) in the"
-    assert all(words in str(raised.value) for words in (missing, "unexpected extra.weight", misshapen))
-
-
 def test_files_of_another_network(tmp_path: Path) -> None:
     save_file(theirs().state_dict(), tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"read as Latte-1 because there is no config\.json next to it, does not fit"):
         load_t2v(tmp_path / "weights.safetensors")
     torch.save({"blocks.0.attn.qkv.weight": torch.ones(3, 1), "temp_embed": torch.ones(1)}, tmp_path / "ffs.pt")
-    with pytest.raises(ValueError, match="is not a text-conditioned network"):
-        load_t2v(tmp_path / "ffs.pt")
+    refuses("is not a text-conditioned network", load_t2v, tmp_path / "ffs.pt")
 
 
 def test_folders_that_hold_no_network(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no folder or file"):
-        load_t2v(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="neither transformer/config"):
-        load_t2v(tmp_path)
+    refuses("there is no folder or file", load_t2v, tmp_path / "absent")
+    refuses("neither transformer/config", load_t2v, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "_class_name": "UNet2DConditionModel"}))
-    with pytest.raises(FileNotFoundError, match="holds no weights"):
-        load_t2v(tmp_path)
+    refuses("holds no weights", load_t2v, tmp_path)
     save_file(theirs().state_dict(), tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match="a UNet2DConditionModel network"):
-        load_t2v(tmp_path)
+    refuses("a UNet2DConditionModel network", load_t2v, tmp_path)
     for broken in ("{", "[1]", ""):
         (tmp_path / "config.json").write_text(broken)
-        with pytest.raises(ValueError, match=r"config.json .*copy it again"):
-            load_t2v(tmp_path)
+        refuses(r"config.json .*copy it again", load_t2v, tmp_path)
 
 
 def test_an_index_that_points_elsewhere(tmp_path: Path) -> None:
@@ -272,12 +253,10 @@ def test_an_index_that_points_elsewhere(tmp_path: Path) -> None:
     for name in ("../outside.safetensors", "/etc/passwd", 3):
         content["weight_map"]["proj_out.bias"] = name
         index.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="not an index of weight files in its folder"):
-            load_t2v(tmp_path)
+        refuses("not an index of weight files in its folder", load_t2v, tmp_path)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     for target in (tmp_path, tmp_path / "mine.txt"):
-        with pytest.raises(FileExistsError, match="not an empty folder"):
-            save_t2v(ours_of(theirs()), target)
+        refuses("not an empty folder", save_t2v, ours_of(theirs()), target)

@@ -30,7 +30,6 @@ def text_encoder() -> T5EncoderModel:
 
 
 def bytes_of(value: Tensor) -> int:
-    """Returns the bytes of a weight, quantised or not."""
     if hasattr(value, "__tensor_flatten__"):  # torchao's
         return sum(bytes_of(getattr(value, name)) for name in value.__tensor_flatten__()[0])
     own = value.numel() * value.element_size()
@@ -78,9 +77,7 @@ def test_the_text_encoder_too(kind: str) -> None:
 
 def test_without_cuda_bitsandbytes_is_refused() -> None:
     for kind in ("bnb8", "bnb4"):
-        with pytest.raises(
-            ValueError, match=f"quantize_transformer={kind} is from bitsandbytes, which needs CUDA; use int8 on cpu"
-        ):
+        with pytest.raises(ValueError, match=f"transformer={kind} is from bitsandbytes, which needs CUDA; use int8 on"):
             check_device(kind, torch.device("cpu"), "quantize_transformer")
         check_device(kind, torch.device("cuda", 0), "quantize_transformer")
     check_device("int8", torch.device("cpu"), "quantize_transformer")
@@ -92,7 +89,6 @@ def test_without_cuda_bitsandbytes_is_refused() -> None:
 @pytest.mark.parametrize("kind", QUANTIZERS)
 @torch.no_grad()
 def test_on_a_gpu(kind: str) -> None:
-    """The same on CUDA, where the peak must stay below that of the half-precision network."""
     device = torch.device("cuda")
     expected = text_network()(**inputs()).sample
     given = {key: value.to(device) for key, value in inputs(dtype=torch.float16).items()}
