@@ -1,14 +1,16 @@
 """Keys of the official YAML files (Vchitect/Latte, configs/) and their translation to ours; removed keys and flags.
 
 `engine.config` refuses an official key with a hint at its new name; `tools.convert config` translates a whole file.
-Every key of the official configs for the four data sets is in RENAMED or DROPPED. Imports nothing slow, so `--help`
-is fast.
+Every key of the official configs for the four data sets is in RENAMED or DROPPED, every key of those for text in
+TEXT_RENAMED or TEXT_DROPPED. Imports nothing slow, so `--help` is fast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from common.checks import require
 
 # official key -> our dotted key
 RENAMED: dict[str, str] = {
@@ -89,6 +91,8 @@ REMARKS: dict[str, str] = {
     "mixed_precision": "the official switch had no effect: it trained in tf32.",
     "gradient_accumulation_steps": "all step counts here are optimizer steps, not micro-batches.",
     "learning_rate": "the official programs always used 1e-4, whatever the file said.",
+    "ckpt_every": "the two newest checkpoints are kept; train.keep_last=0 keeps all, as there.",
+    "pretrained": "weights only; steps count from 0, not from the number in the name of the file.",
 }
 
 # official keys that have a counterpart but are not carried over -> the reason
@@ -97,48 +101,100 @@ OMITTED: dict[str, str] = {
     "data.frame_list.",
 }
 
-UNCONDITIONAL, TEXT = 1, 78  # values of the official key `extras`
-
-
-def translate_config(official: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Returns the sections of our config, and a report line for each official key."""
-    if official.get("extras") == TEXT or str(official.get("model", "")).startswith("LatteT2V"):
-        raise ValueError(
-            "this is a text-to-video config (model LatteT2V), and only those of ffs, sky, taichi and ucf101 are "
-            "translated: pass it to sample/sample_t2x.py, which reads its keys and reports those replaced."
+# the same for configs/t2x, whose keys sample/sample_t2x.py reads
+TEXT_RENAMED: dict[str, str] = {
+    **{
+        key: key
+        for key in (
+            *("pretrained_model_path", "save_img_path", "text_prompt", "seed", "guidance_scale", "sample_method"),
+            *("num_sampling_steps", "video_length", "image_size", "variance_type"),
+            *("beta_start", "beta_end", "beta_schedule"),
+            *("enable_temporal_attentions", "enable_vae_temporal_decoder"),
         )
-    sections: dict[str, dict[str, Any]] = {}
+    },
+    "use_fp16": "precision",
+    "use_compile": "compile",
+}
+TEXT_DROPPED: dict[str, str] = {
+    "model": "there is one text network.",
+    "run_time": "files are numbered by prompt.",
+}
+TEXT_VALUES = {"use_fp16": VALUES["use_fp16"]}
+
+UNCONDITIONAL, CLASSES, TEXT = 1, 2, 78  # values of the official key `extras`
+
+
+def is_text_config(official: Mapping[str, Any]) -> bool:
+    """Returns whether these are the keys of an official text-to-video config."""
+    return str(official.get("model", "")).startswith("LatteT2V")
+
+
+def translate_config(official: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the sections of our config, and a report line for each official key.
+
+    For a text-to-video config: the flat keys of configs/t2x. Raises: ValueError if `extras` is not supported.
+    """
+    if is_text_config(official):
+        return _translate_keys(official, TEXT_RENAMED, TEXT_DROPPED, TEXT_VALUES, {}, {})
+    extras, classes = official.get("extras"), official.get("num_classes")
+    require(
+        extras != TEXT,
+        "extras: 78 (text) stopped the official training with an error; here text networks are trained with "
+        "configs/t2x/t2v_train.yaml (docs/text_to_video.md).",
+    )
+    require(
+        extras in (None, UNCONDITIONAL, CLASSES),
+        f"extras: {extras} is unknown: 1 is unconditional, 2 is class-conditional.",
+    )
+    require(extras != CLASSES or bool(classes), f"extras: 2 is class-conditional: set num_classes, not {classes}.")
+    flat, report = _translate_keys(official, RENAMED, DROPPED, VALUES, REMARKS, OMITTED)
+    if extras == UNCONDITIONAL and flat.pop("model.num_classes", None) is not None:
+        report.append("note      num_classes: left out, since extras is 1 (unconditional).")
+    if "codec.path" in flat:
+        flat["codec.subfolder"] = "vae"
+    sections: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return sections, report
+
+
+def _translate_keys(
+    official: Mapping[str, Any],
+    renamed: Mapping[str, str],
+    dropped: Mapping[str, str],
+    values: Mapping[str, Callable[[Any], Any]],
+    remarks: Mapping[str, str],
+    omitted: Mapping[str, str],
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns values by our dotted keys, and a report line for each official key."""
+    ours: dict[str, Any] = {}
     report = []
     for key, value in official.items():
-        if key in DROPPED:
-            report.append(f"dropped   {key}: {DROPPED[key]}")
-        elif key not in RENAMED:
+        if key in dropped:
+            report.append(f"dropped   {key}: {dropped[key]}")
+        elif key not in renamed:
             report.append(f"unknown   {key}: not a key of the official configs; left out.")
-        elif key in OMITTED:
-            report.append(f"omitted   {key}: {OMITTED[key]}")
+        elif key in omitted:
+            report.append(f"omitted   {key}: {omitted[key]}")
         elif value is None:
-            report.append(f"empty     {key}: {RENAMED[key]} keeps its default.")
+            report.append(f"empty     {key}: {renamed[key]} keeps its default.")
         else:
-            section, _, name = RENAMED[key].partition(".")
-            ours = VALUES.get(key, lambda same: same)(value)
-            sections.setdefault(section, {})[name] = ours
-            remark = f" ({REMARKS[key]})" if key in REMARKS else ""
-            report.append(f"renamed   {key} -> {RENAMED[key]}: {ours}{remark}")
-    if official.get("extras") == UNCONDITIONAL and sections.get("model", {}).pop("num_classes", None) is not None:
-        report.append("note      num_classes: left out, since extras is 1 (unconditional).")
-    if "path" in sections.get("codec", {}):
-        sections["codec"]["subfolder"] = "vae"
-    return sections, report
+            ours[renamed[key]] = values.get(key, lambda same: same)(value)
+            remark = f" ({remarks[key]})" if key in remarks else ""
+            report.append(f"renamed   {key} -> {renamed[key]}: {ours[renamed[key]]}{remark}")
+    return ours, report
 
 
 # ---- removed keys, values and flags ----------------------------------------------------------------
 
-# `section.key`, `section.key=value` or `--flag` -> what to do instead
+# `section.key`, `section.key=value` or `--flag`, ours or official -> what to do instead
 REMOVED: dict[str, str] = {
     "sample.cache": "the step cache was removed: sample.method=unipc with sample.steps=25 is as fast, more accurate.",
     "sample.modulation_mb": "modulations are now computed in every step: leave the key out.",
     "train.attention=triton": "that kernel is in benchmarks/candidates until it is timed on a GPU: use auto.",
     "--cache": "the step cache was removed: --method unipc --steps 25 is as fast and more accurate.",
+    "--save_ceph": "this official flag wrote to the authors' own storage: --save_video_path names the folder.",
 }
 
 

@@ -14,7 +14,7 @@ from datasets import ClipDataset
 
 from . import checkpoint as ckpt
 from .build import count_parameters
-from .config import Config
+from .config import Config, OptimConfig
 from .distributed import on_main
 from .run import Run
 from .state import TrainState
@@ -33,6 +33,9 @@ FREE_ON_RESUME = {
     "async_checkpoint parallel drift_check_every timeout_s hang_timeout_s resume init_from compile run_ahead attention",
     "optim": "fused max_skips",
 }
+# images per clip -> global batch of the official recipes: 5 clips on each of 8 GPUs, 4 in joint training
+OFFICIAL_BATCHES = {0: 40, 8: 32}
+OFFICIAL_SETS = ("ffs", "sky", "taichi", "ucf101")
 # what a checkpoint's state.json must hold in addition to step and samples_seen
 STATE_KEYS = ("ema_updates", "guard", "global_batch_size", "world_size", "data_digest", "num_clips", "class_names")
 
@@ -153,7 +156,7 @@ def check_generators(folder: Path, saved: ckpt.Checkpoint, world_size: int, allo
 
 
 def describe(run: Run, state: TrainState) -> list[str]:
-    """Returns the first lines of the log: a warning if disk space is short, the run, its data."""
+    """Returns the first lines of the log: a warning if disk space is short, the run, its data, its recipe."""
     config, rank = run.config, run.config.lora.rank
     adapters = f" in adapters of rank {rank}" if rank else ""
     lines = [
@@ -167,4 +170,29 @@ def describe(run: Run, state: TrainState) -> list[str]:
     weights = state.trained_weights(state.model).values()
     needed = 4 * sum(value.nbytes for value in weights)  # weights, EMA and two moments
     warning = ckpt.space_warning(run.folder.checkpoints, needed)
+    lines += compare_with_recipe(config, run.global_batch_size, needed)
     return [*([f"warning: {warning}"] if warning else []), *lines]
+
+
+def compare_with_recipe(config: Config, global_batch_size: int, checkpoint_bytes: int) -> list[str]:
+    """Returns a line for each difference to the official recipe that is easily overlooked: global batch, checkpoints.
+
+    No lines for other data sets, which have no official recipe.
+    """
+    train, lines = config.train, list[str]()
+    recipe = OFFICIAL_BATCHES.get(config.data.num_images)
+    if config.data.name not in OFFICIAL_SETS or recipe is None:
+        return lines
+    if global_batch_size < recipe:
+        steps = -(-recipe * train.grad_accum_steps // global_batch_size)
+        rate = OptimConfig.learning_rate * global_batch_size / recipe  # its default is the recipe's
+        lines.append(
+            f"warning: global batch {global_batch_size}, the official recipe's is {recipe}: keep that with "
+            f"train.grad_accum_steps={steps}, or lower the learning rate in proportion, optim.learning_rate={rate:.3g}"
+        )
+    if train.keep_last and train.keep_every != train.checkpoint_every:
+        lines.append(
+            f"checkpoints: of those every {train.checkpoint_every} steps ({checkpoint_bytes / 1e9:.1f} GB each) the "
+            f"{train.keep_last} newest are kept; the official code kept all: train.keep_last=0"
+        )
+    return lines

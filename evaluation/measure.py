@@ -81,8 +81,9 @@ class Evaluation:
         counts = {side: _count_clips(self.sources[side], metric, sets, dropped[side]) for side, sets in by_side.items()}
         detector = self.detectors[metric.family]
         sides = {side: self.protocol.side(side, metric, seed=0) for side in ("real", "fake")}
+        values = _summarise(scores)
         return {
-            **_summarise(scores),
+            **values,
             "detector": detector.name,
             "protocol": {
                 **asdict(self.protocol),
@@ -95,7 +96,7 @@ class Evaluation:
             },
             "counts": counts,
             "dropped": dropped,
-            "warnings": list(list_warnings(metric, self.protocol, detector, self.sources, counts)),
+            "warnings": list(list_warnings(metric, self.protocol, detector, self.sources, counts, values)),
         }
 
     def _require_usable(
@@ -178,7 +179,7 @@ class Evaluation:
 
         scores: dict[str, Any] = dict(zip(("value", "spread"), score(metric, self.protocol.divisor, seed, real, fake)))
         if real is not None and "floor" in self.checks:
-            halves = split_real_halves(real, seed)
+            halves = split_real(real, seed, fake.count if metric.unit == "clip" else None)
             if min(half.count for half in halves) > 1:
                 scores |= {"floor": value(*halves), "floor_counts": [half.count for half in halves]}
         if real is not None and SHUFFLED in real.rows:
@@ -222,14 +223,14 @@ def sum_moments(features: FeatureSet) -> Moments:
     return moments
 
 
-def split_real_halves(features: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
-    """Splits the rows into two random halves with equally many clips; no clip has rows in both."""
+def split_real(features: FeatureSet, seed: int, limit: int | None) -> tuple[FeatureSet, FeatureSet]:
+    """Returns the rows of two random sets of at most `limit` clips, by default halves; no clip has rows in both."""
     clips, rows = features.clips(), features.rows[PLAIN]
     if features.moments:  # fixed halves, as in the extraction
         parts = split_halves([window.clip for window in features.windows], seed=0)
     else:
         parts = split_halves(clips, seed)
-        parts = (parts[0], parts[1][: len(parts[0])])
+        parts = (parts[0][:limit], parts[1][: len(parts[0])][:limit])
     first, second = (FeatureSet({PLAIN: rows[torch.from_numpy(np.isin(clips, some))]}) for some in parts)
     for half, moments in zip((first, second), features.moments):
         half.moments = [moments]

@@ -42,12 +42,14 @@ FAMILIES = {  # pattern of the name -> metric; n may end in k, for thousands
     rf"kvd{_CLIP}": Metric("kernel", "kvd", "clip", SAME),
     r"fid(?P<n>\d+k?)_full": Metric("frechet", "fid", "frame", ALL),
     r"kid(?P<n>\d+k?)_full": Metric("kernel", "kid", "frame", 1_000_000),
+    r"fid(?P<n>\d+k?)": Metric("frechet", "fid", "frame", SAME),
+    r"kid(?P<n>\d+k?)": Metric("kernel", "kid", "frame", SAME),
     r"is(?P<n>\d+k?)": Metric("inception_score", "is", "frame", 0),
     r"isv(?P<n>\d+k?)_ucf": Metric("inception_score", "isv", "clip", 0, frames=16, shuffle_seed=42),
 }
 OFFICIAL = (
     "fvd2048_16f", "fvd2048_128f", "fvd2048_128f_subsample8f", "kvd2048_16f", "fid50k_full", "kid50k_full", "is50k",
-    "isv2048_ucf",
+    "isv2048_ucf", "fid50k", "kid50k",
 )  # fmt: skip
 
 

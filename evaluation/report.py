@@ -49,8 +49,9 @@ def list_warnings(
     detector: Detector,
     sources: Mapping[str, Source],
     counts: Mapping[str, Mapping[str, Any]],
+    values: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Yields warnings about a value, one sentence each. `counts`: clip counts by side, as in the result file."""
+    """Yields warnings about a value, one sentence each. `counts` (by side), `values`: as in the result file."""
     fake = sources["fake"]
     used = {side: each["used"] for side, each in counts.items()}
     asked = {side: getattr(metric, f"num_{side}") for side in counts if side == "fake" or metric.unit == "clip"}
@@ -58,7 +59,12 @@ def list_warnings(
     if few:
         yield f"{' and '.join(few)} {metric.unit}s were used; {asked['fake']} are requested"
     if metric.kind == "frechet" and min(used.values()) < ENOUGH:
-        yield f"fewer than {ENOUGH} {metric.unit}s: the small number raises the value; compare only at equal counts"
+        first, second = values.get("floor_counts", (0, 0))
+        floor = f"the floor, {first} real ones against {second} others, is {_number(values.get('floor'))}; "
+        yield (
+            f"fewer than {ENOUGH} {metric.unit}s: the small number raises the value; "
+            f"{floor if first else ''}compare only at equal counts"
+        )
     if metric.unit == "clip" and len(set(used.values())) > 1:
         yield f"{used['real']} real against {used['fake']} fake clips: give both sides equally many"
     for side, each in counts.items():

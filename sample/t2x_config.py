@@ -17,6 +17,7 @@ from diffusion.windows import WINDOW_METHODS
 from engine.config import read_yaml, window_overlap
 from engine.config.loading import one_line
 from engine.config.sections import SAMPLE_LIMITS, check_frame_keys
+from engine.keys import TEXT_DROPPED
 from models.quantize import QUANTIZERS
 
 from .command import MAX_VIDEOS
@@ -24,12 +25,12 @@ from .given import Windows, read_given
 
 # official keys that do not exist here -> remedy
 REPLACED = {
-    "model": "there is one text network; leave the key out",
     "use_fp16": "write precision: fp16, bf16 or fp32",
     "use_compile": "write compile: true or false",
-    "run_time": "files are numbered by prompt; leave the key out",
     "cfg_scale": "write guidance_scale",
+    **{key: f"{reason} Leave the key out" for key, reason in TEXT_DROPPED.items()},
 }
+TRANSLATE = " (`python -m tools.convert config` translates whole official files)"
 SHARED = ("seed", "eta", "guidance_scale", "lora_scale", "precision", "given_frames", "window")  # limits as in `sample`
 LIMITS = {
     "video_length num_sampling_steps decode_chunk_size fps": at_least(1),
@@ -142,7 +143,7 @@ def load_t2x_config(path: str | Path | None, settings: dict[str, Any], base: dic
     for key in values:
         close = get_close_matches(str(key), KEYS, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(KEYS)}"
-        require(key in KEYS, f"{path}: unknown key {key!r}: {REPLACED.get(key, hint)}")
+        require(key in KEYS, f"{path}: unknown key {key!r}: {REPLACED[key] + TRANSLATE if key in REPLACED else hint}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(T2XConfig), base or {}, values, settings)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]

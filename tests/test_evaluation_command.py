@@ -129,7 +129,8 @@ def test_frame_metrics_see_all_real_frames_and_the_first_fakes(
 ) -> None:
     monkeypatch.setattr(measure, "MAX_ROWS", max_rows)
     monkeypatch.setattr(extract, "MOMENT_ROWS", 64)
-    result = run(*sets, "fid100_full,kid100_full,is101,is50k", "--report", "clip,frame", "--checks", "floor")
+    names = "fid100_full,kid100_full,fid100,is101,is50k"
+    result = run(*sets, names, "--report", "clip,frame", "--checks", "floor")
     network = load_detector("inception", sets[2] / DETECTORS["inception"].file)
     every = [np.load(path) for path in sorted(sets[0].glob("*.npy"))]
     real = network(torch.from_numpy(np.concatenate(every)).permute(0, 3, 1, 2))
@@ -138,6 +139,7 @@ def test_frame_metrics_see_all_real_frames_and_the_first_fakes(
     assert (entry["counts"]["real"]["used"], entry["counts"]["fake"]["used"]) == (sum(range(16, 36)), 100)
     assert entry["value"] == pytest.approx(frechet_distance(real, fake), rel=1e-6)
     assert entry["floor_counts"][0] + entry["floor_counts"][1] == len(real) and entry["floor"] > 0
+    assert result["metrics"]["fid100"]["value"] == pytest.approx(frechet_distance(real[:100], fake), rel=1e-6)
     kid, (mean, spread) = result["metrics"]["kid100_full"], kernel_distance(real, fake, subset_size=max_rows)
     assert abs(kid["value"] - mean) <= (1e-5 * abs(mean) if max_rows > len(real) else 3 * spread)
     assert kid["counts"] == entry["counts"]
@@ -191,7 +193,11 @@ def test_all_clips_once_and_unequal_counts_are_warned_of(tmp_path: Path, detecto
         assert "9 real and 7 fake clips were used; 2048 are requested" in said and "9 real against 7 fake" in said
         for part in ("fewer than 2048 clips: the small number raises the value", "7 items for 400 features"):
             assert (part in said) == (metric == "fvd2048_16f")  # KVD has no such bias
+        assert entry["floor_counts"] == [4, 4]
+        assert ("; the floor, 4 real ones against 4 others, is " in said) == (metric == "fvd2048_16f")
         assert "are the same" not in said
+    few = run(real, arrays(tmp_path / "few", range(60, 63)), detectors, "fvd2048_16f")["metrics"]["fvd2048_16f"]
+    assert few["floor_counts"] == [3, 3]  # as many as there are fakes, not half of the real clips
     two = [arrays(tmp_path / f"two{seed}", range(seed, seed + 2)) for seed in (0, 50)]
     entry = run(*two, detectors, "fvd2048_16f")["metrics"]["fvd2048_16f"]
     assert 0 < entry["value"] < 100 and "floor" not in entry  # halves of one clip have no covariance
@@ -468,6 +474,7 @@ def test_mistakes_are_one_sentence(sets: Sets) -> None:
     for flags, sentence in (
         (["--metrics", "fvd"], "did you mean 'fvd2048_16f'"),
         (["--metrics", "none"], "--metrics is empty"),
+        (["--metrics", "fid50k,fvd64_16f", "--mirror", "1"], "--mirror 1 adds mirrored real frames to fid50k, which"),
         (["--protocol", "tats"], "--protocol: 'tats' is unknown"),
         (["--dataset", "kinetics"], "--dataset: 'kinetics' is unknown, use one of ffs, sky"),
         (["--checks", "flor"], "--checks: 'flor' is unknown, use floor, shuffle"),

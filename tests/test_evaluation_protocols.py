@@ -48,6 +48,8 @@ OFFICIAL_METRICS = {  # number of real and fake items, frames, their distance, f
     "kid50k_full": (1_000_000, 50_000, 1, 1, "kid"),
     "is50k": (0, 50_000, 1, 1, "is"),
     "isv2048_ucf": (0, 2048, 16, 1, "isv"),
+    "fid50k": (50_000, 50_000, 1, 1, "fid"),
+    "kid50k": (50_000, 50_000, 1, 1, "kid"),
 }
 
 
@@ -65,7 +67,7 @@ def test_other_numbers_and_wrong_names() -> None:
     assert (parse_metric("fid5k_full").num_real, parse_metric("fid5k_full").num_fake) == (None, 5000)
     assert parse_metric("isv64_ucf").shuffle_seed == 42
     for name, reason in (
-        ("fid50k", "did you mean 'fid50k_full'"),
+        ("fid50k_fu", "did you mean 'fid50k_full'"),
         ("fvd2048", "'fvd2048' is unknown"),
         ("fvd64_16f_subsample3f", "16 frames are not divisible by the stride 3"),
         ("fvd1_16f", "at least 2 items"),

@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from engine.config import Config, load_config
+from engine.start import compare_with_recipe
 from sample.labels import UCF101_CLASSES
 from tests.conftest import ROOT
+from tests.fault_support import run
 
 SETS = ("ffs", "sky", "taichi", "ucf101")
 # what the official files say: clip start of training and of joint training, log interval
@@ -43,6 +45,35 @@ def test_training_recipe(name: str, joint: bool) -> None:
     assert (train.seed, train.precision, train.ema_warmup) == (3407, "tf32", False)
     assert (config.codec.path, config.codec.scale) == ("stabilityai/sd-vae-ft-ema", 0.18215)
     assert (config.diffusion.num_steps, config.diffusion.schedule) == (1000, "linear")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "ranks", "warnings", "says"),
+    [
+        ("train", [], 8, 0, "of those every 10000 steps (10.8 GB each) the 2 newest are kept"),
+        ("train", [], 2, 1, "10, the official recipe's is 40: keep that with train.grad_accum_steps=4, or lower"),
+        ("train", ["train.batch_size=1", "train.grad_accum_steps=3"], 5, 1, "train.grad_accum_steps=8, or"),
+        ("img_train", [], 4, 1, "global batch 16, the official recipe's is 32"),
+        ("img_train", [], 4, 1, "optim.learning_rate=5e-05"),
+        ("train", ["train.keep_last=0"], 9, 0, None),
+        ("train", ["train.keep_every=10000"], 9, 0, None),
+        ("train", ["data.name=folder"], 1, 0, None),
+        ("img_train", ["data.num_images=1"], 1, 0, None),
+    ],
+)
+def test_a_start_names_what_differs_from_the_recipe(
+    kind: str, settings: list[str], ranks: int, warnings: int, says: str | None
+) -> None:
+    config = load_config(ROOT / f"configs/ffs/ffs_{kind}.yaml", settings)
+    batch = config.train.batch_size * config.train.grad_accum_steps * ranks
+    lines = compare_with_recipe(config, batch, 10_800_000_000)
+    assert [line.partition(":")[0] for line in lines] == ["warning"] * warnings + ["checkpoints"] * bool(says)
+    assert says is None or says in lines[0]
+
+
+def test_a_run_says_it_once(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    run([*tiny, "data.name=ucf101", "train.max_steps=1"])
+    assert capsys.readouterr().err.count("warning: global batch 2, the official recipe's is 40: ") == 1
 
 
 @pytest.mark.parametrize("name", SETS)

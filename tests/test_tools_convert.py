@@ -10,7 +10,8 @@ from diffusers import LatteTransformer3DModel
 from safetensors.torch import load_file
 
 from engine.config import Config, all_keys, load_config
-from engine.keys import DROPPED, OMITTED, REMARKS, RENAMED, VALUES, translate_config
+from engine.keys import DROPPED, OMITTED, REMARKS, RENAMED, TEXT_RENAMED, VALUES, translate_config
+from sample.t2x_config import KEYS, load_t2x_config
 from tests.conftest import random_weights, refuses, save_weights
 from tests.fault_support import same_tensors
 from tests.t2v_support import CONFIG, pixart, theirs
@@ -103,6 +104,43 @@ def test_G3_official_configs_are_translated(tmp_path: Path, capsys: pytest.Captu
         assert any(line.startswith("empty     pretrained: train.init_from keeps") for line in report)
 
 
+TEXT = """
+save_img_path: "./sample_videos/t2v-"
+pretrained_model_path: "maxin-cn/Latte-1"
+model: LatteT2V
+video_length: 16
+image_size: [512, 512]
+beta_start: 0.0001
+beta_end: 0.02
+beta_schedule: "linear"
+variance_type: "learned_range"
+use_compile: False
+use_fp16: True
+seed:
+run_time: 0
+guidance_scale: 7.5
+sample_method: 'EulerDiscrete'
+num_sampling_steps: 50
+enable_temporal_attentions: True
+enable_vae_temporal_decoder: True
+text_prompt: ['Sunset over the sea.']
+"""
+
+
+def test_official_text_configs_are_translated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "official.yaml").write_text(TEXT)
+    assert main(["config", str(tmp_path / "official.yaml"), "-o", str(tmp_path / "ours.yaml")]) == 0
+    config = load_t2x_config(tmp_path / "ours.yaml", {})
+    assert (config.sample_method, config.precision, config.compile, config.seed) == ("EulerDiscrete", "fp16", False, 0)
+    assert (config.prompts(), config.beta_end, config.enable_vae_temporal_decoder) == (
+        ["Sunset over the sea."], 0.02, True,
+    )  # fmt: skip
+    report = capsys.readouterr().err.splitlines()
+    keys = [line.partition(":")[0] for line in TEXT.strip().splitlines()]
+    assert [line.split()[1].rstrip(":") for line in report] == keys
+    assert [line.split()[1] for line in report if line.startswith("dropped")] == ["model:", "run_time:"]
+
+
 def test_extras_takes_precedence_over_num_classes() -> None:
     sections, report = translate_config({"model": "Latte-S/2", "extras": 1, "num_classes": 101})
     assert sections == {"model": {"name": "Latte-S/2"}}
@@ -112,7 +150,10 @@ def test_extras_takes_precedence_over_num_classes() -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("model: Latte-XL/2\nextras: 78\n", "text-to-video config"),
+        ("model: Latte-XL/2\nextras: 78\n", "extras: 78 .* configs/t2x/t2v_train.yaml"),
+        ("model: Latte-XL/2\nextras: 3\nnum_classes: 101\n", "extras: 3 is unknown"),
+        ("model: Latte-XL/2\nextras: 2\nnum_classes:\n", "extras: 2 is class-conditional: set num_classes"),
+        ("model: LatteT2V\nsample_method: ddim\n", "refused: .*sample_method must be one of DDIM"),
         ("model:\n  name: Latte-XL/2\n", "already a config of this project"),
         ("", "holds no keys"),
         ("a: [", "not valid YAML"),
@@ -133,6 +174,7 @@ def test_tables_of_official_keys_are_consistent() -> None:
     ours = set(all_keys())
     assert set(RENAMED.values()) <= ours
     assert not set(RENAMED) & set(DROPPED)
+    assert set(TEXT_RENAMED.values()) <= set(KEYS)
     assert set(VALUES) | set(REMARKS) | set(OMITTED) <= set(RENAMED)
 
 

@@ -11,17 +11,21 @@ docs/datasets_evaluation.md explains protocols, metrics and pitfalls.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started by its path, as in the official code
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import argparse
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, metavar="N", help="CPU threads per rank; change the last bits (%(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     add("--gpus", type=int, metavar="N", help="official flag; refused, with the command to use")
-    add("--mirror", type=parse_switch, default=False, metavar="0|1", help="official flag; has no effect, as there")
+    add("--mirror", type=parse_switch, default=False, metavar="0|1", help="official flag without effect")
     add("--verbose", type=parse_switch, default=sys.stderr.isatty(), metavar="0|1", help="show progress")
     return parser
 
@@ -129,6 +133,12 @@ def check_arguments(arguments: argparse.Namespace) -> list[Metric]:
     """Checks the flags and fills in `seeds`. Raises ValueError for invalid combinations."""
     metrics = [parse_metric(name) for name in dict.fromkeys(arguments.metrics)]
     require(bool(metrics), "--metrics is empty: name at least one")
+    mirrored = [each.name for each in metrics if each.unit == "frame" and each.num_real == each.num_fake]
+    require(
+        not (arguments.mirror and mirrored),
+        f"--mirror 1 adds mirrored real frames to {' and '.join(mirrored)}, which is not supported: leave it out, or "
+        "use fid50k_full and kid50k_full, which it does not affect",
+    )
     for flag, known in (("checks", CHECKS), ("report", REPORTS)):
         for name in getattr(arguments, flag):
             require(name in known, f"--{flag}: '{name}' is unknown, use {', '.join(known)}")

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from common.checks import require
 from common.storage import write_atomically
 from engine.config import load_config, read_yaml
-from engine.keys import translate_config
+from engine.keys import is_text_config, translate_config
 from engine.weights import export_adapter, export_weights
 from models.autoencoder import DTYPES
 from models.convert import extract_weights
@@ -37,6 +37,7 @@ from models.convert_t2v import compare_with_diffusers, convert_t2v, find_network
 from models.lora import merge_lora
 from sample.pipeline_latte import LatteVideoPipeline
 from sample.t2v_export import export_run
+from sample.t2x_config import load_t2x_config
 
 MAX_DIFFERENCE = 1e-4  # between outputs of a converted text network and diffusers'; relative, in fp32
 
@@ -98,15 +99,20 @@ def build_parser() -> argparse.ArgumentParser:
 def write_config(official: Path, output: Path | None) -> None:
     """Translates a config of the official repository and reports how each key was handled.
 
-    Accepts the training and sampling configs of the four data sets. The report goes to standard error.
+    Accepts the training and sampling configs of the four data sets, and the sampling configs for text (configs/t2x).
+    The report goes to standard error.
     """
-    sections, report = translate_config(read_official(official))
+    keys = read_official(official)
+    ours, report = translate_config(keys)
     sys.stderr.write("\n".join(report) + "\n")
     try:
-        load_config(base=sections)
+        if is_text_config(keys):
+            load_t2x_config(None, {}, ours)
+        else:
+            load_config(base=ours)
     except ValueError as error:
         raise ValueError(f"{official}: its translation is refused: {error}") from None
-    yaml = OmegaConf.to_yaml(OmegaConf.create(sections))
+    yaml = OmegaConf.to_yaml(OmegaConf.create(ours))
     text = f"# Converted from {official.name} by tools.convert config.\n{yaml}"
     if output is None:
         sys.stdout.write(text)
