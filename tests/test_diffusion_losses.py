@@ -1,4 +1,4 @@
-"""Losses and likelihoods, against torch.distributions, brute force in float64 and autograd."""
+"""Losses and likelihoods, against their definitions and autograd; the official values: test_tools_check_parity.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
 
 from diffusion import DiffusionConfig, GaussianDiffusion, RectifiedFlow, build_diffusion
 from diffusion.losses import discretized_gaussian_log_likelihood
+from tests.conftest import refuses
 
 SHAPE = (3, 4, 2, 3, 5)  # B F C H W
 LEVELS = torch.linspace(-1, 1, 256, dtype=torch.float64)
@@ -35,50 +35,22 @@ def test_discretized_likelihood_is_a_distribution_over_256_levels(mean: float, d
     assert (probability - exact).abs().max() < 8e-4  # twice the error of the approximate CDF
 
 
-def bound_by_hand(diffusion: GaussianDiffusion, output: Tensor, x_start: Tensor, x: Tensor, step: int) -> Tensor:
-    """(F,) term `step` of the bound of one clip, from definitions, in bits."""
-    betas = diffusion.tables["betas"]
-    signal = torch.cumprod(1 - betas, 0)
-    before = signal[step - 1] if step else torch.tensor(1.0, dtype=torch.float64)
-    posterior_variance = betas * (1 - torch.cat([torch.ones(1), signal[:-1]])) / (1 - signal)
-    least = posterior_variance[max(step, 1)].log()
-    noise, values = output.chunk(2, dim=1)
-    share = (values + 1) / 2
-    log_variance = share * betas[step].log() + (1 - share) * least
-    predicted = (x - (1 - signal[step]).sqrt() * noise) / signal[step].sqrt()
-
-    def mean(clean: Tensor) -> Tensor:
-        first = before.sqrt() * betas[step] * clean + (1 - betas[step]).sqrt() * (1 - before) * x
-        return first / (1 - signal[step])
-
-    p = Normal(mean(predicted), (0.5 * log_variance).exp())
-    if step:
-        nats = kl_divergence(Normal(mean(x_start), least.mul(0.5).exp().expand_as(x)), p)
-    else:
-        nats = -discretized_gaussian_log_likelihood(x_start, p.loc, p.scale.log())
-    return nats.mean((1, 2, 3)) / math.log(2)
-
-
-@pytest.mark.parametrize("loss", ["mse", "rescaled_mse", "kl", "rescaled_kl"])
-def test_losses_are_their_definitions(loss: str) -> None:
-    diffusion = GaussianDiffusion(DiffusionConfig(num_steps=50, loss=loss))
-    x_start, noise, output = randn(*SHAPE).clamp(-1, 1), randn(*SHAPE, seed=1), double_output()
-    timesteps = torch.tensor([0, 20, 49])
-    x = diffusion.q_sample(x_start, timesteps, noise)
-    terms = diffusion.training_losses(lambda *_: output, x_start, timesteps, noise)
-    bound = torch.stack([bound_by_hand(diffusion, output[i], x_start[i], x[i], int(timesteps[i])) for i in range(3)])
-    weight = {"mse": 1, "rescaled_mse": 50 / 1000, "kl": 1, "rescaled_kl": 50}[loss]
-    mse = (output[:, :, :2] - noise).square().mean((2, 3, 4))
-    expected = weight * bound if "kl" in loss else mse + weight * bound
-    assert terms.vb is not None
-    torch.testing.assert_close(terms.vb, weight * bound, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(terms.per_frame(), expected, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(terms.loss, expected.mean(1), rtol=1e-9, atol=1e-12)
-    assert (terms.mse is None) == ("kl" in loss)
+@pytest.mark.parametrize(("loss", "plain", "weight"), [("rescaled_mse", "mse", 50 / 1000), ("rescaled_kl", "kl", 50)])
+def test_rescaled_losses_weight_the_bound_by_the_number_of_steps(loss: str, plain: str, weight: float) -> None:
+    found, expected = (
+        GaussianDiffusion(DiffusionConfig(num_steps=50, loss=kind)).training_losses(
+            lambda *_: double_output(), randn(*SHAPE).clamp(-1, 1), torch.tensor([0, 20, 49]), randn(*SHAPE, seed=1)
+        )
+        for kind in (loss, plain)
+    )
+    assert expected.vb is not None and (expected.mse is None) == (plain == "kl")
+    bound = weight * expected.vb
+    torch.testing.assert_close(found.vb, bound)
+    torch.testing.assert_close(found.per_frame(), bound if expected.mse is None else expected.mse + bound)
+    torch.testing.assert_close(found.loss, found.per_frame().mean(1))
 
 
 def gradients(loss: str) -> tuple[Tensor, Tensor]:
-    """Gradient by the prediction's and by the variance's channels."""
     diffusion = GaussianDiffusion(DiffusionConfig(loss=loss))
     output = double_output().requires_grad_()
     timesteps, noise = torch.tensor([3, 400, 900]), randn(*SHAPE, seed=1)
@@ -154,8 +126,7 @@ def test_flow_loss_and_path() -> None:
     assert torch.equal(seen["t"], timesteps)
     torch.testing.assert_close(terms.loss, (noise - x_start - output).square().mean((1, 2, 3, 4)))
     assert terms.vb is None
-    with pytest.raises(ValueError, match=r"model\.learn_sigma=false"):
-        flow.training_losses(lambda *_: double_output(), x_start, timesteps, noise)
+    refuses(r"model\.learn_sigma=false", flow.training_losses, lambda *_: double_output(), x_start, timesteps, noise)
 
 
 @pytest.mark.parametrize(

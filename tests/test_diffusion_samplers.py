@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusion import (
     sample,
 )
 from diffusion.samplers import METHODS
+from tests.conftest import refuses
 
 SHAPE = (2, 3, 2, 4, 5)  # B F C H W
 MEAN, DEVIATION = 0.3, 0.5  # of the Gaussian data
@@ -40,16 +42,12 @@ def flow(respacing: str, shift: float = 1.0) -> RectifiedFlow:
 FULL_SIGNAL = gaussian().tables["alphas_cumprod"]
 
 
-def perfect_parts(x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """E[x_0 | x_t] and E[noise | x_t] for data N(MEAN, DEVIATION^2), at original timesteps."""
+def perfect_denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
+    """E[noise | x_t] for data N(MEAN, DEVIATION^2), at original timesteps."""
     signal = FULL_SIGNAL[timesteps].view(-1, 1, 1, 1, 1)
     gain = signal.sqrt() * DEVIATION**2 / (signal * DEVIATION**2 + 1 - signal)
     clean = MEAN + gain * (x - signal.sqrt() * MEAN)
-    return clean, (x - signal.sqrt() * clean) / (1 - signal).sqrt()
-
-
-def perfect_denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
-    return perfect_parts(x, timesteps)[1]
+    return (x - signal.sqrt() * clean) / (1 - signal).sqrt()
 
 
 def perfect_velocity(x: Tensor, timesteps: Tensor) -> Tensor:
@@ -92,7 +90,6 @@ def test_reverse_ddim_leads_back_to_the_noise_that_ddim_came_from() -> None:
 
 
 def network(channels: int, inputs: int = SHAPE[2]) -> Callable[[Tensor, Tensor], Tensor]:
-    """An arbitrary smooth function of x and t with `channels` outputs."""
     weight = randn(channels, inputs, seed=9) / inputs
 
     def call(x: Tensor, timesteps: Tensor) -> Tensor:
@@ -154,27 +151,20 @@ def test_euler_is_diffusers_flow_matching() -> None:
     assert_near(walk_ours(flow("12", 4.0), network(2), method="euler"), walk_diffusers(scheduler, network(2)))
 
 
-MULTISTEP = ("dpm_solver++", "unipc")
-
-
-@pytest.mark.parametrize(("learn_sigma", "channels"), [(False, 4), (True, 16)])
+@pytest.mark.parametrize("learn_sigma", [False, True])
 @pytest.mark.parametrize("prediction", ["epsilon", "x_start", "velocity"])
-@pytest.mark.parametrize("method", MULTISTEP)
-def test_multistep_is_diffusers_scheduler_run_by_hand(
-    method: str, prediction: str, learn_sigma: bool, channels: int
-) -> None:
-    """The scheduler as its users run it: our timesteps, its own noise levels, epsilon or what the network predicts.
-
-    Learned variance must change nothing, in any number of channels (diffusers itself keeps the first three).
-    """
-    classes = {"dpm_solver++": diffusers.DPMSolverMultistepScheduler, "unipc": diffusers.UniPCMultistepScheduler}
+@pytest.mark.parametrize(
+    ("method", "scheduler"),
+    [("dpm_solver++", diffusers.DPMSolverMultistepScheduler), ("unipc", diffusers.UniPCMultistepScheduler)],
+)
+def test_multistep_is_diffusers_scheduler(method: str, scheduler: Any, prediction: str, learn_sigma: bool) -> None:
+    """At our timesteps and noise levels. Learned variance changes nothing, in any number of channels."""
+    channels = 16 if learn_sigma else 4
     theirs = {"epsilon": "epsilon", "x_start": "sample", "velocity": "v_prediction"}[prediction]
-    # 12 of 1000 by numpy's linspace, as both of us take them
-    scheduler = classes[method](prediction_type=theirs)
+    scheduler = scheduler(prediction_type=theirs)
     scheduler.set_timesteps(12)
     process = gaussian("12", learn_sigma, prediction=prediction)
-    times = process.timestep_map.flip(0)
-    scheduler.timesteps = times
+    scheduler.timesteps = times = process.timestep_map.flip(0)
     levels = (1 / FULL_SIGNAL - 1).sqrt()[times]
     scheduler.sigmas = torch.cat([levels, levels.new_zeros(1)]).float()
     predicted = network(channels, channels)
@@ -249,17 +239,14 @@ def test_callback_sees_every_step_and_x_start_fn_is_applied() -> None:
     ],
 )
 def test_options_that_do_not_fit_are_a_sentence(process: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        sample(process, perfect_denoiser, randn(*SHAPE), **options)
-    assert message in str(error.value)
+    refuses(re.escape(message), sample, process, perfect_denoiser, randn(*SHAPE), **options)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "velocity", "flow"])
 def test_nothing_waits_for_the_device(prediction: str) -> None:
     """On the meta device, where reading a value fails: no table is left behind and no number is read back."""
-    process = build_diffusion(
-        DiffusionConfig(prediction=prediction), learn_sigma=prediction != "flow", respacing="3"
-    ).to("meta")
+    config = DiffusionConfig(prediction=prediction)
+    process = build_diffusion(config, learn_sigma=prediction != "flow", respacing="3").to("meta")
     x = torch.zeros(SHAPE, device="meta")
 
     def denoiser(x: Tensor, timesteps: Tensor) -> Tensor:
@@ -269,5 +256,5 @@ def test_nothing_waits_for_the_device(prediction: str) -> None:
     for method, row in METHODS.items():
         if isinstance(process, row.process):
             assert sample(process, denoiser, x, method=method).shape == x.shape
-    timesteps, _ = build_timestep_sampler(process.config).timesteps_from_uniform(torch.zeros(SHAPE[0], device="meta"))
+    timesteps, _ = build_timestep_sampler(config).timesteps_from_uniform(torch.zeros(SHAPE[0], device="meta"))
     assert process.training_losses(denoiser, x, timesteps, x).loss.shape == (SHAPE[0],)

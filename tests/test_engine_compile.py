@@ -11,9 +11,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.weights import load_model_weights
-from models import Latte, LatteConfig
+from models import Latte
 from models.blocks import LAYER_PLANS
 from tests.fault_support import make
+from tests.latte_support import tiny_latte
 
 BATCH, FRAMES, CHANNELS, SIDE, CLASSES = 2, 4, 2, 4, 3
 OPTIONS = {
@@ -25,19 +26,10 @@ OPTIONS = {
 
 
 def network(**options: object) -> Latte:
-    """Small, in float64, no weight zero."""
-    sizes = {"hidden_size": 12, "depth": 4, "num_heads": 2, "patch_size": 2, "num_classes": CLASSES}
-    torch.manual_seed(0)
-    model = Latte(
-        LatteConfig(name="custom", **sizes, **options), in_channels=CHANNELS, latent_size=SIDE, num_frames=FRAMES
-    )
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.double()
+    return tiny_latte(SIDE, **options).double().train()
 
 
 def gradients(model: nn.Module, images: int) -> list[Tensor]:
-    """The output of fixed inputs and every gradient of its mean square."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(BATCH, FRAMES + images, CHANNELS, SIDE, SIDE, dtype=torch.float64, generator=generator)
     labels = torch.randint(0, CLASSES, (BATCH, 1 + images), generator=generator)
@@ -67,7 +59,6 @@ def test_one_graph_for_each_kind_of_layer_and_no_break(option: str, images: int)
 
 
 def test_graphs_under_autocast_are_whole_too() -> None:
-    """Forward and backward graphs of bf16; the numbers are those of eager calls within the rounding of bf16."""
     model = network().float()
     x = torch.randn(BATCH, FRAMES, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     outputs = []
@@ -93,10 +84,7 @@ def test_ranks_exchange_the_gradients_of_compiled_blocks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_a_compiled_training_is_the_same_training(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With images, accumulation, checkpointing, and a stop between: the weights of the plain run, bit for bit."""
+def test_a_compiled_training_is_the_same(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options))
     common = [*tiny, "data.num_images=2", "train.grad_accum_steps=2", "model.gradient_checkpointing=true"]

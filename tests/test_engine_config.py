@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from engine.config import Config, all_keys, load_config
 from engine.keys import REMOVED
 from sample import sample, sample_ddp
 from sample.generate import sampler_settings
+from tests.conftest import refuses
 from tests.fault_support import ROOT
 
 
@@ -38,10 +40,11 @@ def test_every_shipped_config_loads(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("overrides", "sentence"),
     [
         ("diffusion={}", "sets nothing"),
         ("train.precision=half", "fp32, tf32, bf16"),
+        ("train.attention=math", "train.attention must be one of auto, fused, plain, got 'math'"),
         ("train=3", "section"),
         ("model.name=Latte-M/2", "model.name"),
         ("model.variant=zigzag", "interleaved"),
@@ -49,12 +52,33 @@ def test_every_shipped_config_loads(file: Path) -> None:
         ("diffusion.prediction=flow", "model.learn_sigma=false"),
         ("sample.guidance_scale=4", "null label"),
         ("no-equals-sign", "section.key=value"),
+        ("text.max_length=7", "text.max_length is read only by a text network"),
+        ("data.captions=a.csv", "data.captions is read only with data.name=captions"),
+        ("lora.alpha=2", "lora.alpha is read only with lora.rank"),
+        ("lora.rank=2", "name these with train.init_from"),
+        ("sample.lora_scale=2", "read only with sample.lora"),
+        ("lora.rank=2 train.init_from=a.pt lora.targets=all", "lora.targets must be one of attention,"),
+        ("lora.rank=2 train.init_from=a.pt train.parallel=fsdp", "leave train.parallel at ddp"),
+        ("monitor.val_every=5", "monitor.val_every=5 needs clips that are not trained on: set data.val_path"),
+        ("monitor.val_clips=5", "monitor.val_clips is read only with monitor.val_every"),
+        ("monitor.val_buckets=5", "monitor.val_buckets is read only with monitor.val_every"),
+        ("monitor.sample_videos=5", "monitor.sample_videos is read only with monitor.sample_every"),
+        ("data.val_path=a", "data.val_path is read only with monitor.val_every or monitor.metric_every"),
+        ("monitor.metric_every=5", "monitor.metric_every=5 needs clips that are not trained on: set data.val_path"),
+        ("monitor.metric_every=5 data.val_share=0.1", "needs a detector: set monitor.metric_detector to its name"),
+        ("monitor.metric_detector=i3d", "monitor.metric_detector is read only with monitor.metric_every"),
+        ("monitor.metric_every=1 data.val_share=0.1 monitor.metric_videos=1", "at least 2"),
+        ("monitor.val_every=1 data.val_share=0.1 monitor.val_buckets=101", "val_buckets must be in"),
+        (
+            "monitor.val_every=1 data.val_share=0.1 monitor.val_buckets=50 diffusion.num_steps=40 sample.steps=40",
+            "monitor.val_buckets=50 is more than diffusion.num_steps=40",
+        ),
+        ("monitor.val_every=1 data.val_path=a data.latents=b", "data.val_path is not in the cache of data.latents"),
+        ("monitor.sample_every=1 train.precision=fp64", "monitor.sample_every: train.precision=fp64"),
     ],
 )
-def test_wrong_values_are_refused_with_a_sentence(override: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
-        load_config(None, [override])
-    assert "\n" not in str(error.value)
+def test_wrong_values_are_refused_with_a_sentence(overrides: str, sentence: str) -> None:
+    refuses(re.escape(sentence), load_config, None, overrides.split())
 
 
 def test_no_key_goes_unread() -> None:
@@ -82,9 +106,7 @@ def test_dry_run_prints_one_json_object_and_opens_nothing(capsys: pytest.Capture
 def test_a_removed_key_is_answered_and_older_configurations_load(name: str, tmp_path: Path) -> None:
     assert name not in set(all_keys())
     used = name if "=" in name else f"{name}=8"
-    with pytest.raises(ValueError) as caught:
-        load_config(None, [used])
-    assert REMOVED[name] in str(caught.value) and "\n" not in str(caught.value)
+    refuses(re.escape(REMOVED[name]), load_config, None, [used])
     section, key, value = used.replace("=", ".").split(".")
     file = tmp_path / "config.yaml"
     file.write_text(f"{section}:\n  {key}: {value}\n")
@@ -96,7 +118,5 @@ def test_a_removed_key_is_answered_and_older_configurations_load(name: str, tmp_
 
 @pytest.mark.parametrize("flag", [name for name in REMOVED if name.startswith("--")])
 @pytest.mark.parametrize("script", [sample.main, sample_ddp.main])
-def test_a_removed_flag_is_answered(script: object, flag: str) -> None:
-    with pytest.raises(ValueError, match=f"{flag}: ") as caught:
-        script(["--ckpt", "nowhere", flag, "x"])  # type: ignore[operator]
-    assert REMOVED[flag] in str(caught.value)
+def test_a_removed_flag_is_answered(script: Callable[..., object], flag: str) -> None:
+    refuses(f"{flag}: .*{re.escape(REMOVED[flag])}", script, ["--ckpt", "nowhere", flag, "x"])

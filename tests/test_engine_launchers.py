@@ -6,18 +6,16 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine import checkpoint as ckpt
 from engine import distributed, launch
 from engine.launchers import adopt_launcher, read_place
-from tests.conftest import TINY
-from tests.fault_support import ROOT
+from tests.conftest import TINY, refuses
+from tests.fault_support import ROOT, same_tensors
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
@@ -66,8 +64,7 @@ def test_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [distributed.select_gpu(3, 4), distributed.select_gpu(3, 1)] == [3, 0]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     for local_rank, count in ((1, 1), (4, 4)):
-        with pytest.raises(ValueError, match="start one process for each GPU"):
-            distributed.select_gpu(local_rank, count)
+        refuses("start one process for each GPU", distributed.select_gpu, local_rank, count)
 
 
 def start(
@@ -81,39 +78,28 @@ def start(
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def srun(output: Path, data: Path, **variables: str) -> list[tuple[int, str]]:
-    """Returns exit code and errors of the two tasks of a job step."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        job = {"SLURM_NTASKS": "2", "MASTER_PORT": str(free.getsockname()[1]), **variables}
-    places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    tasks = [start("train.py", output, data, job | place) for place in places]
-    return [(task.wait(), error) for task in tasks for _, error in [task.communicate(timeout=120)]]
+def wait_for(*tasks: subprocess.Popen[str]) -> None:
+    for task in tasks:
+        assert task.wait(120) == 0, task.communicate()[1][-3000:]
 
 
 def test_the_bits_of_torchrun(frame_folders: Path, tmp_path: Path) -> None:
-    """srun's two tasks and the two processes that train_pl.py starts give the weights of torchrun's two ranks."""
-    assert [code for code, _ in srun(tmp_path / "srun", frame_folders)] == [0, 0]
-    twin = start("train_pl.py", tmp_path / "twin", frame_folders, {}, "--devices", "2")
-    assert twin.wait(120) == 0, twin.communicate()[1][-3000:]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        job = {"SLURM_NTASKS": "2", "MASTER_PORT": str(free.getsockname()[1])}
+    places = [{**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    wait_for(*(start("train.py", tmp_path / "srun", frame_folders, place) for place in places))
+    wait_for(start("train_pl.py", tmp_path / "twin", frame_folders, {}, "--devices", "2"))
     launcher = ["-m", "engine.elastic", "--standalone", "--nproc_per_node=2"]
-    whole = start("train.py", tmp_path / "torchrun", frame_folders, {"PYTHONPATH": str(ROOT)}, before=launcher)
-    assert whole.wait(120) == 0, whole.communicate()[1][-3000:]
+    wait_for(start("train.py", tmp_path / "torchrun", frame_folders, {"PYTHONPATH": str(ROOT)}, before=launcher))
     folders = [tmp_path / name / "checkpoints" / "step-0000004" for name in ("torchrun", "srun", "twin")]
     expected, *found = (ckpt.load_checkpoint(folder).groups for folder in folders)
     for groups in found:
-        for name, group in groups.items():
-            assert group.keys() == expected[name].keys()
-            assert all(torch.equal(value, expected[name][key]) for key, value in group.items()), name
+        assert [name for name, group in groups.items() if not same_tensors(group, expected[name])] == []
 
 
-def test_a_wrong_address_ends_every_task_in_a_sentence(frame_folders: Path, tmp_path: Path) -> None:
-    for code, error in srun(tmp_path / "run", frame_folders, SLURM_JOB_NODELIST="no[1-2].invalid"):
-        assert code == 2 and "cannot reach the others" in error.strip().splitlines()[-1], error
-        assert "Traceback" not in error
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("rank", "case"), [(0, "missing task"), (0, "port in use"), (1, "port in use")])
+@pytest.mark.parametrize(
+    ("rank", "case"), [(0, "missing task"), (0, "port in use"), (1, "port in use"), (1, "wrong address")]
+)
 def test_ranks_that_do_not_meet(rank: int, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the time that the launcher's tasks have; a foreign server at the port may never answer."""
     monkeypatch.setattr(distributed, "MEET_S", 2.0)
@@ -121,22 +107,18 @@ def test_ranks_that_do_not_meet(rank: int, case: str, monkeypatch: pytest.Monkey
         port = server.getsockname()[1]
         if case == "missing task":
             server.close()
-        job = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for name, value in job.items():
+        host = "no1.invalid" if case == "wrong address" else "127.0.0.1"
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": host, "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, str(value))
-        begun = time.monotonic()
-        with pytest.raises(OSError, match=f"rank {rank} of 2 cannot reach the others at .*:{port}.*set another"):
+        with pytest.raises(OSError, match=f"rank {rank} of 2 cannot reach the others at .*{host}:{port}.*set another"):
             distributed.init_world("cpu")
-        assert time.monotonic() - begun < 20
 
 
 def test_devices_agree_with_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="--devices must be at least 1"):
-        launch.start_devices(0)
+    refuses("--devices must be at least 1", launch.start_devices, 0)
     launch.start_devices(1)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     launch.start_devices(None)
     launch.start_devices(2)
-    with pytest.raises(ValueError, match="the launcher started 2"):
-        launch.start_devices(4)
+    refuses("the launcher started 2", launch.start_devices, 4)

@@ -6,19 +6,15 @@ from pathlib import Path
 
 import pytest
 
+import train
 import train_pl
-from engine.trainer import Trainer
-from tests.fault_support import armed, assert_same, main_rank, make, newest, on_two_ranks, rows, run, state_of
+from engine.config import load_config
+from tests.fault_support import armed, assert_same, logged, main_rank, make, newest, on_two_ranks, rows, run, state_of
+from tests.test_engine_callbacks import pictures, watched
 
 pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
 
 from engine import lightning
-
-
-def run_twin(overrides: list[str]) -> Trainer:
-    trainer = make(overrides)
-    assert trainer.fit(lightning.loop)
-    return trainer
 
 
 def losses(folder: Path) -> list[tuple[float, float]]:
@@ -30,17 +26,18 @@ def losses(folder: Path) -> list[tuple[float, float]]:
     [["data.num_images=2"], ["train.grad_accum_steps=2", "optim.max_grad_norm=0.01", "data.num_workers=1"]],
     ids=["images", "accumulation"],
 )
-def test_the_same_five_losses(tiny: list[str], tmp_path: Path, extra: list[str]) -> None:
-    """And weights and average bit for bit; clipping comes after the whole accumulation."""
-    common = [*tiny, *extra, "train.max_steps=5", "model.label_dropout=0.5"]
-    plain = run([*common, f"train.output_dir={tmp_path / 'plain'}"])
-    twin = run_twin([*common, f"train.output_dir={tmp_path / 'twin'}"])
-    assert losses(tmp_path / "plain") == losses(tmp_path / "twin")
+def test_training_and_callbacks_are_those_of_the_plain_loop(tiny: list[str], tmp_path: Path, extra: list[str]) -> None:
+    """Bit for bit; clipping comes after the whole accumulation."""
+    common = watched(tiny, *extra, "train.max_steps=5", "model.label_dropout=0.5")
+    places = [[*common, f"train.output_dir={tmp_path / name}"] for name in ("plain", "twin")]
+    plain, twin = (make(keys, callbacks=train.callbacks(load_config(None, keys))) for keys in places)
+    assert plain.fit() and twin.fit(lightning.loop)
     assert_same(state_of(plain), state_of(twin))
+    assert logged(tmp_path / "twin") == logged(tmp_path / "plain")
+    assert pictures(tmp_path / "twin") == pictures(tmp_path / "plain")
 
 
 def test_each_continues_the_other(tiny: list[str], tmp_path: Path) -> None:
-    """With a signal that stops the twin."""
     whole = run([*tiny, "train.max_steps=6", f"train.output_dir={tmp_path / 'whole'}"])
     run([*tiny, "train.max_steps=2"])
     trainer = make([*tiny, "train.max_steps=100"])

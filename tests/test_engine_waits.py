@@ -35,8 +35,7 @@ QUIET = ["train.log_every=100", "train.max_steps=100"]  # steps that are due not
 class Crossings(TorchDispatchMode):
     """Records all that crosses from host to device or back: (from, to, how many numbers); refuses what waits.
 
-    Args:
-        first: in a first step the optimiser and the sampler make their state, and may wait.
+    A `first` step may wait: the optimiser and the sampler make their state.
     """
 
     def __init__(self, *, first: bool = False) -> None:
@@ -133,13 +132,11 @@ def test_a_step_that_is_due_something_is_counted_at_once(tiny: list[str], on_met
     ids=["schedules", "fused", "clipped"],
 )
 def test_reading_late_changes_nothing(tiny: list[str], tmp_path: Path, fault: str, extra: list[str]) -> None:
-    """Skipped steps and all: every weight, average, moment and row of the log is that of a run that waits."""
     early, late = (finished([*tiny, *extra], tmp_path / ahead, fault, ahead) for ahead in ("false", "true"))
     assert_same_end(early, late)
 
 
 def finished(overrides: list[str], folder: Path, fault: str, ahead: str) -> tuple[Trainer, list[dict[str, Any]]]:
-    """A run of 25 steps with that fault in it, and its log."""
     common = ["train.log_every=8", "train.max_steps=25", "optim.warmup_steps=4", "train.checkpoint_every=9"]
     common.append("optim.spike_factor=10")
     with armed(fault):
@@ -151,7 +148,6 @@ def finished(overrides: list[str], folder: Path, fault: str, ahead: str) -> tupl
 
 
 def assert_same_end(one: tuple[Trainer, list[dict[str, Any]]], other: tuple[Trainer, list[dict[str, Any]]]) -> None:
-    """The same log, and everything that a checkpoint holds."""
     assert [{**row, "time": None} for row in one[1]] == [{**row, "time": None} for row in other[1]]
     first, second = one[0].state_dict(), other[0].state_dict()
     assert (first.state, first.samples_seen) == (second.state, second.samples_seen)
@@ -174,7 +170,6 @@ def spoil_gradients(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> Non
 
 
 def test_steps_skipped_in_a_row(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second is queued before the host knows of the first; and as many as `optim.max_skips` end the run."""
     spoil_gradients(monkeypatch, {10, 12, 14})
     extra = ["optim.schedule=cosine", "train.ema_warmup=true", "optim.fused=true"]
     early, late = (finished([*tiny, *extra], tmp_path / ahead, "", ahead) for ahead in ("false", "true"))
@@ -209,7 +204,6 @@ def test_fused_is_the_plain_optimiser(tiny: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [0.1, 3.0, 1e6, float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_clipping_on_the_device_is_torchs(limit: float, dtype: torch.dtype) -> None:
-    """Bit for bit."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 3), (7,), ())]
     for parameter in parameters:
@@ -253,7 +247,6 @@ def test_a_run_collects_when_it_logs(tiny: list[str], monkeypatch: pytest.Monkey
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "latents"])
 def test_cuda_sees_no_synchronisation(tiny: list[str], kind: str) -> None:
-    """PyTorch's own watch over synchronising calls, as errors."""
     device = torch.device("cuda", 0)
     run = make([*tiny, *QUIET, *KINDS[kind]], World(device=device))
     run.parallel_model = run.state.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import MISSING, fields
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from models.config_t2v import LATTE_1, LatteT2VConfig
 from models.latte_t2v import LatteT2V
+from tests.conftest import refuses
 from tests.t2v_support import CONFIG, WORDS, inputs, ours_of, randomize, theirs, tiny_pipeline
 
 
@@ -55,13 +57,15 @@ def test_defaults_are_those_of_diffusers() -> None:
         {"activation_fn": "geglu", "patch_size": 4},
         {"activation_fn": "gelu", "dropout": 0.1},
         {"sample_size": 128, "patch_size": 16},
+        *({"video_length": frames} for frames in (1, 8, 24)),
     ],
     ids=str,
 )
 def test_equals_diffusers(changes: dict[str, Any]) -> None:
-    network = theirs(**changes)
+    """diffusers' network takes the frame count that it was trained with and 1; ours, trained at 4, takes all."""
     size = (32, 16) if changes.get("patch_size") == 16 else (8, 8)
-    assert_equal(ours_of(network), network, **{**inputs(size=size), "timestep": torch.tensor([0.25, 873.5])})
+    given = {**inputs(size=size, frames=changes.get("video_length", 4)), "timestep": torch.tensor([0.25, 873.5])}
+    assert_equal(ours_of(theirs(**{**changes, "video_length": 4})), theirs(**changes), **given)
 
 
 @pytest.mark.parametrize("size", [(12, 6), (2, 2)], ids=str)
@@ -73,12 +77,6 @@ def test_equals_diffusers_at_other_sizes(size: tuple[int, int], temporal: bool) 
     first = assert_equal(model, network, enable_temporal_attentions=temporal, **given)
     (second,) = model(**given, enable_temporal_attentions=temporal, return_dict=False)
     assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("frames", [1, 8, 24])
-def test_any_frame_count_equals_diffusers_trained_with_it(frames: int) -> None:
-    """diffusers' network takes its own count and 1 only; ours, trained at 4, all of them."""
-    assert_equal(ours_of(theirs()), theirs(video_length=frames), **inputs(frames=frames))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -115,9 +113,7 @@ def keep(*lengths: int) -> Tensor:
     return (torch.arange(WORDS) < torch.tensor(lengths)[:, None]).long()
 
 
-@pytest.mark.parametrize(
-    ("lengths", "dtype"), [((5, 5), torch.int64), ((1, 4), torch.bool), ((2, 5), torch.float32)], ids=str
-)
+@pytest.mark.parametrize(("lengths", "dtype"), [((5, 5), torch.int64), ((1, 4), torch.bool), ((2, 5), torch.float32)])
 def test_a_masked_caption_is_the_caption_without_the_masked_words(lengths: tuple[int, int], dtype: torch.dtype) -> None:
     network = theirs()
     model = ours_of(network)
@@ -156,8 +152,7 @@ def test_masks_of_diffusers_are_taken_as_they_are(kind: str) -> None:
     for shaped in (mask, mask[:, None]):
         found = assert_equal(model, network, encoder_attention_mask=shaped, **inputs())
         assert not torch.allclose(found, model(**inputs()).sample, atol=1e-3)
-    with pytest.raises(ValueError, match="one row per frame"):
-        model(**inputs(), encoder_attention_mask=torch.ones(2, WORDS))
+    refuses("one row per frame", model, **inputs(), encoder_attention_mask=torch.ones(2, WORDS))
 
 
 def joint(images: int = 2) -> dict[str, Tensor]:
@@ -166,7 +161,6 @@ def joint(images: int = 2) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole captions", "masked"])
 def test_images_of_a_batch_are_computed_alone(masked: bool) -> None:
-    """Clip and images each as diffusers computes them: the images one by one, without temporal blocks."""
     network = theirs()
     given, lengths = joint(), ((2, 4, 3), (5, 1, 2))
     mask = torch.stack([keep(*each) for each in lengths]) if masked else None
@@ -184,31 +178,59 @@ def test_images_of_a_batch_are_computed_alone(masked: bool) -> None:
             torch.testing.assert_close(found[sample : sample + 1, :, frames], expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_timestep_for_each_frame() -> None:
+    """Without blocks over time a frame is computed as by itself; such blocks take no timestep of an image."""
+    model, close = ours_of(theirs()).double(), {"rtol": 1e-10, "atol": 1e-10}
+    given = inputs(frames=6, dtype=torch.float64, captions=3)
+    x, captions = given["hidden_states"], given["encoder_hidden_states"]
+    own = torch.tensor([[0, 9, 40, 999, 300, 300], [4, 600, 7, 0, 0, 0]])
+    together = model(x, own, captions, num_images=2).sample
+    torch.testing.assert_close(together[:, :, :4], model(x[:, :, :4], own[:, :4], captions[:, 0]).sample, **close)
+    of_images = model(x, own[:, -1], captions, num_images=2).sample
+    torch.testing.assert_close(together[:, :, 4:], of_images[:, :, 4:], **close)
+    x, captions, once = x[:, :, :4], captions[:, 0], given["timestep"]
+    each = model(x, once[:, None].expand(-1, 4), captions).sample
+    torch.testing.assert_close(each, model(x, once, captions).sample, **close)
+    apart = model(x, own[:, :4], captions, enable_temporal_attentions=False).sample
+    for frame in range(4):
+        alone = model(x[:, :, [frame]], own[:, frame], captions, enable_temporal_attentions=False).sample
+        torch.testing.assert_close(apart[:, :, [frame]], alone, **close)
+
+
+@torch.no_grad()
+def test_hidden_states_are_the_outputs_of_the_blocks() -> None:
+    model, seen = ours_of(theirs()), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, given, output: seen.append(output))
+    output, hidden = model(**inputs(), return_hidden_states=(1, 2))
+    assert sorted(hidden) == [1, 2] and all(torch.equal(tokens, seen[index]) for index, tokens in hidden.items())
+    plain = model(**inputs())
+    assert plain.hidden_states is None and torch.equal(output, plain.sample)
+    assert hidden[1].shape[:2] == (output.shape[0], output.shape[2])
+    as_tuple = model(**inputs(), return_dict=False, return_hidden_states=(1,))
+    assert torch.equal(as_tuple[1][1], hidden[1])
+
+
 def test_nothing_is_repeated_per_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timestep and captions are seen once per sample, and fused attention sees four dimensions."""
-    model, seen, shapes = ours_of(theirs()), {}, []
+    model, seen = ours_of(theirs()), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda _, given, __, name=name: seen.update({name: tuple(given[0].shape)}))
-    original = functional.scaled_dot_product_attention
-
-    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        shapes.append((tuple(q.shape), tuple(k.shape)))
-        return original(q, k, v, **options)
-
+    spy = Mock(wraps=functional.scaled_dot_product_attention)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
     model(**inputs())
     assert seen["adaln_single.linear"] == (2, 16)
     assert seen["caption_projection.linear_1"] == (2, 1, WORDS, 12)
     assert seen["transformer_blocks.1.attn2.to_k"] == seen["transformer_blocks.1.attn2.to_v"] == (2, 1, WORDS, 16)
     assert seen["transformer_blocks.1.attn1.to_k"] == (2, 4, 16, 16)
+    shapes = [(tuple(q.shape), tuple(k.shape)) for (q, k, _), _ in spy.call_args_list]
     space, text, time = ((8, 2, 16, 8),) * 2, ((2, 2, 64, 8), (2, 2, WORDS, 8)), ((2, 32, 4, 8),) * 2
     assert shapes == [space, text, time] * 2
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradient_checkpointing_changes_no_gradient(dropout: float) -> None:
-    """Also with dropout, which is drawn again as it was."""
     gradients, calls = [], []
     for option in (False, True):
         model = randomize(LatteT2V.from_config({**CONFIG, "dropout": dropout}, gradient_checkpointing=option)).train()
@@ -285,8 +307,7 @@ def test_the_pipeline_of_diffusers_gives_the_same_video(temporal_vae: bool, fram
 )
 def test_configurations_that_are_refused(changes: dict[str, Any], words: str) -> None:
     options = {key: changes.pop(key) for key in list(changes) if key == "text_mask"}
-    with pytest.raises(ValueError, match=words):
-        LatteT2V.from_config({**CONFIG, **changes}, **options)
+    refuses(words, LatteT2V.from_config, {**CONFIG, **changes}, **options)
 
 
 @pytest.mark.parametrize(
@@ -301,10 +322,10 @@ def test_configurations_that_are_refused(changes: dict[str, Any], words: str) ->
         ({"encoder_attention_mask": (2, 4)}, r"encoder_attention_mask must be of shape \(2, 5\)"),
         ({"encoder_attention_mask": (8, 1, 5)}, "one row per caption"),
         ({"encoder_hidden_states": None}, "timestep and encoder_hidden_states .* must be given"),
+        ({"return_hidden_states": [99]}, r"return_hidden_states must be block indices in \[0, 4\), got \(99,\)"),
     ],
     ids=str,
 )
 def test_inputs_that_are_refused(changes: dict[str, Any], words: str) -> None:
     shaped = {key: torch.ones(value) if isinstance(value, tuple) else value for key, value in changes.items()}
-    with pytest.raises(ValueError, match=words):
-        ours_of(theirs())(**{**inputs(), **shaped})
+    refuses(words, lambda: ours_of(theirs())(**{**inputs(), **shaped}))

@@ -7,14 +7,15 @@ heads in Python, and is compared in float64, output and all gradients.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import cycle, product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from models import Latte, LatteConfig
+from models import Latte, LatteConfig, Route
 
 WIDTH, HEADS, DEPTH, PATCH, CHANNELS, CLASSES = 16, 4, 2, 2, 2, 3
 BATCH, FRAMES, HEIGHT, LATENT_WIDTH = 2, 4, 4, 6
@@ -59,10 +60,32 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("times", ["clip", "frame"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_and_gradients_equal_the_loops(case: Case) -> None:
-    model = random_model(case)
-    compare(model, case, inputs(case))
+def test_output_and_gradients_equal_the_loops(case: Case, times: str) -> None:
+    """With a timestep for each clip, or one for each frame."""
+    x, timesteps, labels = inputs(case)
+    if times == "frame":
+        span = 2 if case.patch_embedding == "tubelet" else 1
+        own = torch.tensor([[0.0, 3.5, 400.0, 999.0], [7.0, 0.0, 0.0, 250.0]], dtype=torch.float64)
+        timesteps = torch.cat([own[:, ::span].repeat_interleave(span, 1), own[:, 1 : 1 + case.images]], 1)
+    compare(random_model(case), case, (x, timesteps, labels))
+
+
+EACH, SHARED = torch.tensor([[4, 0, 3], [1, 5, 2]]), torch.tensor([2, 0, 5, 1, 4, 3])  # positions that a route keeps
+
+
+ROUTES = [Route(0, 4, EACH), Route(1, 3, EACH), Route(3, 4, EACH), Route(0, 4, SHARED)]
+
+
+@pytest.mark.parametrize(("case", "route"), zip([case for case in CASES if case.images], cycle(ROUTES)), ids=str)
+def test_routes_and_hidden_states_equal_the_loops(case: Case, route: Route) -> None:
+    """In training, with gradient checkpointing."""
+    case, runs = replace(case, depth=4), []
+    model = random_model(case, checkpointing=True).train()
+    model.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    compare(model, case, inputs(case), route=route)
+    assert len(runs) == 3  # two outputs, and again for the gradient of one
 
 
 @pytest.mark.parametrize("stretch", [False, True], ids=["count-on", "stretch"])
@@ -73,29 +96,32 @@ def test_other_sizes_and_frame_counts_equal_the_loops(position: str, stretch: bo
     compare(model, case, inputs(case, frames=6, height=6, width=4), stretch=stretch)
 
 
-def compare(model: Latte, case: Case, batch: tuple, stretch: bool = False) -> None:
+def compare(model: Latte, case: Case, batch: tuple, *, stretch: bool = False, route: Route | None = None) -> None:
     x, timesteps, labels = batch
     x.requires_grad_()
     state = dict(model.state_dict(keep_vars=True))
     leaves = [x, *model.parameters()]
-    ours = model(x, timesteps, labels, num_images=case.images)
-    theirs = Reference(state, case, stretch).run(x, timesteps, labels)
-    assert ours.shape == theirs.shape
+    given: dict[str, Any] = {"num_images": case.images, "route": route}
+    out, states = model(x, timesteps, labels, **given, return_hidden_states=range(case.depth))
+    assert torch.equal(out, model(x, timesteps, labels, **given))
+    ours, theirs = [out, *states.values()], Reference(state, case, stretch, route).run(x, timesteps, labels)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-    weights = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(5))
-    our_gradients = torch.autograd.grad((ours * weights).sum(), leaves)
-    their_gradients = torch.autograd.grad((theirs * weights).sum(), leaves)
+    weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(5))
+    our_gradients, their_gradients = (
+        torch.autograd.grad((result * weights).sum() + sum(each.square().sum() for each in hidden), leaves)
+        for result, *hidden in (ours, theirs)
+    )
     names = ["x", *(name for name, _ in model.named_parameters())]
     for name, first, second in zip(names, our_gradients, their_gradients):
         scale = max(1.0, second.abs().max().item())
         assert (first - second).abs().max() <= 1e-10 * scale, name
 
 
-def random_model(case: Case, *, stretch: bool = False) -> Latte:
-    """A small float64 network with all weights random, so that no branch is silent."""
+def random_model(case: Case, *, stretch: bool = False, checkpointing: bool = False) -> Latte:
     names = ("variant", "patch_embedding", "injection", "temporal_position", "num_classes", "depth")
-    sizes = {"hidden_size": WIDTH, "num_heads": HEADS, "patch_size": PATCH, "position_interpolation": stretch}
-    config = LatteConfig(name="custom", **sizes, **{name: getattr(case, name) for name in names})
+    options = {"hidden_size": WIDTH, "num_heads": HEADS, "patch_size": PATCH}
+    options |= {"position_interpolation": stretch, "gradient_checkpointing": checkpointing}
+    config = LatteConfig(name="custom", **options, **{name: getattr(case, name) for name in names})
     size = (HEIGHT, LATENT_WIDTH)
     model = Latte(config, in_channels=CHANNELS, latent_size=size, num_frames=FRAMES).double()
     generator = torch.Generator().manual_seed(0)
@@ -118,24 +144,28 @@ def inputs(case: Case, frames: int = FRAMES, height: int = HEIGHT, width: int = 
 class Reference:
     """The network from weights alone, a sample at a time. Frames are those of the clip, or tubelets, and images."""
 
-    def __init__(self, state: dict[str, Tensor], case: Case, stretch: bool) -> None:
-        self.state, self.case, self.stretch = state, case, stretch
+    def __init__(self, state: dict[str, Tensor], case: Case, stretch: bool, route: Route | None) -> None:
+        self.state, self.case, self.stretch, self.route = state, case, stretch, route
         self.span = 2 if case.patch_embedding == "tubelet" else 1
         half = case.depth // 2
         alternating, stacked = LAYERS["interleaved"] * half, ["s"] * half + ["t"] * half
         joint = {name: LAYERS[name][:1] * case.depth for name in ("sequential", "parallel")}
         self.layers = {"interleaved": alternating, "late_fusion": stacked, **joint}[case.variant]
 
-    def run(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, timesteps: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The output, and the tokens after each block: within the route, those that it keeps."""
+        times = timesteps.reshape(len(x), -1).expand(x.shape[:2]).tolist()
         given = [None] * len(x) if labels is None else labels
-        return torch.stack([self.run_one(*each) for each in zip(x, timesteps.tolist(), given)])
+        keep = [None] * len(x) if self.route is None else self.route.keep.expand(len(x), -1)
+        return [torch.stack(each) for each in zip(*map(self.run_one, x, times, given, keep))]
 
-    def run_one(self, x: Tensor, time: float, labels: Tensor | None) -> Tensor:
+    def run_one(self, x: Tensor, times: list[float], labels: Tensor | None, keep: Tensor | None) -> list[Tensor]:
         self.clip = (len(x) - self.case.images) // self.span
         self.rows, self.columns = x.shape[2] // PATCH, x.shape[3] // PATCH
         self.places = list(product(range(self.rows), range(self.columns)))
         tokens = self.embed(x)  # (F, N, D)
-        vectors = [[self.timestep(time)] for _ in tokens]
+        end = self.clip * self.span
+        vectors = [[self.timestep(time)] for time in [*times[: end : self.span], *times[end:]]]
         for frame in range(len(tokens) if labels is not None else 0):
             label = labels[max(0, 1 + frame - self.clip)]
             vectors[frame].append(self.state["y_embedder.embedding_table.weight"][label])
@@ -143,9 +173,15 @@ class Reference:
         if self.case.injection == "tokens":
             tokens = torch.cat([tokens, torch.stack([torch.stack(each) for each in vectors])], 1)
         first = next(index for index, layer in enumerate(self.layers) if "t" in layer)
+        everything, hidden = torch.arange(len(self.places)), []
         for index, layer in enumerate(self.layers):
-            tokens = self.layer(f"blocks.{index}", layer, self.add_time(tokens) if index == first else tokens)
-        return self.decode(tokens)
+            tokens = self.add_time(tokens) if index == first else tokens.clone()
+            routed = self.route is not None and self.route.start <= index < self.route.stop
+            kept = keep if routed else everything
+            rows = torch.cat([kept, torch.arange(len(everything), tokens.shape[1])])  # with the appended ones
+            tokens[:, rows] = self.layer(f"blocks.{index}", layer, tokens[:, rows])
+            hidden.append(tokens[:, kept])
+        return [self.decode(tokens), *hidden]
 
     def embed(self, x: Tensor) -> Tensor:
         weight, bias = self.state["x_embedder.proj.weight"], self.state["x_embedder.proj.bias"]
@@ -161,11 +197,10 @@ class Reference:
 
     def space(self, row: int, column: int) -> Tensor:
         trained = HEIGHT // PATCH, LATENT_WIDTH // PATCH
-        if (self.rows, self.columns) == trained:
-            return self.state["pos_embed"][0, row * self.columns + column]
         if self.stretch:
             row, column = row * trained[0] / self.rows, column * trained[1] / self.columns
-        return torch.tensor(sines(column, WIDTH // 2) + sines(row, WIDTH // 2), dtype=torch.float64)
+        table = torch.tensor(sines(column, WIDTH // 2) + sines(row, WIDTH // 2), dtype=torch.float64)
+        return table.float().double() if (self.rows, self.columns) == trained else table  # as stored
 
     def time_scale(self) -> float:
         return FRAMES / self.span / self.clip if self.stretch else 1.0
@@ -174,10 +209,9 @@ class Reference:
         if self.case.temporal_position == "rope":
             assert "temp_embed" not in self.state
             return tokens
-        table = self.state["temp_embed"][0]
-        if len(table) != self.clip:
-            rows = [sines(frame * self.time_scale(), WIDTH) for frame in range(self.clip)]
-            table = torch.tensor(rows, dtype=torch.float64)
+        rows = [sines(frame * self.time_scale(), WIDTH) for frame in range(self.clip)]
+        table = torch.tensor(rows, dtype=torch.float64)
+        table = table.float().double() if self.clip * self.span == FRAMES else table  # as stored
         return torch.cat([tokens[: self.clip] + table[:, None], tokens[self.clip :]])
 
     def timestep(self, time: float) -> Tensor:
