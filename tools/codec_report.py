@@ -49,7 +49,8 @@ def measure(
     """
     quality: dict[str, list[float]] = {"psnr": [], "ssim": []}
     features: dict[str, tuple[list[Tensor], list[Tensor]]] = {each.name: ([], []) for each in detectors}
-    latents, noise = Moments(codec.config.latent_channels), []  # of the posterior: its means, its variances
+    latents = Moments(codec.config.latent_channels)  # of the posterior's means
+    noise: list[Tensor] = []  # variance of the posterior
     rows: list[np.ndarray] = []
     for clip in clips:
         posterior = codec.posterior(clip[None].to(device))
@@ -65,7 +66,8 @@ def measure(
             for side, pixels in zip(features[detector.name], frames):
                 side.append(detector(pixels[None] if detector.input == "clip" else pixels))
         if len(rows) < SHOWN * len(ROWS):
-            rows += [*pair, (4 * np.abs(np.subtract(*pair, dtype=int))).clip(max=255).astype(np.uint8)]
+            difference = 4 * np.abs(pair[0].astype(int) - pair[1])
+            rows += [*pair, difference.clip(max=255).astype(np.uint8)]
     mean, variance = latents.mean, latents.covariance().diagonal() + torch.stack(noise).mean(0)
     deviation = ((variance + mean.square()).mean() - mean.mean().square()).sqrt().item()
     figures = {
