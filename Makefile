@@ -29,8 +29,8 @@ bench: setup  ## time and memory as ratios to the reference: docs/benchmarks/
 test: setup lint  ## lint, types and the test suite
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadgroup
 
-test-faults: setup  ## the fault tests of docs/reliability.md, one summary line each
-	$(BIN)/python -m pytest -q tests/test_faults_*.py
+test-faults: setup  ## the fault tests of docs/reliability.md, one line each
+	$(BIN)/python -m pytest -v -m fault
 
 soak: setup  ## 200 random kills of one run; KILLS and SEED to choose
 	$(BIN)/python tests/soak.py --kills $(or $(KILLS),200) --seed $(or $(SEED),0)

@@ -72,8 +72,8 @@ class Objective:
         self.diffusion = build_process(config).to(device)
         self.conditions, self.timestep_sampler, self.device = conditions, timestep_sampler, device
         self.config = config.objective
-        self.hidden_blocks = tuple(self.config.sync_blocks)  # blocks whose tokens `extra_terms` receives
-        self.num_routed = (config.latent_size // config.model.size.patch_size) ** 2 if self.config.route_blocks else 0
+        self.hidden_blocks = self.config.synced  # blocks whose tokens `extra_terms` receives
+        self.num_routed = (config.latent_size // config.model.size.patch_size) ** 2 if self.config.routed else 0
         self.num_images = config.data.num_images  # I, trailing frames that are single images (joint training)
         self.seed = config.train.seed
         self.precision = PRECISIONS[config.train.precision]
@@ -111,9 +111,9 @@ class Objective:
 
     def extra_terms(self, hidden_states: dict[int, Tensor]) -> dict[str, Tensor]:
         """Returns further terms (B,) of the training loss by name, from tokens (B, F+I, N, D) of `hidden_blocks`."""
-        if not self.config.sync_blocks:
+        if not self.config.synced:
             return {}
-        early, late = (hidden_states[block] for block in self.config.sync_blocks)
+        early, late = (hidden_states[block] for block in self.config.synced)
         return {"sync": self.config.sync_weight * layer_sync(early, late)}
 
     def terms(

@@ -16,5 +16,4 @@ def draw_route(uniform: Tensor, config: ObjectiveConfig) -> Route:
     temporal attention sees whole sequences.
     """
     count = max(1, round(config.route_keep * uniform.shape[1]))
-    start, stop = config.route_blocks
-    return Route(start, stop, uniform.argsort(dim=1)[:, :count])
+    return Route(config.routed.start, config.routed.stop, uniform.argsort(dim=1)[:, :count])

@@ -49,7 +49,7 @@ def load_torchscript(content: bytes, path: Path, origin: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated, but detectors use it
-            network = torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
+            network = torch.jit.load(io.BytesIO(content), map_location="cpu").eval()  # noqa: TID251 after all checks
         graph = network.inlined_graph
     except Exception as error:  # a broken archive can raise anything
         raise ValueError(f"{path} is not a whole TorchScript network with a forward; get it from {origin}.") from error

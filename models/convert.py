@@ -90,7 +90,7 @@ def load_pickled(path: Path, ignored: Iterable[str] = ()) -> Any:
     stand_ins: list[Any] = [(Ignored, name) for name in ignored]
     try:
         with torch.serialization.safe_globals(stand_ins) if stand_ins else nullcontext():
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 tensors only
     except PermissionError:
         raise
     except Exception as error:  # a broken file can raise anything, OSError included

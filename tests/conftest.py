@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engine.config import Config
+    from engine.trainer import Trainer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -33,36 +35,18 @@ TINY = [
     *("optim.learning_rate=1e-3", "optim.clip_start_step=0"),
     *("train.batch_size=2", "train.log_every=1", "train.checkpoint_every=100"),
 ]
-
-
-FAULT_TEST = re.compile(r"test_((?:[A-H]\d+_)+)")
+FAULT_TEST = re.compile(r"test_[A-H]\d+_")
 SEVERAL_PROCESSES = "dist"  # one worker runs all of these, after one another: each needs both cores for itself
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out over workers by file, so that a file's fixtures are made once."""
+    """Marks fault tests; shares tests out over workers by file, so that a file's fixtures are made once."""
     for item in items:
+        if FAULT_TEST.match(item.name):
+            item.add_marker("fault")
         group = SEVERAL_PROCESSES if item.get_closest_marker("dist") else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """One line per fault test, by the ids of docs/reliability.md: `C6 passed 1.2 s test_C6_flipped_byte`."""
-    lines = []
-    for outcome in ("passed", "failed", "error", "skipped"):
-        for report in terminalreporter.stats.get(outcome, []):
-            name = re.sub(r"@\w+$", "", report.nodeid.partition("::")[2])  # without its group
-            match = FAULT_TEST.match(name)
-            if match and (report.when == "call" or outcome != "passed"):
-                ids = match[1].strip("_").split("_")
-                # parameters named by an id tell which of a shared test's ids this is
-                shown = [one for one in ids if f"[{one}]" in name] or ids
-                lines += [(one[0], int(one[1:]), f"{one} {outcome} {report.duration:.1f} s {name}") for one in shown]
-    if lines:
-        terminalreporter.section("fault tests")
-        for _, _, line in sorted(lines):
-            terminalreporter.write_line(line)
 
 
 def draw_frame_folders(root: Path, clips: int) -> Path:
@@ -152,3 +136,13 @@ def finished(frame_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     every = ["train.max_steps=3", "train.checkpoint_every=1", "train.keep_last=0"]
     run([*TINY, *every, f"data.path={frame_folders}", f"train.output_dir={folder}"])
     return folder
+
+
+@pytest.fixture
+def stopped(finished: Path, tiny: list[str], tmp_path: Path) -> Callable[..., Trainer]:
+    """Makes trainers that continue a copy of the finished run, in tmp_path/run."""
+    from tests.fault_support import make
+
+    shutil.copytree(finished, tmp_path / "run")
+    keys = [*tiny, "train.max_steps=5", "train.checkpoint_every=1"]
+    return lambda *extra, **options: make([*keys, *extra], **options)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
+from datasets import ClipDataset
 from engine import checkpoint as ckpt
 from engine import cli, start
 from engine.config import load_config
@@ -165,34 +167,18 @@ def armed(text: str) -> Iterator[None]:
         Trainer.launch_step = honest  # type: ignore[method-assign]
 
 
-class BadWorker:
-    """A ClipDataset whose loader worker does `what` while it reads clip `victim`."""
+class BadWorker(ClipDataset):
+    """The data set `clips`, whose loader worker dies or hangs (`what`) while it reads clip `victim`."""
 
-    def __init__(self, clips: Any, victim: int, what: str) -> None:
-        self.__dict__.update(inner=clips, victim=victim, what=what)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "inner" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.inner, name, value)
-
-    def __len__(self) -> int:
-        return len(self.inner)
+    def __init__(self, clips: ClipDataset, victim: int, what: str) -> None:
+        self.__dict__.update(vars(clips), victim=victim, what=what)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         if key[1] == self.victim:
-            self.inner.on_open(self.inner.catalog.clips[self.victim].path)
-            WORKER_FAULTS[self.what]()
-        return self.inner[key]
+            self.on_open(self.catalog.clips[self.victim].path)
+            os.kill(os.getpid(), signal.SIGKILL) if self.what == "kill" else time.sleep(600)
+        return super().__getitem__(key)
 
-
-WORKER_FAULTS: dict[str, Callable[[], None]] = {
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "hang": lambda: time.sleep(600),
-}
 
 # ---- runs ------------------------------------------------------------------------------------------
 
@@ -300,6 +286,18 @@ def call(main: Callable[[list[str]], int | None], *arguments: str) -> tuple[int,
         except SystemExit as end:
             code = end.code
     return int(str(code or 0)), error.getvalue()
+
+
+@contextlib.contextmanager
+def little_memory(more: int) -> Iterator[None]:
+    """Lets this process take at most `more` bytes, by the kernel."""
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 TIMING = {"videos_per_second", "seconds_per_step", "data_wait_share", "memory_gib", "seconds"}

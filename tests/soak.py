@@ -2,10 +2,8 @@
 
     python tests/soak.py --kills 200 --seed 0
 
-Each session is the same torchrun command; at a random step a random fault hits it. After the last one the run goes
-on to its end undisturbed. Then its weights, average and moments must equal, bit for bit, those of a run that nothing
-disturbed; no temporary file may be left, and no process. Prints one line per fault and a summary; exit code 1 if
-anything differs.
+Each session is the same torchrun command, hit by a random fault at a random step. At the end weights, average and
+moments must equal those of an undisturbed run bit for bit, with no temporary file and no process left.
 """
 
 from __future__ import annotations
@@ -23,12 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-import torch
-
 from engine import checkpoint as ckpt
 from engine.stream import Breadcrumbs
 from tests.conftest import TINY, draw_frame_folders
-from tests.fault_support import TAG, torchrun, with_tag
+from tests.fault_support import TAG, all_gone, same_tensors, torchrun, with_tag
 
 # what may hit a session, and how often: SIGKILL of a rank or of torchrun, signals, a full disk, a loader worker
 KINDS = ("kill", "kill", "killparent", "term", "int", "usr1", "termparent", "intparent", "usr1parent", "disk", "loader")
@@ -50,23 +46,10 @@ def session(overrides: list[str], fault: str) -> int:
     return code
 
 
-def survivors(tag: str, seconds: float = 15.0) -> list[str]:
-    """Returns the command lines of processes with `tag` that still live after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while (left := with_tag(tag)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return [" ".join(process.cmdline()) for process in left if process.is_running()]
-
-
 def differences(a: Path, b: Path) -> list[str]:
-    """Names of the tensors in which two checkpoints differ."""
-    one, other = ckpt.load_checkpoint(a), ckpt.load_checkpoint(b)
-    found = []
-    for kind in ("model", "ema", "optim", "rng"):
-        left, right = getattr(one, kind), getattr(other, kind)
-        names = sorted(left.keys() | right.keys())
-        found += [f"{kind}/{n}" for n in names if n not in left or n not in right or not torch.equal(left[n], right[n])]
-    return found
+    """Names of the groups of tensors in which two checkpoints differ."""
+    one, other = (ckpt.load_checkpoint(folder).groups for folder in (a, b))
+    return [kind for kind in one if not same_tensors(one[kind], other[kind])]
 
 
 def soak(kills: int, seed: int, workers: int, work: Path) -> list[str]:
@@ -83,9 +66,9 @@ def soak(kills: int, seed: int, workers: int, work: Path) -> list[str]:
         rank = 0 if kind == "disk" else rank  # which is the one that writes
         step = before + rng.randint(0, 9)
         code = session(disturbed, f"{kind}@{rank}:{min(step, steps - 2)}")
-        left = survivors(str(work))
-        if left:
-            return [f"fault {number} ({kind}): {len(left)} processes survive: {left[0][:200]}"]
+        all_gone(with_tag(str(work)), 15)
+        if left := with_tag(str(work)):
+            return [f"fault {number} ({kind}): {len(left)} processes survive: {left[0].cmdline()}"]
         counts[kind] += 1
         passed = time.monotonic() - started
         print(f"{number:4d} {kind:10s} rank {rank} step {step:5d}  exit {code:4d}  {passed:6.0f} s", flush=True)

@@ -50,10 +50,13 @@ def test_places_and_addresses(variables: dict[str, str], place: tuple[int, int, 
     [
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "SLURM_LOCALID is not set"),
         ({**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, "set MASTER_ADDR"),
-        ({**SRUN, "SLURM_PROCID": "9"}, "RANK=9, WORLD_SIZE=8"),
+        ({**SRUN, "SLURM_PROCID": "9"}, "RANK=9, WORLD_SIZE=8, LOCAL_RANK=1 do not belong together"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two': must be a number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1': must be a number"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
     ],
 )
-def test_variables_that_do_not_suffice(variables: dict[str, str], said: str) -> None:
+def test_H8_variables_that_do_not_suffice(variables: dict[str, str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         adopt_launcher(variables)
         read_place(variables)
@@ -100,7 +103,7 @@ def test_the_bits_of_torchrun(frame_folders: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rank", "case"), [(0, "missing task"), (0, "port in use"), (1, "port in use"), (1, "wrong address")]
 )
-def test_ranks_that_do_not_meet(rank: int, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_H8_ranks_that_do_not_meet(rank: int, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the time that the launcher's tasks have; a foreign server at the port may never answer."""
     monkeypatch.setattr(distributed, "MEET_S", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as server:

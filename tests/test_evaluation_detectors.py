@@ -232,7 +232,7 @@ def test_stand_in_is_torchvisions_network(random_backbone: Path) -> None:
     from torchvision.transforms.functional import normalize
 
     network = mobilenet_v2().eval()
-    network.load_state_dict(torch.load(random_backbone, weights_only=True))
+    network.load_state_dict(torch.load(random_backbone, weights_only=True))  # noqa: TID251
     frames = noise(2, 3, 224, 224)
     pixels = normalize(frames / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     with torch.no_grad():

@@ -11,23 +11,19 @@ import errno
 import io
 import json
 import os
-import pickle
 import random
-import resource
+import shutil
 import struct
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -40,7 +36,8 @@ from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.config import load_config
 from engine.distributed import World
 from engine.stream import Breadcrumbs, ClipStream, load_micro_batches, position_batches
-from tests.fault_support import Job, make, restore, rows, run
+from tests.conftest import TINY
+from tests.fault_support import Job, little_memory, make, restore, rows, run
 from tests.latent_support import cache, save_codec
 from tools import prepare_dataset
 
@@ -74,7 +71,6 @@ def dataset(path: Path, seed: int = 3, **keys: object) -> ClipDataset:
 
 
 def shown(sample: Any) -> list[int]:
-    """The number of each frame of a sample."""
     return levels((sample["video"] + 1) / 2 * 255)
 
 
@@ -301,7 +297,6 @@ def test_E5_the_run_ends_with_the_sentence(clip: Bytes, tmp_path: Path, tiny: li
 
 
 def encode(path: Path, frames: list[np.ndarray], pts: list[int] | None = None, **options: str) -> Path:
-    """An h264 file of frames (H, W, 3), quickly."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10)
         stream.height, stream.width = frames[0].shape[:2]
@@ -369,27 +364,11 @@ def test_E6_the_key_reaches_the_reader(large: Path, clip: Bytes, tmp_path: Path)
     assert "4096x2048" in data.skipped[str(tmp_path / "zlarge.mp4")]
 
 
-def read_within(path: Path, megabytes: int) -> Any:
-    """The numbers of all frames, or the sentence, with so much more memory at most, in a fork, within 20 seconds."""
-    context = get_context("fork")
-    out = context.Queue()
-
-    def read() -> None:
-        limit = psutil.Process().memory_info().vms + megabytes * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        try:
-            reader = open_video(path)
-            out.put(levels(reader.read(range(len(reader)))))
-        except Exception as error:
-            out.put(f"{type(error).__name__}: {error}")
-
-    child = context.Process(target=read)
-    child.start()
-    try:
-        return out.get(timeout=20)
-    finally:
-        child.kill()
-        child.join()
+def read_all(path: Path) -> list[int]:
+    """The number of each frame, read with at most 256 MiB."""
+    with little_memory(2**28):
+        reader = open_video(path)
+        return levels(reader.read(range(len(reader))))
 
 
 def avi_claims(data: bytes, count: int) -> bytes:
@@ -407,12 +386,12 @@ def mp4_claims(data: bytes, count: int) -> bytes:
 
 
 def test_E7_a_header_that_claims_ten_million_frames(clip: Bytes, tmp_path: Path) -> None:
-    """It changes nothing if the frames can be found without it, else the file is refused; in 256 MiB."""
+    """It changes nothing if the frames can be found without it, else the file is refused."""
     (tmp_path / "a.avi").write_bytes(avi_claims(clip["avi"], 10**7))
-    assert read_within(tmp_path / "a.avi", 256) == list(range(LENGTH))
+    assert read_all(tmp_path / "a.avi") == list(range(LENGTH))
     (tmp_path / "a.mp4").write_bytes(mp4_claims(clip["mp4"], 10**7))
-    refused = read_within(tmp_path / "a.mp4", 256)
-    assert refused.startswith(f"VideoError: {tmp_path / 'a.mp4'}: ")
+    with pytest.raises(VideoError, match=r"a\.mp4: "):
+        read_all(tmp_path / "a.mp4")
 
 
 def test_E7_more_frames_than_any_clip_has_are_refused(
@@ -512,7 +491,6 @@ def test_E8_the_list_is_in_the_checkpoint(frame_folders: Path, tiny: list[str], 
 
 
 def test_E8_the_frame_list_is_part_of_it(frame_folders: Path, tmp_path: Path) -> None:
-    """Joint training: other images are other data."""
     (tmp_path / "list.txt").write_text("falls/clip0/000.png\nrises/clip1/003.png\n")
     keys = {"num_images": 1, "frame_list": str(tmp_path / "list.txt")}
     digest = dataset(frame_folders, **keys).digest
@@ -561,28 +539,12 @@ class FailingDisk(io.FileIO):
         return super().read(size)
 
 
-def refuse(path: Path) -> io.FileIO:
-    raise PermissionError(errno.EACCES, "Permission denied")
-
-
-@pytest.mark.parametrize(
-    ("opened", "reason"),
-    [(refuse, "cannot be opened (PermissionError)"), (FailingDisk, "cannot be read to its end (OSError)")],
-    ids=["unreadable", "failing_disk"],
-)
-def test_E9_unreadable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[[Path], Any], reason: str
-) -> None:
+def test_E9_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), dtype=np.uint8)
-    for name in "abc":
-        encode(tmp_path / f"{name}.mkv", list(noise), crf="1", g="8")  # large enough for several reads
-    clips = dataset(tmp_path)
-    honest = Path.open
-    monkeypatch.setattr(
-        Path, "open", lambda self, *a, **k: opened(self) if self.name == "b.mkv" else honest(self, *a, **k)
-    )
-    assert clips[0, 1]["index"] != 1
-    assert clips.skipped == {str(tmp_path / "b.mkv"): reason}
+    path = encode(tmp_path / "a.mkv", list(noise), crf="1", g="8")  # large enough for several reads
+    monkeypatch.setattr(Path, "open", lambda self, *_: FailingDisk(self))
+    with pytest.raises(VideoError, match=r"a\.mkv: cannot be read to its end \(OSError\)"):
+        open_video(path)
 
 
 def test_E9_a_place_that_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -613,32 +575,18 @@ def test_E9_a_frame_that_changes(frame_folders: Path, tmp_path: Path, change: st
     assert list(data.skipped) == [str(clip)] and reason in data.skipped[str(clip)]
 
 
-NAMES = [
-    "with some  spaces .mp4",
-    "ünï-視頻 🎬.mp4",
-    "x" * 251 + ".mp4",
-    "-rf.mp4",
-    "UPPER.MP4",
-    "line\nbreak\x1b[31m.mp4",
-    "100%s {0}.mp4",
-    os.fsdecode(b"not-utf8-\xff\xfe.mp4"),
-]
-IGNORED = [".DS_Store", "._UPPER.MP4", "Thumbs.db", "list.txt", ".git/x.mp4", "__MACOSX/a.mp4"]
+NAMES = ["with some  spaces .mp4", "ünï-視頻 🎬.mp4", "x" * 251 + ".mp4", "-rf.mp4", "UPPER.MP4", "100%s {0}.mp4"]
+NAMES += ["line\nbreak\x1b[31m.mp4", os.fsdecode(b"not-utf8-\xff\xfe.mp4")]
 
 
 @pytest.mark.parametrize("reader", ["pyav", "decord"])
-def test_E10_odd_names_are_read_and_strays_counted(clip: Bytes, tmp_path: Path, reader: str) -> None:
+def test_E10_odd_names_are_read(clip: Bytes, tmp_path: Path, reader: str) -> None:
     root = tmp_path / "-a set\u202f with é"
     root.mkdir()
     for name in NAMES:
         (root / name).write_bytes(clip["mp4"])
-    for name in IGNORED:
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_bytes(b"stray")
     data = dataset(root, reader=reader)
-    assert [c.name for c in data.catalog.clips] == sorted(NAMES)
-    assert data.catalog.skipped == {"*.db": 1, "*.txt": 1, "hidden": 4}
-    assert len(data.digest) == 64
+    assert [c.name for c in data.catalog.clips] == sorted(NAMES) and len(data.digest) == 64
     readable = [index for index, name in enumerate(sorted(NAMES)) if reader == "pyav" or name.isprintable()]
     assert [data[0, index]["index"] for index in readable] == readable
     assert set(data.skipped) <= {str(root / name) for name in NAMES if not name.isprintable()}
@@ -651,22 +599,19 @@ def test_E10_odd_names_in_warnings_and_breadcrumbs(tmp_path: Path, caplog: pytes
         path = tmp_path / str(number) / name
         path.parent.mkdir()
         path.touch()
-        caplog.clear()
         with pytest.raises(VideoError):
             dataset(path.parent)[0, 0]
-        (message,) = caplog.messages
-        assert not any(ord(character) < 32 for character in message)
-        message.encode()
+        assert not any(ord(character) < 32 for character in caplog.messages[-1])
+        caplog.messages[-1].encode()
         crumbs(str(path))
         assert crumbs.read() == [str(path)]
-        assert pickle.loads(pickle.dumps(VideoError(path, "is broken"))).path == str(path)  # noqa: S301 our own bytes
+    assert len(caplog.messages) == len(NAMES)
     crumbs.clear()
 
 
 @pytest.mark.parametrize(
     ("keys", "world", "sentence"),
     [
-        (["data.path=EMPTY"], World(), r"holds none \(found: 1 \*\.txt\)"),
         (["train.batch_size=7"], World(), "has 6 clips, fewer than the global batch of 7 "),
         (["train.grad_accum_steps=4"], World(), "has 6 clips, fewer than the global batch of 8 "),
         (["train.batch_size=2"], World(rank=1, size=4), "has 6 clips, fewer than the global batch of 8 "),
@@ -674,12 +619,7 @@ def test_E10_odd_names_in_warnings_and_breadcrumbs(tmp_path: Path, caplog: pytes
         (["train.batch_size=3", "train.grad_accum_steps=2"], World(), ""),  # exactly the global batch is enough
     ],
 )
-def test_E11_a_set_that_is_too_small(
-    tiny: list[str], tmp_path: Path, keys: list[str], world: World, sentence: str
-) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "notes.txt").write_text("")
-    keys = [key.replace("EMPTY", str(tmp_path / "empty")) for key in keys]
+def test_E11_a_set_that_is_too_small(tiny: list[str], keys: list[str], world: World, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) if sentence else contextlib.nullcontext():
         make([*tiny, *keys], world)
 
@@ -703,12 +643,21 @@ def test_E12_a_class_that_comes_later_is_named(frame_folders: Path, tiny: list[s
             restore(make(keys, override=override))
 
 
+@pytest.fixture(scope="module")
+def tiny_cache(frame_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny autoencoder and its cache of the tiny set."""
+    folder = tmp_path_factory.mktemp("tiny_cache")
+    codec = save_codec(folder / "codec", "AutoencoderTiny")
+    return cache([*TINY, f"data.path={frame_folders}", *codec], folder / "cache").parent
+
+
 @pytest.fixture
-def cached(tiny: list[str], tmp_path: Path) -> tuple[list[str], Path]:
-    """A cache of the tiny set by a tiny autoencoder, and the overrides of a run on it."""
-    common = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderTiny")]
-    made = cache(common, tmp_path / "cache")
-    return [*common, f"data.latents={made}"], made
+def cached(tiny: list[str], tiny_cache: Path, tmp_path: Path) -> tuple[list[str], Path]:
+    """A copy of the cache, and the overrides of a run on it."""
+    shutil.copytree(tiny_cache, tmp_path, dirs_exist_ok=True)
+    codec = ["codec.latent_channels=5", "codec.downsample_factor=2", "codec.scale=0.7"]
+    made = tmp_path / "cache"
+    return [*tiny, *codec, f"codec.path={tmp_path / 'codec'}", f"data.latents={made}"], made
 
 
 def shard_with_nan(made: Path) -> None:
@@ -796,7 +745,6 @@ BROKEN_PACKAGE = "raise ImportError('libavcodec.so.61: cannot open shared object
 
 
 def test_H5_a_decoder_that_cannot_be_loaded(clip: Bytes, tmp_path: Path, tiny: list[str]) -> None:
-    """PyAV is there, and a library of it is not."""
     (tmp_path / "av").mkdir()
     (tmp_path / "av/__init__.py").write_text(BROKEN_PACKAGE)
     keys = [*tiny, f"data.path={make_set(tmp_path / 'clips', clip)}"]
@@ -808,20 +756,15 @@ def test_H5_a_decoder_that_cannot_be_loaded(clip: Bytes, tmp_path: Path, tiny: l
 
 
 def test_H5_a_pattern_that_never_ends(clip: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_dataset, "GROUP_SECONDS", 5)
+    monkeypatch.setattr(prepare_dataset, "GROUP_SECONDS", 1)
     folder = tmp_path / "clips"
     folder.mkdir()
     (folder / f"{'a' * 60}.mp4").write_bytes(clip["mp4"])
-    before = time.monotonic()
-    with pytest.raises(ValueError, match=r"--group '\(\.\+\)\+\$x' was not matched in 5 s"):
+    with pytest.raises(ValueError, match=r"--group '\(\.\+\)\+\$x' was not matched in 1 s"):
         prepare_dataset.main(["folder", str(folder), str(tmp_path / "out"), "--group", "(.+)+$x"])
-    assert time.monotonic() - before < 30
 
 
-def test_H10_a_link_that_leads_back_to_itself(
-    clip: Bytes, tmp_path: Path, tiny: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Left out, with a warning that names it; the other clips are trained on."""
+def test_H10_a_link_that_leads_back_to_itself(clip: Bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = make_set(tmp_path / "clips", clip)
     (root / "again.mp4").symlink_to("again.mp4")
     (root / "one").symlink_to("two")
@@ -829,4 +772,3 @@ def test_H10_a_link_that_leads_back_to_itself(
     catalog = build_catalog(DataConfig(path=str(root)))
     assert len(catalog.clips) == 4 and catalog.skipped == {"not a file (a broken link, a device)": 3}
     assert caplog.text.count("leads back to itself") == 3 and f"{str(root / 'again.mp4')!r} is left out" in caplog.text
-    run([*tiny, f"data.path={root}", "train.max_steps=1", "model.num_classes=0"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+import signal
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from tests.fault_support import (
     fit_rank,
     logged,
     make,
+    newest,
     on_two_ranks,
     restore,
     rows,
@@ -50,22 +51,16 @@ def reference(frame_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder / "run", on_two_ranks(folder, fit_rank, overrides)
 
 
-@pytest.fixture
-def stopped(finished: Path, tiny: list[str], tmp_path: Path) -> Callable[..., Trainer]:
-    """Makes a trainer that would continue a copy of a finished run of three steps, from the last of its checkpoints."""
-    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("step-0000001", "step-0000002"))
-    return lambda *extra, **options: make([*tiny, "train.max_steps=4", *extra], **options)
-
-
 @pytest.mark.dist
-@pytest.mark.parametrize("workers", [0, 2])
-def test_B1_resume_equals_the_uninterrupted_run(
-    tiny: list[str], tmp_path: Path, reference: Whole, workers: int
+@pytest.mark.parametrize(("workers", "number"), [(0, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_A6_B1_resume_equals_the_uninterrupted_run(
+    tiny: list[str], tmp_path: Path, reference: Whole, workers: int, number: signal.Signals
 ) -> None:
-    """Stopped by SIGTERM at step 7, amid an epoch; the same files, losses, weights, average and moments."""
+    """A signal to one rank stops both, amid an epoch; the same files, losses, weights, average and moments."""
     overrides = [*tiny, *LENGTH, f"data.num_workers={workers}"]
-    before = on_two_ranks(tmp_path, fit_rank, overrides, "term@1:6")
-    assert [result["step"] for result in before] == [7, 7]
+    before = on_two_ranks(tmp_path, fit_rank, overrides, f"{number.name[3:].lower()}@1:6")
+    assert [result["step"] for result in before] == [7, 7] and newest(tmp_path / "run").name == "step-0000007"
+    assert json.loads((tmp_path / "run" / "PREEMPTED").read_text())["signal"] == number
     after = on_two_ranks(tmp_path, fit_rank, overrides)
     folder, whole = reference
     for rank in (0, 1):
@@ -189,7 +184,6 @@ def test_B7_each_sample_once_per_epoch(batch: int, accumulate: int, world: int) 
 
 
 def one_step(world: World, overrides: list[str]) -> dict[str, Any]:
-    """Loss and gradients of the first step on one rank."""
     trainer = make(overrides, world)
     trainer.prepare()
     parts, _ = trainer.launch_step(next(trainer.run.batches(0)))
@@ -202,7 +196,6 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> Non
 
 
 def test_B8_micro_batches_equal_one_batch(tiny: list[str]) -> None:
-    """Gradients, float64."""
     sizes = ((6, 1), (2, 3), (1, 6))
     splits = [[f"train.batch_size={size}", f"train.grad_accum_steps={count}"] for size, count in sizes]
     whole, *others = (one_step(World(), [*tiny, *split, "train.precision=fp64"])["gradients"] for split in splits)
@@ -323,7 +316,7 @@ def test_B14_what_is_named_is_accepted(stopped: Callable[..., Trainer]) -> None:
         restore(stopped(*changed, override=["optim.learning_rate"]))
     assert "learning_rate" not in str(refusal.value).partition("experiment:")[2].partition(". Restore")[0]
     trainer = stopped(*changed, override=["optim.learning_rate", "optim.beta2"])
-    assert trainer.fit() and trainer.state.step == 4
+    assert trainer.fit() and trainer.state.step == 5
 
 
 def test_B15_no_step_twice_none_missing(tiny: list[str], tmp_path: Path) -> None:

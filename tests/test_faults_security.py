@@ -29,7 +29,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import train
 from common.text import printable
@@ -71,7 +71,6 @@ def cheap(most: float = 50e6, seconds: float = 60.0) -> Iterator[None]:
 
 
 def refuses(match: str, read: Callable[[], Any], kind: type[Exception] = ValueError) -> None:
-    """Checks that `read` ends in one sentence that can be printed."""
     with pytest.raises(kind, match=match) as error:
         read()
     assert "\n" not in str(error.value)
@@ -124,7 +123,7 @@ def test_D1_the_payloads_are_live(tmp_path: Path) -> None:
     """Positive control: a loader that trusts its input runs them."""
     for number, kind in enumerate(("system call", "eval", "nested loader")):
         marker = tmp_path / str(number)
-        pickle.loads(pickle.dumps(payloads(marker)[kind]))  # noqa: S301 the harmless payload itself
+        pickle.loads(pickle.dumps(payloads(marker)[kind]))
         assert marker.exists()
 
 
@@ -160,16 +159,16 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(SETTINGS))
-def test_D2_settings_are_refused_with_advice_that_works(tmp_path: Path, kind: str) -> None:
-    file = tmp_path / "official.pt"
+@pytest.mark.parametrize(("kind", "output"), [("Namespace", "official"), ("config", "mine")])
+def test_D2_settings_are_refused_with_advice_that_works(tmp_path: Path, kind: str, output: str) -> None:
+    file, written = tmp_path / "official.pt", tmp_path / f"{output}.safetensors"
     digest = with_settings(file, SETTINGS[kind])
     with pytest.raises(ValueError, match=r"python -m tools\.convert checkpoint`.*SHA-256"):
         read_state_dict(file)
-    assert convert.main(["checkpoint", str(file), "--sha256", digest.upper()]) == 0
-    weights = load_file(tmp_path / "official.safetensors")
+    flags = ["--output", str(written)] if output == "mine" else []
+    assert convert.main(["checkpoint", str(file), "--sha256", digest.upper(), *flags]) == 0
+    weights = read_state_dict(written)
     assert list(weights) == ["w"] and torch.equal(weights["w"], torch.ones(2))
-    assert torch.equal(read_state_dict(tmp_path / "official.safetensors")["w"], torch.ones(2))
 
 
 def test_D2_only_a_listed_hash_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,14 +192,6 @@ def test_D2_the_convert_command_runs_nothing_even_with_the_hash(tmp_path: Path, 
     assert not marker.exists() and not (tmp_path / "official.safetensors").exists()
 
 
-@pytest.mark.parametrize("output", [None, "mine.safetensors"])
-def test_D2_the_convert_command_writes_the_weights(tmp_path: Path, output: str | None) -> None:
-    digest = with_settings(tmp_path / "official.pt", argparse.Namespace(a=1))
-    flags = ["--output", str(tmp_path / output)] if output else []
-    convert.main(["checkpoint", str(tmp_path / "official.pt"), "--sha256", digest, *flags])
-    assert {*load_file(tmp_path / (output or "official.safetensors"))} == {"w"}
-
-
 def test_D2_settings_are_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the classes on the list are called: stand-ins take their place."""
     digest = with_settings(tmp_path / "official.pt", argparse.Namespace(a=1))
@@ -208,75 +199,35 @@ def test_D2_settings_are_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert torch.equal(extract_weights(tmp_path / "official.pt", [digest])["w"], torch.ones(2))
 
 
-FORBIDDEN = """
-    pickle.load pickle.loads pickle.Unpickler marshal.load marshal.loads shelve.open dill.load dill.loads joblib.load
-    cloudpickle.load cloudpickle.loads pandas.read_pickle torch.jit.load torch.hub.load torch.package.PackageImporter
-    torch.load torch.distributed.checkpoint.load torch.distributed.checkpoint.load_state_dict yaml.load yaml.load_all
-    yaml.full_load yaml.unsafe_load yaml.Loader yaml.FullLoader yaml.UnsafeLoader yaml.CLoader
-    os.system os.popen subprocess.getoutput subprocess.getstatusoutput pty.spawn
-    omegaconf.OmegaConf.register_new_resolver omegaconf.OmegaConf.register_resolver omegaconf.OmegaConf.resolve
-    torch.serialization.add_safe_globals
-""".split()  # noqa: SIM905
-BUILT_IN = "S102,S307,S602,S604,S605"  # exec, eval, shells
-# (file, name) -> why it is right there
-ALLOWED = {
-    ("evaluation/torchscript.py", "torch.jit.load"): "after the hash, the archive and what runs while it is loaded",
-    ("tests/test_datasets_clips.py", "pickle.loads"): "a round trip of our own object",
-    ("tests/test_datasets_readers.py", "pickle.loads"): "a round trip of our own object",
-    ("tests/test_faults_data.py", "pickle.loads"): "a round trip of our own object",
-    ("tests/test_faults_security.py", "pickle.loads"): "the payloads",
-    ("tests/test_faults_security.py", "torch.jit.load"): "the payloads of detectors, and a stand-in",
-    ("tests/test_faults_security.py", "torch.load"): "a payload, and a stand-in that must not be called",
-}
-
-
-def violations(root: Path, files: list[str]) -> set[tuple[str, str]]:
-    """Returns (file, name) of what no code here may use; ruff sees through `import ... as` and bare references."""
-    banned = ", ".join(f'"{name}" = {{msg = ""}}' for name in FORBIDDEN)
-    options = ["--isolated", "--no-cache", "--ignore-noqa", f"--select=TID251,{BUILT_IN}", "--output-format=json"]
-    options.append(f"--config=lint.flake8-tidy-imports.banned-api={{{banned}}}")
-    ruff = Path(sys.executable).with_name("ruff")
-    done = subprocess.run([ruff, "check", *options, *files], cwd=root, capture_output=True, text=True)
-    found = set()
-    for each in json.loads(done.stdout):
-        file, line = Path(each["filename"]).relative_to(root.resolve()), each["location"]["row"] - 1
-        name = each["message"].split("`")[1] if each["code"] == "TID251" else each["code"]
-        restricted = "weights_only=True" in (root / file).read_text().splitlines()[line]
-        found |= {(str(file), name)} if not (name == "torch.load" and restricted) else set()
-    keywords = re.compile(r"\b(allow_pickle|trust_remote_code)=(?!False)")
-    return found | {(file, key) for file in files for key in keywords.findall((root / file).read_text())}
+def unsafe_calls(place: Path) -> set[str]:
+    """Returns the files below `place` with calls that pyproject.toml bans because a file can run code through them."""
+    options = ["--no-cache", "--output-format=json", f"--config={ROOT / 'pyproject.toml'}"]
+    rules = "--select=TID251,S102,S301,S307,S602,S604,S605"
+    ruff = [Path(sys.executable).with_name("ruff"), "check", *options, rules, place]
+    return {Path(each["filename"]).name for each in json.loads(subprocess.run(ruff, capture_output=True).stdout)}
 
 
 def test_D3_no_unsafe_call() -> None:
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True)
-    names = sorted(name for name in listed.stdout.decode().splitlines() if (ROOT / name).is_file())
-    assert len(names) > 80
-    own = [
-        (file, name) for file, name in violations(ROOT, names) if file != "tests/test_faults_security.py" or "." in name
-    ]
-    assert set(own) - set(ALLOWED) == set()
+    assert unsafe_calls(ROOT) == set()
+    options = ["git", "grep", "-nE", "(allow_pickle|trust_remote_code)=([^F]|F[^a])", "--", "*.py"]
+    assert subprocess.run(options, cwd=ROOT, capture_output=True, text=True).stdout == ""
+
+
+UNSAFE = [
+    "from pickle import loads as read\nread(b)",
+    "import torch\nread = torch.load\nread(f)",
+    "import torch as t\nt.jit.load(f)",
+    "from torch.distributed import checkpoint\ncheckpoint.load(x)",
+    "eval('1')",
+    "import subprocess\nsubprocess.run('ls', shell=True)",
+    "from os import system\nsystem('ls')",
+]
 
 
 def test_D3_the_scan_sees(tmp_path: Path) -> None:
-    codes = {
-        "from pickle import loads as read\nread(b)": "pickle.loads",
-        "import torch\ntorch.load(f)": "torch.load",
-        "import torch\ntorch.load(f, weights_only=safe)": "torch.load",
-        "import torch\nread = torch.load\nread(f)": "torch.load",
-        "import torch as t\nt.jit.load(f)": "torch.jit.load",
-        "from torch.distributed import checkpoint\ncheckpoint.load(x)": "torch.distributed.checkpoint.load",
-        "import numpy\nnumpy.load(f, allow_pickle" + "=True)": "allow_pickle",
-        "eval('1')": "S307",
-        "import subprocess\nsubprocess.run('ls', shell=True)": "S602",
-        "from os import system\nsystem('ls')": "os.system",
-        "import torch, subprocess\ntorch.load(f, weights_only=True)\nm.eval()\nsubprocess.run(a, shell=False)": "",
-    }
-    for number, code in enumerate(codes):
+    for number, code in enumerate([*UNSAFE, "import subprocess\nm.eval()\nsubprocess.run(a, shell=False)"]):
         (tmp_path / f"{number}.py").write_text(code)
-    found = violations(tmp_path, [f"{number}.py" for number in range(len(codes))])
-    assert {(file, name) for file, name in found if name != "S605"} == {
-        (f"{number}.py", name) for number, name in enumerate(codes.values()) if name
-    }
+    assert unsafe_calls(tmp_path) == {f"{number}.py" for number in range(len(UNSAFE))}
 
 
 def test_D4_dcp_folder_is_refused_unopened(tmp_path: Path, tiny: list[str]) -> None:
@@ -286,26 +237,22 @@ def test_D4_dcp_folder_is_refused_unopened(tmp_path: Path, tiny: list[str]) -> N
     (folder / ".metadata").write_bytes(pickle.dumps(payloads(tmp_path / "ran")["system call"]))
     (folder / "__0_0.distcp").write_bytes(b"\0" * 64)
     opened: list[str] = []
-    watching = True
 
     def watch(event: str, arguments: tuple) -> None:
-        if watching and event == "open" and str(folder) in str(arguments[0]):
+        if event == "open" and str(folder) in str(arguments[0]):
             opened.append(str(arguments[0]))
 
-    sys.addaudithook(watch)  # stays, idle, for the life of the process
-    try:
-        for read in (find_checkpoint, load_model_weights, Source.open, Generator.from_checkpoint):
-            with pytest.raises(CheckpointError, match=r"dcp is a torch\.distributed\.checkpoint folder, which is not"):
-                read(folder)
-        for key in ("train.init_from", "train.resume"):
-            with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
-                make([*tiny, f"{key}={folder}", "train.max_steps=1"]).fit()
-        assert opened == []
-        for name in (".metadata", "__0_0.distcp"):
-            with pytest.raises(ValueError, match=r"not a complete|Python objects"):
-                read_state_dict(folder / name)
-    finally:
-        watching = False
+    sys.addaudithook(watch)  # stays for the life of the process
+    for read in (find_checkpoint, load_model_weights, Source.open, Generator.from_checkpoint):
+        with pytest.raises(CheckpointError, match=r"dcp is a torch\.distributed\.checkpoint folder, which is not"):
+            read(folder)
+    for key in ("train.init_from", "train.resume"):
+        with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
+            make([*tiny, f"{key}={folder}", "train.max_steps=1"]).fit()
+    assert opened == []
+    for name in (".metadata", "__0_0.distcp"):
+        with pytest.raises(ValueError, match=r"not a complete|Python objects"):
+            read_state_dict(folder / name)
     assert opened and not (tmp_path / "ran").exists()
 
 
@@ -321,19 +268,13 @@ def entry(start: int, end: int, *shape: int, dtype: str = "F32") -> dict[str, An
 
 SAFETENSORS = {
     "header of 10^12 bytes": header({}, length=10**12),
-    "header of 2^64 - 1 bytes": header({}, length=2**64 - 1),
     "header of 99 MB in a file of 100 B": header({"w": entry(0, 8, 2)}, bytes(8), length=99_000_000),
     "overlap": header({"w": entry(0, 8, 2), "v": entry(4, 12, 2)}, bytes(12)),
-    "the same bytes twice": header({"w": entry(0, 8, 2), "v": entry(0, 8, 2)}, bytes(8)),
-    "size beyond the file": header({"w": entry(0, 8, 2)}, bytes(4)),
     "4 EB": header({"w": entry(0, 2**62, 2**60)}, bytes(4)),
     "product of sizes overflows": header({"w": entry(0, 8, 2**33, 2**33)}, bytes(8)),
     "negative size": header({"w": entry(0, 8, -2)}, bytes(8)),
-    "end before start": header({"w": entry(8, 0, 2)}, bytes(8)),
     "bytes without an owner": header({"w": entry(0, 8, 2)}, bytes(80)),
-    "unknown dtype": header({"w": entry(0, 8, 2, dtype="F99")}, bytes(8)),
     "nested without end": header(b'{"w":' * 10_000),
-    "no JSON": header(b"hello"),
     "empty": b"",
 }
 
@@ -362,56 +303,39 @@ def test_D5_json_attacks(tmp_path: Path, name: str, text: str) -> None:
 
 
 def whole_checkpoint(root: Path) -> Path:
-    """A sound checkpoint folder of a network of one weight."""
     group = {"w": torch.ones(2)}
     return write_checkpoint(Checkpoint(1, 2, group, group, group, group), load_config(), root / "checkpoints")
 
 
-@pytest.mark.parametrize(
-    ("version", "safe"),
-    [("1.13.1", False), ("2.6.0+cu124", False), ("2.9.1", False), ("2.10.0", True), ("2.11.0", True)],
-)
+@pytest.mark.parametrize(("version", "safe"), [("2.6.0+cu124", False), ("2.9.1", False), ("2.10.0", True)])
 def test_D6_version_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, safe: bool) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
     save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
-    torch.save(Taef2().encoder.state_dict(), tmp_path / ENCODER_FILE)
-    torch.save(Taef2().decoder.state_dict(), tmp_path / DECODER_FILE)
+    codec_folder(tmp_path)
     monkeypatch.setattr(torch, "__version__", version)
     assert read_state_dict(tmp_path / "a.safetensors")
-    if safe:
-        assert read_state_dict(tmp_path / "a.pt") and Taef2.from_folder(tmp_path)
-        return
     for read in (lambda: read_state_dict(tmp_path / "a.pt"), lambda: Taef2.from_folder(tmp_path)):
+        if safe:
+            assert read()
+            continue
         with pytest.raises(ValueError, match=rf"because with PyTorch {version.split('+')[0]}.*2\.10 or newer"):
             read()
 
 
-def alias_bomb() -> str:
-    rows = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)]
-    return "\n".join(rows)
-
-
 YAMLS = {
     "object": ("train: !!python/object/apply:os.mkdir [MARKER]\n", "tag"),
-    "name": ("train: {output_dir: !!python/name:os.system }\n", "tag"),
     "own tag": ("train: {seed: !secret 3}\n", "tag"),
-    "binary": ("train: {output_dir: !!binary aGVsbG8=}\n", "tag"),
-    "alias bomb": (alias_bomb(), "alias"),
-    "merge bomb": ("b0: &b0 {k: 1}\n" + "\n".join(f"b{i}: &b{i} {{<<: [{', '.join([f'*b{i - 1}'] * 9)}]}}"
-                                                   for i in range(1, 9)), "alias"),
+    "alias bomb": ("\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)), "alias"),
     "recursion": ("train: &a\n  output_dir: *a\n", "alias"),
     "10 MB of comment": ("#" * 10_000_000 + "\ntrain: {seed: 1}\n", "too long"),
-    "10 MB of value": ("train:\n  output_dir: " + "x" * 10_000_000 + "\n", "too long"),
     "many values": ("sample:\n  labels: [" + "1," * (MAX_YAML_CHARACTERS // 2 - 20) + "1]\n", "too many values"),
     "deep, open": ("train: " + "[" * 60_000, "levels deep"),
-    "deep, closed": ("train: " + "{a: " * 5_000 + "}" * 5_000, "levels deep"),
     "deep, indented": ("\n".join(" " * i + "a:" for i in range(300)), "levels deep"),
     "duplicate key": ("train:\n  seed: 1\n  seed: 2\n", "duplicate key seed"),
-    "duplicate section": ("train:\n  seed: 1\ntrain:\n  seed: 2\n", "duplicate key train"),
     "two documents": ("train: {seed: 1}\n---\ntrain: {seed: 2}\n", "document"),
     "long number": ("train:\n  seed: " + "9" * 5_000 + "\n", "digits"),
     "not text": ("train: {seed: 1}\x00\n", "not valid YAML"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", sorted(YAMLS))
@@ -433,17 +357,9 @@ def test_D7_hostile_override(value: str) -> None:
 
 
 SECRET = "s3cr3t-value-of-the-environment"
-RESOLVERS = [
-    "${oc.env:LATTE_SECRET}",
-    "${oc.decode:'1'}",
-    "${env:LATTE_SECRET}",
-    "${train.seed}",
-    "a${oc.env:LATTE_SECRET}b",
-    "\\${oc.env:LATTE_SECRET}",
-]
 
 
-@pytest.mark.parametrize("text", RESOLVERS)
+@pytest.mark.parametrize("text", ["${oc.env:LATTE_SECRET}", "a${train.seed}b", "\\${oc.env:LATTE_SECRET}"])
 def test_D8_resolvers_are_refused_and_nothing_leaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, text: str
 ) -> None:
@@ -483,21 +399,15 @@ def listed(tmp_path: Path) -> Path:
 
 
 ENTRIES = {
-    "parent": "../outside.png",
     "parent inside": "A/../../outside.png",
     "absolute": "OUTSIDE",
     "symlink": "link.png",
     "symlinked folder": "folder/outside.png",
-    "http": "http://localhost/a.png",
-    "https": "https://localhost/a.png",
-    "file": "file:///etc/hostname.png",
+    "address": "A/http://localhost/a.png",
     "concat": "concat:A/clip/0.png|A/clip/1.png",
-    "drive": "C:a.png",
     "NUL": "A/clip/0.png\0.png",
-    "carriage return": "A/clip/\r0.png",
     "newline": "A/clip/\n0.png",
     "escape": "A/clip/\x1b[31m0.png",
-    "home": "~/a.png",
     "too long": "a" * 5000 + ".png",
     "not text": "A/\udcff.png",
 }
@@ -516,10 +426,6 @@ def test_D9_entry(listed: Path, kind: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=r"list\.txt, line 3: ") as error:
         read_entries(listed, "A/clip/0.png", "", text, "")
     assert printable(str(error.value)).isprintable()
-
-
-def test_D9_a_plain_entry_is_read(listed: Path) -> None:
-    assert read_entries(listed, "A/clip/0.png", "A/clip/1.png A", "") == ["A/clip/0.png", "A/clip/1.png"]
 
 
 PLAYLISTS = {
@@ -568,7 +474,6 @@ def test_D10_the_playlists_would_be_followed(tmp_path: Path, good_clip: Path) ->
 
 
 def archive(kind: str) -> bytes:
-    """A zip with one thing wrong with it."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED if kind == "bomb" else zipfile.ZIP_STORED) as file:
         if kind == "symlink":
@@ -677,19 +582,11 @@ def test_D12_codec_files(tmp_path: Path, no_network: list[str], damage: str) -> 
     assert no_network == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", ["cut", "another network", "pickle"])
-def test_D12_diffusers_folder(tmp_path: Path, no_network: list[str], damage: str) -> None:
-    """Substitute: as above, for the diffusers format, whose import alone takes seconds."""
+def test_D12_diffusers_folder(tmp_path: Path, no_network: list[str]) -> None:
+    """Substitute: as above, for the diffusers format; damaged weights of it are in test_models_autoencoder.py."""
     folder = shutil.copytree(ROOT / "assets/demo/codec", tmp_path / "codec")
-    file = folder / "diffusion_pytorch_model.safetensors"
-    if damage == "cut":
-        os.truncate(file, 100_000)
-    elif damage == "another network":
-        save_file({"w": torch.ones(2)}, file)
-    else:
-        file.unlink()
-        torch.save(payloads(tmp_path / "ran")["system call"], folder / "diffusion_pytorch_model.bin")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(payloads(tmp_path / "ran")["system call"], folder / "diffusion_pytorch_model.bin")
     refuses(r"codec\.path=.*codec", lambda: open_codec(folder, latent_channels=16))
     assert no_network == [] and not (tmp_path / "ran").exists()
 
@@ -797,12 +694,9 @@ def rewritten(file: Path, body: str) -> Path:
 @pytest.mark.parametrize(
     "body",
     [
-        'torch.save(x, "MARKER")',
         'if True:\n      torch.save(x, "MARKER")\n    else:\n      pass',
         'x = torch.from_file("MARKER", False, 1)',
-        'ops.aten.save(x, "MARKER")',
         'getattr(torch, "s\\141ve")(x, "MARKER")',
-        'f = torch.save\n    f(x, "MARKER")',
         '_0 = (torch. # a comment\n      save(x, "MARKER"))',
         '_0 = ops.profiler._record_function_enter("a", None)',
     ],
@@ -820,7 +714,7 @@ def test_D12_a_plain_source_is_run(tmp_path: Path) -> None:
     assert load_detector("c3d", file)(CLIPS).shape == (1, 101)
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "pickle", "bare", "network", "state", "payload", "zip"])
+@pytest.mark.parametrize("damage", ["cut", "pickle", "bare", "network", "payload", "zip"])
 def test_D12_detector_files(tmp_path: Path, no_network: list[str], damage: str) -> None:
     marker, file = tmp_path / "ran", tmp_path / ("c3d.pkl" if damage == "pickle" else "c3d.pt")
     payload = payloads(marker)
@@ -831,10 +725,8 @@ def test_D12_detector_files(tmp_path: Path, no_network: list[str], damage: str) 
             archive.writestr("c3d/code/readme.txt", "nothing")
     elif damage == "cut":
         os.truncate(file, write_stub("c3d", tmp_path).stat().st_size // 2)
-    elif damage == "text":
-        file.write_text("<html>404</html>")
     else:
-        torch.save({"network": torch.nn.Linear(2, 2), "state": [1], "payload": payload["eval"]}[damage], file)
+        torch.save({"network": torch.nn.Linear(2, 2), "payload": payload["eval"]}[damage], file)
     kind = "is a pickle" if damage in ("pickle", "bare") else "(is (?!a pickle)|holds )"
     refuses(rf"{re.escape(file.name)} {kind}.*https://www\.dropbox\.com", lambda: load_detector("c3d", file))
     assert no_network == [] and not marker.exists()
@@ -843,7 +735,8 @@ def test_D12_detector_files(tmp_path: Path, no_network: list[str], damage: str) 
 def test_D12_a_detectors_hash(tmp_path: Path, no_network: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_stub("c3d", tmp_path)
     digest, wrong = hashlib.sha256(file.read_bytes()).hexdigest(), hashlib.sha256(b"another").hexdigest()
-    assert load_detector("c3d", file, sha256=digest).sha256 == digest
+    assert load_detector("c3d", file).sha256 == digest
+    assert load_detector("c3d", str(file), sha256=f" {digest.upper()} ").sha256 == digest
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("opened"))
     monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(ValueError, match=rf"c3d\.pt is not opened: its SHA-256 is {digest}, but {wrong} is expected"):
@@ -900,9 +793,7 @@ def test_D13_error_sentences() -> None:
     assert call(fail) == (2, "error: no class a\\nb \\x1b[31mred\\x1b[0m \\udcff\n")
 
 
-def test_D13_file_names_in_warnings_and_run_logs(
-    tmp_path: Path, frame_folders: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
-) -> None:
+def test_D13_file_names_in_warnings_and_run_logs(tmp_path: Path, frame_folders: Path, caplog: Any, capsys: Any) -> None:
     """A run over clips with such names: every line that is shown, and every line of every log, is plain."""
     root = tmp_path / "set"
     shutil.copytree(frame_folders / "falls", root / "a\nb")
@@ -921,30 +812,19 @@ def test_D13_file_names_in_warnings_and_run_logs(
             assert line.isprintable() and (not line or isinstance(json.loads(line), dict))
 
 
-def test_D14_scripts_evaluate_no_text() -> None:
-    """Shell text in what Slurm says is run against the scripts in test_faults_launch.py. Here: none evaluates any."""
-    scripts = [file for pattern in ("*/*.sh", "*/*.slurm") for file in sorted(ROOT.glob(pattern))]
-    assert len(scripts) >= 14
-    for script in scripts:
-        assert evaluated(script.read_text()) == [], script
-
-
-def evaluated(script: str) -> list[str]:
-    """Returns the patterns by which a shell script runs text, or splits a list of nodes into words."""
-    lines = [line.partition(" #")[0] for line in script.splitlines() if not line.lstrip().startswith("#")]
-    code = "\n".join(lines)
-    bad = [r"\beval\b", r"\bsource\b", "`", r"\b(ba)?sh -c\b", r"\bxargs\b", r"\benvsubst\b"]
-    nodes = r"\$\{?SLURM_(?:JOB_)?NODELIST"
-    return [pattern for pattern in bad if re.search(pattern, code)] + re.findall(rf'(?<!"){nodes}', code)
+# a line of a shell script that runs text, or splits a list of nodes into words
+EVALUATES = re.compile(
+    r"(?m)^(?!\s*#)((?! #).)*(\b(eval|source|xargs|envsubst|(ba)?sh -c)\b|`|(?<!\")\$\{?SLURM_(JOB_)?NODELIST)"
+)
 
 
 @pytest.mark.parametrize("line", ["eval $X", "echo `ls`", "bash -c ls", "srun -w $SLURM_NODELIST x", "source ./x"])
 def test_D14_the_scan_sees(line: str) -> None:
-    assert evaluated(f"set -e\n{line}\n")
+    assert EVALUATES.search(f"set -e\n{line}\n") and not EVALUATES.search(f"# {line}\n")
 
 
-def test_D14_python_starts_no_shell_with_it() -> None:
-    """One file reads the node list, for an address to connect to; D3 refuses every call that would start a shell."""
-    for folder in ("engine", "tools", "sample", "models", "datasets", "diffusion"):
-        for file in (ROOT / folder).rglob("*.py"):
-            assert file.name == "launchers.py" or "NODELIST" not in file.read_text(), file
+def test_D14_scripts_evaluate_no_text() -> None:
+    """Shell text in what Slurm says is run against the scripts in test_faults_launch.py."""
+    scripts = [file for pattern in ("*/*.sh", "*/*.slurm") for file in ROOT.glob(pattern)]
+    assert len(scripts) >= 14
+    assert [file for file in scripts if EVALUATES.search(file.read_text())] == []

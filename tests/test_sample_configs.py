@@ -21,7 +21,8 @@ RECIPES = {
     "taichi": (500_000, 500_000, 50),
     "ucf101": (100_000, 100_000, 50),
 }
-SCRIPTS = sorted(script for folder in ("sample", "train_scripts", "tools") for script in (ROOT / folder).glob("*.sh"))
+PLACES = ("sample/*.sh", "train_scripts/*.sh", "tools/*.sh", "slurm_scripts/*")
+SCRIPTS = sorted(script for place in PLACES for script in ROOT.glob(place))
 
 
 def config_of(name: str, kind: str) -> Config:
@@ -104,13 +105,14 @@ def test_ucf101_classes_are_numbered_as_folders_are_sorted() -> None:
     assert UCF101_CLASSES.index("HammerThrow") == 34  # by code point: before Hammering
 
 
-def test_every_official_script_is_there_parses_and_names_what_exists() -> None:
+def test_G6_every_script_parses_and_names_what_exists() -> None:
     names = {script.relative_to(ROOT).as_posix() for script in SCRIPTS}
     assert {f"sample/{name}{kind}.sh" for name in (*SETS, "demo") for kind in ("", "_ddp")} <= names
     assert {f"train_scripts/{name}{kind}.sh" for name in SETS for kind in ("_train", "_img_train")} <= names
     for script in SCRIPTS:
         checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
         assert checked.returncode == 0 and script.stat().st_mode & 0o111, checked.stderr
+        assert script.read_text().startswith("#!/bin/bash\n")
         for path in re.findall(r"(?:configs/[\w/]+\.yaml|[\w/]+\.py)\b", script.read_text()):
             # sample.py in a comment is the script in the same folder
             assert (ROOT / path).exists() or (script.parent / path).exists(), path
@@ -135,10 +137,13 @@ def called(project: Path, script: str, argument: str, **environment: str) -> str
     return done.stdout if done.returncode == 0 else f"{done.returncode} {done.stderr}"
 
 
-LAUNCHER = r"-m\|engine\.elastic\|--standalone\|--nproc_per_node=%s\|(--[\w,=-]+\|)+"
+LAUNCHER = r"-m\|engine\.elastic\|--standalone\|--nproc_per_node=%s\|--max-restarts=3\|--shutdown-timeout=240\|"
+LAUNCHER += r"--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1\|"
 
 
-def test_the_launcher_passes_on_its_arguments(project: Path) -> None:
+def test_A5_the_launcher_passes_on_its_arguments(project: Path) -> None:
+    """It becomes torchrun, so that a signal reaches that, and no shell that waits."""
+    assert "\nexec python -m engine.elastic " in (ROOT / "train_scripts" / "launch.sh").read_text()
     for environment, processes in (({"GPUS": "3"}, "3"), ({}, r"[1-9]\d*")):
         said = called(project, "train_scripts/sky_img_train.sh", "data.path=/a b", **environment)
         assert re.fullmatch(rf"{LAUNCHER % processes}train_with_img.py\|--config\|\S+\|data.path=/a b\|", said), said

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from common.checks import require
 from engine import cli
 from engine.build import build_model, count_parameters, forward_inputs, macs_per_clip, put_adapters
-from engine.config import Config, OptimConfig, SampleConfig, TrainConfig, load_config
+from engine.config import Config, ObjectiveConfig, OptimConfig, SampleConfig, TrainConfig, load_config
 from engine.memory import FROZEN_BYTES, STATE_BYTES
 
 GIB = 2**30
@@ -82,7 +82,9 @@ def count_network(config: Config) -> Network:
     """Counts a config's network, once for all configs that differ only in batch, schedule or names."""
     train = config.train
     kept = TrainConfig(precision=train.precision, init_from=train.init_from, compile=train.compile)
-    return _count_network(replace(config, train=kept, optim=OptimConfig(), sample=SampleConfig()))
+    return _count_network(
+        replace(config, train=kept, objective=ObjectiveConfig(), optim=OptimConfig(), sample=SampleConfig())
+    )
 
 
 @lru_cache

@@ -154,18 +154,15 @@ RULES: dict[str, Callable[[Config], object]] = {
     "sample.guidance_scale=1.": lambda c: c.sample.guidance_scale != 1 and not c.has_null,
     # objective
     "objective.route_blocks={c.objective.route_blocks} must end at most at {c.model.size.depth}, the number of "
-    "blocks.": lambda c: bool(c.objective.route_blocks) and c.objective.route_blocks[1] > c.model.size.depth,
+    "blocks.": lambda c: c.objective.routed.stop > c.model.size.depth,
     "objective.sync_blocks={c.objective.sync_blocks}: the network has only blocks 0 to {c.last_block}.": lambda c: (
-        bool(c.objective.sync_blocks) and c.objective.sync_blocks[1] > c.last_block
+        max(c.objective.synced, default=0) > c.last_block
     ),
     "objective.sync_blocks={c.objective.sync_blocks}: only one of the two lies inside "
     "objective.route_blocks={c.objective.route_blocks}, where some tokens are missing: choose both inside or both "
-    "outside.": lambda c: (
-        bool(c.objective.sync_blocks and c.objective.route_blocks)
-        and len({block in range(*c.objective.route_blocks) for block in c.objective.sync_blocks}) > 1
-    ),
+    "outside.": lambda c: len({block in c.objective.routed for block in c.objective.synced}) > 1,
     "objective.route_blocks is not built for text networks: leave it out.": lambda c: (
-        c.model.is_text and bool(c.objective.route_blocks)
+        c.model.is_text and bool(c.objective.routed)
     ),
     # text networks
     "data.name={c.data.name} has captions, which model.name={c.model.name} does not read: set "

@@ -6,7 +6,7 @@ The other sections are defined where they are read, in models/, diffusion/ and d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from common.checks import (
@@ -76,9 +76,9 @@ class OptimConfig:
 
 # ---- objective -------------------------------------------------------------------------------------
 
-TWO_BLOCKS = Limit("two ascending block indices, or []", lambda v: not v or (len(v) == 2 and 0 <= v[0] < v[1]))
+TWO_BLOCKS = Limit("two ascending block indices", lambda value: len(value) == 2 and 0 <= value[0] < value[1])
 OBJECTIVE_LIMITS = {
-    "route_blocks sync_blocks": TWO_BLOCKS,
+    "route_blocks sync_blocks": optional(TWO_BLOCKS),
     "route_keep": within(0, 1, "()"),
     "sync_weight": POSITIVE,
 }
@@ -88,14 +88,24 @@ OBJECTIVE_LIMITS = {
 class ObjectiveConfig:
     """The `objective` section: optional changes to the training loss; docs/levers.md describes them."""
 
-    route_blocks: list[int] = field(default_factory=list)  # [start, stop]: some tokens skip start to stop - 1 (TREAD)
+    route_blocks: list[int] | None = None  # [start, stop]: some tokens skip start to stop - 1 (TREAD)
     route_keep: float = 0.5  # share of the tokens that these blocks compute
-    sync_blocks: list[int] = field(default_factory=list)  # [early, late]: aligns early's tokens with late's (LayerSync)
+    sync_blocks: list[int] | None = None  # [early, late]: aligns early's tokens with late's (LayerSync)
     sync_weight: float = 0.2  # weight of that term
 
     def __post_init__(self) -> None:
         check_limits(self, "objective.", OBJECTIVE_LIMITS)
         check_read_only_with(self, "objective.", {"route_keep": "route_blocks", "sync_weight": "sync_blocks"})
+
+    @property
+    def routed(self) -> range:
+        """The blocks that some tokens skip."""
+        return range(*self.route_blocks or (0,))
+
+    @property
+    def synced(self) -> tuple[int, ...]:
+        """The earlier and the later block to align, or none."""
+        return tuple(self.sync_blocks or ())
 
 
 # ---- train -----------------------------------------------------------------------------------------
