@@ -71,6 +71,15 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def tree_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file, or of the names and contents of all files below a folder."""
+    if path.is_file():
+        return file_sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    names = [f"{file.relative_to(path).as_posix()}\0{file_sha256(file)}\0" for file in files]
+    return hashlib.sha256("".join(names).encode(errors="surrogateescape")).hexdigest()
+
+
 # ---- folders -----------------------------------------------------------------------------------------
 
 

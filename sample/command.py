@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
-
-from common.storage import write_atomically
 
 from .decoding import Batch
 from .generate import Progress
-from .video_io import write_mp4
+from .sample_folder import write_video
 
 SHOWN = 16  # videos in the GIF and on the contact sheet
 MAX_VIDEOS = 1_000_000  # per command; six-digit names sort numerically
@@ -138,10 +135,7 @@ def write_videos(
     for indices, videos in batches:
         for index, video in zip(indices, videos, strict=True):
             file = folder / name(index)
-            if file.suffix == ".mp4":
-                write_mp4(file, video, fps)
-            else:
-                write_atomically(file, Image.fromarray(video[0]).save)
+            write_video(file, video, fps)
             files.append({"file": file.name, "index": index, **facts(index)})
             shown += [video] if len(shown) < SHOWN else []
     return files, np.stack(shown)

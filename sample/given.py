@@ -6,6 +6,7 @@ H W pixels.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,11 @@ class GivenFrames:
 
     pixels: Tensor  # (V, k, 3, H, W) in [-1, 1]
     places: tuple[int, ...]  # k frame indices in the video, ascending
+
+
+def hash_given(given: GivenFrames) -> str:
+    """Returns the SHA-256 of the given frames and their indices."""
+    return hashlib.sha256(repr(given.places).encode() + given.pixels.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from common.checks import require
-from common.storage import FolderLock, find_changes, remove_unfinished, write_json
+from common.storage import FolderLock, find_changes, remove_unfinished, write_atomically, write_json
 from engine.errors import SamplesNotWritten
 from engine.keys import REMOVED
 
@@ -31,19 +32,23 @@ from .video_io import write_lossless, write_mp4
 
 SUFFIXES = {"videos": ".mp4", "lossless": ".npy"}
 NAME = re.compile(r"(\d{6})\.(mp4|npy)")
+PROMPT_NAME = re.compile(r"\d{4,6}_.+\.(mp4|png)")
 UNFINISHED_NAME = re.compile(r"\.?(\d{6}|samples|settings)(\.\d+)?\.(mp4|npy|json|gif|png)")
 OVERVIEW = ("samples.json", "samples.gif", "samples.png")
 
 
 class SampleFolder:
-    """The videos of one job in `path`, with `lossless` also as arrays. Opened and closed by the main process only."""
+    """The videos of one job in `path`, with `lossless` also as arrays. Opened and closed by the main process only.
 
-    def __init__(self, path: Path, num_videos: int, lossless: bool) -> None:
-        self.path = path
+    `flag` names the folder in errors.
+    """
+
+    def __init__(self, path: Path, num_videos: int, lossless: bool, flag: str = "--save_video_path") -> None:
+        self.path, self.flag = path, flag
         self.num_videos = num_videos
         self.kinds = ("videos", "lossless") if lossless else ("videos",)
         self.unfinished = path / ".unfinished"
-        self._lock = FolderLock(path, "--save_video_path")
+        self._lock = FolderLock(path, flag)
 
     def file(self, kind: str, index: int) -> Path:
         """Returns the path of a video's mp4 (kind "videos") or array ("lossless")."""
@@ -71,11 +76,10 @@ class SampleFolder:
         """Writes the missing files of video `index`, uint8 (F, H, W, 3). Raises: SamplesNotWritten."""
         for kind in self.kinds:
             file = self.file(kind, index)
-            aside = self.unfinished / file.name
+            aside = self.unfinished / f"{index:06d}{file.suffix}"
             try:
                 if not file.exists():
-                    written = write_mp4(aside, video, fps) if kind == "videos" else write_lossless(aside, video)
-                    written.replace(file)
+                    write_video(aside, video, fps).replace(file)
             except OSError as error:
                 raise SamplesNotWritten(
                     f"{file} could not be written: {error.strerror or error}; finished videos are kept, "
@@ -96,14 +100,14 @@ class SampleFolder:
         before, machines = self._read_settings()
         for kind in self.kinds:
             self._refuse_strangers(kind)
-        if not any(self.list_files(kind) for kind in SUFFIXES):  # without videos, settings may still change
+        if not self.find_videos():  # without videos, settings may still change
             return []
         now = json.loads(json.dumps(settings))
         before = {key: value for key, value in before.items() if value or key not in REMOVED}
         changes = find_changes(before, now, sorted({*before, *now} - set(unknown)))
         require(
             not changes,
-            f"--save_video_path {self.path} holds videos with other settings ({', '.join(changes)}): name another "
+            f"{self.flag} {self.path} holds videos with other settings ({', '.join(changes)}): name another "
             "folder, or use those settings.",
         )
         return machines
@@ -130,7 +134,7 @@ class SampleFolder:
             mixed = f"sampled with {'; '.join(known)}: videos may differ in rounding."
             notes = [mixed] if len(known) > 1 else []
             for kind in self.kinds:
-                (self.path / kind).mkdir(exist_ok=True)
+                self.file(kind, 0).parent.mkdir(exist_ok=True)
                 damaged = [file for file in self.list_files(kind).values() if not is_complete(file, shape)]
                 for file in damaged:
                     file.unlink()
@@ -140,17 +144,23 @@ class SampleFolder:
             self._lock.release()
             raise
 
-    def publish_overview(self) -> None:
-        """Moves the overview files out of `unfinished`, samples.json last."""
-        for name in reversed(OVERVIEW):
-            (self.unfinished / name).replace(self.path / name)
-
     def close(self) -> None:
-        """Deletes unfinished files and releases the lock."""
+        """Moves the overview files out of `unfinished`, samples.json last, clears that, and releases the lock."""
+        for name in reversed(OVERVIEW):
+            if (self.unfinished / name).exists():
+                (self.unfinished / name).replace(self.path / name)
         remove_unfinished(self.unfinished, UNFINISHED_NAME)
         with contextlib.suppress(OSError):  # holds foreign files
             self.unfinished.rmdir()
         self._lock.release()
+
+    def find_videos(self) -> list[Path]:
+        """Returns the files of all videos, of this job or another."""
+        return [file for kind in SUFFIXES for file in self.list_files(kind).values()]
+
+    def list_places(self) -> list[Path]:
+        """Returns the files and folders that only this job may fill."""
+        return [self.path / name for name in (*SUFFIXES, *OVERVIEW)]
 
     def _read_settings(self) -> tuple[dict[str, Any], list[str]]:
         """Returns settings and machines from settings.json; empty if the folder has no files of a sampling job."""
@@ -160,12 +170,12 @@ class SampleFolder:
                 content = json.loads(file.read_text())
                 return dict(content["settings"]), [str(each) for each in content["machines"]]
             except (OSError, ValueError, LookupError, TypeError, RecursionError):
-                raise ValueError(f"{file} was not written by a sampling job; name another --save_video_path.") from None
-        for place in (self.path / name for name in (*SUFFIXES, *OVERVIEW)):
+                raise ValueError(f"{file} was not written by a sampling job; name another {self.flag}.") from None
+        for place in self.list_places():
             is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
             require(
                 is_free and not place.is_symlink(),
-                f"{place} exists and is not from a sampling job; name another --save_video_path.",
+                f"{place} exists and is not from a sampling job; name another {self.flag}.",
             )
         return {}, []
 
@@ -186,9 +196,42 @@ class SampleFolder:
         )
 
 
-def is_complete(file: Path, shape: tuple) -> bool:
-    """Returns whether `file` is a complete uint8 .npy of that shape, or an mp4 that is not empty."""
+class PromptFolder(SampleFolder):
+    """The videos or images of a list of prompts, directly in `path`; `names` are their file names."""
+
+    def __init__(self, path: Path, names: list[str], flag: str) -> None:
+        super().__init__(path, len(names), lossless=False, flag=flag)
+        self.names = names
+
+    def file(self, kind: str, index: int) -> Path:
+        return self.path / self.names[index]
+
+    def list_files(self, kind: str) -> dict[int, Path]:
+        found = {file.name for file in self.find_videos()}
+        return {index: self.path / name for index, name in enumerate(self.names) if name in found}
+
+    def find_videos(self) -> list[Path]:
+        return [file for file in sorted(self.path.iterdir()) if PROMPT_NAME.fullmatch(file.name)]
+
+    def list_places(self) -> list[Path]:
+        return [*(self.path / name for name in OVERVIEW), *self.find_videos()]
+
+    def _refuse_strangers(self, kind: str) -> None:
+        """Does nothing: names of other prompts are not mistaken for videos of this job."""
+
+
+def write_video(file: Path, video: np.ndarray, fps: int) -> Path:
+    """Writes a video (F, H, W, 3) atomically as .mp4 or .npy, or its only frame as .png; returns `file`."""
     if file.suffix == ".mp4":
+        return write_mp4(file, video, fps)
+    if file.suffix == ".npy":
+        return write_lossless(file, video)
+    return write_atomically(file, Image.fromarray(video[0]).save)
+
+
+def is_complete(file: Path, shape: tuple) -> bool:
+    """Returns whether `file` is a complete uint8 .npy of that shape, or an mp4 or png that is not empty."""
+    if file.suffix != ".npy":
         return file.stat().st_size > 0
     try:
         array = np.load(file, mmap_mode="r")

@@ -6,12 +6,15 @@ Matches diffusers' LattePipeline for one prompt and the same initial latents.
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from common.checks import require
@@ -42,6 +45,7 @@ from .t2x_config import T2XConfig
 log = logging.getLogger(__name__)
 
 PARTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae*")
+SPOOL_BYTES = 2**28  # of features in memory; a prompt of Latte-1 has up to 2 MB
 METHODS = {"auto": "DDPM", "ddpm": "DDPM", "ddim": "DDIM"}  # sample.method -> sample_method
 
 
@@ -54,6 +58,7 @@ class TextModel:
     scheduler: dict[str, Any]  # content of a `scheduler_config.json`
     codec: CodecConfig
     load_network: Callable[[torch.dtype], LatteT2V]  # on the CPU
+    weights: Path  # what it reads: a folder or file
     config: Config | None = None  # of training; None: unknown
 
     def condition(self, frames: int) -> ConditionConfig:
@@ -83,7 +88,8 @@ def open_folder(config: T2XConfig) -> TextModel:
         chunk_size=config.decode_chunk_size,
     )
     scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
-    return TextModel(folder, MAX_WORDS, scheduler, codec, lambda dtype: load_t2v(folder / "transformer", dtype=dtype))
+    weights = folder / "transformer"
+    return TextModel(folder, MAX_WORDS, scheduler, codec, lambda dtype: load_t2v(weights, dtype=dtype), weights)
 
 
 def open_run(path: str) -> tuple[TextModel, dict[str, Any]]:
@@ -120,7 +126,8 @@ def open_run(path: str) -> tuple[TextModel, dict[str, Any]]:
         return model.to(dtype).eval()
 
     text, scheduler = config.text, describe_scheduler(config)
-    return TextModel(text.folder(), text.max_length, scheduler, config.codec, load_network, config), settings
+    file = source.weights_file(sample.weights)
+    return TextModel(text.folder(), text.max_length, scheduler, config.codec, load_network, file, config), settings
 
 
 def describe_network(network: LatteT2VConfig, model: TextModel, frames: int) -> Config:
@@ -135,6 +142,28 @@ def describe_network(network: LatteT2VConfig, model: TextModel, frames: int) -> 
     )
 
 
+class FeatureFile(Sequence[Prompt]):
+    """Features of `count` prompts by number; above SPOOL_BYTES in an unnamed temporary file of `folder`."""
+
+    def __init__(self, count: int, folder: Path | None = None) -> None:
+        self.file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=folder)  # noqa: SIM115 it lives as long as this
+        self.places = [(0, 0)] * count  # start and bytes
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def put(self, number: int, prompt: Prompt) -> None:
+        """Stores the features of prompt `number`."""
+        tensors = {name: value.cpu().clone() for name, value in prompt._asdict().items() if value is not None}
+        self.places[number] = self.file.seek(0, os.SEEK_END), self.file.write(save(tensors))
+
+    def __getitem__(self, number: Any) -> Any:
+        start, size = self.places[number]
+        self.file.seek(start)
+        found = load(self.file.read(size))
+        return Prompt(found["positive"], found.get("negative"))
+
+
 @dataclass
 class Prompts:
     """Encoded prompts as conditions of a Generator; the label of a video is the index of its prompt.
@@ -142,7 +171,9 @@ class Prompts:
     Batches have one video, because prompts are not padded.
     """
 
-    prompts: Sequence[Prompt]  # on the device, in the network's dtype
+    prompts: Sequence[Prompt]
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None  # None: as they are
     names: None = None
     dropout: float = 0.0
 
@@ -151,8 +182,9 @@ class Prompts:
         return len(self.prompts)
 
     def batch(self, labels: Tensor) -> TextFeatures:
-        prompt = self.prompts[int(labels)]
-        return TextFeatures(prompt.positive, None, prompt.negative)
+        prompt, target = self.prompts[int(labels)], (self.device, self.dtype)
+        negative = None if prompt.negative is None else prompt.negative.to(*target)
+        return TextFeatures(prompt.positive.to(*target), None, negative)
 
 
 def build_generator(
@@ -181,14 +213,11 @@ def build_generator(
     if config.compile:
         say("compiling network and decoder in the first step; this takes minutes")
 
-    def place(features: Tensor | None) -> Any:
-        return None if features is None else features.to(device, network.dtype)
-
     return Generator(
         network,
         codec,
         model.config or describe_network(network.config, model, config.video_length),
-        Prompts([Prompt(place(each.positive), place(each.negative)) for each in prompts]),
+        Prompts(prompts, device, network.dtype),
         schedule=lambda steps: build_schedule(replace(config, num_sampling_steps=steps), model, learns_variance),
         device=device,
         offload=config.cpu_offload,

@@ -18,7 +18,7 @@ from engine.config import load_config
 from engine.distributed import World
 from engine.errors import SamplesNotWritten
 from engine.weights import load_model_weights
-from sample import sample_ddp
+from sample import sample_ddp, sample_job
 from sample.generate import Generator
 from sample.labels import choose_labels
 from sample.sample_ddp import main, parse
@@ -275,9 +275,9 @@ def test_two_jobs_in_one_folder(checkpoint: Path, job: Path) -> None:
 
 def test_others_writing_nothing_end_the_job(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 of two, alone: it does its batches, waits a while, and gives up with a sentence."""
-    monkeypatch.setattr(sample_ddp, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(sample_ddp, "PATIENCE_BATCHES", 0)
-    monkeypatch.setattr(sample_ddp, "POLL_S", 0.05)
+    monkeypatch.setattr(sample_job, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(sample_job, "PATIENCE_BATCHES", 0)
+    monkeypatch.setattr(sample_job, "POLL_S", 0.05)
     monkeypatch.setattr(sample_ddp, "join", lambda device: World(0, 2))
     with pytest.raises(SamplesNotWritten, match="2 videos of other processes are missing, and none has appeared for 0"):
         sample(checkpoint, tmp_path / "out")

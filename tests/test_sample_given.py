@@ -17,9 +17,8 @@ from engine.objective import sample_generator
 from engine.trainer import Trainer
 from models.autoencoder import LatentCodec
 from sample.generate import Generator, Settings, plan_sampling, sampler_settings
-from sample.given import read_given
+from sample.given import hash_given, read_given
 from sample.sample import main
-from sample.sample_ddp import hash_given
 from tests.conftest import TINY, random_weights, refuses, save_weights
 
 TRAINED = [*TINY, "diffusion.prediction=x_start", "model.learn_sigma=false", "sample.steps=4", "sample.method=ddim"]
