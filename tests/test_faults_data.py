@@ -191,8 +191,8 @@ def test_E2_cut_off_clip_follows_the_policy(clip: Bytes, tmp_path: Path, caplog:
 def test_E2_decord_does_not_fill_up_either(clip: Bytes, tmp_path: Path) -> None:
     """By default decord returns copies of the nearest frame for those that it cannot decode."""
     pytest.importorskip("decord")
-    path = tmp_path / "cut.ts"
-    path.write_bytes(clip["ts"][: int(0.8 * len(clip["ts"]))])
+    path = tmp_path / "broken.mp4"
+    path.write_bytes(BROKEN["flipped_in_the_middle"][0](clip["mp4"]))
     reader = open_video(path, "decord")
     with pytest.raises(VideoError, match="decord cannot read"):
         reader.read(range(len(reader)))

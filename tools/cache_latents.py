@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby, islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,26 +96,33 @@ class Loader:
 
     def decode(self, piece: Piece) -> LoadedPiece:
         """Decodes a piece; unusable frames become zeros, and their runs state the reason."""
+        clip, side = self.clips[piece.clip], self.source.config.image_size
+        frames: dict[int, Any]
         try:
-            return self._read(piece)
-        except VideoError as error:
-            if len(piece.frames) == 1:
-                side = self.source.config.image_size
-                run = FrameRun(1, 0, 0, describe_failure(error, self.clips[piece.clip]))
-                return piece.clip, torch.zeros(1, self.views, 3, side, side), [run]
-        # some frames are unusable: read them one by one
-        found = [self.decode(piece._replace(frames=range(index, index + 1))) for index in piece.frames]
-        _, frames, runs = zip(*found)
-        return piece.clip, torch.cat(frames), merge_runs(chain(*runs))
+            frames = self._read(piece)
+        except VideoError as error:  # the clip as a whole
+            frames = dict.fromkeys(piece.frames, error)
+        parts, runs = list[Tensor](), list[FrameRun]()
+        for _, group in groupby(frames.values(), lambda frame: getattr(frame, "shape", None) or str(frame)):
+            like = list(group)
+            if isinstance(like[0], VideoError):
+                parts.append(torch.zeros(len(like), self.views, 3, side, side))
+                runs.append(FrameRun(len(like), 0, 0, describe_failure(like[0], clip)))
+                continue
+            images = torch.from_numpy(np.stack(like)).permute(0, 3, 1, 2).contiguous()  # (T, C, H, W)
+            parts.append(torch.stack([self.source.finish(images, bool(view)) for view in range(self.views)], dim=1))
+            runs.append(FrameRun(len(like), *images.shape[-2:]))
+        return piece.clip, torch.cat(parts), runs
 
-    def _read(self, piece: Piece) -> LoadedPiece:
-        clip, indices = self.clips[piece.clip], list(piece.frames)
+    def _read(self, piece: Piece) -> dict[int, np.ndarray | VideoError]:
+        """Returns each frame (H, W, C) of a piece, or why it cannot be used. Raises: VideoError if none can."""
+        clip = self.clips[piece.clip]
         reader = self._open(clip)
         if len(reader) != piece.length:
             raise VideoError(clip.path, f"has changed: {piece.length} frames when measured, {len(reader)} now")
-        frames = self.source.read(reader, clip, indices)  # uint8 (T, C, H, W)
-        views = torch.stack([self.source.finish(frames, bool(view)) for view in range(self.views)], dim=1)
-        return piece.clip, views, [FrameRun(len(indices), *frames.shape[-2:])]
+        if reader.damage:
+            raise VideoError(clip.path, reader.damage)
+        return reader.read_each(list(piece.frames))
 
     def _open(self, clip: Clip) -> Reader:
         """Returns the reader of a clip; records the path first, in case the file crashes the worker."""

@@ -72,6 +72,15 @@ class Reader:
         frames = torch.from_numpy(np.stack([images[index] for index in wanted]))
         return frames.permute(0, 3, 1, 2).contiguous()  # (T, C, H, W)
 
+    def read_each(self, indices: list[int]) -> dict[int, np.ndarray | VideoError]:
+        """Returns index -> (H, W, 3) uint8, or why that frame cannot be used even if it is read alone."""
+        try:
+            return dict(self.read_images(indices))
+        except VideoError as error:
+            if len(indices) == 1:
+                return {indices[0]: error}
+        return {index: self.read_each([index])[index] for index in indices}
+
     def frames(self) -> Iterator[np.ndarray]:
         """Yields all frames in order, each (H, W, 3) uint8. Raises: VideoError if one fails."""
         for index in range(len(self)):

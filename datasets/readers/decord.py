@@ -10,6 +10,9 @@ from .base import MAX_PIXELS, Reader, VideoError, load_package
 from .containers import detect_container
 from .pyav import VideoFile, open_container
 
+# In others (HEVC, VP9, MPEG-2, WMV; MPEG transport and program streams) it returns wrong frames without an error.
+CODECS, CONTAINERS = ("h264", "h263", "mpeg4", "mjpeg", "vp8"), ("mov", "matroska", "avi", "flv")
+
 
 class DecordReader(Reader):
     """Reads with decord 0.6, kept for its users: its frame count can be one too high, and it lacks new codecs."""
@@ -18,8 +21,11 @@ class DecordReader(Reader):
         super().__init__(path)
         decord = load_package("decord")
         self.failures = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, UnicodeError)
-        with open_container(VideoFile(self.path, detect_container(path), max_pixels)):  # checks limits
-            pass
+        container = detect_container(path)
+        with open_container(VideoFile(self.path, container, max_pixels)) as (_, stream):  # checks limits
+            codec = stream.codec_context.codec.canonical_name
+        if codec not in CODECS or container not in CONTAINERS:
+            raise VideoError(path, f"decord is not reliable for {codec} in {container}: set data.reader=auto")
         try:
             self.video = decord.VideoReader(
                 str(Path(path).absolute()),

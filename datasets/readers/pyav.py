@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, dropwhile
+from itertools import chain, dropwhile, filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,6 +23,7 @@ MAX_FRAMES = 2**22  # 38 hours at 30 frames per second; a larger count is an err
 PROBE_FRAMES = 6  # frames decoded to check that packet timestamps identify frames
 VERIFIED_UP_TO = 64  # frames; clips up to this, about one training window, are decoded completely once
 NO_STAMP = -(2**63)  # marks a frame without a timestamp
+PART = "a part of it cannot be decoded"
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class FrameIndex:
 
     `pts (T,)`: presentation timestamps, ascending; `keys (K,)`: timestamps at which decoding may start. If timestamps
     do not identify frames (AVI with B-frames), `timed` is False, `pts` are ordinals, and frames are counted instead.
+    `skips`: whether the decoder can skip frames that no other frame references (h264).
     """
 
     pts: np.ndarray
     keys: np.ndarray
     timed: bool
+    skips: bool
     fps: float
     damage: str | None
     cut_off: str | None
@@ -67,15 +70,54 @@ class PyAVReader(Reader):
 
     def read_images(self, indices: list[int]) -> dict[int, np.ndarray]:
         images: dict[int, np.ndarray] = {}
-        places = np.searchsorted(self.index.keys, self.index.pts[indices], side="right") - 1  # key frame number of each
-        for place in np.unique(places):
-            images |= self._read_group(np.array(indices)[places == place].tolist(), int(place))
+        for place, targets in self._group(indices):
+            images |= self._read_group(targets, place)
         return images
+
+    def read_each(self, indices: list[int]) -> dict[int, np.ndarray | VideoError]:
+        """As in `Reader`, but decodes each group of frames once for each place where decoding may start."""
+        images: dict[int, np.ndarray] = {}
+        left: list[int] = []
+        for place, targets in self._group(indices):
+            stops = [self._collect(targets, key, images) for key in self._starts(place)]
+            damaged = len(stops) == 2 and stops[0] == stops[1] != NO_STAMP  # wherever decoding starts
+            left += [] if damaged else targets
+        self._collect(left, None, images)
+        lost = VideoError(self.path, self.damage or PART)
+        return {index: images.get(index, lost) for index in indices}
+
+    def _collect(self, targets: list[int], key: int | None, images: dict[int, np.ndarray]) -> int:
+        """Adds those `targets` to `images` that come out undamaged when decoding starts at `key` (see `_decode`).
+
+        Frames after a damaged one that no other frame references are decoded by a second attempt, which skips that one.
+        Returns the timestamp of the damage at which it gave up, if it is known, else NO_STAMP.
+        """
+        left = [index for index in targets if index not in images]
+        while left:
+            try:
+                for index, image in self._decode(left, key):
+                    images[index] = image
+                break
+            except _UncleanStart as unclean:
+                if not (self.index.skips and self.index.timed) or self.index.pts[left[0]] > unclean.time:
+                    return unclean.time
+                left = [index for index in left if index not in images and self.index.pts[index] > unclean.time]
+        return NO_STAMP
+
+    def _group(self, indices: list[int]) -> Iterator[tuple[int, list[int]]]:
+        """Yields (number of the key frame, those of `indices` that follow it) in order."""
+        places = np.searchsorted(self.index.keys, self.index.pts[indices], side="right") - 1
+        for place in np.unique(places):
+            yield int(place), np.array(indices)[places == place].tolist()
+
+    def _starts(self, place: int) -> list[int]:
+        """Returns the timestamps of key frame number `place` and of the one before, except the file's first."""
+        return [int(self.index.keys[at]) for at in (place, place - 1) if at > 0]
 
     def frames(self) -> Iterator[np.ndarray]:
         """Yields every frame, (H, W, C) uint8, decoding the file once and holding one frame at a time."""
         expected = 0
-        for index, image in self._decode(range(len(self)), None):
+        for index, image in self._decode(range(len(self)), None, tolerant=True):
             if index != expected:
                 break
             yield image
@@ -89,30 +131,32 @@ class PyAVReader(Reader):
         Decoding from a key frame can fail (open GOP, gradual refresh): if frames are damaged or missing, it restarts
         one key frame earlier, and then from the first packet, whose result is final.
         """
-        for key in self.index.keys[[at for at in (place, place - 1) if at > 0]].tolist():
+        for key in self._starts(place):
             with suppress(_UncleanStart):
                 images = dict(self._decode(targets, key))
                 if len(images) == len(targets):
                     return images
-        images = dict(self._decode(targets, None))
+        images = dict(self._decode(targets, None, tolerant=True))
         for index in targets:
             if index not in images:
                 raise VideoError(self.path, f"frame {index} of {len(self)} cannot be decoded")
         return images
 
-    def _decode(self, targets: Sequence[int], key: int | None) -> Iterator[tuple[int, np.ndarray]]:
+    def _decode(
+        self, targets: Sequence[int], key: int | None, *, tolerant: bool = False
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (index, image) of the `targets`, decoding from the key frame `key` (None: from the first packet).
 
-        Raises: _UncleanStart where no intact key frame precedes the first target.
+        Raises: _UncleanStart where no intact key frame precedes the first target, and at damage, unless `tolerant`.
         """
         av = load_package("av")
         reformatter = load_package("av.video.reformatter").VideoReformatter()
         numbers = {int(self.index.pts[index]): index for index in targets}
         with open_container(self.source) as (container, stream):
             packets = _read_packets(container, stream, key)
-            if stream.codec_context.name == "h264" and self.index.timed and not self.damage:
+            if self.index.skips and self.index.timed and not self.damage:
                 packets = _skip_unreferenced(packets, stream.codec_context, min(numbers))
-            frames = self._frames(packets, key)
+            frames = self._frames(packets, tolerant)
             if key is not None:
                 first = next((frame for frame in frames if _timestamp(frame) >= key), None)
                 intra = first and first.key_frame and first.pict_type == av.video.frame.PictureType.I
@@ -126,17 +170,22 @@ class PyAVReader(Reader):
                 if not numbers:
                     return
 
-    def _frames(self, packets: Iterator[av.Packet], key: int | None) -> Iterator[av.VideoFrame]:
-        for frames in _decode_packets(packets):
+    def _frames(self, packets: Iterator[av.Packet], tolerant: bool) -> Iterator[av.VideoFrame]:
+        for packet, frames in _decode_packets(packets):
             if _is_broken(frames):
-                if key is not None:
-                    raise _UncleanStart
-                self.damage = self.damage or "a part of it cannot be decoded"
+                if not tolerant:
+                    broken = [_timestamp(frame) for frame in frames or () if frame.is_corrupt]
+                    raise _UncleanStart(max(broken, default=_timestamp(packet)))
+                self.damage = self.damage or PART
             yield from frames or []
 
 
 class _UncleanStart(Exception):
-    """The wanted frames cannot be decoded from this key frame."""
+    """The wanted frames cannot be decoded from this key frame: the frame at `time`, if known, is damaged."""
+
+    def __init__(self, time: int = NO_STAMP) -> None:
+        super().__init__(time)
+        self.time = time
 
 
 def _is_broken(frames: list[av.VideoFrame] | None) -> bool:
@@ -144,8 +193,13 @@ def _is_broken(frames: list[av.VideoFrame] | None) -> bool:
     return frames is None or any(frame.is_corrupt for frame in frames)
 
 
-def _timestamp(frame: av.VideoFrame) -> int:
+def _timestamp(frame: av.VideoFrame | av.Packet) -> int:
     return NO_STAMP if frame.pts is None else frame.pts
+
+
+def _is_incomplete(packet: av.Packet) -> bool:
+    """Returns whether the file ends within this packet (MPEG-TS marks any damage in this way)."""
+    return packet.is_corrupt and packet.stream.container.format.name != "mpegts"
 
 
 def _to_rgb(frame: av.VideoFrame, reformatter: Any) -> np.ndarray:
@@ -203,14 +257,14 @@ def _skip_unreferenced(packets: Iterator[av.Packet], decoder: Any, first: int) -
         yield packet
 
 
-def _decode_packets(packets: Iterator[av.Packet]) -> Iterator[list[av.VideoFrame] | None]:
-    """Yields the frames of each packet, in presentation order; None for a packet that cannot be decoded."""
+def _decode_packets(packets: Iterator[av.Packet]) -> Iterator[tuple[av.Packet, list[av.VideoFrame] | None]]:
+    """Yields each complete packet and its frames, in presentation order; None if it cannot be decoded."""
     av = load_package("av")
-    for packet in packets:
+    for packet in filterfalse(_is_incomplete, packets):
         try:
-            yield packet.decode()
+            yield packet, packet.decode()
         except av.FFmpegError:
-            yield None
+            yield packet, None
 
 
 @lru_cache(maxsize=16384)
@@ -218,16 +272,21 @@ def _index_frames(source: VideoFile, size: int, modified_ns: int) -> FrameIndex:
     """Returns the index of one file. `size` and `modified_ns` give a replaced file a new cache entry."""
     stamps = array("q")  # a list of integers takes five times the memory
     keys: list[int] = []
+    incomplete = 0
     with open_container(source) as (container, stream):
         if source.format == "mov":  # its table is reliable; other formats' counts often are not
             _check_count(source, stream.frames)
         for packet in _read_packets(container, stream):
-            if packet.size and not packet.is_discard:
+            if _is_incomplete(packet):
+                incomplete += 1
+            elif packet.size and not packet.is_discard:
                 stamps.append(NO_STAMP if packet.pts is None else packet.pts)
                 keys += [packet.pts] if packet.is_keyframe and packet.pts is not None else []
                 _check_count(source, len(stamps))
-        declared, rate = stream.frames, float(stream.average_rate or stream.guessed_rate or 0)
-        time_base = float(stream.time_base or 0)
+        rate, time_base = float(stream.average_rate or stream.guessed_rate or 0), float(stream.time_base or 0)
+        codec = stream.codec_context.name
+        if source.format == "mov":  # its table lists all frames
+            incomplete = sum(entry.pos + entry.size > size for entry in stream.index_entries)
     if not stamps:
         raise VideoError(source.path, "its video stream holds no frames")
     times = np.unique(np.frombuffer(stamps, dtype=np.int64))
@@ -236,9 +295,10 @@ def _index_frames(source: VideoFile, size: int, modified_ns: int) -> FrameIndex:
         pts=times if timed else np.arange(len(stamps), dtype=np.int64),
         keys=np.array(sorted(keys), dtype=np.int64),
         timed=timed,
+        skips=codec == "h264",
         fps=_measure_frame_rate(rate, times, time_base) if timed else rate,
         damage=None,
-        cut_off=_describe_missing_tail(source, size, declared, len(stamps)),
+        cut_off=_describe_missing_tail(source, size, len(stamps), incomplete),
     )
     return _verify_index(source, index)
 
@@ -278,7 +338,7 @@ def _decode_stamps(source: VideoFile, limit: int | None) -> tuple[list[int], str
     stamps: list[int] = []
     broken = 0
     with open_container(source) as (container, stream):
-        for frames in _decode_packets(_read_packets(container, stream)):
+        for _, frames in _decode_packets(_read_packets(container, stream)):
             broken += _is_broken(frames)
             stamps += [_timestamp(frame) for frame in frames or []]
             if limit and len(stamps) >= limit:
@@ -286,13 +346,14 @@ def _decode_stamps(source: VideoFile, limit: int | None) -> tuple[list[int], str
     return stamps[:limit], f"{broken} of its packets cannot be decoded" if broken else None
 
 
-def _describe_missing_tail(source: VideoFile, size: int, declared: int, found: int) -> str | None:
-    """Returns a sentence if the container states more frames or bytes than the file has, else None."""
-    if source.format == "mov" and found < declared:
-        return f"the file is cut off: {found} of {declared} frames are there"
+def _describe_missing_tail(source: VideoFile, size: int, found: int, missing: int) -> str | None:
+    """Returns a sentence if the container states more bytes than the file has, or frames are `missing`; else None."""
     with name_file(source.path, "cannot be read to its end"), Path(source.path).open("rb") as file:
         stated = _read_stated_size(file, source.format)
-    return f"the file is cut off: {size} of {stated} bytes are there" if stated > size else None
+    if stated > size:
+        return f"the file is cut off: {size} of {stated} bytes are there"
+    least = "" if source.format == "mov" else "at least "
+    return f"the file is cut off: {found} of {least}{found + missing} frames are there" if missing else None
 
 
 def _read_stated_size(file: BinaryIO, format_name: str) -> int:
