@@ -67,6 +67,7 @@ def train(
     )
     if arguments.dry_run:
         sys.stdout.write(json.dumps(describe(config), indent=2) + "\n")
+        sys.stderr.write("--dry-run: the configuration is valid; data and codec were not opened\n")
         return 0
 
     if loop:

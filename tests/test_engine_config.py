@@ -92,7 +92,9 @@ def test_no_key_goes_unread() -> None:
 
 def test_dry_run_prints_one_json_object_and_opens_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--config", "configs/ffs/ffs_train.yaml", "--dry-run", "data.path=/nowhere"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    printed = json.loads(out)
+    assert err == "--dry-run: the configuration is valid; data and codec were not opened\n"
     assert printed["trainable_parameters"] == 673_681_568
     # 3.7257 TFLOP by hand: 24 T d^2 per block, attention 4TNd and 4TFd, adaLN once per sample, and the ends
     assert 2 * printed["macs_per_clip"] == pytest.approx(3.7257e12, rel=1e-3)

@@ -1,6 +1,7 @@
 """The four data sets in the layouts they are downloaded in -> what the training configs read, checked by reading it."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import train
 from datasets import DataConfig, build_catalog, build_dataset
 from datasets.catalog import Clip
 from datasets.clips import ClipDataset
 from datasets.labels import read_frame_list
 from datasets.writer import write_video
 from engine.config import load_config
+from engine.start import check_clips
 from tests.conftest import CLIPS, ROOT, needs_media, refuses
 from tools import prepare_dataset
 from tools.prepare_dataset import SOURCE_VIDEOS, Place, match_groups, split_by_hash, split_folders
@@ -236,11 +239,34 @@ def test_hashed_share_and_seed() -> None:
     assert first != split_hashed(many, 0.1, 1) and set(split_hashed(many, 0.0, 0)) == {"train"}
 
 
+@pytest.mark.parametrize("classes", [0, 2])
+@pytest.mark.parametrize("dataset", sorted(SOURCE_VIDEOS))
+def test_the_printed_command_starts_as_it_is(
+    tmp_path: Path, dataset: str, classes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On clips of which one is too short for the recipe's window; it is said how many are."""
+    names = [f"{'ab'[number % 2]}/v_{number}_g0{number}_c01.mp4" for number in range(3)]
+    make(make(tmp_path / "my clips", *names, frames=48), "a/v_9_g09_c01.mp4", frames=9)
+    labels = "class_folders" if classes or dataset == "ucf101" else "none"
+    prepare(dataset, tmp_path / "my clips", tmp_path / "new set", "--split", "all", "--labels", labels)
+    text = capsys.readouterr().out
+    assert f"1 of 4 training clips have fewer than the {31 if dataset == 'folder' else 46} frames of a window" in text
+    command = shlex.split(text.split("train with: ")[1].split("\nonce ")[0].replace("\\\n", ""))
+    assert command[:2] == ["python", "train.py"]
+    monkeypatch.chdir(ROOT)
+    assert train.main([*command[2:], "--dry-run"]) == 0
+    capsys.readouterr()
+    config = load_config(command[3], command[4:])
+    assert (config.codec.path is None, config.model.num_classes) == (False, 2 if labels != "none" else 0)
+    check_clips(config, build_dataset(config.data, seed=0), world_size=1)
+    assert ("once the autoencoder is in ./pretrained/taef2" in text) == (dataset == "folder")
+
+
 def test_labels_of_file_names_and_the_printed_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path / "in", "a__again.mp4", "b__bird.mp4", "c__again.mp4")
     prepare("folder", tmp_path / "in", tmp_path / "out", "--split", "all", "--format", "png")
     text = capsys.readouterr().out
-    assert "data.labels=file_name" in text and "model.num_classes=2" in text
+    assert "data.labels" not in text and "model.num_classes=2" in text  # the recipe reads file names
     joint = ["data.num_images=1", f"data.frame_list={tmp_path / 'out' / 'train_frames.txt'}"]
     data = trained("folder", tmp_path / "out", "data.labels=file_name", *joint)
     assert [data.class_names[clip.label] for clip in data.catalog.clips] == ["again", "bird", "again"]

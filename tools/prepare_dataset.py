@@ -23,6 +23,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,14 +34,17 @@ from typing import Any
 from common.checks import at_least, check_limits, require, within
 from datasets.build import build_catalog, is_held_out
 from datasets.catalog import Clip
+from datasets.clips import window_span
 from datasets.config import DataConfig
 from datasets.labels import find_class_names
 from datasets.recipes import FRAMES, LABEL_CHOICES, RECIPES, SPLIT_FOLDERS, VIDEOS
 from engine import cli
+from engine.config import load_config
 from tools.frames import FORMATS, Form, Record, frame_names, plan_tasks
 from tools.output_folder import OutputFolder
 from tools.unpack import unpack
 
+ROOT = Path(__file__).resolve().parents[1]
 # The groups match the part of a clip's name that identifies its source video.
 SOURCE_VIDEOS = {
     "ffs": r"(?:^|/)([\w-]{11})_\d+(?:[_.]|$)",
@@ -303,15 +307,38 @@ def main(argv: list[str]) -> None:
         good = [place for place in places if not place.problem]
         names = [f"{place.split}/{place.name}" for place in good]
         made = folder.make(plan_tasks([place.clip for place in good], names, form), arguments.workers)
-        results = write_results(folder, *make_index(good, made), arguments.dataset)
+        index, classes = make_index(good, made)
+        results = write_results(folder, index, classes, arguments.dataset)
         folder.report(made, **results)
     print("splits: " + ", ".join(f"{split} {clips}" for split, clips in results["splits"].items()))
-    labels, classes, dataset = results["labels"].get("train", "auto"), results["classes"], arguments.dataset
-    command = [f"python train.py --config configs/{dataset}/{dataset}_train.yaml"]
-    command += [f"data.path={arguments.out / 'train'}"] if "train" in results["splits"] else []
-    command += [f"data.labels={labels}"] if labels != "auto" else []
-    command += [f"model.num_classes={classes}"] if classes else []
-    print("train with:", " \\\n    ".join(command))
+    lengths = [entry["frames"] for entry in index if entry["split"] == "train"]
+    if lengths:
+        print_next_step(arguments, lengths, results)
+
+
+def print_next_step(arguments: argparse.Namespace, lengths: Sequence[int], results: Mapping[str, Any]) -> None:
+    """Prints the training command, and which clips it skips; `lengths` are the frames of each training clip."""
+    file = f"configs/{arguments.dataset}/{arguments.dataset}_train.yaml"
+    config = load_config(ROOT / file, [])
+    span = window_span(config.data.num_frames, config.data.frame_interval)
+    long = sum(frames >= span for frames in lengths)
+    if long < len(lengths):
+        print(
+            f"{len(lengths) - long} of {len(lengths)} training clips have fewer than the {span} frames of a window: "
+            "training skips them, unless data.frame_interval is lower or data.short_clips=loop repeats their frames"
+        )
+    wanted = {
+        "data.path": str(arguments.out / "train"),
+        "data.labels": results["labels"].get("train", "auto"),
+        "model.num_classes": results["classes"],
+        "train.batch_size": min(config.train.batch_size, max(1, long)),
+    }
+    usual = config.to_flat_dict()
+    changed = [f"{key}={shlex.quote(str(value))}" for key, value in wanted.items() if value != usual[key]]
+    print("train with:", " \\\n    ".join([f"python train.py --config {file}", *changed]))
+    codec = str(config.codec.path)
+    if codec.startswith(".") and not Path(codec).exists():
+        print(f"once the autoencoder is in {codec}: docs/own_data.md has the command that fetches it")
 
 
 if __name__ == "__main__":
