@@ -181,6 +181,14 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["global_batch_size"] == 4 * 1026 and not found["needs"]["fits"]
 
 
+def test_a_tiny_network_gets_no_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    """The arithmetic of its step is no estimate of a run."""
+    assert plan.main(["--config", "configs/folder/folder_train.yaml"]) == 0
+    text = capsys.readouterr().out
+    assert "clips per second" not in text and "1,500 steps take longer than" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_wrong_flags() -> None:
     refuses("--gpu h900 is unknown; one of h200", plan.main, ["--gpu", "h900"])
     refuses("--mfu above 0", plan.main, ["--mfu", "0"])

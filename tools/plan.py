@@ -38,6 +38,7 @@ KEPT_WHEN_COMPILED = (
 BACKWARD_SHARE = 2 / 3  # share of a step's arithmetic that can hide the gradient exchange
 PER_NODE = 8
 LARGEST_BATCH = 128
+LEAST_STEP_S = 0.02  # in shorter steps the GPU waits for the CPU
 
 
 class Gpu(NamedTuple):
@@ -280,6 +281,16 @@ TIMES = {
 }
 
 
+def format_duration(found: dict[str, Any]) -> str:
+    """Returns the speed and the duration of the run; for tiny steps, why they are not known."""
+    if found["needs"]["step_s"] < LEAST_STEP_S:
+        longer = f"{found['max_steps']:,} steps take longer than {found['hours'] * 60:,.1f} minutes"
+        return f"steps this short wait for data and kernel launches, which are not estimated:\n{longer}; measure a few"
+    speed = f"{found['videos_per_second']:.1f} clips per second in batches of {found['global_batch_size']}"
+    hours = f"{found['hours']:,.0f}" if found["hours"] >= 10 else f"{found['hours']:.1f}"
+    return f"{speed}; {found['max_steps']:,} steps take {hours} hours"
+
+
 def format_report(found: dict[str, Any], config: Config) -> str:
     """Returns the readable report, 80 columns wide."""
     need, change = found["needs"], found["change"]
@@ -298,8 +309,7 @@ def format_report(found: dict[str, Any], config: Config) -> str:
         f"time per step, at {found['mfu']:.0%} of the peak               ms",
         *(f"  {text:36s}{1000 * need[part]:8.1f}" for part, text in TIMES.items()),
         "",
-        f"{found['videos_per_second']:.1f} clips per second in batches of {found['global_batch_size']}; "
-        f"{found['max_steps']:,} steps take {found['hours']:,.0f} hours",
+        format_duration(found),
     ]
     if change:
         lines.append(f"better: {' '.join(change['overrides']) or 'unchanged'}")
