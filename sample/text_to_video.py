@@ -146,7 +146,8 @@ class FeatureFile(Sequence[Prompt]):
     """Features of `count` prompts by number; above SPOOL_BYTES in an unnamed temporary file of `folder`."""
 
     def __init__(self, count: int, folder: Path | None = None) -> None:
-        self.file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=folder)  # noqa: SIM115 it lives as long as this
+        place = folder and str(folder)
+        self.file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=place)  # noqa: SIM115 it lives as long as this
         self.places = [(0, 0)] * count  # start and bytes
 
     def __len__(self) -> int:
