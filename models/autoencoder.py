@@ -38,8 +38,8 @@ PROBE_SIZE = 64  # height and width of the empty frame that is encoded to check 
 class CodecConfig:
     """The `codec` section: the autoencoder, and the scaling of its latents.
 
-    path: a folder in the diffusers format (its `config.json` names the class: AutoencoderKL, AutoencoderTiny
-        or AutoencoderKLTemporalDecoder) or its hub name, a folder with `taef2_encoder.pth` and
+    path: a folder in the diffusers format (its `config.json` names the class: AutoencoderKL, AutoencoderTiny,
+        AutoencoderDC or AutoencoderKLTemporalDecoder) or its hub name, a folder with `taef2_encoder.pth` and
         `taef2_decoder.pth`, or null for pixel space (`latent_channels: 3`, `downsample_factor: 1`).
     scale, shift: latents = (z - shift) * scale.
     chunk_size: frames per call of encoder and decoder.
@@ -86,6 +86,7 @@ AUTOENCODERS: dict[str, Kind] = {
         _encode_gaussian, lambda network, z, frames: network.decode(z, num_frames=frames).sample, True, temporal=True
     ),
     "AutoencoderTiny": Kind(lambda network, x: (network.encode(x).latents, None), _decode_frames),
+    "AutoencoderDC": Kind(lambda network, x: (network.encode(x).latent, None), _decode_frames),
     "Taef2": Kind(lambda network, x: (network.encode(x), None), lambda network, z, _: network.decode(z)),
     "pixels": Kind(lambda network, x: (x, None), lambda network, z, _: z),
 }

@@ -9,8 +9,6 @@ from the old checkout's latent cache; 8 demo videos (DDIM, 25 steps); the first 
 Stays until the redesign is finished.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Makes latent caches and tiny autoencoders for the tests."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path
@@ -42,7 +40,12 @@ def tiny_codec(class_name: str, seed: int = 0) -> Any:
             if "time_conv_out" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
         return model
-    sizes = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+    sizes: dict[str, Any] = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+    if class_name == "AutoencoderDC":
+        for part in ("encoder", "decoder"):
+            sizes |= {f"{part}_block_types": ("ResBlock", "EfficientViTBlock"), f"{part}_layers_per_block": (1, 1)}
+            sizes |= {f"{part}_qkv_multiscales": ((), (5,)), f"{part}_block_out_channels": (20, 20)}
+        return diffusers.AutoencoderDC(latent_channels=5, attention_head_dim=5, **sizes).eval()
     counts = {f"num_{part}_blocks": (1, 1) for part in ("encoder", "decoder")}
     return diffusers.AutoencoderTiny(latent_channels=5, **sizes, **counts).eval()
 

@@ -1,7 +1,5 @@
 """A small class-conditional network with random weights, and attention by its definition, for several tests."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

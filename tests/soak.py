@@ -6,8 +6,6 @@ Each session is the same torchrun command, hit by a random fault at a random ste
 moments must equal those of an undisturbed run bit for bit, with no temporary file and no process left.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

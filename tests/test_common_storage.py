@@ -1,7 +1,5 @@
 """The storage kit: atomic files, folder locks, comparing settings, removing unfinished files."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """Lists of captions: the kinds of file, the columns, what is refused with its line, and which clips they give."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

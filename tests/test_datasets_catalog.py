@@ -1,7 +1,5 @@
 """Catalogs of small folders in each layout: order, counts, labels, digests, error sentences; held-out clips."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """ClipDataset on a small set that carries its own answers in its pixels."""
 
-from __future__ import annotations
-
 import pickle
 from itertools import combinations
 from pathlib import Path

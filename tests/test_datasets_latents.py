@@ -1,7 +1,5 @@
 """Training from latents against the path it replaces: decode, transform, encode."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Readers against an independent decoder (the FFmpeg program), decord, and 64 real clips; transforms."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Given frames and windows: draws, losses and sampling against brute force and closed forms in float64."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

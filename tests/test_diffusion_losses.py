@@ -1,7 +1,5 @@
 """Losses and likelihoods, against their definitions and autograd; the official values: test_tools_check_parity.py."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

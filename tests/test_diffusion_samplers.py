@@ -1,7 +1,5 @@
 """Samplers, against Gaussian data (whose perfect denoiser and flow are known) and diffusers' schedulers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

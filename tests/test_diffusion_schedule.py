@@ -1,7 +1,5 @@
 """Schedules, respacing and tables, against definitions written out by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

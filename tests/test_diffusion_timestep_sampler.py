@@ -1,7 +1,5 @@
 """Densities of training timesteps against their formulae; the loss-aware sampler against brute force."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections import deque

@@ -1,7 +1,5 @@
 """Min-SNR weights, against diffusers' signal-to-noise ratio and the equal loss of all predictions."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from diffusers import DDPMScheduler

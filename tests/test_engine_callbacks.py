@@ -1,7 +1,5 @@
 """Validation and previews during a training: they change nothing in it, stop in time, and lose no run."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Training on captions: what the network is given, dropout, exact resumes, validation, previews, joint training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

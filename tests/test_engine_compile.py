@@ -1,7 +1,5 @@
 """`torch.compile` of the blocks: one graph for each kind, the same numbers, no trace of it in a checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

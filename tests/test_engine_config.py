@@ -1,7 +1,5 @@
 """The configuration: layers, hints, shipped YAML files, and keys that have left; its faults: test_faults_config.py."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re

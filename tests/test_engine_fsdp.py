@@ -1,7 +1,5 @@
 """FSDP2 against DDP: equal losses, and checkpoints that either, or one process, can continue."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

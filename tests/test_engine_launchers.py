@@ -1,7 +1,5 @@
 """Launches by srun, mpirun and by train_pl.py itself, against torchrun's."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

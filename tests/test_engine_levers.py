@@ -1,7 +1,5 @@
 """The levers of the `objective` section inside a training step, against the seams of the network they stand on."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The Lightning twins: the same numbers as the plain loop, and checkpoints that cross over."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

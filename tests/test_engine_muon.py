@@ -1,7 +1,5 @@
 """MuonAdamW against torch's own two optimizers, each on its share of the parameters."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 
 import pytest

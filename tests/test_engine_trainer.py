@@ -1,7 +1,5 @@
 """The loop: files of a run, joint training, every kind of run, initial weights; which folder is a checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Validation: its numbers by hand, on any number of ranks, and where they end up."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ There is no GPU here, so a step runs on the `meta` device: whatever would wait f
 boolean index) is an error there, and every copy between host and device is seen. With a GPU, CUDA itself is asked.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 from pathlib import Path

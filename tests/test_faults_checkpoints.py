@@ -1,7 +1,5 @@
 """Faults C: checkpoint files. Whatever happens while one is written, one that verifies is there, and is found."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """Configuration, launch arguments and evaluation: faults G1 to G3, G8 to G10, H5 and H7."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

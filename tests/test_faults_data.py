@@ -4,8 +4,6 @@ One tiny clip of 24 frames, frame i of grey level 20 + 8 i, is encoded once; wha
 Caches of latents (E13) are made from the tiny set of conftest.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io

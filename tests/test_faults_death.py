@@ -1,7 +1,5 @@
 """Faults A and H: death, hangs, signals and launches, as users and schedulers send and make them."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json

@@ -1,7 +1,5 @@
 """Faults B: to stop and go on is to have never stopped, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

@@ -4,8 +4,6 @@ Slurm is not here. Its commands are stood in for by scripts on PATH: `srun` runs
 notes its arguments and names the nodes. Where no training is needed `python` is one too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """G8, H7: what cannot be measured gives a sentence and no number, by the whole command and by the formula."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

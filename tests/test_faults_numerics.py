@@ -1,7 +1,5 @@
 """Faults F: numbers that are not finite, gradients that leap, replicas that drift."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 

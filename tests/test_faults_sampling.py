@@ -1,7 +1,5 @@
 """Faults G7, H3, H5, H7: sampling that is killed is finished exactly; networks and videos that are not finite."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

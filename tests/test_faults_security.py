@@ -1,7 +1,5 @@
 """Hostile files: fault tests D1 to D14. Payloads only make a folder, and each test asserts that they did not."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

@@ -1,7 +1,5 @@
 """The arrows between folders, read off the syntax trees."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

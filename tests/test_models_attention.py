@@ -1,7 +1,5 @@
 """Attention over space and over time: against plain softmax, kernels against brute force, receptive fields."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

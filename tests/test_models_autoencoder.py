@@ -1,7 +1,5 @@
 """LatentCodec against diffusers' own classes on tiny random models in the real format, and on real weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ from tests.latent_support import tiny_codec
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 Saved = dict[str, tuple[Any, Path]]
-CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLTemporalDecoder")
+CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLTemporalDecoder")
+PLAIN = {"AutoencoderTiny": "latents", "AutoencoderDC": "latent"}  # not stochastic -> name of the encoder's output
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +47,8 @@ def test_encode_and_decode_are_those_of_diffusers(saved: Saved, class_name: str)
     model, folder = saved[class_name]
     codec, video = LatentCodec.from_config(config(folder)), clips()
     encoded = model.encode(video.flatten(0, 1))
-    tiny = class_name == "AutoencoderTiny"
-    raw = encoded.latents if tiny else encoded.latent_dist.mode()
+    plain = PLAIN.get(class_name)
+    raw = encoded[plain] if plain else encoded.latent_dist.mode()
     latents = codec.encode(video)
     torch.testing.assert_close(latents, ((raw - 0.2) * 0.7).view(2, 3, 5, 8, 8), rtol=1e-5, atol=1e-5)
     assert codec.latent_shape(video.shape) == latents.shape
@@ -57,9 +56,9 @@ def test_encode_and_decode_are_those_of_diffusers(saved: Saved, class_name: str)
     pictures = model.decode(raw, **extra).sample.view(video.shape)
     torch.testing.assert_close(codec.decode(latents), pictures.clamp(-1, 1), rtol=1e-5, atol=1e-5)
 
-    assert codec.stochastic == (not tiny)
+    assert codec.stochastic == (not plain)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
-    if tiny:
+    if plain:
         refuses("not stochastic", codec.encode, video, noise)
         return
     posterior = encoded.latent_dist

@@ -1,7 +1,5 @@
 """The `model` section: official names and sizes, and one sentence with the key for every mistake."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Weights from files: all or nothing, with a report; an image DiT as a start."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Weights of the text network: from and to diffusers, the official files, and PixArt-alpha as a start."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

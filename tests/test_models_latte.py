@@ -1,8 +1,6 @@
 """The network: its parameter counts and what its parts mean. Its outputs: test_tools_check_parity.py (the official
 ones) and test_models_reference.py."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from itertools import product

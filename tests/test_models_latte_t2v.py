@@ -1,7 +1,5 @@
 """The text-conditioned network against diffusers' class and pipeline, with random weights."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import MISSING, fields
 from typing import Any

@@ -1,7 +1,5 @@
 """Adapters: against peft's own loading and merging, on our networks and on diffusers'; and trained."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

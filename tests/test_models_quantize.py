@@ -1,7 +1,5 @@
 """Linear maps in 8 and 4 bits: near the full result, and smaller; bitsandbytes runs on a CPU too, if slowly."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -4,8 +4,6 @@ The reference below shares no code with `models/`: it takes a state dict, walks 
 heads in Python, and is compared in float64, output and all gradients.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from itertools import cycle, product

@@ -1,7 +1,5 @@
 """tools.codec_report: PSNR by its formula, SSIM against torchmetrics, latents and distances computed anew."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -18,7 +16,7 @@ from datasets.config import DataConfig
 from demo import data, drawn
 from evaluation.similarity import psnr, ssim
 from tests.latent_support import save_codec, tiny_codec
-from tests.test_models_autoencoder import SHARED, taef2_config
+from tests.test_models_autoencoder import SHARED
 from tools import codec_report
 
 MOBILENET = SHARED / "weights" / "mobilenet_v2_imagenet_dequantized.pth"
@@ -102,7 +100,7 @@ def test_pixel_space_reconstructs_exactly(clips: Path, tmp_path: Path, capsys: p
 @pytest.mark.skipif(not MOBILENET.is_file(), reason="../shared/weights is absent")
 def test_a_real_autoencoder_and_a_real_detector(clips: Path, tmp_path: Path) -> None:
     found = report(
-        tmp_path, clips, "--codec", str(taef2_config().path), "--clips", "2", "codec.latent_channels=32",
+        tmp_path, clips, "--codec", str(SHARED / "weights"), "--clips", "2", "codec.latent_channels=32",
         "codec.scale=1", "data.image_size=64", "--detector", f"mobilenet_v2={MOBILENET}",
     )  # fmt: skip
     assert 25 < found["psnr"] < 45 and 0.85 < found["ssim"] < 1

@@ -11,21 +11,17 @@ docs/datasets_evaluation.md explains protocols, metrics and pitfalls.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started by its path, as in the official code
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
 import torch

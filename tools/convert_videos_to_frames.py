@@ -10,16 +10,11 @@ videos collide. Unreadable videos are listed in TARGET/report.json. After a kill
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __package__ in (None, ""):  # started by its path, as in the official code
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import os
 from collections import Counter
 from collections.abc import Collection
+from pathlib import Path
 
 from common.checks import at_least, check_limits, require
 from common.text import printable
