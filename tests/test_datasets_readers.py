@@ -297,7 +297,7 @@ def test_missing_tail_is_told(tmp_path: Path, kind: str, sentence: str) -> None:
 
 @pytest.mark.parametrize("end", ["start", "end"])
 def test_frames_hidden_by_an_edit_list_are_not_missing(tmp_path: Path, end: str) -> None:
-    """What the FFmpeg program shows is all there is: its own cut without re-encoding, and a list that ends early."""
+    """Cuts that FFmpeg makes without re-encoding, and a list that ends early: the frames that FFmpeg shows are all."""
     whole, path = write_video(tmp_path / "whole.mp4", range(20, 50), g="30"), tmp_path / "edited.mp4"
     if end == "start":
         words = ["-v", "error", "-ss", "0.5", "-i", str(whole), "-c", "copy", str(path)]
