@@ -1,1 +1,1 @@
-"""Benchmarks, each a ratio to a reference timed in the same run, and kernels that are not yet proven to be fast."""
+"""Benchmarks, most of them against a reference measured in the same run, and kernels not yet proven to be fast."""

@@ -75,15 +75,24 @@ def initialise(model: Latte | LatteT2V, ema: EMA, config: Config, lora_base: str
     if isinstance(model, LatteT2V):
         notes = _load_text(model, source, config)
     else:
-        weights = load_model_weights(source)
+        weights, from_images = _read_weights(Path(source))
         placed = shards_like(weights, model.state_dict())
-        if Path(source).is_file() and is_image_checkpoint(weights):  # ours with rope lack `temp_embed` too
+        if from_images:
             notes = str(init_from_dit(model, placed)).splitlines()
         else:
             load_weights(model, placed, source)
             notes = [f"initial weights: {source}"]
     ema.load_state_dict(model.state_dict())
     return notes
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Returns the EMA weights of a file, run or checkpoint folder, and whether they are an image DiT's."""
+    if path.is_file():
+        weights = load_model_weights(path)
+        return weights, is_image_checkpoint(weights)
+    folder = find_checkpoint(path)
+    return load_checkpoint_weights(folder, "ema"), read_config(folder).model.variant == "image"
 
 
 def _load_text(model: LatteT2V, source: str, config: Config) -> list[str]:

@@ -29,12 +29,13 @@ TEMPORAL: Layer = (("temporal",),)
 SPATIAL_THEN_TEMPORAL: Layer = (("spatial",), ("temporal",))
 SPATIAL_AND_TEMPORAL: Layer = (("spatial", "temporal"),)
 
-# Variants 1 to 4 of paper section 3.2: depth -> the layers in order.
+# Variants 1 to 4 of paper section 3.2, and the image network that can initialise them: depth -> the layers in order.
 LAYER_PLANS: dict[str, Callable[[int], list[Layer]]] = {
     "interleaved": lambda depth: [SPATIAL, TEMPORAL] * (depth // 2),
     "late_fusion": lambda depth: [SPATIAL] * (depth // 2) + [TEMPORAL] * (depth // 2),
     "sequential": lambda depth: [SPATIAL_THEN_TEMPORAL] * depth,
     "parallel": lambda depth: [SPATIAL_AND_TEMPORAL] * depth,
+    "image": lambda depth: [SPATIAL] * depth,  # a DiT: same layers and names of weights
 }
 
 

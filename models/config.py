@@ -63,7 +63,8 @@ class LatteConfig:
     num_heads: int | None = None
     patch_size: int | None = None
     mlp_ratio: float = 4.0
-    variant: str = "interleaved"  # paper variants 1 to 4: interleaved | late_fusion | sequential | parallel
+    # paper variants 1 to 4: interleaved | late_fusion | sequential | parallel; or image, a DiT for single frames
+    variant: str = "interleaved"
     patch_embedding: str = "uniform"  # uniform | tubelet
     tubelet_size: int = 2  # frames in a tubelet
     injection: str = "adaln"  # how timestep and label enter: adaln | tokens

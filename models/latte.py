@@ -100,7 +100,7 @@ class Latte(nn.Module):
         self.pos_embed: Tensor
         self.temp_embed: Tensor | None
         self.register_buffer("pos_embed", self._space_table(self.grid).float())
-        absolute = config.temporal_position == "absolute"
+        absolute = config.temporal_position == "absolute" and self.first_temporal_layer is not None
         self.register_buffer("temp_embed", self._time_table(self.temporal_length).float() if absolute else None)
         self.initialize_weights()
 

@@ -46,6 +46,7 @@ def test_every_shipped_config_loads(file: Path) -> None:
         ("train=3", "section"),
         ("model.name=Latte-M/2", "model.name"),
         ("model.variant=zigzag", "interleaved"),
+        ("model.variant=image", "data.num_frames=1"),
         ("data.image_size=100", "multiple of 16"),
         ("diffusion.prediction=flow", "model.learn_sigma=false"),
         ("sample.guidance_scale=4", "null label"),

@@ -332,6 +332,7 @@ def test_H5_timeouts_that_overflow(key: str, tmp_path: Path) -> None:
         ["model.variant=sequential", "model.injection=tokens", "model.num_classes=7", "model.depth=3"],
         ["model.variant=parallel", "model.label_dropout=0", "model.num_classes=5"],
         ["model.patch_embedding=tubelet", "model.depth=6"],
+        ["model.variant=image", "data.num_frames=1", "model.depth=3"],
         ["model.name=custom-t2v", "data.name=captions", "model.depth=6"],
         ["model.name=custom-t2i", "data.name=captions", "data.num_frames=1", "model.depth=3"],
         ["model.name=Latte-1", "data.name=captions", *(f"model.{key}=null" for key in memory.SIZE_KEYS)],

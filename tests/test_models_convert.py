@@ -85,6 +85,7 @@ def dit(**changes: Any) -> dict[str, Tensor]:
 
 def test_everything_but_time_is_taken_and_labels_of_other_classes_are_left() -> None:
     model, theirs = network(1), dit()
+    assert list(network(variant="image").state_dict()) == list(theirs)
     time = model.temp_embed.clone()
     report = init_from_dit(model, theirs)
     assert set(report.taken) == set(theirs) and not report.left_theirs

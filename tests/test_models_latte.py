@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import Latte, LatteConfig, Route
 from models.blocks import LAYER_PLANS
@@ -43,6 +43,32 @@ def test_trainable_parameters() -> None:
     assert {size: trainable(name=f"Latte-{size}/2") for size in PARAMETERS} == PARAMETERS
     assert trainable(name="Latte-XL/2", num_classes=101) == 673_799_072
     assert trainable(name="Latte-XL/2", variant="late_fusion") == PARAMETERS["XL"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "patch", "printed"),
+    [("interleaved", 2, 5572.69), ("late_fusion", 2, 5572.69), ("sequential", 2, 6153.15), ("parallel", 4, 1545.15)],
+)
+@torch.no_grad()
+def test_costs_printed_in_the_paper(variant: str, patch: int, printed: float) -> None:
+    """Multiply-adds of three clips in linear layers and norms, in G: the last variant's are at patch size 4.
+
+    The official code computes the modulation once for each frame in layers over space, and once for each position in
+    layers over time. No timestep embedding is counted and, in variants 3 and 4, no patch embedding.
+    """
+    with torch.device("meta"):
+        model = Latte(LatteConfig(name=f"Latte-XL/{patch}", variant=variant))
+    positions = (32 // patch) ** 2
+    tokens, rows = 16 * positions, {"spatial": 16, "temporal": positions}
+    total = 2 * 1152 * 1152 * 16 + 2 * 1152 * tokens  # modulation and norm of the final layer
+    for layer, block in zip(LAYER_PLANS[variant](len(model.blocks)), model.blocks, strict=True):
+        total += block.adaLN_modulation[1].weight.numel() * sum(rows[axis] for branch in layer for axis in branch)
+        total += 2 * 1152 * tokens * (len(layer) + 1)  # a norm before each branch and the MLP
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and not re.search("t_embedder|adaLN", name):
+            counted = name != "x_embedder.proj" or variant in ("interleaved", "late_fusion")
+            total += tokens * module.weight.numel() * counted
+    assert 3 * total / 1e9 == pytest.approx(printed, abs=0.006)
 
 
 @pytest.mark.parametrize("variant", ["sequential", "parallel"])

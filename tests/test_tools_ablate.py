@@ -7,9 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import train
+from demo.drawn import CLASSES, accuracy, draw_clip
+from engine import weights
 from engine.build import build_model, count_parameters
 from engine.config import Config, load_config
 from tests.conftest import ROOT, refuses
@@ -46,10 +49,11 @@ def test_every_arm_is_a_sound_config(file: Path, config: str, tmp_path: Path) ->
     configs = configs_of(file, config, tmp_path)
     kept = [{key: each.to_dict()[key] for key in ("diffusion", "optim", "codec")} for each in configs]
     assert all(each == kept[0] for each in kept)
-    batch = configs[0].train.batch_size
-    assert {(each.train.seed, each.train.max_steps, each.train.batch_size) for each in configs} == {(3, 6, batch)}
-    models = [(each.model, each.data.num_images) for each in configs]
-    assert len(set(models)) == len(models)
+    assert {(each.train.seed, each.train.max_steps) for each in configs} == {(3, 6)}
+    compared = [(each.model, each.data, each.train.init_from) for each in configs]
+    assert len({*map(str, compared)}) == len(compared)
+    # the same batch and clip, except for the image network that another arm starts from
+    assert len({each.train.batch_size * each.data.num_frames for each in configs if each.model.variant != "image"}) == 1
 
 
 @BASES
@@ -60,16 +64,18 @@ def test_variants_have_as_many_parameters(config: str, tmp_path: Path) -> None:
 
 
 def test_equal_arms_are_one_run() -> None:
-    assert len(SHIPPED) == 6
+    assert len(SHIPPED) == 9
     runs = [ablate.name_run(arm) for path in SHIPPED for arm in ablate.read_comparison(path).arms.values()]
-    assert runs.count(ablate.BASELINE) == 5  # all but the sizes
-    assert len(set(runs)) == len(runs) - 4
+    assert runs.count(ablate.BASELINE) == 6  # all but the sizes and the sampling interval
+    assert len(set(runs)) == len(runs) - 5 - 2  # S and B are in two files
 
 
 def test_depth_and_batch_of_an_arm(base: Path, tmp_path: Path) -> None:
-    """An arm keeps the depth that it names; the batch is spread over the processes."""
+    """An arm keeps the depth that it names, whatever all arms are given; the batch is spread over the processes."""
     named = ablate.list_overrides(["model.variant=sequential", "model.depth=7"], 0, budget(base, tmp_path))
     assert load_config(base, named).model.depth == 7
+    deeper = ablate.list_overrides(["model.depth=6"], 0, budget(base, tmp_path, overrides=("model.depth=4",)))
+    assert load_config(base, deeper).model.depth == 6
     assert ablate.list_overrides((), 0, budget(base, tmp_path, processes=2))[-1] == "train.batch_size=1"
     sentence = "train.batch_size=2 of .* must be a multiple of --processes"
     refuses(sentence, ablate.list_overrides, (), 0, budget(base, tmp_path, processes=3))
@@ -83,6 +89,7 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         ("title: t\narms: {a: {}, b: 3}\n", "each arm its keys"),
         ("- 1\n", "a comparison needs a `title` and `arms`"),
         ("title: [\n", "is not valid YAML"),
+        ("title: t\narms: {a: {train.init_from: b}, b: {}}\n", "arm b must be listed above a"),
     ):
         path.write_text(text)
         refuses(rf"{path}:? .*{sentence}", ablate.read_comparison, path)
@@ -102,8 +109,9 @@ def test_impossible_words_are_refused() -> None:
     refuses("name at least one comparison", ablate.parse, ["train.precision=bf16"])
 
 
-def test_two_arms_are_trained_and_compared(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runs are trained in this process instead of one of their own."""
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Trains in this process instead of one for each run; lists the scripts."""
     started: list[str] = []
 
     def run_here(command: list[str], **options: Any) -> Any:
@@ -114,6 +122,10 @@ def test_two_arms_are_trained_and_compared(base: Path, tmp_path: Path, monkeypat
 
     honest = subprocess.run
     monkeypatch.setattr(subprocess, "run", run_here)
+    return started
+
+
+def test_two_arms_are_trained_and_compared(base: Path, tmp_path: Path, started: list[str]) -> None:
     comparison, out = tmp_path / "pair.yaml", tmp_path / "out"
     comparison.write_text("title: A pair\narms:\n  plain: {}\n  rope: {model.temporal_position: rope}\n")
     command = [str(comparison), "--base", str(base), "--out", str(out), "--steps", "4", "--seeds", "1"]
@@ -133,3 +145,44 @@ def test_two_arms_are_trained_and_compared(base: Path, tmp_path: Path, monkeypat
     assert ablate.main(command) == 0  # nothing is trained again
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (out / "ablations.md").read_text() == page
+
+
+def test_an_arm_starts_from_the_run_of_another_of_the_same_seed(
+    base: Path, tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison, out = tmp_path / "start.yaml", tmp_path / "out"
+    image = "{model.variant: image, data.num_frames: 1}"
+    comparison.write_text(f"title: t\narms:\n  image: {image}\n  video: {{train.init_from: image}}\n")
+    seen: list[tuple[set[str], Any]] = []
+    monkeypatch.setattr(
+        weights, "init_from_dit", lambda model, state: seen.append(({*state}, honest(model, state))) or seen[-1][1]
+    )
+    honest = weights.init_from_dit
+    command = [str(comparison), "--base", str(base), "--out", str(out), "--steps", "2", "--seeds", "0", "1"]
+    assert ablate.main(command) == 0
+    assert len(started) == 4
+    for (keys, report), seed in zip(seen, (0, 1), strict=True):
+        assert {*report.taken} == keys and list(report.left_ours) == ["temp_embed"]
+        config = load_config(next(out.glob(f"runs/init_from*-seed{seed}/config.yaml")), saved=True)
+        assert load_config(Path(str(config.train.init_from)) / "config.yaml", saved=True).train.seed == seed
+        assert config.model.variant == "interleaved"
+    assert " ± " in (out / "ablations.md").read_text()  # mean and deviation over two seeds
+
+
+def test_an_arm_without_accuracies_has_a_dash() -> None:
+    run = {"val_loss": 0.5, "parameters": 1e6, "macs_per_clip": 1e9, "seconds_per_step": 0.1}
+    accurate = run | {"appearance_accuracy": 0.75, "motion_accuracy": 0.25}
+    first, second = ablate.format_table("t", {"image": [run], "video": [accurate]}).splitlines()[2:]
+    assert first.startswith("| image | 0.5000 | - | - | 1.00 M")
+    assert second.startswith("| video | 0.5000 | 75.0 % | 25.0 % | 1.00 M")
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_the_tracker_knows_every_motion_at_both_sampling_intervals(interval: int) -> None:
+    """So that the accuracies of configs/ablations/sampling_interval.yaml have the same upper bound."""
+    rng = np.random.default_rng(0)
+    labels = [*range(len(CLASSES))] * 8
+    clips = [draw_clip(label, rng) for label in labels]
+    starts = [int(rng.integers(20 - 9 * interval)) for _ in clips]
+    windows = [clip[start : start + 9 * interval + 1 : interval] for clip, start in zip(clips, starts, strict=True)]
+    assert accuracy(windows, labels) == {"appearance_accuracy": 1, "motion_accuracy": 1}

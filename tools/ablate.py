@@ -1,11 +1,12 @@
-"""Runs the paper's comparisons (section 4.3): trains every arm from the same seeds, then writes tables and curves.
+"""Runs the paper's comparisons (section 4.2): trains every arm from the same seeds, then writes tables and curves.
 
-    python -m tools.ablate configs/ablations/*.yaml --base configs/demo/demo_train.yaml --steps 600 --seeds 0 1
+    python -m tools.ablate configs/ablations/variants.yaml --base configs/demo/demo_train.yaml --steps 600 --seeds 0 1
 
 Each file lists arms, and each arm the keys in which it differs from --base; trailing section.key=value apply to all
-arms. An arm is an ordinary training run (train.py, or train_with_img.py if it has images) in OUT/runs/<arm>-seed<N>, so
-the same command resumes an interrupted comparison, and identical arms are trained once. For the same seed, all arms see
-the same clips, timesteps and noise. Writes OUT/ablations.md, OUT/ablations.json and one plot per file.
+arms that do not set the key. `train.init_from: ARM` starts from the run of an arm of the same file and seed. An arm is
+an ordinary training run (train.py, or train_with_img.py if it has images) in OUT/runs/<arm>-seed<N>, so the same
+command resumes an interrupted comparison, and identical arms are trained once. For the same seed, all arms see the same
+clips, timesteps and noise. Writes OUT/ablations.md, OUT/ablations.json and one plot per file.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from sample.video_io import slug
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "base"  # run name of an arm without changes
+RUN = "run:"  # before the name of an arm's run in train.init_from: the one of the same seed
 JOINT_DEPTH = 9 / 11  # two-attention blocks (22 width^2 parameters) per one-attention block (18 width^2)
 VALIDATIONS = 6  # per run
 VAL_SHARE = 0.1
@@ -69,10 +71,14 @@ def read_comparison(path: Path) -> Comparison:
     good = good and all(isinstance(keys, dict) for keys in found["arms"].values())
     require(good, f"{path}: a comparison needs a `title` and `arms`, and each arm its keys (or {{}}).")
     require(len(found["arms"]) >= 2, f"{path}: `arms` must list at least two.")
-    arms = {
-        name: tuple(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items())
-        for name, keys in found["arms"].items()
-    }
+    arms: dict[str, tuple[str, ...]] = {}
+    for name, keys in found["arms"].items():
+        start = keys.get("train.init_from")
+        if start in found["arms"]:
+            require(start in arms, f"{path}: arm {start} must be listed above {name}, which starts from it.")
+            keys = keys | {"train.init_from": RUN + name_run(arms[start])}
+        pairs = ((key, value if isinstance(value, str) else json.dumps(value)) for key, value in keys.items())
+        arms[name] = tuple(f"{key}={value}" for key, value in pairs)
     return Comparison(path.stem, str(found["title"]), arms)
 
 
@@ -81,20 +87,27 @@ def name_run(arm: Sequence[str]) -> str:
     return slug("-".join(each.rpartition(".")[2] for each in sorted(arm))) if arm else BASELINE
 
 
+def run_folder(name: str, seed: int, budget: Budget) -> Path:
+    """Returns the folder of a run, given its name and seed."""
+    return budget.out / "runs" / f"{name}-seed{seed}"
+
+
 def list_overrides(arm: Sequence[str], seed: int, budget: Budget) -> list[str]:
     """Returns the overrides of the base's YAML for `arm` and `seed`. Raises ValueError for invalid settings."""
     base = load_config(budget.base)
+    parts = (each.partition(f"train.init_from={RUN}") for each in arm)
+    keys = [f"train.init_from={run_folder(run, seed, budget)}" if start else key for key, start, run in parts]
     ours = [
         f"train.seed={seed}",
         f"train.max_steps={budget.steps}",
-        f"train.output_dir={budget.out / 'runs' / f'{name_run(arm)}-seed{seed}'}",
+        f"train.output_dir={run_folder(name_run(arm), seed, budget)}",
         f"train.log_every={max(1, budget.steps // 60)}",
         f"train.checkpoint_every={max(1, budget.steps // 3)}",
         "train.keep_last=1",
         f"monitor.val_every={max(1, budget.steps // VALIDATIONS)}",
         *([] if base.data.val_path or base.data.val_share else [f"data.val_share={VAL_SHARE}"]),
-        *arm,
         *budget.overrides,
+        *keys,
     ]
     config = load_config(budget.base, ours)
     model, batch = config.model, config.train.batch_size
@@ -140,8 +153,8 @@ def read_run(folder: Path, budget: Budget) -> Run:
 
 
 def measure_accuracy(folder: Path, config: Config, videos: int) -> dict[str, float]:
-    """Returns the demo tracker's colour and motion accuracies; {} for other data or --videos 0."""
-    if config.data.name != "demo" or not videos:
+    """Returns the demo tracker's colour and motion accuracies; {} for other data, single frames or --videos 0."""
+    if config.data.name != "demo" or not videos or config.data.num_frames == 1:
         return {}
     cached = folder / "accuracy.json"
     asked = {"step": config.train.max_steps, "videos": videos}
@@ -158,12 +171,13 @@ def measure_accuracy(folder: Path, config: Config, videos: int) -> dict[str, flo
 
 def format_table(name: str, found: dict[str, list[Run]]) -> str:
     """Returns a Markdown table: a row per arm, with the mean over seeds and, for several seeds, the deviation."""
-    accuracies = [key for key in ACCURACIES if key in next(iter(found.values()))[0]]
+    accuracies = [key for key in ACCURACIES if any(key in runs[0] for runs in found.values())]
     heads = [name, "held-out loss", *(ACCURACIES[key] for key in accuracies)]
     rows = [[*heads, "parameters", "multiply-adds per clip", "s per step"], ["---"] * (len(heads) + 3)]
     for arm, runs in found.items():
         loss = format_spread([run["val_loss"] for run in runs], "{:.4f}")
-        shares = [format_spread([100 * run[key] for run in runs], "{:.1f}") + " %" for key in accuracies]
+        percent = ([100 * run[key] for run in runs if key in run] for key in accuracies)
+        shares = [format_spread(each, "{:.1f}") + " %" if each else "-" for each in percent]
         cost = f"{runs[0]['parameters'] / 1e6:.2f} M", f"{runs[0]['macs_per_clip'] / 1e9:.3f} G"
         rows.append([arm, loss, *shares, *cost, f"{min(run['seconds_per_step'] for run in runs):.2f}"])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

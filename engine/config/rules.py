@@ -182,6 +182,9 @@ RULES: dict[str, Callable[[Config], object]] = {
     "model.name=custom-t2i has no temporal layers: set data.num_frames=1, not {c.data.num_frames}.": lambda c: (
         c.model.name == "custom-t2i" and c.data.num_frames != 1
     ),
+    "model.variant=image has no temporal layers: set data.num_frames=1, not {c.data.num_frames}.": lambda c: (
+        c.model.variant == "image" and c.data.num_frames != 1
+    ),
     "train.temporal_ramp_steps={c.train.temporal_ramp_steps} is for a network that starts from an image network: "
     "name that with train.init_from, or set it to 0.": lambda c: (
         c.train.temporal_ramp_steps > 0 and c.train.init_from is None
