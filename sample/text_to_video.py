@@ -146,7 +146,7 @@ class FeatureFile(Sequence[Prompt]):
     """Features of `count` prompts by number; above SPOOL_BYTES in an unnamed temporary file of `folder`."""
 
     def __init__(self, count: int, folder: Path | None = None) -> None:
-        place = folder and str(folder)
+        place = str(folder) if folder else None
         self.file = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=place)  # noqa: SIM115 it lives as long as this
         self.places = [(0, 0)] * count  # start and bytes
 

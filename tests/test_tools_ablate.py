@@ -154,10 +154,10 @@ def test_an_arm_starts_from_the_run_of_another_of_the_same_seed(
     image = "{model.variant: image, data.num_frames: 1}"
     comparison.write_text(f"title: t\narms:\n  image: {image}\n  video: {{train.init_from: image}}\n")
     seen: list[tuple[set[str], Any]] = []
+    honest = weights.init_from_dit
     monkeypatch.setattr(
         weights, "init_from_dit", lambda model, state: seen.append(({*state}, honest(model, state))) or seen[-1][1]
     )
-    honest = weights.init_from_dit
     command = [str(comparison), "--base", str(base), "--out", str(out), "--steps", "2", "--seeds", "0", "1"]
     assert ablate.main(command) == 0
     assert len(started) == 4
