@@ -11,7 +11,7 @@ from engine.build import build_model
 from engine.config import Config, load_config
 from models.blocks import compile_blocks
 from tests.conftest import refuses
-from tools import plan
+from tools import plan, plan_sampling
 
 H100 = plan.GPUS["h100"]
 SMALL = ["model.name=custom", "model.hidden_size=192", "model.depth=4", "model.num_heads=3", "model.patch_size=2"]
@@ -193,3 +193,37 @@ def test_wrong_flags() -> None:
     refuses("--gpu h900 is unknown; one of h200", plan.main, ["--gpu", "h900"])
     refuses("--mfu above 0", plan.main, ["--mfu", "0"])
     refuses("--gpus must be at least 1", plan.main, ["--gpus", "0"])
+
+
+def test_the_peak_is_the_most_alive_at_a_time() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def call() -> None:
+        first = torch.zeros(1000)
+        second = first * 2
+        del first
+        torch.cat([second, second, second])
+
+    with FakeTensorMode(), torch.no_grad():
+        assert plan_sampling.find_peak(torch.nn.Linear(9, 10), call) == (400, 16000)
+
+
+def test_sampling_needs_its_largest_part() -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    tiny = [*SMALL, "data.image_size=32", "sample.batch_size=1", "model.num_classes=8"]
+    one, two, half = (plan_sampling.plan_sampling(load_config(None, [*tiny, *more])) for more in (
+        [], ["sample.guidance_scale=2"], ["sample.precision=bf16", "sample.cast_weights=true"]))  # fmt: skip
+    parameters = sum(value.numel() for value in build_model(load_config(None, tiny), "meta").parameters())
+    assert one["network"] == pytest.approx(4 * parameters, rel=0.02) and half["network"] == one["network"] / 2
+    assert one["autoencoder"] == 4 * 83_653_863, "the parameters of Stable Diffusion's autoencoder"
+    assert 1.5 < two["one step"] / one["one step"] < 2.1 and half["one step"] < 0.7 * one["one step"]
+    assert one["text encoder (freed before the rest)"] == 0
+    together = one["network"] + one["autoencoder"] + max(one["one step"], one["decoding"])
+    assert one["at most"] == together > one["at most, with cpu_offload"]
+    sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    with torch.device("meta"):
+        encoder = T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes))
+    outputs = [value for name, value in encoder.named_parameters() if name.endswith("wo.weight")]
+    assert sum(value.numel() for value in encoder.parameters()) == pytest.approx(plan_sampling.T5_PARAMETERS, rel=1e-3)
+    assert sum(value.numel() for value in outputs) == plan_sampling.T5_FP32_PARAMETERS

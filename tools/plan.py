@@ -1,6 +1,7 @@
 """Estimates the memory and time of a training run, and finds changes that make it fit.
 
     python -m tools.plan --config configs/ffs/ffs_train.yaml --gpu a100-80 --gpus 8 [--mfu 0.4] [section.key=value ...]
+    python -m tools.plan --config configs/ffs/ffs_sample.yaml --sample                  memory of sampling
 
 Memory is counted: parameters on the meta device, and the tensors that autograd saves when the network's forward runs on
 tensors without data. Time is calculated: three forwards per step at a given share of the GPU's peak (MFU), the
@@ -27,6 +28,7 @@ from engine import cli
 from engine.build import build_model, count_parameters, forward_inputs, macs_per_clip, put_adapters
 from engine.config import Config, ObjectiveConfig, OptimConfig, SampleConfig, TrainConfig, load_config
 from engine.memory import FROZEN_BYTES, STATE_BYTES
+from tools.plan_sampling import plan_sampling
 
 GIB = 2**30
 RESERVE = 0.08  # share of the memory for CUDA context, workspaces, fragmentation
@@ -327,13 +329,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} (h100)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes, one per GPU (1)")
     parser.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the peak FLOP/s reached (0.4)")
+    parser.add_argument("--sample", action="store_true", help="plan sampling on one GPU, not training")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     given = parser.parse_intermixed_args(argv)
     require(given.gpu in GPUS, f"--gpu {given.gpu} is unknown; one of {', '.join(GPUS)}.")
     require(given.gpus >= 1 and 0 < given.mfu <= 1, "--gpus must be at least 1, and --mfu above 0 and at most 1.")
     config = load_config(given.config, given.overrides)
-    found = make_report(config, given.gpu, given.gpus, given.mfu)
-    print(json.dumps(found, indent=2) if given.json else format_report(found, config))
+    if given.sample:
+        found: dict[str, Any] = plan_sampling(config)
+        text = "\n".join(f"{part:40s}{size / GIB:8.2f} GiB" for part, size in found.items())
+    else:
+        found = make_report(config, given.gpu, given.gpus, given.mfu)
+        text = format_report(found, config)
+    print(json.dumps(found, indent=2) if given.json else text)
     return 0
 
 
