@@ -5,6 +5,7 @@ from __future__ import annotations
 from .conditioning import ConditionConfig, Given, condition_denoiser, sample_given
 from .config import DiffusionConfig
 from .flow import RectifiedFlow
+from .frame_noise import sample_rolling, spread_uniforms
 from .gaussian import GaussianDiffusion
 from .guidance import Denoiser, guide_denoiser
 from .losses import LossTerms

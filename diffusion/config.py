@@ -19,11 +19,12 @@ LIMITS = {
     "timestep_sampler": one_of(("uniform", "loss_aware")),
     "timestep_density": one_of(("uniform", "linear", "logit_normal")),
     "timestep_shift": POSITIVE,
+    "frame_timesteps": one_of(("shared", "independent", "monotone")),
 }
 # setting -> keys that do not apply with it: a flow has no betas, no variance and one loss
 MEANINGLESS = {
     "prediction=flow": ("schedule", "loss", "loss_weighting", "fixed_variance", "timestep_sampler"),
-    "timestep_sampler=loss_aware": ("timestep_density", "timestep_shift", "loss_weighting"),
+    "timestep_sampler=loss_aware": ("timestep_density", "timestep_shift", "loss_weighting", "frame_timesteps"),
     "loss=kl": ("loss_weighting",),
     "loss=rescaled_kl": ("loss_weighting",),
     "loss_weighting=uniform": ("min_snr_gamma",),
@@ -44,6 +45,8 @@ class DiffusionConfig:
     timestep_sampler: str = "uniform"  # uniform | loss_aware
     timestep_density: str = "uniform"  # uniform | linear (density 2t) | logit_normal
     timestep_shift: float = 1.0  # s: t -> s t / (1 + (s - 1) t), applied after the density; above 1: noisier
+    # shared | independent: each frame has its own timestep | monotone: the same, sorted along the clip
+    frame_timesteps: str = "shared"
 
     def __post_init__(self) -> None:
         check_limits(self, "diffusion.", LIMITS)

@@ -223,13 +223,14 @@ def list_methods(process: type) -> list[str]:
 
 def list_evaluations(process: Process, method: str) -> list[float]:
     """Returns the network's timestep in each denoiser call that `sample` will make, in order."""
-    _check_method(method, process, DEFAULT)
+    check_method(method, process, DEFAULT)
     row = METHODS[method]
     visited = (range(step, max(-1, step - row.evaluations), -1) for step in row.indices(process))
     return [process.step_times[index] for indices in visited for index in indices]
 
 
-def _check_method(name: str, process: Process | ScheduledDiffusion, options: StepOptions) -> None:
+def check_method(name: str, process: Process | ScheduledDiffusion, options: StepOptions) -> None:
+    """Raises ValueError if method `name` does not support the process or the options."""
     if isinstance(process, ScheduledDiffusion):
         kind, fitting = "a noise schedule of diffusers", list(SCHEDULERS)
     else:
@@ -265,7 +266,7 @@ def sample(
     Raises ValueError if the method does not support the process or an option.
     """
     settings = StepOptions(**options)
-    _check_method(method, diffusion, settings)
+    check_method(method, diffusion, settings)
     x = noise
     if isinstance(diffusion, ScheduledDiffusion):
         scheduler = diffusion.build_scheduler(method)

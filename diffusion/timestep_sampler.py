@@ -1,6 +1,7 @@
 """Samplers of training timesteps, as functions of uniform random numbers that the caller draws.
 
-T is the number of steps, B the batch. A sampler turns u (B,) in [0, 1) into timesteps and loss weights (B,).
+T is the number of steps, B the batch. A sampler turns u (B,) in [0, 1) into timesteps and loss weights (B,); the
+stateless one also u of any other shape.
 """
 
 from __future__ import annotations

@@ -15,7 +15,15 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from datasets import ClipDataset
-from diffusion import GaussianDiffusion, Given, LossTerms, TimestepSampler, condition_denoiser, weigh_terms
+from diffusion import (
+    GaussianDiffusion,
+    Given,
+    LossTerms,
+    TimestepSampler,
+    condition_denoiser,
+    spread_uniforms,
+    weigh_terms,
+)
 from models.autoencoder import LatentCodec, Posterior
 
 from .alignment import layer_sync
@@ -29,7 +37,7 @@ from .routing import draw_route
 class Draws:
     """Everything random in one micro-batch: depends on (seed, position) alone."""
 
-    uniform: Tensor  # (B,) in [0, 1): for the timestep, before the density is applied
+    uniform: Tensor  # (B,), or (B, F+I) for one timestep per frame, in [0, 1): before the density is applied
     label_uniform: Tensor  # (B, 1+I) in [0, 1): label dropout
     noise: Tensor  # (B, F+I, C, h, w)
     codec_noise: Tensor | None  # like noise: the codec's posterior sample
@@ -43,7 +51,7 @@ class StepLoss:
 
     loss: Tensor
     parts: dict[str, Tensor]
-    timesteps: Tensor  # (B,)
+    timesteps: Tensor  # (B,) or (B, F+I)
     per_clip: Tensor  # (B,) detached losses, for the timestep sampler
 
 
@@ -78,7 +86,8 @@ class Objective:
         self.seed = config.train.seed
         self.precision = PRECISIONS[config.train.precision]
         self.given = config.condition  # which frames are given
-        self.tubelet_size = config.model.frames_per_token  # frames that are given together
+        self.tubelet_size = config.model.frames_per_token  # frames that are given together, and share a timestep
+        self.frame_timesteps = config.diffusion.frame_timesteps
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepLoss:
         """Returns the mean loss of a micro-batch {"video" or "latents", "labels", "position"} of the data loader."""
@@ -152,17 +161,20 @@ class Objective:
 
     def draw(self, positions: list[int], latent_shape: torch.Size, num_labels: int) -> Draws:
         """Draws all random numbers of the samples at `positions`, each from its own generator, in a fixed order."""
-        num_uniforms = self.num_given_uniforms(latent_shape[1] - self.num_images)
-        shape, rows = latent_shape[1:], []
+        shape, rows, num_frames = latent_shape[1:], [], latent_shape[1] - self.num_images
+        num_uniforms, is_shared = self.num_given_uniforms(num_frames), self.frame_timesteps == "shared"
+        num_own = 0 if is_shared else num_frames // self.tubelet_size + self.num_images
         for position in positions:
             where: Any = {"generator": sample_generator(self.seed, position, self.device), "device": self.device}
             uniform, noise = torch.rand(1 + num_labels, **where), torch.randn(shape, **where)
             codec_noise = torch.randn(shape, **where) if self.codec.stochastic else noise[:0]
             given_uniform, route = torch.rand(num_uniforms, **where), torch.rand(self.num_routed, **where)
-            rows.append((uniform, noise, codec_noise, given_uniform, route))
-        uniform, noise, codec_noise, given_uniform, route = map(torch.stack, zip(*rows))
+            own = torch.rand(num_own, **where)  # for a timestep per frame
+            rows.append((uniform, noise, codec_noise, given_uniform, route, own))
+        uniform, noise, codec_noise, given_uniform, route, own = map(torch.stack, zip(*rows))
+        spread = self.frame_timesteps, self.num_images, self.tubelet_size
         return Draws(
-            uniform=uniform[:, 0],
+            uniform=uniform[:, 0] if is_shared else spread_uniforms(own, *spread),
             label_uniform=uniform[:, 1:],
             noise=noise,
             codec_noise=codec_noise if self.codec.stochastic else None,

@@ -62,12 +62,15 @@ def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
         files = [folder / str(video["file"]) for video in written["videos"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{folder} is not a folder of samples from sample/sample.py.") from None
-    if not written.get("windows"):
-        raise ValueError(f"the videos in {folder} were sampled in one window: there is no seam to measure.")
+    windows = written.get("windows")
+    if not windows or windows["method"] == "rolling":
+        raise ValueError(
+            f"the videos in {folder} were sampled in one window, or a rolling one: there is no seam to measure."
+        )
     videos = [read_video(file) for file in files]
     if len({video.shape for video in videos}) != 1:
         raise ValueError(f"the videos in {folder} differ in length or size.")
-    return np.stack(videos), written["windows"]
+    return np.stack(videos), windows
 
 
 def main(argv: list[str]) -> int:

@@ -47,7 +47,8 @@ SHARED_FLAGS = {
     "given_frames": "N number of last frames of --given to use (default 1)",
     "window": "N sample longer videos in windows of N frames",
     "overlap": "N frames that consecutive windows share (default: a quarter of a window)",
-    "window_method": "NAME autoregressive (networks trained with given frames) or fused",
+    "window_method": "NAME autoregressive (networks trained with given frames), rolling (with a timestep per frame; "
+    "not for text) or fused",
 }
 
 

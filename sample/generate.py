@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from common.checks import require
-from diffusion import Denoiser, Given, ScheduledDiffusion, guide_denoiser, list_evaluations, sample_given
+from diffusion import Denoiser, Given, ScheduledDiffusion, guide_denoiser, list_evaluations
 from diffusion.samplers import Callback, Process
 from engine.build import build_model, build_process
 from engine.conditions import Conditions, class_conditions
@@ -70,6 +70,7 @@ def sampler_settings(config: Config) -> dict[str, Any]:
     wanted, windows = config.sample, None
     if wanted.window is not None:
         fitting = "fused" if config.condition.frames == "none" else "autoregressive"
+        fitting = fitting if config.diffusion.frame_timesteps == "shared" else "rolling"
         method = fitting if wanted.window_method == "auto" else wanted.window_method
         windows = Windows(wanted.window, window_overlap(wanted), method)
     keys = {item.name for item in fields(Settings)} & SampleConfig.__dataclass_fields__.keys()
@@ -92,7 +93,10 @@ def plan_sampling(config: Config, wanted: Settings) -> Plan:
         require(side % factor == 0, f"data.image_size={side} must be a multiple of codec.downsample_factor={factor}.")
     shape = (wanted.num_frames or config.data.num_frames, config.codec.latent_channels, *(s // factor for s in sides))
     plan = Plan(shape, wanted.given.places if wanted.given else (), wanted.windows)  # type: ignore[arg-type]
-    plan.check(config.condition, config.model.frames_per_token)
+    if wanted.windows and wanted.windows.method == "rolling":
+        plan.check_rolling(config, wanted)
+    else:
+        plan.check(config.condition, config.model.frames_per_token)
     return plan
 
 
@@ -224,7 +228,7 @@ class Generator:
 
         def sample_pass(given: Given | None, frames: int) -> Tensor:
             guided = GuidedEvaluations(self.list_guided(process, wanted))
-            return sample_given(
+            return plan.sampler(self.config.model.frames_per_token)(
                 process,
                 guided.count(plan.denoiser(self.denoiser(labels, wanted, guided))),
                 noise.draw((frames, *plan.shape[1:]), channels_first=self.schedule is not None),

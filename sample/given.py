@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from common.checks import require
 from datasets.clips import Pixels
 from datasets.config import DataConfig
 from datasets.readers import VideoError, open_video
-from diffusion import ConditionConfig, Denoiser, Given
+from diffusion import ConditionConfig, Denoiser, Given, sample_given, sample_rolling
+from diffusion.frame_noise import FRAME_METHODS
 from diffusion.windows import fuse_windows, slide_windows, window_starts
+from engine.config import Config
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def hash_given(given: GivenFrames) -> str:
 
 @dataclass(frozen=True)
 class Windows:
-    """Frames per window, frames shared with the next window, and a `diffusion.windows` method."""
+    """Frames per window, frames shared with the next window, and a `diffusion.windows` method or "rolling"."""
 
     size: int
     overlap: int
@@ -111,11 +114,37 @@ class Plan:
         for places in self.list_known():
             condition.check_given(places, size, span)
 
+    def check_rolling(self, config: Config, wanted: Any) -> None:
+        """Raises ValueError if the network of `config` cannot sample rolling windows with `Settings` `wanted`."""
+        windows, span, count = self.windows, config.model.frames_per_token, len(self.places)
+        assert windows is not None
+        broken = {
+            "need a network trained with a timestep per frame: train it with diffusion.frame_timesteps=independent or "
+            "monotone, or choose another window_method": config.diffusion.frame_timesteps == "shared",
+            f"need sample.method={' | '.join(FRAME_METHODS)}, not {wanted.method}": (
+                wanted.method not in ("auto", *FRAME_METHODS)
+            ),
+            "have several noise levels at once: leave guidance_interval out": wanted.guidance_interval is not None,
+            f"need window and overlap in multiples of model.tubelet_size={span}, got {windows.size} and "
+            f"{windows.overlap}": windows.size % span or windows.overlap % span,
+            f"can be given first frames only, in whole tubelets, and fewer than all {self.shape[0]}": (
+                self.places != tuple(range(count)) or count % span or count == self.shape[0]
+            ),
+        }
+        for sentence, is_broken in broken.items():
+            require(not is_broken, f"rolling windows {sentence}.")
+
     def denoiser(self, denoiser: Denoiser) -> Denoiser:
         """Returns `denoiser`; for fused windows, one that averages it over the windows."""
-        if self.windows is None or self.windows.method == "autoregressive":
+        if self.windows is None or self.windows.method != "fused":
             return denoiser
         return fuse_windows(denoiser, self.windows.size, self.windows.overlap)
+
+    def sampler(self, span: int) -> Callable[..., Tensor]:
+        """Returns the function that samples a pass: `sample_given`, or for rolling windows `sample_rolling`."""
+        if self.windows is None or self.windows.method != "rolling":
+            return sample_given
+        return partial(sample_rolling, window=self.windows.size, overlap=self.windows.overlap, span=span)
 
     def sample(self, sample_pass: Callable[[Given | None, int], Tensor], known: Tensor) -> Tensor:
         """Returns latents (B, F, C, h, w), of which those at `places` are taken from `known` (B, F, C, h, w).

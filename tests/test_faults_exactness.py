@@ -82,7 +82,7 @@ ROUTED = ["model.depth=4", "objective.route_blocks=[1,3]", "objective.sync_block
         ["data.num_images=2", "train.precision=bf16", "train.ema_warmup=true", "optim.schedule=cosine", *ROUTED],
         ["train.grad_accum_steps=4", "train.batch_size=1", "diffusion.timestep_sampler=loss_aware"],
         ["model.variant=parallel", "model.temporal_position=rope", "train.async_checkpoint=true", "optim.name=muon"],
-        ["diffusion.prediction=flow", "model.learn_sigma=false", "diffusion.timestep_density=logit_normal"],
+        ["diffusion.prediction=flow", "model.learn_sigma=false", "diffusion.frame_timesteps=monotone"],
         ["data.latents=", "data.num_images=1", "data.horizontal_flip=true", "diffusion.loss_weighting=min_snr"],
     ],
     ids=lambda extra: extra[0].partition(".")[2],

@@ -24,6 +24,7 @@ from tests.conftest import TINY, random_weights, refuses, save_weights
 TRAINED = [*TINY, "diffusion.prediction=x_start", "model.learn_sigma=false", "sample.steps=4", "sample.method=ddim"]
 GIVEN = ["condition.frames=random", "condition.max_frames=3"]
 LONG = ["data.num_frames=11", "sample.window=4", "sample.overlap=2"]
+PER_FRAME = "diffusion.frame_timesteps=independent"
 
 
 def generator_of(*overrides: str) -> Generator:
@@ -81,10 +82,10 @@ def test_images_of_any_size_are_cut_as_training_clips_are(media: Path) -> None:
     assert torch.equal(given.pixels[0], to_signed_range(TRANSFORMS["resize_then_center_crop"](pixels, 8)))
 
 
-@pytest.mark.parametrize("method", ["autoregressive", "fused"])
+@pytest.mark.parametrize("method", ["autoregressive", "fused", "rolling"])
 def test_a_long_video_is_a_function_of_seed_and_index(method: str, media: Path) -> None:
     images = f"sample.first_frame=[{media}/a.png,{media}/b.png]"
-    generator = generator_of(*LONG, f"sample.window_method={method}", images)
+    generator = generator_of(*LONG, f"sample.window_method={method}", images, PER_FRAME)
     videos = videos_of(generator, batch_size=5)
     assert videos.shape == (5, 11, 8, 8, 3)
     for changes, expected in (({"batch_size": 2}, videos), ({"indices": [3, 1]}, videos[[3, 1]])):
@@ -132,6 +133,9 @@ def test_draws_for_given_frames_come_after_all_others(tiny: list[str]) -> None:
         (["sample.first_frame=[M/a.png]", "condition.frames=none", "condition.max_frames=1"], "without given frames"),
         (["sample.last_frame=[M/a.png]", "condition.frames=prefix"], "condition.frames=prefix"),
         (["data.num_frames=11", "sample.window=8", "sample.overlap=4"], "4 given frames are more than the 3"),
+        ([*LONG, "sample.window_method=rolling"], "rolling windows need a network trained with a timestep per frame"),
+        ([*LONG, PER_FRAME, "sample.method=unipc"], "need sample.method=ddpm | ddim | euler, not unipc"),
+        ([*LONG, PER_FRAME, "sample.last_frame=[M/a.png]"], "can be given first frames only"),
     ],
 )
 def test_wrong_frames_are_one_sentence(overrides: list[str], sentence: str, media: Path) -> None:

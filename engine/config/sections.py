@@ -183,7 +183,7 @@ SAMPLE_LIMITS = {
     "weights": one_of(("ema", "raw")),
     "lora_scale": FINITE,
     "precision": one_of(SAMPLE_PRECISIONS),
-    "window_method": one_of(("auto", "autoregressive", "fused")),
+    "window_method": one_of(("auto", "rolling", "autoregressive", "fused")),
     **FRAME_LIMITS,
 }
 SAMPLE_OWNERS = {"eta": "method=ddim", "guidance_interval": "guidance_scale", "lora_scale": "lora"}
@@ -222,7 +222,8 @@ class SampleConfig:
     given_frames: int = 1  # number of last frames of `given` to continue from
     window: int | None = None  # videos of more frames are sampled in windows of this length; null: all frames at once
     overlap: int | None = None  # frames shared by successive windows; null: a quarter of the window
-    # autoregressive (networks trained with given frames) | fused; auto: the first that is possible
+    # rolling (networks trained with a timestep per frame) | autoregressive (with given frames) | fused; auto: the first
+    # that the network supports
     window_method: str = "auto"
 
     def __post_init__(self) -> None:
