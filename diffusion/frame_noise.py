@@ -65,7 +65,7 @@ def sample_frames(
     check_method(method, diffusion, settings)
     require(method in FRAME_METHODS, f"Steps of single frames need method {' | '.join(FRAME_METHODS)}, not {method}.")
     moves = levels[:-1] - levels[1:]
-    is_valid = ((moves == 0) | (moves == 1)).all() and (moves > 0).any(1).all()
+    is_valid = bool(((moves == 0) | (moves == 1)).all() and (moves > 0).any(1).all())
     require(is_valid, "In each step some frames must go down by one level, and the others must stay.")
     take_step, x = METHODS[method].begin(diffusion), noise.clone()  # type: ignore[arg-type]
     levels, ends = levels.to(x.device), [int(row.nonzero()[-1]) + 1 for row in moves]
