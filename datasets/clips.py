@@ -22,7 +22,7 @@ from .captions import read_captioned_images
 from .catalog import Catalog, Clip, compute_digest
 from .config import DataConfig
 from .labels import read_frame_list
-from .latents import LatentCache
+from .latents import FeatureCache, LatentCache
 from .readers import Reader, VideoError, identify_file, open_video
 from .recipes import CAPTIONED, RECIPES
 from .transforms import TRANSFORMS, horizontal_flip, to_signed_range
@@ -42,10 +42,12 @@ class Sample(TypedDict, total=False):
     """`video (F+I, 3, H, W)` float32 in [-1, 1]; `labels (1+I,)` int64; `index` of the clip that was used.
 
     A cache gives `latents (F+I, P, C, h, w)` instead of `video`: mean and, if P is 2, standard deviation.
+    `features (F+I, L, D)` of the same frames are those of `ClipDataset.features`.
     """
 
     video: Tensor
     latents: Tensor
+    features: Tensor
     labels: Tensor
     index: int
 
@@ -87,6 +89,7 @@ class Pixels:
 
 
 FrameSource = Pixels | LatentCache  # `key` is the name of the frames in a `Sample`
+Shown = dict[str, Tensor]  # frames (T, ...) by their key in a `Sample`
 
 
 class ClipDataset(Dataset[Sample]):
@@ -116,6 +119,7 @@ class ClipDataset(Dataset[Sample]):
         self.looped: dict[str, str] = {}
         self.digest = compute_digest([*catalog.clips, *(self.images or [])], self.class_names or self.captions)
         self.on_open: Callable[[str], None] | None = None  # called with the path of each video before it is read
+        self.features: FeatureCache | None = None  # adds its features to every sample
 
     def __len__(self) -> int:
         return len(self.catalog.clips)
@@ -147,9 +151,9 @@ class ClipDataset(Dataset[Sample]):
         epoch, index = key
         candidates = chain([index], self._draw_forever(len(self), "replacement", epoch, index))
         clips = self.catalog.clips
-        used, video = self._first_usable(clips, candidates, lambda clip: self._window(clip, epoch, index))
+        used, window = self._first_usable(clips, candidates, lambda clip: self._window(clip, epoch, index))
         images = [self._image(epoch, index, place) for place in range(self.config.num_images)]
-        frames: Any = {self.source.key: torch.cat([video, *(image for image, _ in images)])}  # (F+I, ...)
+        frames: Any = {key: torch.cat([window[key], *(image[key] for image, _ in images)]) for key in window}
         labels = torch.tensor([clips[used].label, *(label for _, label in images)])
         return {**frames, "labels": labels, "index": used}
 
@@ -165,8 +169,8 @@ class ClipDataset(Dataset[Sample]):
             yield int(draw.integers(count))
 
     def _first_usable(
-        self, clips: Sequence[Clip], candidates: Iterator[int], load: Callable[[Clip], Tensor]
-    ) -> tuple[int, Tensor]:
+        self, clips: Sequence[Clip], candidates: Iterator[int], load: Callable[[Clip], Shown]
+    ) -> tuple[int, Shown]:
         """Returns the index of the first usable candidate among `clips`, and its frames."""
         failures: dict[str, str] = {}
         root, limit, total = self.catalog.root, self.config.max_unusable, len(self) + len(self.images or [])
@@ -201,7 +205,14 @@ class ClipDataset(Dataset[Sample]):
             self._record(self.cut_off, clip, error, "is used up to its last frame")
         return reader
 
-    def _window(self, clip: Clip, epoch: int, index: int) -> Tensor:
+    def _show(self, opened: Any, clip: Clip, indices: list[int], mirrored: bool) -> Shown:
+        """Returns frames of a clip, from the source and, if there are any, their features."""
+        shown = {self.source.key: self.source.show(opened, clip, indices, mirrored)}
+        if self.features is not None:
+            shown[self.features.key] = self.features.show(self.features.open(clip), clip, indices, mirrored)
+        return shown
+
+    def _window(self, clip: Clip, epoch: int, index: int) -> Shown:
         """Returns F frames at the exact stride, from a random start: (F, ...).
 
         A looped clip may start at any of its frames. A clip whose end is missing is never looped.
@@ -217,9 +228,9 @@ class ClipDataset(Dataset[Sample]):
         start = int(self._random("window", epoch, index).integers(starts))
         window = range(start, start + self.span, self.config.frame_interval)
         mirrored = self._is_mirrored("flip", epoch, index)
-        return self.source.show(reader, clip, [place % length for place in window], mirrored)
+        return self._show(reader, clip, [place % length for place in window], mirrored)
 
-    def _image(self, epoch: int, index: int, place: int) -> tuple[Tensor, int]:
+    def _image(self, epoch: int, index: int, place: int) -> tuple[Shown, int]:
         """Returns a random frame of another video or a random image of the list, (1, ...), and its label."""
         source = self.catalog.clips if self.images is None else self.images
         others = max(1, len(self) - 1) if self.images is None else len(source)  # a single video uses its own
@@ -227,10 +238,10 @@ class ClipDataset(Dataset[Sample]):
         if self.images is None:
             candidates = ((index + 1 + draw) % len(self) for draw in candidates)
 
-        def load(clip: Clip) -> Tensor:
+        def load(clip: Clip) -> Shown:
             reader = self._open(clip)
             number = int(self._random("frame", epoch, index, place).integers(len(reader)))
-            return self.source.show(reader, clip, [number], self._is_mirrored("image_flip", epoch, index, place))
+            return self._show(reader, clip, [number], self._is_mirrored("image_flip", epoch, index, place))
 
         used, image = self._first_usable(source, candidates, load)
         return image, source[used].label

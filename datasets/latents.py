@@ -1,5 +1,7 @@
 """A cache of latents: an encoder's mean and deviation for every frame of every clip. See docs/latents.md.
 
+`FeatureCache` is the same for the features of an image encoder.
+
     index.json              settings, and the place of each clip's frames; written last
     shard-00000.safetensors one tensor `latents (N, V, P, C, h, w)`: the frames of some clips, one after another
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -90,32 +92,36 @@ class LatentCache:
     """A finished cache in `path`, opened for reading; a frame source of `ClipDataset`.
 
     Attributes:
-        codec: identity of the codec that made it, see `models.identity`.
+        encoder: identity of the codec that made it, see `models.identity`; of a FeatureCache, of the image encoder.
         settings: the other settings that the latents depend on: image_size, transform, max_pixels, mirrored (V is 2).
 
     Raises: FileNotFoundError, ValueError if it is absent, unfinished, damaged or of another format.
     """
 
-    key = "latents"
+    key = TENSOR
+    setting: ClassVar = "data.latents"  # the key of the configuration that names the folder
+    format: ClassVar = FORMAT
+    tool: ClassVar = "tools.cache_latents"
+    maker: ClassVar = "codec"  # key of the encoder's identity in the index
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        index = read_index(path)
+        index = self.read_index(path)
         try:
-            self.codec: dict[str, Any] = dict(index["codec"])
+            self.encoder: dict[str, Any] = dict(index[self.maker])
             self.settings: dict[str, Any] = dict(index["settings"])
-            self.shape = tuple(int(side) for side in index["shape"])  # (V, P, C, h, w)
+            self.shape = tuple(int(side) for side in index["shape"])  # (V, P, C, h, w), or (V, L, D)
             dtype, counts = NUMBER_FORMATS[index["dtype"]], [int(count) for count in index["shards"]]
             clips = [StoredClip.from_json(facts) for facts in index["clips"]]
         except (LookupError, TypeError, ValueError):
-            raise ValueError(f"data.latents: {path / INDEX} is damaged; make the cache again") from None
+            raise ValueError(f"{self.setting}: {path / INDEX} is damaged; make the cache again") from None
         self.stochastic = self.shape[1] == 2  # holds deviations in addition to means
         self.clips = {clip.name: clip for clip in clips}
         for clip in clips:
             held = counts[clip.shard] if 0 <= clip.shard < len(counts) else 0
             if clip.frames != sum(run.frames for run in clip.runs) or not 0 <= clip.first <= held - clip.frames:
-                raise ValueError(f"data.latents: {path / INDEX} is damaged at {clip.name!r}; make the cache again")
-        self.shards = ShardReader(path, dtype, counts, self.shape, TENSOR)
+                raise ValueError(f"{self.setting}: {path / INDEX} is damaged at {clip.name!r}; make the cache again")
+        self.shards = ShardReader(path, dtype, counts, self.shape, self.key)
 
     def list_clips(self) -> list[Clip]:
         """Returns its clips, without listed images, as catalog entries."""
@@ -128,14 +134,14 @@ class LatentCache:
             made = self.settings.get(key)
             require(
                 made == value or (key == "mirrored" and bool(made)),
-                f"data.latents: {self.path} was made with {key} {made}, but this run needs {value}; make a cache with "
-                "this configuration",
+                f"{self.setting}: {self.path} was made with {key} {made}, but this run needs {value}; make a cache "
+                "with this configuration",
             )
         held = {(clip.name, clip.size, clip.num_frames) for clip in self.clips.values()}
         absent = [clip.name for clip in clips if (clip.name, clip.size, clip.num_frames) not in held]
         require(
             not absent,
-            f"data.latents: {self.path} was made from other data: {len(absent)} of {len(clips)} clips are missing or "
+            f"{self.setting}: {self.path} was made from other data: {len(absent)} of {len(clips)} clips are missing or "
             f"had another size (first: {''.join(absent[:1])!r}); make a cache of this data",
         )
 
@@ -147,12 +153,22 @@ class LatentCache:
         return stored
 
     def show(self, opened: StoredClip, clip: Clip, indices: list[int], mirrored: bool) -> Tensor:
-        """Returns (T, P, C, h, w) in the number format of the cache. Raises: VideoError where decoding would."""
+        """Returns (T, P, C, h, w), or (T, L, D), in the cache's number format. Raises: VideoError as decoding would."""
         if obstacle := opened.find_obstacle(indices):
             raise VideoError(clip.path, obstacle)
         return self.shards.copy(opened.shard, (opened.first + np.asarray(indices), int(mirrored)), repr(clip.name))
 
+    @classmethod
+    def read_index(cls, path: Path) -> dict[str, Any]:
+        """Returns the index of a finished cache. Raises: FileNotFoundError, ValueError if it cannot be read."""
+        return shards.read_index(path, cls.format, cls.setting, cls.tool)
 
-def read_index(path: Path) -> dict[str, Any]:
-    """Returns the index of a finished cache. Raises: FileNotFoundError, ValueError if it cannot be read."""
-    return shards.read_index(path, FORMAT, "data.latents", "tools.cache_latents")
+
+class FeatureCache(LatentCache):
+    """A cache of `features (N, V, L, D)`: of an image encoder, D wide, for the L tokens of each frame."""
+
+    key = "features"
+    setting = "objective.features"
+    format = "latte-features-1"
+    tool = "tools.cache_features"
+    maker = "encoder"

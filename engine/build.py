@@ -85,7 +85,7 @@ def build_codec(config: Config, clips: ClipDataset, device: torch.device | str =
     """Returns the codec for `clips`; for a latent cache, which it must have made, a stand-in. Raises: ValueError."""
     if not isinstance(clips.source, LatentCache):
         return LatentCodec.from_config(config.codec, device)
-    made, now = clips.source.codec, codec_identity(config.codec)
+    made, now = clips.source.encoder, codec_identity(config.codec)
     if not is_same_codec(made, now):
         differing = [f"{key} {made.get(key)} -> {now[key]}" for key in now if made.get(key) != now[key]]
         raise ValueError(

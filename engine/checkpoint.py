@@ -3,7 +3,7 @@
     step-0000012/
         model.safetensors   weights after the step; with `lora.rank`, only the adapters
         ema.safetensors     EMA of the weights
-        optim.safetensors   AdamW moments, as `<moment>/<parameter>`
+        optim.safetensors   AdamW moments, as `<moment>/<parameter>`; `TrainState.extra`, as `weight/<parameter>`
         rng.safetensors     RNG states of every rank, and the timestep sampler's history
         state.json          step, samples_seen and all other numbers and names
         config.yaml         the whole configuration

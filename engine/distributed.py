@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -187,6 +187,13 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Averages gradients over all ranks in place, as DDP does for the parameters of its network. Collective."""
+    for parameter in parameters:
+        if parameter.grad is not None and dist.is_initialized():
+            reduce_over_ranks(parameter.grad, dist.ReduceOp.SUM).div_(dist.get_world_size())
 
 
 # ---- shards: FSDP2 ---------------------------------------------------------------------------------

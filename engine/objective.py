@@ -26,7 +26,7 @@ from diffusion import (
 )
 from models.autoencoder import LatentCodec, Posterior
 
-from .alignment import layer_sync
+from .alignment import Projector, layer_sync
 from .build import PRECISIONS, build_codec, build_process
 from .conditions import Condition, Conditions
 from .config import Config
@@ -75,13 +75,15 @@ class Objective:
         conditions: Conditions,
         timestep_sampler: TimestepSampler,
         device: torch.device,
+        projector: Projector | None = None,
     ) -> None:
         self.codec = build_codec(config, clips, device)
         self.diffusion = build_process(config).to(device)
         self.conditions, self.timestep_sampler, self.device = conditions, timestep_sampler, device
-        self.config = config.objective
-        self.hidden_blocks = self.config.synced  # blocks whose tokens `extra_terms` receives
-        self.num_routed = (config.latent_size // config.model.size.patch_size) ** 2 if self.config.routed else 0
+        self.config, self.projector = config.objective, projector
+        aligned = (self.config.features_block,) if projector else ()
+        self.hidden_blocks = self.config.synced + aligned  # blocks whose tokens `extra_terms` receives
+        self.num_routed = config.token_grid**2 if self.config.routed else 0
         self.num_images = config.data.num_images  # I, trailing frames that are single images (joint training)
         self.seed = config.train.seed
         self.precision = PRECISIONS[config.train.precision]
@@ -89,14 +91,16 @@ class Objective:
         self.tubelet_size = config.model.frames_per_token  # frames that are given together, and share a timestep
         self.frame_timesteps = config.diffusion.frame_timesteps
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> StepLoss:
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor], step: int = 0) -> StepLoss:
         """Returns the mean loss of a micro-batch {"video" or "latents", "labels", "position"} of the data loader."""
+        if self.config.features_until and step >= self.config.features_until:
+            batch = {key: value for key, value in batch.items() if key != "features"}
         condition = self.conditions.batch(batch["labels"])
         posterior = self.posterior(batch)
         draws = self.draw(batch["position"].tolist(), posterior.mean.shape, batch["labels"].shape[1])
         latents = posterior.latents(self.codec.config, draws.codec_noise).to(self.precision.dtype)
         latents = latents.contiguous()  # a codec may change the layout, and gradients are summed in its order
-        return self.loss(model, latents, condition, draws)
+        return self.loss(model, latents, condition, draws, batch)
 
     def posterior(self, batch: Mapping[str, Tensor]) -> Posterior:
         """Returns the posterior of a video (B, F+I, 3, H, W), or of cached latents (B, F+I, P, C, h, w)."""
@@ -105,12 +109,14 @@ class Objective:
         mean, *std = batch["latents"].to(self.device, non_blocking=True).unbind(2)
         return Posterior(mean, std[0] if std else None)
 
-    def loss(self, model: nn.Module, latents: Tensor, condition: Condition, draws: Draws) -> StepLoss:
-        """Returns the loss of latents (B, F+I, C, h, w) for a condition and draws."""
+    def loss(
+        self, model: nn.Module, latents: Tensor, condition: Condition, draws: Draws, batch: Mapping[str, Tensor]
+    ) -> StepLoss:
+        """Returns the loss of latents (B, F+I, C, h, w) for a condition and draws; `batch` is for `extra_terms`."""
         timesteps, weights = self.timestep_sampler.timesteps_from_uniform(draws.uniform)
         condition = condition.drop(draws.label_uniform, self.conditions.dropout)
         options = {} if draws.route is None else {"route": draw_route(draws.route, self.config)}
-        terms = self.terms(model, latents, condition, timesteps, draws.noise, draws.given, options)
+        terms = self.terms(model, latents, condition, timesteps, draws.noise, draws.given, options, batch)
         trained = terms
         if isinstance(self.diffusion, GaussianDiffusion) and self.diffusion.config.loss_weighting == "min_snr":
             trained = weigh_terms(terms, self.diffusion, timesteps)
@@ -118,12 +124,26 @@ class Objective:
         loss = sum((extra.mean() for extra in terms.extra.values()), start=weighted.mean())
         return StepLoss(loss, self.parts(terms), timesteps, terms.loss.detach())
 
-    def extra_terms(self, hidden_states: dict[int, Tensor]) -> dict[str, Tensor]:
-        """Returns further terms (B,) of the training loss by name, from tokens (B, F+I, N, D) of `hidden_blocks`."""
-        if not self.config.synced:
-            return {}
-        early, late = (hidden_states[block] for block in self.config.synced)
-        return {"sync": self.config.sync_weight * layer_sync(early, late)}
+    def extra_terms(self, hidden_states: dict[int, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns further terms (B,) of the training loss by name, from tokens (B, F+I, N, D) of `hidden_blocks`.
+
+        `batch` is the data loader's; empty in validation, which ignores these terms.
+        """
+        config, terms = self.config, dict[str, Tensor]()
+        if config.synced:
+            early, late = (hidden_states[block] for block in config.synced)
+            terms["sync"] = config.sync_weight * layer_sync(early, late)
+        if self.projector is not None and "features" in batch:
+            features = batch["features"].to(self.device, self.precision.dtype, non_blocking=True)
+            with self.autocast():
+                term = self.projector(hidden_states[config.features_block], features, self.num_images)
+            terms["features"] = config.features_weight * term
+        return terms
+
+    def autocast(self) -> torch.autocast:
+        """Returns the context in which networks compute."""
+        kind = self.precision.autocast
+        return torch.autocast(self.device.type, kind, enabled=kind is not None)
 
     def terms(
         self,
@@ -134,16 +154,18 @@ class Objective:
         noise: Tensor,
         given: Tensor | None = None,
         options: Mapping[str, Any] | None = None,
+        batch: Mapping[str, Tensor] | None = None,
     ) -> LossTerms:
         """Returns the loss terms of latents (B, F+I, C, h, w) at timesteps (B,) or (B, F+I), with noise like them.
 
-        Frames that are `given` (B, F) stay clean; the terms cover the others. `options` go to the network.
+        Frames that are `given` (B, F) stay clean; the terms cover the others. `options` go to the network, `batch` to
+        `extra_terms`.
         """
-        autocast, hidden_states = self.precision.autocast, {}
+        hidden_states: dict[int, Tensor] = {}
         wanted = {"return_hidden_states": self.hidden_blocks} if self.hidden_blocks else {}
 
         def denoiser(noisy_latents: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+            with self.autocast():
                 output = condition.call(model, noisy_latents, t, self.num_images, **wanted, **(options or {}))
             if wanted:
                 output, states = output
@@ -157,7 +179,7 @@ class Objective:
             known = Given(latents, functional.pad(given, (0, self.num_images)))
             terms = self.diffusion.training_losses(condition_denoiser(denoiser, known), latents, timesteps, noise)
             terms = terms.without(given)
-        return replace(terms, extra=self.extra_terms(hidden_states))
+        return replace(terms, extra=self.extra_terms(hidden_states, batch or {}))
 
     def draw(self, positions: list[int], latent_shape: torch.Size, num_labels: int) -> Draws:
         """Draws all random numbers of the samples at `positions`, each from its own generator, in a fixed order."""

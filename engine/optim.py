@@ -15,9 +15,9 @@ from .distributed import local_shard
 from .muon import MuonAdamW
 
 
-def build_optimizer(model: Any, config: OptimConfig) -> torch.optim.Optimizer:
-    """Returns the optimizer of the trainable parameters of a network: AdamW, with `optim.name=muon` MuonAdamW."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(model: Any, config: OptimConfig, others: Iterable[nn.Parameter] = ()) -> torch.optim.Optimizer:
+    """Returns the optimizer of a network and `others`: AdamW; with `optim.name=muon`, Muon for the blocks' matrices."""
+    trained = [parameter for parameter in (*model.parameters(), *others) if parameter.requires_grad]
     if config.name == "adamw":
         return _build_adamw(trained, config)
     matrices = [each for each in model.blocks.parameters() if each.requires_grad and each.ndim == 2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -14,6 +16,7 @@ from models.latte import Latte
 from models.latte_t2v import LatteT2V
 from models.lora import lora_weights
 
+from .alignment import Projector
 from .build import PRECISIONS, build_model, put_adapters
 from .checkpoint import Checkpoint
 from .config import Config
@@ -31,6 +34,7 @@ class TrainState:
 
     Attributes:
         lora_base: SHA-256 of the base weights of a LoRA run; None: the whole network is trained.
+        extra: modules that are trained too, but only for the loss: EMA and exports lack them.
         step: optimizer steps.
         samples_seen: clips, including those of skipped steps.
     """
@@ -41,8 +45,13 @@ class TrainState:
     timestep_sampler: TimestepSampler
     guard: StepGuard
     lora_base: str | None = None
+    extra: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     step: int = 0
     samples_seen: int = 0
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields the network's parameters by name, then those of `extra`."""
+        return chain(self.model.named_parameters(), self.extra.named_parameters())
 
     def trained_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the weights that a checkpoint holds: all, or only the adapters."""
@@ -53,9 +62,10 @@ class TrainState:
 
         `facts`: `Run.facts`; `copy`: copies CPU tensors too, so that training may change them.
         """
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
         moments = self.optimizer.state
         optim = {f"{key}/{names[id(each)]}": value for each in moments for key, value in moments[each].items()}
+        optim |= {f"weight/{name}": value for name, value in self.extra.state_dict().items()}
         rng = {f"cpu/{rank}": state for rank, state in enumerate(gather_objects(torch.get_rng_state()))}
         history = self.timestep_sampler.state_dict()
         rng |= {f"timestep_sampler/{key}": value.cpu() for key, value in history.items()}
@@ -65,7 +75,7 @@ class TrainState:
             samples_seen=self.samples_seen,
             model=gather_shards(self.trained_weights(self.model), copy=copy),
             ema=gather_shards(self.trained_weights(self.ema.model), copy=copy),
-            optim=gather_shards(optim, copy=copy),  # with AdamW's step counts
+            optim=gather_shards(optim, copy=copy),  # with AdamW's step counts and the weights of `extra`
             rng=rng,
             state={"ema_updates": self.ema.updates, "guard": self.guard.state_dict(), **facts, **base},
         )
@@ -75,7 +85,8 @@ class TrainState:
         load_trained(self.model, saved.model, "the checkpoint's model")
         load_trained(self.ema.model, saved.ema, "the checkpoint's EMA")
         self.ema.updates = saved.state["ema_updates"]
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self.extra.load_state_dict({name: saved.optim[f"weight/{name}"] for name in self.extra.state_dict()})
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
         trained = [(each, group) for group in self.optimizer.param_groups for each in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for index, (parameter, group) in enumerate(trained if saved.step else ()):
@@ -102,8 +113,11 @@ def load_trained(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
     load_weights(cast(Latte, model), shards_like(weights, own), source)
 
 
-def build_state(config: Config, world: World) -> TrainState:
-    """Returns the initial state, drawn with `train.seed`: the same on every rank."""
+def build_state(config: Config, world: World, features_width: int = 0) -> TrainState:
+    """Returns the initial state, drawn with `train.seed`: the same on every rank.
+
+    `features_width`: of objective.features, if there are any.
+    """
     precision = PRECISIONS[config.train.precision]
     torch.manual_seed(config.train.seed)
     model = build_model(config)
@@ -115,5 +129,7 @@ def build_state(config: Config, world: World) -> TrainState:
     if config.train.parallel == "fsdp" and world.size > 1:
         shard(model, world, precision.autocast)
         shard(ema.model, world)
-    optimizer, sampler = build_optimizer(model, config.optim), build_timestep_sampler(config.diffusion)
-    return TrainState(model, ema, optimizer, sampler, StepGuard(config.optim), lora_base)
+    extra = nn.ModuleDict({"projector": Projector(config, features_width)} if features_width else {})
+    optimizer = build_optimizer(model, config.optim, extra.to(world.device, precision.dtype).parameters())
+    sampler = build_timestep_sampler(config.diffusion)
+    return TrainState(model, ema, optimizer, sampler, StepGuard(config.optim), lora_base, extra)

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,12 @@ from models import attention
 from models.blocks import compile_blocks
 
 from . import start
+from .alignment import open_features
 from .callbacks import Callback, Callbacks
 from .checkpoint import Checkpoint
 from .conditions import build_conditions
 from .config import Config
-from .distributed import World, local_shard, reduce_shards, require_same, set_timeout, sync_gradients
+from .distributed import World, average_gradients, local_shard, reduce_shards, require_same, set_timeout, sync_gradients
 from .guard import InFlight, check_replicas, gather_findings
 from .memory import check_training_fits
 from .objective import Objective, StepLoss
@@ -59,6 +61,7 @@ class Trainer:
         check_training_fits(config, world.device, world.size)
         clips = build_dataset(config.data, seed=config.train.seed)
         start.check_clips(config, clips, world.size)
+        clips.features = features = open_features(config, clips)
         validation = [Validation(config, clips)] if config.monitor.val_every else []
         held_out = validation[0].clips if validation else None
         conditions = build_conditions(config, clips, held_out, world.device)
@@ -68,9 +71,10 @@ class Trainer:
         self.allow_inexact_resume = allow_inexact_resume
         self.callbacks = Callbacks([*validation, *callbacks])
         self.run = Run(config, world, clips)
-        self.state = build_state(config, world)
-        self.objective = Objective(config, clips, conditions, self.state.timestep_sampler, world.device)
-        self.parallel_model: nn.Module = self.state.model
+        self.state = state = build_state(config, world, features.shape[-1] if features else 0)
+        projector: Any = getattr(state.extra, "projector", None)
+        self.objective = Objective(config, clips, conditions, state.timestep_sampler, world.device, projector)
+        self.parallel_model: nn.Module = state.model
         self.in_flight: InFlight | None = None
         self._is_under_way = False
 
@@ -145,7 +149,7 @@ class Trainer:
             if state.step % train.log_every == 0 or state.step == train.max_steps:
                 run.log_metrics(state)
             if run.has_replicas and train.drift_check_every and state.step % train.drift_check_every == 0:
-                check_replicas(state.model.state_dict(), state.step)
+                check_replicas(state.model.state_dict() | state.extra.state_dict(), state.step)
             if state.step % train.checkpoint_every == 0 or state.step == train.max_steps:
                 run.save(state)
             # callbacks skipped by a stop signal run at the next start
@@ -195,12 +199,14 @@ class Trainer:
         losses = []
         for index, batch in enumerate(micro_batches):
             with sync_gradients(self.parallel_model, last=index + 1 == count):
-                result = self.objective(self.parallel_model, batch)
+                result = self.objective(self.parallel_model, batch, self.state.step)
                 (result.loss / count).backward()
             losses.append(replace(result, loss=result.loss.detach()))
             for name, value in result.parts.items():
                 parts[name] = parts.get(name, 0.0) + value / count
-        parts["grad_norm"] = reduce_shards(gradient_norm(self.state.model.parameters())).detach()
+        average_gradients(self.state.extra.parameters())
+        parameters = [parameter for _, parameter in self.state.named_parameters()]
+        parts["grad_norm"] = reduce_shards(gradient_norm(parameters)).detach()
         replaced = torch.cat([batch["replaced"] for batch in micro_batches]).float().mean()
         parts["replaced_share"] = torch.full_like(parts["loss"], float(replaced))
         return parts, losses
@@ -213,7 +219,7 @@ class Trainer:
         bad, total, _, _ = findings.unbind()
         skip, limit = bounds.judge(bad > 0, total)
         if bounds.limit < math.inf or (bounds.clip_spikes and bounds.spike < math.inf):
-            gradients = [local_shard(p.grad) for p in state.model.parameters() if p.grad is not None]
+            gradients = [local_shard(p.grad) for _, p in state.named_parameters() if p.grad is not None]
             clip_gradients(gradients, norm, limit)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate_at(state.step, self.config.optim, self.config.train.max_steps)
@@ -226,6 +232,8 @@ class Trainer:
         """Returns whether something is due at `step` that needs it counted first."""
         train = self.config.train
         if self.config.model.is_text and step <= train.temporal_ramp_steps:  # the next forward depends on `step`
+            return True
+        if step == self.config.objective.features_until:  # likewise
             return True
         every = [train.log_every, train.checkpoint_every, *(callback.every for callback in self.callbacks.all)]
         every += [train.drift_check_every] if self.run.has_replicas else []

@@ -79,7 +79,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing; a folder in diffusers' format has one") from None
+        raise FileNotFoundError(f"{file} is missing; copy the model's folder again") from None
     except (ValueError, RecursionError):
         content = None
     require(isinstance(content, dict), f"{file} is not valid JSON, or not an object; copy it again")

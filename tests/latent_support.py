@@ -1,5 +1,6 @@
-"""Makes latent caches and tiny autoencoders for the tests."""
+"""Makes caches of latents and features, and tiny encoders, for the tests."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -13,7 +14,7 @@ from datasets import Clip
 from datasets.clips import Pixels
 from engine.config import load_config
 from engine.distributed import World
-from tools import cache_latents
+from tools import cache_features, cache_latents
 
 SHARDS = 3  # of the tiny sets: some clips share one
 
@@ -22,6 +23,26 @@ def cache(overrides: list[str], out: Path, dtype: str = "fp32", world: World | N
     with patch.object(cache_latents, "LEAST_SHARDS", SHARDS):
         cache_latents.LatentWriter(load_config(None, overrides), out, dtype, 10**6, world or World()).write()
     return out
+
+
+def save_image_encoder(folder: Path, seed: int = 0) -> Path:
+    """Saves a random DINOv2 of width 12, whose features depend on content and position."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(seed)
+    config = Dinov2Config(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.3)
+    Dinov2Model(config).save_pretrained(folder)
+    pixels = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return folder
+
+
+def features(overrides: list[str], encoder: Path, out: Path, dtype: str = "fp32") -> list[str]:
+    """Makes a cache of features; returns the override that names it."""
+    with patch.object(cache_latents, "LEAST_SHARDS", SHARDS):
+        config = load_config(None, overrides)
+        cache_features.FeatureWriter(str(encoder), config, out, dtype, 10**6, World()).write()
+    return [f"objective.features={out}"]
 
 
 def tiny_codec(class_name: str, seed: int = 0) -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from datasets import build_dataset
-from datasets.latents import StoredClip, read_index
+from datasets.latents import LatentCache, StoredClip
 from demo.data import write_mp4
 from engine.config import load_config
 from models.autoencoder import LatentCodec, Posterior
@@ -110,7 +110,7 @@ def test_every_draw_is_the_online_one(motley_caches: Any, name: str, extra: list
 
 
 def test_the_motley_set_is_motley(motley_caches: Any) -> None:
-    index = read_index(motley_caches["pixels"][1])
+    index = LatentCache.read_index(motley_caches["pixels"][1])
     reasons = cache_latents.find_unusable(index["clips"])
     assert set(reasons) == {"a/text.mp4", "a/pierced.mp4", "b/torn"}
     clips = {clip["name"]: clip for clip in index["clips"]}
@@ -184,7 +184,7 @@ def test_formats_cost_what_the_index_says(motley_caches: Any, tmp_path: Path, dt
     """Against the fp32 cache, value by value, through the safetensors library; half the bytes."""
     overrides, exact = motley_caches["AutoencoderKL"]
     made = cache(overrides, tmp_path / "cache", dtype)
-    index = read_index(made)
+    index = LatentCache.read_index(made)
     exact_rows, rows = (
         torch.cat([load_file(file)["latents"] for file in sorted(folder.glob("shard-*.safetensors"))])
         for folder in (exact, made)
@@ -194,7 +194,10 @@ def test_formats_cost_what_the_index_says(motley_caches: Any, tmp_path: Path, dt
     rms = error.square().mean().sqrt() / exact_rows.double().square().mean().sqrt()
     assert float(rms) == pytest.approx(index["rounding"]["relative_rms"], rel=1e-5)
     assert (error <= relative * exact_rows.abs() + 2**-25).all()
-    assert rows.element_size() == 2 and read_index(exact)["rounding"] == {"largest": 0.0, "relative_rms": 0.0}
+    assert rows.element_size() == 2 and LatentCache.read_index(exact)["rounding"] == {
+        "largest": 0.0,
+        "relative_rms": 0.0,
+    }
     data = build_dataset(load_config(None, [*overrides, f"data.latents={made}"]).data, seed=0)
     assert data[0, 0]["latents"].dtype == rows.dtype
 

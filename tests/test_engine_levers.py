@@ -61,7 +61,7 @@ def test_layer_sync_is_minus_the_cosine_of_two_blocks(tiny: list[str]) -> None:
     torch.testing.assert_close(result.parts["sync"].double(), -0.5 * cosine.mean(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(result.loss, result.parts["loss"] + result.parts["sync"])
     gradients = torch.autograd.grad(
-        objective.extra_terms(states)["sync"].sum(), [states[0], states[2]], allow_unused=True
+        objective.extra_terms(states, {})["sync"].sum(), [states[0], states[2]], allow_unused=True
     )
     assert gradients[0] is not None and gradients[1] is None  # the later block is the target
 

@@ -58,7 +58,7 @@ def check_extra_terms(overrides: list[str]) -> None:
     (batch,) = next(trainer.batches())
     plain = objective(model, batch)
     objective.hidden_blocks = (1,)
-    objective.extra_terms = lambda states: {"size": states[1].square().mean((1, 2, 3))}  # type: ignore[method-assign]
+    objective.extra_terms = lambda states, _: {"size": states[1].square().mean((1, 2, 3))}  # type: ignore[method-assign]
     found = objective(model, batch)
     torch.testing.assert_close(found.loss, plain.loss + found.parts["size"])
     assert torch.equal(found.per_clip, plain.per_clip) and found.parts["size"] > 0

@@ -34,7 +34,7 @@ from tests.fault_support import (
     seal,
     state_of,
 )
-from tests.latent_support import cache, save_codec
+from tests.latent_support import cache, features, save_codec, save_image_encoder
 
 # 6 clips, global batch 4: an epoch ends within a step, and step 7 lies amid one
 LENGTH = ["train.max_steps=12", "train.checkpoint_every=100", "model.label_dropout=0.5", "optim.warmup_steps=3"]
@@ -84,6 +84,7 @@ ROUTED = ["model.depth=4", "objective.route_blocks=[1,3]", "objective.sync_block
         ["model.variant=parallel", "model.temporal_position=rope", "train.async_checkpoint=true", "optim.name=muon"],
         ["diffusion.prediction=flow", "model.learn_sigma=false", "diffusion.frame_timesteps=monotone"],
         ["data.latents=", "data.num_images=1", "data.horizontal_flip=true", "diffusion.loss_weighting=min_snr"],
+        ["objective.features=", "data.num_images=1", "data.horizontal_flip=true", "objective.features_until=7"],
     ],
     ids=lambda extra: extra[0].partition(".")[2],
 )
@@ -92,6 +93,9 @@ def test_B1_every_kind_of_run_resumes_exactly(tiny: list[str], tmp_path: Path, e
     if extra[0] == "data.latents=":  # of a stochastic codec
         tiny = [*tiny, *save_codec(tmp_path / "codec", "AutoencoderKL")]
         extra = [f"data.latents={cache([*tiny, *extra[1:]], tmp_path / 'cache')}", *extra[1:]]
+    if extra[0] == "objective.features=":
+        encoder = save_image_encoder(tmp_path / "encoder")
+        extra = [*features([*tiny, *extra[1:3]], encoder, tmp_path / "cache"), *extra[1:]]
     overrides = [*tiny, *LENGTH, *extra, "train.max_steps=8", "train.checkpoint_every=5"]
     whole = run(overrides)
     table = logged(tmp_path / "run")
@@ -185,7 +189,7 @@ def one_step(world: World, overrides: list[str]) -> dict[str, Any]:
     trainer = make(overrides, world)
     trainer.prepare()
     parts, _ = trainer.launch_step(next(trainer.run.batches(0)))
-    return {"loss": float(parts["loss"]), "gradients": [p.grad.clone() for p in trainer.state.model.parameters()]}
+    return {"loss": float(parts["loss"]), "gradients": [p.grad.clone() for _, p in trainer.state.named_parameters()]}
 
 
 def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
@@ -208,6 +212,8 @@ def test_B8_B10_two_ranks_equal_one(tiny: list[str], tmp_path: Path, micro_batch
     common = [*tiny, "train.precision=fp64"]
     if latents:
         common += save_codec(tmp_path / "codec", "AutoencoderKL")
+        encoder = save_image_encoder(tmp_path / "encoder")
+        common += features(common, encoder, tmp_path / "features")
         common.append(f"data.latents={cache(common, tmp_path / 'cache')}")
     ranks = on_two_ranks(tmp_path, one_step, [*common, "train.batch_size=1", f"train.grad_accum_steps={micro_batches}"])
     alone = one_step(World(), [*common, f"train.batch_size={2 * micro_batches}"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import storage
-from datasets.latents import LatentCache, read_index
+from datasets.latents import LatentCache
 from datasets.shards import INDEX
 from engine.config import load_config
 from engine.distributed import World
@@ -65,7 +65,7 @@ def test_killed_at_any_write_and_continued(tiny: list[str], tmp_path: Path, monk
             except Killed:
                 deaths += 1
     assert content(made) == whole and deaths >= 6
-    assert sum(encoded) <= 4 * sum(read_index(made)["shards"])
+    assert sum(encoded) <= 4 * sum(LatentCache.read_index(made)["shards"])
     encoded.clear()
     cache(tiny, made)  # complete: nothing is done
     assert not encoded and content(made) == whole
@@ -148,7 +148,7 @@ def test_a_disk_that_is_too_small_is_refused_before_encoding(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     refuses(r"made has 0\.000 GB free, but the cache needs 0\.000 GB: make room", cache, tiny, tmp_path / "made")
-    assert "6 clips, 42 frames: mean, 3x8x8 in fp32" in capsys.readouterr().out
+    assert "6 clips, 42 frames: latents of 1x3x8x8 in fp32" in capsys.readouterr().out
     assert not list((tmp_path / "made").glob("shard*"))
 
 

@@ -10,12 +10,14 @@ the settings that may change between caching and training.
 
 from __future__ import annotations
 
+import argparse
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from common.text import gigabytes
 from datasets import Clip, VideoError, build_dataset
 from datasets.catalog import compute_digest
 from datasets.clips import ClipDataset, Pixels, describe_failure
-from datasets.latents import FORMAT, TENSOR, FrameRun, LatentCache, StoredClip, read_index
+from datasets.latents import FrameRun, LatentCache, StoredClip
 from datasets.readers import Reader
 from datasets.shards import NUMBER_FORMATS
 from engine import cli
@@ -139,7 +141,7 @@ def merge_runs(runs: Iterable[FrameRun]) -> list[FrameRun]:
 
 def list_clips(config: Config) -> ClipDataset:
     """Returns the data set of all clips usable with any window length, held-out ones included."""
-    require(config.data.latents is None, "data.latents must not be set: this command writes that cache")
+    require(config.data.latents is None, "data.latents must not be set: this command encodes the videos")
     if config.data.max_clips is not None and not config.data.val_share:  # only the clips that the run uses
         return build_dataset(config.data, seed=0)
     every = replace(config.data, num_frames=1, frame_interval=1, val_path=None, val_share=0.0, max_clips=None)
@@ -161,25 +163,25 @@ def count_frames(plan: Iterable[StoredClip]) -> list[int]:
     return [sum(clip.frames for clip in shard) for _, shard in groupby(plan, key=lambda clip: clip.shard)]
 
 
-class LatentWriter(CacheWriter):
-    """Encodes all clips of `config.data` with `config.codec` into the folder `out`."""
+class FrameWriter(CacheWriter):
+    """Encodes all clips of `config.data` into `out`, with the encoder `made_by`, to frames of `shape`."""
 
-    layout = TENSOR, FORMAT
+    cache: ClassVar[type[LatentCache]]  # reads the result
 
-    def __init__(self, config: Config, out: Path, dtype: str, shard_bytes: int, world: World) -> None:
-        self.codec = LatentCodec.from_config(config.codec, world.device)
+    def __init__(
+        self, made_by: Any, shape: Any, config: Config, out: Path, dtype: str, shard_bytes: int, world: World
+    ) -> None:
         dataset = list_clips(config)
         images = list({clip.name: clip for clip in dataset.images or []}.values())
         clips = [*{clip.name: clip for clip in dataset.catalog.clips}.values(), *images]  # captions may repeat a clip
-        side = config.data.image_size // config.codec.downsample_factor
-        self.shape = (1 + dataset.flips, 1 + self.codec.stochastic, config.codec.latent_channels, side, side)
+        self.shape = (1 + dataset.flips, *shape)
         identity = {
-            "format": FORMAT,
-            "codec": codec_identity(config.codec),
+            "format": self.cache.format,
+            self.cache.maker: made_by,
             "settings": dataset.latent_settings,
             "data": compute_digest(clips, []),
             "dtype": dtype,
-            "shape": list(self.shape),  # (V, P, C, h, w) of one frame
+            "shape": list(self.shape),  # of one frame, with its views
         }
         super().__init__(out, identity, world)
         self.row_bytes = math.prod(self.shape) * NUMBER_FORMATS[dtype].torch.itemsize
@@ -191,9 +193,13 @@ class LatentWriter(CacheWriter):
         self.plan: list[StoredClip] = []
         self.frames: list[int] = []  # per shard
 
+    @abstractmethod
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Encodes (T, V, 3, H, W) in [-1, 1] to (T, V, ...) in fp32."""
+
     def read_finished(self) -> dict[str, Any]:
-        index = read_index(self.out)
-        LatentCache(self.out)  # checks the shards
+        index = self.cache.read_index(self.out)
+        self.cache(self.out)  # checks the shards
         return index
 
     def encode(self) -> int:
@@ -249,10 +255,9 @@ class LatentWriter(CacheWriter):
         """Prints the size of the cache. Raises OSError if the disk is too small for the missing shards."""
         missing = self.find_missing(len(self.frames))
         needed, free = self.row_bytes * sum(self.frames[number] for number in missing), free_bytes(self.out)
-        views, parts, *latent = self.shape
-        each = ("mean and deviation" if parts == 2 else "mean") + ", also mirrored" * (views == 2)
+        each = f"{self.cache.key} of {'x'.join(map(str, self.shape[1:]))}" + ", also mirrored," * (self.shape[0] == 2)
         print(
-            f"{len(self.plan)} clips, {sum(self.frames)} frames: {each}, {'x'.join(map(str, latent))} in {self.dtype}, "
+            f"{len(self.plan)} clips, {sum(self.frames)} frames: {each} in {self.dtype}, "
             f"{gigabytes(self.row_bytes * sum(self.frames))} in {len(self.frames)} shards\n"
             f"{len(self.frames) - len(missing)} shards are done; {gigabytes(needed)} to write into {self.out}, "
             f"{gigabytes(free)} free",
@@ -272,10 +277,10 @@ class LatentWriter(CacheWriter):
                 yield Piece(number, range(first, min(first + size, clip.frames)), clip.frames)
 
     def encode_pieces(self, pieces: Iterable[LoadedPiece], record: dict[str, Any], bar: Any) -> Iterator[Tensor]:
-        """Yields the latents (T, V, P, C, h, w) of each piece, in the cache's number format.
+        """Yields the encoded frames (T, V, ...) of each piece, in the cache's number format.
 
         Adds to `record` each clip's runs, the largest rounding error, and the sums of squares of the exact values
-        and of the errors. Raises ValueError for non-finite latents; VideoError, with data.strict, for a bad frame.
+        and of the errors. Raises ValueError for non-finite values; VideoError, with data.strict, for a bad frame.
         """
         for batch in self.batch_pieces(pieces):
             for clip, _, runs in batch:
@@ -289,7 +294,7 @@ class LatentWriter(CacheWriter):
                 bar.update(len(frames))
 
     def batch_pieces(self, pieces: Iterable[LoadedPiece]) -> Iterator[list[LoadedPiece]]:
-        """Yields pieces in order, in lists of at most a full piece's frames: short clips share the codec's chunks."""
+        """Yields pieces in order, in lists of at most a full piece's frames: short clips share the encoder's chunks."""
         batch: list[LoadedPiece] = []
         for piece in pieces:
             if batch and sum(len(frames) for _, frames, _ in [*batch, piece]) > self.piece_frames:
@@ -300,18 +305,46 @@ class LatentWriter(CacheWriter):
             yield batch
 
     def store(self, clip: int, exact: Tensor, errors: list[float]) -> Tensor:
-        """Returns latents in the cache's number format; updates `errors`. Raises ValueError if they are not finite."""
+        """Returns frames in the cache's number format; updates `errors`. Raises ValueError if they are not finite."""
         stored = exact.to(NUMBER_FORMATS[self.dtype].torch)
         if not stored.isfinite().all():
             raise ValueError(
-                f"latents of {self.plan[clip].name!r} are not finite in {self.dtype}: choose another --dtype, or "
-                "codec.dtype=fp32"
+                f"{self.cache.key} of {self.plan[clip].name!r} are not finite in {self.dtype}: choose another "
+                "--dtype, or an encoder in fp32"
             )
         error = stored.float() - exact
         errors[0] = max(errors[0], float(error.abs().max()))
         errors[1] += float(exact.double().square().sum())
         errors[2] += float(error.double().square().sum())
         return stored
+
+    def finish(self, records: list[Any]) -> str:
+        runs = {int(number): found for record in records for number, found in record["runs"].items()}
+        clips = [{**clip.to_json(), "runs": runs.get(number, [])} for number, clip in enumerate(self.plan)]
+        largest, squares, lost = zip(*(record["errors"] for record in records), strict=True)
+        rounding = {"largest": max(largest), "relative_rms": math.sqrt(sum(lost) / max(sum(squares), 1e-300))}
+        self.write_index({**self.identity, "rounding": rounding, "shards": self.frames, "clips": clips})
+        out, bad = self.out, find_unusable(clips)
+        lines = [f"{len(clips)} clips, {sum(self.frames)} frames in {out}: train with {self.cache.setting}={out}"]
+        if rounding["largest"]:
+            lines.append(
+                f"rounding to {self.dtype}: largest error {rounding['largest']:.2g}, relative RMS error "
+                f"{rounding['relative_rms']:.2g}"
+            )
+        lines += [f"{len(bad)} clips have unusable frames; training replaces them:"] if bad else []
+        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in islice(bad.items(), 10))])
+
+
+class LatentWriter(FrameWriter):
+    """Encodes frames with `config.codec`."""
+
+    cache = LatentCache
+    layout = cache.key, cache.format
+
+    def __init__(self, config: Config, out: Path, dtype: str, shard_bytes: int, world: World) -> None:
+        self.codec = LatentCodec.from_config(config.codec, world.device)
+        shape = (1 + self.codec.stochastic, config.codec.latent_channels, config.latent_size, config.latent_size)
+        super().__init__(codec_identity(config.codec), shape, config, out, dtype, shard_bytes, world)
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Encodes (T, V, 3, H, W) to (T, V, P, C, h, w) in fp32, each view as a separate clip.
@@ -324,22 +357,6 @@ class LatentWriter(CacheWriter):
         parts = [torch.stack([part for part in view if part is not None], dim=2)[0] for view in views]
         return torch.stack(parts, dim=1)[: len(frames)]
 
-    def finish(self, records: list[Any]) -> str:
-        runs = {int(number): found for record in records for number, found in record["runs"].items()}
-        clips = [{**clip.to_json(), "runs": runs.get(number, [])} for number, clip in enumerate(self.plan)]
-        largest, squares, lost = zip(*(record["errors"] for record in records), strict=True)
-        rounding = {"largest": max(largest), "relative_rms": math.sqrt(sum(lost) / max(sum(squares), 1e-300))}
-        self.write_index({**self.identity, "rounding": rounding, "shards": self.frames, "clips": clips})
-        out, bad = self.out, find_unusable(clips)
-        lines = [f"{len(clips)} clips, {sum(self.frames)} frames in {out}: train with data.latents={out}"]
-        if rounding["largest"]:
-            lines.append(
-                f"rounding to {self.dtype}: largest error {rounding['largest']:.2g}, relative RMS error "
-                f"{rounding['relative_rms']:.2g}"
-            )
-        lines += [f"{len(bad)} clips have unusable frames; training replaces them:"] if bad else []
-        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in islice(bad.items(), 10))])
-
 
 def find_unusable(clips: Iterable[dict[str, Any]]) -> dict[str, str]:
     """Returns clip name -> reason for the clips of an index that have unusable frames."""
@@ -347,9 +364,8 @@ def find_unusable(clips: Iterable[dict[str, Any]]) -> dict[str, str]:
     return {name: next(filter(None, found)) for name, found in reasons.items() if any(found)}
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit code."""
-    parser = build_parser(__doc__ or "")
+def run(argv: list[str], parser: argparse.ArgumentParser, build: Callable[..., FrameWriter]) -> int:
+    """Writes the cache of `build(arguments, config, out, dtype, shard_bytes, world)`; returns the exit code."""
     number = "number format; fp16 and bf16 halve the size, and their rounding error is printed (%(default)s)"
     size = "size of a shard; after a kill, an unfinished shard is encoded again (%(default)s)"
     parser.add_argument("--dtype", choices=NUMBER_FORMATS, default="fp32", help=number)
@@ -358,9 +374,14 @@ def main(argv: list[str]) -> int:
     require(arguments.shard_mb >= 1, f"--shard_mb {arguments.shard_mb} must be at least 1.")
     config = load_config(arguments.config, arguments.overrides)
     world = init_world(arguments.device, timeout_s=PATIENCE_S)
-    LatentWriter(config, arguments.out, arguments.dtype, arguments.shard_mb * 10**6, world).write()
+    build(arguments, config, arguments.out, arguments.dtype, arguments.shard_mb * 10**6, world).write()
     close_world()
     return 0
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    return run(argv, build_parser(__doc__ or ""), lambda _, *settings: LatentWriter(*settings))
 
 
 if __name__ == "__main__":

@@ -56,6 +56,11 @@ class Config:
         return self.data.image_size // self.codec.downsample_factor
 
     @property
+    def token_grid(self) -> int:
+        """Rows, and columns, of the network's tokens in a frame."""
+        return self.latent_size // self.model.size.patch_size
+
+    @property
     def pixels_per_token(self) -> int:
         """Height and width of a token, in pixels of the video."""
         return self.codec.downsample_factor * self.model.size.patch_size
@@ -163,6 +168,16 @@ RULES: dict[str, Callable[[Config], object]] = {
     "outside.": lambda c: len({block in c.objective.routed for block in c.objective.synced}) > 1,
     "objective.route_blocks is not built for text networks: leave it out.": lambda c: (
         c.model.is_text and bool(c.objective.routed)
+    ),
+    "objective.features_block={c.objective.features_block}: the network has only blocks 0 to {c.last_block}.": (
+        lambda c: c.objective.features_block > c.last_block
+    ),
+    "objective.features_block={c.objective.features_block} lies inside "
+    "objective.route_blocks={c.objective.route_blocks}, where some tokens are missing: choose a block outside.": (
+        lambda c: bool(c.objective.features) and c.objective.features_block in c.objective.routed
+    ),
+    "objective.features trains a projector, which is not sharded: leave train.parallel at ddp.": lambda c: (
+        bool(c.objective.features) and c.train.parallel == "fsdp"
     ),
     # text networks
     "data.name={c.data.name} has captions, which model.name={c.model.name} does not read: set "

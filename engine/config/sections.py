@@ -80,7 +80,9 @@ TWO_BLOCKS = Limit("two ascending block indices", lambda value: len(value) == 2 
 OBJECTIVE_LIMITS = {
     "route_blocks sync_blocks": optional(TWO_BLOCKS),
     "route_keep": within(0, 1, "()"),
-    "sync_weight": POSITIVE,
+    "sync_weight features_weight": POSITIVE,
+    "features_block features_until": at_least(0),
+    "features_method": one_of(("repa", "irepa")),
 }
 
 
@@ -92,10 +94,17 @@ class ObjectiveConfig:
     route_keep: float = 0.5  # share of the tokens that these blocks compute
     sync_blocks: list[int] | None = None  # [early, late]: aligns early's tokens with late's (LayerSync)
     sync_weight: float = 0.2  # weight of that term
+    features: str | None = None  # aligns tokens with the image features in this cache of tools.cache_features
+    features_block: int = 0  # the block whose tokens are aligned
+    features_method: str = "repa"  # repa | irepa: docs/levers.md
+    features_weight: float = 0.5  # weight of that term
+    features_until: int = 0  # step at which that term ends; 0: never
 
     def __post_init__(self) -> None:
         check_limits(self, "objective.", OBJECTIVE_LIMITS)
-        check_read_only_with(self, "objective.", {"route_keep": "route_blocks", "sync_weight": "sync_blocks"})
+        owners = {"route_keep": "route_blocks", "sync_weight": "sync_blocks"}
+        owners |= {"features_block features_method features_weight features_until": "features"}
+        check_read_only_with(self, "objective.", owners)
 
     @property
     def routed(self) -> range:
