@@ -82,7 +82,8 @@ ZERO = (
     "codec.shift optim.weight_decay optim.beta1 optim.beta2 optim.warmup_steps optim.min_learning_rate "
     "optim.clip_start_step optim.spike_factor train.ema_decay train.keep_last train.keep_every train.seed "
     "train.drift_check_every train.hang_timeout_s sample.seed sample.eta data.val_share monitor.val_every "
-    "monitor.sample_every monitor.metric_every lora.rank train.temporal_ramp_steps"
+    "monitor.sample_every monitor.metric_every lora.rank train.temporal_ramp_steps objective.features_block "
+    "objective.features_until"
 )  # a switch, a first seed, or no effect: as the comment at each key says
 BELOW = (
     "model.label_dropout data.max_unusable data.val_share optim.beta1 optim.beta2 optim.min_learning_rate "
@@ -91,7 +92,7 @@ BELOW = (
 # read only with another key that is not set here, so nothing but their defaults is right
 ALONE = (
     "text.clean_captions lora.alpha sample.lora_scale diffusion.min_snr_gamma objective.route_keep "
-    "objective.sync_weight"
+    "objective.sync_weight objective.features_weight"
 )
 RIGHT_KEYS: dict[str, set[str]] = {"codec.shift": {"-5"}}  # latents may be shifted either way
 
