@@ -25,7 +25,7 @@ from .guard import StepGuard
 from .optim import EMA, build_optimizer
 from .weights import load_base
 
-STATE_KEYS = {False: ("exp_avg", "exp_avg_sq", "step"), True: ("momentum_buffer",)}  # by whether a group is Muon's
+MOMENTS = {False: ("exp_avg", "exp_avg_sq", "step"), True: ("momentum_buffer",)}  # of AdamW's group, of Muon's
 
 
 @dataclass
@@ -90,7 +90,7 @@ class TrainState:
         trained = [(each, group) for group in self.optimizer.param_groups for each in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for index, (parameter, group) in enumerate(trained if saved.step else ()):
-            kinds, name = STATE_KEYS["momentum" in group], names[id(parameter)]
+            kinds, name = MOMENTS["momentum" in group], names[id(parameter)]
             moments = {key: saved.optim[f"{key}/{name}"] for key in kinds}
             steps = {"step": moments.pop("step")} if "step" in moments else {}
             state[index] = shards_like(moments, dict.fromkeys(moments, parameter)) | steps

@@ -36,6 +36,9 @@ class VisionEncoder:
     def __init__(self, path: str, grid: int, device: torch.device) -> None:
         folder = find_folder(path, None, "--encoder", [CONFIG_FILE, PREPROCESSOR, "*.safetensors"])
         kind, pixels = read_json(folder / CONFIG_FILE).get("model_type"), read_json(folder / PREPROCESSOR)
+        colours = [pixels.get(key) for key in ("image_mean", "image_std")]
+        is_complete = all(isinstance(each, list) and len(each) == 3 for each in colours)
+        require(is_complete, f"--encoder {path}: {PREPROCESSOR} needs image_mean and image_std of three channels")
         files = [folder / CONFIG_FILE, folder / PREPROCESSOR, *sorted(folder.glob("*.safetensors"))]
         digest = hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
         self.identity = {"type": kind, "sha256": digest}
@@ -54,8 +57,7 @@ class VisionEncoder:
         self.network: Any = network.requires_grad_(False).eval().to(device)
         self.grid, self.factor = grid, math.ceil(LEAST_SIDE / (grid * patch))
         self.side = grid * patch * self.factor  # of the images that it sees: `factor` x `factor` patches per token
-        means = (torch.tensor(pixels[key], device=device).view(3, 1, 1) for key in ("image_mean", "image_std"))
-        self.mean, self.std = means
+        self.mean, self.std = (torch.tensor(each, device=device).view(3, 1, 1) for each in colours)
         option = "interpolate_pos_encoding"  # some encoders need it for images of another size
         self.options = {option: True} if option in inspect.signature(network.forward).parameters else {}
 

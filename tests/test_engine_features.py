@@ -1,5 +1,6 @@
 """Alignment with an image encoder's features: the cache, the term, and the projector that no export holds."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from engine.alignment import open_features
 from engine.build import build_model
 from engine.config import load_config
 from engine.weights import export_weights, load_model_weights
+from models.vision_encoder import VisionEncoder
 from tests.conftest import refuses
 from tests.fault_support import make, newest, run
 from tests.latent_support import cache, features, save_image_encoder
@@ -108,3 +110,10 @@ def test_a_cache_or_setting_that_does_not_fit_is_refused(tiny: list[str], encode
     refuses(r"made holds another cache \(encoder: ", features, tiny, other, tmp_path / "made")
     (other / "preprocessor_config.json").unlink()
     refuses(r"preprocessor_config\.json is missing", features, tiny, other, tmp_path / "new")
+
+
+def test_an_encoder_without_means_is_one_sentence(encoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder, folder)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+    refuses("needs image_mean and image_std of three channels", VisionEncoder, str(folder), 4, torch.device("cpu"))

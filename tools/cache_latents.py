@@ -296,11 +296,13 @@ class FrameWriter(CacheWriter):
     def batch_pieces(self, pieces: Iterable[LoadedPiece]) -> Iterator[list[LoadedPiece]]:
         """Yields pieces in order, in lists of at most a full piece's frames: short clips share the encoder's chunks."""
         batch: list[LoadedPiece] = []
+        filled = 0
         for piece in pieces:
-            if batch and sum(len(frames) for _, frames, _ in [*batch, piece]) > self.piece_frames:
+            if batch and filled + len(piece[1]) > self.piece_frames:
                 yield batch
-                batch = []
+                batch, filled = [], 0
             batch.append(piece)
+            filled += len(piece[1])
         if batch:
             yield batch
 

@@ -96,7 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, metavar="N", help="CPU threads per rank; change the last bits (%(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     add("--gpus", type=int, metavar="N", help="official flag; refused, with the command to use")
-    add("--mirror", type=parse_switch, default=False, metavar="0|1", help="official flag without effect")
+    add(
+        "--mirror",
+        type=parse_switch,
+        default=False,
+        metavar="0|1",
+        help="official flag; refused where it has an effect",
+    )
     add("--verbose", type=parse_switch, default=sys.stderr.isatty(), metavar="0|1", help="show progress")
     return parser
 

@@ -9,7 +9,7 @@ frames, cropped and resized as in training. Writes report.json and samples.png t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from common.checks import require
+from common.console import progress_bar
 from common.storage import write_json
-from datasets import build_dataset
+from datasets import ClipDataset, build_dataset
 from engine import cli
 from engine.config import load_config
 from engine.validation import spread
@@ -37,6 +38,14 @@ from sample.video_io import write_contact_sheet
 ROWS = ("clip", "codec", "4 x difference")  # of a clip in samples.png
 SHOWN, SHOWN_FRAMES = 4, 8  # clips there, and frames of each
 FAMILIES = {"fvd", "fid"}  # detectors whose features have a Frechet distance
+
+
+def load_clips(dataset: ClipDataset, indices: Sequence[int]) -> Iterator[Tensor]:
+    """Yields clips (F, 3, H, W) in [-1, 1], with a progress bar."""
+    with progress_bar(len(indices), "clip") as bar:
+        for index in indices:
+            yield dataset[0, index]["video"]
+            bar.update()
 
 
 def measure(
@@ -121,7 +130,7 @@ def main(argv: list[str]) -> int:
     indices = spread(len(dataset), given.clips)
     codec = LatentCodec.from_config(config.codec, device)
     detectors = [Detector(spec, file, device) for spec, file in files]
-    figures, rows = measure(codec, (dataset[0, index]["video"] for index in indices), detectors, device)
+    figures, rows = measure(codec, load_clips(dataset, indices), detectors, device)
     found = {
         "codec": asdict(config.codec),
         "data": config.data.path,
